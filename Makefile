@@ -1,0 +1,48 @@
+# `make demo` and `make test` do all of their own set-up; everything else is for those who change the project.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: help demo test bench lock clean
+help:
+	@echo 'make demo   migrate the published two-VF machine under v2 and v3; table and figure in results/demo/'
+	@echo 'make test   lint, types and tests'
+	@echo 'make bench  the virtual clock against SimPy'
+	@echo 'make lock   pin the dependencies anew (needs uv)'
+	@echo 'make clean  remove the virtual environment and what was built'
+
+demo: $(VENV)/core.stamp
+	@$(BIN)/proto-v3 compare mlx5-2vf --out results/demo
+
+test: $(VENV)/dev.stamp
+	@$(BIN)/python -m pytest -q -n auto
+
+bench: $(VENV)/dev.stamp
+	@$(BIN)/python benchmarks/clock_vs_simpy.py
+
+# pip takes nothing that the lock does not name with a hash; the project itself needs no build isolation, for
+# setuptools is in the lock too.
+$(VENV)/%.stamp: requirements/%.txt pyproject.toml | $(VENV)/python.stamp
+	@echo 'set-up: installing the pinned, hash-checked dependencies of requirements/$*.txt (once, about a minute)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $<
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-index --editable .
+	@touch $@
+
+$(VENV)/python.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'set-up: Python 3.11 or newer is needed; name it with: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo 'set-up: this Python cannot make virtual environments; on Debian: apt-get install python3-venv' >&2; exit 1; }
+	@echo 'set-up: making a virtual environment in $(VENV)/'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The locks name no index and no host: pip and its configuration decide where packages come from.
+UV_COMPILE = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	--no-emit-index-url --no-emit-find-links pyproject.toml requirements/build.in
+lock:
+	$(UV_COMPILE) --extra dev -o requirements/dev.txt
+	$(UV_COMPILE) --constraint requirements/dev.txt -o requirements/core.txt
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

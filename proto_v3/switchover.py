@@ -1,0 +1,82 @@
+"""When to stop the guest: what is left must fit the downtime limit at the measured bandwidth.
+
+As QEMU does it (migration/migration.c, migration_update_counters and migration_iteration_run): bandwidth is measured
+over windows of 100 ms, threshold = bandwidth x downtime limit, and a cheap estimate is refined to an exact figure
+only once it is below the threshold. Only bytes count: neither the device's save and load times nor its transitions
+are in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NS_PER_S = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchoverSettings:
+    """A VMM's settings for a migration. Times in nanoseconds."""
+
+    downtime_limit_ns: int
+    bandwidth_window_ns: int
+    decision_interval_ns: int
+    give_up_ns: int
+    read_bytes: int
+    write_bytes: int
+    ram_budget_ns: int
+    given_bandwidth_bytes_per_s: float | None = None
+    """If set, used in place of the measured one (QEMU's avail-switchover-bandwidth)."""
+
+
+class Switchover:
+    """The threshold, kept up to date from the bytes sent so far."""
+
+    def __init__(self, settings: SwitchoverSettings, now_ns: int) -> None:
+        self._settings = settings
+        self._window_start_ns = now_ns
+        self._window_bytes = 0
+        given = settings.given_bandwidth_bytes_per_s
+        self.bandwidth_bytes_per_s = 0.0 if given is None else given
+
+    def sample(self, now_ns: int, bytes_sent: int) -> None:
+        """Take note of all bytes sent since the start; closes the window if it is over."""
+        elapsed_ns = now_ns - self._window_start_ns
+        if elapsed_ns < self._settings.bandwidth_window_ns:
+            return
+        if self._settings.given_bandwidth_bytes_per_s is None:
+            self.bandwidth_bytes_per_s = (bytes_sent - self._window_bytes) * NS_PER_S / elapsed_ns
+        self._window_start_ns, self._window_bytes = now_ns, bytes_sent
+
+    @property
+    def threshold_bytes(self) -> float:
+        """What may be left when the guest is stopped."""
+        return self.bandwidth_bytes_per_s * self._settings.downtime_limit_ns / NS_PER_S
+
+    def fits(self, pending_bytes: int) -> bool:
+        """Whether so much can be sent within the downtime limit. Nothing left always fits, as nothing is to be sent."""
+        return pending_bytes == 0 or pending_bytes < self.threshold_bytes
+
+
+class BusyRate:
+    """What one connection carries while it has something to send; for a VMM that has several.
+
+    The sum over connections says nothing about how soon the fullest of them is through, and a connection that had
+    nothing to send says nothing about how much it could. So each is measured over its own busy time: reading, and
+    waiting for the device or the network included. The last full window counts, or what there is of the first.
+    """
+
+    def __init__(self, window_ns: int) -> None:
+        self._window_ns = window_ns
+        self._bytes = 0
+        self._busy_ns = 0
+        self.bytes_per_s = 0.0
+
+    def add(self, sent_bytes: int, busy_ns: int) -> None:
+        """Take note of bytes sent and the time that it took."""
+        self._bytes += sent_bytes
+        self._busy_ns += busy_ns
+        full = self._busy_ns >= self._window_ns
+        if self._busy_ns and (full or not self.bytes_per_s):
+            self.bytes_per_s = self._bytes * NS_PER_S / self._busy_ns
+        if full:
+            self._bytes = self._busy_ns = 0

@@ -1,0 +1,257 @@
+"""One timeline of spans: the downtime, its phases and its critical path all come out of it.
+
+A *span* is work on one resource, with a start, an end, and a *cause*: the span whose end allowed this one to start.
+Every task carries a cursor, "the last thing that had to happen before now":
+
+- work moves the cursor to the span just recorded;
+- a wait for data or for room moves it to the span that gave them (the cause travels with the chunk, the frame, the
+  credit, the task that is joined);
+- a wait for a resource that somebody else uses (a lock, an engine) is a span of that resource: the question is which
+  resource holds the migration up, not who happened to have it.
+
+So the causes form a chain from the end of the downtime back to its start, and walking it gives the critical path.
+What the chain does not cover is reported as `unexplained`; in virtual time it is 0, and a test says so.
+
+Times are integer nanoseconds of one clock. Spans are kept in columns, for a large run has millions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from array import array
+from collections.abc import Callable, Coroutine
+from contextvars import ContextVar
+from dataclasses import dataclass
+from hashlib import sha256
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+
+NO_CAUSE = -1
+T = TypeVar("T")
+
+_cursor: ContextVar[int] = ContextVar("timeline_cursor", default=NO_CAUSE)
+_track: ContextVar[str] = ContextVar("timeline_track", default="main")
+
+
+class Resource(enum.IntEnum):
+    """What a span uses; the classes of the critical path."""
+
+    FIRMWARE = 0  # SAVE in the source's firmware, its queue included
+    LOCK = 1  # waiting for a lock of the driver
+    COPY = 2  # copy to or from user, and the cost of the calls
+    LINK = 3  # serialisation, propagation and queueing on the network
+    LOAD = 4  # LOAD in the target's firmware, its queue included
+    SETUP = 5  # set-up of critical objects at the target
+    RAM = 6  # the VMM preparing pages of guest RAM
+    FIXED = 7  # stop, state transitions, config load, resume
+
+
+class Mark(enum.StrEnum):
+    """Moments that bound the phases of the downtime, in their order."""
+
+    STOP_ORDERED = "stop_ordered"  # the order to stop the vCPUs: the downtime starts
+    STOPPED = "stopped"  # vCPUs stopped, every device in STOP_COPY
+    DRAINED = "drained"  # the source read the last byte of RAM and devices
+    TRANSFERRED = "transferred"  # the last byte reached the target
+    LOADED = "loaded"  # the last device's data is loaded
+    CONFIGURED = "configured"  # the last device's config is loaded
+    RESUMED = "resumed"  # the device runs at the target: the downtime ends
+
+
+PHASES: dict[str, Mark] = {
+    "stop": Mark.STOPPED,
+    "drain": Mark.DRAINED,
+    "transfer": Mark.TRANSFERRED,
+    "load": Mark.LOADED,
+    "config": Mark.CONFIGURED,
+    "resume": Mark.RESUMED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A named stretch of one side's work, as a VMM would trace it (QEMU's vmstate_downtime_save and _load)."""
+
+    name: str
+    index: int
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class PathStep:
+    """A piece of the critical path: `what` ran on `track`, using `resource`."""
+
+    resource: Resource
+    what: str
+    track: str
+    start_ns: int
+    end_ns: int
+
+
+class Timeline:
+    """Spans, marks and stages of one run.
+
+    `now_ns` is the clock that all of them are told in.
+    """
+
+    def __init__(self, now_ns: Callable[[], int]) -> None:
+        self.now_ns = now_ns
+        self.marks: dict[Mark, int] = {}
+        self.stages: list[Stage] = []
+        self._mark_cause: dict[Mark, int] = {}
+        self._names: dict[str, int] = {}
+        self._resource = array("b")
+        self._what = array("h")
+        self._on_track = array("h")
+        self._start_ns = array("q")
+        self._end_ns = array("q")
+        self._cause = array("q")
+
+    def __len__(self) -> int:
+        return len(self._start_ns)
+
+    # --- recording -------------------------------------------------------------------------------------------------
+
+    def work(self, resource: Resource, what: str, start_ns: int, end_ns: int | None = None) -> None:
+        """Record work of the current task from `start_ns` to now (or `end_ns`); it becomes the task's cursor."""
+        _cursor.set(self.span(resource, what, start_ns, self.now_ns() if end_ns is None else end_ns))
+
+    def span(self, resource: Resource, what: str, start_ns: int, end_ns: int, track: str = "") -> int:
+        """Record a span that the current task caused but does not wait for (a frame on its way). The cursor stays."""
+        names = self._names
+        self._resource.append(resource)
+        self._what.append(names.setdefault(what, len(names)))
+        track = track or _track.get()
+        self._on_track.append(names.setdefault(track, len(names)))
+        self._start_ns.append(start_ns)
+        self._end_ns.append(end_ns)
+        self._cause.append(_cursor.get())
+        return len(self._start_ns) - 1
+
+    def mark(self, mark: Mark) -> None:
+        """Say that a phase's bound is now. Said more than once (by each of several streams), the last one holds."""
+        self.marks[mark] = self.now_ns()
+        self._mark_cause[mark] = _cursor.get()
+
+    def stage(self, name: str, start_ns: int, index: int = 0) -> None:
+        """Record a stage of a VMM's work that started at `start_ns` and ends now."""
+        self.stages.append(Stage(name, index, start_ns, self.now_ns()))
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def downtime_ns(self) -> int:
+        """From the order to stop the vCPUs to the device running at the target. KeyError if there was no hand-over."""
+        return self.marks[Mark.RESUMED] - self.marks[Mark.STOP_ORDERED]
+
+    def phases_ns(self) -> dict[str, int]:
+        """The phases of the downtime; they tile it exactly.
+
+        A phase ends at its mark, or where the one before it ended if its mark came earlier (with parallel streams a
+        device's config may be loaded while another still transfers): then it takes no time of its own.
+        """
+        bound = self.marks[Mark.STOP_ORDERED]
+        end = self.marks[Mark.RESUMED]
+        phases = {}
+        for name, mark in PHASES.items():
+            at = min(max(bound, self.marks[mark]), end)
+            phases[name] = at - bound
+            bound = at
+        return phases
+
+    def critical_path(self) -> list[PathStep]:
+        """The chain of causes through the downtime, in order of time, cut to the downtime."""
+        names = list(self._names)
+        start, until = self.marks[Mark.STOP_ORDERED], self.marks[Mark.RESUMED]
+        steps: list[PathStep] = []
+        span = self._mark_cause[Mark.RESUMED]
+        while span != NO_CAUSE and until > start:
+            begin, end = max(self._start_ns[span], start), min(self._end_ns[span], until)
+            if begin < end:
+                what, track = names[self._what[span]], names[self._on_track[span]]
+                steps.append(PathStep(Resource(self._resource[span]), what, track, begin, end))
+                until = begin
+            span = self._cause[span]
+        return steps[::-1]
+
+    def critical_path_ns(self) -> dict[str, int]:
+        """Nanoseconds of the downtime's critical path by resource, `unexplained` last; they sum to the downtime."""
+        shares = {resource.name.lower(): 0 for resource in Resource}
+        for step in self.critical_path():
+            shares[step.resource.name.lower()] += step.end_ns - step.start_ns
+        shares["unexplained"] = self.downtime_ns - sum(shares.values())
+        return shares
+
+    def in_downtime_ns(self, resource: Resource) -> int:
+        """How much of a resource's work fell into the downtime, on the critical path or beside it."""
+        start = np.frombuffer(self._start_ns, np.int64)
+        end = np.frombuffer(self._end_ns, np.int64)
+        begin, until = self.marks[Mark.STOP_ORDERED], self.marks[Mark.RESUMED]
+        inside = np.minimum(end, until) - np.maximum(start, begin)
+        return int(inside[(np.frombuffer(self._resource, np.int8) == resource) & (inside > 0)].sum())
+
+    def digest(self) -> str:
+        """A fingerprint of everything that was recorded: equal for two runs that did the same at the same times."""
+        told = sha256(repr((self.marks, self.stages, self._names)).encode())
+        for column in (self._resource, self._what, self._on_track, self._start_ns, self._end_ns, self._cause):
+            told.update(column.tobytes())
+        return told.hexdigest()
+
+
+# --- the cursor ------------------------------------------------------------------------------------------------------
+
+
+def cause() -> int:
+    """The current task's cursor: to hand on with whatever another task waits for."""
+    return _cursor.get()
+
+
+def caused_by(span: int) -> None:
+    """The current task was waiting, and `span` ended the wait."""
+    _cursor.set(span)
+
+
+def on_track(name: str) -> None:
+    """The current task's spans are drawn on this track from now on."""
+    _track.set(name)
+
+
+class Join:
+    """A TaskGroup whose end, where it had to be waited for, is caused by the child that finished last.
+
+    Each child runs on a track of its own name. Errors and cancellation are those of asyncio.TaskGroup.
+    """
+
+    def __init__(self) -> None:
+        self._group = asyncio.TaskGroup()
+        self._running = 0
+        self._last = NO_CAUSE
+
+    async def __aenter__(self) -> Self:
+        await self._group.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        waits = self._running > 0
+        await self._group.__aexit__(kind, error, trace)
+        if waits:
+            _cursor.set(self._last)
+
+    def start(self, work: Coroutine[Any, Any, T], track: str) -> asyncio.Task[T]:
+        """Start a child task."""
+        self._running += 1
+        return self._group.create_task(self._run(work, track), name=track)
+
+    async def _run(self, work: Coroutine[Any, Any, T], track: str) -> T:
+        _track.set(track)
+        try:
+            return await work
+        finally:
+            self._running -= 1
+            self._last = _cursor.get()

@@ -1,0 +1,1 @@
+"""One simulated device, its guest, firmware, driver, link and hosts, in virtual time."""

@@ -1,0 +1,117 @@
+"""The device's state, and nothing else: blocks and critical objects with versions, and the epoch. The truth of a run.
+
+At the source, `version` counts the writes to a block, `saved` is the version that was last handed to an image (-1:
+none), and a block is dirty while the two differ. At the target, `Image` holds the versions that were loaded; when all
+is done it must equal the source's, block by block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.guest import Activity, Int32
+from sim.scenario import KIB, Device
+
+Indices = NDArray[np.intp]
+
+
+class DeviceState:
+    """A device at the source, written to by its guest until that is stopped."""
+
+    def __init__(self, device: Device, activity: Activity) -> None:
+        self.spec = device
+        self.block_bytes = device.block_bytes
+        self.object_bytes = round(device.critical.object_kib * KIB)
+        self.version: Int32 = np.zeros(device.blocks, np.int32)
+        self.saved: Int32 = np.full(device.blocks, -1, np.int32)
+        self.object_version: Int32 = np.zeros(device.critical.objects, np.int32)
+        self.object_saved: Int32 = np.full(device.critical.objects, -1, np.int32)
+        self.activity = activity
+        self.epoch = 1
+        self._writes = 0
+        self._reconfigurations = 0
+        self._stopped_ns: int | None = None
+
+    def advance(self, now_ns: int) -> None:
+        """Apply what the guest did up to now, or up to when it was stopped."""
+        if self._stopped_ns is not None:
+            now_ns = min(now_ns, self._stopped_ns)
+        writes = self.activity.writes_until(now_ns)
+        if writes > self._writes:
+            np.add.at(self.version, self.activity.write_blocks[self._writes : writes], 1)
+            self._writes = writes
+        events = self.activity.reconfigurations_until(now_ns)
+        if events > self._reconfigurations:
+            np.add.at(self.object_version, self.activity.reconfiguration_objects[self._reconfigurations : events], 1)
+            self.epoch += events - self._reconfigurations
+            self._reconfigurations = events
+
+    def next_reconfiguration_ns(self) -> int | None:
+        """When the guest reconfigures the device next; None if it does not any more."""
+        times = self.activity.reconfiguration_ns
+        if self._reconfigurations >= len(times):
+            return None
+        at = int(times[self._reconfigurations])
+        return None if self._stopped_ns is not None and at > self._stopped_ns else at
+
+    def stop(self, now_ns: int) -> None:
+        """The vCPUs are stopped: nothing changes any more."""
+        self.advance(now_ns)
+        self._stopped_ns = now_ns
+
+    def resume(self, now_ns: int) -> None:
+        """The vCPUs run again at the source: what the guest would have done meanwhile is applied at once."""
+        self._stopped_ns = None
+        self.advance(now_ns)
+
+    def dirty_blocks(self, home: slice, stopped: bool) -> Indices:
+        """Numbers of the blocks of a home that have to be saved (again); the stop-only ones once it is stopped."""
+        last = len(self.version) if stopped else len(self.version) - self.spec.stop_only_blocks
+        inside = slice(home.start, last, home.step)
+        first, step = home.start or 0, home.step or 1
+        return np.flatnonzero(self.version[inside] != self.saved[inside]) * step + first
+
+    def dirty_objects(self) -> Indices:
+        """Numbers of the critical objects that have to be saved (again)."""
+        return np.flatnonzero(self.object_version != self.object_saved)
+
+    def save_blocks(self, blocks: Indices) -> Int32:
+        """Take the blocks' versions for an image."""
+        versions = self.version[blocks]
+        self.saved[blocks] = versions
+        return versions
+
+    def save_objects(self, objects: Indices) -> Int32:
+        """Take the critical objects' versions for an image."""
+        versions = self.object_version[objects]
+        self.object_saved[objects] = versions
+        return versions
+
+
+class Image:
+    """A device's state at the target, as far as it is loaded."""
+
+    def __init__(self, device: Device) -> None:
+        self.version: Int32 = np.full(device.blocks, -1, np.int32)
+        self.object_version: Int32 = np.full(device.critical.objects, -1, np.int32)
+
+    def differences(self, source: DeviceState) -> Difference:
+        """How it differs from the source's state as of the stop."""
+        return Difference(
+            blocks=int(np.count_nonzero(self.version != source.version)),
+            objects=int(np.count_nonzero(self.object_version != source.object_version)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How many blocks and critical objects have not the source's version."""
+
+    blocks: int
+    objects: int
+
+    def __bool__(self) -> bool:
+        return bool(self.blocks or self.objects)

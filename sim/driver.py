@@ -1,0 +1,221 @@
+"""The kernel driver of one device: its migration states, the cost of its arcs, and its sessions.
+
+One driver has both faces. Without MIG_STREAMS it is v2: one stream that carries everything, critical objects first.
+With it, the session has a critical stream and N dirty ones; a block's home is stream (chunk number mod N), chunk by
+chunk, so that order per stream gives order per block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from contextlib import nullcontext
+
+from proto_v3 import fsm
+from proto_v3.device import DataFd
+from proto_v3.timeline import Resource
+from proto_v3.uapi import MigrationFlags, State
+from sim.clock import now_ns, sleep_ns
+from sim.device import DeviceState, Image
+from sim.resource import Lock
+from sim.scenario import Device, Driver, ns
+from sim.stream import DriverLock, LoadSession, LoadStream, ReadCounts, SaveStream, Surroundings, fails
+
+RUNS = (State.RUNNING, State.PRE_COPY)
+RUNS_P2P = (State.RUNNING_P2P, State.PRE_COPY_P2P)
+SAVES_LIVE = (State.PRE_COPY, State.PRE_COPY_P2P)
+
+
+class SimDriver:
+    """A VFIO device fd as its driver implements it (proto_v3.device.MigrationDevice).
+
+    `state` is the device's state at the source, `image` what is loaded at the target; a device has the one it is used
+    for.
+    """
+
+    def __init__(
+        self,
+        spec: Device,
+        settings: Driver,
+        around: Surroundings,
+        global_lock: Lock,
+        *,
+        state: DeviceState | None = None,
+        image: Image | None = None,
+    ) -> None:
+        self.name = spec.name
+        self._spec = spec
+        self._settings = settings
+        self._around = around
+        self._global_lock = global_lock
+        self._device_lock = Lock(around.timeline)
+        self._device = state
+        self._image = image
+        self._state = State.RUNNING
+        self._dirty_streams = 0
+        self.read_counts: list[ReadCounts] = []
+        """What reading took, one entry a stream, of every session so far."""
+        self._saving: list[SaveStream] = []
+        self._loading: list[LoadStream] = []
+        self._load_session: LoadSession | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # --- the device fd ------------------------------------------------------------------------------------------------
+
+    async def migration_flags(self) -> MigrationFlags:
+        """See proto_v3.device.MigrationDevice."""
+        return self._spec.flags
+
+    async def state(self) -> State:
+        """See proto_v3.device.MigrationDevice."""
+        return self._state
+
+    async def set_state(self, target: State) -> DataFd | None:
+        """See proto_v3.device.MigrationDevice."""
+        fd: DataFd | None = None
+        for hop in fsm.path(self._state, target, self._spec.flags):
+            await self._pay_for(hop)
+            fd = self._enter(hop)
+            self._state = hop
+        return fd
+
+    async def stop_copy_bytes(self) -> int:
+        """What is dirty, or can be saved only when stopped; unread and planned bytes are precopy_info()'s to tell."""
+        if self._device is None:
+            return 0
+        device = self._device
+        device.advance(now_ns())
+        dirty = len(device.dirty_blocks(slice(None), stopped=True)) * device.block_bytes
+        dirty += len(device.dirty_objects()) * device.object_bytes
+        return dirty - sum(stream.planned_bytes() for stream in self._saving)
+
+    async def max_dirty_streams(self) -> int:
+        """See proto_v3.device.MigrationDevice."""
+        return self._spec.max_dirty_streams
+
+    async def set_streams(self, dirty_streams: int) -> None:
+        """See proto_v3.device.MigrationDevice."""
+        if self._saving or self._loading:
+            raise fails(errno.EBUSY)
+        if not 0 <= dirty_streams <= self._spec.max_dirty_streams:
+            raise fails(errno.EINVAL)
+        self._dirty_streams = dirty_streams
+
+    async def get_stream(self, index: int) -> DataFd:
+        """See proto_v3.device.MigrationDevice."""
+        streams = self._saving or self._loading
+        if not streams or not 0 <= index < self._dirty_streams:
+            raise fails(errno.EINVAL)
+        return streams[1 + index]
+
+    # --- arcs ---------------------------------------------------------------------------------------------------------
+
+    async def _pay_for(self, hop: State) -> None:
+        """What the arc to `hop` takes: suspending leaves the running states, quiescing the P2P ones."""
+        cost_ns = 0
+        if self._state in RUNS and hop not in RUNS:
+            cost_ns += ns(self._spec.suspend_ms)
+        if (self._state in RUNS or self._state in RUNS_P2P) and hop in (State.STOP, State.STOP_COPY):
+            cost_ns += ns(self._spec.quiesce_ms)
+        if cost_ns:
+            start = now_ns()
+            await sleep_ns(cost_ns)
+            self._around.timeline.work(Resource.FIXED, f"{self._state.name} to {hop.name}", start)
+
+    def _enter(self, hop: State) -> DataFd | None:
+        """The arc itself; returns a data fd where it starts a session (vfio.h: four arcs do)."""
+        arc = (self._state, hop)
+        if hop is State.STOP_COPY:
+            opened = None if self._saving else self._start_saving()
+            for stream in self._saving:
+                stream.finish()
+            return opened
+        if hop in SAVES_LIVE and self._state not in SAVES_LIVE:
+            fd = self._start_saving()
+            for stream in self._saving:
+                stream.plan_all()
+            return fd
+        if arc == (State.STOP, State.RESUMING):
+            return self._start_loading()
+        if self._state is State.RESUMING:
+            self._end_loading()
+        elif self._saving and hop not in SAVES_LIVE:
+            self._end_saving()
+        return None
+
+    def _start_saving(self) -> DataFd:
+        if self._device is None:
+            raise fails(errno.EIO)
+        count = self._dirty_streams
+        homes = [None, *(slice(i, None, count) for i in range(count))] if count else [slice(None)]
+        for index, home in enumerate(homes):
+            stream = SaveStream(
+                index,
+                self._device,
+                self._around,
+                self._read_lock(),
+                home=home,
+                objects=index == 0,
+                chunk_bytes=self._settings.chunk_mib << 20,
+                chunks=self._settings.chunks,
+            )
+            self._saving.append(stream)
+            self.read_counts.append(stream.reads)
+            self._tasks.append(asyncio.create_task(stream.produce(), name=f"{self.name} producer {index}"))
+        if count:
+            self._tasks.append(asyncio.create_task(self._watch_epochs(), name=f"{self.name} epochs"))
+        return self._saving[0]
+
+    async def _watch_epochs(self) -> None:
+        """v3: save new critical data as soon as an epoch begins, not when somebody asks."""
+        assert self._device is not None
+        while (at := self._device.next_reconfiguration_ns()) is not None:
+            await sleep_ns(max(0, at - now_ns()))
+            self._saving[0].plan_all()
+
+    def _end_saving(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._tasks.clear()
+        for stream in self._saving:
+            stream.close()
+        self._saving.clear()
+
+    def _start_loading(self) -> DataFd:
+        if self._image is None:
+            raise fails(errno.EIO)
+        streams = 1 + self._dirty_streams
+        setup_ns = round(self._spec.critical.setup_us * 1_000)
+        multi = self._dirty_streams > 0
+        session = LoadSession(self._image, self._around, setup_ns, streams, holds_back=multi)
+        self._load_session = session
+        # v2's write() holds the state mutex (mlx5); v3's must not, or a dirty write that waits for its epoch would keep
+        # the critical data out that it waits for.
+        self._loading = [
+            LoadStream(i, session, Lock(self._around.timeline) if multi else self._device_lock, self._is_resuming)
+            for i in range(streams)
+        ]
+        return self._loading[0]
+
+    def _is_resuming(self) -> bool:
+        return self._state is State.RESUMING
+
+    def _end_loading(self) -> None:
+        """RESUMING -> STOP: the driver checks that what it was given is whole (vfio.h)."""
+        whole = self._load_session is not None and self._load_session.whole
+        self._loading = []
+        self._load_session = None
+        if not whole:
+            self._state = State.ERROR
+            raise fails(errno.EINVAL)
+
+    def _read_lock(self) -> DriverLock:
+        match self._settings.lock:
+            case "none":
+                return nullcontext()
+            case "per_fd":
+                return Lock(self._around.timeline)
+            case "device":
+                return self._device_lock
+            case "global":
+                return self._global_lock

@@ -1,0 +1,82 @@
+"""What the guest does to its devices, made from the seed before the run and equal for every protocol.
+
+Writes come at a constant rate, one whole block each, and are kept as an array of block numbers: the k-th write is at
+(k + 1) / rate. Nothing happens when one falls due: `DeviceState` applies them up to the moment of asking.
+Reconfigurations are times and, for each, the critical objects that it makes new: neighbours, from one drawn at random.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.scenario import MIB, NS_PER_S, Device, Writes
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """One device's share of the guest's activity, up to the horizon.
+
+    `write_blocks`: int32 (writes,), block numbers in order of time. `writes_per_s`: their rate.
+    `reconfiguration_ns`: int64 (events,), ascending. `reconfiguration_objects`: int32 (events, objects each).
+    """
+
+    write_blocks: Int32
+    writes_per_s: float
+    reconfiguration_ns: Int64
+    reconfiguration_objects: Int32
+
+    def writes_until(self, at_ns: int) -> int:
+        """How many writes have happened at a time."""
+        return min(len(self.write_blocks), int(at_ns * self.writes_per_s // NS_PER_S))
+
+    def reconfigurations_until(self, at_ns: int) -> int:
+        """How many reconfigurations have happened at a time."""
+        return int(np.searchsorted(self.reconfiguration_ns, at_ns, side="right"))
+
+
+def make_activity(device: Device, horizon_ns: int, rng: np.random.Generator) -> Activity:
+    """Draw a device's activity up to the horizon."""
+    writable = device.blocks - device.stop_only_blocks
+    writes_rng, events_rng = rng.spawn(2)  # apart, so that adding reconfigurations leaves the writes as they were
+    blocks, per_s = _writes(device.writes, writable, device.block_bytes, horizon_ns, writes_rng)
+    times, objects = _reconfigurations(device, horizon_ns, events_rng)
+    return Activity(blocks, per_s, times, objects)
+
+
+def _writes(
+    writes: Writes | None, blocks: int, block_bytes: int, horizon_ns: int, rng: np.random.Generator
+) -> tuple[Int32, float]:
+    if writes is None:
+        return np.empty(0, np.int32), 0.0
+    per_s = writes.mib_per_s * MIB / block_bytes
+    count = int(per_s * horizon_ns // NS_PER_S)
+    if writes.pattern == "sequential":
+        first = int(rng.integers(blocks))
+        return ((first + np.arange(count, dtype=np.int64)) % blocks).astype(np.int32), per_s
+    if writes.pattern == "uniform":
+        return rng.integers(blocks, size=count, dtype=np.int32), per_s
+    hot_blocks = max(1, round(blocks * writes.hot_fraction))
+    hot = rng.random(count) < writes.hot_share
+    chosen = rng.integers(blocks, size=count, dtype=np.int32)
+    chosen[hot] = rng.integers(hot_blocks, size=int(hot.sum()), dtype=np.int32)
+    return chosen, per_s
+
+
+def _reconfigurations(device: Device, horizon_ns: int, rng: np.random.Generator) -> tuple[Int64, Int32]:
+    plan = device.reconfigurations
+    if plan is None:
+        return np.empty(0, np.int64), np.empty((0, 1), np.int32)
+    if plan.at_s:
+        times = np.sort(np.array([round(at * NS_PER_S) for at in plan.at_s], np.int64))
+    else:
+        count = rng.poisson(plan.poisson_per_s * horizon_ns / NS_PER_S)
+        times = np.sort(rng.integers(horizon_ns, size=count, dtype=np.int64))
+    first = rng.integers(device.critical.objects, size=(len(times), 1))
+    objects = (first + np.arange(plan.objects_each)) % device.critical.objects
+    return times, objects.astype(np.int32)

@@ -1,0 +1,99 @@
+"""What the driver's stream is made of, in virtual time: records, and runs of their bytes.
+
+A record stands for a header and a payload of so many bytes. To the VMM its bytes are opaque: it sees an `Extent`,
+which has a length and can be cut, as a memoryview has. The target driver sees which bytes of which record came, in
+what order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from proto_v3.frames import Payload
+from sim.device import Indices
+from sim.guest import Int32
+
+HEADER_BYTES = 16
+"""struct mlx5_vf_migration_header: u64 record_size, u32 flags, u32 tag (Linux drivers/vfio/pci/mlx5/cmd.h)."""
+
+NO_INDICES: Indices = np.empty(0, np.intp)
+NO_VERSIONS: Int32 = np.empty(0, np.int32)
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """One record of one stream: some blocks or some critical objects, with the versions that were saved."""
+
+    stream: int
+    sequence: int
+    epoch: int
+    payload_bytes: int
+    blocks: Indices = field(default_factory=lambda: NO_INDICES)
+    block_versions: Int32 = field(default_factory=lambda: NO_VERSIONS)
+    objects: Indices = field(default_factory=lambda: NO_INDICES)
+    object_versions: Int32 = field(default_factory=lambda: NO_VERSIONS)
+    initial: bool = False
+    """Its bytes count as v2's initial_bytes."""
+    epoch_complete: bool = False
+    """The last record of its epoch's critical data."""
+    end: bool = False
+    """The stream's END record: `sequence` records came before it."""
+    cause: int = -1
+    """The span that made it readable."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in the stream, the header included."""
+        return HEADER_BYTES + self.payload_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes [start, stop) of a record."""
+
+    record: Record
+    start: int
+    stop: int
+
+
+class Extent:
+    """A run of stream bytes: parts of records, in order."""
+
+    __slots__ = ("_bytes", "parts")
+
+    def __init__(self, parts: list[Part]) -> None:
+        self.parts = parts
+        self._bytes = sum(part.stop - part.start for part in parts)
+
+    def __len__(self) -> int:
+        return self._bytes
+
+    def __getitem__(self, piece: slice, /) -> Extent:
+        begin, end, step = piece.indices(self._bytes)
+        if step != 1:
+            raise ValueError("a run of bytes is cut with step 1")
+        parts, at = [], 0
+        for part in self.parts:
+            size = part.stop - part.start
+            first, last = max(begin - at, 0), min(end - at, size)
+            if first < last:
+                parts.append(Part(part.record, part.start + first, part.start + last))
+            at += size
+        return Extent(parts)
+
+
+class Bulk:
+    """So many bytes of which only the number matters: pages of guest RAM."""
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self, size_bytes: int) -> None:
+        self._bytes = size_bytes
+
+    def __len__(self) -> int:
+        return self._bytes
+
+    def __getitem__(self, piece: slice, /) -> Payload:
+        return Bulk(len(range(*piece.indices(self._bytes))))

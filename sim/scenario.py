@@ -1,0 +1,482 @@
+"""Scenarios: TOML files, validated, with units in the key names.
+
+Every assumption of the model is a key here, none is a constant in the code. `[sources]` says for a key where its value
+comes from: `published`, `kernel`, `qemu`, `fitted`, `derived` or `assumed`, a colon, and the words.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+from pydantic import Field, model_validator
+
+from proto_v3.errors import UserError
+from proto_v3.switchover import SwitchoverSettings
+from proto_v3.uapi import MigrationFlags
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+NS_PER_US, NS_PER_MS, NS_PER_S = 1_000, 1_000_000, 1_000_000_000
+BYTES_PER_S_PER_GBIT = 125_000_000
+PAGE_BYTES = 4 * KIB
+
+MAX_BLOCKS = 1 << 24
+MAX_WRITES = 1 << 26
+"""Blocks and writes are NumPy arrays; more than these would not fit the memory that a run is meant to take."""
+
+Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+SOURCE_KINDS = ("published", "kernel", "qemu", "fitted", "derived", "assumed")
+
+
+def ns(ms: float) -> int:
+    """Milliseconds to whole nanoseconds."""
+    return round(ms * NS_PER_MS)
+
+
+class Section(pydantic.BaseModel):
+    """A table of the file: no unknown keys, no strings taken for numbers, never changed after loading."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Ram(Section):
+    """Guest RAM. Pages of zeros come first in the first pass and cost a scan, not a copy."""
+
+    size_gib: Annotated[float, Field(gt=0, le=65536)]
+    nonzero_gib: NonNegative
+    scan_gib_per_s: Positive
+    send_gib_per_s: Positive
+    dirty_mib_per_s: NonNegative
+    working_set_mib: Positive
+    sync_ms: NonNegative
+    final_sync_ms: NonNegative
+    final_scan_ms: NonNegative
+    frame_mib: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.nonzero_gib > self.size_gib:
+            raise ValueError(f"nonzero_gib = {self.nonzero_gib:g}: must be at most size_gib = {self.size_gib:g}")
+        if self.working_set_mib > self.size_gib * 1024:
+            raise ValueError(
+                f"working_set_mib = {self.working_set_mib:g}: must be at most size_gib, {self.size_gib * 1024:g} MiB"
+            )
+        return self
+
+
+class Writes(Section):
+    """What the guest dirties in a device's state, as bytes a second in whole blocks."""
+
+    pattern: Literal["uniform", "hotspot", "sequential"]
+    mib_per_s: Positive
+    hot_share: Fraction = 0.9
+    hot_fraction: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _keys_of_pattern(self) -> Self:
+        if self.pattern != "hotspot" and {"hot_share", "hot_fraction"} & self.model_fields_set:
+            raise ValueError(f'pattern = "{self.pattern}": hot_share and hot_fraction go with "hotspot" only')
+        return self
+
+
+class Reconfigurations(Section):
+    """When the guest reconfigures the device, which makes critical objects new."""
+
+    at_s: list[NonNegative] = []
+    poisson_per_s: NonNegative = 0.0
+    objects_each: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.at_s and self.poisson_per_s:
+            raise ValueError(f"poisson_per_s = {self.poisson_per_s:g}: must be left out where at_s gives the times")
+        return self
+
+
+class Critical(Section):
+    """The objects that the target must set up before the device can run: queues, contexts, memory."""
+
+    objects: Annotated[int, Field(ge=0, le=1_000_000)]
+    object_kib: Positive
+    setup_us: NonNegative
+
+
+class Device(Section):
+    """One VFIO device, or `count` like it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,32}$")]
+    count: Annotated[int, Field(ge=1, le=64)] = 1
+    pf: Annotated[int, Field(ge=0, le=63)] = 0
+    features: list[Literal["STOP_COPY", "P2P", "PRE_COPY"]]
+    max_dirty_streams: Annotated[int, Field(ge=0, le=64)]
+    state_mib: Annotated[float, Field(gt=0, le=1 << 20)]
+    stop_only_mib: NonNegative
+    block_kib: Annotated[int, Field(ge=1, le=1 << 20)]
+    suspend_ms: NonNegative
+    quiesce_ms: NonNegative
+    config_load_ms: NonNegative
+    critical: Critical
+    writes: Writes | None = None
+    reconfigurations: Reconfigurations | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if "STOP_COPY" not in self.features:
+            raise ValueError(
+                f'features = {self.features}: must have "STOP_COPY", as every device that can migrate does'
+            )
+        if len(set(self.features)) != len(self.features):
+            raise ValueError(f"features = {self.features}: must name each once")
+        if self.stop_only_mib > self.state_mib:
+            raise ValueError(f"stop_only_mib = {self.stop_only_mib:g}: must be at most state_mib = {self.state_mib:g}")
+        if not 1 <= self.blocks <= MAX_BLOCKS:
+            raise ValueError(
+                f"block_kib = {self.block_kib}: makes {self.blocks} blocks; must make at most {MAX_BLOCKS}"
+            )
+        if self.reconfigurations and self.reconfigurations.objects_each > self.critical.objects:
+            raise ValueError(
+                f"reconfigurations.objects_each = {self.reconfigurations.objects_each}: must be at most "
+                f"critical.objects = {self.critical.objects}"
+            )
+        return self
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return self.block_kib * KIB
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the state; the last may be partly used, and is counted whole."""
+        return -(-round(self.state_mib * MIB) // self.block_bytes)
+
+    @property
+    def stop_only_blocks(self) -> int:
+        """Blocks that can be saved only once the device is stopped; the last ones."""
+        return -(-round(self.stop_only_mib * MIB) // self.block_bytes)
+
+    @property
+    def flags(self) -> MigrationFlags:
+        """VFIO_DEVICE_FEATURE_MIGRATION's answer."""
+        flags = MigrationFlags(0)
+        for feature in self.features:
+            flags |= MigrationFlags[feature]
+        return flags | MigrationFlags.MULTI_STREAM if self.max_dirty_streams else flags
+
+
+class Firmware(Section):
+    """A PF's firmware: shared by its VFs. The same at the source and at the target."""
+
+    engines: Annotated[int, Field(ge=1, le=256)]
+    save_mib_per_s: Positive
+    save_command_us: NonNegative
+    load_mib_per_s: Positive
+    load_command_us: NonNegative
+    load_finish_ms: NonNegative
+    service_cv: Annotated[float, Field(ge=0, le=2)]
+
+
+class Driver(Section):
+    """The kernel driver's side of a data fd."""
+
+    chunk_mib: Annotated[int, Field(ge=1, le=1024)]
+    chunks: Annotated[int, Field(ge=1, le=64)]
+    lock: Literal["none", "per_fd", "device", "global"]
+    call_us: NonNegative
+
+
+class Host(Section):
+    """Memory: what one thread copies, and what all of them together."""
+
+    copy_gib_per_s: Positive
+    memory_gib_per_s: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.copy_gib_per_s > self.memory_gib_per_s:
+            raise ValueError(
+                f"copy_gib_per_s = {self.copy_gib_per_s:g} (one thread): must be at most "
+                f"memory_gib_per_s = {self.memory_gib_per_s:g} (all of them)"
+            )
+        return self
+
+
+class Link(Section):
+    """The network between the hosts."""
+
+    gbit_per_s: Positive
+    per_connection_gbit_per_s: Positive
+    round_trip_us: NonNegative
+    socket_buffer_mib: Annotated[float, Field(gt=0, le=4096)]
+
+
+class Vmm(Section):
+    """The VMM's costs and settings."""
+
+    read_mib: Annotated[float, Field(gt=0, le=1024)] = 1.0
+    write_kib: Annotated[int, Field(ge=1, le=1 << 20)] = 32
+    setup_ms: NonNegative
+    vcpu_stop_ms: NonNegative
+    vcpu_start_ms: NonNegative
+    downtime_limit_ms: Positive = 300.0
+    bandwidth_window_ms: Positive = 100.0
+    bandwidth_gbit_per_s: Positive | None = None
+    decision_interval_ms: Positive
+    ram_budget_ms: Positive
+    give_up_s: Annotated[float, Field(gt=0, le=86400)]
+
+
+class V3(Section):
+    """What the v3 VMM asks for unless the protocol's name says it (`v3-n8`)."""
+
+    dirty_streams: Annotated[int, Field(ge=1, le=64)] = 4
+
+
+class Published(Section):
+    """What the scenario's source measured, to hold the v2 run against. Milliseconds; in lists one value a device."""
+
+    citation: str
+    stop_ms: NonNegative | None = None
+    ram_save_ms: NonNegative | None = None
+    device_save_ms: list[NonNegative] = []
+    ram_load_ms: NonNegative | None = None
+    device_load_ms: list[NonNegative] = []
+    config_load_ms: list[NonNegative] = []
+    downtime_ms: NonNegative | None = None
+    total_ms: NonNegative | None = None
+    setup_ms: NonNegative | None = None
+
+
+class Scenario(Section):
+    """Everything that a run is made from, but the protocol and the seed."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str
+    ram: Ram
+    device: Annotated[list[Device], Field(min_length=1)]
+    firmware: Firmware
+    driver: Driver
+    host: Host
+    link: Link
+    vmm: Vmm
+    v3: V3 = V3()
+    published: Published | None = None
+    sources: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        names = [device.name for device in self.device]
+        if len(set(names)) != len(names):
+            raise ValueError(f"device.name = {names}: must differ from table to table; count makes several alike")
+        if len(self.devices) > 64:
+            raise ValueError(f"device.count: makes {len(self.devices)} devices; must make at most 64")
+        for at, device in enumerate(self.device):
+            where = f"device.{at}"
+            chunk = self.driver.chunk_mib * MIB
+            if chunk % device.block_bytes:
+                raise ValueError(
+                    f"{where}.block_kib = {device.block_kib}: must divide driver.chunk_mib, {chunk // KIB} KiB"
+                )
+            if device.writes and device.stop_only_blocks == device.blocks:
+                raise ValueError(
+                    f"{where}.stop_only_mib = {device.stop_only_mib:g}: must leave something for writes to dirty"
+                )
+            if device.writes:
+                writes = device.writes.mib_per_s * MIB / device.block_bytes * self.vmm.give_up_s
+                if writes > MAX_WRITES:
+                    raise ValueError(
+                        f"{where}.writes.mib_per_s = {device.writes.mib_per_s:g}: makes {writes:.3g} writes within "
+                        f"vmm.give_up_s; must make at most {MAX_WRITES:.3g}: take larger blocks or give up earlier"
+                    )
+            if device.reconfigurations and device.reconfigurations.poisson_per_s * self.vmm.give_up_s > 1e6:
+                raise ValueError(
+                    f"{where}.reconfigurations.poisson_per_s = {device.reconfigurations.poisson_per_s:g}: must make at "
+                    "most 1e6 events within vmm.give_up_s"
+                )
+        if self.link.per_connection_gbit_per_s > self.link.gbit_per_s:
+            raise ValueError(
+                f"link.per_connection_gbit_per_s = {self.link.per_connection_gbit_per_s:g}: must be at most "
+                f"link.gbit_per_s = {self.link.gbit_per_s:g}"
+            )
+        if self.link.socket_buffer_mib < self.vmm.read_mib:
+            raise ValueError(
+                f"link.socket_buffer_mib = {self.link.socket_buffer_mib:g}: must be at least one read, "
+                f"vmm.read_mib = {self.vmm.read_mib:g}"
+            )
+        known = set(parameters(self))
+        for key, source in self.sources.items():
+            if key not in known:
+                raise ValueError(
+                    f"sources.{key} = {_short(source)}: must be a key that the file sets{_did_you_mean(key, known)}"
+                )
+            if source.partition(":")[0] not in SOURCE_KINDS:
+                raise ValueError(
+                    f"sources.{key} = {_short(source)}: must begin with {', '.join(SOURCE_KINDS)}, and a colon"
+                )
+        return self
+
+    @property
+    def devices(self) -> list[Device]:
+        """One entry a device, `count` unfolded; names get a number where there are several alike."""
+        unfolded = []
+        for device in self.device:
+            if device.count == 1:
+                unfolded.append(device)
+            else:
+                unfolded += [device.model_copy(update={"name": f"{device.name}{i}"}) for i in range(device.count)]
+        return unfolded
+
+    @property
+    def horizon_ns(self) -> int:
+        """How far the guest's activity is made up: a migration that lasts longer is given up."""
+        return round((self.vmm.give_up_s + 1) * NS_PER_S) + ns(self.vmm.vcpu_stop_ms + self.vmm.setup_ms)
+
+    def switchover_settings(self) -> SwitchoverSettings:
+        """The VMM's settings, in nanoseconds and bytes."""
+        vmm = self.vmm
+        given = vmm.bandwidth_gbit_per_s
+        return SwitchoverSettings(
+            downtime_limit_ns=ns(vmm.downtime_limit_ms),
+            bandwidth_window_ns=ns(vmm.bandwidth_window_ms),
+            decision_interval_ns=ns(vmm.decision_interval_ms),
+            give_up_ns=round(vmm.give_up_s * NS_PER_S),
+            read_bytes=round(vmm.read_mib * MIB),
+            write_bytes=vmm.write_kib * KIB,
+            ram_budget_ns=ns(vmm.ram_budget_ms),
+            given_bandwidth_bytes_per_s=None if given is None else given * BYTES_PER_S_PER_GBIT,
+        )
+
+
+def parameters(scenario: Scenario) -> dict[str, Any]:
+    """The model's parameters that the file sets, as dotted keys (`device.0.state_mib`)."""
+    tables = scenario.model_dump(exclude_unset=True, exclude={"name", "description", "published", "sources"})
+    return dict(_leaves(tables, ""))
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for at, inner in enumerate(value):
+            yield from _leaves(inner, f"{key}.{at}")
+    else:
+        yield key, value
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def shipped() -> dict[str, Path]:
+    """The scenarios that come with the project, by name."""
+    folder = Path(__file__).resolve().parents[1] / "scenarios"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def find(name_or_path: str) -> Path:
+    """The file of a shipped scenario's name or of a path. UserError if there is none."""
+    if name_or_path in shipped():
+        return shipped()[name_or_path]
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f"{name_or_path} is a folder; a scenario is a TOML file")
+    raise UserError(
+        f"no scenario {name_or_path!r}: neither a file nor one of {', '.join(shipped())}"
+        f"{_did_you_mean(name_or_path, shipped())}"
+    )
+
+
+def load(name_or_path: str) -> Scenario:
+    """Read and validate a scenario. UserError names the file, and key, value and what would be right per problem."""
+    path = find(name_or_path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, file: str) -> Scenario:
+    """Validate a scenario's text; `file` is what its errors call it."""
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{file}: not valid TOML: {error}") from error
+    if not tables:
+        raise UserError(f"{file}: empty; a scenario needs the tables {', '.join(_required())}")
+    try:
+        return Scenario.model_validate(tables)
+    except pydantic.ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        raise UserError("\n  ".join([f"{file}: {len(problems)} problem(s)", *problems])) from None
+
+
+def _required() -> list[str]:
+    return [name for name, field in Scenario.model_fields.items() if field.is_required()]
+
+
+def _explain(problem: Any) -> str:
+    """One line: key, value, what would be right."""
+    key = ".".join(str(part) for part in problem["loc"])
+    kind, value = problem["type"], problem["input"]
+    if kind == "missing":
+        return f"{key}: missing; it is required{_unit_hint(key)}"
+    if kind == "extra_forbidden":
+        return (
+            f"{key} = {_short(value)}: unknown key{_did_you_mean(key.rpartition('.')[2], _keys_beside(problem['loc']))}"
+        )
+    if kind == "value_error":
+        return f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+    message = problem["msg"].replace("Input should be", "must be")
+    return f"{key} = {_short(value)}: {message[0].lower()}{message[1:]}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _unit_hint(key: str) -> str:
+    unit = key.rpartition("_")[2]
+    units = {"ms": "milliseconds", "us": "microseconds", "s": "seconds", "mib": "MiB", "gib": "GiB", "kib": "KiB"}
+    return f" ({units[unit]})" if unit in units else ""
+
+
+def _keys_beside(loc: tuple[Any, ...]) -> list[str]:
+    """The keys that are allowed in the table in which `loc` stands."""
+    model: type[pydantic.BaseModel] = Scenario
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        inner = _model_in(annotation)
+        if inner is None:
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[pydantic.BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if (found := _model_in(argument)) is not None:
+            return found
+    return None
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return ""
