@@ -112,8 +112,8 @@ def supports(features: MigrationFlags, state: State) -> bool:
 def path(current: State, target: State, features: MigrationFlags) -> list[State]:
     """The states that SET_STATE passes through, the target last; empty when already there.
 
-    Raises InvalidTransitionError (EINVAL) for ERROR as start or target, for a state that the device does not have, and where
-    the table refuses.
+    Raises InvalidTransitionError (EINVAL) for ERROR as start or target, for a state that the device does not have,
+    and where the table refuses.
     """
     for state in (current, target):
         if state is ERROR:

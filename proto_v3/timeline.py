@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 NO_CAUSE = -1
 T = TypeVar("T")
@@ -110,6 +111,8 @@ class Timeline:
         self._start_ns = array("q")
         self._end_ns = array("q")
         self._cause = array("q")
+        self._blocked_start_ns = array("q")
+        self._blocked_end_ns = array("q")
 
     def __len__(self) -> int:
         return len(self._start_ns)
@@ -131,6 +134,11 @@ class Timeline:
         self._end_ns.append(end_ns)
         self._cause.append(_cursor.get())
         return len(self._start_ns) - 1
+
+    def blocked(self, start_ns: int) -> None:
+        """Record that a send was held up since `start_ns` by a full connection."""
+        self._blocked_start_ns.append(start_ns)
+        self._blocked_end_ns.append(self.now_ns())
 
     def mark(self, mark: Mark) -> None:
         """Say that a phase's bound is now. Said more than once (by each of several streams), the last one holds."""
@@ -188,11 +196,17 @@ class Timeline:
 
     def in_downtime_ns(self, resource: Resource) -> int:
         """How much of a resource's work fell into the downtime, on the critical path or beside it."""
-        start = np.frombuffer(self._start_ns, np.int64)
-        end = np.frombuffer(self._end_ns, np.int64)
+        inside = self._inside_downtime(self._start_ns, self._end_ns)
+        return int(inside[np.array(self._resource, np.int8) == resource].sum())
+
+    def blocked_in_downtime_ns(self) -> int:
+        """How long sends were held up by full connections in the downtime, summed over connections."""
+        return int(self._inside_downtime(self._blocked_start_ns, self._blocked_end_ns).sum())
+
+    def _inside_downtime(self, start_ns: array[int], end_ns: array[int]) -> NDArray[np.int64]:
         begin, until = self.marks[Mark.STOP_ORDERED], self.marks[Mark.RESUMED]
-        inside = np.minimum(end, until) - np.maximum(start, begin)
-        return int(inside[(np.frombuffer(self._resource, np.int8) == resource) & (inside > 0)].sum())
+        inside: NDArray[np.int64] = np.minimum(np.array(end_ns), until) - np.maximum(np.array(start_ns), begin)
+        return inside.clip(min=0)
 
     def digest(self) -> str:
         """A fingerprint of everything that was recorded: equal for two runs that did the same at the same times."""

@@ -37,10 +37,13 @@ class _OneWay:
     async def send(self, header: bytes, payload: Payload) -> None:
         size = len(header) + len(payload)
         # A frame that is larger than the buffer goes when the connection is empty.
+        asked = now_ns()
         while self._in_flight_bytes and self._in_flight_bytes + size > self._buffer_bytes:
             await self._room.wait()
         self._in_flight_bytes += size
         start = now_ns()
+        if start > asked:
+            self._timeline.blocked(asked)
         through = max(self._connection.book(size, start)[1], self._link.book(size, start)[1])
         arrival = through + self._latency_ns
         span = self._timeline.span(Resource.LINK, "frame", start, arrival, track=self._name)

@@ -62,12 +62,17 @@ class Outcome:
     downtime_ns: int | None = None
     total_ns: int | None = None
     phases_ns: dict[str, int] = field(default_factory=dict)
+    """They sum to the downtime exactly."""
     critical_path_ns: dict[str, int] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
     setup_in_downtime_ns: int = 0
+    """Set-up of critical objects that fell into the downtime, on the critical path or beside it."""
+    send_blocked_ns: int = 0
+    """How long sends were held up by full connections in the downtime, summed over connections."""
     wire_bytes: int = 0
     device_bytes: int = 0
     device_bytes_resent: int = 0
+    """Read from the devices beyond one copy of their state: what was dirtied again, and the records' headers."""
     reads: int = 0
     read_firmware_ns: int = 0
     read_lock_ns: int = 0
@@ -208,6 +213,7 @@ class _Run:
             critical_path_ns=timeline.critical_path_ns(),
             stages=tuple(timeline.stages),
             setup_in_downtime_ns=timeline.in_downtime_ns(Resource.SETUP),
+            send_blocked_ns=timeline.blocked_in_downtime_ns(),
         )
 
 

@@ -242,6 +242,8 @@ class Published(Section):
     """What the scenario's source measured, to hold the v2 run against. Milliseconds; in lists one value a device."""
 
     citation: str
+    fitted: list[str] = []
+    """Which of the figures below parameters were fitted to; `key` or `key.index`. The others are predictions."""
     stop_ms: NonNegative | None = None
     ram_save_ms: NonNegative | None = None
     device_save_ms: list[NonNegative] = []

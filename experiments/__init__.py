@@ -1,0 +1,1 @@
+"""Questions put to the simulator, and the command line."""

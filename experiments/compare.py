@@ -1,0 +1,126 @@
+"""The main job: the same devices migrated under each protocol, with the same seeds.
+
+What it shows is read off the runs: tables, a figure, and a few sentences whose numbers are computed.
+"""
+
+from __future__ import annotations
+
+import signal
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from experiments import results, tell
+from proto_v3.errors import UserError
+from proto_v3.migration import OutcomeKind
+from sim.run import Outcome, Protocol, simulate
+from sim.scenario import Scenario, load
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run to be made."""
+
+    scenario: Scenario
+    protocol: Protocol
+    seed: int
+
+
+def run_cell(cell: Cell) -> Outcome:
+    """Make one run. One that breaks is recorded as such, and the others go on."""
+    try:
+        return simulate(cell.scenario, cell.protocol, cell.seed)
+    except Exception as error:  # a bug of ours: it must be seen, and must not cost the other runs
+        reason = "".join(traceback.format_exception(error))
+        return Outcome(cell.scenario.name, cell.protocol.name, cell.seed, OutcomeKind.FAILED, reason)
+
+
+def run_compare(
+    scenario_name: str,
+    protocol_names: Sequence[str],
+    seeds: Sequence[int],
+    out: Path | None,
+    table_format: str,
+    jobs: int | None,
+    command: Sequence[str],
+) -> int:
+    """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
+    scenario = load(scenario_name)
+    protocols = [Protocol.parse(name, scenario) for name in protocol_names]
+    if len({protocol.name for protocol in protocols}) < len(protocols):
+        raise UserError(f"--protocols {','.join(protocol_names)}: one is named twice")
+    folder = results.ResultFolder(out if out is not None else Path("results") / scenario.name)
+    cells = [Cell(scenario, protocol, seed) for seed in seeds for protocol in protocols]
+    outcomes, interrupted = run_cells(cells, jobs)
+    console = tell.console()
+    if not outcomes:
+        console.print("interrupted before the first run was done; nothing was written")
+        return INTERRUPTED
+    frame = results.table(outcomes)
+    folder.write_table(frame, "runs", table_format)
+    folder.write_json(results.manifest(scenario, scenario_name, command, outcomes, len(cells)), "manifest")
+    if interrupted:
+        console.print(f"interrupted: {len(outcomes)} of {len(cells)} runs were done and are kept in {folder.folder}")
+        return INTERRUPTED
+    tell.print_tables(console, scenario, frame)
+    figures = _draw(folder, scenario, frame, command)
+    tell.print_findings(console, scenario, frame)
+    console.print(
+        f"\nFigure: {figures[0]} (and .svg)" if figures else "\nNo run was completed: there is nothing to draw."
+    )
+    console.print(f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")
+    return 1 if any(outcome.kind is OutcomeKind.FAILED for outcome in outcomes) else 0
+
+
+def run_cells(cells: Sequence[Cell], jobs: int | None) -> tuple[list[Outcome], bool]:
+    """Run all cells, on `jobs` processes; returns what was done, in the cells' order, and whether Ctrl-C cut it short.
+
+    The outcomes are the same for any number of processes: a run depends on its cell alone.
+    """
+    done: dict[int, Outcome] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("runs", total=len(cells))
+        try:
+            for at, outcome in _in_processes(cells, jobs):
+                done[at] = outcome
+                progress.advance(task)
+        except KeyboardInterrupt:
+            return [done[at] for at in sorted(done)], True
+    return [done[at] for at in sorted(done)], False
+
+
+def _in_processes(cells: Sequence[Cell], jobs: int | None) -> Iterator[tuple[int, Outcome]]:
+    if jobs == 1 or len(cells) == 1:
+        for at, cell in enumerate(cells):
+            yield at, run_cell(cell)
+        return
+    # Ctrl-C goes to the whole process group; only this process is to act on it.
+    pool = ProcessPoolExecutor(jobs, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    try:
+        waiting = {pool.submit(run_cell, cell): at for at, cell in enumerate(cells)}
+        while waiting:
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                yield waiting.pop(future), future.result()
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _draw(folder: results.ResultFolder, scenario: Scenario, frame: pl.DataFrame, command: Sequence[str]) -> list[Path]:
+    if frame.filter(pl.col("outcome") == OutcomeKind.COMPLETED.value).is_empty():
+        return []
+    from experiments import figures
+
+    return folder.write_figure(figures.downtime(scenario, frame, " ".join(command)), "compare")

@@ -1,0 +1,38 @@
+"""What scenarios there are, and what they assume."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from sim.scenario import load, parameters, shipped
+
+
+def list_scenarios() -> None:
+    """Print names and descriptions."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("name", no_wrap=True)
+    table.add_column("what")
+    for name, path in shipped().items():
+        table.add_row(name, load(str(path)).description)
+    Console().print(table)
+
+
+def show_scenario(name: str) -> None:
+    """Print every parameter that the scenario sets, with its source."""
+    scenario = load(name)
+    console = Console()
+    console.print(f"[bold]{scenario.name}[/bold]: {scenario.description}\n", highlight=False)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("parameter", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("source")
+    for key, value in parameters(scenario).items():
+        table.add_row(key, _told(value), scenario.sources.get(key, "not stated"))
+    console.print(table, highlight=False)
+
+
+def _told(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(str(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,244 @@
+"""What a comparison says, in tables and sentences. Every number is computed from the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import polars as pl
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from experiments.results import PATH_COLUMNS, PHASE_COLUMNS
+from proto_v3.migration import OutcomeKind
+from proto_v3.timeline import PHASES, Resource
+from sim.scenario import MIB, Published, Scenario
+
+COMPLETED = pl.col("outcome") == OutcomeKind.COMPLETED.value
+NS_PER_MS = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A published figure against the simulated one. Milliseconds."""
+
+    what: str
+    published_ms: float
+    simulated_ms: float
+    fitted: bool
+    """Whether a parameter was fitted to it; else it is a prediction."""
+
+    @property
+    def error(self) -> float:
+        """Relative to the published figure."""
+        return self.simulated_ms / self.published_ms - 1
+
+
+def console() -> Console:
+    """For tables on stdout: as wide as the terminal, or wide enough for them where there is none."""
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=120)
+
+
+def protocols(frame: pl.DataFrame) -> list[str]:
+    """In the order in which they were asked for."""
+    return list(frame["protocol"].unique(maintain_order=True))
+
+
+def held_against(published: Published, frame: pl.DataFrame) -> list[Held]:
+    """The published figures against the v2 runs' means; empty if v2 was not run, or never completed."""
+    runs = frame.filter(COMPLETED & (pl.col("protocol") == "v2"))
+    if runs.is_empty():
+        return []
+    columns = {"downtime": "downtime_ns", "total": "total_ns"}
+    held = []
+    for key, value in published.model_dump(exclude={"citation", "fitted"}, exclude_none=True).items():
+        name = key.removesuffix("_ms")
+        many = isinstance(value, list)
+        for index, expected in enumerate(value if many else [value]):
+            column = columns.get(name, f"stage_{name}_{index}_ns")
+            which, fitted = (f" {index}", f"{key}.{index}") if many else ("", key)
+            told = name.replace("_", " ") + which
+            held.append(Held(told, expected, ms(runs[column].mean()), fitted in published.fitted))
+    return held
+
+
+def print_tables(console: Console, scenario: Scenario, frame: pl.DataFrame) -> None:
+    """Outcomes, downtime and phases; the critical path; bytes and reads; published figures if there are any."""
+    seeds = frame["seed"].n_unique()
+    _print(console, f"{scenario.name}: {scenario.description}", _outcomes(frame))
+    completed = frame.filter(COMPLETED)
+    if completed.is_empty():
+        return
+    _print(console, f"Downtime and its phases, ms (means over {seeds} seed(s), which add up)", _phases(completed))
+    _print(console, "Critical path through the downtime: share of each resource, %", _critical_path(completed))
+    _print(console, "Bytes and reads, means a run", _counts(completed))
+    held = held_against(scenario.published, frame) if scenario.published else []
+    if held and scenario.published:
+        _print(console, "Published against simulated (v2), ms", _held(held))
+        console.print(f"Published: {scenario.published.citation}", highlight=False, markup=False)
+
+
+def _print(console: Console, title: str, table: Table) -> None:
+    console.print(f"\n[bold]{escape(title)}[/bold]", highlight=False)
+    console.print(table)
+
+
+def _outcomes(frame: pl.DataFrame) -> Table:
+    table = _table(["protocol", "runs", "outcome", "reason"])
+    counted = frame.group_by("protocol", "outcome", "reason", maintain_order=True).len()
+    for protocol, outcome, reason, runs in counted.iter_rows():
+        table.add_row(protocol, str(runs), outcome, reason)
+    return table
+
+
+def _phases(completed: pl.DataFrame) -> Table:
+    table = _table(["protocol", "downtime", "least", "most", *PHASES])
+    for protocol in protocols(completed):
+        runs = completed.filter(pl.col("protocol") == protocol)
+        downtime = runs["downtime_ns"]
+        least, most = ms(downtime.min()), ms(downtime.max())
+        phases = [f"{ms(runs[column].mean()):.1f}" for column in PHASE_COLUMNS]
+        table.add_row(protocol, f"{ms(downtime.mean()):.1f}", f"{least:.1f}", f"{most:.1f}", *phases)
+    return table
+
+
+def _critical_path(completed: pl.DataFrame) -> Table:
+    table = _table(["protocol", *[resource.name.lower() for resource in Resource]])
+    for protocol in protocols(completed):
+        shares = path_shares(completed, protocol)
+        table.add_row(protocol, *[f"{100 * shares[resource]:.1f}" for resource in Resource])
+    return table
+
+
+def path_shares(completed: pl.DataFrame, protocol: str) -> dict[Resource, float]:
+    """Share of each resource in the downtime's critical path, over all of a protocol's runs."""
+    runs = completed.filter(pl.col("protocol") == protocol)
+    whole = number(runs["downtime_ns"].sum())
+    return {
+        resource: number(runs[column].sum()) / whole for resource, column in zip(Resource, PATH_COLUMNS, strict=True)
+    }
+
+
+def _counts(completed: pl.DataFrame) -> Table:
+    table = _table(
+        [
+            *("protocol", "total s", "wire MiB", "device MiB", "again MiB", "reads", "us a read"),
+            *("firmware %", "lock %", "copy %", "set-up in downtime ms"),
+        ]
+    )
+    for protocol in protocols(completed):
+        runs = completed.filter(pl.col("protocol") == protocol)
+        reads = number(runs["reads"].sum())
+        parts = [number(runs[f"read_{part}_ns"].sum()) for part in ("firmware", "lock", "copy")]
+        table.add_row(
+            protocol,
+            f"{ms(runs['total_ns'].mean()) / 1000:.2f}",
+            *[f"{number(runs[c].mean()) / MIB:.1f}" for c in ("wire_bytes", "device_bytes", "device_bytes_resent")],
+            f"{number(runs['reads'].mean()):.0f}",
+            f"{sum(parts) / max(reads, 1) / 1000:.0f}",
+            *[f"{100 * part / max(sum(parts), 1):.0f}" for part in parts],
+            f"{ms(runs['setup_in_downtime_ns'].mean()):.1f}",
+        )
+    return table
+
+
+def _held(held: Sequence[Held]) -> Table:
+    table = _table(["what", "published", "simulated", "error", "used to fit"])
+    for one in held:
+        error = f"{100 * one.error:+.1f} %"
+        table.add_row(
+            one.what, f"{one.published_ms:.1f}", f"{one.simulated_ms:.1f}", error, "yes" if one.fitted else "no"
+        )
+    return table
+
+
+def _table(columns: Sequence[str]) -> Table:
+    table = Table(box=None, header_style="", pad_edge=False, padding=(0, 1))
+    for at, column in enumerate(columns):
+        table.add_column(column, justify="right" if at and column not in ("outcome", "reason") else "left")
+    return table
+
+
+def number(value: object) -> float:
+    """What Polars gives for an aggregate, as the number that it is: its type says that it might be anything."""
+    assert isinstance(value, (int, float))
+    return float(value)
+
+
+def ms(value: object) -> float:
+    """Nanoseconds, as Polars gives them, in milliseconds."""
+    return number(value) / NS_PER_MS
+
+
+# --- sentences -------------------------------------------------------------------------------------------------------
+
+
+def print_findings(console: Console, scenario: Scenario, frame: pl.DataFrame) -> None:
+    """What the figure shows, and what it does not."""
+    completed = frame.filter(COMPLETED)
+    for sentence in findings(scenario, completed):
+        console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=False)
+
+
+def findings(scenario: Scenario, completed: pl.DataFrame) -> list[str]:
+    """Sentences about the completed runs."""
+    sentences = []
+    named = protocols(completed)
+    for protocol in named:
+        sentences.append(_bound(completed, protocol))
+    if "v2" in named:
+        sentences += _overlap(completed)
+        sentences += [_difference(completed, "v2", other) for other in named if other != "v2"]
+    v3 = [name for name in named if name.startswith("v3-n")]
+    if len(v3) > 1:
+        sentences.append(_difference(completed, v3[0], v3[-1]))
+    if v3 and "v2" in named and len(scenario.devices) > 1:
+        sentences.append(
+            "Limit: v2 here is QEMU without multifd device state, which moves and loads one device after the other. Part "
+            "of what v3 gains comes from moving several devices at once, not from several streams a device."
+        )
+    return sentences
+
+
+def _bound(completed: pl.DataFrame, protocol: str) -> str:
+    shares = sorted(path_shares(completed, protocol).items(), key=lambda item: -item[1])
+    told = ", ".join(f"{resource.name.lower()} {100 * share:.0f} %" for resource, share in shares if share >= 0.05)
+    mean = ms(completed.filter(pl.col("protocol") == protocol)["downtime_ns"].mean())
+    return f"{protocol}: downtime {mean:.0f} ms, bounded by {told} of the critical path."
+
+
+def _overlap(completed: pl.DataFrame) -> list[str]:
+    """How far v2's device saves and loads overlap, and what stops them from overlapping more."""
+    runs = completed.filter(pl.col("protocol") == "v2")
+    save = [c for c in runs.columns if c.startswith("stage_device_save")]
+    load = [c for c in runs.columns if c.startswith("stage_device_load")]
+    if not save:
+        return []
+    saving = ms(sum(number(runs[c].mean()) for c in save))
+    loading = ms(sum(number(runs[c].mean()) for c in load))
+    elapsed = ms(sum(number(runs[f"phase_{name}_ns"].mean()) for name in ("drain", "transfer", "load")))
+    elapsed -= ms(number(runs["stage_ram_save_0_ns"].mean()))
+    blocked = ms(number(runs["send_blocked_ns"].mean()))
+    busy = ms(number(runs["path_load_ns"].mean()) + number(runs["path_setup_ns"].mean()))
+    return [
+        f"v2: the devices' saves take {saving:.0f} ms and their loads {loading:.0f} ms, {saving + loading:.0f} ms "
+        f"together, but only {elapsed:.0f} ms pass: they overlap, chunk by chunk. What does not overlap bounds the "
+        f"downtime: for {busy:.0f} ms the target's one thread is in LOAD and set-up, nobody reads the channel meanwhile, "
+        f"and the source is held up in its sends for {blocked:.0f} ms."
+    ]
+
+
+def _difference(completed: pl.DataFrame, base: str, other: str) -> str:
+    """The paired difference of two protocols' downtimes, seed by seed."""
+    runs = completed.pivot(on="protocol", index="seed", values="downtime_ns").select(base, other).drop_nulls()
+    if runs.is_empty():
+        return f"{other} against {base}: no seed completed under both."
+    change = (runs[other] - runs[base]) / NS_PER_MS
+    relative = number(runs[other].mean()) / number(runs[base].mean()) - 1
+    mean = number(change.mean())
+    return (
+        f"{other} against {base}, seed by seed: downtime {abs(mean):.1f} ms {'shorter' if mean < 0 else 'longer'} "
+        f"({100 * relative:+.1f} %), from {number(change.min()):+.1f} to {number(change.max()):+.1f} ms over {len(runs)} seed(s)."
+    )
