@@ -85,7 +85,13 @@ def _waterfall(axis: Axes, name: str, runs: pl.DataFrame, planned: int) -> None:
             axis.plot([begin, begin], [at - 1.4, at + 0.4], color="#888888", linewidth=0.7)
         begin += mean
         axis.annotate(
-            f"{phase} {mean:.1f}", (begin, at), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+            f"{phase} {mean:.1f}",
+            (begin, at),
+            xytext=(4, 0),
+            textcoords="offset points",
+            fontsize=8,
+            va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
     downtime = runs["downtime_ns"]
     least, mean, most = ms(downtime.min()), ms(downtime.mean()), ms(downtime.max())

@@ -196,8 +196,8 @@ def findings(scenario: Scenario, completed: pl.DataFrame) -> list[str]:
         sentences.append(_difference(completed, v3[0], v3[-1]))
     if v3 and "v2" in named and len(scenario.devices) > 1:
         sentences.append(
-            "Limit: v2 here is QEMU without multifd device state, which moves and loads one device after the other. Part "
-            "of what v3 gains comes from moving several devices at once, not from several streams a device."
+            "Limit: v2 here is QEMU without multifd device state, which moves and loads one device after the other. "
+            "Part of what v3 gains comes from moving several devices at once, not from several streams a device."
         )
     return sentences
 
@@ -225,7 +225,7 @@ def _overlap(completed: pl.DataFrame) -> list[str]:
     return [
         f"v2: the devices' saves take {saving:.0f} ms and their loads {loading:.0f} ms, {saving + loading:.0f} ms "
         f"together, but only {elapsed:.0f} ms pass: they overlap, chunk by chunk. What does not overlap bounds the "
-        f"downtime: for {busy:.0f} ms the target's one thread is in LOAD and set-up, nobody reads the channel meanwhile, "
+        f"downtime: for {busy:.0f} ms the target's one thread is in LOAD and set-up, nobody reads the channel, "
         f"and the source is held up in its sends for {blocked:.0f} ms."
     ]
 
@@ -238,7 +238,8 @@ def _difference(completed: pl.DataFrame, base: str, other: str) -> str:
     change = (runs[other] - runs[base]) / NS_PER_MS
     relative = number(runs[other].mean()) / number(runs[base].mean()) - 1
     mean = number(change.mean())
+    least, most = number(change.min()), number(change.max())
     return (
         f"{other} against {base}, seed by seed: downtime {abs(mean):.1f} ms {'shorter' if mean < 0 else 'longer'} "
-        f"({100 * relative:+.1f} %), from {number(change.min()):+.1f} to {number(change.max()):+.1f} ms over {len(runs)} seed(s)."
+        f"({100 * relative:+.1f} %), from {least:+.1f} to {most:+.1f} ms over {len(runs)} seed(s)."
     )
