@@ -31,11 +31,21 @@ $(VENV)/%.stamp: requirements/%.txt pyproject.toml | $(VENV)/python.stamp
 $(VENV)/python.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'set-up: Python 3.11 or newer is needed; name it with: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
-		{ echo 'set-up: this Python cannot make virtual environments; on Debian: apt-get install python3-venv' >&2; exit 1; }
+	@$(HAS_VENV) || $(MAKE) --no-print-directory debian-venv
 	@echo 'set-up: making a virtual environment in $(VENV)/'
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
+
+# Debian ships Python without ensurepip, in a package of its own.
+HAS_VENV = $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null
+.PHONY: debian-venv
+debian-venv:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo 'set-up: this Python cannot make virtual environments: installing the package python3-venv'; \
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends python3-venv >/dev/null; \
+	fi
+	@$(HAS_VENV) || { echo 'set-up: this Python cannot make virtual environments; on Debian, as root:' \
+		'apt-get install python3-venv' >&2; exit 1; }
 
 # The locks name no index and no host: pip and its configuration decide where packages come from.
 UV_COMPILE = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \

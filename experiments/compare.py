@@ -72,7 +72,7 @@ def run_compare(
         return INTERRUPTED
     tell.print_tables(console, scenario, frame)
     figures = _draw(folder, scenario, frame, command)
-    tell.print_findings(console, scenario, frame)
+    tell.print_findings(console, frame)
     console.print(
         f"\nFigure: {figures[0]} (and .svg)" if figures else "\nNo run was completed: there is nothing to draw."
     )

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import matplotlib
-
-matplotlib.use("Agg")
-
 import polars as pl
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from experiments import style
@@ -18,9 +12,6 @@ from experiments.results import PATH_COLUMNS, PHASE_COLUMNS, git_revision, versi
 from experiments.tell import COMPLETED, ms, protocols
 from proto_v3.timeline import PHASES, Resource
 from sim.scenario import Scenario
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PHASES_TOLD = (
     "stop: vCPUs and devices are stopped · drain: the source reads the last byte · transfer: it reaches the target · "
@@ -36,13 +27,12 @@ def downtime(scenario: Scenario, frame: pl.DataFrame, command: str) -> Figure:
     completed = frame.filter(COMPLETED)
     named = protocols(completed)
     height = 1.45 * len(named) + 0.45 * len(named) + 2.6
-    figure, panels = plt.subplots(
+    figure = Figure(figsize=(9.5, height), layout="constrained")
+    panels = figure.subplots(
         len(named) + 1,
         1,
-        figsize=(9.5, height),
         sharex=True,
         squeeze=False,
-        layout="constrained",
         gridspec_kw={"height_ratios": [1.45] * len(named) + [0.45 * len(named) + 0.4]},
     )
     axes = list(panels[:, 0])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -18,6 +18,9 @@ from proto_v3.errors import UserError
 from proto_v3.timeline import PHASES, Resource
 from sim.run import Outcome
 from sim.scenario import Scenario
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SCHEMA_VERSION = 1
 """Of the table of runs; grows when a column changes its meaning."""
@@ -92,12 +95,16 @@ class ResultFolder:
             new.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
         return path
 
-    def write_figure(self, figure: Any, name: str) -> list[Path]:
-        """Write a Matplotlib figure as NAME.png and NAME.svg."""
+    def write_figure(self, figure: Figure, name: str) -> list[Path]:
+        """Write a figure as NAME.png and NAME.svg."""
+        import matplotlib
+
         paths = [self.folder / f"{name}.png", self.folder / f"{name}.svg"]
         for path in paths:
-            with self._replacing(path) as new:
-                figure.savefig(new, format=path.suffix[1:], dpi=160)
+            # Without the date and the random ids of an SVG, the same runs give the same file.
+            metadata = {"Date": None} if path.suffix == ".svg" else None
+            with self._replacing(path) as new, matplotlib.rc_context({"svg.hashsalt": "proto-v3"}):
+                figure.savefig(new, format=path.suffix[1:], dpi=160, metadata=metadata)
         return paths
 
     def _replacing(self, path: Path) -> _Replacing:
