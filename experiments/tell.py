@@ -196,9 +196,9 @@ def findings(completed: pl.DataFrame) -> list[str]:
         sentences.append(_difference(completed, v3[0], v3[-1]))
     if v3 and "v2" in named:
         sentences.append(
-            "Limit: v2 here is QEMU without multifd: RAM, then one device after the other, on one channel. A large part of "
-            "what v3 gains is that all of them move at the same time, which multifd gives v2 as well; only the step from "
-            "one dirty stream to several shows what several streams a device bring."
+            "Limit: v2 here is QEMU without multifd: RAM, then one device after the other, on one channel. A large "
+            "part of what v3 gains is that all of them move at the same time, which multifd gives v2 as well. Only the "
+            "step from one dirty stream to several shows what several streams a device bring."
         )
     return sentences
 

@@ -69,6 +69,9 @@ class MigrationDevice(Protocol):
         fails on the way: it may then be anywhere on it.
         """
 
+    async def reset(self) -> None:
+        """VFIO_DEVICE_RESET: from any state, ERROR included, to RUNNING. It ends a session; its fds answer ENODEV."""
+
     async def stop_copy_bytes(self) -> int:
         """VFIO_DEVICE_FEATURE_MIG_DATA_SIZE: an estimate of what STOP_COPY would give, in any state."""
 

@@ -111,8 +111,7 @@ class Source(abc.ABC):
         """The migration did not converge: end it; the guest goes on and never noticed."""
         for device in self.side.devices:
             await device.set_state(State.RUNNING)
-        for channel in self.channels:
-            await channel.tell(Kind.CANCEL)
+        await self.channels[0].tell(Kind.CANCEL)
         return OutcomeKind.DID_NOT_CONVERGE
 
     async def end_sessions(self) -> None:
@@ -154,6 +153,12 @@ class Target(abc.ABC):
         if fd is None:
             raise LocalProtocolError(f"{device.name}: no data fd came with RESUMING")
         return fd
+
+    async def cancelled(self) -> bool:
+        """The source keeps its guest: only a reset leads out of RESUMING (vfio.h). Returns False, for run()."""
+        for device in self.side.devices:
+            await device.reset()
+        return False
 
     async def write(self, fd: DataFd, payload: Payload) -> None:
         """Hand a payload to the device; it came as far as the target just now."""

@@ -69,6 +69,7 @@ class BusyRate:
         self._window_ns = window_ns
         self._bytes = 0
         self._busy_ns = 0
+        self._first = True
         self.bytes_per_s = 0.0
 
     def add(self, sent_bytes: int, busy_ns: int) -> None:
@@ -76,7 +77,8 @@ class BusyRate:
         self._bytes += sent_bytes
         self._busy_ns += busy_ns
         full = self._busy_ns >= self._window_ns
-        if self._busy_ns and (full or not self.bytes_per_s):
+        if self._busy_ns and (full or self._first):
             self.bytes_per_s = self._bytes * NS_PER_S / self._busy_ns
         if full:
             self._bytes = self._busy_ns = 0
+            self._first = False

@@ -210,8 +210,9 @@ class Timeline:
 
     def digest(self) -> str:
         """A fingerprint of everything that was recorded: equal for two runs that did the same at the same times."""
-        told = sha256(repr((self.marks, self.stages, self._names)).encode())
-        for column in (self._resource, self._what, self._on_track, self._start_ns, self._end_ns, self._cause):
+        told = sha256(repr((self.marks, self._mark_cause, self.stages, self._names)).encode())
+        spans = (self._resource, self._what, self._on_track, self._start_ns, self._end_ns, self._cause)
+        for column in (*spans, self._blocked_start_ns, self._blocked_end_ns):
             told.update(column.tobytes())
         return told.hexdigest()
 
@@ -260,7 +261,9 @@ class Join:
     def start(self, work: Coroutine[Any, Any, T], track: str) -> asyncio.Task[T]:
         """Start a child task."""
         self._running += 1
-        return self._group.create_task(self._run(work, track), name=track)
+        task = self._group.create_task(self._run(work, track), name=track)
+        task.add_done_callback(lambda _: work.close())  # one that was cancelled before it began would leave it waiting
+        return task
 
     async def _run(self, work: Coroutine[Any, Any, T], track: str) -> T:
         _track.set(track)

@@ -134,7 +134,7 @@ class V2Target(Target):
                 case Kind.END:
                     break
                 case Kind.CANCEL:
-                    return False
+                    return await self.cancelled()
                 case Kind.SETUP:
                     pass
                 case _:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 from collections.abc import Sequence
 
 from proto_v3.channel import Channel
@@ -57,6 +56,7 @@ class V3Source(Source):
         self._dirty_streams = dirty_streams
         self._control = channels[0]
         self._streams: list[_Stream] = []
+        self._sending: list[asyncio.Task[None]] = []
         self._ram_rate = BusyRate(side.settings.bandwidth_window_ns)
         self._epoch_loaded = [0] * len(side.devices)
         self._decided = asyncio.Event()
@@ -73,10 +73,14 @@ class V3Source(Source):
         await self._control.tell(Kind.SETUP, value=self._dirty_streams)
         self.side.timeline.stage("setup", start)
         async with asyncio.TaskGroup() as answers:
-            for device in range(len(self.side.devices)):
+            hearing = [
                 answers.create_task(self._hear(device), name=f"source answers {device}")
+                for device in range(len(self.side.devices))
+            ]
             await self._move(start)
             if self._given_up:
+                for task in hearing:
+                    task.cancel()
                 return OutcomeKind.DID_NOT_CONVERGE
             self.side.timeline.mark(Mark.DRAINED)
             await self._expect(Kind.LOADED)
@@ -110,6 +114,8 @@ class V3Source(Source):
                         await self._start_streams(tasks, device, self.fds[device])
             else:
                 self._given_up = True
+                for task in self._sending:  # they may be held up by a target that waits for what will not come
+                    task.cancel()
                 await self.give_up()
             self._stopped.set_result(cause())
 
@@ -121,7 +127,7 @@ class V3Source(Source):
             stream = _Stream(fd, channel, device, index, self.side.settings.bandwidth_window_ns)
             self._streams.append(stream)
             work = self._send_dirty(stream) if index else self._send_critical(stream)
-            tasks.start(work, f"source {opened.name} stream {index}")
+            self._sending.append(tasks.start(work, f"source {opened.name} stream {index}"))
 
     # --- what runs beside each other ----------------------------------------------------------------------------------
 
@@ -134,7 +140,8 @@ class V3Source(Source):
                 continue
             await self._control.send(Frame(Kind.RAM, payload=pages))
             self._ram_rate.add(len(pages), self.now_ns - start)
-        caused_by(await self._stopped)
+        if not self._stopped.done():
+            caused_by(await self._stopped)
         if not self._given_up:
             await self.save_last_ram(self._control)
 
@@ -152,28 +159,18 @@ class V3Source(Source):
                     sent_epoch = info.epoch
                     await stream.channel.tell(Kind.EPOCH_SENT, stream.device, 0, sent_epoch)
                 await stream.fd.poll()
-        if not self._given_up:
-            await stream.end()
+        await stream.end()
 
     async def _send_dirty(self, stream: _Stream) -> None:
         while (data := await self._forward(stream)) is None or data:
             if data is None:
                 await stream.fd.poll()
-        if not self._given_up:
-            await stream.end()
+        await stream.end()
 
     async def _forward(self, stream: _Stream) -> int | None:
-        """Read and send once: bytes moved, None if there was nothing for now, 0 at the end of the stream.
-
-        A session that ended because the migration was given up is the end, too.
-        """
+        """Read and send once: bytes moved, None if there was nothing for now, 0 at the end of the stream."""
         start = self.now_ns
-        try:
-            data = await read_some(stream.fd, self.side.settings.read_bytes)
-        except OSError as error:
-            if not (self._given_up and error.errno == errno.ENODEV):
-                raise
-            return 0
+        data = await read_some(stream.fd, self.side.settings.read_bytes)
         if data is None:
             stream.unread_bytes = 0
             return None
@@ -186,7 +183,7 @@ class V3Source(Source):
     async def _hear(self, device: int) -> None:
         """The target's answers on a device's critical connection, until it echoes the end."""
         channel = self._channel(device, 0)
-        while (frame := await channel.recv()).kind not in (Kind.STREAM_END, Kind.CANCEL):
+        while (frame := await channel.recv()).kind is not Kind.STREAM_END:
             if frame.kind is not Kind.EPOCH_LOADED:
                 raise PeerProtocolError(f"{frame.kind.name} came where EPOCH_LOADED was due")
             self._epoch_loaded[device] = frame.value
@@ -219,14 +216,17 @@ class V3Source(Source):
         if settings.given_bandwidth_bytes_per_s is not None:
             unread = sum(stream.unread_bytes for stream in self._streams)
             return switchover.fits(ram_bytes + unread + sum(stop_copy_bytes))
-        left = [(self._ram_rate, float(ram_bytes))]
+        left = [(self._ram_rate.bytes_per_s, float(ram_bytes))]
         for stream in self._streams:
             share = stop_copy_bytes[stream.device] / self._dirty_streams if stream.index else 0
-            left.append((stream.rate, stream.unread_bytes + share))
+            left.append((stream.rate.bytes_per_s, stream.unread_bytes + share))
+        for device, live in enumerate(self.live):
+            if not live:  # its streams open once it is stopped
+                left.append((0.0, stop_copy_bytes[device] / self._dirty_streams))
         # A connection that has carried nothing yet is taken to be as fast as the fastest one measured.
-        fastest = max(rate.bytes_per_s for rate, _ in left)
+        fastest = max(bytes_per_s for bytes_per_s, _ in left)
         limit_s = settings.downtime_limit_ns / NS_PER_S
-        return all(not size or size < (rate.bytes_per_s or fastest) * limit_s for rate, size in left)
+        return all(not size or size < (bytes_per_s or fastest) * limit_s for bytes_per_s, size in left)
 
     async def _ask_streams(self) -> None:
         for stream in self._streams:
@@ -257,16 +257,17 @@ class V3Target(Target):
         super().__init__(side, channels)
         self._dirty_streams = dirty_streams
         self._control = channels[0]
+        self._loading: list[asyncio.Task[None]] = []
         self._cancelled = False
 
     async def run(self) -> bool:
         """See proto_v3.migration.Target."""
         async with Join() as parts:
-            parts.start(self._load_ram(), "target RAM")
             for index in range(len(self.side.devices)):
-                parts.start(self._load_device(index), f"target device {index}")
+                self._loading.append(parts.start(self._load_device(index), f"target device {index}"))
+            parts.start(self._load_ram(), "target RAM")
         if self._cancelled:
-            return False
+            return await self.cancelled()
         await self._control.tell(Kind.LOADED)
         frame = await self._control.recv()
         if frame.kind is not Kind.COMMIT:
@@ -295,6 +296,8 @@ class V3Target(Target):
                     return
                 case Kind.CANCEL:
                     self._cancelled = True
+                    for task in self._loading:
+                        task.cancel()
                     return
                 case _:
                     raise PeerProtocolError(f"{frame.kind.name} does not belong on the control connection")
@@ -310,24 +313,22 @@ class V3Target(Target):
             for stream, fd in enumerate([critical, *dirty]):
                 work = self._load_stream(index, stream, fd, self.channels[first + stream])
                 streams.start(work, f"target {device.name} stream {stream}")
-        if not self._cancelled:
-            self.side.timeline.mark(Mark.LOADED)
-            await self.load_config(index)
+        self.side.timeline.mark(Mark.LOADED)
+        await self.load_config(index)
 
     async def _load_stream(self, index: int, stream: int, fd: DataFd, channel: Channel) -> None:
         while True:
             frame = await channel.recv()
-            if (self.device(frame), frame.stream) != (index, stream) and frame.kind is not Kind.CANCEL:
+            if (self.device(frame), frame.stream) != (index, stream):
                 raise PeerProtocolError(f"device {frame.device} stream {frame.stream} on the connection of another")
             match frame.kind:
                 case Kind.DATA:
                     await self.write(fd, frame.payload)
                 case Kind.EPOCH_SENT if stream == 0:
                     await channel.tell(Kind.EPOCH_LOADED, index, 0, frame.value)
-                case Kind.STREAM_END | Kind.CANCEL:
-                    self._cancelled |= frame.kind is Kind.CANCEL
+                case Kind.STREAM_END:
                     if stream == 0:
-                        await channel.tell(frame.kind, index)
+                        await channel.tell(Kind.STREAM_END, index)
                     return
                 case _:
                     raise PeerProtocolError(f"{frame.kind.name} does not belong on stream {stream}")

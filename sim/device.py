@@ -84,6 +84,11 @@ class DeviceState:
         self.saved[blocks] = versions
         return versions
 
+    def forget_saves(self) -> None:
+        """The session is over: the next one goes to another image, and starts from nothing."""
+        self.saved.fill(-1)
+        self.object_saved.fill(-1)
+
     def save_objects(self, objects: Indices) -> Int32:
         """Take the critical objects' versions for an image."""
         versions = self.object_version[objects]

@@ -1,8 +1,8 @@
 """The kernel driver of one device: its migration states, the cost of its arcs, and its sessions.
 
 One driver has both faces. Without MIG_STREAMS it is v2: one stream that carries everything, critical objects first.
-With it, the session has a critical stream and N dirty ones; a block's home is stream (chunk number mod N), chunk by
-chunk, so that order per stream gives order per block.
+With it, the session has a critical stream and N dirty ones; a block's home is the dirty stream of its number modulo N,
+so that order per stream gives order per block.
 """
 
 from __future__ import annotations
@@ -78,6 +78,13 @@ class SimDriver:
             fd = self._enter(hop)
             self._state = hop
         return fd
+
+    async def reset(self) -> None:
+        """See proto_v3.device.MigrationDevice."""
+        if self._saving:
+            self._end_saving()
+        self._close_loading()
+        self._state = State.RUNNING
 
     async def stop_copy_bytes(self) -> int:
         """What is dirty, or can be saved only when stopped; unread and planned bytes are precopy_info()'s to tell."""
@@ -180,6 +187,8 @@ class SimDriver:
         for stream in self._saving:
             stream.close()
         self._saving.clear()
+        if self._device is not None:
+            self._device.forget_saves()
 
     def _start_loading(self) -> DataFd:
         if self._image is None:
@@ -192,22 +201,25 @@ class SimDriver:
         # v2's write() holds the state mutex (mlx5); v3's must not, or a dirty write that waits for its epoch would keep
         # the critical data out that it waits for.
         self._loading = [
-            LoadStream(i, session, Lock(self._around.timeline) if multi else self._device_lock, self._is_resuming)
+            LoadStream(i, session, Lock(self._around.timeline) if multi else self._device_lock)
             for i in range(streams)
         ]
         return self._loading[0]
 
-    def _is_resuming(self) -> bool:
-        return self._state is State.RESUMING
-
     def _end_loading(self) -> None:
         """RESUMING -> STOP: the driver checks that what it was given is whole (vfio.h)."""
-        whole = self._load_session is not None and self._load_session.whole
-        self._loading = []
-        self._load_session = None
+        assert self._load_session is not None
+        whole = self._load_session.whole
+        self._close_loading()
         if not whole:
             self._state = State.ERROR
-            raise fails(errno.EINVAL)
+            raise fails(errno.EIO)
+
+    def _close_loading(self) -> None:
+        if self._load_session is not None:
+            self._load_session.close()
+        self._loading = []
+        self._load_session = None
 
     def _read_lock(self) -> DriverLock:
         match self._settings.lock:

@@ -73,7 +73,8 @@ def _reconfigurations(device: Device, horizon_ns: int, rng: np.random.Generator)
     if plan is None:
         return np.empty(0, np.int64), np.empty((0, 1), np.int32)
     if plan.at_s:
-        times = np.sort(np.array([round(at * NS_PER_S) for at in plan.at_s], np.int64))
+        given = (round(at * NS_PER_S) for at in plan.at_s)
+        times = np.array(sorted(at for at in given if at < horizon_ns), np.int64)
     else:
         count = rng.poisson(plan.poisson_per_s * horizon_ns / NS_PER_S)
         times = np.sort(rng.integers(horizon_ns, size=count, dtype=np.int64))

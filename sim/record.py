@@ -40,8 +40,6 @@ class Record:
     """The last record of its epoch's critical data."""
     end: bool = False
     """The stream's END record: `sequence` records came before it."""
-    cause: int = -1
-    """The span that made it readable."""
 
     @property
     def size_bytes(self) -> int:

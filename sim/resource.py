@@ -98,7 +98,7 @@ class Bell:
     @property
     def waited_for(self) -> bool:
         """Whether anybody waits."""
-        return bool(self._waiters)
+        return any(not waiter.done() for waiter in self._waiters)
 
     def ring(self, by: int | None = None) -> None:
         """Wake all. `by` is the span that is the cause; the current task's cursor if it is left out."""

@@ -12,18 +12,17 @@ import asyncio
 import errno
 import os
 from collections import deque
-from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 from proto_v3.device import Ready
 from proto_v3.frames import EMPTY, Payload
-from proto_v3.timeline import Resource, Timeline, cause, on_track
+from proto_v3.timeline import Resource, Timeline, on_track
 from proto_v3.uapi import PrecopyInfo, StreamInfo
 from sim.clock import now_ns, sleep_ns
 from sim.device import DeviceState, Image, Indices
 from sim.firmware import FirmwareModel
-from sim.record import NO_INDICES, Extent, Part, Record
+from sim.record import HEADER_BYTES, NO_INDICES, Extent, Part, Record
 from sim.resource import Bell, Memory
 
 DriverLock = AbstractAsyncContextManager[None]
@@ -79,15 +78,16 @@ class SaveStream:
         self._carries_objects = objects
         self._chunk_bytes = chunk_bytes
         self._free_chunks = chunks
+        self._saving: Record | None = None
         self._records: deque[Record] = deque()
         self._offset = 0  # bytes of the first record that were read
         self._unread_bytes = 0
-        self._unread_initial_bytes = 0
         self._plan_blocks: Indices = NO_INDICES
         self._plan_objects: Indices = NO_INDICES
         self._planned = False  # something is to be saved, or being saved
         self._initial = True  # until the first image is read: its critical objects count as initial_bytes
         self._final = False
+        self._ended = False  # the END record is saved
         self._closed = False
         self._sequence = 0
         self._told_epoch = 0
@@ -105,14 +105,13 @@ class SaveStream:
             while self._free_chunks == 0:
                 await self._bell.wait()
             self._free_chunks -= 1
-            record = self._next_record()
+            record = self._saving = self._next_record()
             await self._around.firmware.save(record.size_bytes)
-            record.cause = cause()
+            self._saving = None
             self._records.append(record)
             self._unread_bytes += record.size_bytes
-            if record.initial:
-                self._unread_initial_bytes += record.size_bytes
-            self._planned = self._has_plan() and not record.end
+            self._ended = record.end
+            self._planned = self._has_plan()
             self._bell.ring()
             if record.end:
                 return
@@ -137,7 +136,8 @@ class SaveStream:
 
     def _has_plan(self) -> bool:
         # A new epoch, and the end, are told by a record even where there is nothing to save.
-        return self._final or self._new_epoch() or bool(len(self._plan_objects) or len(self._plan_blocks))
+        told = self._final or self._new_epoch() or bool(len(self._plan_objects) or len(self._plan_blocks))
+        return told and not self._ended
 
     def _next_record(self) -> Record:
         device = self._device
@@ -167,31 +167,47 @@ class SaveStream:
     async def read(self, max_bytes: int) -> Payload:
         """See proto_v3.device.DataFd."""
         asked_ns = now_ns()
-        while True:
-            while not self._unread_bytes:
-                self._check_open()
-                if not self._planned:
-                    await sleep_ns(self._around.call_ns)
-                    if self._final:
-                        return EMPTY
-                    raise fails(errno.ENOMSG)
-                await self._bell.wait()
+        while await self._has_data():
             ready_ns = now_ns()
             async with self._lock:
                 if not self._unread_bytes:  # another reader took it while this one waited for the lock
                     continue
                 locked_ns = now_ns()
-                size = min(max_bytes, self._unread_bytes)
-                await self._around.memory.copy(size, self._around.call_ns, "read")
+                data, chunks = self._take(min(max_bytes, self._unread_bytes))
+                await self._around.memory.copy(len(data), self._around.call_ns, "read")
                 self._check_open()
-                data = self._take(size)
+                if chunks:
+                    self._free_chunks += chunks
+                    self._bell.ring()
             counts = self.reads
             counts.calls += 1
-            counts.bytes += size
+            counts.bytes += len(data)
             counts.firmware_ns += ready_ns - asked_ns
             counts.lock_ns += locked_ns - ready_ns
             counts.copy_ns += now_ns() - locked_ns
             return data
+        return EMPTY
+
+    async def _has_data(self) -> bool:
+        """Wait for data; False at the end of the stream. ENOMSG at the temporary one, ENODEV if the fd is stale."""
+        while True:
+            self._check_open()
+            if self._unread_bytes:
+                return True
+            if self._planned:
+                await self._bell.wait()
+                continue
+            await self._call()
+            if not (self._unread_bytes or self._planned or self._closed):  # nothing came while the call went on
+                if self._final:
+                    return False
+                raise fails(errno.ENOMSG)
+
+    async def _call(self) -> None:
+        """The fixed cost of a call that copies nothing."""
+        start = now_ns()
+        await sleep_ns(self._around.call_ns)
+        self._around.timeline.work(Resource.COPY, "call", start)
 
     async def write(self, payload: Payload, piece_bytes: int) -> None:
         """Not for a stream that is saved: EBADF, as for any fd that is open for reading only."""
@@ -210,32 +226,46 @@ class SaveStream:
 
     async def precopy_info(self) -> PrecopyInfo:
         """See proto_v3.device.DataFd."""
+        await self._call()
         self._check_open()
         if self._final:
             raise fails(errno.EINVAL)
-        await sleep_ns(self._around.call_ns)
         self._refill_if_drained()
-        initial = self._unread_initial_bytes
-        if self._initial:
-            initial += len(self._plan_objects) * self._device.object_bytes
+        initial = self._initial_bytes()
         return PrecopyInfo(initial, self.pending_bytes() - initial)
 
     async def stream_info(self) -> StreamInfo:
         """See proto_v3.device.DataFd."""
+        await self._call()
         self._check_open()
-        await sleep_ns(self._around.call_ns)
+        self._device.advance(now_ns())
+        if self._new_epoch() and not self._planned:
+            self.plan_all()
         self._refill_if_drained()
         self._seen_epoch = self._device.epoch
         return StreamInfo(self._device.epoch, self.pending_bytes())
 
     def pending_bytes(self) -> int:
-        """Unread and planned bytes."""
-        return self._unread_bytes + self.planned_bytes()
+        """Unread bytes, those that are being saved, and those that are planned."""
+        device = self._device
+        saving = self._saving.size_bytes if self._saving else 0
+        blocks = _records_bytes(len(self._plan_blocks), device.block_bytes, self._chunk_bytes)
+        return self._unread_bytes + saving + self._planned_object_bytes() + blocks
 
     def planned_bytes(self) -> int:
-        """Bytes that are planned, not saved yet."""
+        """Bytes of the state that are planned, not saved yet."""
         device = self._device
         return len(self._plan_objects) * device.object_bytes + len(self._plan_blocks) * device.block_bytes
+
+    def _planned_object_bytes(self) -> int:
+        return _records_bytes(len(self._plan_objects), self._device.object_bytes, self._chunk_bytes)
+
+    def _initial_bytes(self) -> int:
+        """What is left of the first image's critical objects."""
+        if not self._initial:
+            return 0
+        saving = self._saving.size_bytes if self._saving and self._saving.initial else 0
+        return self._unread_initial_bytes() + saving + self._planned_object_bytes()
 
     def close(self) -> None:
         """The session is over: whoever waits gets ENODEV."""
@@ -255,29 +285,36 @@ class SaveStream:
             ready |= Ready.NEW_EPOCH
         return ready
 
-    def _take(self, size: int) -> Extent:
-        """Cut so many bytes off the queue; a chunk that is wholly read is free again."""
+    def _unread_initial_bytes(self) -> int:
+        unread = sum(record.size_bytes for record in self._records if record.initial)
+        return unread - (self._offset if self._records and self._records[0].initial else 0)
+
+    def _take(self, size: int) -> tuple[Extent, int]:
+        """Cut so many bytes off the queue; how many chunks are wholly read with them."""
         self._unread_bytes -= size
         parts = []
+        chunks = 0
         while size:
             record = self._records[0]
             part = Part(record, self._offset, min(record.size_bytes, self._offset + size))
             parts.append(part)
             taken = part.stop - part.start
             size -= taken
-            if record.initial:
-                self._unread_initial_bytes -= taken
             self._offset = part.stop
             if part.stop == record.size_bytes:
                 self._records.popleft()
                 self._offset = 0
-                self._free_chunks += 1
-                self._bell.ring()
-        return Extent(parts)
+                chunks += 1
+        return Extent(parts), chunks
 
     def _check_open(self) -> None:
         if self._closed:
             raise fails(errno.ENODEV)
+
+
+def _records_bytes(count: int, each_bytes: int, chunk_bytes: int) -> int:
+    """Bytes of so many blocks or objects in records, headers included."""
+    return count * each_bytes + -(-count // max(1, chunk_bytes // each_bytes)) * HEADER_BYTES
 
 
 class LoadSession:
@@ -289,6 +326,7 @@ class LoadSession:
         self.holds_back = holds_back
         self._setup_ns = setup_ns
         self._open_streams = streams
+        self._closed = False
         self._epoch_loaded = 0
         self._bell = Bell()
 
@@ -296,6 +334,16 @@ class LoadSession:
     def whole(self) -> bool:
         """Whether every stream came to its end."""
         return self._open_streams == 0
+
+    def close(self) -> None:
+        """The session is over: whoever waits gets ENODEV."""
+        self._closed = True
+        self._bell.ring()
+
+    def check_open(self) -> None:
+        """ENODEV if the session is over."""
+        if self._closed:
+            raise fails(errno.ENODEV)
 
     async def load(self, record: Record) -> None:
         """Load one whole record."""
@@ -306,7 +354,9 @@ class LoadSession:
         elif len(record.blocks):
             while self.holds_back and self._epoch_loaded < record.epoch:
                 await self._bell.wait()
+                self.check_open()
             await self.around.firmware.load(record.size_bytes)
+            self.check_open()
             self.image.version[record.blocks] = record.block_versions
         else:
             await self._load_objects(record)
@@ -316,6 +366,7 @@ class LoadSession:
         start = now_ns()
         await sleep_ns(self._setup_ns * len(record.objects))
         self.around.timeline.work(Resource.SETUP, "critical set-up", start)
+        self.check_open()
         self.image.object_version[record.objects] = record.object_versions
         if record.epoch_complete:
             self._epoch_loaded = max(self._epoch_loaded, record.epoch)
@@ -325,24 +376,23 @@ class LoadSession:
 class LoadStream:
     """A data fd to write to."""
 
-    def __init__(self, index: int, session: LoadSession, lock: DriverLock, is_open: Callable[[], bool]) -> None:
+    def __init__(self, index: int, session: LoadSession, lock: DriverLock) -> None:
         self._index = index
         self._session = session
         self._lock = lock
-        self._is_open = is_open
         self._sequence = 0
         self._offset = 0
 
     async def write(self, payload: Payload, piece_bytes: int) -> None:
         """See proto_v3.device.DataFd."""
-        if not self._is_open():
-            raise fails(errno.ENODEV)
+        self._session.check_open()
         if not isinstance(payload, Extent):
             raise fails(errno.EINVAL)
         async with self._lock:
             around = self._session.around
             calls = -(-len(payload) // piece_bytes)
             await around.memory.copy(len(payload), calls * around.call_ns, "write")
+            self._session.check_open()
             for part in payload.parts:
                 self._check_order(part)
                 if part.stop == part.record.size_bytes:

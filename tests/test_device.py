@@ -1,0 +1,175 @@
+"""The device's state: lazy writes, what is dirty, what is saved, the stop, homes; and the image at the target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import small_scenario
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sim.device import DeviceState, Difference, Image
+from sim.guest import make_activity
+
+SECOND = 1_000_000_000
+BLOCKS, STOP_ONLY, OBJECTS = 128, 32, 8
+BUSY = {
+    "device.0.critical.objects": OBJECTS,
+    "device.0.stop_only_mib": 2.0,
+    "device.0.writes": {"pattern": "hotspot", "mib_per_s": 20.0},
+    "device.0.reconfigurations": {"poisson_per_s": 20.0, "objects_each": 3},
+}
+TIMES = st.integers(0, 2 * SECOND)
+
+
+def device(changes: dict[str, Any] | None = None, *, seed: int = 1) -> DeviceState:
+    spec = small_scenario(BUSY | (changes or {})).device[0]
+    return DeviceState(spec, make_activity(spec, 2 * SECOND, np.random.default_rng(seed)))
+
+
+def everything(state: DeviceState) -> tuple[list[int], list[int], int]:
+    return state.version.tolist(), state.object_version.tolist(), state.epoch
+
+
+# --- writes and reconfigurations -------------------------------------------------------------------------------------
+
+
+@given(st.lists(TIMES, max_size=20), TIMES)
+def test_asking_at_any_times_in_any_order_gives_what_asking_once_does(asked: list[int], last: int) -> None:
+    often, once = device(), device()
+    for at in [*asked, last]:
+        often.advance(at)
+    once.advance(max([*asked, last]))
+    assert everything(often) == everything(once)
+
+
+@given(TIMES)
+def test_versions_count_the_writes_and_epochs_the_reconfigurations(at: int) -> None:
+    state = device()
+    state.advance(at)
+    writes, events = state.activity.writes_until(at), state.activity.reconfigurations_until(at)
+    counted = np.bincount(state.activity.write_blocks[:writes], minlength=BLOCKS)
+    assert state.version.tolist() == counted.tolist()
+    renewed = np.bincount(state.activity.reconfiguration_objects[:events].ravel(), minlength=OBJECTS)
+    assert state.object_version.tolist() == renewed.tolist()
+    assert state.epoch == 1 + events
+
+
+@given(TIMES)
+def test_the_next_reconfiguration_is_the_first_that_is_still_to_come(at: int) -> None:
+    state = device()
+    state.advance(at)
+    to_come = [time for time in state.activity.reconfiguration_ns.tolist() if time > at]
+    assert state.next_reconfiguration_ns() == (to_come[0] if to_come else None)
+
+
+@given(TIMES, TIMES)
+def test_nothing_after_the_stop_counts(stop: int, later: int) -> None:
+    state, expected = device(), device()
+    state.stop(stop)
+    state.advance(max(stop, later))
+    expected.advance(stop)
+    assert everything(state) == everything(expected)
+    assert state.next_reconfiguration_ns() is None
+
+
+@given(TIMES, TIMES)
+def test_after_resuming_the_guest_goes_on(stop: int, later: int) -> None:
+    state, expected = device(), device()
+    state.stop(stop)
+    state.resume(max(stop, later))
+    expected.advance(max(stop, later))
+    assert everything(state) == everything(expected)
+    assert state.next_reconfiguration_ns() == expected.next_reconfiguration_ns()
+
+
+# --- dirty and saved -------------------------------------------------------------------------------------------------
+
+
+def test_at_first_all_is_dirty() -> None:
+    state = device()
+    assert state.dirty_blocks(slice(None), stopped=True).tolist() == list(range(BLOCKS))
+    assert state.dirty_objects().tolist() == list(range(OBJECTS))
+
+
+def test_blocks_of_the_stopped_device_only_are_not_dirty_before_the_stop() -> None:
+    assert device().dirty_blocks(slice(None), stopped=False).tolist() == list(range(BLOCKS - STOP_ONLY))
+
+
+def test_what_is_saved_is_clean_until_it_is_written_to() -> None:
+    state = device()
+    state.advance(SECOND // 2)
+    saved_blocks = state.save_blocks(np.arange(BLOCKS))
+    saved_objects = state.save_objects(np.arange(OBJECTS))
+    assert not len(state.dirty_blocks(slice(None), stopped=True))
+    assert not len(state.dirty_objects())
+    state.advance(SECOND)
+    assert (
+        state.dirty_blocks(slice(None), stopped=True).tolist() == np.flatnonzero(state.version != saved_blocks).tolist()
+    )
+    assert state.dirty_objects().tolist() == np.flatnonzero(state.object_version != saved_objects).tolist()
+    assert len(state.dirty_objects())
+
+
+def test_saving_takes_the_versions_of_that_moment() -> None:
+    state = device()
+    state.advance(SECOND)
+    chosen = np.array([0, 1, 5, 40])
+    versions = state.save_blocks(chosen)
+    expected = state.version[chosen].tolist()
+    assert max(expected) > 0
+    state.advance(2 * SECOND)
+    assert versions.tolist() == expected
+
+
+@given(st.integers(1, 200), st.booleans(), TIMES)
+def test_homes_share_the_dirty_blocks_out_without_overlap(homes: int, stopped: bool, at: int) -> None:
+    state = device()
+    state.save_blocks(np.arange(0, BLOCKS, 3))
+    state.advance(at)
+    parts = [state.dirty_blocks(slice(first, None, homes), stopped) for first in range(homes)]
+    together = np.concatenate(parts)
+    assert len(set(together.tolist())) == len(together)
+    assert sorted(together.tolist()) == state.dirty_blocks(slice(None), stopped).tolist()
+
+
+def test_a_home_is_the_same_blocks_every_time() -> None:
+    state = device()
+    before = set(state.dirty_blocks(slice(2, None, 5), stopped=True).tolist())
+    state.save_blocks(np.arange(BLOCKS))
+    state.advance(2 * SECOND)
+    assert set(state.dirty_blocks(slice(2, None, 5), stopped=True).tolist()) < before
+
+
+# --- the image -------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_image_differs_in_everything_even_from_a_device_that_nothing_was_written_to() -> None:
+    state = device()
+    assert Image(state.spec).differences(state) == Difference(BLOCKS, OBJECTS)
+
+
+def test_an_image_with_every_version_does_not_differ() -> None:
+    state = device()
+    state.advance(SECOND)
+    image = Image(state.spec)
+    image.version[:] = state.version
+    image.object_version[:] = state.object_version
+    assert not image.differences(state)
+
+
+@pytest.mark.parametrize("by", [-1, 1])
+def test_one_version_off_in_either_direction_is_a_difference(by: int) -> None:
+    state = device()
+    state.advance(SECOND)
+    image = Image(state.spec)
+    image.version[:] = state.version
+    image.object_version[:] = state.object_version
+    image.version[7] += by
+    assert image.differences(state) == Difference(blocks=1, objects=0)
+    image.version[7] -= by
+    image.object_version[3] += by
+    assert image.differences(state) == Difference(blocks=0, objects=1)
+    assert image.differences(state)

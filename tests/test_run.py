@@ -1,0 +1,358 @@
+"""Runs: every shipped scenario comes out right, and one that does not is told by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from helpers import small_scenario
+
+from proto_v3.errors import UserError
+from proto_v3.frames import Kind, Payload
+from proto_v3.migration import OutcomeKind, Target
+from proto_v3.timeline import Mark, Stage, Timeline
+from proto_v3.uapi import State
+from proto_v3.v3 import V3Target
+from sim import clock
+from sim.record import Record
+from sim.run import Outcome, Protocol, _Run, simulate
+from sim.scenario import MIB, Scenario, load, ns, shipped
+from sim.stream import LoadSession
+
+PROTOCOLS = ("v2", "v3-n1", "v3-n4")
+
+# The guest is stopped when less than 1 MiB is left: after a pre-copy of all of the state, at least once.
+STEADY = {"vmm.bandwidth_gbit_per_s": 8.0, "vmm.downtime_limit_ms": 1.0}
+
+
+def run(scenario: Scenario, protocol: str, seed: int = 1) -> Outcome:
+    return simulate(scenario, Protocol.parse(protocol, scenario), seed)
+
+
+def kept_run(scenario: Scenario, protocol: str, seed: int = 1) -> tuple[Outcome, _Run]:
+    """The outcome, and what the run was made of: devices, images, timeline."""
+    kept = _Run(scenario, Protocol.parse(protocol, scenario), seed, None)
+    return clock.run(kept.outcome()), kept
+
+
+def check_accounts(outcome: Outcome, scenario: Scenario) -> None:
+    """What must hold for every completed run."""
+    assert outcome.kind is OutcomeKind.COMPLETED, outcome.reason
+    assert outcome.downtime_ns is not None
+    assert sum(outcome.phases_ns.values()) == outcome.downtime_ns
+    assert sum(outcome.critical_path_ns.values()) == outcome.downtime_ns
+    assert outcome.critical_path_ns["unexplained"] == 0
+    assert min(*outcome.phases_ns.values(), *outcome.critical_path_ns.values()) >= 0
+    assert outcome.total_ns is not None
+    assert outcome.total_ns >= outcome.downtime_ns
+    state_bytes = sum(device.blocks * device.block_bytes for device in scenario.devices)
+    assert outcome.wire_bytes >= outcome.device_bytes >= state_bytes
+    assert outcome.device_bytes_resent >= 0
+
+
+# --- the shipped scenarios -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_scenarios_complete_and_the_target_has_what_the_guest_wrote(name: str, protocol: str) -> None:
+    scenario = load(name)
+    outcome, kept = kept_run(scenario, protocol)
+    check_accounts(outcome, scenario)
+    stopped_ns = kept.timeline.marks[Mark.STOP_ORDERED] + ns(scenario.vmm.vcpu_stop_ms)
+    for spec, state, image in zip(scenario.devices, kept.states, kept.images, strict=True):
+        # Reckoned from the guest's plan alone, not from what the device or the protocol remember.
+        activity = state.activity
+        writes = int(stopped_ns * activity.writes_per_s // 1e9)
+        assert np.array_equal(image.version, np.bincount(activity.write_blocks[:writes], minlength=spec.blocks))
+        events = int((activity.reconfiguration_ns <= stopped_ns).sum())
+        objects = activity.reconfiguration_objects[:events].ravel()
+        assert np.array_equal(image.object_version, np.bincount(objects, minlength=spec.critical.objects))
+
+
+def test_shipped_scenarios_are_the_three_of_the_readme() -> None:
+    assert {"mlx5-2vf", "nic-reconfig", "vgpu-32g"} <= shipped().keys()
+
+
+# --- a target that differs is a failure ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    ("what", "harm"),
+    [
+        ("blocks", lambda session, record: _forget(session.image.version, record.blocks)),
+        ("objects", lambda session, record: _forget(session.image.object_version, record.objects)),
+    ],
+)
+def test_one_block_or_object_that_was_not_loaded_fails_the_run(
+    monkeypatch: pytest.MonkeyPatch, protocol: str, what: str, harm: Callable[[LoadSession, Record], None]
+) -> None:
+    original = LoadSession.load
+
+    async def harmed(self: LoadSession, record: Record) -> None:
+        await original(self, record)
+        harm(self, record)
+
+    monkeypatch.setattr(LoadSession, "load", harmed)
+    outcome = run(small_scenario(), protocol)
+    assert outcome.kind is OutcomeKind.FAILED
+    assert outcome.reason == (
+        "the target's state differs from the source's: dev: "
+        + ("Difference(blocks=1, objects=0)" if what == "blocks" else "Difference(blocks=0, objects=1)")
+    )
+    assert outcome.downtime_ns is None
+    assert outcome.phases_ns == {}
+
+
+def _forget(versions: np.ndarray, loaded: np.ndarray) -> None:
+    if 3 in loaded:
+        versions[3] = -1
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_stale_block_fails_the_run(monkeypatch: pytest.MonkeyPatch, protocol: str) -> None:
+    scenario = small_scenario(STEADY | {"device.0.writes": {"pattern": "sequential", "mib_per_s": 100.0}})
+    original = LoadSession.load
+
+    async def old_first(self: LoadSession, record: Record) -> None:
+        before = self.image.version[record.blocks]
+        await original(self, record)
+        again = before >= 0  # a block that comes a second time keeps what came first
+        self.image.version[record.blocks[again]] = before[again]
+
+    assert run(scenario, protocol).kind is OutcomeKind.COMPLETED
+    monkeypatch.setattr(LoadSession, "load", old_first)
+    outcome = run(scenario, protocol)
+    assert outcome.kind is OutcomeKind.FAILED
+    assert "differs from the source's: dev: Difference(blocks=" in outcome.reason
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_stream_without_its_end_fails_the_run(monkeypatch: pytest.MonkeyPatch, protocol: str) -> None:
+    original = LoadSession.load
+
+    async def without_end(self: LoadSession, record: Record) -> None:
+        if not record.end:
+            await original(self, record)
+
+    monkeypatch.setattr(LoadSession, "load", without_end)
+    outcome = run(small_scenario(), protocol)
+    assert outcome.kind is OutcomeKind.FAILED
+    assert "Invalid argument" in outcome.reason
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("lost", [0, 5], ids=["first", "sixth"])
+def test_a_lost_payload_fails_the_run(monkeypatch: pytest.MonkeyPatch, protocol: str, lost: int) -> None:
+    original = Target.write
+    calls = 0
+
+    async def losing(self: Target, fd: object, payload: Payload) -> None:
+        nonlocal calls
+        calls += 1
+        if calls != lost + 1:
+            await original(self, fd, payload)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Target, "write", losing)
+    outcome = run(small_scenario(), protocol)
+    assert outcome.kind is OutcomeKind.FAILED
+    assert "Invalid argument" in outcome.reason
+
+
+def test_a_target_that_breaks_the_protocol_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = V3Target.load_config
+
+    async def impatient(self: V3Target, device: int) -> None:
+        await self.channels[0].tell(Kind.RESUMED)
+        await original(self, device)
+
+    monkeypatch.setattr(V3Target, "load_config", impatient)
+    outcome = run(small_scenario(), "v3-n1")
+    assert outcome.kind is OutcomeKind.FAILED
+    assert "RESUMED came where LOADED was due" in outcome.reason
+
+
+# --- a migration that cannot converge --------------------------------------------------------------------------------
+
+# What is written in one downtime limit can never be sent in one.
+TOO_BUSY = {
+    "device.0.state_mib": 64.0,
+    "device.0.writes": {"pattern": "uniform", "mib_per_s": 4000.0},
+    "link.gbit_per_s": 1.0,
+    "link.per_connection_gbit_per_s": 1.0,
+    "vmm.give_up_s": 1.0,
+}
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_writes_beyond_the_link_do_not_converge_and_the_guest_goes_on(protocol: str, devices: int) -> None:
+    scenario = small_scenario(TOO_BUSY | {"device.0.count": devices})
+    outcome, kept = kept_run(scenario, protocol)
+    assert outcome.kind is OutcomeKind.DID_NOT_CONVERGE
+    assert outcome.downtime_ns is None
+    assert outcome.phases_ns == outcome.critical_path_ns == {}
+    assert outcome.stages == ()
+    assert outcome.device_bytes_resent == 0
+    assert outcome.total_ns is not None
+    assert outcome.total_ns >= scenario.vmm.give_up_s * 1e9
+    assert Mark.STOP_ORDERED not in kept.timeline.marks
+    for driver, state in zip(kept.drivers, kept.states, strict=True):
+        assert clock.run(driver.state()) is State.RUNNING
+        clock.run(driver.set_streams(0))  # EBUSY if a session were open
+        before = int(state.version.sum())
+        state.advance(scenario.horizon_ns)
+        assert int(state.version.sum()) > before
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_stop_only_state_beyond_the_limit_does_not_converge(protocol: str) -> None:
+    """With the bandwidth given, the threshold is exact: 8 MiB of stop-only state, or as much as is allowed."""
+    changes = {"device.0.stop_only_mib": 8.0, "vmm.bandwidth_gbit_per_s": 8.0, "ram.nonzero_gib": 0.0}
+    fits_ms = 8 * MIB / 1e9 * 1e3 + 1
+    assert run(small_scenario(changes | {"vmm.downtime_limit_ms": fits_ms}), protocol).kind is OutcomeKind.COMPLETED
+    too_short = small_scenario(changes | {"vmm.downtime_limit_ms": fits_ms - 1})
+    assert run(too_short, protocol).kind is OutcomeKind.DID_NOT_CONVERGE
+
+
+@pytest.mark.parametrize("features", [["STOP_COPY"], ["STOP_COPY", "P2P"], ["STOP_COPY", "P2P", "PRE_COPY"]])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_state_far_beyond_the_limit_does_not_converge_with_or_without_pre_copy(
+    protocol: str, features: list[str]
+) -> None:
+    """1 GiB that can only be saved when stopped, 20 ms, 40 Gbit/s: a tenth of it would be too much."""
+    changes = {"device.0.features": features, "device.0.state_mib": 1024.0, "device.0.stop_only_mib": 1024.0}
+    assert run(small_scenario(changes), protocol).kind is OutcomeKind.DID_NOT_CONVERGE
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_the_firmware_is_saving_counts_as_left(protocol: str) -> None:
+    """Four MiB are in one SAVE for two seconds; 0.1 Gbit/s would send a sixteenth of that within the limit."""
+    slow = {"driver.chunk_mib": 4, "firmware.save_mib_per_s": 2.0, "vmm.give_up_s": 30.0}
+    outcome = run(small_scenario(slow | {"vmm.bandwidth_gbit_per_s": 0.1}), protocol)
+    assert outcome.kind is OutcomeKind.COMPLETED
+    assert outcome.phases_ns["drain"] < 100e6
+
+
+@pytest.mark.parametrize("protocol", ["v3-n1", "v3-n4"])
+def test_streams_that_have_carried_nothing_yet_are_not_expected_to_be_fast(protocol: str) -> None:
+    """The first chunk takes half a second; RAM, which is fast, says nothing about how fast the rest will come."""
+    outcome = run(small_scenario({"firmware.save_mib_per_s": 2.0, "vmm.give_up_s": 30.0}), protocol)
+    assert outcome.kind is OutcomeKind.COMPLETED
+    assert outcome.phases_ns["drain"] < 1e9
+
+
+# --- a device that cannot --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("has", "asked"), [(0, 1), (3, 4), (16, 64)])
+def test_more_streams_than_the_device_has_are_unsupported(has: int, asked: int) -> None:
+    scenario = small_scenario({"device.0.max_dirty_streams": has})
+    outcome, kept = kept_run(scenario, f"v3-n{asked}")
+    assert outcome.kind is OutcomeKind.UNSUPPORTED
+    assert outcome.reason == f"dev has {has} dirty streams; {asked} were asked for"
+    assert outcome.downtime_ns is None
+    assert outcome.device_bytes == 0
+    assert clock.run(kept.drivers[0].state()) is State.RUNNING
+
+
+def test_one_device_of_several_that_cannot_is_named() -> None:
+    other = small_scenario({"device.0.name": "old", "device.0.max_dirty_streams": 0}).device[0]
+    scenario = small_scenario().model_copy(update={"device": [*small_scenario().device, other]})
+    outcome = run(scenario, "v3-n2")
+    assert outcome.kind is OutcomeKind.UNSUPPORTED
+    assert outcome.reason == "old has 0 dirty streams; 2 were asked for"
+    assert run(scenario, "v2").kind is OutcomeKind.COMPLETED
+
+
+def test_as_many_streams_as_the_device_has_are_supported() -> None:
+    assert run(small_scenario({"device.0.max_dirty_streams": 3}), "v3-n3").kind is OutcomeKind.COMPLETED
+
+
+# --- protocols by name -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "streams"), [("v2", 0), ("v3-n1", 1), ("v3-n16", 16), ("v3-n64", 64)])
+def test_protocols_by_name(name: str, streams: int) -> None:
+    assert Protocol.parse(name, small_scenario()) == Protocol(name, streams)
+
+
+def test_v3_alone_takes_the_scenarios_number_of_streams() -> None:
+    assert Protocol.parse("v3", small_scenario({"v3.dirty_streams": 7})) == Protocol("v3-n7", 7)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "V2", "v1", "v2-n1", "v3-n", "v3-n0", "v3-n01", "v3-n65", "v3-n-1", "v3-n1 ", "4"]
+)
+def test_unknown_protocols_are_the_users_mistake(name: str) -> None:
+    with pytest.raises(UserError, match="unknown protocol.*there are v2, v3, and v3-n1 to v3-n64"):
+        Protocol.parse(name, small_scenario())
+
+
+# --- what an outcome tells -------------------------------------------------------------------------------------------
+
+
+@cache
+def mlx5(protocol: str) -> Outcome:
+    return run(load("mlx5-2vf"), protocol)
+
+
+def test_v2_tells_the_stages_of_a_vmms_trace() -> None:
+    outcome = mlx5("v2")
+    stages = {(stage.name, stage.index): stage for stage in outcome.stages}
+    per_device = {(name, i) for name in ("device_save", "device_load", "config_load") for i in (0, 1)}
+    assert stages.keys() == {("setup", 0), ("stop", 0), ("ram_save", 0), ("ram_load", 0)} | per_device
+    assert stages["device_save", 0].end_ns <= stages["device_save", 1].start_ns, "saved one after the other"
+    assert stages["device_load", 0].end_ns <= stages["device_load", 1].start_ns, "loaded one after the other"
+    assert stages["config_load", 0].end_ns <= stages["config_load", 1].start_ns, "config under one lock"
+    assert stages["stop", 0].end_ns - stages["stop", 0].start_ns == outcome.phases_ns["stop"]
+
+
+def test_v3_loads_config_under_one_lock() -> None:
+    scenario = small_scenario({"device.0.count": 3})
+    configs = sorted((s for s in run(scenario, "v3-n2").stages if s.name == "config_load"), key=_ends)
+    assert len(configs) == 3
+    gaps = [late.end_ns - early.end_ns for early, late in zip(configs, configs[1:], strict=False)]
+    assert min(gaps) >= ns(scenario.device[0].config_load_ms)
+
+
+def _ends(stage: Stage) -> int:
+    return stage.end_ns
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_read_times_are_those_of_the_calls(protocol: str) -> None:
+    """Each read that gave data costs at least the call; all of them copy all bytes at the thread's rate."""
+    scenario = small_scenario()
+    outcome = run(scenario, protocol)
+    copying_ns = outcome.device_bytes / (scenario.host.copy_gib_per_s * (1 << 30)) * 1e9
+    calls_ns = outcome.reads * scenario.driver.call_us * 1e3
+    assert outcome.read_copy_ns == pytest.approx(copying_ns + calls_ns, rel=1e-3)
+    assert outcome.reads >= outcome.device_bytes / (scenario.vmm.read_mib * MIB)
+
+
+def test_bytes_sent_again_are_what_was_written_again() -> None:
+    idle, busy = (
+        run(small_scenario(STEADY | {"device.0.writes": {"pattern": "sequential", "mib_per_s": rate}}), "v2")
+        for rate in (0.001, 100.0)
+    )
+    assert idle.device_bytes_resent < 64 * 1024, "headers only"
+    assert busy.device_bytes_resent > idle.device_bytes_resent + 64 * 1024
+
+
+def test_keep_is_handed_the_timeline_of_the_outcome() -> None:
+    kept: list[Timeline] = []
+    outcome = simulate(small_scenario(), Protocol("v2", 0), 1, keep=kept.append)
+    (timeline,) = kept
+    assert timeline.digest() == outcome.digest
+    assert timeline.downtime_ns == outcome.downtime_ns
+
+
+def test_an_outcome_depends_on_scenario_protocol_and_seed_alone() -> None:
+    scenario = small_scenario({"firmware.service_cv": 0.3})
+    assert run(scenario, "v3-n2", 7) == run(scenario, "v3-n2", 7)
+    assert replace(run(scenario, "v3-n2", 8), seed=7) != run(scenario, "v3-n2", 7)
