@@ -20,7 +20,8 @@ from experiments import results, tell
 from proto_v3.errors import UserError
 from proto_v3.migration import OutcomeKind
 from sim.run import Outcome, Protocol, simulate
-from sim.scenario import Scenario, load
+from sim.scenario import Scenario
+from sim.scenario_file import load
 
 INTERRUPTED = 130
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from sim.scenario import load, parameters, shipped
+from sim.scenario import parameters
+from sim.scenario_file import load, shipped
 
 
 def list_scenarios() -> None:

@@ -51,16 +51,13 @@ def held_against(published: Published, frame: pl.DataFrame) -> list[Held]:
     runs = frame.filter(COMPLETED & (pl.col("protocol") == "v2"))
     if runs.is_empty():
         return []
-    columns = {"downtime": "downtime_ns", "total": "total_ns"}
+    columns = {"downtime_ms": "downtime_ns", "total_ms": "total_ns"}
     held = []
-    for key, value in published.model_dump(exclude={"citation", "fitted"}, exclude_none=True).items():
-        name = key.removesuffix("_ms")
-        many = isinstance(value, list)
-        for index, expected in enumerate(value if many else [value]):
-            column = columns.get(name, f"stage_{name}_{index}_ns")
-            which, fitted = (f" {index}", f"{key}.{index}") if many else ("", key)
-            told = name.replace("_", " ") + which
-            held.append(Held(told, expected, ms(runs[column].mean()), fitted in published.fitted))
+    for key, expected in published.figures().items():
+        name, _, index = key.partition(".")
+        column = columns.get(name, f"stage_{name.removesuffix('_ms')}_{index or 0}_ns")
+        told = f"{name.removesuffix('_ms').replace('_', ' ')} {index}".strip()
+        held.append(Held(told, expected, ms(runs[column].mean()), key in published.fitted))
     return held
 
 

@@ -201,8 +201,7 @@ class SimDriver:
         # v2's write() holds the state mutex (mlx5); v3's must not, or a dirty write that waits for its epoch would keep
         # the critical data out that it waits for.
         self._loading = [
-            LoadStream(i, session, Lock(self._around.timeline) if multi else self._device_lock)
-            for i in range(streams)
+            LoadStream(i, session, Lock(self._around.timeline) if multi else self._device_lock) for i in range(streams)
         ]
         return self._loading[0]
 

@@ -7,15 +7,12 @@ comes from: `published`, `kernel`, `qemu`, `fitted`, `derived` or `assumed`, a c
 from __future__ import annotations
 
 import difflib
-import tomllib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
 from pydantic import Field, model_validator
 
-from proto_v3.errors import UserError
 from proto_v3.switchover import SwitchoverSettings
 from proto_v3.uapi import MigrationFlags
 
@@ -30,6 +27,8 @@ MAX_WRITES = 1 << 26
 
 Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+PositiveMs = Annotated[float, Field(ge=0.001, le=1e9, allow_inf_nan=False)]
+"""A wait or a window; shorter than a microsecond it would only cost events."""
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 SOURCE_KINDS = ("published", "kernel", "qemu", "fitted", "derived", "assumed")
 
@@ -57,7 +56,7 @@ class Ram(Section):
     sync_ms: NonNegative
     final_sync_ms: NonNegative
     final_scan_ms: NonNegative
-    frame_mib: Positive = 1.0
+    frame_mib: Annotated[float, Field(ge=PAGE_BYTES / MIB, le=1024)] = 1.0
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -103,7 +102,7 @@ class Critical(Section):
     """The objects that the target must set up before the device can run: queues, contexts, memory."""
 
     objects: Annotated[int, Field(ge=0, le=1_000_000)]
-    object_kib: Positive
+    object_kib: Annotated[float, Field(ge=1 / KIB, le=1 << 30)]
     setup_us: NonNegative
 
 
@@ -135,7 +134,9 @@ class Device(Section):
             raise ValueError(f"features = {self.features}: must name each once")
         if self.stop_only_mib > self.state_mib:
             raise ValueError(f"stop_only_mib = {self.stop_only_mib:g}: must be at most state_mib = {self.state_mib:g}")
-        if not 1 <= self.blocks <= MAX_BLOCKS:
+        if self.blocks < 1:
+            raise ValueError(f"state_mib = {self.state_mib:g}: must be at least one byte")
+        if self.blocks > MAX_BLOCKS:
             raise ValueError(
                 f"block_kib = {self.block_kib}: makes {self.blocks} blocks; must make at most {MAX_BLOCKS}"
             )
@@ -219,16 +220,16 @@ class Link(Section):
 class Vmm(Section):
     """The VMM's costs and settings."""
 
-    read_mib: Annotated[float, Field(gt=0, le=1024)] = 1.0
+    read_mib: Annotated[float, Field(ge=1 / KIB, le=1024)] = 1.0
     write_kib: Annotated[int, Field(ge=1, le=1 << 20)] = 32
     setup_ms: NonNegative
     vcpu_stop_ms: NonNegative
     vcpu_start_ms: NonNegative
     downtime_limit_ms: Positive = 300.0
-    bandwidth_window_ms: Positive = 100.0
+    bandwidth_window_ms: PositiveMs = 100.0
     bandwidth_gbit_per_s: Positive | None = None
-    decision_interval_ms: Positive
-    ram_budget_ms: Positive
+    decision_interval_ms: PositiveMs
+    ram_budget_ms: PositiveMs
     give_up_s: Annotated[float, Field(gt=0, le=86400)]
 
 
@@ -254,6 +255,23 @@ class Published(Section):
     total_ms: NonNegative | None = None
     setup_ms: NonNegative | None = None
 
+    def figures(self) -> dict[str, float]:
+        """What is given, by key, in lists `key.index`."""
+        figures: dict[str, float] = {}
+        for key, value in self.model_dump(exclude={"citation", "fitted"}, exclude_none=True).items():
+            if isinstance(value, list):
+                figures |= {f"{key}.{index}": one for index, one in enumerate(value)}
+            else:
+                figures[key] = value
+        return figures
+
+    @model_validator(mode="after")
+    def _fitted_is_given(self) -> Self:
+        for key in self.fitted:
+            if key not in self.figures():
+                raise ValueError(f"fitted = {key!r}: must be one of {', '.join(self.figures())}")
+        return self
+
 
 class Scenario(Section):
     """Everything that a run is made from, but the protocol and the seed."""
@@ -276,6 +294,9 @@ class Scenario(Section):
         names = [device.name for device in self.device]
         if len(set(names)) != len(names):
             raise ValueError(f"device.name = {names}: must differ from table to table; count makes several alike")
+        unfolded = [device.name for device in self.devices]
+        if len(set(unfolded)) != len(unfolded):
+            raise ValueError(f"device.name = {names}: must differ also where count adds a number: {unfolded}")
         if len(self.devices) > 64:
             raise ValueError(f"device.count: makes {len(self.devices)} devices; must make at most 64")
         for at, device in enumerate(self.device):
@@ -315,11 +336,12 @@ class Scenario(Section):
         for key, source in self.sources.items():
             if key not in known:
                 raise ValueError(
-                    f"sources.{key} = {_short(source)}: must be a key that the file sets{_did_you_mean(key, known)}"
+                    f"sources.{key} = {short(source)}: must be a key that the file sets{did_you_mean(key, known)}"
                 )
-            if source.partition(":")[0] not in SOURCE_KINDS:
+            kind, colon, _ = source.partition(":")
+            if not colon or kind not in SOURCE_KINDS:
                 raise ValueError(
-                    f"sources.{key} = {_short(source)}: must begin with {', '.join(SOURCE_KINDS)}, and a colon"
+                    f"sources.{key} = {short(source)}: must begin with {', '.join(SOURCE_KINDS)}, and a colon"
                 )
         return self
 
@@ -372,112 +394,14 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
-
-
-def shipped() -> dict[str, Path]:
-    """The scenarios that come with the project, by name."""
-    folder = Path(__file__).resolve().parents[1] / "scenarios"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
-
-
-def find(name_or_path: str) -> Path:
-    """The file of a shipped scenario's name or of a path. UserError if there is none."""
-    if name_or_path in shipped():
-        return shipped()[name_or_path]
-    path = Path(name_or_path)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise UserError(f"{name_or_path} is a folder; a scenario is a TOML file")
-    raise UserError(
-        f"no scenario {name_or_path!r}: neither a file nor one of {', '.join(shipped())}"
-        f"{_did_you_mean(name_or_path, shipped())}"
-    )
-
-
-def load(name_or_path: str) -> Scenario:
-    """Read and validate a scenario. UserError names the file, and key, value and what would be right per problem."""
-    path = find(name_or_path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    return parse(text, str(path))
-
-
-def parse(text: str, file: str) -> Scenario:
-    """Validate a scenario's text; `file` is what its errors call it."""
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{file}: not valid TOML: {error}") from error
-    if not tables:
-        raise UserError(f"{file}: empty; a scenario needs the tables {', '.join(_required())}")
-    try:
-        return Scenario.model_validate(tables)
-    except pydantic.ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
-        raise UserError("\n  ".join([f"{file}: {len(problems)} problem(s)", *problems])) from None
-
-
-def _required() -> list[str]:
-    return [name for name, field in Scenario.model_fields.items() if field.is_required()]
-
-
-def _explain(problem: Any) -> str:
-    """One line: key, value, what would be right."""
-    key = ".".join(str(part) for part in problem["loc"])
-    kind, value = problem["type"], problem["input"]
-    if kind == "missing":
-        return f"{key}: missing; it is required{_unit_hint(key)}"
-    if kind == "extra_forbidden":
-        return (
-            f"{key} = {_short(value)}: unknown key{_did_you_mean(key.rpartition('.')[2], _keys_beside(problem['loc']))}"
-        )
-    if kind == "value_error":
-        return f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
-    message = problem["msg"].replace("Input should be", "must be")
-    return f"{key} = {_short(value)}: {message[0].lower()}{message[1:]}"
-
-
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as it is told in a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _unit_hint(key: str) -> str:
-    unit = key.rpartition("_")[2]
-    units = {"ms": "milliseconds", "us": "microseconds", "s": "seconds", "mib": "MiB", "gib": "GiB", "kib": "KiB"}
-    return f" ({units[unit]})" if unit in units else ""
-
-
-def _keys_beside(loc: tuple[Any, ...]) -> list[str]:
-    """The keys that are allowed in the table in which `loc` stands."""
-    model: type[pydantic.BaseModel] = Scenario
-    for part in loc[:-1]:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        inner = _model_in(annotation)
-        if inner is None:
-            return []
-        model = inner
-    return list(model.model_fields)
-
-
-def _model_in(annotation: Any) -> type[pydantic.BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if (found := _model_in(argument)) is not None:
-            return found
-    return None
-
-
-def _did_you_mean(name: str, known: Any) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` where a known name is close, else nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     if close:
         return f"; did you mean {close[0]}?"

@@ -9,7 +9,8 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, ParamSpec
 
 from sim.clock import run
-from sim.scenario import Scenario, parse
+from sim.scenario import Scenario
+from sim.scenario_file import parse
 
 P = ParamSpec("P")
 

@@ -17,7 +17,7 @@ import pytest
 from helpers import small_text
 
 from proto_v3.timeline import PHASES
-from sim.scenario import load
+from sim.scenario_file import load
 
 CLI = [sys.executable, "-m", "experiments.cli"]
 
@@ -169,16 +169,12 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path: Path) -> None
 
 # --- outcomes other than COMPLETED -----------------------------------------------------------------------------------
 
-TOO_BUSY = {
-    "device.0.writes": {"pattern": "uniform", "mib_per_s": 4000.0},
-    "link.gbit_per_s": 1.0,
-    "link.per_connection_gbit_per_s": 1.0,
-    "vmm.give_up_s": 0.5,
-}
+# 8 MiB that can only be saved when the device is stopped; 0.1 Gbit/s sends a quarter of one within the limit.
+TOO_MUCH = {"device.0.stop_only_mib": 8.0, "vmm.bandwidth_gbit_per_s": 0.1}
 
 
 def test_migrations_that_do_not_converge_are_told_and_drawn_nowhere(tmp_path: Path) -> None:
-    done = proto_v3(tmp_path, "compare", write_scenario(tmp_path, TOO_BUSY), "--seeds", "2", "--format", "csv")
+    done = proto_v3(tmp_path, "compare", write_scenario(tmp_path, TOO_MUCH), "--seeds", "2", "--format", "csv")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("DID_NOT_CONVERGE") == 3
     assert "No run was completed: there is nothing to draw." in done.stdout
@@ -192,7 +188,7 @@ def test_migrations_that_do_not_converge_are_told_and_drawn_nowhere(tmp_path: Pa
 
 
 def test_a_table_of_runs_without_a_downtime_keeps_its_columns(tmp_path: Path) -> None:
-    done = proto_v3(tmp_path, "compare", write_scenario(tmp_path, TOO_BUSY), "--seeds", "1")
+    done = proto_v3(tmp_path, "compare", write_scenario(tmp_path, TOO_MUCH), "--seeds", "1")
     assert done.returncode == 0, done.stderr
     table = pl.read_parquet(tmp_path / "results/small/runs.parquet")
     assert table["downtime_ns"].null_count() == table.height == 3
@@ -257,20 +253,20 @@ def test_a_missing_scenario_and_one_too_many_are_refused(tmp_path: Path) -> None
     [
         ("", ["mine.toml: empty", "ram", "device", "link"]),
         ("# nothing\n", ["mine.toml: empty"]),
-        ("name = ", ["mine.toml: not valid TOML", "line 1"]),
+        ("name = \n", ["mine.toml: not valid TOML", "line 1"]),
         ("{}", ["mine.toml: not valid TOML"]),
         ("name = 'x'\n", ["mine.toml: ", "ram: missing", "firmware: missing"]),
         ("a = " + 10_000 * "[", ["mine.toml: not valid TOML"]),
         (small_text({"link.gbit_per_s": -1.0}), ["link.gbit_per_s = -1.0: must be greater than 0"]),
         (small_text({"link.gbit_per_s": "fast"}), ["link.gbit_per_s = 'fast': must be a valid number"]),
-        (small_text({"link.gbps": 1.0}), ["link.gbps = 1.0: unknown key; did you mean gbit_per_s?"]),
+        (small_text({"link.gbit_per_sec": 1.0}), ["link.gbit_per_sec = 1.0: unknown key; did you mean gbit_per_s?"]),
         (small_text({"link.round_trip_us": None}), ["link.round_trip_us: missing", "microseconds"]),
         (small_text({"device": []}), ["device = []: "]),
         (small_text({"driver.lock": "big"}), ["driver.lock = 'big': must be 'none', 'per_fd', 'device' or 'global'"]),
         (small_text({"ram.size_gib": float("nan")}), ["ram.size_gib = nan: "]),
         (small_text({"vmm.give_up_s": float("inf")}), ["vmm.give_up_s = inf: "]),
         (small_text({"device.0.stop_only_mib": 9.0}), ["device.0.stop_only_mib = 9: must be at most state_mib = 8"]),
-        (small_text({"link.gbit_per_s": 1.0, "device.0.count": 65}), ["link.per_conn", "device.0.count = 65: "]),
+        (small_text({"link.gbit_per_s": 0.0, "device.0.count": 65}), ["link.gbit_per_s = 0.0: ", "device.0.count = 65: "]),
     ],
     ids=["empty", "comment", "cut", "json", "bare", "deep", "negative", "text", "unknown", "missing", "no-device",
          "lock", "nan", "inf", "stop-only", "two-problems"],

@@ -19,7 +19,8 @@ from proto_v3.v3 import V3Target
 from sim import clock
 from sim.record import Record
 from sim.run import Outcome, Protocol, _Run, simulate
-from sim.scenario import MIB, Scenario, load, ns, shipped
+from sim.scenario import MIB, Scenario, ns
+from sim.scenario_file import load, shipped
 from sim.stream import LoadSession
 
 PROTOCOLS = ("v2", "v3-n1", "v3-n4")

@@ -17,7 +17,8 @@ from proto_v3.timeline import Timeline
 from proto_v3.uapi import MigrationFlags
 from sim.clock import now_ns, run
 from sim.machine import RamModel
-from sim.scenario import KIB, MIB, SOURCE_KINDS, Scenario, find, load, parameters, parse, shipped
+from sim.scenario import KIB, MIB, SOURCE_KINDS, Scenario, parameters
+from sim.scenario_file import find, load, parse, shipped
 
 HUGE = 10**400
 SECOND_DEVICE = small_tables()["device"][0] | {"name": "other"}
