@@ -88,7 +88,8 @@ def run_cells(cells: Sequence[Cell], jobs: int | None) -> tuple[list[Outcome], b
     """
     done: dict[int, Outcome] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    stderr = Console(stderr=True)
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task("runs", total=len(cells))
         try:
             for at, outcome in _in_processes(cells, jobs):
@@ -104,12 +105,17 @@ def _in_processes(cells: Sequence[Cell], jobs: int | None) -> Iterator[tuple[int
         for at, cell in enumerate(cells):
             yield at, run_cell(cell)
         return
-    # Ctrl-C goes to the whole process group; only this process is to act on it.
-    pool = ProcessPoolExecutor(jobs, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(jobs)
     try:
-        waiting = {pool.submit(run_cell, cell): at for at, cell in enumerate(cells)}
+        # Ctrl-C goes to the whole process group, and only this process is to act on it: the workers inherit the mask.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            waiting = {pool.submit(run_cell, cell): at for at, cell in enumerate(cells)}
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         while waiting:
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            # With a timeout, as a signal that another thread happens to take does not end an endless wait of this one.
+            for future in wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED).done:
                 yield waiting.pop(future), future.result()
     except BaseException:
         for process in list((pool._processes or {}).values()):

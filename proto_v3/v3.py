@@ -219,6 +219,8 @@ class V3Source(Source):
         left = [(self._ram_rate.bytes_per_s, float(ram_bytes))]
         for stream in self._streams:
             share = stop_copy_bytes[stream.device] / self._dirty_streams if stream.index else 0
+            if stream.unread_bytes and not stream.rate.bytes_per_s:
+                return False  # its first bytes are on their way: they will tell
             left.append((stream.rate.bytes_per_s, stream.unread_bytes + share))
         for device, live in enumerate(self.live):
             if not live:  # its streams open once it is stopped

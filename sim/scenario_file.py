@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,12 @@ def find(name_or_path: str) -> Path:
     if name_or_path in shipped():
         return shipped()[name_or_path]
     path = Path(name_or_path)
-    if path.is_file():
-        return path
-    if path.is_dir():
+    if name_or_path and os.path.isdir(path):
         raise UserError(f"{name_or_path} is a folder; a scenario is a TOML file")
+    if name_or_path and os.path.exists(path):  # of os.path, as it says no to a name that is too long, where Path raises
+        return path
     raise UserError(
-        f"no scenario {name_or_path!r}: neither a file nor one of {', '.join(shipped())}"
+        f"no scenario {short(name_or_path)}: neither a file nor one of {', '.join(shipped())}"
         f"{did_you_mean(name_or_path, shipped())}"
     )
 

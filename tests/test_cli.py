@@ -266,7 +266,7 @@ def test_a_missing_scenario_and_one_too_many_are_refused(tmp_path: Path) -> None
         (small_text({"ram.size_gib": float("nan")}), ["ram.size_gib = nan: "]),
         (small_text({"vmm.give_up_s": float("inf")}), ["vmm.give_up_s = inf: "]),
         (small_text({"device.0.stop_only_mib": 9.0}), ["device.0.stop_only_mib = 9: must be at most state_mib = 8"]),
-        (small_text({"link.gbit_per_s": 0.0, "device.0.count": 65}), ["link.gbit_per_s = 0.0: ", "device.0.count = 65: "]),
+        (small_text({"link.gbit_per_s": 0.0, "device.0.count": 65}), ["link.gbit_per_s = 0.0", "device.0.count = 65"]),
     ],
     ids=["empty", "comment", "cut", "json", "bare", "deep", "negative", "text", "unknown", "missing", "no-device",
          "lock", "nan", "inf", "stop-only", "two-problems"],

@@ -344,10 +344,10 @@ async def test_v3_has_critical_objects_on_their_own_and_each_block_once_on_a_dir
 
 @pytest.mark.parametrize("streams", [2, 3, 16])
 @virtual
-async def test_a_blocks_home_is_its_chunks_number_modulo_the_streams(streams: int) -> None:
+async def test_a_blocks_home_is_its_number_modulo_the_streams(streams: int) -> None:
     _, *dirty = await saved(Hosts(), streams)
     homes = {block: index for index, parts in enumerate(dirty) for block in blocks(parts)}
-    assert homes == {block: block // 16 % streams for block in range(BLOCKS)}
+    assert homes == {block: block % streams for block in range(BLOCKS)}
 
 
 @virtual
@@ -461,6 +461,17 @@ async def test_the_stream_is_the_same_however_it_is_cut(max_bytes: int, streams:
         for part in other:
             assert [part.record.sequence, part.start] == at
             at = [at[0], part.stop] if part.stop < part.record.size_bytes else [at[0] + 1, 0]
+
+
+@virtual
+async def test_read_waits_for_a_save_that_began_before_the_guest_was_stopped() -> None:
+    """Also when a reconfiguration that the stop forestalled would have come meanwhile."""
+    hosts = Hosts({"device.0.critical.object_kib": 256.0, "device.0.reconfigurations": {"at_s": [0.0005]}})
+    critical, _ = await session(hosts.source, State.PRE_COPY, 1)
+    await sleep_until_ns(100 * US)
+    hosts.state.stop(now_ns())
+    await sleep_until_ns(600 * US)
+    assert len(await critical.read(ALL)) == MIB + HEADER_BYTES
 
 
 @virtual
@@ -644,9 +655,9 @@ async def test_initial_bytes_start_non_zero_and_only_fall(steps: list[tuple[int,
 @given(st.lists(st.tuples(st.integers(0, 2 * MS), st.integers(0, MIB)), max_size=20), st.sampled_from([0, 1, 3]))
 @virtual
 async def test_what_is_pending_is_all_that_was_not_read_yet(steps: list[tuple[int, int]], streams: int) -> None:
-    """Of an idle device; what is being saved just now counts too. The headers' few bytes may or may not."""
+    """Of an idle device; what is being saved just now counts too."""
     fds = await session(Hosts().source, State.PRE_COPY, streams)
-    got = 0
+    got, told = 0, set()
     for number, (delay, max_bytes) in enumerate(steps):
         await sleep_ns(delay)
         if max_bytes and (data := await read_some(fds[number % len(fds)], max_bytes)) is not None:
@@ -656,7 +667,8 @@ async def test_what_is_pending_is_all_that_was_not_read_yet(steps: list[tuple[in
         else:
             info = await fds[0].precopy_info()
             pending = info.initial_bytes + info.dirty_bytes
-        assert got + pending == pytest.approx(STATE_BYTES, abs=20 * HEADER_BYTES)
+        told.add(got + pending)
+    assert told <= {sum([size(await read_all(fd)) for fd in fds]) + got}
 
 
 @virtual
@@ -670,7 +682,7 @@ async def test_precopy_info_makes_the_device_save_what_became_dirty_and_read_doe
     info = await fd.precopy_info()
     assert info.initial_bytes == 0
     assert info.dirty_bytes > 0
-    assert size(await read_all(fd)) == info.dirty_bytes + HEADER_BYTES
+    assert size(await read_all(fd)) == info.dirty_bytes
     await fails_with(errno.ENOMSG, fd.read(ALL))
 
 
@@ -696,7 +708,7 @@ async def test_under_v2_a_reconfiguration_is_dirty_bytes_like_any_others() -> No
     assert await fd.poll(1 * MS) is Ready.NOTHING
     await fails_with(errno.ENOMSG, fd.read(ALL))
     info = await fd.precopy_info()
-    assert (info.initial_bytes, info.dirty_bytes) == (0, OBJECT_BYTES // 2)
+    assert (info.initial_bytes, info.dirty_bytes) == (0, OBJECT_BYTES // 2 + HEADER_BYTES)
     assert len(records(await read_all(fd))[0].objects) == 2
 
 
@@ -1144,6 +1156,54 @@ async def test_who_waits_for_a_cancelled_session_is_woken() -> None:
     await hosts.source.set_state(State.RUNNING)
     await polling
     await fails_with(errno.ENODEV, critical.read(1))
+
+
+# --- reset ---------------------------------------------------------------------------------------------------------
+
+EVERY_STATE = [state for state in State if state is not State.ERROR]
+
+
+@pytest.mark.parametrize("state", EVERY_STATE, ids=[state.name for state in EVERY_STATE])
+@pytest.mark.parametrize("streams", [0, 2])
+@virtual
+async def test_a_reset_leads_from_any_state_to_running_and_leaves_nothing_open(state: State, streams: int) -> None:
+    driver = Hosts().both
+    await driver.set_streams(streams)
+    fd = await driver.set_state(state)
+    await driver.reset()
+    assert await driver.state() is State.RUNNING
+    if fd is not None:
+        call = fd.write(Extent([]), 1) if state is State.RESUMING else fd.read(1)
+        await fails_with(errno.ENODEV, call)
+    await driver.set_streams(1)
+    await sleep_ns(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@virtual
+async def test_a_reset_leads_out_of_error_and_the_device_can_be_loaded_again() -> None:
+    hosts = Hosts()
+    (parts,) = await saved(hosts)
+    await session(hosts.target, State.RESUMING)
+    await fails_with(errno.EIO, hosts.target.set_state(State.STOP))
+    await hosts.target.reset()
+    assert await hosts.target.state() is State.RUNNING
+    (fd,) = await session(hosts.target, State.RESUMING)
+    await fd.write(Extent(parts), 32 * KIB)
+    await hosts.target.set_state(State.RUNNING)
+    assert not hosts.image.differences(hosts.state)
+
+
+@virtual
+async def test_a_reset_ends_a_write_that_waits() -> None:
+    hosts = Hosts()
+    _, dirty = await saved(hosts, 1)
+    _, to_dirty = await session(hosts.target, State.RESUMING, 1)
+    writing = asyncio.create_task(to_dirty.write(Extent(dirty), 32 * KIB))
+    await sleep_ns(500 * MS)
+    await hosts.target.reset()
+    await fails_with(errno.ENODEV, writing)
+    assert (hosts.image.version == -1).all()
 
 
 # --- all together ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,204 @@
+"""The comparison's parts: cells and processes, tables, files, and sentences whose numbers come from the runs."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from helpers import small_scenario
+from rich.console import Console
+
+from experiments import compare, results, tell
+from experiments.compare import Cell, run_cell, run_cells
+from proto_v3.errors import UserError
+from proto_v3.migration import OutcomeKind
+from proto_v3.timeline import PHASES, Resource
+from sim.run import Outcome, Protocol, simulate
+from sim.scenario import Published, Scenario
+
+SCENARIO = small_scenario({"firmware.service_cv": 0.2})
+
+
+@cache
+def outcomes() -> tuple[Outcome, ...]:
+    names = ("v2", "v3-n1", "v3-n4")
+    return tuple(simulate(SCENARIO, Protocol.parse(n, SCENARIO), seed) for seed in (1, 2, 3) for n in names)
+
+
+def given_up(outcome: Outcome) -> Outcome:
+    """As if it had not converged."""
+    return replace(
+        outcome, kind=OutcomeKind.DID_NOT_CONVERGE, downtime_ns=None, phases_ns={}, critical_path_ns={}, stages=()
+    )
+
+
+def printed(scenario: Scenario, runs: Sequence[Outcome], width: int = 120) -> str:
+    """What is shown on a terminal of this width."""
+    console = Console(width=width, file=io.StringIO())
+    tell.print_tables(console, scenario, results.table(runs))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_breaks_is_recorded_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks_at_2(scenario: Scenario, protocol: Protocol, seed: int) -> Outcome:
+        if seed == 2:
+            raise RuntimeError("a bug")
+        return simulate(scenario, protocol, seed)
+
+    monkeypatch.setattr(compare, "simulate", breaks_at_2)
+    done, interrupted = run_cells([Cell(SCENARIO, Protocol("v2", 0), seed) for seed in (1, 2, 3)], jobs=1)
+    assert not interrupted
+    assert [outcome.kind.value for outcome in done] == ["COMPLETED", "FAILED", "COMPLETED"]
+    assert "a bug" in done[1].reason
+    assert (done[1].scenario, done[1].protocol, done[1].seed) == ("small", "v2", 2)
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_ctrl_c_gives_what_was_done(monkeypatch: pytest.MonkeyPatch, before: int) -> None:
+    cells = [Cell(SCENARIO, Protocol("v2", 0), seed) for seed in range(4)]
+
+    def interrupted_after(cells: Sequence[Cell], jobs: int | None) -> Iterator[tuple[int, Outcome]]:
+        yield from ((at, run_cell(cells[at])) for at in reversed(range(before)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "_in_processes", interrupted_after)
+    done, interrupted = run_cells(cells, jobs=None)
+    assert interrupted
+    assert [outcome.seed for outcome in done] == list(range(before)), "in the order of the cells"
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_tells_all_of_an_outcome_and_nothing_else() -> None:
+    outcome = outcomes()[0]
+    row = results.row(outcome)
+    assert {row[f"phase_{name}_ns"] for name in PHASES} == set(outcome.phases_ns.values())
+    assert sum(row[f"path_{resource.name.lower()}_ns"] for resource in Resource) == outcome.downtime_ns
+    assert row["path_unexplained_ns"] == 0
+    assert row["stage_device_save_0_ns"] > 0
+    for name in ("protocol", "seed", "downtime_ns", "total_ns", "wire_bytes", "device_bytes", "reads", "digest"):
+        assert row[name] == getattr(outcome, name)
+    assert not any("ms" in name.split("_") for name in row), "times are whole nanoseconds"
+
+
+def test_a_table_survives_parquet_and_csv(tmp_path: Path) -> None:
+    frame = results.table([*outcomes(), given_up(outcomes()[0])])
+    folder = results.ResultFolder(tmp_path)
+    assert pl.read_parquet(folder.write_table(frame, "runs", "parquet")).equals(frame, null_equal=True)
+    csv = folder.write_table(frame, "runs", "csv")
+    assert pl.read_csv(csv, schema=frame.schema).equals(frame, null_equal=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs.csv", "runs.parquet"]
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = results.ResultFolder(tmp_path)
+    folder.write_json({"kept": True}, "manifest")
+    with pytest.raises(TypeError):
+        folder.write_json({"bad": object()}, "manifest")
+    assert json.loads((tmp_path / "manifest.json").read_text()) == {"kept": True}
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
+    class Full:
+        def savefig(self, *_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"compare\.png: cannot be written: No space left on device"):
+        results.ResultFolder(tmp_path).write_figure(Full(), "compare")
+
+
+def test_a_manifest_makes_the_scenario_again() -> None:
+    manifest = json.loads(json.dumps(results.manifest(SCENARIO, "small.toml", ["proto-v3"], outcomes(), 9)))
+    assert Scenario.model_validate(manifest["scenario"]) == SCENARIO
+    assert manifest["complete"] is True
+    assert results.manifest(SCENARIO, "small.toml", [], outcomes()[:4], 9)["complete"] is False
+
+
+# --- what is told ----------------------------------------------------------------------------------------------------
+
+
+def test_path_shares_are_the_whole_downtime() -> None:
+    shares = tell.path_shares(results.table(outcomes()), "v3-n1")
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares[Resource.FIXED] > 0.2
+
+
+def test_means_are_over_the_completed_runs_only() -> None:
+    alone = printed(SCENARIO, outcomes())
+    mixed = printed(SCENARIO, [*outcomes(), *(replace(given_up(o), seed=o.seed + 10) for o in outcomes()[:3])])
+    assert [line for line in alone.splitlines() if line.startswith("v3-n4")][1:] == [
+        line for line in mixed.splitlines() if line.startswith("v3-n4")
+    ][2:]
+    assert "DID_NOT_CONVERGE" in mixed
+    assert "nan" not in mixed.lower()
+
+
+def test_no_completed_run_leaves_only_the_outcomes() -> None:
+    text = printed(SCENARIO, [given_up(outcome) for outcome in outcomes()])
+    assert text.count("DID_NOT_CONVERGE") == 3
+    assert "Downtime" not in text
+
+
+def test_findings_compare_protocols_seed_by_seed() -> None:
+    completed = results.table(outcomes())
+    v2 = completed.filter(protocol="v2")["downtime_ns"]
+    v3 = completed.filter(protocol="v3-n1")["downtime_ns"]
+    (sentence,) = (s for s in tell.findings(completed) if s.startswith("v3-n1 against v2"))
+    difference = (v3 - v2).mean()
+    assert isinstance(difference, float)
+    assert f"downtime {abs(difference) / 1e6:.1f} ms {'shorter' if difference < 0 else 'longer'}" in sentence
+    assert "over 3 seed(s)" in sentence
+
+
+def test_findings_say_so_where_no_seed_completed_under_both() -> None:
+    runs = [outcome for outcome in outcomes() if (outcome.protocol, outcome.seed) in {("v2", 1), ("v3-n1", 2)}]
+    assert "v3-n1 against v2: no seed completed under both." in tell.findings(results.table(runs))
+
+
+@pytest.mark.parametrize(
+    "published",
+    [
+        Published(citation="nobody", device_save_ms=[1.0, 2.0, 3.0]),  # more devices than there are
+        Published(citation="nobody", stop_ms=0.0),
+        Published(citation="nobody"),
+    ],
+    ids=["too-many", "zero", "nothing"],
+)
+def test_odd_published_figures_do_not_break_the_table(published: Published) -> None:
+    """The runs are over by then: whatever stands there must not cost them."""
+    text = printed(SCENARIO.model_copy(update={"published": published}), outcomes())
+    assert "COMPLETED" in text
+    assert "nan" not in text.lower()
+
+
+def test_published_figures_are_held_against_the_means() -> None:
+    published = Published(citation="somebody", fitted=["stop_ms"], stop_ms=8.0, downtime_ms=10.0)
+    stop, downtime = tell.held_against(published, results.table(outcomes()))
+    assert (stop.what, stop.published_ms, stop.simulated_ms, stop.fitted) == ("stop", 8.0, 4.0, True)
+    assert stop.error == pytest.approx(-0.5)
+    mean = sum(o.downtime_ns or 0 for o in outcomes() if o.protocol == "v2") / 3e6
+    assert downtime.simulated_ms == pytest.approx(mean)
+    assert not downtime.fitted
+
+
+def test_protocols_keep_the_order_in_which_they_were_asked_for() -> None:
+    runs = sorted(outcomes(), key=lambda outcome: outcome.protocol, reverse=True)
+    assert tell.protocols(results.table(runs)) == ["v3-n4", "v3-n1", "v2"]
+
+
+def test_numbers_are_whole_on_a_terminal_of_80_columns() -> None:
+    text = printed(SCENARIO, outcomes(), width=80)
+    assert "…" not in text
