@@ -6,11 +6,13 @@ What it shows is read off the runs: tables, a figure, and a few sentences whose 
 from __future__ import annotations
 
 import signal
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import polars as pl
 from rich.console import Console
@@ -105,24 +107,31 @@ def _in_processes(cells: Sequence[Cell], jobs: int | None) -> Iterator[tuple[int
         for at, cell in enumerate(cells):
             yield at, run_cell(cell)
         return
-    pool = ProcessPoolExecutor(jobs)
+    # A KeyboardInterrupt out of nowhere could leave the pool with a lock held, for ever. So Ctrl-C is only noted, and
+    # looked at between waits; the workers, which get it too, ignore it. A second one is for who cannot wait.
+    interrupted = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if interrupted.is_set():
+            signal.default_int_handler(number, frame)
+        interrupted.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    pool = ProcessPoolExecutor(jobs, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
-        # Ctrl-C goes to the whole process group, and only this process is to act on it: the workers inherit the mask.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            waiting = {pool.submit(run_cell, cell): at for at, cell in enumerate(cells)}
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        waiting = {pool.submit(run_cell, cell): at for at, cell in enumerate(cells)}
         while waiting:
-            # With a timeout, as a signal that another thread happens to take does not end an endless wait of this one.
             for future in wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED).done:
                 yield waiting.pop(future), future.result()
+            if interrupted.is_set():
+                raise KeyboardInterrupt
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.terminate()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        signal.signal(signal.SIGINT, before)
 
 
 def _draw(folder: results.ResultFolder, scenario: Scenario, frame: pl.DataFrame, command: Sequence[str]) -> list[Path]:

@@ -8,6 +8,7 @@ trip after that.
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 
 from proto_v3.channel import Transport
@@ -32,15 +33,17 @@ class _OneWay:
         self._in_flight_bytes = 0
         self._arrived: deque[tuple[bytes, Payload]] = deque()
         self._room = Bell()
+        self._turn = asyncio.Lock()
         self._arrival = Bell()
 
     async def send(self, header: bytes, payload: Payload) -> None:
         size = len(header) + len(payload)
         # A frame that is larger than the buffer goes when the connection is empty.
         asked = now_ns()
-        while self._in_flight_bytes and self._in_flight_bytes + size > self._buffer_bytes:
-            await self._room.wait()
-        self._in_flight_bytes += size
+        async with self._turn:  # a small frame does not overtake a large one that waits for room
+            while self._in_flight_bytes and self._in_flight_bytes + size > self._buffer_bytes:
+                await self._room.wait()
+            self._in_flight_bytes += size
         start = now_ns()
         if start > asked:
             self._timeline.blocked(asked)

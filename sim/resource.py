@@ -37,7 +37,7 @@ class Pipe:
 class Engines:
     """Several equal servers with one queue: the firmware's engines.
 
-    A command that was begun runs to its end even if its caller is cancelled, as a real one does.
+    A command that was handed in runs to its end even if its caller is cancelled: the firmware knows nothing of it.
     """
 
     def __init__(self, count: int) -> None:

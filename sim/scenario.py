@@ -70,7 +70,10 @@ class Ram(Section):
 
 
 class Writes(Section):
-    """What the guest dirties in a device's state, as bytes a second in whole blocks."""
+    """What the guest dirties in a device's state, as bytes a second in whole blocks.
+
+    `hotspot`: `hot_share` of the writes go to the first `hot_fraction` of the blocks, the others to all blocks alike.
+    """
 
     pattern: Literal["uniform", "hotspot", "sequential"]
     mib_per_s: Positive
@@ -322,6 +325,9 @@ class Scenario(Section):
                     f"{where}.reconfigurations.poisson_per_s = {device.reconfigurations.poisson_per_s:g}: must make at "
                     "most 1e6 events within vmm.give_up_s"
                 )
+        for key, value in self.published or ():
+            if isinstance(value, list) and key != "fitted" and len(value) not in (0, len(self.devices)):
+                raise ValueError(f"published.{key} = {value}: must have one value a device, {len(self.devices)}")
         if self.link.per_connection_gbit_per_s > self.link.gbit_per_s:
             raise ValueError(
                 f"link.per_connection_gbit_per_s = {self.link.per_connection_gbit_per_s:g}: must be at most "

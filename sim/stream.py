@@ -137,7 +137,7 @@ class SaveStream:
     def _has_plan(self) -> bool:
         # A new epoch, and the end, are told by a record even where there is nothing to save.
         told = self._final or self._new_epoch() or bool(len(self._plan_objects) or len(self._plan_blocks))
-        return told and not self._ended
+        return self._saving is not None or (told and not self._ended)
 
     def _next_record(self) -> Record:
         device = self._device

@@ -148,6 +148,12 @@ def test_csv_a_path_and_an_odd_folder(tmp_path: Path) -> None:
     assert json.loads((folder / "manifest.json").read_text())["scenario_file"] == scenario
 
 
+def test_a_folder_with_brackets_in_its_name_is_told_as_it_is(tmp_path: Path) -> None:
+    done = proto_v3(tmp_path, "compare", write_scenario(tmp_path), "--seeds", "1", "--out", "a[bold]b[/red]")
+    assert done.returncode == 0, done.stderr
+    assert "a[bold]b[/red]/compare.png" in done.stdout
+
+
 def test_tables_are_whole_where_there_is_no_terminal(tmp_path: Path) -> None:
     done = proto_v3(tmp_path, "compare", write_scenario(tmp_path), "--seeds", "1", COLUMNS="40")
     assert done.returncode == 0, done.stderr

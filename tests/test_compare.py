@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -170,18 +171,14 @@ def test_findings_say_so_where_no_seed_completed_under_both() -> None:
 
 @pytest.mark.parametrize(
     "published",
-    [
-        Published(citation="nobody", device_save_ms=[1.0, 2.0, 3.0]),  # more devices than there are
-        Published(citation="nobody", stop_ms=0.0),
-        Published(citation="nobody"),
-    ],
+    [{"device_save_ms": [1.0, 2.0, 3.0]}, {"stop_ms": 0.0}, {}],  # there is one device; nothing relates to zero
     ids=["too-many", "zero", "nothing"],
 )
-def test_odd_published_figures_do_not_break_the_table(published: Published) -> None:
-    """The runs are over by then: whatever stands there must not cost them."""
-    text = printed(SCENARIO.model_copy(update={"published": published}), outcomes())
-    assert "COMPLETED" in text
-    assert "nan" not in text.lower()
+def test_odd_published_figures_are_refused_or_shown_but_do_not_cost_the_runs(published: dict[str, Any]) -> None:
+    with contextlib.suppress(UserError):
+        text = printed(small_scenario({"published": {"citation": "nobody", **published}}), outcomes())
+        assert "Downtime and its phases" in text
+        assert "nan" not in text.lower()
 
 
 def test_published_figures_are_held_against_the_means() -> None:
@@ -197,6 +194,13 @@ def test_published_figures_are_held_against_the_means() -> None:
 def test_protocols_keep_the_order_in_which_they_were_asked_for() -> None:
     runs = sorted(outcomes(), key=lambda outcome: outcome.protocol, reverse=True)
     assert tell.protocols(results.table(runs)) == ["v3-n4", "v3-n1", "v2"]
+
+
+def test_reasons_are_shown_as_they_are() -> None:
+    """A traceback has brackets, which are no markup."""
+    reason = "[Errno 5] no [bold] end [/red]"
+    failed = replace(given_up(outcomes()[0]), kind=OutcomeKind.FAILED, reason=reason)
+    assert reason in printed(SCENARIO, [failed])
 
 
 def test_numbers_are_whole_on_a_terminal_of_80_columns() -> None:

@@ -130,12 +130,25 @@ async def test_room_counts_bytes_and_not_frames() -> None:
     here, there = Network().connect()
     await send(here, 3 * MIB)
     await send(here, MIB // 2)
+    await send(here, MIB // 2)
     waiting = asyncio.create_task(send(here, MIB))
     await sleep_until_ns(20_000_000)
     assert not waiting.done()
-    assert await send(here, MIB // 2) == 20_000_000
     await receive(there)
     await waiting
+
+
+@virtual
+async def test_a_small_frame_does_not_overtake_a_large_one_that_waits() -> None:
+    here, there = Network().connect()
+    await send(here, 3 * MIB)
+    large = asyncio.create_task(send(here, 2 * MIB))
+    await sleep_until_ns(20_000_000)
+    small = asyncio.create_task(send(here, 1))
+    await sleep_until_ns(30_000_000)
+    assert not small.done()
+    await receive(there)
+    assert await large <= await small
 
 
 @virtual
