@@ -65,22 +65,25 @@ def run_compare(
     outcomes, interrupted = run_cells(cells, jobs)
     console = tell.console()
     if not outcomes:
-        console.print("interrupted before the first run was done; nothing was written")
+        _say(console, "interrupted before the first run was done; nothing was written")
         return INTERRUPTED
     frame = results.table(outcomes)
     folder.write_table(frame, "runs", table_format)
     folder.write_json(results.manifest(scenario, scenario_name, command, outcomes, len(cells)), "manifest")
     if interrupted:
-        console.print(f"interrupted: {len(outcomes)} of {len(cells)} runs were done and are kept in {folder.folder}")
+        _say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done and are kept in {folder.folder}")
         return INTERRUPTED
     tell.print_tables(console, scenario, frame)
     figures = _draw(folder, scenario, frame, command)
     tell.print_findings(console, frame)
-    console.print(
-        f"\nFigure: {figures[0]} (and .svg)" if figures else "\nNo run was completed: there is nothing to draw."
-    )
-    console.print(f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")
+    _say(console, f"\nFigure: {figures[0]} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
+    _say(console, f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")
     return 1 if any(outcome.kind is OutcomeKind.FAILED for outcome in outcomes) else 0
+
+
+def _say(console: Console, line: str) -> None:
+    """A line as it is: with paths that can be copied, and brackets that are no markup."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def run_cells(cells: Sequence[Cell], jobs: int | None) -> tuple[list[Outcome], bool]:

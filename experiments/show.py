@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sim.scenario import parameters
 from sim.scenario_file import load, shipped
@@ -15,7 +16,7 @@ def list_scenarios() -> None:
     table.add_column("name", no_wrap=True)
     table.add_column("what")
     for name, path in shipped().items():
-        table.add_row(name, load(str(path)).description)
+        table.add_row(name, Text(load(str(path)).description))
     Console().print(table)
 
 
@@ -23,14 +24,14 @@ def show_scenario(name: str) -> None:
     """Print every parameter that the scenario sets, with its source."""
     scenario = load(name)
     console = Console()
-    console.print(f"[bold]{scenario.name}[/bold]: {scenario.description}\n", highlight=False)
+    console.print(Text(f"{scenario.name}: {scenario.description}\n", style="bold"))
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("parameter", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("source")
     for key, value in parameters(scenario).items():
-        table.add_row(key, _told(value), scenario.sources.get(key, "not stated"))
-    console.print(table, highlight=False)
+        table.add_row(key, _told(value), Text(scenario.sources.get(key, "not stated")))
+    console.print(table)
 
 
 def _told(value: object) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import polars as pl
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from experiments.results import PATH_COLUMNS, PHASE_COLUMNS
 from proto_v3.migration import OutcomeKind
@@ -70,7 +70,8 @@ def print_tables(console: Console, scenario: Scenario, frame: pl.DataFrame) -> N
         return
     _print(console, f"Downtime and its phases, ms (means over {seeds} seed(s), which add up)", _phases(completed))
     _print(console, "Critical path through the downtime: share of each resource, %", _critical_path(completed))
-    _print(console, "Bytes and reads, means a run", _counts(completed))
+    _print(console, "Time and bytes, means a run", _bytes(completed))
+    _print(console, "read(), means a run, and where its time goes, %", _reads(completed))
     held = held_against(scenario.published, frame) if scenario.published else []
     if held and scenario.published:
         _print(console, "Published against simulated (v2), ms", _held(held))
@@ -78,7 +79,7 @@ def print_tables(console: Console, scenario: Scenario, frame: pl.DataFrame) -> N
 
 
 def _print(console: Console, title: str, table: Table) -> None:
-    console.print(f"\n[bold]{escape(title)}[/bold]", highlight=False)
+    console.print(Text(f"\n{title}", style="bold"))
     console.print(table)
 
 
@@ -86,7 +87,7 @@ def _outcomes(frame: pl.DataFrame) -> Table:
     table = _table(["protocol", "runs", "outcome", "reason"])
     counted = frame.group_by("protocol", "outcome", "reason", maintain_order=True).len()
     for protocol, outcome, reason, runs in counted.iter_rows():
-        table.add_row(protocol, str(runs), outcome, reason)
+        _add(table, protocol, str(runs), outcome, reason)
     return table
 
 
@@ -97,7 +98,7 @@ def _phases(completed: pl.DataFrame) -> Table:
         downtime = runs["downtime_ns"]
         least, most = ms(downtime.min()), ms(downtime.max())
         phases = [f"{ms(runs[column].mean()):.1f}" for column in PHASE_COLUMNS]
-        table.add_row(protocol, f"{ms(downtime.mean()):.1f}", f"{least:.1f}", f"{most:.1f}", *phases)
+        _add(table, protocol, f"{ms(downtime.mean()):.1f}", f"{least:.1f}", f"{most:.1f}", *phases)
     return table
 
 
@@ -105,7 +106,7 @@ def _critical_path(completed: pl.DataFrame) -> Table:
     table = _table(["protocol", *[resource.name.lower() for resource in Resource]])
     for protocol in protocols(completed):
         shares = path_shares(completed, protocol)
-        table.add_row(protocol, *[f"{100 * shares[resource]:.1f}" for resource in Resource])
+        _add(table, protocol, *[f"{100 * shares[resource]:.1f}" for resource in Resource])
     return table
 
 
@@ -118,26 +119,29 @@ def path_shares(completed: pl.DataFrame, protocol: str) -> dict[Resource, float]
     }
 
 
-def _counts(completed: pl.DataFrame) -> Table:
-    table = _table(
-        [
-            *("protocol", "total s", "wire MiB", "device MiB", "again MiB", "reads", "us a read"),
-            *("firmware %", "lock %", "copy %", "set-up in downtime ms"),
-        ]
-    )
+def _bytes(completed: pl.DataFrame) -> Table:
+    table = _table(["protocol", "total s", "wire MiB", "device MiB", "sent again MiB", "set-up in downtime ms"])
     for protocol in protocols(completed):
         runs = completed.filter(pl.col("protocol") == protocol)
-        reads = number(runs["reads"].sum())
-        parts = [number(runs[f"read_{part}_ns"].sum()) for part in ("firmware", "lock", "copy")]
-        table.add_row(
+        _add(
+            table,
             protocol,
             f"{ms(runs['total_ns'].mean()) / 1000:.2f}",
             *[f"{number(runs[c].mean()) / MIB:.1f}" for c in ("wire_bytes", "device_bytes", "device_bytes_resent")],
-            f"{number(runs['reads'].mean()):.0f}",
-            f"{sum(parts) / max(reads, 1) / 1000:.0f}",
-            *[f"{100 * part / max(sum(parts), 1):.0f}" for part in parts],
             f"{ms(runs['setup_in_downtime_ns'].mean()):.1f}",
         )
+    return table
+
+
+def _reads(completed: pl.DataFrame) -> Table:
+    table = _table(["protocol", "calls", "us a call", "firmware", "lock", "copy"])
+    for protocol in protocols(completed):
+        runs = completed.filter(pl.col("protocol") == protocol)
+        calls = number(runs["reads"].sum())
+        parts = [number(runs[f"read_{part}_ns"].sum()) for part in ("firmware", "lock", "copy")]
+        shares = [f"{100 * part / max(sum(parts), 1):.0f}" for part in parts]
+        mean_us = sum(parts) / max(calls, 1) / 1000
+        _add(table, protocol, f"{number(runs['reads'].mean()):.0f}", f"{mean_us:.0f}", *shares)
     return table
 
 
@@ -145,10 +149,15 @@ def _held(held: Sequence[Held]) -> Table:
     table = _table(["what", "published", "simulated", "error", "used to fit"])
     for one in held:
         error = f"{100 * one.error:+.1f} %"
-        table.add_row(
-            one.what, f"{one.published_ms:.1f}", f"{one.simulated_ms:.1f}", error, "yes" if one.fitted else "no"
+        _add(
+            table, one.what, f"{one.published_ms:.1f}", f"{one.simulated_ms:.1f}", error, "yes" if one.fitted else "no"
         )
     return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    """A row of plain text: a reason may have brackets, which are no markup."""
+    table.add_row(*map(Text, cells))
 
 
 def _table(columns: Sequence[str]) -> Table:

@@ -248,15 +248,15 @@ class Published(Section):
     citation: str
     fitted: list[str] = []
     """Which of the figures below parameters were fitted to; `key` or `key.index`. The others are predictions."""
-    stop_ms: NonNegative | None = None
-    ram_save_ms: NonNegative | None = None
-    device_save_ms: list[NonNegative] = []
-    ram_load_ms: NonNegative | None = None
-    device_load_ms: list[NonNegative] = []
-    config_load_ms: list[NonNegative] = []
-    downtime_ms: NonNegative | None = None
-    total_ms: NonNegative | None = None
-    setup_ms: NonNegative | None = None
+    stop_ms: Positive | None = None
+    ram_save_ms: Positive | None = None
+    device_save_ms: list[Positive] = []
+    ram_load_ms: Positive | None = None
+    device_load_ms: list[Positive] = []
+    config_load_ms: list[Positive] = []
+    downtime_ms: Positive | None = None
+    total_ms: Positive | None = None
+    setup_ms: Positive | None = None
 
     def figures(self) -> dict[str, float]:
         """What is given, by key, in lists `key.index`."""

@@ -92,7 +92,7 @@ def test_compare_prints_what_it_found(compared: tuple[Path, subprocess.Completed
     _, done = compared
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    for title in ("Downtime and its phases, ms", "Critical path", "Bytes and reads", "Published against simulated"):
+    for title in ("Downtime and its phases, ms", "Critical path", "Time and bytes", "Published against simulated"):
         assert title in done.stdout
     assert "results/mlx5-2vf/compare.png" in done.stdout
     assert "results/mlx5-2vf/manifest.json" in done.stdout

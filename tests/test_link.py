@@ -144,7 +144,7 @@ async def test_a_small_frame_does_not_overtake_a_large_one_that_waits() -> None:
     await send(here, 3 * MIB)
     large = asyncio.create_task(send(here, 2 * MIB))
     await sleep_until_ns(20_000_000)
-    small = asyncio.create_task(send(here, 1))
+    small = asyncio.create_task(send(here, 100))
     await sleep_until_ns(30_000_000)
     assert not small.done()
     await receive(there)
