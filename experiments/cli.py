@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -24,6 +24,11 @@ class Cli(click.Group):
         except UserError as error:
             click.echo(f"proto-v3: error: {error}", err=True)
             ctx.exit(2)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has enough: click's business
+                raise
+            click.echo(f"proto-v3: error: {error}", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("proto-v3: interrupted", err=True)
             ctx.exit(INTERRUPTED)
@@ -51,7 +56,7 @@ def main() -> None:
 @click.option("--first-seed", type=click.IntRange(0), default=1, show_default=True, help="The seeds count up from it.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    metavar="FOLDER",
     help="Write the table, the figure and the manifest into this folder.  [default: results/SCENARIO]",
 )
 @click.option("--format", "table_format", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True)
@@ -61,7 +66,7 @@ def compare(
     protocols: str,
     seeds: int,
     first_seed: int,
-    out: Path | None,
+    out: str | None,
     table_format: str,
     jobs: int | None,
 ) -> None:

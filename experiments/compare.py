@@ -5,11 +5,13 @@ What it shows is read off the runs: tables, a figure, and a few sentences whose 
 
 from __future__ import annotations
 
+import itertools
+import os
 import signal
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -50,7 +52,7 @@ def run_compare(
     scenario_name: str,
     protocol_names: Sequence[str],
     seeds: Sequence[int],
-    out: Path | None,
+    out: str | None,
     table_format: str,
     jobs: int | None,
     command: Sequence[str],
@@ -60,7 +62,9 @@ def run_compare(
     protocols = [Protocol.parse(name, scenario) for name in protocol_names]
     if len({protocol.name for protocol in protocols}) < len(protocols):
         raise UserError(f"--protocols {','.join(protocol_names)}: one is named twice")
-    folder = results.ResultFolder(out if out is not None else Path("results") / scenario.name)
+    if out == "":
+        raise UserError("--out '': must be the name of a folder")
+    folder = results.ResultFolder(Path(out) if out else Path("results") / scenario.name)
     cells = [Cell(scenario, protocol, seed) for seed in seeds for protocol in protocols]
     outcomes, interrupted = run_cells(cells, jobs)
     console = tell.console()
@@ -73,8 +77,8 @@ def run_compare(
     if interrupted:
         _say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done and are kept in {folder.folder}")
         return INTERRUPTED
+    figures = _draw(folder, scenario, frame, command)  # before anything is printed, which may go to `head`
     tell.print_tables(console, scenario, frame)
-    figures = _draw(folder, scenario, frame, command)
     tell.print_findings(console, frame)
     _say(console, f"\nFigure: {figures[0]} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
     _say(console, f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")
@@ -120,10 +124,17 @@ def _in_processes(cells: Sequence[Cell], jobs: int | None) -> Iterator[tuple[int
         interrupted.set()
 
     before = signal.signal(signal.SIGINT, note)
-    pool = ProcessPoolExecutor(jobs, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    workers = jobs or os.cpu_count() or 1
+    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
-        waiting = {pool.submit(run_cell, cell): at for at, cell in enumerate(cells)}
-        while waiting:
+        waiting: dict[Future[Outcome], int] = {}
+        left = enumerate(cells)
+        while True:
+            # A few at a time: a wait looks at all that it waits for.
+            for at, cell in itertools.islice(left, 16 * workers - len(waiting)):
+                waiting[pool.submit(run_cell, cell)] = at
+            if not waiting:
+                return
             for future in wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED).done:
                 yield waiting.pop(future), future.result()
             if interrupted.is_set():

@@ -216,6 +216,8 @@ class V3Source(Source):
         if settings.given_bandwidth_bytes_per_s is not None:
             unread = sum(stream.unread_bytes for stream in self._streams)
             return switchover.fits(ram_bytes + unread + sum(stop_copy_bytes))
+        if ram_bytes and not self._ram_rate.bytes_per_s:
+            return False
         left = [(self._ram_rate.bytes_per_s, float(ram_bytes))]
         for stream in self._streams:
             share = stop_copy_bytes[stream.device] / self._dirty_streams if stream.index else 0

@@ -63,14 +63,14 @@ class RamModel:
         start = now_ns()
         if self._zero_bytes:
             scanned = min(self._zero_bytes, max(PAGE_BYTES, int(self._scan_bytes_per_s * budget_ns / NS_PER_S)))
-            self._zero_bytes -= scanned
             await sleep_ns(duration_ns(scanned, self._scan_bytes_per_s))
+            self._zero_bytes -= scanned
             self._timeline.work(Resource.RAM, "RAM scan", start)
             return Bulk(-(-scanned // PAGE_BYTES) * ZERO_PAGE_BYTES)
         if self._dirty_bytes:
             size = min(self._dirty_bytes, round(self._settings.frame_mib * MIB))
-            self._dirty_bytes -= size
             await sleep_ns(duration_ns(size, self._send_bytes_per_s))
+            self._dirty_bytes -= size
             self._timeline.work(Resource.RAM, "RAM pages", start)
             return Bulk(size)
         return None

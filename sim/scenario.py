@@ -25,7 +25,7 @@ MAX_BLOCKS = 1 << 24
 MAX_WRITES = 1 << 26
 """Blocks and writes are NumPy arrays; more than these would not fit the memory that a run is meant to take."""
 
-Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Positive = Annotated[float, Field(ge=1e-6, le=1e9, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 PositiveMs = Annotated[float, Field(ge=0.001, le=1e9, allow_inf_nan=False)]
 """A wait or a window; shorter than a microsecond it would only cost events."""
@@ -112,7 +112,7 @@ class Critical(Section):
 class Device(Section):
     """One VFIO device, or `count` like it."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,32}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,31}$")]
     count: Annotated[int, Field(ge=1, le=64)] = 1
     pf: Annotated[int, Field(ge=0, le=63)] = 0
     features: list[Literal["STOP_COPY", "P2P", "PRE_COPY"]]
@@ -185,6 +185,12 @@ class Firmware(Section):
     load_finish_ms: NonNegative
     service_cv: Annotated[float, Field(ge=0, le=2)]
 
+    @model_validator(mode="after")
+    def _varies_or_not(self) -> Self:
+        if 0 < self.service_cv < 1e-3:
+            raise ValueError(f"service_cv = {self.service_cv:g}: must be 0, or at least 0.001")
+        return self
+
 
 class Driver(Section):
     """The kernel driver's side of a data fd."""
@@ -231,7 +237,7 @@ class Vmm(Section):
     downtime_limit_ms: Positive = 300.0
     bandwidth_window_ms: PositiveMs = 100.0
     bandwidth_gbit_per_s: Positive | None = None
-    decision_interval_ms: PositiveMs
+    decision_interval_ms: Annotated[float, Field(ge=0.1, le=1e9)]
     ram_budget_ms: PositiveMs
     give_up_s: Annotated[float, Field(gt=0, le=86400)]
 
@@ -279,7 +285,7 @@ class Published(Section):
 class Scenario(Section):
     """Everything that a run is made from, but the protocol and the seed."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
     description: str
     ram: Ram
     device: Annotated[list[Device], Field(min_length=1)]
@@ -313,18 +319,26 @@ class Scenario(Section):
                 raise ValueError(
                     f"{where}.stop_only_mib = {device.stop_only_mib:g}: must leave something for writes to dirty"
                 )
-            if device.writes:
-                writes = device.writes.mib_per_s * MIB / device.block_bytes * self.vmm.give_up_s
-                if writes > MAX_WRITES:
-                    raise ValueError(
-                        f"{where}.writes.mib_per_s = {device.writes.mib_per_s:g}: makes {writes:.3g} writes within "
-                        f"vmm.give_up_s; must make at most {MAX_WRITES:.3g}: take larger blocks or give up earlier"
-                    )
             if device.reconfigurations and device.reconfigurations.poisson_per_s * self.vmm.give_up_s > 1e6:
                 raise ValueError(
                     f"{where}.reconfigurations.poisson_per_s = {device.reconfigurations.poisson_per_s:g}: must make at "
                     "most 1e6 events within vmm.give_up_s"
                 )
+        blocks = sum(device.blocks for device in self.devices)
+        if blocks > MAX_BLOCKS:
+            raise ValueError(f"device.block_kib: makes {blocks} blocks in all; must make at most {MAX_BLOCKS}")
+        writes = {
+            at: device.count * device.writes.mib_per_s * MIB / device.block_bytes * self.vmm.give_up_s
+            for at, device in enumerate(self.device)
+            if device.writes
+        }
+        if sum(writes.values()) > MAX_WRITES:
+            at = max(writes, key=lambda at: writes[at])
+            most = self.device[at].writes
+            raise ValueError(
+                f"device.{at}.writes.mib_per_s = {most.mib_per_s if most else 0:g}: makes {writes[at]:.3g} writes within "
+                f"vmm.give_up_s; all devices must make at most {MAX_WRITES:.3g}: take larger blocks or give up earlier"
+            )
         for key, value in self.published or ():
             if isinstance(value, list) and key != "fitted" and len(value) not in (0, len(self.devices)):
                 raise ValueError(f"published.{key} = {value}: must have one value a device, {len(self.devices)}")

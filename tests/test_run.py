@@ -248,6 +248,15 @@ def test_streams_that_have_carried_nothing_yet_are_not_expected_to_be_fast(proto
     assert outcome.phases_ns["drain"] < 1e9
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_ram_that_was_not_sent_yet_is_not_expected_to_be_fast(protocol: str) -> None:
+    """The same the other way round: eight frames of RAM take two seconds each, the device is through at once."""
+    slow = {"ram.send_gib_per_s": 0.5 / 1024, "vmm.ram_budget_ms": 50.0, "vmm.give_up_s": 60.0}
+    outcome = run(small_scenario(slow), protocol)
+    assert outcome.kind is OutcomeKind.COMPLETED
+    assert outcome.phases_ns["drain"] < 5e9, "at most the frame that is being made, and one more"
+
+
 # --- a device that cannot --------------------------------------------------------------------------------------------
 
 
