@@ -263,7 +263,7 @@ def test_a_missing_scenario_and_one_too_many_are_refused(tmp_path: Path) -> None
         ("{}", ["mine.toml: not valid TOML"]),
         ("name = 'x'\n", ["mine.toml: ", "ram: missing", "firmware: missing"]),
         ("a = " + 10_000 * "[", ["mine.toml: not valid TOML"]),
-        (small_text({"link.gbit_per_s": -1.0}), ["link.gbit_per_s = -1.0: must be greater than or equal to 1e-06"]),
+        (small_text({"link.gbit_per_s": -1.0}), ["link.gbit_per_s = -1.0: must be greater than or equal to 0.000001"]),
         (small_text({"link.gbit_per_s": "fast"}), ["link.gbit_per_s = 'fast': must be a valid number"]),
         (small_text({"link.gbit_per_sec": 1.0}), ["link.gbit_per_sec = 1.0: unknown key; did you mean gbit_per_s?"]),
         (small_text({"link.round_trip_us": None}), ["link.round_trip_us: missing", "microseconds"]),

@@ -145,7 +145,7 @@ def test_a_file_that_is_no_scenario_is_told_with_its_name(tmp_path: Path, conten
         ("ram.size_gib", 0, "greater than 0"),
         ("ram.size_gib", 1e6, "less than or equal to 65536"),
         ("ram.nonzero_gib", -1.0, "greater than or equal to 0"),
-        ("ram.scan_gib_per_s", 0.0, "greater than or equal to 1e-06"),
+        ("ram.scan_gib_per_s", 0.0, "greater than or equal to 0.000001"),
         ("device", [], "at least 1"),
         ("device.0.name", "a/b", "pattern"),
         ("device.0.name", 5, "a valid string"),
