@@ -72,6 +72,7 @@ def run_compare(
         _say(console, "interrupted before the first run was done; nothing was written")
         return INTERRUPTED
     frame = results.table(outcomes)
+    folder.remove("compare.png", "compare.svg", "runs.csv", "runs.parquet")
     folder.write_table(frame, "runs", table_format)
     folder.write_json(results.manifest(scenario, scenario_name, command, outcomes, len(cells)), "manifest")
     if interrupted:

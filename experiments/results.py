@@ -78,6 +78,11 @@ class ResultFolder:
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written: {error.strerror}; name a folder that can") from error
 
+    def remove(self, *names: str) -> None:
+        """Take away files of an earlier run which would not fit the new ones."""
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
+
     def write_table(self, frame: pl.DataFrame, name: str, table_format: str) -> Path:
         """Write a table as NAME.parquet or NAME.csv."""
         path = self.folder / f"{name}.{table_format}"

@@ -24,17 +24,15 @@ class Transport(Protocol):
 
 
 class Channel:
-    """Frames over one transport, counted."""
+    """Frames over one transport; their bytes are counted."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self.frames_sent = 0
         self.bytes_sent = 0
 
     async def send(self, frame: Frame) -> None:
         """Send one frame; waits while the connection is full."""
         header = encode_header(frame)
-        self.frames_sent += 1
         self.bytes_sent += len(header) + len(frame.payload)
         await self._transport.send(header, frame.payload)
 

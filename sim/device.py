@@ -62,11 +62,6 @@ class DeviceState:
         self.advance(now_ns)
         self._stopped_ns = now_ns
 
-    def resume(self, now_ns: int) -> None:
-        """The vCPUs run again at the source: what the guest would have done meanwhile is applied at once."""
-        self._stopped_ns = None
-        self.advance(now_ns)
-
     def dirty_blocks(self, home: slice, stopped: bool) -> Indices:
         """Numbers of the blocks of a home that have to be saved (again); the stop-only ones once it is stopped."""
         last = len(self.version) if stopped else len(self.version) - self.spec.stop_only_blocks

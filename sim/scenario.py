@@ -17,7 +17,7 @@ from proto_v3.switchover import SwitchoverSettings
 from proto_v3.uapi import MigrationFlags
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-NS_PER_US, NS_PER_MS, NS_PER_S = 1_000, 1_000_000, 1_000_000_000
+NS_PER_MS, NS_PER_S = 1_000_000, 1_000_000_000
 BYTES_PER_S_PER_GBIT = 125_000_000
 PAGE_BYTES = 4 * KIB
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from helpers import small_scenario
+from helpers import small_scenario, small_text
 from rich.console import Console
 
 from experiments import compare, results, tell
@@ -206,3 +206,18 @@ def test_reasons_are_shown_as_they_are() -> None:
 def test_numbers_are_whole_on_a_terminal_of_80_columns() -> None:
     text = printed(SCENARIO, outcomes(), width=80)
     assert "…" not in text
+
+
+def test_what_an_earlier_run_left_does_not_stay_beside_new_results(tmp_path: Path) -> None:
+    for name in ("compare.png", "compare.svg", "runs.csv", "notes.txt"):
+        (tmp_path / name).write_text("old", encoding="utf-8")
+    never = small_text({"device.0.stop_only_mib": 8.0, "vmm.bandwidth_gbit_per_s": 0.1, "vmm.give_up_s": 0.05})
+    (tmp_path / "never.toml").write_text(never, encoding="utf-8")
+    names, out = ["v2"], str(tmp_path)
+    assert compare.run_compare(str(tmp_path / "never.toml"), names, [1], out, "parquet", 1, ["proto-v3"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "manifest.json",
+        "never.toml",
+        "notes.txt",
+        "runs.parquet",
+    ]

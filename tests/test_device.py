@@ -75,16 +75,6 @@ def test_nothing_after_the_stop_counts(stop: int, later: int) -> None:
     assert state.next_reconfiguration_ns() is None
 
 
-@given(TIMES, TIMES)
-def test_after_resuming_the_guest_goes_on(stop: int, later: int) -> None:
-    state, expected = device(), device()
-    state.stop(stop)
-    state.resume(max(stop, later))
-    expected.advance(max(stop, later))
-    assert everything(state) == everything(expected)
-    assert state.next_reconfiguration_ns() == expected.next_reconfiguration_ns()
-
-
 # --- dirty and saved -------------------------------------------------------------------------------------------------
 
 
