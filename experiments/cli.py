@@ -8,10 +8,8 @@ from typing import Any
 
 import click
 
+from experiments import INTERRUPTED
 from proto_v3.errors import UserError
-
-INTERRUPTED = 130
-"""The exit status of a program ended by Ctrl-C: 128 + SIGINT."""
 
 
 class Cli(click.Group):

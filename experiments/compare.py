@@ -20,14 +20,12 @@ import polars as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments import results, tell
+from experiments import INTERRUPTED, results, tell
 from proto_v3.errors import UserError
 from proto_v3.migration import OutcomeKind
 from sim.run import Outcome, Protocol, simulate
 from sim.scenario import Scenario
 from sim.scenario_file import load
-
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +70,9 @@ def run_compare(
         _say(console, "interrupted before the first run was done; nothing was written")
         return INTERRUPTED
     frame = results.table(outcomes)
-    folder.remove("compare.png", "compare.svg", "runs.csv", "runs.parquet")
     folder.write_table(frame, "runs", table_format)
     folder.write_json(results.manifest(scenario, scenario_name, command, outcomes, len(cells)), "manifest")
+    folder.remove("compare.png", "compare.svg", "runs.parquet" if table_format == "csv" else "runs.csv")
     if interrupted:
         _say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done and are kept in {folder.folder}")
         return INTERRUPTED
@@ -140,7 +138,7 @@ def _in_processes(cells: Sequence[Cell], jobs: int | None) -> Iterator[tuple[int
                 yield waiting.pop(future), future.result()
             if interrupted.is_set():
                 raise KeyboardInterrupt
-    except BaseException:
+    except BaseException:  # what they are at can last for minutes, and nobody waits for it any more
         for process in list((pool._processes or {}).values()):
             process.terminate()
         raise

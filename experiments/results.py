@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -86,7 +87,7 @@ class ResultFolder:
     def write_table(self, frame: pl.DataFrame, name: str, table_format: str) -> Path:
         """Write a table as NAME.parquet or NAME.csv."""
         path = self.folder / f"{name}.{table_format}"
-        with self._replacing(path) as new:
+        with _replacing(path) as new:
             if table_format == "csv":
                 frame.write_csv(new)
             else:
@@ -96,7 +97,7 @@ class ResultFolder:
     def write_json(self, value: Any, name: str) -> Path:
         """Write NAME.json."""
         path = self.folder / f"{name}.json"
-        with self._replacing(path) as new:
+        with _replacing(path) as new:
             new.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
         return path
 
@@ -108,31 +109,22 @@ class ResultFolder:
         for path in paths:
             # Without the date and the random ids of an SVG, the same runs give the same file.
             metadata = {"Date": None} if path.suffix == ".svg" else None
-            with self._replacing(path) as new, matplotlib.rc_context({"svg.hashsalt": "proto-v3"}):
+            with _replacing(path) as new, matplotlib.rc_context({"svg.hashsalt": "proto-v3"}):
                 figure.savefig(new, format=path.suffix[1:], dpi=160, metadata=metadata)
         return paths
 
-    def _replacing(self, path: Path) -> _Replacing:
-        return _Replacing(path)
 
-
-class _Replacing:
-    """Write beside the file, and put it in its place when all of it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._new = path.with_name(f".{path.name}.new")
-
-    def __enter__(self) -> Path:
-        return self._new
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if kind is None:
-            os.replace(self._new, self._path)
-            return
-        self._new.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{self._path}: cannot be written: {error.strerror or error}") from error
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Write beside the file, and put it in its place when all of it is written. UserError if that fails."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        yield new
+        os.replace(new, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def manifest(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from proto_v3.errors import PeerProtocolError
 from proto_v3.frames import Frame, Kind, Payload, decode, encode_header
 
 
@@ -43,3 +44,9 @@ class Channel:
     async def recv(self) -> Frame:
         """The next frame. PeerProtocolError if it is malformed."""
         return decode(*await self._transport.recv())
+
+    async def expect(self, kind: Kind) -> None:
+        """Wait for a frame that must be of this kind. PeerProtocolError if it is another."""
+        frame = await self.recv()
+        if frame.kind is not kind:
+            raise PeerProtocolError(f"{frame.kind.name} came where {kind.name} was due")

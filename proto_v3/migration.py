@@ -52,9 +52,8 @@ class Source(abc.ABC):
     def __init__(self, side: Side, channels: Sequence[Channel]) -> None:
         self.side = side
         self.channels = channels
-        self.fds: list[DataFd] = []
-        self.live: list[bool] = []
-        """Per device: whether it has a session in pre-copy."""
+        self.fds: dict[int, DataFd] = {}
+        """By device: its session's data fd. In pre-copy, of the devices that have pre-copy."""
 
     @abc.abstractmethod
     async def run(self) -> OutcomeKind:
@@ -71,11 +70,9 @@ class Source(abc.ABC):
 
     async def open_sessions(self) -> None:
         """Put every device that can in PRE_COPY."""
-        for device in self.side.devices:
-            live = MigrationFlags.PRE_COPY in await device.migration_flags()
-            self.live.append(live)
-            if live:
-                self.fds.append(await self._session(device, State.PRE_COPY))
+        for index, device in enumerate(self.side.devices):
+            if MigrationFlags.PRE_COPY in await device.migration_flags():
+                await self._enter(index, State.PRE_COPY)
 
     async def stop_guest(self) -> None:
         """Stop the vCPUs; then all devices to P2P where they have it, then each to STOP_COPY (QEMU's two passes)."""
@@ -83,29 +80,21 @@ class Source(abc.ABC):
         timeline.mark(Mark.STOP_ORDERED)
         start = timeline.now_ns()
         await self.side.machine.stop_vcpus()
-        for device, live in zip(self.side.devices, self.live, strict=True):
+        for index, device in enumerate(self.side.devices):
             if MigrationFlags.P2P in await device.migration_flags():
-                await device.set_state(State.PRE_COPY_P2P if live else State.RUNNING_P2P)
-        if not all(self.live):
-            self.fds = await self._open_stopped()
-        for device in self.side.devices:
-            await device.set_state(State.STOP_COPY)
+                await device.set_state(State.PRE_COPY_P2P if index in self.fds else State.RUNNING_P2P)
+        for index in range(len(self.side.devices)):
+            await self._enter(index, State.STOP_COPY)
         timeline.mark(Mark.STOPPED)
         timeline.stage("stop", start)
 
-    async def _open_stopped(self) -> list[DataFd]:
-        opened = iter(self.fds)
-        return [
-            next(opened) if live else await self._session(device, State.STOP_COPY)
-            for device, live in zip(self.side.devices, self.live, strict=True)
-        ]
-
-    @staticmethod
-    async def _session(device: MigrationDevice, state: State) -> DataFd:
-        fd = await device.set_state(state)
-        if fd is None:
-            raise LocalProtocolError(f"{device.name}: no data fd came with {state.name}")
-        return fd
+    async def _enter(self, index: int, state: State) -> None:
+        """Put a device in a saving state; the fd comes with the first one, and stays for the session (vfio.h)."""
+        fd = await self.side.devices[index].set_state(state)
+        if fd is not None:
+            self.fds[index] = fd
+        if index not in self.fds:
+            raise LocalProtocolError(f"{self.side.devices[index].name}: no data fd came with {state.name}")
 
     async def give_up(self) -> OutcomeKind:
         """The migration did not converge: end it; the guest goes on and never noticed."""

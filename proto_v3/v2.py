@@ -8,7 +8,6 @@ while one device loads, nothing else on the channel moves.
 
 from __future__ import annotations
 
-from proto_v3.device import DataFd
 from proto_v3.errors import PeerProtocolError
 from proto_v3.frames import Frame, Kind
 from proto_v3.migration import OutcomeKind, Source, Target, pause, read_some
@@ -31,9 +30,7 @@ class V2Source(Source):
         await self.stop_guest()
         await self._drain()
         self.side.timeline.mark(Mark.DRAINED)
-        frame = await self.channel.recv()
-        if frame.kind is not Kind.RESUMED:
-            raise PeerProtocolError(f"{frame.kind.name} came where RESUMED was due")
+        await self.channel.expect(Kind.RESUMED)
         await self.end_sessions()
         return OutcomeKind.COMPLETED
 
@@ -59,17 +56,13 @@ class V2Source(Source):
         until = self.now_ns + settings.ram_budget_ns
         while (left_ns := until - self.now_ns) > 0 and (pages := await ram.take(left_ns)) is not None:
             await self.channel.send(Frame(Kind.RAM, payload=pages))
-        for index, fd in self._live_fds():
+        for index, fd in self.fds.items():
             data = await read_some(fd, settings.read_bytes)
             if data is None:
                 self._unread[index] = 0
             else:
                 self._unread[index] = max(0, self._unread[index] - len(data))
                 await self.channel.send(Frame(Kind.DATA, index, payload=data))
-
-    def _live_fds(self) -> list[tuple[int, DataFd]]:
-        fds = iter(self.fds)
-        return [(index, next(fds)) for index, live in enumerate(self.live) if live]
 
     def _estimate(self) -> int:
         """What is left as far as the VMM knows without asking (QEMU's state_pending_estimate)."""
@@ -85,21 +78,21 @@ class V2Source(Source):
         return self._estimate() + stop_copy
 
     async def _ask_devices(self) -> None:
-        for index, fd in self._live_fds():
+        for index, fd in self.fds.items():
             info = await fd.precopy_info()
             self._unread[index] = info.initial_bytes + info.dirty_bytes
 
     async def _drain(self) -> None:
         timeline = self.side.timeline
         await self.save_last_ram(self.channel)
-        for index, fd in enumerate(self.fds):
-            start = timeline.now_ns()
+        for index in range(len(self.side.devices)):
+            fd, start = self.fds[index], timeline.now_ns()
             await self.channel.tell(Kind.DEVICE_BEGIN, index)
             while len(data := await fd.read(self.side.settings.read_bytes)):
                 await self.channel.send(Frame(Kind.DATA, index, payload=data))
             await self.channel.tell(Kind.STREAM_END, index)
             timeline.stage("device_save", start, index)
-        for index in range(len(self.fds)):
+        for index in range(len(self.side.devices)):
             await self.channel.tell(Kind.CONFIG, index)
         await self.channel.tell(Kind.END)
 

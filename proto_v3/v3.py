@@ -61,9 +61,8 @@ class V3Source(Source):
         self._epoch_loaded = [0] * len(side.devices)
         self._decided = asyncio.Event()
         """Pre-copy is over: the guest is being stopped, or the migration given up."""
-        self._stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        """Done when the guest is stopped or the migration given up, with the span that was the cause."""
-        self._given_up = False
+        self._stopped: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        """The span that stopped the guest, once it is stopped; None if the migration was given up."""
 
     async def run(self) -> OutcomeKind:
         """See proto_v3.migration.Source."""
@@ -77,15 +76,14 @@ class V3Source(Source):
                 answers.create_task(self._hear(device), name=f"source answers {device}")
                 for device in range(len(self.side.devices))
             ]
-            await self._move(start)
-            if self._given_up:
+            if not await self._move(start):
                 for task in hearing:
                     task.cancel()
                 return OutcomeKind.DID_NOT_CONVERGE
             self.side.timeline.mark(Mark.DRAINED)
-            await self._expect(Kind.LOADED)
+            await self._control.expect(Kind.LOADED)
             await self._control.tell(Kind.COMMIT)
-            await self._expect(Kind.RESUMED)
+            await self._control.expect(Kind.RESUMED)
         await self.end_sessions()
         return OutcomeKind.COMPLETED
 
@@ -96,32 +94,30 @@ class V3Source(Source):
                 raise UnsupportedError(f"{device.name} has {has} dirty streams; {self._dirty_streams} were asked for")
             await device.set_streams(self._dirty_streams)
 
-    async def _move(self, start_ns: int) -> None:
-        """Pre-copy, switchover and drain: returns when every stream is sent to its end."""
+    async def _move(self, start_ns: int) -> bool:
+        """Pre-copy, switchover and drain: True when every stream is sent to its end, False if it was given up."""
         async with Join() as tasks:
             tasks.start(self._send_ram(), "source RAM")
             await self.open_sessions()
-            fds = iter(self.fds)
-            for device, live in enumerate(self.live):
-                if live:
-                    await self._start_streams(tasks, device, next(fds))
+            live = list(self.fds)
+            for device in live:
+                await self._start_streams(tasks, device)
             converged = await self._converge(start_ns)
             self._decided.set()
             if converged:
                 await self.stop_guest()
-                for device, live in enumerate(self.live):
-                    if not live:
-                        await self._start_streams(tasks, device, self.fds[device])
+                for device in [device for device in self.fds if device not in live]:
+                    await self._start_streams(tasks, device)
             else:
-                self._given_up = True
                 for task in self._sending:  # they may be held up by a target that waits for what will not come
                     task.cancel()
                 await self.give_up()
-            self._stopped.set_result(cause())
+            self._stopped.set_result(cause() if converged else None)
+        return converged
 
-    async def _start_streams(self, tasks: Join, device: int, critical: DataFd) -> None:
+    async def _start_streams(self, tasks: Join, device: int) -> None:
         opened = self.side.devices[device]
-        fds = [critical, *[await opened.get_stream(index) for index in range(self._dirty_streams)]]
+        fds = [self.fds[device], *[await opened.get_stream(index) for index in range(self._dirty_streams)]]
         for index, fd in enumerate(fds):
             channel = self._channel(device, index)
             stream = _Stream(fd, channel, device, index, self.side.settings.bandwidth_window_ns)
@@ -140,10 +136,13 @@ class V3Source(Source):
                 continue
             await self._control.send(Frame(Kind.RAM, payload=pages))
             self._ram_rate.add(len(pages), self.now_ns - start)
-        if not self._stopped.done():
-            caused_by(await self._stopped)
-        if not self._given_up:
-            await self.save_last_ram(self._control)
+        waits = not self._stopped.done()
+        stop = await self._stopped
+        if stop is None:
+            return
+        if waits:
+            caused_by(stop)
+        await self.save_last_ram(self._control)
 
     async def _until_decided(self, timeout_ns: int) -> None:
         with contextlib.suppress(TimeoutError):
@@ -198,7 +197,7 @@ class V3Source(Source):
         while self.now_ns - start_ns <= settings.give_up_ns:
             await pause(settings.decision_interval_ns)
             switchover.sample(self.now_ns, self.bytes_sent())
-            if self._fits(switchover, [0] * len(self.live)):
+            if self._fits(switchover, [0] * len(self.side.devices)):
                 await self.side.machine.ram.sync()
                 await self._ask_streams()
                 stop_copy = [await device.stop_copy_bytes() for device in self.side.devices]
@@ -224,9 +223,9 @@ class V3Source(Source):
             if stream.unread_bytes and not stream.rate.bytes_per_s:
                 return False  # its first bytes are on their way: they will tell
             left.append((stream.rate.bytes_per_s, stream.unread_bytes + share))
-        for device, live in enumerate(self.live):
-            if not live:  # its streams open once it is stopped
-                left.append((0.0, stop_copy_bytes[device] / self._dirty_streams))
+        for device, size in enumerate(stop_copy_bytes):
+            if device not in self.fds:  # its streams open once it is stopped
+                left.append((0.0, size / self._dirty_streams))
         # A connection that has carried nothing yet is taken to be as fast as the fastest one measured.
         fastest = max(bytes_per_s for bytes_per_s, _ in left)
         limit_s = settings.downtime_limit_ns / NS_PER_S
@@ -248,11 +247,6 @@ class V3Source(Source):
     def _channel(self, device: int, stream: int) -> Channel:
         return self.channels[1 + device * (1 + self._dirty_streams) + stream]
 
-    async def _expect(self, kind: Kind) -> None:
-        frame = await self._control.recv()
-        if frame.kind is not kind:
-            raise PeerProtocolError(f"{frame.kind.name} came where {kind.name} was due")
-
 
 class V3Target(Target):
     """The receiving VMM."""
@@ -273,9 +267,7 @@ class V3Target(Target):
         if self._cancelled:
             return await self.cancelled()
         await self._control.tell(Kind.LOADED)
-        frame = await self._control.recv()
-        if frame.kind is not Kind.COMMIT:
-            raise PeerProtocolError(f"{frame.kind.name} came where COMMIT was due")
+        await self._control.expect(Kind.COMMIT)
         await self.resume_guest()
         await self._control.tell(Kind.RESUMED)
         return True

@@ -131,7 +131,6 @@ class SimDriver:
 
     def _enter(self, hop: State) -> DataFd | None:
         """The arc itself; returns a data fd where it starts a session (vfio.h: four arcs do)."""
-        arc = (self._state, hop)
         if hop is State.STOP_COPY:
             opened = None if self._saving else self._start_saving()
             for stream in self._saving:
@@ -142,7 +141,7 @@ class SimDriver:
             for stream in self._saving:
                 stream.plan_all()
             return fd
-        if arc == (State.STOP, State.RESUMING):
+        if hop is State.RESUMING:
             return self._start_loading()
         if self._state is State.RESUMING:
             self._end_loading()

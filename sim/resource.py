@@ -11,8 +11,7 @@ import heapq
 
 from proto_v3.timeline import Resource, Timeline, cause, caused_by
 from sim.clock import now_ns, sleep_until_ns
-
-NS_PER_S = 1_000_000_000
+from sim.scenario import NS_PER_S
 
 
 def duration_ns(size_bytes: int, bytes_per_s: float) -> int:
@@ -72,14 +71,12 @@ class Lock:
     def __init__(self, timeline: Timeline) -> None:
         self._lock = asyncio.Lock()
         self._timeline = timeline
-        self.waited_ns = 0
 
     async def __aenter__(self) -> None:
         # A lock that is free may still be promised to somebody who waits: only the clock tells whether this one waited.
         start = now_ns()
         await self._lock.acquire()
         if now_ns() > start:
-            self.waited_ns += now_ns() - start
             self._timeline.work(Resource.LOCK, "lock wait", start)
 
     async def __aexit__(self, *_: object) -> None:
