@@ -19,6 +19,7 @@ from proto_v3.uapi import MigrationFlags, State
 
 ERROR, STOP, RUNNING, STOP_COPY = State.ERROR, State.STOP, State.RUNNING, State.STOP_COPY
 RESUMING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = State.RESUMING, State.RUNNING_P2P, State.PRE_COPY, State.PRE_COPY_P2P
+STATES = frozenset(State)
 
 # NEXT_HOP[current][target]
 NEXT_HOP: dict[State, dict[State, State]] = {
@@ -88,44 +89,75 @@ NEXT_HOP: dict[State, dict[State, State]] = {
     },
 }
 
-# What a device must have for a state to exist.
+# What a device must have beside STOP_COPY for a state to exist.
 REQUIRED: dict[State, MigrationFlags] = {
     RUNNING_P2P: MigrationFlags.P2P,
     PRE_COPY: MigrationFlags.PRE_COPY,
     PRE_COPY_P2P: MigrationFlags.PRE_COPY | MigrationFlags.P2P,
 }
 
+# The arcs that begin a session, each answered with a new data fd: to save, or (into RESUMING) to load. Source: vfio.h,
+# the text above enum vfio_device_mig_state.
+BEGINS_SESSION = frozenset({(RUNNING, PRE_COPY), (RUNNING_P2P, PRE_COPY_P2P), (STOP, STOP_COPY), (STOP, RESUMING)})
+
 
 class InvalidTransitionError(ProtoV3Error, OSError):
     """The state machine has no way to the target. `errno` is EINVAL, as SET_STATE would answer."""
 
-    def __init__(self, current: State, target: State, why: str) -> None:
-        super().__init__(errno.EINVAL, f"{current.name} -> {target.name}: {why}")
+    def __init__(self, current: int, target: int, why: str) -> None:
+        super().__init__(errno.EINVAL, f"{_name(current)} -> {_name(target)}: {why}")
+
+
+def _name(state: int) -> str:
+    return State(state).name if state in STATES else str(state)
 
 
 def supports(features: MigrationFlags, state: State) -> bool:
-    """Whether a device with these features has the state."""
-    needed = REQUIRED.get(state, MigrationFlags(0))
+    """Whether a device with these features has the state. One without STOP_COPY does not migrate, and has none."""
+    needed = MigrationFlags.STOP_COPY | REQUIRED.get(state, MigrationFlags(0))
     return features & needed == needed
 
 
-def path(current: State, target: State, features: MigrationFlags) -> list[State]:
+def path(current: int, target: int, features: MigrationFlags) -> list[State]:
     """The states that SET_STATE passes through, the target last; empty when already there.
 
-    Raises InvalidTransitionError (EINVAL) for ERROR as start or target, for a state that the device does not have,
-    and where the table refuses.
+    States may be given as the kernel's numbers. Raises InvalidTransitionError (EINVAL) for a number that is no state,
+    for ERROR as start or target, for a state that the device does not have, and where the table refuses.
     """
     for state in (current, target):
-        if state is ERROR:
+        if state not in STATES:
+            raise InvalidTransitionError(current, target, f"there is no state {state}")
+        if state == ERROR:
             raise InvalidTransitionError(current, target, "ERROR cannot be asked for, and only a reset leaves it")
-        if not supports(features, state):
-            raise InvalidTransitionError(current, target, f"this device has no {state.name}")
+        if not supports(features, State(state)):
+            raise InvalidTransitionError(current, target, f"this device has no {State(state).name}")
     steps: list[State] = []
-    hop = current
-    while hop is not target:
-        hop = NEXT_HOP[hop][target]
+    hop, end = State(current), State(target)
+    while hop is not end:
+        hop = NEXT_HOP[hop][end]
         if hop is ERROR:
             raise InvalidTransitionError(current, target, "refused by the state machine")
         if supports(features, hop):
             steps.append(hop)
     return steps
+
+
+FEATURE_SETS = [
+    MigrationFlags.STOP_COPY | p2p | pre_copy
+    for p2p in (MigrationFlags(0), MigrationFlags.P2P)
+    for pre_copy in (MigrationFlags(0), MigrationFlags.PRE_COPY)
+]
+"""What v2 devices there are."""
+
+
+def arcs(features: MigrationFlags) -> list[tuple[State, State]]:
+    """The steps that a device with these features takes at once: what its driver implements."""
+    states = [state for state in NEXT_HOP if supports(features, state)]
+    return [(a, b) for a in states for b in states if _is_arc(a, b, features)]
+
+
+def _is_arc(current: State, target: State, features: MigrationFlags) -> bool:
+    try:
+        return len(path(current, target, features)) == 1
+    except InvalidTransitionError:
+        return False
