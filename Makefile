@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test bench lock clean
+.PHONY: help demo test validate docs bench lock clean
 help:
 	@echo 'make demo   migrate the published two-VF machine under v2 and v3; table and figure in results/demo/'
 	@echo 'make test   lint, types and tests'
+	@echo 'make validate  hold the simulation against published measurements'
+	@echo 'make docs   draw docs/states.md anew, from the table of the state machine'
 	@echo 'make bench  the virtual clock against SimPy'
 	@echo 'make lock   pin the dependencies anew (needs uv)'
 	@echo 'make clean  remove the virtual environment and what was built'
@@ -16,6 +18,12 @@ demo: $(VENV)/core.stamp
 
 test: $(VENV)/dev.stamp
 	@$(BIN)/python -m pytest -q -n auto
+
+validate: $(VENV)/core.stamp
+	@$(BIN)/proto-v3 validate
+
+docs: $(VENV)/core.stamp
+	@$(BIN)/python -m proto_v3.fsm_diagram > docs/states.md
 
 bench: $(VENV)/dev.stamp
 	@$(BIN)/python benchmarks/clock_vs_simpy.py

@@ -41,14 +41,25 @@ def main() -> None:
     """
 
 
+jobs_option = click.option("--jobs", type=click.IntRange(1, 256), help="Processes.  [default: one a CPU]")
+set_option = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a parameter, as in --set device.0.count=4 or --set driver.lock=device. May be repeated.",
+)
+
+
 @main.command()
 @click.argument("scenario")
 @click.option(
     "--protocols",
-    default="v2,v3-n1,v3-n4",
+    default="v2,v2-multifd,v3-n1,v3-n4",
     show_default=True,
     metavar="NAMES",
-    help="Separated by commas: v2, v3 (dirty streams as the scenario says), v3-n1 to v3-n64.",
+    help="Separated by commas: v2 (as the scenario sets it up), v2 with suffixes (-multifd, -ack, -ack-reusable, "
+    "-reinit-flush, -reinit-invalidate, -polls), v3 (dirty streams as the scenario says), v3-n1 to v3-n64.",
 )
 @click.option("--seeds", type=click.IntRange(1, 100_000), default=10, show_default=True, help="Runs of each protocol.")
 @click.option("--first-seed", type=click.IntRange(0), default=1, show_default=True, help="The seeds count up from it.")
@@ -58,7 +69,8 @@ def main() -> None:
     help="Write the table, the figure and the manifest into this folder.  [default: results/SCENARIO]",
 )
 @click.option("--format", "table_format", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True)
-@click.option("--jobs", type=click.IntRange(1, 256), help="Processes.  [default: one a CPU]")
+@jobs_option
+@set_option
 def compare(
     scenario: str,
     protocols: str,
@@ -67,6 +79,7 @@ def compare(
     out: str | None,
     table_format: str,
     jobs: int | None,
+    settings: tuple[str, ...],
 ) -> None:
     """Migrate the devices of SCENARIO under each protocol: downtime, where it went, a figure.
 
@@ -80,19 +93,50 @@ def compare(
     ctx = click.get_current_context()
     names = [name.strip() for name in protocols.split(",")]
     chosen = range(first_seed, first_seed + seeds)
-    ctx.exit(run_compare(scenario, names, chosen, out, table_format, jobs, ["proto-v3", *sys.argv[1:]]))
+    ctx.exit(run_compare(scenario, names, chosen, out, table_format, jobs, ["proto-v3", *sys.argv[1:]], settings))
+
+
+@main.command()
+@click.argument("cases", metavar="[CASE]...", nargs=-1)
+@click.option("--seeds", type=click.IntRange(1, 100_000), default=10, show_default=True, help="Runs of each case.")
+@jobs_option
+@click.option(
+    "--out",
+    metavar="FOLDER",
+    default="results/validate",
+    show_default=True,
+    help="Write the table, the figure and the manifest into this folder.",
+)
+def validate(cases: tuple[str, ...], seeds: int, jobs: int | None, out: str) -> None:
+    """Hold the simulation against what was published: the error of each figure, and how many are small.
+
+    A CASE is a scenario with published figures, by name or as a TOML file; without one, all that are shipped are run.
+    Each is run under the protocols that its figures were measured with. Told apart are figures that parameters were
+    fitted to and figures that are predicted, and for each case what had to differ from the set of parameters that it
+    builds on.
+
+    Exit status: 0 if all figures are within 15 %; 1 if one is not, or a run FAILED; 2 for bad input; 130 if interrupted
+    (nothing is written then).
+    """
+    from experiments.validate import run_validate
+
+    ctx = click.get_current_context()
+    ctx.exit(run_validate(cases, range(1, seeds + 1), out, jobs, ["proto-v3", *sys.argv[1:]]))
 
 
 @main.command()
 @click.argument("name", required=False)
-def scenarios(name: str | None) -> None:
+@set_option
+def scenarios(name: str | None, settings: tuple[str, ...]) -> None:
     """List the shipped scenarios, or show the parameters of one with the source of each."""
     from experiments.show import list_scenarios, show_scenario
 
-    if name is None:
-        list_scenarios()
+    if name is not None:
+        show_scenario(name, settings)
+    elif settings:
+        raise click.UsageError("--set changes a scenario: name one")
     else:
-        show_scenario(name)
+        list_scenarios()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import signal
 import threading
 import traceback
@@ -23,7 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments import INTERRUPTED, results, tell
 from proto_v3.errors import UserError
 from proto_v3.migration import OutcomeKind
-from sim.run import Outcome, Protocol, simulate
+from sim.protocol import Protocol
+from sim.run import Outcome, simulate
 from sim.scenario import Scenario
 from sim.scenario_file import load
 
@@ -54,9 +56,10 @@ def run_compare(
     table_format: str,
     jobs: int | None,
     command: Sequence[str],
+    settings: Sequence[str] = (),
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
-    scenario = load(scenario_name)
+    scenario = load(scenario_name, settings)
     protocols = [Protocol.parse(name, scenario) for name in protocol_names]
     if len({protocol.name for protocol in protocols}) < len(protocols):
         raise UserError(f"--protocols {','.join(protocol_names)}: one is named twice")
@@ -67,24 +70,24 @@ def run_compare(
     outcomes, interrupted = run_cells(cells, jobs)
     console = tell.console()
     if not outcomes:
-        _say(console, "interrupted before the first run was done; nothing was written")
+        say(console, "interrupted before the first run was done; nothing was written")
         return INTERRUPTED
     frame = results.table(outcomes)
     folder.write_table(frame, "runs", table_format)
     folder.write_json(results.manifest(scenario, scenario_name, command, outcomes, len(cells)), "manifest")
     folder.remove("compare.png", "compare.svg", "runs.parquet" if table_format == "csv" else "runs.csv")
     if interrupted:
-        _say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done and are kept in {folder.folder}")
+        say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done and are kept in {folder.folder}")
         return INTERRUPTED
     figures = _draw(folder, scenario, frame, command)  # before anything is printed, which may go to `head`
     tell.print_tables(console, scenario, frame)
     tell.print_findings(console, frame)
-    _say(console, f"\nFigure: {figures[0]} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
-    _say(console, f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")
+    say(console, f"\nFigure: {figures[0]} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
+    say(console, f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")
     return 1 if any(outcome.kind is OutcomeKind.FAILED for outcome in outcomes) else 0
 
 
-def _say(console: Console, line: str) -> None:
+def say(console: Console, line: str) -> None:
     """A line as it is: with paths that can be copied, and brackets that are no markup."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -152,4 +155,4 @@ def _draw(folder: results.ResultFolder, scenario: Scenario, frame: pl.DataFrame,
         return []
     from experiments import figures
 
-    return folder.write_figure(figures.downtime(scenario, frame, " ".join(command)), "compare")
+    return folder.write_figure(figures.downtime(scenario, frame, shlex.join(command)), "compare")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
+
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,6 +21,9 @@ PHASES_TOLD = (
     "load: the device has it\nconfig: PCI and interrupts are loaded · resume: the guest runs"
 )
 
+MAX_WATERFALLS = 6
+"""Of more protocols, only the critical paths are drawn: a figure of waterfalls would not fit a page."""
+
 
 def downtime(scenario: Scenario, frame: pl.DataFrame, command: str) -> Figure:
     """The downtime of each protocol as a waterfall of its phases, and its critical path by resource.
@@ -26,30 +32,49 @@ def downtime(scenario: Scenario, frame: pl.DataFrame, command: str) -> Figure:
     """
     completed = frame.filter(COMPLETED)
     named = protocols(completed)
-    height = 1.45 * len(named) + 0.45 * len(named) + 2.6
+    drawn = named if len(named) <= MAX_WATERFALLS else []
+    height = 1.45 * len(drawn) + 0.45 * len(named) + 2.7
     figure = Figure(figsize=(9.5, height), layout="constrained")
     panels = figure.subplots(
-        len(named) + 1,
+        len(drawn) + 2,
         1,
         sharex=True,
         squeeze=False,
-        gridspec_kw={"height_ratios": [1.45] * len(named) + [0.45 * len(named) + 0.4]},
+        gridspec_kw={"height_ratios": [*[1.45] * len(drawn), 0.45 * len(named) + 0.4, 0.35]},
     )
-    axes = list(panels[:, 0])
-    for axis, name in zip(axes, named, strict=False):
+    *axes, below = panels[:, 0]
+    for axis, name in zip(axes, drawn, strict=False):
         runs = completed.filter(pl.col("protocol") == name)
         _waterfall(axis, name, runs, frame.filter(pl.col("protocol") == name).height)
-    if "v2" in named and scenario.published and scenario.published.downtime_ms:
-        _published(axes[named.index("v2")], scenario.published.downtime_ms)
-    _paths(axes[-1], completed, named)
+    for published in scenario.published:
+        if published.protocol in drawn and published.downtime_ms:
+            _published(axes[drawn.index(published.protocol)], published.downtime_ms)
+    _paths(axes[-1], below, completed, named)
+    axes[-1].tick_params(labelbottom=True)
     axes[-1].set_xlabel("ms since the order to stop the vCPUs")
     axes[-1].set_xlim(0, ms(completed["downtime_ns"].max()) * 1.17)
     seeds = frame["seed"].n_unique()
     figure.suptitle(f"Where does the downtime go? {scenario.name}, means over {seeds} seed(s)\n\n", fontsize=12)
-    figure.text(0.5, 1 - 0.48 / height, PHASES_TOLD, ha="center", va="center", fontsize=7.5, color="#333333")
-    made = f"{command}  |  proto-v3 {versions()['proto-v3']}, {git_revision()[:12]}"
-    figure.supxlabel(made, fontsize=6.5, color="#555555", family="monospace")
+    told = PHASES_TOLD if drawn else _not_drawn(frame)
+    figure.text(0.5, 1 - 0.48 / height, told, ha="center", va="center", fontsize=7.5, color="#333333")
+    say_how_made(figure, command)
     return figure
+
+
+def _not_drawn(frame: pl.DataFrame) -> str:
+    """Which protocols have no bar, and why."""
+    without = [name for name in protocols(frame) if name not in protocols(frame.filter(COMPLETED))]
+    if not without:
+        return "every protocol's runs, as means"
+    lines = [", ".join(without[at : at + 3]) for at in range(0, len(without), 3)]
+    return "no run completed, so no bar: " + ",\n".join(lines)
+
+
+def say_how_made(figure: Figure, command: str) -> None:
+    """The command and the version, at the bottom."""
+    made = f"{command}  |  proto-v3 {versions()['proto-v3']}, {git_revision()[:12]}"
+    made = textwrap.fill(re.sub(r",(?=\S)", ", ", made), 150, break_on_hyphens=False)  # lists of protocols are long
+    figure.supxlabel(made, fontsize=6.5, color="#555555", family="monospace")
 
 
 def _published(axis: Axes, published_ms: float) -> None:
@@ -96,7 +121,7 @@ def _waterfall(axis: Axes, name: str, runs: pl.DataFrame, planned: int) -> None:
     axis.set_axisbelow(True)
 
 
-def _paths(axis: Axes, completed: pl.DataFrame, named: list[str]) -> None:
+def _paths(axis: Axes, below: Axes, completed: pl.DataFrame, named: list[str]) -> None:
     used = set()
     for at, name in enumerate(named):
         runs = completed.filter(pl.col("protocol") == name)
@@ -124,4 +149,5 @@ def _paths(axis: Axes, completed: pl.DataFrame, named: list[str]) -> None:
         for resource, look in style.RESOURCES.items()
         if resource in used
     ]
-    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=3, fontsize=8, frameon=False)
+    below.axis("off")
+    below.legend(handles=handles, loc="center", ncols=4, fontsize=8, frameon=False)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -23,7 +24,7 @@ from sim.scenario import Scenario
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of the table of runs; grows when a column changes its meaning."""
 
 PHASE_COLUMNS = [f"phase_{name}_ns" for name in PHASES]
@@ -45,11 +46,19 @@ def row(outcome: Outcome) -> dict[str, Any]:
     flat |= {f"path_{name.name.lower()}_ns": outcome.critical_path_ns.get(name.name.lower()) for name in Resource}
     flat["path_unexplained_ns"] = outcome.critical_path_ns.get("unexplained")
     for name in (
+        "guest_runs_at",
         "setup_in_downtime_ns",
+        "late_critical_objects",
+        "late_reconfigured_objects",
+        "late_critical_bytes",
+        "critical_lag_mean_ns",
+        "critical_lag_max_ns",
+        "peak_reorder_bytes",
         "send_blocked_ns",
         "wire_bytes",
         "device_bytes",
         "device_bytes_resent",
+        "device_bytes_dropped",
         "reads",
         "read_firmware_ns",
         "read_lock_ns",
@@ -131,18 +140,38 @@ def manifest(
     scenario: Scenario, scenario_file: str, command: Sequence[str], outcomes: Sequence[Outcome], planned: int
 ) -> dict[str, Any]:
     """How the results were made: enough to make them again."""
+    what = {"scenario_file": scenario_file, "scenario": scenario.model_dump(mode="json")}
+    return _manifest(what, command, outcomes, planned, _counts(outcomes))
+
+
+def manifest_of_cases(
+    cases: Mapping[str, Scenario], command: Sequence[str], outcomes: Sequence[Outcome], planned: int
+) -> dict[str, Any]:
+    """As `manifest`, for runs of several scenarios, which are given by the names of their files."""
+    counts = {
+        scenario.name: _counts([outcome for outcome in outcomes if outcome.scenario == scenario.name])
+        for scenario in cases.values()
+    }
+    files = {scenario.name: file for file, scenario in cases.items()}
+    scenarios = {scenario.name: scenario.model_dump(mode="json") for scenario in cases.values()}
+    what = {"scenario_files": files, "scenarios": scenarios}
+    return _manifest(what, command, outcomes, planned, counts)
+
+
+def _manifest(
+    what: dict[str, Any], command: Sequence[str], outcomes: Sequence[Outcome], planned: int, counts: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
-        "command": " ".join(command),
+        "command": shlex.join(command),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "complete": len(outcomes) == planned,
         "runs": len(outcomes),
         "runs_planned": planned,
-        "outcomes": _counts(outcomes),
+        "outcomes": counts,
         "protocols": list(dict.fromkeys(outcome.protocol for outcome in outcomes)),
         "seeds": sorted({outcome.seed for outcome in outcomes}),
-        "scenario_file": scenario_file,
-        "scenario": scenario.model_dump(mode="json"),
+        **what,
         "versions": versions(),
         "git_revision": git_revision(),
     }

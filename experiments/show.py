@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from sim.scenario import parameters
-from sim.scenario_file import load, shipped
+from sim.scenario_file import bases, load, shipped
 
 
 def list_scenarios() -> None:
@@ -20,21 +22,24 @@ def list_scenarios() -> None:
     Console().print(table)
 
 
-def show_scenario(name: str) -> None:
-    """Print every parameter that the scenario sets, with its source."""
-    scenario = load(name)
+def show_scenario(name: str, settings: Sequence[str] = ()) -> None:
+    """Print every parameter that the scenario or a KEY=VALUE of `settings` sets, with its source."""
+    scenario = load(name, settings)
     console = Console()
     console.print(Text(f"{scenario.name}: {scenario.description}\n", style="bold"))
+    if extended := bases(name):
+        console.print(Text(f"Extends {', which extends '.join(path.stem for path in extended)}.\n"))
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("parameter", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("source")
     for key, value in parameters(scenario).items():
-        table.add_row(key, _told(value), Text(scenario.sources.get(key, "not stated")))
+        table.add_row(key, told(value), Text(scenario.sources.get(key, "not stated")))
     console.print(table)
 
 
-def _told(value: object) -> str:
+def told(value: object) -> str:
+    """A parameter's value in a table."""
     if isinstance(value, list):
         return " ".join(str(item) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

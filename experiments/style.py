@@ -32,10 +32,17 @@ RESOURCES: dict[Resource, Look] = {
 }
 
 
+V2_COLOURS = {"-ack-reusable": "#E8B4C8", "-ack": "#CC6677"}
+V2_HATCHES = {"-multifd": "xx", "-reinit-flush": "..", "-reinit-invalidate": "oo", "-polls": "--"}
+
+
 def protocol(name: str) -> Look:
-    """The look of a protocol. v3 gets darker with the number of its dirty streams."""
-    if name == "v2":
-        return Look("#882255", "//", "v2")
+    """The look of a protocol. v2 is wine red, lighter with a switchover-ack, hatched by what else its name says; v3 is
+    blue, darker with the number of its dirty streams."""
+    if not name.startswith("v3"):
+        colour = next((colour for suffix, colour in V2_COLOURS.items() if suffix in name), "#882255")
+        hatch = "".join(hatch for suffix, hatch in V2_HATCHES.items() if suffix in name)
+        return Look(colour, hatch or "//", name)
     streams = int(name.removeprefix("v3-n"))
     shades = {1: "#A6CBE3", 2: "#6BAED6", 4: "#2171B5", 8: "#084594", 16: "#042A5C"}
     return Look(shades[max(known for known in shades if known <= streams)], "", name)

@@ -13,26 +13,50 @@ from rich.text import Text
 from experiments.results import PATH_COLUMNS, PHASE_COLUMNS
 from proto_v3.migration import OutcomeKind
 from proto_v3.timeline import PHASES, Resource
-from sim.scenario import MIB, Published, Scenario
+from sim.scenario import KIB, MIB, Published, Scenario
 
 COMPLETED = pl.col("outcome") == OutcomeKind.COMPLETED.value
 NS_PER_MS = 1e6
+WORDS = ("outcome", "reason", "protocol", "source")
+"""Columns that are not of numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A published figure against the simulated one. Milliseconds."""
+    """A published figure against the mean of the runs. Milliseconds."""
 
-    what: str
+    figure: str
+    """The scenario's key, in lists with the device's index: `device_save_ms.1`."""
     published_ms: float
-    simulated_ms: float
+    simulated_ms: float | None
+    """None if no run was completed, or if the protocol has no such stage."""
     fitted: bool
     """Whether a parameter was fitted to it; else it is a prediction."""
 
     @property
-    def error(self) -> float:
+    def what(self) -> str:
+        """The figure in words."""
+        return words(self.figure)
+
+    @property
+    def error(self) -> float | None:
         """Relative to the published figure."""
-        return self.simulated_ms / self.published_ms - 1
+        return None if self.simulated_ms is None else self.simulated_ms / self.published_ms - 1
+
+
+COLUMNS = {
+    "downtime_ms": "downtime_ns",
+    "total_ms": "total_ns",
+    "announce_and_start_ms": "phase_resume_ns",
+    "src_saved_to_dst_loaded_ms": "stage_saved_to_loaded_0_ns",
+}
+"""Where a published figure is in the table of runs, if not in the stage that is called the same."""
+
+
+def words(figure: str) -> str:
+    """A figure's key in words: `device_save_ms.1` is `device save 1`."""
+    name, _, index = figure.partition(".")
+    return f"{name.removesuffix('_ms').replace('_', ' ')} {index}".strip()
 
 
 def console() -> Console:
@@ -47,66 +71,76 @@ def protocols(frame: pl.DataFrame) -> list[str]:
 
 
 def held_against(published: Published, frame: pl.DataFrame) -> list[Held]:
-    """The published figures against the v2 runs' means; empty if v2 was not run, or never completed."""
-    runs = frame.filter(COMPLETED & (pl.col("protocol") == "v2"))
-    if runs.is_empty():
-        return []
-    columns = {"downtime_ms": "downtime_ns", "total_ms": "total_ns"}
-    held = []
-    for key, expected in published.figures().items():
-        name, _, index = key.partition(".")
-        column = columns.get(name, f"stage_{name.removesuffix('_ms')}_{index or 0}_ns")
-        told = f"{name.removesuffix('_ms').replace('_', ' ')} {index}".strip()
-        held.append(Held(told, expected, ms(runs[column].mean()), key in published.fitted))
-    return held
+    """The published figures against the means of its protocol's completed runs."""
+    runs = frame.filter(COMPLETED & (pl.col("protocol") == published.protocol))
+    return [
+        Held(figure, expected, _mean_ms(runs, figure), figure in published.fitted)
+        for figure, expected in published.figures().items()
+    ]
+
+
+def _mean_ms(runs: pl.DataFrame, figure: str) -> float | None:
+    """A published figure's mean over the runs; None if they do not have it."""
+    name, _, index = figure.partition(".")
+    columns = [COLUMNS.get(name, f"stage_{name.removesuffix('_ms')}_{index or 0}_ns")]
+    if name == "load_waiting_mean_ms":
+        columns = [column for column in runs.columns if column.startswith("stage_load_waiting_")]
+    means = [runs[column].mean() for column in columns if column in runs.columns]
+    known = [ms(mean) for mean in means if mean is not None]
+    return sum(known) / len(known) if known else None
 
 
 def print_tables(console: Console, scenario: Scenario, frame: pl.DataFrame) -> None:
     """Outcomes, downtime and phases; the critical path; bytes and reads; published figures if there are any."""
     seeds = frame["seed"].n_unique()
-    _print(console, f"{scenario.name}: {scenario.description}", _outcomes(frame))
+    print_table(console, f"{scenario.name}: {scenario.description}", outcomes_table(frame))
     completed = frame.filter(COMPLETED)
     if completed.is_empty():
         return
-    _print(console, f"Downtime and its phases, ms (means over {seeds} seed(s), which add up)", _phases(completed))
-    _print(console, "Critical path through the downtime: share of each resource, %", _critical_path(completed))
-    _print(console, "Time and bytes, means a run", _bytes(completed))
-    _print(console, "read(), means a run, and where its time goes, %", _reads(completed))
-    held = held_against(scenario.published, frame) if scenario.published else []
-    if held and scenario.published:
-        _print(console, "Published against simulated (v2), ms", _held(held))
-        console.print(f"Published: {scenario.published.citation}", highlight=False, markup=False)
+    print_table(console, f"Downtime and its phases, ms (means over {seeds} seed(s), which add up)", _phases(completed))
+    print_table(console, "Critical path through the downtime: share of each resource, %", _critical_path(completed))
+    print_table(console, "Time and bytes, means a run", _bytes(completed))
+    if number(completed["late_critical_objects"].sum()) or number(completed["critical_lag_max_ns"].sum()):
+        print_table(console, "Critical data: what came too late, means a completed run", _critical(completed))
+    print_table(console, "read(), means a run, and where its time goes, %", _reads(completed))
+    for published in scenario.published:
+        held = held_against(published, frame)
+        if held and published.protocol in protocols(completed):
+            print_table(console, f"Published against simulated ({published.protocol}), ms", _held(held))
+            console.print(f"Published: {published.citation}", highlight=False, markup=False)
 
 
-def _print(console: Console, title: str, table: Table) -> None:
+def print_table(console: Console, title: str, table: Table) -> None:
+    """A table under its title."""
     console.print(Text(f"\n{title}", style="bold"))
     console.print(table)
 
 
-def _outcomes(frame: pl.DataFrame) -> Table:
-    table = _table(["protocol", "runs", "outcome", "reason"])
+def outcomes_table(frame: pl.DataFrame) -> Table:
+    """How the runs of each protocol ended."""
+    table = plain_table(["protocol", "runs", "outcome", "reason"])
     counted = frame.group_by("protocol", "outcome", "reason", maintain_order=True).len()
     for protocol, outcome, reason, runs in counted.iter_rows():
-        _add(table, protocol, str(runs), outcome, reason)
+        add_row(table, protocol, str(runs), outcome, reason)
     return table
 
 
 def _phases(completed: pl.DataFrame) -> Table:
-    table = _table(["protocol", "downtime", "least", "most", *PHASES])
+    table = plain_table(["protocol", "downtime", "least", "most", *PHASES])
     for protocol in protocols(completed):
         runs = completed.filter(pl.col("protocol") == protocol)
         downtime = runs["downtime_ns"]
         least, most = ms(downtime.min()), ms(downtime.max())
         phases = [f"{ms(runs[column].mean()):.1f}" for column in PHASE_COLUMNS]
-        _add(table, protocol, f"{ms(downtime.mean()):.1f}", f"{least:.1f}", f"{most:.1f}", *phases)
+        add_row(table, protocol, f"{ms(downtime.mean()):.1f}", f"{least:.1f}", f"{most:.1f}", *phases)
     return table
 
 
 def _critical_path(completed: pl.DataFrame) -> Table:
-    table = _table(["protocol", *[resource.name.lower() for resource in Resource]])
+    table = plain_table(["protocol", *[resource.name.lower() for resource in Resource]])
     for protocol in protocols(completed):
         shares = path_shares(completed, protocol)
-        _add(table, protocol, *[f"{100 * shares[resource]:.1f}" for resource in Resource])
+        add_row(table, protocol, *[f"{100 * shares[resource]:.1f}" for resource in Resource])
     return table
 
 
@@ -120,10 +154,10 @@ def path_shares(completed: pl.DataFrame, protocol: str) -> dict[Resource, float]
 
 
 def _bytes(completed: pl.DataFrame) -> Table:
-    table = _table(["protocol", "total s", "wire MiB", "device MiB", "sent again MiB", "set-up in downtime ms"])
+    table = plain_table(["protocol", "total s", "wire MiB", "device MiB", "sent again MiB", "set-up in downtime ms"])
     for protocol in protocols(completed):
         runs = completed.filter(pl.col("protocol") == protocol)
-        _add(
+        add_row(
             table,
             protocol,
             f"{ms(runs['total_ns'].mean()) / 1000:.2f}",
@@ -133,37 +167,72 @@ def _bytes(completed: pl.DataFrame) -> Table:
     return table
 
 
+def _critical(completed: pl.DataFrame) -> Table:
+    table = plain_table(
+        [
+            "protocol",
+            "late objects",
+            "reconfigured",
+            "late KiB",
+            "set-up in downtime ms",
+            "lag mean ms",
+            "lag max ms",
+            "dropped MiB",
+        ]
+    )
+    for protocol in protocols(completed):
+        runs = completed.filter(pl.col("protocol") == protocol)
+        add_row(
+            table,
+            protocol,
+            f"{number(runs['late_critical_objects'].mean()):.1f}",
+            f"{number(runs['late_reconfigured_objects'].mean()):.1f}",
+            f"{number(runs['late_critical_bytes'].mean()) / KIB:.0f}",
+            f"{ms(runs['setup_in_downtime_ns'].mean()):.1f}",
+            f"{ms(runs['critical_lag_mean_ns'].mean()):.0f}",
+            f"{ms(runs['critical_lag_max_ns'].mean()):.0f}",
+            f"{number(runs['device_bytes_dropped'].mean()) / MIB:.1f}",
+        )
+    return table
+
+
 def _reads(completed: pl.DataFrame) -> Table:
-    table = _table(["protocol", "calls", "us a call", "firmware", "lock", "copy"])
+    table = plain_table(["protocol", "calls", "us a call", "firmware", "lock", "copy"])
     for protocol in protocols(completed):
         runs = completed.filter(pl.col("protocol") == protocol)
         calls = number(runs["reads"].sum())
         parts = [number(runs[f"read_{part}_ns"].sum()) for part in ("firmware", "lock", "copy")]
         shares = [f"{100 * part / max(sum(parts), 1):.0f}" for part in parts]
         mean_us = sum(parts) / max(calls, 1) / 1000
-        _add(table, protocol, f"{number(runs['reads'].mean()):.0f}", f"{mean_us:.0f}", *shares)
+        add_row(table, protocol, f"{number(runs['reads'].mean()):.0f}", f"{mean_us:.0f}", *shares)
     return table
 
 
 def _held(held: Sequence[Held]) -> Table:
-    table = _table(["what", "published", "simulated", "error", "used to fit"])
+    table = plain_table(["what", "published", "simulated", "error", "used to fit"])
     for one in held:
-        error = f"{100 * one.error:+.1f} %"
-        _add(
-            table, one.what, f"{one.published_ms:.1f}", f"{one.simulated_ms:.1f}", error, "yes" if one.fitted else "no"
-        )
+        add_row(table, *cells(one))
     return table
 
 
-def _add(table: Table, *cells: str) -> None:
+def cells(held: Held) -> tuple[str, str, str, str, str]:
+    """The cells of a table: what, published, simulated, error, whether used to fit."""
+    simulated, error = "not simulated", ""
+    if held.simulated_ms is not None and held.error is not None:
+        simulated, error = f"{held.simulated_ms:.1f}", f"{100 * held.error:+.1f} %"
+    return held.what, f"{held.published_ms:.1f}", simulated, error, "yes" if held.fitted else "no"
+
+
+def add_row(table: Table, *cells: str) -> None:
     """A row of plain text: a reason may have brackets, which are no markup."""
     table.add_row(*map(Text, cells))
 
 
-def _table(columns: Sequence[str]) -> Table:
+def plain_table(columns: Sequence[str]) -> Table:
+    """Columns of numbers, but for the first and for words."""
     table = Table(box=None, header_style="", pad_edge=False, padding=(0, 1))
     for at, column in enumerate(columns):
-        table.add_column(column, justify="right" if at and column not in ("outcome", "reason") else "left")
+        table.add_column(column, justify="right" if at and column not in WORDS else "left")
     return table
 
 
@@ -201,12 +270,18 @@ def findings(completed: pl.DataFrame) -> list[str]:
     if len(v3) > 1:
         sentences.append(_difference(completed, v3[0], v3[-1]))
     if v3 and "v2" in named:
-        sentences.append(
-            "Limit: v2 here is QEMU without multifd: RAM, then one device after the other, on one channel. A large "
-            "part of what v3 gains is that all of them move at the same time, which multifd gives v2 as well. Only the "
-            "step from one dirty stream to several shows what several streams a device bring."
-        )
+        sentences += _beside_multifd(completed, v3)
     return sentences
+
+
+def _beside_multifd(completed: pl.DataFrame, v3: Sequence[str]) -> list[str]:
+    """What of v3's gain is that RAM and the devices move side by side, which QEMU's multifd gives v2 as well."""
+    if "v2-multifd" in protocols(completed):
+        return [_difference(completed, "v2-multifd", other) for other in v3]
+    return [
+        "Limit: v2 here moves RAM, then one device after the other, on one channel. A large part of what v3 gains may "
+        "be that all of them move at the same time, which multifd gives v2 as well: compare with v2-multifd."
+    ]
 
 
 def _bound(completed: pl.DataFrame, protocol: str) -> str:

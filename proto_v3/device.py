@@ -27,8 +27,9 @@ class DataFd(Protocol):
     async def read(self, max_bytes: int) -> Payload:
         """Up to `max_bytes`, at least one; waits while the device is saving.
 
-        In pre-copy, ENOMSG when there is nothing left for now. In STOP_COPY, an empty payload for ever once the
-        stream is at its end. ENODEV when the session is over.
+        In pre-copy, ENOMSG when there is nothing left for now (mtty and qat give an empty payload there: to be
+        tolerated). In STOP_COPY, an empty payload for ever once the stream is at its end. ENODEV when the session is
+        over.
         """
 
     async def write(self, payload: Payload, piece_bytes: int) -> None:
@@ -44,7 +45,9 @@ class DataFd(Protocol):
     async def precopy_info(self) -> PrecopyInfo:
         """VFIO_MIG_GET_PRECOPY_INFO. EINVAL outside of PRE_COPY and PRE_COPY_P2P.
 
-        As in mlx5, this call, and never read(), makes the driver save what became dirty once all earlier data is read.
+        As in mlx5, this call, and never read(), makes the driver save what became dirty once all earlier data is read;
+        it waits for a save that is in flight. initial_bytes come before dirty_bytes and only fall, until the device
+        reports REINIT, to a user who opted in: once for each time, never in PRE_COPY_P2P, with dirty_bytes 0.
         """
 
     async def stream_info(self) -> StreamInfo:
@@ -73,7 +76,13 @@ class MigrationDevice(Protocol):
         """VFIO_DEVICE_RESET: from any state, ERROR included, to RUNNING. It ends a session; its fds answer ENODEV."""
 
     async def stop_copy_bytes(self) -> int:
-        """VFIO_DEVICE_FEATURE_MIG_DATA_SIZE: an estimate of what STOP_COPY would give, in any state."""
+        """VFIO_DEVICE_FEATURE_MIG_DATA_SIZE: an estimate of what STOP_COPY would give, in any state.
+
+        With a session open, unread bytes of pre-copy are in it: the stream goes on.
+        """
+
+    async def set_precopy_info_v2(self) -> None:
+        """VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2, SET: opt in to REINIT. EINVAL without PRE_COPY."""
 
     async def set_streams(self, dirty_streams: int) -> None:
         """v3: MIG_STREAMS. 0 opts out. EBUSY with a session open, EINVAL for more than the device has."""

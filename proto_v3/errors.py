@@ -21,3 +21,7 @@ class LocalProtocolError(ProtoV3Error):
 
 class PeerProtocolError(ProtoV3Error):
     """The other side sent something that the protocol does not allow."""
+
+
+class PeerFailedError(ProtoV3Error):
+    """The other side said that it cannot go on."""

@@ -41,14 +41,20 @@ class Kind(enum.IntEnum):
     DATA = 5  # payload: bytes of the device's stream, in order
     DEVICE_BEGIN = 6  # stop-copy data of the device follows
     STREAM_END = 7  # the stream was read to its end
-    CONFIG = 8  # the device's config (PCI, MSI): to be loaded after its data
+    CONFIG = 8  # the device's config (PCI, MSI): to be loaded after its data; multifd: value as PACKET's
     END = 9  # nothing follows on this connection
     CANCEL = 10  # the migration is given up; the guest goes on at the source
     EPOCH_SENT = 11  # v3; value: the epoch whose critical data was all sent
+    INIT_DATA_SENT = 12  # v2; value: which request for an ack this is for, counted from 1 a device
+    PACKET = 13  # multifd; value: its place among the device's packets; payload: bytes of the device's stream
+    SYNC = 14  # multifd: no RAM follows on this connection
+    SWITCHOVER_START = 15  # multifd: the guest is stopped, load threads start
     # target to source
     EPOCH_LOADED = 20  # v3; value: the epoch whose critical data is all loaded
     LOADED = 21  # everything is loaded; the target waits for COMMIT (v3)
     RESUMED = 22  # the guest runs at the target
+    SWITCHOVER_ACK = 23  # v2; value: the request that it answers, 0 for all devices at once
+    FAILED = 24  # the target cannot go on
     # source to target, after LOADED
     COMMIT = 30  # v3: the source gives up its right to run
 

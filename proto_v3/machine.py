@@ -39,11 +39,24 @@ class Machine(Protocol):
     def ram(self) -> Ram:
         """Its RAM."""
 
+    @property
+    def running(self) -> bool:
+        """Whether the vCPUs run."""
+
     async def set_up(self) -> None:
         """What a migration costs before its first byte."""
 
     async def stop_vcpus(self) -> None:
         """Return when no vCPU runs any more."""
+
+    async def buffer_device_data(self, size_bytes: int) -> None:
+        """Move device data through the main channel's own buffers (QEMUFile: 32 KiB), at either side.
+
+        Only the single channel does it; multifd and v3 send from, and write() from, the buffer that was read into.
+        """
+
+    async def load_other_devices(self) -> None:
+        """Load the state of all devices that are not VFIO's; it comes before theirs."""
 
     async def load_config(self, device: int) -> None:
         """Load a device's config space and interrupts: one at a time over all devices (QEMU's big lock)."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import contextlib
 import enum
 import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from proto_v3.bell import Bell
 from proto_v3.channel import Channel
 from proto_v3.device import DataFd, MigrationDevice
-from proto_v3.errors import LocalProtocolError, PeerProtocolError
+from proto_v3.errors import LocalProtocolError, PeerFailedError, PeerProtocolError, ProtoV3Error
 from proto_v3.frames import Frame, Kind, Payload
 from proto_v3.machine import Machine
 from proto_v3.switchover import Switchover, SwitchoverSettings
@@ -28,6 +30,7 @@ class OutcomeKind(enum.StrEnum):
 
     COMPLETED = "COMPLETED"
     DID_NOT_CONVERGE = "DID_NOT_CONVERGE"  # given up in pre-copy; the guest runs on at the source
+    CANCELLED = "CANCELLED"  # by the user, in pre-copy; the guest never noticed
     FAILED = "FAILED"
     UNSUPPORTED = "UNSUPPORTED"  # refused before the guest was touched
 
@@ -46,6 +49,45 @@ class Side:
     timeline: Timeline
 
 
+class ReturnPath:
+    """What the target tells the source on the main channel, heard beside everything else that the source does."""
+
+    def __init__(self, channel: Channel, devices: int) -> None:
+        self._channel = channel
+        self._bell = Bell()
+        self.acked = [0] * devices
+        """By device: the newest request for a switchover-ack that was answered."""
+        self.all_acked = False
+        """The one-shot ack came."""
+        self._heard: set[Kind] = set()
+        self.may_resume = False
+        """The source gave up its right to run the guest: only then may the target say that it does."""
+
+    async def listen(self) -> None:
+        """Until the guest runs at the target. PeerFailedError if that fails."""
+        while Kind.RESUMED not in self._heard:
+            frame = await self._channel.recv()
+            match frame.kind:
+                case Kind.SWITCHOVER_ACK if frame.value == 0:
+                    self.all_acked = True
+                case Kind.SWITCHOVER_ACK if frame.device < len(self.acked):
+                    self.acked[frame.device] = frame.value
+                case Kind.LOADED:
+                    self._heard.add(frame.kind)
+                case Kind.RESUMED if self.may_resume:
+                    self._heard.add(frame.kind)
+                case Kind.FAILED:
+                    raise PeerFailedError("the target failed")
+                case _:
+                    raise PeerProtocolError(f"{frame.kind.name} came on the return path, where it is not due")
+            self._bell.ring()
+
+    async def wait_for(self, kind: Kind) -> None:
+        """Until this was heard."""
+        while kind not in self._heard:
+            await self._bell.wait()
+
+
 class Source(abc.ABC):
     """The sending VMM. A protocol fills in how sessions are opened, iterated, drained and handed over."""
 
@@ -55,9 +97,47 @@ class Source(abc.ABC):
         self.fds: dict[int, DataFd] = {}
         """By device: its session's data fd. In pre-copy, of the devices that have pre-copy."""
 
-    @abc.abstractmethod
+        self.back = ReturnPath(channels[0], len(side.devices))
+
+    @property
+    def handed_over(self) -> bool:
+        """The target may run the guest from now on: so this side must not, whatever happens."""
+        return self.back.may_resume
+
     async def run(self) -> OutcomeKind:
-        """Migrate. OSError and ProtoV3Error where that fails."""
+        """Migrate. OSError and ProtoV3Error, alone or in a group, where that fails; the guest then goes on here."""
+        try:
+            return await self.migrate()
+        except UnsupportedError:
+            raise
+        except (OSError, ProtoV3Error, ExceptionGroup) as error:
+            if not self.handed_over or _peer_failed(error):
+                await self.recover()
+            raise
+
+    @abc.abstractmethod
+    async def migrate(self) -> OutcomeKind:
+        """What run() does, without what it does about failures."""
+
+    async def recover(self) -> None:
+        """Back to where it was: devices running, by a reset where nothing else helps, then the vCPUs.
+
+        As QEMU does (hw/vfio/migration.c, vfio_migration_set_state and its recover state; migration.c restarts the VM).
+        """
+        for device in self.side.devices:
+            await _set_or_reset(device, State.RUNNING)
+        if not self.side.machine.running:
+            await self.side.machine.start_vcpus()
+        with contextlib.suppress(OSError):
+            await self.channels[0].tell(Kind.CANCEL)
+
+    def given_up(self, start_ns: int) -> OutcomeKind | None:
+        """Whether pre-copy is to end without a switchover: it takes too long, or the user cancelled it."""
+        settings = self.side.settings
+        elapsed_ns = self.now_ns - start_ns
+        if settings.cancel_ns is not None and elapsed_ns >= settings.cancel_ns:
+            return OutcomeKind.CANCELLED
+        return OutcomeKind.DID_NOT_CONVERGE if elapsed_ns > settings.give_up_ns else None
 
     @property
     def now_ns(self) -> int:
@@ -75,18 +155,35 @@ class Source(abc.ABC):
                 await self._enter(index, State.PRE_COPY)
 
     async def stop_guest(self) -> None:
-        """Stop the vCPUs; then all devices to P2P where they have it, then each to STOP_COPY (QEMU's two passes)."""
+        """Stop the vCPUs; then all devices to P2P where they have it, then each to STOP_COPY (QEMU's two passes).
+
+        One without a session goes to STOP, and to STOP_COPY when its turn comes to be read (vfio_vmstate_change).
+        """
         timeline = self.side.timeline
         timeline.mark(Mark.STOP_ORDERED)
         start = timeline.now_ns()
         await self.side.machine.stop_vcpus()
+        await self.last_look()
         for index, device in enumerate(self.side.devices):
             if MigrationFlags.P2P in await device.migration_flags():
                 await device.set_state(State.PRE_COPY_P2P if index in self.fds else State.RUNNING_P2P)
         for index in range(len(self.side.devices)):
-            await self._enter(index, State.STOP_COPY)
+            if index in self.fds:
+                await self._enter(index, State.STOP_COPY)
+            else:
+                await self.side.devices[index].set_state(State.STOP)
         timeline.mark(Mark.STOPPED)
         timeline.stage("stop", start)
+
+    async def ready_to_drain(self, index: int) -> DataFd:
+        """The data fd of a device that is read to its end now; one without a session begins it
+        (vfio_save_complete_precopy)."""
+        if index not in self.fds:
+            await self._enter(index, State.STOP_COPY)
+        return self.fds[index]
+
+    async def last_look(self) -> None:  # noqa: B027  (a protocol may have nothing to do here)
+        """The vCPUs are stopped, the devices not yet: what a protocol may want to ask them before they are."""
 
     async def _enter(self, index: int, state: State) -> None:
         """Put a device in a saving state; the fd comes with the first one, and stays for the session (vfio.h)."""
@@ -96,29 +193,36 @@ class Source(abc.ABC):
         if index not in self.fds:
             raise LocalProtocolError(f"{self.side.devices[index].name}: no data fd came with {state.name}")
 
-    async def give_up(self) -> OutcomeKind:
-        """The migration did not converge: end it; the guest goes on and never noticed."""
+    async def give_up(self) -> None:
+        """End a migration in pre-copy; the guest goes on and never noticed."""
         for device in self.side.devices:
-            await device.set_state(State.RUNNING)
+            await _set_or_reset(device, State.RUNNING)
         await self.channels[0].tell(Kind.CANCEL)
-        return OutcomeKind.DID_NOT_CONVERGE
 
     async def end_sessions(self) -> None:
         """STOP_COPY -> STOP, left for after the hand-over, as it takes time and holds nothing up (QEMU)."""
         for device in self.side.devices:
-            await device.set_state(State.STOP)
+            await _set_or_reset(device, State.STOP)
 
-    async def save_last_ram(self, channel: Channel) -> None:
+    async def save_last_ram(self) -> None:
         """The last pass over RAM, vCPUs stopped."""
         timeline, ram = self.side.timeline, self.side.machine.ram
         start = timeline.now_ns()
         await ram.final_sync()
-        await channel.tell(Kind.RAM_BEGIN)
+        await self.channels[0].tell(Kind.RAM_BEGIN)
         await ram.final_scan()
         while (pages := await ram.take(self.side.settings.ram_budget_ns)) is not None:
-            await channel.send(Frame(Kind.RAM, payload=pages))
-        await channel.tell(Kind.RAM_END)
+            await self.send_pages(pages)
+        await self.end_ram()
         timeline.stage("ram_save", start)
+
+    async def send_pages(self, pages: Payload) -> None:
+        """Put pages of RAM on the wire: on the main channel, if nothing else is said."""
+        await self.channels[0].send(Frame(Kind.RAM, payload=pages))
+
+    async def end_ram(self) -> None:
+        """All pages were sent."""
+        await self.channels[0].tell(Kind.RAM_END)
 
     def switchover(self) -> Switchover:
         """A fresh measurement of the bandwidth."""
@@ -131,10 +235,31 @@ class Target(abc.ABC):
     def __init__(self, side: Side, channels: Sequence[Channel]) -> None:
         self.side = side
         self.channels = channels
+        self.peak_reorder_bytes = 0
+        """The most that waited in memory to be put back in order."""
+
+    def note_reorder_bytes(self, waiting: int) -> None:
+        """So many bytes wait to be put back in order now."""
+        self.peak_reorder_bytes = max(self.peak_reorder_bytes, waiting)
+
+    async def run(self) -> bool:
+        """Load what comes, run the guest; False if the source cancelled.
+
+        OSError and ProtoV3Error, alone or in a group, where it fails; the source was told then, and the devices are
+        reset.
+        """
+        try:
+            return await self.receive()
+        except (OSError, ProtoV3Error, ExceptionGroup):
+            if not self.side.machine.running:
+                with contextlib.suppress(OSError):
+                    await self.channels[0].tell(Kind.FAILED)
+                await self.cancelled()
+            raise
 
     @abc.abstractmethod
-    async def run(self) -> bool:
-        """Load what comes, run the guest; False if the source cancelled. OSError and ProtoV3Error where it fails."""
+    async def receive(self) -> bool:
+        """What run() does, without what it does about failures."""
 
     async def resuming(self, device: MigrationDevice) -> DataFd:
         """Put a device in RESUMING; returns the fd that its first stream is written to."""
@@ -175,8 +300,23 @@ class Target(abc.ABC):
         return frame.device
 
 
+async def _set_or_reset(device: MigrationDevice, state: State) -> None:
+    """SET_STATE, or a reset where that fails (QEMU, vfio_migration_set_state_or_reset)."""
+    try:
+        await device.set_state(state)
+    except OSError:
+        await device.reset()
+
+
+def _peer_failed(error: Exception) -> bool:
+    """Whether the target said itself that it failed, and so does not run the guest."""
+    if isinstance(error, ExceptionGroup):
+        return any(_peer_failed(inner) for inner in error.exceptions)
+    return isinstance(error, PeerFailedError)
+
+
 async def read_some(fd: DataFd, max_bytes: int) -> Payload | None:
-    """read(), with ENOMSG, the temporary end of the stream, as None."""
+    """read(), with ENOMSG, the temporary end of the stream in pre-copy, as None."""
     try:
         return await fd.read(max_bytes)
     except OSError as error:

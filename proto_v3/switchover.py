@@ -24,6 +24,8 @@ class SwitchoverSettings:
     read_bytes: int
     write_bytes: int
     ram_budget_ns: int
+    cancel_ns: int | None = None
+    """The user cancels so long after the start, if the guest is not stopped yet."""
     given_bandwidth_bytes_per_s: float | None = None
     """If set, used in place of the measured one (QEMU's avail-switchover-bandwidth)."""
 

@@ -238,13 +238,13 @@ def on_track(name: str) -> None:
 class Join:
     """A TaskGroup whose end, where it had to be waited for, is caused by the child that finished last.
 
-    Each child runs on a track of its own name. Errors and cancellation are those of asyncio.TaskGroup.
+    A child that is cancelled has finished nothing, and causes nothing. Each child runs on a track of its own name.
+    Errors and cancellation are those of asyncio.TaskGroup.
     """
 
     def __init__(self) -> None:
         self._group = asyncio.TaskGroup()
-        self._running = 0
-        self._last = NO_CAUSE
+        self._last: int | None = None
 
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
@@ -253,22 +253,19 @@ class Join:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        waits = self._running > 0
+        self._last = None
         await self._group.__aexit__(kind, error, trace)
-        if waits:
+        if self._last is not None:
             _cursor.set(self._last)
 
     def start(self, work: Coroutine[Any, Any, T], track: str) -> asyncio.Task[T]:
         """Start a child task."""
-        self._running += 1
         task = self._group.create_task(self._run(work, track), name=track)
         task.add_done_callback(lambda _: work.close())  # one that was cancelled before it began would leave it waiting
         return task
 
     async def _run(self, work: Coroutine[Any, Any, T], track: str) -> T:
         _track.set(track)
-        try:
-            return await work
-        finally:
-            self._running -= 1
-            self._last = _cursor.get()
+        result = await work
+        self._last = _cursor.get()
+        return result

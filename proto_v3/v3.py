@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 
+from proto_v3.bell import Bell
 from proto_v3.channel import Channel
 from proto_v3.device import DataFd
 from proto_v3.errors import PeerProtocolError
@@ -64,28 +65,34 @@ class V3Source(Source):
         self._stopped: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         """The span that stopped the guest, once it is stopped; None if the migration was given up."""
 
-    async def run(self) -> OutcomeKind:
+    async def migrate(self) -> OutcomeKind:
         """See proto_v3.migration.Source."""
         await self._opt_in()
         start = self.now_ns
         await self.side.machine.set_up()
         await self._control.tell(Kind.SETUP, value=self._dirty_streams)
         self.side.timeline.stage("setup", start)
-        async with asyncio.TaskGroup() as answers:
-            hearing = [
-                answers.create_task(self._hear(device), name=f"source answers {device}")
-                for device in range(len(self.side.devices))
-            ]
-            if not await self._move(start):
+        async with Join() as answers:
+            hearing = [answers.start(self.back.listen(), "source return path")]
+            for device in range(len(self.side.devices)):
+                hearing.append(answers.start(self._hear(device), f"source answers {device}"))
+            if (outcome := await self._move(start)) is not None:
                 for task in hearing:
                     task.cancel()
-                return OutcomeKind.DID_NOT_CONVERGE
+                return outcome
             self.side.timeline.mark(Mark.DRAINED)
-            await self._control.expect(Kind.LOADED)
+            await self.back.wait_for(Kind.LOADED)
+            self.back.may_resume = True
             await self._control.tell(Kind.COMMIT)
-            await self._control.expect(Kind.RESUMED)
+            await self.back.wait_for(Kind.RESUMED)
         await self.end_sessions()
         return OutcomeKind.COMPLETED
+
+    async def recover(self) -> None:
+        """See proto_v3.migration.Source; the devices are v2's again."""
+        await super().recover()
+        for device in self.side.devices:
+            await device.set_streams(0)
 
     async def _opt_in(self) -> None:
         for device in self.side.devices:
@@ -94,26 +101,28 @@ class V3Source(Source):
                 raise UnsupportedError(f"{device.name} has {has} dirty streams; {self._dirty_streams} were asked for")
             await device.set_streams(self._dirty_streams)
 
-    async def _move(self, start_ns: int) -> bool:
-        """Pre-copy, switchover and drain: True when every stream is sent to its end, False if it was given up."""
+    async def _move(self, start_ns: int) -> OutcomeKind | None:
+        """Pre-copy, switchover and drain, every stream to its end; or how it ended in pre-copy."""
         async with Join() as tasks:
             tasks.start(self._send_ram(), "source RAM")
             await self.open_sessions()
             live = list(self.fds)
             for device in live:
                 await self._start_streams(tasks, device)
-            converged = await self._converge(start_ns)
+            outcome = await self._converge(start_ns)
             self._decided.set()
-            if converged:
+            if outcome is None:
                 await self.stop_guest()
-                for device in [device for device in self.fds if device not in live]:
-                    await self._start_streams(tasks, device)
+                for device in range(len(self.side.devices)):
+                    if device not in live:
+                        await self.ready_to_drain(device)
+                        await self._start_streams(tasks, device)
             else:
                 for task in self._sending:  # they may be held up by a target that waits for what will not come
                     task.cancel()
                 await self.give_up()
-            self._stopped.set_result(cause() if converged else None)
-        return converged
+            self._stopped.set_result(cause() if outcome is None else None)
+        return outcome
 
     async def _start_streams(self, tasks: Join, device: int) -> None:
         opened = self.side.devices[device]
@@ -142,7 +151,7 @@ class V3Source(Source):
             return
         if waits:
             caused_by(stop)
-        await self.save_last_ram(self._control)
+        await self.save_last_ram()
 
     async def _until_decided(self, timeout_ns: int) -> None:
         with contextlib.suppress(TimeoutError):
@@ -189,21 +198,25 @@ class V3Source(Source):
 
     # --- when to stop -------------------------------------------------------------------------------------------------
 
-    async def _converge(self, start_ns: int) -> bool:
-        """Wait until the switchover fits and every device is ready; False if that takes too long."""
+    async def _converge(self, start_ns: int) -> OutcomeKind | None:
+        """Wait until the switchover fits and every device is ready; or how it ended without that."""
         settings = self.side.settings
         switchover = self.switchover()
         await self._ask_streams()
-        while self.now_ns - start_ns <= settings.give_up_ns:
+        while (outcome := self.given_up(start_ns)) is None:
             await pause(settings.decision_interval_ns)
             switchover.sample(self.now_ns, self.bytes_sent())
             if self._fits(switchover, [0] * len(self.side.devices)):
                 await self.side.machine.ram.sync()
                 await self._ask_streams()
                 stop_copy = [await device.stop_copy_bytes() for device in self.side.devices]
-                if self._fits(switchover, stop_copy) and await self._ready():
-                    return True
-        return False
+                for stream in self._streams:
+                    stop_copy[stream.device] -= (
+                        stream.unread_bytes
+                    )  # what is left beyond that: it has its own line below
+                if self._fits(switchover, [max(0, size) for size in stop_copy]) and await self._ready():
+                    return None
+        return outcome
 
     def _fits(self, switchover: Switchover, stop_copy_bytes: list[int]) -> bool:
         """Whether each connection can send what is left for it within the limit.
@@ -256,23 +269,32 @@ class V3Target(Target):
         self._dirty_streams = dirty_streams
         self._control = channels[0]
         self._loading: list[asyncio.Task[None]] = []
+        self._ram_loaded = False
         self._cancelled = False
+        self._bell = Bell()
 
-    async def run(self) -> bool:
+    async def receive(self) -> bool:
         """See proto_v3.migration.Target."""
-        async with Join() as parts:
-            for index in range(len(self.side.devices)):
-                self._loading.append(parts.start(self._load_device(index), f"target device {index}"))
-            parts.start(self._load_ram(), "target RAM")
+        async with Join() as beside:
+            beside.start(self._listen(), "target RAM")
+            async with Join() as parts:
+                for index in range(len(self.side.devices)):
+                    self._loading.append(parts.start(self._load_device(index), f"target device {index}"))
+                self._loading.append(parts.start(self._until_ram_is_loaded(), "target RAM end"))
+            if not self._cancelled:
+                await self._control.tell(Kind.LOADED)
         if self._cancelled:
             return await self.cancelled()
-        await self._control.tell(Kind.LOADED)
-        await self._control.expect(Kind.COMMIT)
         await self.resume_guest()
         await self._control.tell(Kind.RESUMED)
         return True
 
-    async def _load_ram(self) -> None:
+    async def _until_ram_is_loaded(self) -> None:
+        while not self._ram_loaded:
+            await self._bell.wait()
+
+    async def _listen(self) -> None:
+        """What comes on the control connection, until the source commits or cancels."""
         began = 0
         while True:
             frame = await self._control.recv()
@@ -289,6 +311,10 @@ class V3Target(Target):
                 case Kind.RAM_END:
                     self.side.timeline.stage("ram_load", began)
                     self.side.timeline.mark(Mark.TRANSFERRED)
+                    await self.side.machine.load_other_devices()
+                    self._ram_loaded = True
+                    self._bell.ring()
+                case Kind.COMMIT:
                     return
                 case Kind.CANCEL:
                     self._cancelled = True

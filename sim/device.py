@@ -7,6 +7,7 @@ is done it must equal the source's, block by block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,8 @@ class DeviceState:
         self.object_saved: Int32 = np.full(device.critical.objects, -1, np.int32)
         self.activity = activity
         self.epoch = 1
+        self.on_new_events: Callable[[], None] | None = None
+        """Called when reconfigurations are put in that were not foreseen."""
         self._writes = 0
         self._reconfigurations = 0
         self._stopped_ns: int | None = None
@@ -57,10 +60,23 @@ class DeviceState:
         at = int(times[self._reconfigurations])
         return None if self._stopped_ns is not None and at > self._stopped_ns else at
 
+    def order_stop(self, now_ns: int) -> None:
+        """The vCPUs are about to be stopped: what the scenario has the guest do until they are."""
+        self.advance(now_ns)  # those that are put in come after what was applied
+        if len(self.activity.during_stop_ns):
+            self.activity = self.activity.with_events_during_stop(now_ns)
+            if self.on_new_events is not None:
+                self.on_new_events()
+
     def stop(self, now_ns: int) -> None:
         """The vCPUs are stopped: nothing changes any more."""
         self.advance(now_ns)
-        self._stopped_ns = now_ns
+        if self._stopped_ns is None:
+            self._stopped_ns = now_ns
+
+    def start(self) -> None:
+        """The vCPUs run again, for the migration failed. What the plan held for the time in between did happen late."""
+        self._stopped_ns = None
 
     def dirty_blocks(self, home: slice, stopped: bool) -> Indices:
         """Numbers of the blocks of a home that have to be saved (again); the stop-only ones once it is stopped."""
@@ -79,10 +95,16 @@ class DeviceState:
         self.saved[blocks] = versions
         return versions
 
-    def forget_saves(self) -> None:
-        """The session is over: the next one goes to another image, and starts from nothing."""
-        self.saved.fill(-1)
-        self.object_saved.fill(-1)
+    def forget_saves(self, home: slice = slice(None), *, objects: bool = True) -> None:
+        """All of a home is to be saved again, whatever was saved of it: for a new session, or a driver that rereads."""
+        self.saved[home] = -1
+        if objects:
+            self.object_saved.fill(-1)
+
+    def unsave(self, blocks: Indices, objects: Indices) -> None:
+        """What was saved of these was dropped before anybody read it: they are dirty again."""
+        self.saved[blocks] = -1
+        self.object_saved[objects] = -1
 
     def save_objects(self, objects: Indices) -> Int32:
         """Take the critical objects' versions for an image."""
@@ -97,6 +119,7 @@ class Image:
     def __init__(self, device: Device) -> None:
         self.version: Int32 = np.full(device.blocks, -1, np.int32)
         self.object_version: Int32 = np.full(device.critical.objects, -1, np.int32)
+        self.object_bytes = round(device.critical.object_kib * KIB)
 
     def differences(self, source: DeviceState) -> Difference:
         """How it differs from the source's state as of the stop."""

@@ -3,6 +3,9 @@
 One driver has both faces. Without MIG_STREAMS it is v2: one stream that carries everything, critical objects first.
 With it, the session has a critical stream and N dirty ones; a block's home is the dirty stream of its number modulo N,
 so that order per stream gives order per block.
+
+SET_STATE, GET_PRECOPY_INFO, MIG_DATA_SIZE and v2's write() take turns under the state mutex; read() does not take it
+(Linux drivers/vfio/pci/mlx5/main.c).
 """
 
 from __future__ import annotations
@@ -17,13 +20,16 @@ from proto_v3.timeline import Resource
 from proto_v3.uapi import MigrationFlags, State
 from sim.clock import now_ns, sleep_ns
 from sim.device import DeviceState, Image
+from sim.load import LoadSession, LoadStream
 from sim.resource import Lock
+from sim.save import SaveStream, image_bytes
 from sim.scenario import Device, Driver, ns
-from sim.stream import DriverLock, LoadSession, LoadStream, ReadCounts, SaveStream, Surroundings, fails
+from sim.stream import CriticalLoad, DriverLock, ReadCounts, Surroundings, fails
 
 RUNS = (State.RUNNING, State.PRE_COPY)
 RUNS_P2P = (State.RUNNING_P2P, State.PRE_COPY_P2P)
 SAVES_LIVE = (State.PRE_COPY, State.PRE_COPY_P2P)
+STILL = (State.STOP, State.STOP_COPY, State.RESUMING)
 
 
 class SimDriver:
@@ -48,17 +54,24 @@ class SimDriver:
         self._settings = settings
         self._around = around
         self._global_lock = global_lock
-        self._device_lock = Lock(around.timeline)
+        self._state_lock = Lock(around.timeline)
         self._device = state
         self._image = image
         self._state = State.RUNNING
+        self._precopy_info_v2 = False
+        self._resets = 0
         self._dirty_streams = 0
         self.read_counts: list[ReadCounts] = []
         """What reading took, one entry a stream, of every session so far."""
+        self.critical_loads: list[CriticalLoad] = []
+        """What critical data was loaded, in every session so far."""
+        side = "source" if state is not None else "target"
+        self._faults = [fault for fault in spec.faults if fault.side == side for _ in range(fault.times)]
         self._saving: list[SaveStream] = []
         self._loading: list[LoadStream] = []
         self._load_session: LoadSession | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._watching: asyncio.Task[None] | None = None
 
     # --- the device fd ------------------------------------------------------------------------------------------------
 
@@ -68,33 +81,56 @@ class SimDriver:
 
     async def state(self) -> State:
         """See proto_v3.device.MigrationDevice."""
-        return self._state
+        async with self._state_lock:
+            return self._state
 
     async def set_state(self, target: State) -> DataFd | None:
         """See proto_v3.device.MigrationDevice."""
         fd: DataFd | None = None
-        for hop in fsm.path(self._state, target, self._spec.flags):
-            await self._pay_for(hop)
-            fd = self._enter(hop)
-            self._state = hop
+        async with self._state_lock:
+            resets = self._resets
+            for hop in fsm.path(self._state, target, self._spec.flags):
+                await self._pay_for(hop)
+                if self._resets != resets:  # it won: the device is in RUNNING, and this call failed on the way
+                    raise fails(errno.EIO)
+                self._fail_if_told(hop)
+                fd = self._enter(hop)
+                self._state = hop
         return fd
+
+    def _fail_if_told(self, hop: State) -> None:
+        """The scenario's faults: the arc fails, and the device stays where it is on the path, or is in ERROR."""
+        arc = f"{self._state.name} -> {hop.name}"
+        fault = next((fault for fault in self._faults if fault.arc == arc), None)
+        if fault is not None:
+            self._faults.remove(fault)
+            if fault.leaves == "ERROR":
+                self._end_sessions()
+                self._state = State.ERROR
+            raise fails(getattr(errno, fault.errno))
 
     async def reset(self) -> None:
         """See proto_v3.device.MigrationDevice."""
-        if self._saving:
-            self._end_saving()
-        self._close_loading()
+        # Not under the state mutex: mlx5 does it when whoever holds that lets go (deferred_reset), with the same
+        # effect.
+        self._resets += 1
+        self._end_sessions()
         self._state = State.RUNNING
 
     async def stop_copy_bytes(self) -> int:
-        """What is dirty, or can be saved only when stopped; unread and planned bytes are precopy_info()'s to tell."""
-        if self._device is None:
-            return 0
-        device = self._device
-        device.advance(now_ns())
-        dirty = len(device.dirty_blocks(slice(None), stopped=True)) * device.block_bytes
-        dirty += len(device.dirty_objects()) * device.object_bytes
-        return dirty - sum(stream.planned_bytes() for stream in self._saving)
+        """What STOP_COPY would give, were it entered now: unread bytes and those that are planned are in it."""
+        async with self._state_lock:
+            if self._saving:
+                return sum(stream.left_bytes() for stream in self._saving)
+            return image_bytes(self._spec, self._settings, self._spec.critical.objects, self._spec.blocks)
+
+    async def set_precopy_info_v2(self) -> None:
+        """See proto_v3.device.MigrationDevice."""
+        if MigrationFlags.PRE_COPY not in self._spec.flags:
+            raise fails(errno.EINVAL)
+        self._precopy_info_v2 = True
+        for stream in self._saving:
+            stream.reports_reinit = True
 
     async def max_dirty_streams(self) -> int:
         """See proto_v3.device.MigrationDevice."""
@@ -118,8 +154,13 @@ class SimDriver:
     # --- arcs ---------------------------------------------------------------------------------------------------------
 
     async def _pay_for(self, hop: State) -> None:
-        """What the arc to `hop` takes: suspending leaves the running states, quiescing the P2P ones."""
+        """What the arc to `hop` takes: suspending leaves the running states, quiescing the P2P ones, resuming STOP."""
+        if self._state in RUNS and hop in (State.PRE_COPY_P2P, State.STOP_COPY):
+            for stream in self._saving:
+                await stream.settle()
         cost_ns = 0
+        if self._state is State.STOP and hop not in STILL:
+            cost_ns += ns(self._spec.resume_ms)
         if self._state in RUNS and hop not in RUNS:
             cost_ns += ns(self._spec.suspend_ms)
         if (self._state in RUNS or self._state in RUNS_P2P) and hop in (State.STOP, State.STOP_COPY):
@@ -139,13 +180,18 @@ class SimDriver:
         if hop in SAVES_LIVE and self._state not in SAVES_LIVE:
             fd = self._start_saving()
             for stream in self._saving:
-                stream.plan_all()
+                stream.start_precopy()
+                stream.suspended = hop is State.PRE_COPY_P2P
             return fd
+        if hop in SAVES_LIVE:
+            for stream in self._saving:
+                stream.suspended = hop is State.PRE_COPY_P2P
+            return None
         if hop is State.RESUMING:
             return self._start_loading()
         if self._state is State.RESUMING:
             self._end_loading()
-        elif self._saving and hop not in SAVES_LIVE:
+        elif self._saving:
             self._end_saving()
         return None
 
@@ -159,34 +205,47 @@ class SimDriver:
                 index,
                 self._device,
                 self._around,
+                self._settings,
                 self._read_lock(),
+                self._state_lock,
                 home=home,
                 objects=index == 0,
-                chunk_bytes=self._settings.chunk_mib << 20,
-                chunks=self._settings.chunks,
             )
+            stream.reports_reinit = self._precopy_info_v2
             self._saving.append(stream)
             self.read_counts.append(stream.reads)
             self._tasks.append(asyncio.create_task(stream.produce(), name=f"{self.name} producer {index}"))
         if count:
-            self._tasks.append(asyncio.create_task(self._watch_epochs(), name=f"{self.name} epochs"))
+            self._watch()
+            self._device.on_new_events = self._watch
         return self._saving[0]
+
+    def _watch(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        self._watching = asyncio.create_task(self._watch_epochs(), name=f"{self.name} epochs")
 
     async def _watch_epochs(self) -> None:
         """v3: save new critical data as soon as an epoch begins, not when somebody asks."""
         assert self._device is not None
         while (at := self._device.next_reconfiguration_ns()) is not None:
-            await sleep_ns(max(0, at - now_ns()))
+            start = now_ns()
+            await sleep_ns(max(0, at - start))
+            self._around.timeline.work(Resource.FIXED, "guest runs", start)  # until it reconfigures the device
             self._saving[0].plan_all()
 
     def _end_saving(self) -> None:
         for task in self._tasks:
             task.cancel()
         self._tasks.clear()
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
         for stream in self._saving:
             stream.close()
         self._saving.clear()
         if self._device is not None:
+            self._device.on_new_events = None
             self._device.forget_saves()
 
     def _start_loading(self) -> DataFd:
@@ -196,11 +255,11 @@ class SimDriver:
         setup_ns = round(self._spec.critical.setup_us * 1_000)
         multi = self._dirty_streams > 0
         session = LoadSession(self._image, self._around, setup_ns, streams, holds_back=multi)
+        session.critical_loads = self.critical_loads
         self._load_session = session
-        # v2's write() holds the state mutex (mlx5); v3's must not, or a dirty write that waits for its epoch would keep
-        # the critical data out that it waits for.
+        timeline = self._around.timeline
         self._loading = [
-            LoadStream(i, session, Lock(self._around.timeline) if multi else self._device_lock) for i in range(streams)
+            LoadStream(i, session, *([] if multi else [self._state_lock]), Lock(timeline)) for i in range(streams)
         ]
         return self._loading[0]
 
@@ -219,6 +278,11 @@ class SimDriver:
         self._loading = []
         self._load_session = None
 
+    def _end_sessions(self) -> None:
+        if self._saving:
+            self._end_saving()
+        self._close_loading()
+
     def _read_lock(self) -> DriverLock:
         match self._settings.lock:
             case "none":
@@ -226,6 +290,6 @@ class SimDriver:
             case "per_fd":
                 return Lock(self._around.timeline)
             case "device":
-                return self._device_lock
+                return self._state_lock
             case "global":
                 return self._global_lock

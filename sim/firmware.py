@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proto_v3.timeline import Resource, Timeline
-from sim.clock import now_ns, sleep_until_ns
+from sim.clock import now_ns
 from sim.resource import Engines, duration_ns
 from sim.scenario import MIB, Firmware, ns
 
@@ -36,7 +36,7 @@ class FirmwareModel:
         self._timeline = timeline
 
     async def save(self, size_bytes: int) -> None:
-        """A SAVE command: wait for an engine, then for the command."""
+        """A SAVE command; it takes longer while others of the PF run."""
         fixed_ns = round(self._settings.save_command_us * 1_000)
         await self._run(Resource.FIRMWARE, "SAVE", fixed_ns, size_bytes, self._settings.save_mib_per_s * MIB)
 
@@ -52,9 +52,6 @@ class FirmwareModel:
     async def _run(self, resource: Resource, what: str, fixed_ns: int, size_bytes: int, bytes_per_s: float) -> None:
         factor = float(self._factors[self._commands % FACTORS])
         self._commands += 1
-        submitted = now_ns()
-        start, end = self._engines.book(round((fixed_ns + duration_ns(size_bytes, bytes_per_s)) * factor), submitted)
-        await sleep_until_ns(end)
-        if start > submitted:
-            self._timeline.work(resource, f"{what} queue", submitted, start)
+        start = now_ns()
+        await self._engines.run(round((fixed_ns + duration_ns(size_bytes, bytes_per_s)) * factor))
         self._timeline.work(resource, what, start)

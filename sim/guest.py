@@ -7,12 +7,12 @@ Reconfigurations are times and, for each, the critical objects that it makes new
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.scenario import MIB, NS_PER_S, Device, Writes
+from sim.scenario import MIB, NS_PER_S, Device, Writes, ns
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -30,6 +30,9 @@ class Activity:
     writes_per_s: float
     reconfiguration_ns: Int64
     reconfiguration_objects: Int32
+    during_stop_ns: Int64
+    """Reconfigurations at times counted from the order to stop the vCPUs, ascending."""
+    during_stop_objects: Int32
 
     def writes_until(self, at_ns: int) -> int:
         """How many writes have happened at a time."""
@@ -39,6 +42,13 @@ class Activity:
         """How many reconfigurations have happened at a time."""
         return int(np.searchsorted(self.reconfiguration_ns, at_ns, side="right"))
 
+    def with_events_during_stop(self, ordered_ns: int) -> Activity:
+        """The same, with the reconfigurations of a stop that was ordered at a time put in among the others."""
+        times = np.concatenate([self.reconfiguration_ns, ordered_ns + self.during_stop_ns])
+        objects = np.concatenate([self.reconfiguration_objects, self.during_stop_objects])
+        order = np.argsort(times, kind="stable")
+        return replace(self, reconfiguration_ns=times[order], reconfiguration_objects=objects[order])
+
 
 def make_activity(device: Device, horizon_ns: int, rng: np.random.Generator) -> Activity:
     """Draw a device's activity up to the horizon."""
@@ -46,7 +56,10 @@ def make_activity(device: Device, horizon_ns: int, rng: np.random.Generator) -> 
     writes_rng, events_rng = rng.spawn(2)  # apart, so that adding reconfigurations leaves the writes as they were
     blocks, per_s = _writes(device.writes, writable, device.block_bytes, horizon_ns, writes_rng)
     times, objects = _reconfigurations(device, horizon_ns, events_rng)
-    return Activity(blocks, per_s, times, objects)
+    plan = device.reconfigurations
+    late = np.array(sorted(ns(at) for at in plan.during_stop_ms) if plan else [], np.int64)
+    late_objects = _objects(device, len(late), events_rng)
+    return Activity(blocks, per_s, times, objects, late, late_objects)
 
 
 def _writes(
@@ -71,13 +84,21 @@ def _writes(
 def _reconfigurations(device: Device, horizon_ns: int, rng: np.random.Generator) -> tuple[Int64, Int32]:
     plan = device.reconfigurations
     if plan is None:
-        return np.empty(0, np.int64), np.empty((0, 1), np.int32)
+        return np.empty(0, np.int64), _objects(device, 0, rng)
     if plan.at_s:
         given = (round(at * NS_PER_S) for at in plan.at_s)
         times = np.array(sorted(at for at in given if at < horizon_ns), np.int64)
     else:
         count = rng.poisson(plan.poisson_per_s * horizon_ns / NS_PER_S)
         times = np.sort(rng.integers(horizon_ns, size=count, dtype=np.int64))
-    first = rng.integers(device.critical.objects, size=(len(times), 1))
+    return times, _objects(device, len(times), rng)
+
+
+def _objects(device: Device, events: int, rng: np.random.Generator) -> Int32:
+    """int32 (events, objects each): neighbours, from one drawn at random."""
+    plan = device.reconfigurations
+    if plan is None:
+        return np.empty((0, 1), np.int32)
+    first = rng.integers(device.critical.objects, size=(events, 1))
     objects = (first + np.arange(plan.objects_each)) % device.critical.objects
-    return times, objects.astype(np.int32)
+    return objects.astype(np.int32)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+from proto_v3.bell import Bell
 from proto_v3.channel import Transport
 from proto_v3.frames import Payload
 from proto_v3.timeline import Resource, Timeline
 from sim.clock import VirtualLoop, now_ns
-from sim.resource import Bell, Pipe
+from sim.resource import Pipe
 from sim.scenario import BYTES_PER_S_PER_GBIT, MIB, Link
 
 

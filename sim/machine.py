@@ -95,7 +95,11 @@ class RamModel:
 class MachineModel:
     """One VMM's guest."""
 
-    def __init__(self, scenario: Scenario, devices: Sequence[DeviceState], timeline: Timeline) -> None:
+    def __init__(
+        self, scenario: Scenario, devices: Sequence[DeviceState], timeline: Timeline, *, running: bool
+    ) -> None:
+        """`devices` are those that the guest writes to: none where it does not run yet."""
+        self.running = running
         self.ram = RamModel(scenario.ram, timeline)
         self._vmm = scenario.vmm
         self._config_load_ns = [ns(device.config_load_ms) for device in scenario.devices]
@@ -109,10 +113,30 @@ class MachineModel:
 
     async def stop_vcpus(self) -> None:
         """See proto_v3.machine.Machine."""
+        for device in self._devices:
+            device.order_stop(now_ns())
         await self._fixed(ns(self._vmm.vcpu_stop_ms), "vCPUs stop")
         self.ram.stop()
         for device in self._devices:
             device.stop(now_ns())
+        self.running = False
+
+    async def buffer_device_data(self, size_bytes: int) -> None:
+        """See proto_v3.machine.Machine."""
+        if self._vmm.device_buffer_gib_per_s is not None:
+            start = now_ns()
+            await sleep_ns(duration_ns(size_bytes, self._vmm.device_buffer_gib_per_s * GIB))
+            self._timeline.work(Resource.COPY, "VMM buffers", start)
+
+    async def load_other_devices(self) -> None:
+        """See proto_v3.machine.Machine."""
+        if self._vmm.other_load_ms:
+            start = now_ns()
+            async with (
+                self._config_lock
+            ):  # QEMU's big lock: waiting for it is waiting for a config, the same fixed cost
+                await sleep_ns(ns(self._vmm.other_load_ms))
+                self._timeline.work(Resource.FIXED, "other devices", start)
 
     async def load_config(self, device: int) -> None:
         """See proto_v3.machine.Machine."""
@@ -124,8 +148,12 @@ class MachineModel:
     async def start_vcpus(self) -> None:
         """See proto_v3.machine.Machine."""
         await self._fixed(ns(self._vmm.vcpu_start_ms), "vCPUs start")
+        self.running = True
+        for device in self._devices:
+            device.start()
 
     async def _fixed(self, cost_ns: int, what: str) -> None:
-        start = now_ns()
-        await sleep_ns(cost_ns)
-        self._timeline.work(Resource.FIXED, what, start)
+        if cost_ns:
+            start = now_ns()
+            await sleep_ns(cost_ns)
+            self._timeline.work(Resource.FIXED, what, start)

@@ -8,6 +8,7 @@ what order.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from zlib import crc32
 
 import numpy as np
 
@@ -17,34 +18,62 @@ from sim.guest import Int32
 
 HEADER_BYTES = 16
 """struct mlx5_vf_migration_header: u64 record_size, u32 flags, u32 tag (Linux drivers/vfio/pci/mlx5/cmd.h)."""
+STOP_COPY_SIZE_BYTES = 8
+"""struct mlx5_vf_migration_tag_stop_copy_data: u64 stop_copy_size, so that the target can allocate (the same file)."""
 
 NO_INDICES: Indices = np.empty(0, np.intp)
 NO_VERSIONS: Int32 = np.empty(0, np.int32)
 
 
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What a stream carried up to its END: how many records, how many bytes, and a digest of what they said."""
+
+    records: int = 0
+    bytes: int = 0
+    digest: int = 0
+
+    def add(self, record: Record) -> Tally:
+        """With one more record."""
+        return Tally(self.records + 1, self.bytes + record.size_bytes, record.digest(self.digest))
+
+
 @dataclass(slots=True, eq=False)
 class Record:
-    """One record of one stream: some blocks or some critical objects, with the versions that were saved."""
+    """One record of one stream: some blocks, some critical objects, or both, with the versions that were saved."""
 
     stream: int
-    sequence: int
     epoch: int
     payload_bytes: int
+    sequence: int = -1
+    """Its place in the stream, from 0; given when its first byte is read, for until then it may be dropped."""
     blocks: Indices = field(default_factory=lambda: NO_INDICES)
     block_versions: Int32 = field(default_factory=lambda: NO_VERSIONS)
     objects: Indices = field(default_factory=lambda: NO_INDICES)
     object_versions: Int32 = field(default_factory=lambda: NO_VERSIONS)
     initial: bool = False
     """Its bytes count as v2's initial_bytes."""
+    chunk: bool = False
+    """It takes one of the stream's chunks until it is read."""
     epoch_complete: bool = False
     """The last record of its epoch's critical data."""
     end: bool = False
-    """The stream's END record: `sequence` records came before it."""
+    """The stream's END record."""
+    tally: Tally | None = None
+    """In the END record, once it is being read: what came before it."""
 
     @property
     def size_bytes(self) -> int:
         """Bytes in the stream, the header included."""
         return HEADER_BYTES + self.payload_bytes
+
+    def digest(self, before: int) -> int:
+        """A digest of the records before and of this one: it stands for one of the bytes, which are not made."""
+        told = repr((self.stream, self.sequence, self.epoch, self.payload_bytes, self.epoch_complete)).encode()
+        before = crc32(told, before)
+        for column in (self.blocks, self.block_versions, self.objects, self.object_versions):
+            before = crc32(column.tobytes(), before)
+        return before
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,22 @@
 """Servers with a rate, and locks that account for waiting.
 
-A server is first come, first served, so its end times are known when work is handed in: one timer a job, however long
-the queue. Rates are bytes/s; times are nanoseconds of virtual time.
+A pipe is first come, first served, so its end times are known when work is handed in: one timer a job, however long the
+queue. Engines share what they have among all commands in progress. Rates are bytes/s; times are nanoseconds of virtual
+time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 
-from proto_v3.timeline import Resource, Timeline, cause, caused_by
-from sim.clock import now_ns, sleep_until_ns
+from proto_v3.timeline import Resource, Timeline
+from sim.clock import TimerHandle, VirtualLoop, now_ns, sleep_until_ns
 from sim.scenario import NS_PER_S
+
+ROUNDING_NS = 1e-3
+"""Of the division of an engine's time among commands; far below the clock's nanosecond."""
 
 
 def duration_ns(size_bytes: int, bytes_per_s: float) -> int:
@@ -34,19 +39,63 @@ class Pipe:
 
 
 class Engines:
-    """Several equal servers with one queue: the firmware's engines.
+    """The firmware's engines: commands in progress share them, none waits for another to end.
 
-    A command that was handed in runs to its end even if its caller is cancelled: the firmware knows nothing of it.
+    Each command runs at full speed while there are no more commands than engines, and all slow down alike beyond that
+    (processor sharing). `engines` may be a fraction: it says how many times one command's speed all of them reach.
+
+    Why sharing: four loads handed to one PF at once took twice as long as one alone, all four of them (Maciej
+    Szmigiero, 6240036b-f8b8-4592-8f80-21ee6d3eaa1e@maciej.szmigiero.name); in order of arrival the first two would have
+    been quick. A command that was handed in runs to its end even if its caller is cancelled: the firmware knows nothing
+    of it.
     """
 
-    def __init__(self, count: int) -> None:
-        self._free_ns = [0] * count
+    def __init__(self, engines: float) -> None:
+        self._engines = engines
+        # What a command would have got that was there from the start, in nanoseconds of full speed. All that are in
+        # progress get the same, so each is through when this has grown by its own service time.
+        self._served_ns = 0.0
+        self._settled_ns = 0
+        self._commands: list[tuple[float, int, asyncio.Future[None]]] = []  # a heap: ends at, number, done
+        self._number = 0
+        self._timer: TimerHandle | None = None
 
-    def book(self, service_ns: int, now: int) -> tuple[int, int]:
-        """Take the next free engine; returns when the command starts and ends."""
-        start = max(now, self._free_ns[0])
-        heapq.heapreplace(self._free_ns, start + service_ns)
-        return start, start + service_ns
+    async def run(self, service_ns: int) -> None:
+        """Run a command that takes `service_ns` at full speed."""
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        self._settle(loop.time_ns())
+        done: asyncio.Future[None] = loop.create_future()
+        self._number += 1
+        heapq.heappush(self._commands, (self._served_ns + service_ns, self._number, done))
+        self._set_timer(loop)
+        await done
+
+    def _speed(self) -> float:
+        return min(1.0, self._engines / len(self._commands))
+
+    def _settle(self, now: int) -> None:
+        if self._commands:
+            self._served_ns += (now - self._settled_ns) * self._speed()
+        else:
+            self._served_ns = 0.0  # nobody compares with what was before: start anew, and keep the numbers small
+        self._settled_ns = now
+
+    def _set_timer(self, loop: VirtualLoop) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if self._commands:
+            left_ns = math.ceil((self._commands[0][0] - self._served_ns) / self._speed() - ROUNDING_NS)
+            self._timer = loop.call_at_ns(self._settled_ns + max(0, left_ns), self._end, loop)
+
+    def _end(self, loop: VirtualLoop) -> None:
+        self._settle(loop.time_ns())
+        while self._commands and self._commands[0][0] <= self._served_ns + ROUNDING_NS:
+            _, _, done = heapq.heappop(self._commands)
+            if not done.done():
+                done.set_result(None)
+        self._set_timer(loop)
 
 
 class Memory:
@@ -81,31 +130,3 @@ class Lock:
 
     async def __aexit__(self, *_: object) -> None:
         self._lock.release()
-
-
-class Bell:
-    """Wakes all who wait for a change; what rang it becomes the cause of their going on.
-
-    To be used as `while not there_is_something: await bell.wait()`.
-    """
-
-    def __init__(self) -> None:
-        self._waiters: list[asyncio.Future[int]] = []
-
-    @property
-    def waited_for(self) -> bool:
-        """Whether anybody waits."""
-        return any(not waiter.done() for waiter in self._waiters)
-
-    def ring(self, by: int | None = None) -> None:
-        """Wake all. `by` is the span that is the cause; the current task's cursor if it is left out."""
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(cause() if by is None else by)
-
-    async def wait(self) -> None:
-        """Wait for the next ring."""
-        waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        caused_by(await waiter)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
 from proto_v3.channel import Channel
-from proto_v3.errors import ProtoV3Error, UserError
+from proto_v3.errors import PeerFailedError, ProtoV3Error
 from proto_v3.migration import OutcomeKind, Side, Source, Target, UnsupportedError
-from proto_v3.timeline import Join, Mark, Resource, Stage, Timeline
+from proto_v3.timeline import Mark, Resource, Stage, Timeline, on_track
 from proto_v3.v2 import V2Source, V2Target
 from proto_v3.v3 import V3Source, V3Target, channels_needed
 from sim import clock
@@ -22,32 +22,15 @@ from sim.firmware import FirmwareModel
 from sim.guest import make_activity
 from sim.link import NetworkLink
 from sim.machine import MachineModel
+from sim.protocol import Protocol
 from sim.resource import Lock, Memory
 from sim.scenario import GIB, Scenario
 from sim.stream import Surroundings
 
+T = TypeVar("T")
 
-@dataclass(frozen=True, slots=True)
-class Protocol:
-    """A protocol by its name: `v2`, or `v3-nN` with N dirty streams a device."""
-
-    name: str
-    dirty_streams: int
-    """0 for v2."""
-
-    @classmethod
-    def parse(cls, name: str, scenario: Scenario) -> Protocol:
-        """UserError for a name that is none."""
-        if name == "v2":
-            return cls("v2", 0)
-        if name == "v3":
-            return cls(f"v3-n{scenario.v3.dirty_streams}", scenario.v3.dirty_streams)
-        match = re.fullmatch(r"v3-n([1-9][0-9]?)", name)
-        if match is None or int(match[1]) > 64:
-            raise UserError(
-                f"unknown protocol {name!r}; there are v2, v3, and v3-n1 to v3-n64 (dirty streams a device)"
-            )
-        return cls(name, int(match[1]))
+PEER_ENDS_WITHIN_S = 10.0
+"""Virtual seconds that a side has to end after the other failed and told it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +48,7 @@ class Outcome:
     """They sum to the downtime exactly."""
     critical_path_ns: dict[str, int] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
-    setup_in_downtime_ns: int = 0
+    setup_in_downtime_ns: int | None = None
     """Set-up of critical objects that fell into the downtime, on the critical path or beside it."""
     send_blocked_ns: int = 0
     """How long sends were held up by full connections in the downtime, summed over connections."""
@@ -73,6 +56,20 @@ class Outcome:
     device_bytes: int = 0
     device_bytes_resent: int = 0
     """Read from the devices beyond one copy of their state: what was dirtied again, and the records' headers."""
+    device_bytes_dropped: int = 0
+    """Saved by the devices, and dropped before anybody read them (REINIT, policy `invalidate`)."""
+    late_critical_objects: int | None = None
+    """Critical objects that were loaded after the order to stop the vCPUs."""
+    late_reconfigured_objects: int | None = None
+    """Of these, those that the guest made new during the migration; the others are of the initial data."""
+    late_critical_bytes: int | None = None
+    critical_lag_max_ns: int | None = None
+    """The longest from a reconfiguration to its critical data loaded at the target; 0 without reconfigurations."""
+    critical_lag_mean_ns: int | None = None
+    peak_reorder_bytes: int = 0
+    """The most that waited in the target's memory: packets that were early, or not written yet."""
+    guest_runs_at: str = ""
+    """`source` or `target`."""
     reads: int = 0
     read_firmware_ns: int = 0
     read_lock_ns: int = 0
@@ -84,7 +81,7 @@ def simulate(
     scenario: Scenario, protocol: Protocol, seed: int, *, keep: Callable[[Timeline], None] | None = None
 ) -> Outcome:
     """Run one migration to its end. `keep` is handed the timeline, for what an outcome does not tell."""
-    return clock.run(_Run(scenario, protocol, seed, keep).outcome())
+    return clock.run(_Run(protocol.applied(scenario), protocol, seed, keep).outcome())
 
 
 class _Host:
@@ -129,35 +126,56 @@ class _Run:
             SimDriver(device, scenario.driver, here.around(device.pf), here.global_lock, state=state)
             for device, state in zip(scenario.devices, self.states, strict=True)
         ]
-        at_target = [
+        self.drivers_at_target = [
             SimDriver(device, scenario.driver, there.around(device.pf), there.global_lock, image=image)
             for device, image in zip(scenario.devices, self.images, strict=True)
         ]
         settings = scenario.switchover_settings()
-        source_side = Side(MachineModel(scenario, self.states, timeline), self.drivers, settings, timeline)
-        target_side = Side(MachineModel(scenario, [], timeline), at_target, settings, timeline)
+        self.machines = {
+            "source": MachineModel(scenario, self.states, timeline, running=True),
+            "target": MachineModel(scenario, [], timeline, running=False),
+        }
+        source_side = Side(self.machines["source"], self.drivers, settings, timeline)
+        target_side = Side(self.machines["target"], self.drivers_at_target, settings, timeline)
         self.channels, channels_there = self._connect(timeline)
-        source, target = self._protocol_pair(source_side, target_side, channels_there)
-        try:
-            async with Join() as both:
-                sending = both.start(source.run(), "source")
-                both.start(target.run(), "target")
-        except ExceptionGroup as failures:
-            _, bugs = failures.split((OSError, ProtoV3Error))
-            if bugs is not None:
-                raise
+        source, self.target = self._protocol_pair(source_side, target_side, channels_there)
+        outcome, failures = await self._both(source, self.target)
+        if self._keep is not None:
+            self._keep(timeline)
+        if outcome is OutcomeKind.COMPLETED and not failures:
+            return self._completed()
+        if failures:
             return self._failed(failures)
-        finally:
-            if self._keep is not None:
-                self._keep(timeline)
-        return self._completed() if sending.result() is OutcomeKind.COMPLETED else self._ended(sending.result())
+        assert outcome is not None
+        return self._ended(outcome)
+
+    async def _both(self, source: Source, target: Target) -> tuple[OutcomeKind | None, list[Exception]]:
+        """Run both sides to their ends: how it ended, and what failed on the way. Bugs are raised."""
+        tasks = [
+            asyncio.create_task(on_own_track(source.run(), "source"), name="source"),
+            asyncio.create_task(on_own_track(target.run(), "target"), name="target"),
+        ]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        # One that failed has told the other, which then ends by itself; if it does not, it is lost.
+        _, left = await asyncio.wait(tasks, timeout=PEER_ENDS_WITHIN_S)
+        for task in left:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        failures = [leaf for result in results if isinstance(result, BaseException) for leaf in _leaves(result)]
+        for failure in failures:
+            if not isinstance(failure, (OSError, ProtoV3Error, asyncio.CancelledError)):
+                raise failure
+        sent = results[0]
+        return sent if isinstance(sent, OutcomeKind) else None, [f for f in failures if isinstance(f, Exception)]
 
     def _connect(self, timeline: Timeline) -> tuple[list[Channel], list[Channel]]:
         protocol = self._protocol
         loop = asyncio.get_running_loop()
         assert isinstance(loop, clock.VirtualLoop)
         link = NetworkLink(self._scenario.link, loop, timeline)
-        count = channels_needed(len(self._scenario.devices), protocol.dirty_streams) if protocol.dirty_streams else 1
+        count = self._scenario.v2_options().channels
+        if protocol.dirty_streams:
+            count = channels_needed(len(self._scenario.devices), protocol.dirty_streams)
         ends = [link.connect(f"connection {i}") for i in range(count)]
         return [Channel(here) for here, _ in ends], [Channel(there) for _, there in ends]
 
@@ -165,7 +183,8 @@ class _Run:
         streams = self._protocol.dirty_streams
         if streams:
             return V3Source(here, self.channels, streams), V3Target(there, channels_there, streams)
-        return V2Source(here, self.channels), V2Target(there, channels_there)
+        options = self._scenario.v2_options()
+        return V2Source(here, self.channels, options), V2Target(there, channels_there, options)
 
     def _ended(self, kind: OutcomeKind, reason: str = "") -> Outcome:
         reads = [counts for driver in self.drivers for counts in driver.read_counts]
@@ -188,15 +207,18 @@ class _Run:
             read_firmware_ns=sum(counts.firmware_ns for counts in reads),
             read_lock_ns=sum(counts.lock_ns for counts in reads),
             read_copy_ns=sum(counts.copy_ns for counts in reads),
+            device_bytes_dropped=sum(counts.dropped_bytes for counts in reads),
+            peak_reorder_bytes=self.target.peak_reorder_bytes,
+            guest_runs_at=", ".join(side for side, machine in self.machines.items() if machine.running),
             digest=self.timeline.digest(),
         )
 
-    def _failed(self, failures: ExceptionGroup[Exception]) -> Outcome:
-        causes = list(_leaves(failures))
-        unsupported = next((cause for cause in causes if isinstance(cause, UnsupportedError)), None)
+    def _failed(self, failures: Sequence[Exception]) -> Outcome:
+        unsupported = next((cause for cause in failures if isinstance(cause, UnsupportedError)), None)
         if unsupported is not None:
             return self._ended(OutcomeKind.UNSUPPORTED, str(unsupported))
-        return self._ended(OutcomeKind.FAILED, "; ".join(str(cause) for cause in causes))
+        told = [cause for cause in failures if not isinstance(cause, PeerFailedError)] or failures
+        return self._ended(OutcomeKind.FAILED, "; ".join(dict.fromkeys(str(cause) for cause in told)))
 
     def _completed(self) -> Outcome:
         """Check the target's devices against the source's; a run that differs is a failure, whatever its speed."""
@@ -205,21 +227,61 @@ class _Run:
         if wrong:
             return self._ended(OutcomeKind.FAILED, f"the target's state differs from the source's: {'; '.join(wrong)}")
         timeline = self.timeline
+        marks = timeline.marks
+        stages = [
+            *timeline.stages,
+            Stage("saved_to_loaded", 0, marks[Mark.DRAINED], marks[Mark.CONFIGURED]),
+            Stage("announce_and_start", 0, marks[Mark.CONFIGURED], marks[Mark.RESUMED]),
+        ]
+        lags = [
+            lag
+            for state, driver in zip(self.states, self.drivers_at_target, strict=True)
+            for lag in _lags(state, driver)
+        ]
+        late = [
+            load
+            for driver in self.drivers_at_target
+            for load in driver.critical_loads
+            if load.end_ns > marks[Mark.STOP_ORDERED]
+        ]
         return replace(
             self._ended(OutcomeKind.COMPLETED),
             downtime_ns=timeline.downtime_ns,
             total_ns=timeline.marks[Mark.RESUMED],
             phases_ns=timeline.phases_ns(),
             critical_path_ns=timeline.critical_path_ns(),
-            stages=tuple(timeline.stages),
+            stages=tuple(stages),
+            late_critical_objects=sum(load.objects for load in late),
+            late_reconfigured_objects=sum(load.reconfigured for load in late),
+            late_critical_bytes=sum(load.bytes for load in late),
+            critical_lag_max_ns=max(lags, default=0),
+            critical_lag_mean_ns=sum(lags) // max(1, len(lags)),
             setup_in_downtime_ns=timeline.in_downtime_ns(Resource.SETUP),
             send_blocked_ns=timeline.blocked_in_downtime_ns(),
         )
 
 
-def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
-    for error in group.exceptions:
-        if isinstance(error, ExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
+def _lags(state: DeviceState, driver: SimDriver) -> list[int]:
+    """For each reconfiguration during the migration, how long until all critical data of its epoch was loaded."""
+    loads = [load for load in driver.critical_loads if load.complete]
+    lags = []
+    for at, event_ns in enumerate(state.activity.reconfiguration_ns[: state.epoch - 1]):
+        epoch = at + 2  # the device starts in epoch 1
+        loaded_ns = next((load.end_ns for load in loads if load.epoch >= epoch), None)
+        if loaded_ns is not None:
+            lags.append(loaded_ns - int(event_ns))
+    return lags
+
+
+async def on_own_track(work: Coroutine[Any, Any, T], track: str) -> T:
+    """A task's spans on a track of its name."""
+    on_track(track)
+    return await work
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

@@ -13,14 +13,18 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import Field, model_validator
 
+from proto_v3.fsm import FEATURE_SETS, arcs
+from proto_v3.multifd import Multifd
 from proto_v3.switchover import SwitchoverSettings
 from proto_v3.uapi import MigrationFlags
+from proto_v3.v2 import Ack, V2Options
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 NS_PER_MS, NS_PER_S = 1_000_000, 1_000_000_000
 BYTES_PER_S_PER_GBIT = 125_000_000
 PAGE_BYTES = 4 * KIB
 
+MAX_STREAMS = 64
 MAX_BLOCKS = 1 << 24
 MAX_WRITES = 1 << 26
 """Blocks and writes are NumPy arrays; more than these would not fit the memory that a run is meant to take."""
@@ -30,6 +34,8 @@ NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 PositiveMs = Annotated[float, Field(ge=0.001, le=1e9, allow_inf_nan=False)]
 """A wait or a window; shorter than a microsecond it would only cost events."""
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+ARCS = sorted({f"{a.name} -> {b.name}" for features in FEATURE_SETS for a, b in arcs(features)})
+"""Every step that some device takes at once; one without P2P goes from RUNNING to STOP."""
 SOURCE_KINDS = ("published", "kernel", "qemu", "fitted", "derived", "assumed")
 
 
@@ -92,6 +98,9 @@ class Reconfigurations(Section):
 
     at_s: list[NonNegative] = []
     poisson_per_s: NonNegative = 0.0
+    during_stop_ms: list[NonNegative] = []
+    """So long after the order to stop the vCPUs, while they still run: the VMM has decided, and asked for the last
+    time."""
     objects_each: Annotated[int, Field(ge=1)] = 1
 
     @model_validator(mode="after")
@@ -109,6 +118,24 @@ class Critical(Section):
     setup_us: NonNegative
 
 
+class Fault(Section):
+    """An arc of a device's state machine that fails: SET_STATE gives `errno`, and leaves the device where it says."""
+
+    side: Literal["source", "target"]
+    arc: Annotated[str, Field(pattern=r"^[A-Z0-9_]+ -> [A-Z0-9_]+$")]
+    errno: Literal["EIO", "EINVAL", "ENOMEM", "ENODEV", "ETIMEDOUT", "EBUSY"] = "EIO"
+    leaves: Literal["before", "ERROR"] = "before"
+    """Before the arc, wherever on the path that is; or in ERROR, which only a reset leaves (vfio.h)."""
+    times: Annotated[int, Field(ge=1)] = 1
+    """The arc works after that."""
+
+    @model_validator(mode="after")
+    def _an_arc(self) -> Self:
+        if self.arc not in ARCS:
+            raise ValueError(f"arc = {self.arc!r}: must be one of {', '.join(ARCS)}")
+        return self
+
+
 class Device(Section):
     """One VFIO device, or `count` like it."""
 
@@ -122,10 +149,12 @@ class Device(Section):
     block_kib: Annotated[int, Field(ge=1, le=1 << 20)]
     suspend_ms: NonNegative
     quiesce_ms: NonNegative
+    resume_ms: NonNegative = 0.0
     config_load_ms: NonNegative
     critical: Critical
     writes: Writes | None = None
     reconfigurations: Reconfigurations | None = None
+    faults: list[Fault] = []
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -143,6 +172,13 @@ class Device(Section):
             raise ValueError(
                 f"block_kib = {self.block_kib}: makes {self.blocks} blocks; must make at most {MAX_BLOCKS}"
             )
+        own = [f"{a.name} -> {b.name}" for a, b in arcs(self.flags)]
+        for at, fault in enumerate(self.faults):
+            if fault.arc not in own:
+                raise ValueError(
+                    f"faults.{at}.arc = {fault.arc!r}: must be one that a device with these features takes: "
+                    f"{', '.join(own)}"
+                )
         if self.reconfigurations and self.reconfigurations.objects_each > self.critical.objects:
             raise ValueError(
                 f"reconfigurations.objects_each = {self.reconfigurations.objects_each}: must be at most "
@@ -177,7 +213,7 @@ class Device(Section):
 class Firmware(Section):
     """A PF's firmware: shared by its VFs. The same at the source and at the target."""
 
-    engines: Annotated[int, Field(ge=1, le=256)]
+    engines: Annotated[float, Field(ge=1, le=256)]
     save_mib_per_s: Positive
     save_command_us: NonNegative
     load_mib_per_s: Positive
@@ -193,12 +229,27 @@ class Firmware(Section):
 
 
 class Driver(Section):
-    """The kernel driver's side of a data fd."""
+    """The kernel driver. The defaults are what mlx5 does (Linux 7.1, drivers/vfio/pci/mlx5)."""
 
     chunk_mib: Annotated[int, Field(ge=1, le=1024)]
     chunks: Annotated[int, Field(ge=1, le=64)]
     lock: Literal["none", "per_fd", "device", "global"]
     call_us: NonNegative
+    precopy: Literal["incremental", "reread", "check"] = "incremental"
+    """`incremental`: what became dirty (mlx5). `reread`: the whole context again, at most once each `reread_ms`
+    (virtio). `check`: a few bytes by which the target sees whether it fits, the state itself only when stopped
+    (hisi_acc, qat)."""
+    precopy_image: Literal["whole", "chunks"] = "whole"
+    """One SAVE an image before the stop, as mlx5; or in chunks, as after it."""
+    initial: Literal["image", "critical"] = "image"
+    """What counts as initial_bytes: the whole first image (mlx5), or the critical objects in it."""
+    reinit: Literal["flush", "invalidate", "none"] = "flush"
+    """On new critical data, for a user who opted in: unread bytes become initial and the new ones follow (mlx5);
+    unread dirty bytes are dropped and dirty again; or the driver never reports any."""
+    precopy_end: Literal["ENOMSG", "0"] = "ENOMSG"
+    """What read() gives at the temporary end: by the header ENOMSG; mtty and qat give 0."""
+    reread_ms: PositiveMs = 1000.0
+    check_bytes: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
 
 
 class Host(Section):
@@ -240,6 +291,49 @@ class Vmm(Section):
     decision_interval_ms: Annotated[float, Field(ge=0.1, le=1e9)]
     ram_budget_ms: PositiveMs
     give_up_s: Annotated[float, Field(gt=0, le=86400)]
+    cancel_after_s: Positive | None = None
+    """The user cancels the migration then, if the guest is not stopped yet."""
+    other_load_ms: NonNegative = 0.0
+    """The state of all other devices, loaded before the VFIO devices' config."""
+    device_buffer_gib_per_s: Positive | None = None
+    """What one thread of QEMU moves of device data through the main channel's buffers of 32 KiB; without it, that is
+    free. Multifd and v3 send from where read() put the data."""
+    precopy_user: Literal["deduces", "polls"] = "deduces"
+    """Asks for PRECOPY_INFO only when what is left seems to fit, and takes off what it read until then (QEMU); or asks
+    in every round."""
+    reinit: bool = False
+    """Opts in to PRECOPY_INFOv2."""
+    switchover_ack: Literal["off", "one_shot", "reusable"] = "off"
+    """The target must have loaded the initial data before the guest is stopped: QEMU 8.1's, or 11.1's, which can be
+    asked for again after a REINIT."""
+    multifd: bool = False
+    """RAM over `multifd_channels` connections of their own."""
+    multifd_channels: Annotated[int, Field(ge=1, le=256)] = 2
+    multifd_device_state: bool = True
+    """With multifd, stop-copy data of the devices takes them too, a save and a load thread a device (QEMU 10.0)."""
+    multifd_dedicated: Annotated[int, Field(ge=0, le=255)] = 0
+    """So many of the channels carry nothing but device state; 0: all are shared with RAM."""
+    multifd_load: Literal["device_threads", "channel_threads"] = "device_threads"
+    """Who write()s at the target: a thread a device, or the thread that received the packet."""
+    multifd_load_threads: Annotated[int, Field(ge=0, le=64)] = 0
+    """At most so many devices are loaded at once; 0: as many as there are."""
+
+    @model_validator(mode="after")
+    def _channels_for_ram(self) -> Self:
+        if self.multifd_dedicated >= self.multifd_channels:
+            raise ValueError(
+                f"multifd_dedicated = {self.multifd_dedicated}: must leave channels for RAM, "
+                f"multifd_channels = {self.multifd_channels}"
+            )
+        if self.multifd_load == "channel_threads" and self.multifd_load_threads:
+            raise ValueError(
+                f"multifd_load_threads = {self.multifd_load_threads}: must be left out where channel threads load"
+            )
+        if self.switchover_ack == "reusable" and not self.reinit:
+            raise ValueError(
+                'switchover_ack = "reusable": goes with reinit = true only, which is what asks for it again'
+            )
+        return self
 
 
 class V3(Section):
@@ -248,10 +342,17 @@ class V3(Section):
     dirty_streams: Annotated[int, Field(ge=1, le=64)] = 4
 
 
+NO_FIGURES = {"citation", "case", "protocol", "fitted"}
+"""What a published entry says beside its figures."""
+
+
 class Published(Section):
-    """What the scenario's source measured, to hold the v2 run against. Milliseconds; in lists one value a device."""
+    """What a source measured, to hold the runs of a protocol against. Milliseconds; in lists one value a device."""
 
     citation: str
+    case: str | None = None
+    """What the measurement is called, if not as the scenario is."""
+    protocol: str = "v2"
     fitted: list[str] = []
     """Which of the figures below parameters were fitted to; `key` or `key.index`. The others are predictions."""
     stop_ms: Positive | None = None
@@ -259,7 +360,16 @@ class Published(Section):
     device_save_ms: list[Positive] = []
     ram_load_ms: Positive | None = None
     device_load_ms: list[Positive] = []
+    load_total_ms: list[Positive] = []
+    """With multifd, how long a device's load thread lives; it waits for data, and writes it."""
+    load_waiting_ms: list[Positive] = []
+    load_waiting_mean_ms: Positive | None = None
+    """Over the devices, for a source that tells them apart where the simulation has them alike."""
+    load_writing_ms: list[Positive] = []
+    src_saved_to_dst_loaded_ms: Positive | None = None
+    """From the source's last byte to the end of the last config."""
     config_load_ms: list[Positive] = []
+    announce_and_start_ms: Positive | None = None
     downtime_ms: Positive | None = None
     total_ms: Positive | None = None
     setup_ms: Positive | None = None
@@ -267,7 +377,7 @@ class Published(Section):
     def figures(self) -> dict[str, float]:
         """What is given, by key, in lists `key.index`."""
         figures: dict[str, float] = {}
-        for key, value in self.model_dump(exclude={"citation", "fitted"}, exclude_none=True).items():
+        for key, value in self.model_dump(exclude=NO_FIGURES, exclude_none=True).items():
             if isinstance(value, list):
                 figures |= {f"{key}.{index}": one for index, one in enumerate(value)}
             else:
@@ -295,7 +405,7 @@ class Scenario(Section):
     link: Link
     vmm: Vmm
     v3: V3 = V3()
-    published: Published | None = None
+    published: list[Published] = []
     sources: dict[str, str] = {}
 
     @model_validator(mode="after")
@@ -336,9 +446,12 @@ class Scenario(Section):
                         f"device.{at}.writes.mib_per_s = {device.writes.mib_per_s:g}: makes {writes:.3g} writes within "
                         f"vmm.give_up_s; must make at most {MAX_WRITES:.3g}: take larger blocks or give up earlier"
                     )
-        for key, value in self.published or ():
-            if isinstance(value, list) and key != "fitted" and len(value) not in (0, len(self.devices)):
-                raise ValueError(f"published.{key} = {value}: must have one value a device, {len(self.devices)}")
+        for at, published in enumerate(self.published):
+            for key, value in published:
+                if isinstance(value, list) and key != "fitted" and len(value) not in (0, len(self.devices)):
+                    raise ValueError(
+                        f"published.{at}.{key} = {value}: must have one value a device, {len(self.devices)}"
+                    )
         if self.link.per_connection_gbit_per_s > self.link.gbit_per_s:
             raise ValueError(
                 f"link.per_connection_gbit_per_s = {self.link.per_connection_gbit_per_s:g}: must be at most "
@@ -390,7 +503,25 @@ class Scenario(Section):
             read_bytes=round(vmm.read_mib * MIB),
             write_bytes=vmm.write_kib * KIB,
             ram_budget_ns=ns(vmm.ram_budget_ms),
+            cancel_ns=None if vmm.cancel_after_s is None else round(vmm.cancel_after_s * NS_PER_S),
             given_bandwidth_bytes_per_s=None if given is None else given * BYTES_PER_S_PER_GBIT,
+        )
+
+    def v2_options(self) -> V2Options:
+        """How the VMM uses v2."""
+        vmm = self.vmm
+        multifd = Multifd(
+            channels=vmm.multifd_channels,
+            device_state=vmm.multifd_device_state,
+            dedicated=vmm.multifd_dedicated if vmm.multifd_device_state else 0,
+            coupled=vmm.multifd_load == "channel_threads",
+            load_threads=vmm.multifd_load_threads,
+        )
+        return V2Options(
+            reinit=vmm.reinit,
+            ack=Ack(vmm.switchover_ack),
+            polls=vmm.precopy_user == "polls",
+            multifd=multifd if vmm.multifd else None,
         )
 
 

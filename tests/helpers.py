@@ -55,6 +55,8 @@ chunk_mib = 1
 chunks = 2
 lock = "per_fd"
 call_us = 1.0
+precopy_image = "chunks"
+initial = "critical"
 
 [host]
 copy_gib_per_s = 4.0

@@ -21,7 +21,8 @@ from experiments.compare import Cell, run_cell, run_cells
 from proto_v3.errors import UserError
 from proto_v3.migration import OutcomeKind
 from proto_v3.timeline import PHASES, Resource
-from sim.run import Outcome, Protocol, simulate
+from sim.protocol import Protocol
+from sim.run import Outcome, simulate
 from sim.scenario import Published, Scenario
 
 SCENARIO = small_scenario({"firmware.service_cv": 0.2})
@@ -176,7 +177,7 @@ def test_findings_say_so_where_no_seed_completed_under_both() -> None:
 )
 def test_odd_published_figures_are_refused_or_shown_but_do_not_cost_the_runs(published: dict[str, Any]) -> None:
     with contextlib.suppress(UserError):
-        text = printed(small_scenario({"published": {"citation": "nobody", **published}}), outcomes())
+        text = printed(small_scenario({"published": [{"citation": "nobody", **published}]}), outcomes())
         assert "Downtime and its phases" in text
         assert "nan" not in text.lower()
 

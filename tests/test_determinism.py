@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from helpers import small_scenario
 
 from experiments import results
 from experiments.compare import Cell, run_cells
-from sim.run import Outcome, Protocol, simulate
+from sim.protocol import Protocol
+from sim.run import Outcome, simulate
 from sim.scenario import Scenario
 from sim.scenario_file import load
 
@@ -33,14 +35,8 @@ def run(scenario: Scenario, protocol: str, seed: int) -> Outcome:
     return simulate(scenario, Protocol.parse(protocol, scenario), seed)
 
 
-@pytest.mark.parametrize("protocol", ["v2", "v3-n4"])
-def test_two_processes_with_different_hash_seeds_give_one_trace(protocol: str) -> None:
-    code = (
-        "from sim.run import Protocol, simulate\n"
-        "from sim.scenario_file import load\n"
-        "scenario = load('nic-reconfig')\n"
-        f"print(simulate(scenario, Protocol.parse({protocol!r}, scenario), 3))\n"
-    )
+def told_by_processes(code: str) -> str:
+    """What a program prints, if it is the same whatever the hash seed."""
     told = {
         subprocess.run(
             [sys.executable, "-c", code],
@@ -52,15 +48,51 @@ def test_two_processes_with_different_hash_seeds_give_one_trace(protocol: str) -
         for hash_seed in ("0", "1", "random")
     }
     assert len(told) == 1
-    assert repr(run(load("nic-reconfig"), protocol, 3)) + "\n" in told
+    return told.pop()
 
 
-@pytest.mark.parametrize("protocol", ["v2", "v3-n1", "v3-n4"])
+RUN = """
+from sim.protocol import Protocol
+from sim.run import simulate
+from sim.scenario import Scenario
+from sim.scenario_file import load
+"""
+
+
+@pytest.mark.parametrize("protocol", ["v2", "v2-multifd-ack-polls", "v3-n4"])
+def test_two_processes_with_different_hash_seeds_give_one_trace(protocol: str) -> None:
+    code = f"{RUN}scenario = load('nic-reconfig')\nprint(simulate(scenario, Protocol.parse({protocol!r}, scenario), 3))"
+    assert told_by_processes(code) == repr(run(load("nic-reconfig"), protocol, 3)) + "\n"
+
+
+# Who gives up cancels tasks, which asyncio keeps in sets.
+ENDS_EARLY: dict[str, dict[str, Any]] = {
+    "cancelled": {"vmm.cancel_after_s": 0.012},
+    "a target that fails": {"device.0.faults": [{"side": "target", "arc": "RESUMING -> STOP"}]},
+    "a source that fails": {"device.0.faults": [{"side": "source", "arc": "PRE_COPY -> PRE_COPY_P2P"}]},
+    "an ack too late": {"device.0.reconfigurations": {"during_stop_ms": [0.5]}},
+}
+
+
+@pytest.mark.parametrize("how", ENDS_EARLY)
+def test_a_run_that_ends_early_leaves_one_trace_too(how: str) -> None:
+    scenario = small_scenario({"device.0.count": 3} | ENDS_EARLY[how])
+    protocols = ["v2-reinit-flush-ack-reusable", "v2-multifd-reinit-invalidate-ack-reusable-polls", "v3-n3"]
+    code = (
+        f"{RUN}scenario = Scenario.model_validate({scenario.model_dump()!r})\n"
+        f"for name in {protocols}:\n    print(simulate(scenario, Protocol.parse(name, scenario), 1))"
+    )
+    outcomes = [run(scenario, protocol, 1) for protocol in protocols]
+    assert told_by_processes(code).splitlines() == [repr(outcome) for outcome in outcomes]
+    assert {outcome.guest_runs_at for outcome in outcomes[:2]} == {"source"}
+
+
+@pytest.mark.parametrize("protocol", ["v2", "v2-multifd", "v2-multifd-reinit-invalidate-ack", "v3-n1", "v3-n4"])
 def test_the_same_run_twice_in_one_process(protocol: str) -> None:
     assert run(BUSY, protocol, 1) == run(BUSY, protocol, 1)
 
 
-@pytest.mark.parametrize("protocol", ["v2", "v3-n4"])
+@pytest.mark.parametrize("protocol", ["v2", "v2-multifd-ack", "v3-n4"])
 def test_every_seed_gives_a_trace_of_its_own(protocol: str) -> None:
     assert len({run(BUSY, protocol, seed).digest for seed in range(5)}) == 5
 
@@ -71,7 +103,9 @@ def test_a_nanosecond_shows_in_the_digest(change: dict[str, float]) -> None:
 
 
 def test_a_table_does_not_depend_on_the_number_of_processes() -> None:
-    cells = [Cell(BUSY, Protocol.parse(name, BUSY), seed) for seed in (1, 2, 3) for name in ("v2", "v3-n2")]
+    cells = [
+        Cell(BUSY, Protocol.parse(name, BUSY), seed) for seed in (1, 2, 3) for name in ("v2", "v2-multifd", "v3-n2")
+    ]
     alone, _ = run_cells(cells, jobs=1)
     shared, _ = run_cells(cells, jobs=2)
     assert [(outcome.seed, outcome.protocol) for outcome in alone] == [(c.seed, c.protocol.name) for c in cells]

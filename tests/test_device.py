@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import small_scenario
+from helpers import small_scenario, virtual
+from hosts import MS, Hosts
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -133,6 +134,93 @@ def test_a_home_is_the_same_blocks_every_time() -> None:
     assert set(state.dirty_blocks(slice(2, None, 5), stopped=True).tolist()) < before
 
 
+def test_what_was_dropped_before_it_was_read_is_dirty_again_and_nothing_else() -> None:
+    state = device()
+    state.save_blocks(np.arange(BLOCKS))
+    state.save_objects(np.arange(OBJECTS))
+    state.unsave(np.array([3, 40]), np.array([5]))
+    assert state.dirty_blocks(slice(None), stopped=True).tolist() == [3, 40]
+    assert state.dirty_objects().tolist() == [5]
+
+
+def test_all_that_was_saved_can_be_forgotten() -> None:
+    state = device()
+    state.save_blocks(np.arange(BLOCKS))
+    state.save_objects(np.arange(OBJECTS))
+    state.forget_saves()
+    assert state.dirty_blocks(slice(None), stopped=True).tolist() == list(range(BLOCKS))
+    assert state.dirty_objects().tolist() == list(range(OBJECTS))
+
+
+def test_one_home_can_be_forgotten_without_the_others_and_without_the_objects() -> None:
+    state = device()
+    state.save_blocks(np.arange(BLOCKS))
+    state.save_objects(np.arange(OBJECTS))
+    state.forget_saves(slice(2, None, 5), objects=False)
+    assert state.dirty_blocks(slice(None), stopped=True).tolist() == list(range(2, BLOCKS, 5))
+    assert not len(state.dirty_objects())
+
+
+# --- ordering the stop, and going on after it ------------------------------------------------------------------------
+
+LATE = {"device.0.reconfigurations": {"at_s": [0.5, 1.5], "during_stop_ms": [0.0, 2.0], "objects_each": 3}}
+
+
+def test_reconfigurations_during_the_stop_come_so_long_after_the_order() -> None:
+    state = device(LATE)
+    state.order_stop(SECOND)
+    epochs = []
+    for at in (SECOND - 1, SECOND, SECOND + 1_999_999, SECOND + 2_000_000):
+        state.advance(at)
+        epochs.append(state.epoch)
+    assert epochs == [2, 3, 3, 4]
+    assert state.next_reconfiguration_ns() == 3 * SECOND // 2
+
+
+def test_what_had_happened_before_the_order_happens_once() -> None:
+    ordered, plain = device(LATE), device(LATE)
+    for state in (ordered, plain):
+        state.advance(SECOND // 2)
+    ordered.order_stop(SECOND // 2)
+    plain.advance(SECOND // 2)
+    assert ordered.epoch == plain.epoch == 2
+    ordered.advance(SECOND)
+    late = np.bincount(ordered.activity.during_stop_objects.ravel(), minlength=OBJECTS)
+    assert ordered.object_version.tolist() == (plain.object_version + late).tolist()
+
+
+def test_those_that_would_come_after_the_vcpus_are_stopped_do_not_come() -> None:
+    state = device(LATE)
+    state.order_stop(SECOND)
+    state.stop(SECOND + 1_000_000)
+    state.advance(2 * SECOND)
+    assert state.epoch == 3
+    assert state.next_reconfiguration_ns() is None
+
+
+def test_whoever_waits_for_the_next_reconfiguration_is_told_of_those_that_were_put_in() -> None:
+    state, told = device(LATE), []
+    state.on_new_events = lambda: told.append(state.next_reconfiguration_ns())
+    state.order_stop(SECOND)
+    assert told == [SECOND]
+
+
+def test_nobody_is_told_where_the_stop_brings_none() -> None:
+    state, told = device({"device.0.reconfigurations": {"at_s": [1.5]}}), []
+    state.on_new_events = lambda: told.append(True)
+    state.order_stop(SECOND)
+    assert told == []
+
+
+def test_a_guest_that_goes_on_after_a_stop_has_all_of_its_activity_in_the_end() -> None:
+    stopped, expected = device(), device()
+    stopped.stop(SECOND // 2)
+    stopped.start()
+    for state in (stopped, expected):
+        state.advance(SECOND)
+    assert everything(stopped) == everything(expected)
+
+
 # --- the image -------------------------------------------------------------------------------------------------------
 
 
@@ -163,3 +251,12 @@ def test_one_version_off_in_either_direction_is_a_difference(by: int) -> None:
     image.object_version[3] += by
     assert image.differences(state) == Difference(blocks=0, objects=1)
     assert image.differences(state)
+
+
+@virtual
+async def test_stopped_once_it_stays_stopped_then() -> None:
+    state = Hosts({"device.0.writes": {"pattern": "sequential", "mib_per_s": 10.0}}).state
+    state.stop(100 * MS)
+    state.stop(200 * MS)
+    state.advance(300 * MS)
+    assert state.version.sum() == 16

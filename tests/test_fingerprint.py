@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sim.run import Protocol, simulate
+from sim.protocol import Protocol
+from sim.run import simulate
 from sim.scenario_file import load
 
 FINGERPRINTS = json.loads((Path(__file__).parent / "data" / "fingerprints.json").read_text(encoding="utf-8"))

@@ -45,7 +45,9 @@ def test_the_kinds_keep_their_numbers_on_the_wire() -> None:
     """Two VMMs of different versions must mean the same; a change here is a change of the protocol."""
     assert {kind.name: int(kind) for kind in Kind} == {
         "SETUP": 1, "RAM": 2, "RAM_BEGIN": 3, "RAM_END": 4, "DATA": 5, "DEVICE_BEGIN": 6, "STREAM_END": 7, "CONFIG": 8,
-        "END": 9, "CANCEL": 10, "EPOCH_SENT": 11, "EPOCH_LOADED": 20, "LOADED": 21, "RESUMED": 22, "COMMIT": 30,
+        "END": 9, "CANCEL": 10, "EPOCH_SENT": 11, "INIT_DATA_SENT": 12, "PACKET": 13, "SYNC": 14,
+        "SWITCHOVER_START": 15, "EPOCH_LOADED": 20, "LOADED": 21, "RESUMED": 22, "SWITCHOVER_ACK": 23, "FAILED": 24,
+        "COMMIT": 30,
     }  # fmt: skip
 
 
@@ -105,7 +107,7 @@ def test_a_header_that_is_too_long_is_refused_before_it_is_looked_into() -> None
         decode(b"\xff" * 65, EMPTY)
 
 
-@pytest.mark.parametrize("kind", [0, 12, 31, 255, 2**64 - 1])
+@pytest.mark.parametrize("kind", [0, 16, 25, 31, 255, 2**64 - 1])
 def test_an_unknown_kind_is_refused_by_its_number(kind: int) -> None:
     with pytest.raises(PeerProtocolError, match=f"unknown frame kind {kind}$"):
         decode(header(kind, 0, 0, 0, 0), EMPTY)

@@ -36,12 +36,14 @@ def same(one: Activity, other: Activity) -> bool:
         and np.array_equal(one.write_blocks, other.write_blocks)
         and np.array_equal(one.reconfiguration_ns, other.reconfiguration_ns)
         and np.array_equal(one.reconfiguration_objects, other.reconfiguration_objects)
+        and np.array_equal(one.during_stop_ns, other.during_stop_ns)
+        and np.array_equal(one.during_stop_objects, other.during_stop_objects)
     )
 
 
 BUSY = [
     writes("uniform") | reconfigurations(poisson_per_s=5.0, objects_each=4),
-    writes("hotspot") | reconfigurations(at_s=[1.0, 2.0], objects_each=4),
+    writes("hotspot") | reconfigurations(at_s=[1.0, 2.0], during_stop_ms=[0.5, 0.1], objects_each=4),
     writes("sequential") | reconfigurations(poisson_per_s=5.0),
 ]
 
@@ -170,5 +172,35 @@ def test_reconfigurations_leave_the_writes_as_they_were() -> None:
 def test_writes_leave_the_reconfigurations_as_they_were() -> None:
     without = activity(reconfigurations(poisson_per_s=50.0), seed=9)
     with_them = activity(writes("uniform") | reconfigurations(poisson_per_s=50.0), seed=9)
+    assert np.array_equal(without.reconfiguration_ns, with_them.reconfiguration_ns)
+    assert np.array_equal(without.reconfiguration_objects, with_them.reconfiguration_objects)
+
+
+# --- reconfigurations during the stop --------------------------------------------------------------------------------
+
+
+def test_reconfigurations_during_the_stop_are_sorted_and_do_not_happen_before_it_is_ordered() -> None:
+    busy = activity(reconfigurations(during_stop_ms=[2.0, 0.0, 0.5], objects_each=3))
+    assert busy.during_stop_ns.tolist() == [0, 500_000, 2_000_000]
+    assert busy.during_stop_objects.shape == (3, 3)
+    assert busy.reconfigurations_until(10 * SECOND) == 0
+
+
+def test_a_stop_puts_its_reconfigurations_in_among_the_others() -> None:
+    before = activity(reconfigurations(at_s=[1.0, 1.5], during_stop_ms=[0.0, 600.0], objects_each=3))
+    after = before.with_events_during_stop(SECOND)
+    assert after.reconfiguration_ns.tolist() == [SECOND, SECOND, 1_500_000_000, 1_600_000_000]
+    given, late = before.reconfiguration_objects.tolist(), before.during_stop_objects.tolist()
+    assert after.reconfiguration_objects.tolist() == [given[0], late[0], given[1], late[1]]
+    assert np.array_equal(after.write_blocks, before.write_blocks)
+    assert before.reconfiguration_ns.tolist() == [SECOND, 1_500_000_000]
+
+
+@pytest.mark.parametrize("plan", [{"at_s": [0.5, 3.0]}, {"poisson_per_s": 5.0}, {}])
+def test_those_during_the_stop_leave_all_else_as_it_was(plan: dict[str, Any]) -> None:
+    without = activity(writes("hotspot") | reconfigurations(**plan), seed=9)
+    with_them = activity(writes("hotspot") | reconfigurations(**plan, during_stop_ms=[1.0]), seed=9)
+    assert len(with_them.during_stop_ns) == 1
+    assert np.array_equal(without.write_blocks, with_them.write_blocks)
     assert np.array_equal(without.reconfiguration_ns, with_them.reconfiguration_ns)
     assert np.array_equal(without.reconfiguration_objects, with_them.reconfiguration_objects)

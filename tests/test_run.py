@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 from helpers import small_scenario
 
-from proto_v3.errors import UserError
 from proto_v3.frames import Kind, Payload
-from proto_v3.migration import OutcomeKind, Target
+from proto_v3.migration import OutcomeKind
 from proto_v3.timeline import Mark, Stage, Timeline
 from proto_v3.uapi import State
 from proto_v3.v3 import V3Target
 from sim import clock
+from sim.load import LoadSession, LoadStream
+from sim.protocol import Protocol
 from sim.record import Record
-from sim.run import Outcome, Protocol, _Run, simulate
+from sim.run import Outcome, _Run, simulate
 from sim.scenario import MIB, Scenario, ns
 from sim.scenario_file import load, shipped
-from sim.stream import LoadSession
 
-PROTOCOLS = ("v2", "v3-n1", "v3-n4")
+PROTOCOLS = ("v2", "v2-multifd", "v3-n1", "v3-n4")
 
 # The guest is stopped when less than 1 MiB is left: after a pre-copy of all of the state, at least once.
 STEADY = {"vmm.bandwidth_gbit_per_s": 8.0, "vmm.downtime_limit_ms": 1.0}
@@ -36,7 +36,8 @@ def run(scenario: Scenario, protocol: str, seed: int = 1) -> Outcome:
 
 def kept_run(scenario: Scenario, protocol: str, seed: int = 1) -> tuple[Outcome, _Run]:
     """The outcome, and what the run was made of: devices, images, timeline."""
-    kept = _Run(scenario, Protocol.parse(protocol, scenario), seed, None)
+    parsed = Protocol.parse(protocol, scenario)
+    kept = _Run(parsed.applied(scenario), parsed, seed, None)
     return clock.run(kept.outcome()), kept
 
 
@@ -53,9 +54,15 @@ def check_accounts(outcome: Outcome, scenario: Scenario) -> None:
     state_bytes = sum(device.blocks * device.block_bytes for device in scenario.devices)
     assert outcome.wire_bytes >= outcome.device_bytes >= state_bytes
     assert outcome.device_bytes_resent >= 0
+    assert outcome.guest_runs_at == "target"
 
 
 # --- the shipped scenarios -------------------------------------------------------------------------------------------
+
+
+# With one critical stream of 1.5 s of set-up before them, the dirty streams show too little bandwidth for what only the
+# stopped device gives.
+DOES_NOT_CONVERGE = {("horon-switchover-ack", "v3-n1"), ("horon-switchover-ack", "v3-n4")}
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -63,6 +70,10 @@ def check_accounts(outcome: Outcome, scenario: Scenario) -> None:
 def test_shipped_scenarios_complete_and_the_target_has_what_the_guest_wrote(name: str, protocol: str) -> None:
     scenario = load(name)
     outcome, kept = kept_run(scenario, protocol)
+    if (name, protocol) in DOES_NOT_CONVERGE:
+        assert outcome.kind is OutcomeKind.DID_NOT_CONVERGE
+        assert outcome.guest_runs_at == "source"
+        return
     check_accounts(outcome, scenario)
     stopped_ns = kept.timeline.marks[Mark.STOP_ORDERED] + ns(scenario.vmm.vcpu_stop_ms)
     for spec, state, image in zip(scenario.devices, kept.states, kept.images, strict=True):
@@ -150,16 +161,16 @@ def test_a_stream_without_its_end_fails_the_run(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("lost", [0, 5], ids=["first", "sixth"])
 def test_a_lost_payload_fails_the_run(monkeypatch: pytest.MonkeyPatch, protocol: str, lost: int) -> None:
-    original = Target.write
+    original = LoadStream.write
     calls = 0
 
-    async def losing(self: Target, fd: object, payload: Payload) -> None:
+    async def losing(self: LoadStream, payload: Payload, piece_bytes: int) -> None:
         nonlocal calls
         calls += 1
         if calls != lost + 1:
-            await original(self, fd, payload)  # type: ignore[arg-type]
+            await original(self, payload, piece_bytes)
 
-    monkeypatch.setattr(Target, "write", losing)
+    monkeypatch.setattr(LoadStream, "write", losing)
     outcome = run(small_scenario(), protocol)
     assert outcome.kind is OutcomeKind.FAILED
     assert "Invalid argument" in outcome.reason
@@ -175,7 +186,8 @@ def test_a_target_that_breaks_the_protocol_fails_the_run(monkeypatch: pytest.Mon
     monkeypatch.setattr(V3Target, "load_config", impatient)
     outcome = run(small_scenario(), "v3-n1")
     assert outcome.kind is OutcomeKind.FAILED
-    assert "RESUMED came where LOADED was due" in outcome.reason
+    assert outcome.reason.startswith("RESUMED came on the return path")
+    assert outcome.guest_runs_at == "source"
 
 
 # --- a migration that cannot converge --------------------------------------------------------------------------------
@@ -284,26 +296,6 @@ def test_as_many_streams_as_the_device_has_are_supported() -> None:
     assert run(small_scenario({"device.0.max_dirty_streams": 3}), "v3-n3").kind is OutcomeKind.COMPLETED
 
 
-# --- protocols by name -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "streams"), [("v2", 0), ("v3-n1", 1), ("v3-n16", 16), ("v3-n64", 64)])
-def test_protocols_by_name(name: str, streams: int) -> None:
-    assert Protocol.parse(name, small_scenario()) == Protocol(name, streams)
-
-
-def test_v3_alone_takes_the_scenarios_number_of_streams() -> None:
-    assert Protocol.parse("v3", small_scenario({"v3.dirty_streams": 7})) == Protocol("v3-n7", 7)
-
-
-@pytest.mark.parametrize(
-    "name", ["", "V2", "v1", "v2-n1", "v3-n", "v3-n0", "v3-n01", "v3-n65", "v3-n-1", "v3-n1 ", "4"]
-)
-def test_unknown_protocols_are_the_users_mistake(name: str) -> None:
-    with pytest.raises(UserError, match=r"unknown protocol.*there are v2, v3, and v3-n1 to v3-n64"):
-        Protocol.parse(name, small_scenario())
-
-
 # --- what an outcome tells -------------------------------------------------------------------------------------------
 
 
@@ -316,7 +308,8 @@ def test_v2_tells_the_stages_of_a_vmms_trace() -> None:
     outcome = mlx5("v2")
     stages = {(stage.name, stage.index): stage for stage in outcome.stages}
     per_device = {(name, i) for name in ("device_save", "device_load", "config_load") for i in (0, 1)}
-    assert stages.keys() == {("setup", 0), ("stop", 0), ("ram_save", 0), ("ram_load", 0)} | per_device
+    whole = {(name, 0) for name in ("setup", "stop", "ram_save", "ram_load", "saved_to_loaded", "announce_and_start")}
+    assert stages.keys() == whole | per_device
     assert stages["device_save", 0].end_ns <= stages["device_save", 1].start_ns, "saved one after the other"
     assert stages["device_load", 0].end_ns <= stages["device_load", 1].start_ns, "loaded one after the other"
     assert stages["config_load", 0].end_ns <= stages["config_load", 1].start_ns, "config under one lock"

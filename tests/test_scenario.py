@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +16,8 @@ from proto_v3.timeline import Timeline
 from proto_v3.uapi import MigrationFlags
 from sim.clock import now_ns, run
 from sim.machine import RamModel
-from sim.scenario import KIB, MIB, SOURCE_KINDS, Scenario, parameters
-from sim.scenario_file import find, load, parse, shipped
+from sim.scenario import KIB, MIB, NO_FIGURES, SOURCE_KINDS, Scenario, parameters
+from sim.scenario_file import load, parse, shipped
 
 HUGE = 10**400
 SECOND_DEVICE = small_tables()["device"][0] | {"name": "other"}
@@ -68,65 +67,12 @@ def test_every_source_of_a_shipped_scenario_says_something(name: str) -> None:
 
 @pytest.mark.parametrize("name", shipped())
 def test_what_was_fitted_to_is_among_what_was_published(name: str) -> None:
-    published = load(name).published
-    if published is None:
-        return
-    figures = published.model_dump(exclude={"citation", "fitted"}, exclude_unset=True)
-    for key in published.fitted:
-        figure, _, index = key.partition(".")
-        assert figure in figures
-        assert not index or int(index) < len(figures[figure])
-
-
-# --- finding and reading a file --------------------------------------------------------------------------------------
-
-
-def test_a_scenario_is_found_by_name_and_by_path(tmp_path: Path) -> None:
-    name, path = next(iter(shipped().items()))
-    assert find(name) == path
-    mine = tmp_path / "mine.toml"
-    mine.write_text(small_text())
-    assert find(str(mine)) == mine
-    assert load(str(mine)) == small_scenario()
-
-
-def test_a_missing_file_is_told_with_what_there_is() -> None:
-    with pytest.raises(UserError, match=r"no scenario 'no/such\.toml': neither a file nor one of .*") as caught:
-        load("no/such.toml")
-    assert all(name in str(caught.value) for name in shipped())
-
-
-def test_a_name_that_is_nearly_right_is_suggested() -> None:
-    with pytest.raises(UserError, match=r"no scenario 'mlx5-2fv'.*did you mean mlx5-2vf\?"):
-        load("mlx5-2fv")
-
-
-def test_a_folder_is_told_as_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a folder; a scenario is a TOML file") as caught:
-        load(str(tmp_path))
-    assert str(tmp_path) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        pytest.param(b"", "empty; a scenario needs", id="empty"),
-        pytest.param(b"# nothing but a comment\n", "empty; a scenario needs", id="comment"),
-        pytest.param(b"name = \xff\n", r"not UTF-8 text \(byte 7\)", id="not UTF-8"),
-        pytest.param(small_text().encode("utf-16"), r"not UTF-8 text \(byte 0\)", id="UTF-16"),
-        pytest.param(b"[ram\nsize_gib = 1.0\n", r"not valid TOML: .*line 1", id="broken"),
-        pytest.param(b"a = 1\na = 2\n", r"not valid TOML: .*line 2", id="a key twice"),
-        pytest.param(b"size_gib = 1.0.0\n", "not valid TOML", id="no number"),
-        pytest.param(b"a = " + 5000 * b"9", "not valid TOML", id="a number of 5000 digits"),
-        pytest.param(b"a = " + 100_000 * b"[", "not valid TOML", id="nested without end"),
-    ],
-)
-def test_a_file_that_is_no_scenario_is_told_with_its_name(tmp_path: Path, content: bytes, told: str) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_bytes(content)
-    with pytest.raises(UserError, match=told) as caught:
-        load(str(file))
-    assert str(caught.value).startswith(f"{file}: ")
+    for published in load(name).published:
+        figures = published.model_dump(exclude=NO_FIGURES, exclude_unset=True)
+        for key in published.fitted:
+            figure, _, index = key.partition(".")
+            assert figure in figures
+            assert not index or int(index) < len(figures[figure])
 
 
 # --- single values ---------------------------------------------------------------------------------------------------
@@ -405,8 +351,8 @@ def test_devices_that_get_the_same_name_by_their_number_are_refused() -> None:
 @pytest.mark.parametrize("fitted", ["downtme_ms", "device_save_ms.2", "total_ms"])
 def test_a_figure_that_was_fitted_to_must_be_a_published_one(fitted: str) -> None:
     """Or a typing error would make a prediction of what was fitted."""
-    (problem,) = problems({"published": {"citation": "x", "device_save_ms": [1.0, 2.0], "fitted": [fitted]}})
-    assert fitted in problem
+    (problem,) = problems({"published": [{"citation": "x", "device_save_ms": [1.0, 2.0], "fitted": [fitted]}]})
+    assert problem.startswith(f"published.0.fitted = {fitted!r}: must be one of device_save_ms.0, device_save_ms.1")
 
 
 def first_pages(scenario: Scenario) -> int:
@@ -506,7 +452,7 @@ def test_the_guest_is_active_for_longer_than_a_migration_may_take() -> None:
 
 
 def test_parameters_are_the_keys_that_the_file_sets() -> None:
-    tables = small_tables({"published": {"citation": "x"}, "sources": {"ram.size_gib": "assumed: x"}})
+    tables = small_tables({"published": [{"citation": "x"}], "sources": {"ram.size_gib": "assumed: x"}})
     keys = parameters(parse(to_toml(tables), "my.toml"))
     assert keys["ram.size_gib"] == 0.0625
     assert keys["device.0.critical.objects"] == 4

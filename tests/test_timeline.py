@@ -304,6 +304,67 @@ def test_a_join_without_children_keeps_its_own_cause() -> None:
     assert join_of(own_ns=60) == [PathStep(Resource.FIXED, "body", "main", 0, 60)]
 
 
+def cancelled_join(*ends_ns: int, cancelled_ns: int, own_ns: int) -> list[PathStep]:
+    """As join_of, with one child more that works until it is cancelled."""
+
+    async def main() -> list[PathStep]:
+        timeline = Timeline(now_ns)
+
+        async def child(delay_ns: int) -> None:
+            await sleep_ns(delay_ns)
+            timeline.work(Resource.LOAD, "child", 0)
+
+        async def endless() -> None:
+            while True:
+                start = now_ns()
+                await sleep_ns(1)
+                timeline.work(Resource.RAM, "endless", start)
+
+        timeline.mark(Mark.STOP_ORDERED)
+        async with Join() as join:
+            for number, delay_ns in enumerate(ends_ns):
+                join.start(child(delay_ns), f"child {number}")
+            task = join.start(endless(), "endless")
+            asyncio.get_running_loop().call_later(cancelled_ns / 1e9, task.cancel)
+            await sleep_ns(own_ns)
+            timeline.work(Resource.FIXED, "body", 0)
+        timeline.mark(Mark.RESUMED)
+        return timeline.critical_path()
+
+    return run(main())
+
+
+def test_a_child_that_is_cancelled_causes_nothing_though_it_ended_last() -> None:
+    assert cancelled_join(30, 50, cancelled_ns=50, own_ns=10) == [PathStep(Resource.LOAD, "child", "child 1", 0, 50)]
+
+
+def test_a_join_that_waited_for_a_cancelled_child_only_keeps_its_own_cause() -> None:
+    assert cancelled_join(cancelled_ns=60, own_ns=60) == [PathStep(Resource.FIXED, "body", "main", 0, 60)]
+
+
+def test_a_child_that_is_cancelled_from_the_body_causes_nothing() -> None:
+    """As the threads that wait for more, when there is no more."""
+
+    async def main() -> list[PathStep]:
+        timeline = Timeline(now_ns)
+
+        async def waits() -> None:
+            timeline.work(Resource.RAM, "before", 0)
+            await asyncio.get_running_loop().create_future()
+
+        timeline.mark(Mark.STOP_ORDERED)
+        async with Join() as join:
+            tasks = [join.start(waits(), "waits"), join.start(sleep_ns(1_000_000), "sleeps")]
+            await sleep_ns(40)
+            timeline.work(Resource.FIXED, "body", 0)
+            for task in tasks:
+                task.cancel()
+        timeline.mark(Mark.RESUMED)
+        return timeline.critical_path()
+
+    assert run(main()) == [PathStep(Resource.FIXED, "body", "main", 0, 40)]
+
+
 def test_a_wait_for_another_task_is_caused_by_what_it_did() -> None:
     async def main() -> list[PathStep]:
         timeline = Timeline(now_ns)

@@ -1,0 +1,175 @@
+"""A data fd to write to: a stream that is loaded into the device.
+
+write() takes bytes in, checks that they are the next ones, and runs the firmware's LOAD inside the call that completes
+a record (Linux drivers/vfio/pci/mlx5/main.c, mlx5vf_resume_write). In v2 it holds the state mutex and the fd's mutex,
+as there. In v3 it must not hold the former: a dirty write that waits for its epoch would keep the critical data out
+that it waits for.
+
+Leaving RESUMING checks that every stream was whole, as vfio.h asks of drivers. mlx5 itself leaves that to its firmware.
+"""
+
+from __future__ import annotations
+
+import errno
+from contextlib import AsyncExitStack
+
+import numpy as np
+
+from proto_v3.bell import Bell
+from proto_v3.device import Ready
+from proto_v3.frames import Payload
+from proto_v3.timeline import Resource
+from proto_v3.uapi import PrecopyInfo, StreamInfo
+from sim.clock import now_ns, sleep_ns
+from sim.device import Image
+from sim.record import Extent, Part, Record, Tally
+from sim.stream import CriticalLoad, DriverLock, Surroundings, fails
+
+
+class LoadSession:
+    """What the streams of one device's load share: the image, and what is loaded of it so far."""
+
+    def __init__(self, image: Image, around: Surroundings, setup_ns: int, streams: int, *, holds_back: bool) -> None:
+        self.image = image
+        self.around = around
+        self.holds_back = holds_back
+        self.critical_loads: list[CriticalLoad] = []
+        self._setup_ns = setup_ns
+        self._open_streams = streams
+        self._closed = False
+        self._refused = False
+        self._epoch_loaded = 0
+        self._bell = Bell()
+
+    @property
+    def whole(self) -> bool:
+        """Whether every stream came to its end, with nothing missing and nothing altered."""
+        return self._open_streams == 0 and not self._refused
+
+    def close(self) -> None:
+        """The session is over: whoever waits gets ENODEV."""
+        self._closed = True
+        self._bell.ring()
+
+    def check_open(self) -> None:
+        """ENODEV if the session is over, or was refused before (mlx5: MLX5_MIGF_STATE_ERROR)."""
+        if self._closed or self._refused:
+            raise fails(errno.ENODEV)
+
+    def refuse(self) -> OSError:
+        """Something came that cannot be the source's stream: EINVAL, and nothing more is taken."""
+        self._refused = True
+        self._bell.ring()
+        return fails(errno.EINVAL)
+
+    async def load(self, record: Record) -> None:
+        """Load one whole record."""
+        if record.end:
+            self._open_streams -= 1
+            if self.whole:
+                await self.around.firmware.finish_load()
+                self.check_open()
+        elif len(record.objects) or len(record.blocks) or record.epoch_complete:
+            while self.holds_back and len(record.blocks) and self._epoch_loaded < record.epoch:
+                await self._bell.wait()
+                self.check_open()
+            start = now_ns()
+            await self.around.firmware.load(record.size_bytes)
+            if len(record.objects) or record.epoch_complete:
+                await self._set_up(record, start)
+            self.check_open()
+            self.image.version[record.blocks] = record.block_versions
+
+    async def _set_up(self, record: Record, start_ns: int) -> None:
+        """Make the critical objects that were loaded ready to run."""
+        setup_start = now_ns()
+        await sleep_ns(self._setup_ns * len(record.objects))
+        self.around.timeline.work(Resource.SETUP, "critical set-up", setup_start)
+        self.check_open()
+        self.image.object_version[record.objects] = record.object_versions
+        size = record.payload_bytes if not len(record.blocks) else len(record.objects) * self.image.object_bytes
+        self.critical_loads.append(
+            CriticalLoad(
+                record.epoch,
+                record.epoch_complete,
+                len(record.objects),
+                int(np.count_nonzero(record.object_versions)),
+                size,
+                start_ns,
+                now_ns(),
+            )
+        )
+        if record.epoch_complete:
+            self._epoch_loaded = max(self._epoch_loaded, record.epoch)
+            self._bell.ring()
+
+
+class LoadStream:
+    """A data fd to write to."""
+
+    def __init__(self, index: int, session: LoadSession, *locks: DriverLock) -> None:
+        """`locks` are held while a write goes on, taken in this order."""
+        self._index = index
+        self._session = session
+        self._locks = locks
+        self._sequence = 0
+        self._offset = 0
+        self._tally = Tally()
+        self._ended = False
+
+    async def write(self, payload: Payload, piece_bytes: int) -> None:
+        """See proto_v3.device.DataFd."""
+        self._session.check_open()
+        if piece_bytes < 1:
+            raise fails(errno.EINVAL)
+        if not isinstance(payload, Extent):
+            raise self._session.refuse()
+        async with AsyncExitStack() as held:
+            for lock in self._locks:
+                await held.enter_async_context(lock)
+            self._session.check_open()
+            around = self._session.around
+            calls = -(-len(payload) // piece_bytes)
+            await around.memory.copy(len(payload), calls * around.call_ns, "write")
+            self._session.check_open()
+            for part in payload.parts:
+                self._check_order(part)
+                if part.stop == part.record.size_bytes:
+                    await self._complete(part.record)
+
+    def _check_order(self, part: Part) -> None:
+        """The next bytes of the stream must be these; anything else is a stream that was cut, altered or reordered."""
+        record = part.record
+        expected = (self._index, self._sequence, self._offset)
+        if self._ended or (record.stream, record.sequence, part.start) != expected:
+            raise self._session.refuse()
+        self._offset = part.stop
+
+    async def _complete(self, record: Record) -> None:
+        """All bytes of a record are there."""
+        self._sequence += 1
+        self._offset = 0
+        if not record.end:
+            self._tally = self._tally.add(record)
+        elif record.tally != self._tally:
+            raise self._session.refuse()
+        self._ended = record.end
+        await self._session.load(record)
+
+    async def read(self, max_bytes: int) -> Payload:
+        """Not for a stream that is loaded: EBADF."""
+        raise fails(errno.EBADF)
+
+    async def poll(self, timeout_ns: int | None = None) -> Ready:
+        """Nothing can be read from it, ever."""
+        return Ready.NOTHING
+
+    async def precopy_info(self) -> PrecopyInfo:
+        """Not in RESUMING: EINVAL."""
+        self._session.check_open()
+        raise fails(errno.EINVAL)
+
+    async def stream_info(self) -> StreamInfo:
+        """Not in RESUMING: EINVAL."""
+        self._session.check_open()
+        raise fails(errno.EINVAL)

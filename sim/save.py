@@ -1,0 +1,464 @@
+"""A data fd to read from: a stream that is saved from the device.
+
+A producer saves what is *planned*, one SAVE command at a time, and appends a record; readers take the bytes out under
+the fd's lock. A plan is critical objects first, then blocks; a version is taken when its SAVE starts.
+
+What makes a plan is what v2 and v3 differ in. In v2, as in mlx5 (Linux drivers/vfio/pci/mlx5/main.c):
+
+- entering PRE_COPY plans the whole state: the initial image;
+- GET_PRECOPY_INFO waits for the SAVE in flight, and, once all is read, plans what became dirty: read() never does;
+- new critical data, for a user who opted in to REINIT, is planned at once, by one of two policies;
+- entering STOP_COPY plans what is left. This SAVE is only queued then: the first read() pays its latency. It comes in
+  chunks, of which two exist; the next SAVE waits until one is read.
+
+In v3 the same happens a stream, and new critical data is planned as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections import deque
+
+from proto_v3.bell import Bell
+from proto_v3.device import Ready
+from proto_v3.frames import EMPTY, Payload
+from proto_v3.timeline import Resource, on_track
+from proto_v3.uapi import PrecopyFlags, PrecopyInfo, StreamInfo
+from sim.clock import now_ns, sleep_ns
+from sim.device import DeviceState, Indices
+from sim.record import HEADER_BYTES, NO_INDICES, STOP_COPY_SIZE_BYTES, Extent, Part, Record, Tally
+from sim.scenario import KIB, MIB, Device, Driver, ns
+from sim.stream import DriverLock, ReadCounts, Surroundings, fails
+
+
+def image_bytes(spec: Device, driver: Driver, objects: int, blocks: int) -> int:
+    """Bytes of an image in chunks of so many critical objects and blocks, headers included."""
+    object_bytes = round(spec.critical.object_kib * KIB)
+    chunk_bytes = driver.chunk_mib * MIB
+    records = -(-objects // max(1, chunk_bytes // object_bytes)) + -(-blocks // (chunk_bytes // spec.block_bytes))
+    return objects * object_bytes + blocks * spec.block_bytes + records * HEADER_BYTES
+
+
+class SaveStream:
+    """`home` are its blocks; `objects` says whether it carries the critical objects. v2's one stream carries both."""
+
+    def __init__(
+        self,
+        index: int,
+        device: DeviceState,
+        around: Surroundings,
+        driver: Driver,
+        fd_lock: DriverLock,
+        state_lock: DriverLock,
+        *,
+        home: slice | None,
+        objects: bool,
+    ) -> None:
+        self.reads = ReadCounts()
+        self.reports_reinit = False
+        """The user opted in to PRECOPY_INFOv2."""
+        self.suspended = False
+        """The device is in PRE_COPY_P2P: nothing more is planned to be saved."""
+        self._index = index
+        self._device = device
+        self._around = around
+        self._driver = driver
+        self._fd_lock = fd_lock
+        self._state_lock = state_lock
+        self._home = home
+        self._carries_objects = objects
+        self._v2 = objects and home is not None
+        self._chunk_bytes = driver.chunk_mib * MIB
+        self._free_chunks = driver.chunks
+        self._saving: Record | None = None
+        self._records: deque[Record] = deque()
+        self._offset = 0  # bytes of the first record that were read
+        self._unread_bytes = 0
+        self._plan_blocks: Indices = NO_INDICES
+        self._plan_objects: Indices = NO_INDICES
+        self._plan_initial = False
+        self._planned = False  # something is to be saved, or being saved
+        self._planned_ns = 0  # when the last plan was made
+        self._final = False
+        self._ended = False  # the END record is there
+        self._closed = False
+        self._sequence = 0
+        self._tally = Tally()
+        self._told_epoch = 0
+        self._seen_epoch = 0
+        self._bell = Bell()
+
+    # --- the producer -------------------------------------------------------------------------------------------------
+
+    async def produce(self) -> None:
+        """Save what is planned, until the END record is there."""
+        on_track(f"source {self._device.spec.name} producer {self._index}")
+        while not self._ended:
+            while not self._can_save():
+                await self._bell.wait()
+            record = self._next_record()
+            if not record.end:  # that one is the driver's own
+                self._saving = record
+                await self._around.firmware.save(record.size_bytes)
+                self._saving = None
+            self._append(record)
+            self._planned = self._has_plan()
+            self._bell.ring()
+
+    def _can_save(self) -> bool:
+        room = not self._in_chunks or self._free_chunks > 0 or not self._holds_data()
+        return self._planned and room
+
+    async def settle(self) -> None:
+        """Wait for the SAVE in flight: the device is suspended only after it (mlx5vf_cmd_suspend_vhca waits for
+        save_comp). A whole image's is in flight from when it was planned."""
+        saving = self._saving
+        while (saving is not None and self._saving is saving) or (self._planned and not self._in_chunks):
+            await self._bell.wait()
+
+    def start_precopy(self) -> None:
+        """The session starts in pre-copy: plan the initial image."""
+        if self._driver.precopy == "check":
+            if self._v2:
+                self._told_epoch = self._device.epoch
+            self._append(Record(self._index, self._device.epoch, self._driver.check_bytes, initial=True))
+            self._bell.ring()
+            return
+        if self._v2 and self._driver.precopy == "incremental":
+            # It tells the target how much it will have to take when the device is stopped
+            # (mlx5vf_add_stop_copy_header).
+            self._append(Record(self._index, self._device.epoch, STOP_COPY_SIZE_BYTES, initial=True))
+        self.plan_all(initial=True)
+
+    def plan_all(self, *, initial: bool = False) -> None:
+        """Plan what is dirty: everything at first, later what was written to or reconfigured since it was saved."""
+        self._device.advance(now_ns())
+        if self._driver.precopy == "reread":
+            self._device.forget_saves(self._home or slice(0), objects=self._carries_objects)
+        self._plan_initial = initial
+        self._plan(self._dirty_objects(), self._dirty_blocks(stopped=self._final))
+
+    def finish(self) -> None:
+        """The device is stopped: what is still dirty comes, then the END."""
+        self._final = True
+        self.plan_all()
+
+    def _plan(self, objects: Indices, blocks: Indices) -> None:
+        self._plan_objects, self._plan_blocks = objects, blocks
+        self._planned_ns = now_ns()
+        self._told_epoch = self._device.epoch if self._v2 else self._told_epoch
+        self._planned = self._has_plan()
+        self._bell.ring()
+
+    def _dirty_objects(self) -> Indices:
+        return self._device.dirty_objects() if self._carries_objects else NO_INDICES
+
+    def _dirty_blocks(self, *, stopped: bool) -> Indices:
+        return NO_INDICES if self._home is None else self._device.dirty_blocks(self._home, stopped=stopped)
+
+    def _new_epoch(self) -> bool:
+        """v3: the critical stream has to tell of an epoch."""
+        if self._driver.precopy == "check" and not self._final:
+            return False
+        return self._home is None and self._device.epoch > self._told_epoch
+
+    def _holds_data(self) -> bool:
+        return bool(len(self._plan_objects) or len(self._plan_blocks))
+
+    def _has_plan(self) -> bool:
+        # A new epoch, and the end, are told by a record even where there is nothing to save.
+        told = self._final or self._new_epoch() or self._holds_data()
+        return self._saving is not None or (told and not self._ended)
+
+    @property
+    def _in_chunks(self) -> bool:
+        return self._final or self._driver.precopy_image == "chunks"
+
+    @property
+    def _together(self) -> bool:
+        """Objects and blocks are one image."""
+        return not self._in_chunks and self._driver.initial == "image"
+
+    def _next_record(self) -> Record:
+        device = self._device
+        device.advance(now_ns())
+        if self._new_epoch():  # it may have begun just now: what it made new belongs to the epoch that is told
+            self._plan_objects = self._dirty_objects()
+        record = Record(self._index, device.epoch, 0)
+        if len(self._plan_objects) or self._new_epoch():
+            count = max(1, self._chunk_bytes // device.object_bytes) if self._in_chunks else len(self._plan_objects)
+            record.objects, self._plan_objects = self._plan_objects[:count], self._plan_objects[count:]
+            record.object_versions = device.save_objects(record.objects)
+            record.initial = self._plan_initial
+            # A plan of several records may be older than the newest epoch, which then is not complete with it.
+            record.epoch_complete = not len(self._plan_objects) and not len(device.dirty_objects())
+            if record.epoch_complete and not self._v2:
+                self._told_epoch = device.epoch
+        if len(self._plan_blocks) and (self._together or not len(record.objects)):
+            count = self._chunk_bytes // device.block_bytes if self._in_chunks else len(self._plan_blocks)
+            record.blocks, self._plan_blocks = self._plan_blocks[:count], self._plan_blocks[count:]
+            record.block_versions = device.save_blocks(record.blocks)
+            record.initial |= self._plan_initial and self._driver.initial == "image"
+        record.payload_bytes = len(record.objects) * device.object_bytes + len(record.blocks) * device.block_bytes
+        record.chunk = self._in_chunks and record.payload_bytes > 0
+        if record.chunk:
+            self._free_chunks -= 1
+        record.end = not record.payload_bytes and not record.epoch_complete
+        return record
+
+    def _append(self, record: Record) -> None:
+        self._records.append(record)
+        self._unread_bytes += record.size_bytes
+        self._ended = record.end
+
+    # --- read and poll ------------------------------------------------------------------------------------------------
+
+    async def read(self, max_bytes: int) -> Payload:
+        """See proto_v3.device.DataFd."""
+        if max_bytes < 1:
+            raise fails(errno.EINVAL)
+        asked_ns = now_ns()
+        while await self._has_data():
+            ready_ns = now_ns()
+            async with self._fd_lock:
+                if not self._unread_bytes:  # another reader took it while this one waited for the lock
+                    continue
+                locked_ns = now_ns()
+                data, chunks = self._take(min(max_bytes, self._unread_bytes))
+                await self._around.memory.copy(len(data), self._around.call_ns, "read")
+                self._check_open()
+                if chunks:
+                    self._free_chunks += chunks
+                    self._bell.ring()
+            counts = self.reads
+            counts.calls += 1
+            counts.bytes += len(data)
+            counts.firmware_ns += ready_ns - asked_ns
+            counts.lock_ns += locked_ns - ready_ns
+            counts.copy_ns += now_ns() - locked_ns
+            return data
+        return EMPTY
+
+    async def _has_data(self) -> bool:
+        """Wait for data; False at the end of the stream. ENOMSG at the temporary one, ENODEV if the fd is stale.
+
+        With a SAVE in flight, it waits also in pre-copy (Linux 7.1, "vfio/mlx5: consider inflight SAVE during
+        PRE_COPY").
+        """
+        while True:
+            self._check_open()
+            if self._unread_bytes:
+                return True
+            if self._planned:
+                await self._bell.wait()
+                continue
+            await self._call()
+            if not (self._unread_bytes or self._planned or self._closed):  # nothing came while the call went on
+                if self._final or (self._v2 and self._driver.precopy_end == "0"):
+                    return False
+                raise fails(errno.ENOMSG)
+
+    async def _call(self) -> None:
+        """The fixed cost of a call that copies nothing."""
+        start = now_ns()
+        await sleep_ns(self._around.call_ns)
+        self._around.timeline.work(Resource.COPY, "call", start)
+
+    def _take(self, size: int) -> tuple[Extent, int]:
+        """Cut so many bytes off the queue; how many chunks are wholly read with them."""
+        self._unread_bytes -= size
+        parts = []
+        chunks = 0
+        while size:
+            record = self._records[0]
+            if record.sequence < 0:
+                self._number(record)
+            part = Part(record, self._offset, min(record.size_bytes, self._offset + size))
+            parts.append(part)
+            size -= part.stop - part.start
+            self._offset = part.stop
+            if part.stop == record.size_bytes:
+                self._records.popleft()
+                self._offset = 0
+                chunks += record.chunk
+        return Extent(parts), chunks
+
+    def _number(self, record: Record) -> None:
+        """The record's first byte is read: from now on it has its place in the stream."""
+        record.sequence = self._sequence
+        self._sequence += 1
+        if record.end:
+            record.tally = self._tally
+        else:
+            self._tally = self._tally.add(record)
+
+    async def write(self, payload: Payload, piece_bytes: int) -> None:
+        """Not for a stream that is saved: EBADF, as for any fd that is open for reading only."""
+        raise fails(errno.EBADF)
+
+    async def poll(self, timeout_ns: int | None = None) -> Ready:
+        """See proto_v3.device.DataFd."""
+        if not self._ready() and timeout_ns != 0:
+            try:
+                async with asyncio.timeout(None if timeout_ns is None else timeout_ns / 1e9):
+                    while not self._ready():
+                        await self._bell.wait()
+            except TimeoutError:
+                pass
+        return self._ready()
+
+    def _ready(self) -> Ready:
+        ready = Ready.NOTHING
+        if self._unread_bytes or self._closed or (self._final and not self._planned):
+            ready |= Ready.READABLE
+        if self._home is None and self._device.epoch > self._seen_epoch:
+            ready |= Ready.NEW_EPOCH
+        return ready
+
+    # --- what is left -------------------------------------------------------------------------------------------------
+
+    async def precopy_info(self) -> PrecopyInfo:
+        """See proto_v3.device.DataFd."""
+        await self._call()
+        async with self._state_lock:  # mlx5vf_precopy_ioctl holds the state mutex throughout
+            self._check_open()
+            if self._final:
+                raise fails(errno.EINVAL)
+            if self.suspended:  # no SAVE can be made, so what could be saved is not asked for either
+                return self._told(PrecopyFlags(0))
+            while self._saving is not None:
+                await self._bell.wait()
+                self._check_open()
+            self._device.advance(now_ns())
+            if self._reports_reinit_now():
+                self._reinit()
+                return self._told(PrecopyFlags.REINIT)
+            undone = self._undone_bytes()
+            if self._refill_if_drained():
+                undone = 0  # it is in the plan now
+            return self._told(PrecopyFlags(0), undone)
+
+    def _reports_reinit_now(self) -> bool:
+        # Only a driver that saves what became new has new initial data to tell of: mlx5, so far.
+        able = self._v2 and self._driver.precopy == "incremental" and self._driver.reinit != "none"
+        return self.reports_reinit and able and self._device.epoch > self._told_epoch
+
+    def _told(self, flags: PrecopyFlags, undone_bytes: int = 0) -> PrecopyInfo:
+        initial = self._initial_bytes()
+        dirty = self.pending_bytes() - initial + undone_bytes
+        if flags or (initial and self._driver.initial == "image"):
+            dirty = 0  # they count from the new initial data on; and mlx5 tells of none before all initial data is read
+        return PrecopyInfo(initial, dirty, flags)
+
+    def _reinit(self) -> None:
+        """New critical data, to be saved at once, not when all is read."""
+        if self._driver.reinit == "invalidate":
+            self._drop_unread_dirty()
+            self._plan_initial = True
+            self._plan(self._dirty_objects(), NO_INDICES)  # blocks stay dirty, and are planned when this is read
+        else:
+            for record in self._records:  # they must be read before the new ones can be: so they count with them
+                record.initial = True
+            self.plan_all(initial=True)
+
+    def _drop_unread_dirty(self) -> None:
+        kept: deque[Record] = deque()
+        for record in self._records:
+            if record.initial or record.sequence >= 0:  # initial data stays, and what was begun must be read to its end
+                record.initial = True
+                kept.append(record)
+                continue
+            self._device.unsave(record.blocks, record.objects)
+            self._unread_bytes -= record.size_bytes
+            self._free_chunks += record.chunk
+            self.reads.dropped_bytes += record.size_bytes
+        self._records = kept
+
+    def _refill_if_drained(self) -> bool:
+        """Plan what became dirty, if all else is read."""
+        if self._planned or self._unread_bytes or self._final or self._driver.precopy == "check":
+            return False
+        if self._driver.precopy == "reread" and now_ns() - self._planned_ns < ns(self._driver.reread_ms):
+            return False
+        self.plan_all()
+        return True
+
+    async def stream_info(self) -> StreamInfo:
+        """See proto_v3.device.DataFd."""
+        await self._call()
+        self._check_open()
+        self._device.advance(now_ns())
+        if not self.suspended:
+            if self._new_epoch() and not self._planned:
+                self.plan_all()
+            self._refill_if_drained()
+        self._seen_epoch = self._device.epoch
+        return StreamInfo(self._device.epoch, self.pending_bytes())
+
+    def pending_bytes(self) -> int:
+        """Unread bytes, those that are being saved, and those that are planned."""
+        saving = self._saving.size_bytes if self._saving else 0
+        planned = self._planned_bytes(self._plan_objects, self._plan_blocks)
+        return self._unread_bytes + saving + planned
+
+    def left_bytes(self) -> int:
+        """All that would still be read from this stream, were the device stopped now; the END is not counted."""
+        self._device.advance(now_ns())
+        saving = self._saving.size_bytes if self._saving else 0
+        end = HEADER_BYTES if self._ended and self._records else 0
+        return self._unread_bytes + saving - end + self._left_to_save_bytes()
+
+    def _left_to_save_bytes(self) -> int:
+        """What stopping would make it save: what is dirty then, planned or not; all of it where a driver rereads."""
+        device = self._device
+        objects, blocks = len(self._dirty_objects()), len(self._dirty_blocks(stopped=True))
+        if self._driver.precopy == "reread" and not self._final:
+            home = slice(0) if self._home is None else self._home
+            objects = len(device.object_version) if self._carries_objects else 0
+            blocks = len(device.version[home])
+        planned = 0
+        if not self._in_chunks:  # what is planned by now is still one image, the rest will come in chunks
+            planned = self._planned_bytes(self._plan_objects, self._plan_blocks)
+            objects, blocks = objects - len(self._plan_objects), blocks - len(self._plan_blocks)
+        return planned + image_bytes(device.spec, self._driver, objects, blocks)
+
+    def _planned_bytes(self, objects: Indices, blocks: Indices) -> int:
+        """Bytes of records with these, headers included."""
+        device = self._device
+        if self._in_chunks:
+            return image_bytes(device.spec, self._driver, len(objects), len(blocks))
+        records = bool(len(objects)) + bool(len(blocks)) - bool(len(objects) and len(blocks) and self._together)
+        return len(objects) * device.object_bytes + len(blocks) * device.block_bytes + records * HEADER_BYTES
+
+    def _undone_bytes(self) -> int:
+        """What the device could save now besides what is planned: it became dirty since."""
+        if self._driver.precopy != "incremental":
+            return (
+                0  # a driver that rereads tells of a context only when it has it; one that checks has nothing to tell
+            )
+        objects, blocks = self._dirty_objects(), self._dirty_blocks(stopped=False)
+        # What is planned is dirty too, until its SAVE starts; only the numbers matter here.
+        objects = objects[: len(objects) - len(self._plan_objects)]
+        return self._planned_bytes(objects, blocks[: len(blocks) - len(self._plan_blocks)])
+
+    def _initial_bytes(self) -> int:
+        """What is left of the data that counts as initial."""
+        unread = sum(record.size_bytes for record in self._records if record.initial)
+        if self._records and self._records[0].initial:
+            unread -= self._offset
+        if self._saving and self._saving.initial:
+            unread += self._saving.size_bytes
+        if self._plan_initial:
+            blocks = self._plan_blocks if self._driver.initial == "image" else NO_INDICES
+            unread += self._planned_bytes(self._plan_objects, blocks)
+        return unread
+
+    def close(self) -> None:
+        """The session is over: whoever waits gets ENODEV."""
+        self._closed = True
+        self._bell.ring()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise fails(errno.ENODEV)
