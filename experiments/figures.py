@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from experiments import style
 from experiments.results import PATH_COLUMNS, PHASE_COLUMNS, git_revision, versions
-from experiments.tell import COMPLETED, ms, protocols
+from experiments.tell import completed_runs, ms, protocols
 from proto_v3.timeline import PHASES, Resource
 from sim.scenario import Scenario
 
@@ -30,7 +30,7 @@ def downtime(scenario: Scenario, frame: pl.DataFrame, command: str) -> Figure:
 
     `frame` has one row a run (experiments.results); runs that were not completed are named in the titles, not drawn.
     """
-    completed = frame.filter(COMPLETED)
+    completed = completed_runs(frame)
     named = protocols(completed)
     drawn = named if len(named) <= MAX_WATERFALLS else []
     height = 1.45 * len(drawn) + 0.45 * len(named) + 2.7
@@ -63,7 +63,7 @@ def downtime(scenario: Scenario, frame: pl.DataFrame, command: str) -> Figure:
 
 def _not_drawn(frame: pl.DataFrame) -> str:
     """Which protocols have no bar, and why."""
-    without = [name for name in protocols(frame) if name not in protocols(frame.filter(COMPLETED))]
+    without = [name for name in protocols(frame) if name not in protocols(completed_runs(frame))]
     if not without:
         return "every protocol's runs, as means"
     lines = [", ".join(without[at : at + 3]) for at in range(0, len(without), 3)]

@@ -70,6 +70,12 @@ def protocols(frame: pl.DataFrame) -> list[str]:
     return list(frame["protocol"].unique(maintain_order=True))
 
 
+def completed_runs(frame: pl.DataFrame) -> pl.DataFrame:
+    """The runs that were completed, protocol by protocol in the order of the whole table."""
+    order = pl.Enum(protocols(frame))
+    return frame.filter(COMPLETED).sort(pl.col("protocol").cast(order), maintain_order=True)
+
+
 def held_against(published: Published, frame: pl.DataFrame) -> list[Held]:
     """The published figures against the means of its protocol's completed runs."""
     runs = frame.filter(COMPLETED & (pl.col("protocol") == published.protocol))
@@ -94,14 +100,18 @@ def print_tables(console: Console, scenario: Scenario, frame: pl.DataFrame) -> N
     """Outcomes, downtime and phases; the critical path; bytes and reads; published figures if there are any."""
     seeds = frame["seed"].n_unique()
     print_table(console, f"{scenario.name}: {scenario.description}", outcomes_table(frame))
-    completed = frame.filter(COMPLETED)
+    completed = completed_runs(frame)
     if completed.is_empty():
         return
     print_table(console, f"Downtime and its phases, ms (means over {seeds} seed(s), which add up)", _phases(completed))
     print_table(console, "Critical path through the downtime: share of each resource, %", _critical_path(completed))
     print_table(console, "Time and bytes, means a run", _bytes(completed))
     if number(completed["late_critical_objects"].sum()) or number(completed["critical_lag_max_ns"].sum()):
-        print_table(console, "Critical data: what came too late, means a completed run", _critical(completed))
+        print_table(
+            console,
+            "Critical data that came too late, and its set-up in the downtime, means a completed run",
+            _critical(completed),
+        )
     print_table(console, "read(), means a run, and where its time goes, %", _reads(completed))
     for published in scenario.published:
         held = held_against(published, frame)
@@ -172,10 +182,10 @@ def _critical(completed: pl.DataFrame) -> Table:
         [
             "protocol",
             "late objects",
-            "reconfigured",
+            "of them new",
             "late KiB",
-            "set-up in downtime ms",
-            "lag mean ms",
+            "set-up ms",
+            "lag ms",
             "lag max ms",
             "dropped MiB",
         ]
@@ -252,7 +262,7 @@ def ms(value: object) -> float:
 
 def print_findings(console: Console, frame: pl.DataFrame) -> None:
     """What the figure shows, and what it does not."""
-    completed = frame.filter(COMPLETED)
+    completed = completed_runs(frame)
     for sentence in findings(completed):
         console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=False)
 
