@@ -5,13 +5,13 @@ BIN    := $(VENV)/bin
 
 .PHONY: help demo test validate docs bench lock clean
 help:
-	@echo 'make demo   migrate the published two-VF machine under v2 and v3; table and figure in results/demo/'
-	@echo 'make test   lint, types and tests'
+	@echo 'make demo      migrate the published two-VF machine under v2 and v3; table and figure in results/demo/'
+	@echo 'make test      lint, types and tests'
 	@echo 'make validate  hold the simulation against published measurements'
-	@echo 'make docs   draw docs/states.md anew, from the table of the state machine'
-	@echo 'make bench  the virtual clock against SimPy'
-	@echo 'make lock   pin the dependencies anew (needs uv)'
-	@echo 'make clean  remove the virtual environment and what was built'
+	@echo 'make docs      draw docs/states.md anew, from the table of the state machine'
+	@echo 'make bench     the virtual clock against SimPy'
+	@echo 'make lock      pin the dependencies anew (needs uv)'
+	@echo 'make clean     remove the virtual environment and what was built'
 
 demo: $(VENV)/core.stamp
 	@$(BIN)/proto-v3 compare mlx5-2vf --out results/demo

@@ -34,7 +34,7 @@ def show_scenario(name: str, settings: Sequence[str] = ()) -> None:
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("source")
     for key, value in parameters(scenario).items():
-        table.add_row(key, told(value), Text(scenario.sources.get(key, "not stated")))
+        table.add_row(key, told(value), Text(scenario.sources.get(key, "not stated"), overflow="fold"))
     console.print(table)
 
 
