@@ -13,7 +13,9 @@ from rich.text import Text
 from experiments.results import PATH_COLUMNS, PHASE_COLUMNS
 from proto_v3.migration import OutcomeKind
 from proto_v3.timeline import PHASES, Resource
-from sim.scenario import KIB, MIB, Published, Scenario
+from sim.scenario import Scenario
+from sim.schema import KIB, MIB
+from sim.sections import Published
 
 COMPLETED = pl.col("outcome") == OutcomeKind.COMPLETED.value
 NS_PER_MS = 1e6

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.guest import Activity, Int32
-from sim.scenario import KIB, Device
+from sim.schema import KIB
+from sim.sections import Device
 
 Indices = NDArray[np.intp]
 

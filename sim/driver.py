@@ -23,7 +23,8 @@ from sim.device import DeviceState, Image
 from sim.load import LoadSession, LoadStream
 from sim.resource import Lock
 from sim.save import SaveStream, image_bytes
-from sim.scenario import Device, Driver, ns
+from sim.schema import ns
+from sim.sections import Device, Driver
 from sim.stream import CriticalLoad, DriverLock, ReadCounts, Surroundings, fails
 
 RUNS = (State.RUNNING, State.PRE_COPY)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from proto_v3.timeline import Resource, Timeline
 from sim.clock import now_ns
 from sim.resource import Engines, duration_ns
-from sim.scenario import MIB, Firmware, ns
+from sim.schema import MIB, ns
+from sim.sections import Firmware
 
 FACTORS = 4096
 """Drawn a run; commands beyond that use them again from the start."""

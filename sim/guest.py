@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.scenario import MIB, NS_PER_S, Device, Writes, ns
+from sim.schema import MIB, NS_PER_S, ns
+from sim.sections import Device, Writes
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]

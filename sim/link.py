@@ -17,7 +17,8 @@ from proto_v3.frames import Payload
 from proto_v3.timeline import Resource, Timeline
 from sim.clock import VirtualLoop, now_ns
 from sim.resource import Pipe
-from sim.scenario import BYTES_PER_S_PER_GBIT, MIB, Link
+from sim.schema import BYTES_PER_S_PER_GBIT, MIB
+from sim.sections import Link
 
 
 class _OneWay:

@@ -17,7 +17,9 @@ from sim.clock import now_ns, sleep_ns
 from sim.device import DeviceState
 from sim.record import Bulk
 from sim.resource import duration_ns
-from sim.scenario import GIB, MIB, NS_PER_S, PAGE_BYTES, Ram, Scenario, ns
+from sim.scenario import Scenario
+from sim.schema import GIB, MIB, NS_PER_S, PAGE_BYTES, ns
+from sim.sections import Ram
 
 ZERO_PAGE_BYTES = 9
 """A page of zeros on the wire: 8 bytes of offset and flags, 1 of fill (QEMU migration/ram.c, RAM_SAVE_FLAG_ZERO)."""

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proto_v3.errors import UserError
-from sim.scenario import MAX_STREAMS, Scenario, did_you_mean
+from sim.scenario import Scenario
+from sim.schema import did_you_mean
+from sim.sections import MAX_STREAMS
 
 Changes = dict[str, dict[str, Any]]
 """Table, key, value."""

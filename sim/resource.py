@@ -13,7 +13,7 @@ import math
 
 from proto_v3.timeline import Resource, Timeline
 from sim.clock import TimerHandle, VirtualLoop, now_ns, sleep_until_ns
-from sim.scenario import NS_PER_S
+from sim.schema import NS_PER_S
 
 ROUNDING_NS = 1e-3
 """Of the division of an engine's time among commands; far below the clock's nanosecond."""

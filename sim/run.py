@@ -24,7 +24,8 @@ from sim.link import NetworkLink
 from sim.machine import MachineModel
 from sim.protocol import Protocol
 from sim.resource import Lock, Memory
-from sim.scenario import GIB, Scenario
+from sim.scenario import Scenario
+from sim.schema import GIB
 from sim.stream import Surroundings
 
 T = TypeVar("T")

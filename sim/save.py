@@ -28,7 +28,8 @@ from proto_v3.uapi import PrecopyFlags, PrecopyInfo, StreamInfo
 from sim.clock import now_ns, sleep_ns
 from sim.device import DeviceState, Indices
 from sim.record import HEADER_BYTES, NO_INDICES, STOP_COPY_SIZE_BYTES, Extent, Part, Record, Tally
-from sim.scenario import KIB, MIB, Device, Driver, ns
+from sim.schema import KIB, MIB, ns
+from sim.sections import Device, Driver
 from sim.stream import DriverLock, ReadCounts, Surroundings, fails
 
 

@@ -21,7 +21,8 @@ import pydantic
 from proto_v3.errors import UserError
 from sim import tables
 from sim.protocol import Protocol
-from sim.scenario import Scenario, did_you_mean, short
+from sim.scenario import Scenario
+from sim.schema import did_you_mean, short
 
 FOLDER = Path(__file__).resolve().parents[1] / "scenarios"
 OWN = ("name", "description", "published")

@@ -22,7 +22,8 @@ from sim.firmware import FirmwareModel
 from sim.guest import make_activity
 from sim.record import HEADER_BYTES, STOP_COPY_SIZE_BYTES, Extent, Part, Record
 from sim.resource import Lock, Memory
-from sim.scenario import GIB, KIB, MIB, Scenario
+from sim.scenario import Scenario
+from sim.schema import GIB, KIB, MIB
 from sim.stream import Surroundings
 
 US, MS, SECOND = 1_000, 1_000_000, 1_000_000_000

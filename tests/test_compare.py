@@ -23,7 +23,8 @@ from proto_v3.migration import OutcomeKind
 from proto_v3.timeline import PHASES, Resource
 from sim.protocol import Protocol
 from sim.run import Outcome, simulate
-from sim.scenario import Published, Scenario
+from sim.scenario import Scenario
+from sim.sections import Published
 
 SCENARIO = small_scenario({"firmware.service_cv": 0.2})
 

@@ -47,7 +47,7 @@ from proto_v3.uapi import MigrationFlags, State
 from sim.clock import now_ns, sleep_ns
 from sim.driver import SimDriver
 from sim.record import Extent
-from sim.scenario import KIB, MIB
+from sim.schema import KIB, MIB
 
 PATHS = json.loads((Path(__file__).parent / "data" / "fsm_paths.json").read_text())["paths"]
 """The kernel's, by features, state and target: the states passed through, or EINVAL."""

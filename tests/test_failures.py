@@ -27,7 +27,8 @@ from sim.machine import MachineModel
 from sim.protocol import Protocol
 from sim.run import Outcome, _Run
 from sim.save import SaveStream
-from sim.scenario import Scenario, ns
+from sim.scenario import Scenario
+from sim.schema import ns
 
 PROTOCOLS = ["v2", "v2-multifd", "v2-multifd-reinit-flush-ack-reusable", "v3-n1", "v3-n3"]
 FEATURES = {

@@ -13,7 +13,7 @@ from helpers import small_scenario
 from proto_v3.timeline import Mark, PathStep, Resource, Timeline
 from sim.clock import now_ns, run, sleep_ns
 from sim.firmware import FACTORS, FirmwareModel, service_factors
-from sim.scenario import MIB
+from sim.schema import MIB
 
 SAVE_MIB_NS, LOAD_MIB_NS = 1_000_000_000 // 1000, 1_000_000_000 // 2000
 COMMAND_NS = 50_000

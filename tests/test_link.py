@@ -16,7 +16,7 @@ from proto_v3.timeline import Mark, PathStep, Resource, Timeline, cause
 from sim.clock import VirtualLoop, now_ns, sleep_ns, sleep_until_ns
 from sim.link import NetworkLink
 from sim.record import Bulk
-from sim.scenario import MIB
+from sim.schema import MIB
 
 HALF_ROUND_TRIP_NS = 50_000
 CONNECTION, LINK = 1.25, 5.0  # bytes/ns: 10 and 40 Gbit/s

@@ -39,7 +39,7 @@ from hypothesis import strategies as st
 from proto_v3.uapi import State
 from sim.clock import now_ns, sleep_ns, sleep_until_ns
 from sim.record import HEADER_BYTES, Bulk, Extent, Part, Record, Tally
-from sim.scenario import KIB, MIB
+from sim.schema import KIB, MIB
 
 # --- write -----------------------------------------------------------------------------------------------------------
 

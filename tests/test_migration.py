@@ -18,7 +18,8 @@ from sim.load import LoadSession
 from sim.protocol import Protocol
 from sim.record import HEADER_BYTES, Record
 from sim.run import Outcome, _Run, simulate
-from sim.scenario import MIB, Scenario, ns
+from sim.scenario import Scenario
+from sim.schema import MIB, ns
 
 PROTOCOLS = ("v2", "v2-multifd", "v3-n1", "v3-n4")
 # All that can be set of v2 is in one of these at least.

@@ -24,7 +24,8 @@ from sim import clock
 from sim.clock import now_ns, sleep_ns
 from sim.protocol import Protocol
 from sim.run import Outcome, _Run
-from sim.scenario import MIB, Scenario, ns
+from sim.scenario import Scenario
+from sim.schema import MIB, ns
 
 
 def multifd(channels: int, **changes: Any) -> Multifd:

@@ -42,7 +42,7 @@ from proto_v3.migration import read_some
 from proto_v3.uapi import State
 from sim.clock import now_ns, sleep_ns, sleep_until_ns
 from sim.record import HEADER_BYTES
-from sim.scenario import KIB, MIB
+from sim.schema import KIB, MIB
 
 BUSY = {"device.0.writes": {"pattern": "sequential", "mib_per_s": 10.0}}
 """160 blocks a second."""

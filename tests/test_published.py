@@ -11,8 +11,8 @@ import pytest
 
 from sim.protocol import Protocol
 from sim.run import Outcome, simulate
-from sim.scenario import NO_FIGURES
 from sim.scenario_file import load
+from sim.sections import NO_FIGURES
 
 SEEDS = range(1, 6)
 

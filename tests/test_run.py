@@ -21,8 +21,9 @@ from sim.load import LoadSession, LoadStream
 from sim.protocol import Protocol
 from sim.record import Record
 from sim.run import Outcome, _Run, simulate
-from sim.scenario import MIB, Scenario, ns
+from sim.scenario import Scenario
 from sim.scenario_file import load, shipped
+from sim.schema import MIB, ns
 
 PROTOCOLS = ("v2", "v2-multifd", "v3-n1", "v3-n4")
 

@@ -51,7 +51,7 @@ from proto_v3.timeline import Mark
 from proto_v3.uapi import MigrationFlags, State
 from sim.clock import now_ns, sleep_ns, sleep_until_ns
 from sim.record import HEADER_BYTES, Extent, Part
-from sim.scenario import KIB, MIB
+from sim.schema import KIB, MIB
 
 BUSY = {"device.0.writes": {"pattern": "sequential", "mib_per_s": 10.0}}
 """160 blocks a second."""

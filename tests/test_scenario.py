@@ -16,8 +16,10 @@ from proto_v3.timeline import Timeline
 from proto_v3.uapi import MigrationFlags
 from sim.clock import now_ns, run
 from sim.machine import RamModel
-from sim.scenario import KIB, MIB, NO_FIGURES, SOURCE_KINDS, Scenario, parameters
+from sim.scenario import SOURCE_KINDS, Scenario, parameters
 from sim.scenario_file import load, parse, shipped
+from sim.schema import KIB, MIB
+from sim.sections import NO_FIGURES
 
 HUGE = 10**400
 SECOND_DEVICE = small_tables()["device"][0] | {"name": "other"}

@@ -28,7 +28,8 @@ from sim.protocol import Protocol
 from sim.record import Bulk
 from sim.run import Outcome, _Run
 from sim.save import SaveStream
-from sim.scenario import KIB, MIB, Scenario, ns
+from sim.scenario import Scenario
+from sim.schema import KIB, MIB, ns
 
 MS = 1_000_000
 PRE_COPY = MigrationFlags.STOP_COPY | MigrationFlags.P2P | MigrationFlags.PRE_COPY

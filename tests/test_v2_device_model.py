@@ -25,7 +25,7 @@ from proto_v3.uapi import State
 from sim.clock import now_ns, run, sleep_ns
 from sim.driver import SimDriver
 from sim.record import HEADER_BYTES, Extent, Part
-from sim.scenario import KIB
+from sim.schema import KIB
 
 PATHS = json.loads((Path(__file__).parent / "data" / "fsm_paths.json").read_text())["paths"]
 NEW_SAVE_FD = {"RUNNING PRE_COPY", "RUNNING_P2P PRE_COPY_P2P", "STOP STOP_COPY"}

@@ -22,8 +22,9 @@ from experiments.validate import Row, run_validate, tidy
 from proto_v3.errors import UserError
 from sim.protocol import Protocol
 from sim.run import Outcome, simulate
-from sim.scenario import Published, Scenario
+from sim.scenario import Scenario
 from sim.scenario_file import load, shipped
+from sim.sections import Published
 
 SEEDS = (1, 2, 3)
 VARIED = {"firmware.service_cv": 0.2}
