@@ -49,7 +49,7 @@ def downtime(scenario: Scenario, frame: pl.DataFrame, command: str) -> Figure:
     for published in scenario.published:
         if published.protocol in drawn and published.downtime_ms:
             _published(axes[drawn.index(published.protocol)], published.downtime_ms)
-    _paths(axes[-1], below, completed, named)
+    _paths(axes[-1], below, completed, [_labelled(name, frame) for name in named])
     axes[-1].tick_params(labelbottom=True)
     axes[-1].set_xlabel("ms since the order to stop the vCPUs")
     axes[-1].set_xlim(0, ms(completed["downtime_ns"].max()) * 1.17)
@@ -121,9 +121,16 @@ def _waterfall(axis: Axes, name: str, runs: pl.DataFrame, planned: int) -> None:
     axis.set_axisbelow(True)
 
 
-def _paths(axis: Axes, below: Axes, completed: pl.DataFrame, named: list[str]) -> None:
+def _labelled(name: str, frame: pl.DataFrame) -> tuple[str, str]:
+    """A protocol, and what stands beside its bar: how many runs there are in it, if not all."""
+    runs = frame.filter(pl.col("protocol") == name)
+    done = completed_runs(runs).height
+    return name, name if done == runs.height else f"{name} ({done} of {runs.height} runs)"
+
+
+def _paths(axis: Axes, below: Axes, completed: pl.DataFrame, named: list[tuple[str, str]]) -> None:
     used = set()
-    for at, name in enumerate(named):
+    for at, (name, _) in enumerate(named):
         runs = completed.filter(pl.col("protocol") == name)
         begin = 0.0
         for resource, column in zip(Resource, PATH_COLUMNS, strict=True):
@@ -136,7 +143,7 @@ def _paths(axis: Axes, below: Axes, completed: pl.DataFrame, named: list[str]) -
                 at, mean, left=begin, height=0.7, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0
             )
             begin += mean
-    axis.set_yticks(range(len(named)), named)
+    axis.set_yticks(range(len(named)), [label for _, label in named])
     axis.set_ylim(len(named) - 0.5, -0.5)
     axis.set_title(
         "critical path by resource (sums, not in order of time)", loc="left", fontsize=9.5, fontweight="bold"
