@@ -125,7 +125,7 @@ def _labelled(name: str, frame: pl.DataFrame) -> tuple[str, str]:
     """A protocol, and what stands beside its bar: how many runs there are in it, if not all."""
     runs = frame.filter(pl.col("protocol") == name)
     done = completed_runs(runs).height
-    return name, name if done == runs.height else f"{name} ({done} of {runs.height} runs)"
+    return name, name if done == runs.height else f"{name}\n({done} of {runs.height} runs)"
 
 
 def _paths(axis: Axes, below: Axes, completed: pl.DataFrame, named: list[tuple[str, str]]) -> None:
