@@ -20,7 +20,7 @@ test: $(VENV)/dev.stamp
 	@$(BIN)/python -m pytest -q -n auto
 
 validate: $(VENV)/core.stamp
-	@$(BIN)/proto-v3 validate
+	@$(BIN)/proto-v3 validate --seeds 30
 
 docs: $(VENV)/core.stamp
 	@$(BIN)/python -m proto_v3.fsm_diagram > docs/states.md

@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import enum
 import errno
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from proto_v3.bell import Bell
 from proto_v3.channel import Channel
@@ -131,13 +132,25 @@ class Source(abc.ABC):
         with contextlib.suppress(OSError):
             await self.channels[0].tell(Kind.CANCEL)
 
-    def given_up(self, start_ns: int) -> OutcomeKind | None:
-        """Whether pre-copy is to end without a switchover: it takes too long, or the user cancelled it."""
-        settings = self.side.settings
-        elapsed_ns = self.now_ns - start_ns
-        if settings.cancel_ns is not None and elapsed_ns >= settings.cancel_ns:
+    async def unless_cancelled(
+        self, start_ns: int, precopy: Coroutine[Any, Any, OutcomeKind | None]
+    ) -> OutcomeKind | None:
+        """Pre-copy, which the user may cancel at any time: also while a send or a read waits (migrate_cancel)."""
+        cancel_ns = self.side.settings.cancel_ns
+        left_s = None if cancel_ns is None else max(0, start_ns + cancel_ns - self.now_ns) / 1e9
+        user = asyncio.timeout(left_s)
+        try:
+            async with user:
+                return await precopy
+        except TimeoutError:
+            if not user.expired():  # an OSError, ETIMEDOUT: something failed
+                raise
             return OutcomeKind.CANCELLED
-        return OutcomeKind.DID_NOT_CONVERGE if elapsed_ns > settings.give_up_ns else None
+
+    def given_up(self, start_ns: int) -> OutcomeKind | None:
+        """Whether pre-copy is to end without a switchover, for it takes too long."""
+        too_long = self.now_ns - start_ns > self.side.settings.give_up_ns
+        return OutcomeKind.DID_NOT_CONVERGE if too_long else None
 
     @property
     def now_ns(self) -> int:

@@ -13,7 +13,6 @@ been reconfigured.
 
 from __future__ import annotations
 
-import asyncio
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,7 +115,7 @@ class V2Source(Source):
             listening = beside.start(self.back.listen(), "source return path")
             senders = [beside.start(work, track) for work, track in self._senders.work()] if self._senders else []
             await self._open()
-            outcome = await self._precopy_or_cancel(start)
+            outcome = await self.unless_cancelled(start, self._precopy(start))
             if outcome is None:
                 await self.stop_guest()
                 await self._drain()
@@ -143,16 +142,6 @@ class V2Source(Source):
         self._known = {index: _Known() for index in self.fds}
 
     # --- pre-copy -----------------------------------------------------------------------------------------------------
-
-    async def _precopy_or_cancel(self, start_ns: int) -> OutcomeKind | None:
-        """Pre-copy, which the user may cancel at any time: also while a send or a read waits (migrate_cancel)."""
-        cancel_ns = self.side.settings.cancel_ns
-        left_s = None if cancel_ns is None else max(0, start_ns + cancel_ns - self.now_ns) / 1e9
-        try:
-            async with asyncio.timeout(left_s):
-                return await self._precopy(start_ns)
-        except TimeoutError:
-            return OutcomeKind.CANCELLED
 
     async def _precopy(self, start_ns: int) -> OutcomeKind | None:
         """Iterate until the guest can be stopped; or how it ended without that."""

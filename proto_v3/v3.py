@@ -109,7 +109,7 @@ class V3Source(Source):
             live = list(self.fds)
             for device in live:
                 await self._start_streams(tasks, device)
-            outcome = await self._converge(start_ns)
+            outcome = await self.unless_cancelled(start_ns, self._converge(start_ns))
             self._decided.set()
             if outcome is None:
                 await self.stop_guest()
@@ -210,10 +210,8 @@ class V3Source(Source):
                 await self.side.machine.ram.sync()
                 await self._ask_streams()
                 stop_copy = [await device.stop_copy_bytes() for device in self.side.devices]
-                for stream in self._streams:
-                    stop_copy[stream.device] -= (
-                        stream.unread_bytes
-                    )  # what is left beyond that: it has its own line below
+                for stream in self._streams:  # what is left beyond its unread bytes, which _fits() adds by itself
+                    stop_copy[stream.device] -= stream.unread_bytes
                 if self._fits(switchover, [max(0, size) for size in stop_copy]) and await self._ready():
                     return None
         return outcome

@@ -134,9 +134,7 @@ class MachineModel:
         """See proto_v3.machine.Machine."""
         if self._vmm.other_load_ms:
             start = now_ns()
-            async with (
-                self._config_lock
-            ):  # QEMU's big lock: waiting for it is waiting for a config, the same fixed cost
+            async with self._config_lock:  # QEMU's big lock; to wait for it is to wait for a config, a fixed cost too
                 await sleep_ns(ns(self._vmm.other_load_ms))
                 self._timeline.work(Resource.FIXED, "other devices", start)
 

@@ -435,9 +435,8 @@ class SaveStream:
     def _undone_bytes(self) -> int:
         """What the device could save now besides what is planned: it became dirty since."""
         if self._driver.precopy != "incremental":
-            return (
-                0  # a driver that rereads tells of a context only when it has it; one that checks has nothing to tell
-            )
+            # One that rereads tells of a context only when it has it; one that checks has nothing to tell of.
+            return 0
         objects, blocks = self._dirty_objects(), self._dirty_blocks(stopped=False)
         # What is planned is dirty too, until its SAVE starts; only the numbers matter here.
         objects = objects[: len(objects) - len(self._plan_objects)]

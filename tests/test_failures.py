@@ -5,6 +5,7 @@ Whatever happens, never two sides run the guest, and one does at the end: the so
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,7 @@ from sim.run import Outcome, _Run
 from sim.save import SaveStream
 from sim.scenario import Scenario
 from sim.schema import ns
+from sim.stream import fails
 
 PROTOCOLS = ["v2", "v2-multifd", "v2-multifd-reinit-flush-ack-reusable", "v3-n1", "v3-n3"]
 FEATURES = {
@@ -180,6 +182,22 @@ def test_a_cancel_at_any_time_ends_it_in_pre_copy_or_changes_nothing(at_ms: floa
         watched.check_the_source_goes_on()
     else:
         assert outcome == Watched(small_scenario(changes), name).outcome()
+
+
+@pytest.mark.parametrize("cancels", [{}, {"vmm.cancel_after_s": 0.3}])
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_call_that_times_out_is_a_failure_not_a_cancel(
+    name: str, cancels: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def times_out(self: SaveStream) -> None:
+        await clock.sleep_ns(ns(1))
+        raise fails(errno.ETIMEDOUT)  # which Python makes a TimeoutError
+
+    monkeypatch.setattr(SaveStream, "stream_info" if name.startswith("v3") else "precopy_info", times_out)
+    outcome = Watched(small_scenario(ENDLESS | cancels), name).outcome()
+    assert outcome.kind is OutcomeKind.FAILED
+    assert outcome.reason.endswith(os.strerror(errno.ETIMEDOUT))
+    assert outcome.guest_runs_at == "source"
 
 
 # --- an arc fails ----------------------------------------------------------------------------------------------------
