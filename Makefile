@@ -17,6 +17,7 @@ demo: $(VENV)/core.stamp
 	@$(BIN)/proto-v3 compare mlx5-2vf --out results/demo
 
 test: $(VENV)/dev.stamp
+	@$(HAS_CC) || $(MAKE) --no-print-directory debian-cc
 	@$(BIN)/python -m pytest -q -n auto
 
 validate: $(VENV)/core.stamp
@@ -54,6 +55,18 @@ debian-venv:
 	fi
 	@$(HAS_VENV) || { echo 'set-up: this Python cannot make virtual environments; on Debian, as root:' \
 		'apt-get install python3-venv' >&2; exit 1; }
+
+# For the tests of docs/vfio_v3.h alone: without a C compiler and the kernel's headers they are skipped.
+HAS_CC = echo '\#include <linux/types.h>' | cc -E -x c - >/dev/null 2>&1
+CC_PACKAGES = gcc libc6-dev linux-libc-dev
+.PHONY: debian-cc
+debian-cc:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo 'set-up: no C compiler: installing the packages $(CC_PACKAGES)'; \
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends $(CC_PACKAGES) >/dev/null; \
+	fi || true
+	@$(HAS_CC) || echo 'set-up: no C compiler: what needs one is not tested; on Debian, as root:' \
+		'apt-get install $(CC_PACKAGES)' >&2
 
 # The locks name no index and no host: pip and its configuration decide where packages come from.
 UV_COMPILE = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \

@@ -30,11 +30,14 @@ class Channel:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self.bytes_sent = 0
+        self.messages_sent = 0
+        """Of the frames, those without payload: what the protocol says beside the data."""
 
     async def send(self, frame: Frame) -> None:
         """Send one frame; waits while the connection is full."""
         header = encode_header(frame)
         self.bytes_sent += len(header) + len(frame.payload)
+        self.messages_sent += not len(frame.payload)
         await self._transport.send(header, frame.payload)
 
     async def tell(self, kind: Kind, device: int = 0, stream: int = 0, value: int = 0) -> None:

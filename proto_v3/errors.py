@@ -6,6 +6,8 @@ argument), what this side of a migration did wrong, and what the peer did wrong 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class ProtoV3Error(Exception):
     """Base of every error that this project raises on purpose."""
@@ -25,3 +27,16 @@ class PeerProtocolError(ProtoV3Error):
 
 class PeerFailedError(ProtoV3Error):
     """The other side said that it cannot go on."""
+
+
+class LostAfterCommitError(ProtoV3Error):
+    """This side gave up its right to run the guest, and does not know whether the target runs it."""
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors of a group, and of the groups in it; or the error itself."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    else:
+        yield error

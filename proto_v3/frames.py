@@ -1,7 +1,8 @@
 """The wire: a msgpack header, and the payload raw behind it.
 
-A header is the array `[kind, device, stream, value, payload_bytes]`. The payload is never looked into: it is the
-driver's stream, or pages of RAM, and only its length and slices of it are used.
+A header is the array `[kind, device, stream, value, payload_bytes]`, and a frame of a shared connection has its place
+behind that. The payload is never looked into: it is the driver's stream, or pages of RAM, and only its length and
+slices of it are used. (HELLO's is the protocol's own.)
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import msgpack
 from proto_v3.errors import PeerProtocolError
 
 MAX_HEADER_BYTES = 64
-"""No header of ours is longer: five integers of at most nine bytes each, and the array's own byte."""
+"""No header of ours is longer: six integers of at most nine bytes each, and the array's own byte."""
 
 
 class Payload(Protocol):
@@ -49,12 +50,15 @@ class Kind(enum.IntEnum):
     PACKET = 13  # multifd; value: its place among the device's packets; payload: bytes of the device's stream
     SYNC = 14  # multifd: no RAM follows on this connection
     SWITCHOVER_START = 15  # multifd: the guest is stopped, load threads start
+    HELLO = 16  # v3, in both directions, before all else; payload: see proto_v3/negotiate.py
+    LAST = 17  # v3, blocks; payload: the END record, to be written when all lanes of the device are at their ends
     # target to source
     EPOCH_LOADED = 20  # v3; value: the epoch whose critical data is all loaded
     LOADED = 21  # everything is loaded; the target waits for COMMIT (v3)
     RESUMED = 22  # the guest runs at the target
     SWITCHOVER_ACK = 23  # v2; value: the request that it answers, 0 for all devices at once
     FAILED = 24  # the target cannot go on
+    CREDIT = 25  # v3, shared connections; stream: 0 critical, 1 dirty; value: bytes that its driver took
     # source to target, after LOADED
     COMMIT = 30  # v3: the source gives up its right to run
 
@@ -68,12 +72,14 @@ class Frame:
     stream: int = 0
     value: int = 0
     payload: Payload = EMPTY
+    place: int = 0
+    """On a shared connection: its place in its lane, from 1."""
 
 
 def encode_header(frame: Frame) -> bytes:
     """The bytes that go before the frame's payload."""
-    fields = (int(frame.kind), frame.device, frame.stream, frame.value, len(frame.payload))
-    header: bytes = msgpack.packb(fields)
+    fields = [int(frame.kind), frame.device, frame.stream, frame.value, len(frame.payload)]
+    header: bytes = msgpack.packb([*fields, frame.place] if frame.place else fields)
     return header
 
 
@@ -85,12 +91,12 @@ def decode(header: bytes, payload: Payload) -> Frame:
         fields = msgpack.unpackb(header)
     except Exception as error:  # msgpack raises several unrelated types on bad input
         raise PeerProtocolError(f"frame header is not msgpack: {error}") from error
-    if not isinstance(fields, list) or len(fields) != 5 or not all(type(f) is int and f >= 0 for f in fields):
-        raise PeerProtocolError(f"frame header is not five unsigned integers: {fields!r}")
-    kind, device, stream, value, payload_bytes = fields
+    if not isinstance(fields, list) or len(fields) not in (5, 6) or not all(type(f) is int and f >= 0 for f in fields):
+        raise PeerProtocolError(f"frame header is not five or six unsigned integers: {fields!r}")
+    kind, device, stream, value, payload_bytes, *place = fields
     if payload_bytes != len(payload):
         raise PeerProtocolError(f"frame header promises {payload_bytes} bytes of payload, {len(payload)} came")
     try:
-        return Frame(Kind(kind), device, stream, value, payload)
+        return Frame(Kind(kind), device, stream, value, payload, *place)
     except ValueError as error:
         raise PeerProtocolError(f"unknown frame kind {kind}") from error

@@ -11,14 +11,21 @@ import asyncio
 import contextlib
 import enum
 import errno
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from proto_v3.bell import Bell
 from proto_v3.channel import Channel
 from proto_v3.device import DataFd, MigrationDevice
-from proto_v3.errors import LocalProtocolError, PeerFailedError, PeerProtocolError, ProtoV3Error
+from proto_v3.errors import (
+    LocalProtocolError,
+    LostAfterCommitError,
+    PeerFailedError,
+    PeerProtocolError,
+    ProtoV3Error,
+    leaves,
+)
 from proto_v3.frames import Frame, Kind, Payload
 from proto_v3.machine import Machine
 from proto_v3.switchover import Switchover, SwitchoverSettings
@@ -53,8 +60,10 @@ class Side:
 class ReturnPath:
     """What the target tells the source on the main channel, heard beside everything else that the source does."""
 
-    def __init__(self, channel: Channel, devices: int) -> None:
+    def __init__(self, channel: Channel, devices: int, own: Callable[[Frame], bool] = lambda _: False) -> None:
+        """`own` takes a frame that only one protocol has; False if it is not due."""
         self._channel = channel
+        self._own = own
         self._bell = Bell()
         self.acked = [0] * devices
         """By device: the newest request for a switchover-ack that was answered."""
@@ -79,7 +88,7 @@ class ReturnPath:
                     self._heard.add(frame.kind)
                 case Kind.FAILED:
                     raise PeerFailedError("the target failed")
-                case _:
+                case _ if not self._own(frame):
                     raise PeerProtocolError(f"{frame.kind.name} came on the return path, where it is not due")
             self._bell.ring()
 
@@ -99,6 +108,12 @@ class Source(abc.ABC):
         """By device: its session's data fd. In pre-copy, of the devices that have pre-copy."""
 
         self.back = ReturnPath(channels[0], len(side.devices))
+        self.retries = 0
+        """Orders to stop the guest that were taken back."""
+        self.retries_stopped_ns = 0
+        """How long the guest stood still for them, in all."""
+        self.late_looks = 0
+        """v3: devices that the last look found to have an epoch that is not loaded, at all orders to stop."""
 
     @property
     def handed_over(self) -> bool:
@@ -112,8 +127,16 @@ class Source(abc.ABC):
         except UnsupportedError:
             raise
         except (OSError, ProtoV3Error, ExceptionGroup) as error:
-            if not self.handed_over or _peer_failed(error):
-                await self.recover()
+            causes = list(leaves(error))
+            if self.handed_over and not any(isinstance(cause, PeerFailedError) for cause in causes):
+                why = "; ".join(dict.fromkeys(str(cause) for cause in causes))
+                raise LostAfterCommitError(
+                    f"the target may run the guest, but did not say so ({why}): it stays stopped here, its devices as "
+                    "they are; whoever manages the two must look at the target before it is started anywhere"
+                ) from error
+            await self.recover()
+            with contextlib.suppress(OSError):  # last of all: it waits for room, if the target reads no more
+                await self.channels[0].tell(Kind.CANCEL)
             raise
 
     @abc.abstractmethod
@@ -129,8 +152,6 @@ class Source(abc.ABC):
             await _set_or_reset(device, State.RUNNING)
         if not self.side.machine.running:
             await self.side.machine.start_vcpus()
-        with contextlib.suppress(OSError):
-            await self.channels[0].tell(Kind.CANCEL)
 
     async def unless_cancelled(
         self, start_ns: int, precopy: Coroutine[Any, Any, OutcomeKind | None]
@@ -167,10 +188,11 @@ class Source(abc.ABC):
             if MigrationFlags.PRE_COPY in await device.migration_flags():
                 await self._enter(index, State.PRE_COPY)
 
-    async def stop_guest(self) -> None:
+    async def stop_guest(self) -> bool:
         """Stop the vCPUs; then all devices to P2P where they have it, then each to STOP_COPY (QEMU's two passes).
 
         One without a session goes to STOP, and to STOP_COPY when its turn comes to be read (vfio_vmstate_change).
+        False if settled() said no: the guest runs again, pre-copy goes on.
         """
         timeline = self.side.timeline
         timeline.mark(Mark.STOP_ORDERED)
@@ -180,6 +202,12 @@ class Source(abc.ABC):
         for index, device in enumerate(self.side.devices):
             if MigrationFlags.P2P in await device.migration_flags():
                 await device.set_state(State.PRE_COPY_P2P if index in self.fds else State.RUNNING_P2P)
+        if not await self.settled():
+            await self._start_guest_again()
+            timeline.stage("retry", start, self.retries)
+            self.retries += 1
+            self.retries_stopped_ns += timeline.now_ns() - start
+            return False
         for index in range(len(self.side.devices)):
             if index in self.fds:
                 await self._enter(index, State.STOP_COPY)
@@ -187,6 +215,17 @@ class Source(abc.ABC):
                 await self.side.devices[index].set_state(State.STOP)
         timeline.mark(Mark.STOPPED)
         timeline.stage("stop", start)
+        return True
+
+    async def settled(self) -> bool:
+        """vCPUs stopped, devices in P2P: whether to go on to STOP_COPY. A protocol may want to go back instead."""
+        return True
+
+    async def _start_guest_again(self) -> None:
+        for index, device in enumerate(self.side.devices):
+            if MigrationFlags.P2P in await device.migration_flags():
+                await device.set_state(State.PRE_COPY if index in self.fds else State.RUNNING)
+        await self.side.machine.start_vcpus()
 
     async def ready_to_drain(self, index: int) -> DataFd:
         """The data fd of a device that is read to its end now; one without a session begins it
@@ -319,13 +358,6 @@ async def _set_or_reset(device: MigrationDevice, state: State) -> None:
         await device.set_state(state)
     except OSError:
         await device.reset()
-
-
-def _peer_failed(error: Exception) -> bool:
-    """Whether the target said itself that it failed, and so does not run the guest."""
-    if isinstance(error, ExceptionGroup):
-        return any(_peer_failed(inner) for inner in error.exceptions)
-    return isinstance(error, PeerFailedError)
 
 
 async def read_some(fd: DataFd, max_bytes: int) -> Payload | None:

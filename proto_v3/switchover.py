@@ -59,28 +59,35 @@ class Switchover:
         return pending_bytes == 0 or pending_bytes < self.threshold_bytes
 
 
-class BusyRate:
-    """What one connection carries while it has something to send; for a VMM that has several.
+class Backlog:
+    """One part of what is left, RAM or a device, that moves beside the others: it must fit by itself, too.
 
-    The sum over connections says nothing about how soon the fullest of them is through, and a connection that had
-    nothing to send says nothing about how much it could. So each is measured over its own busy time: reading, and
-    waiting for the device or the network included. The last full window counts, or what there is of the first.
+    The sum says nothing about how soon one part is through. A part is measured over the last window in which it never
+    ran dry. One that ran dry since keeps up with its source, and is not judged; nor can one be that did neither yet.
     """
 
-    def __init__(self, window_ns: int) -> None:
-        self._window_ns = window_ns
-        self._bytes = 0
-        self._busy_ns = 0
-        self._first = True
-        self.bytes_per_s = 0.0
+    def __init__(self, settings: SwitchoverSettings, now_ns: int) -> None:
+        self._settings = settings
+        self._window_start_ns = now_ns
+        self._window_bytes = 0
+        self._bytes_per_s: float | None = None
+        self._ran_dry = False
 
-    def add(self, sent_bytes: int, busy_ns: int) -> None:
-        """Take note of bytes sent and the time that it took."""
-        self._bytes += sent_bytes
-        self._busy_ns += busy_ns
-        full = self._busy_ns >= self._window_ns
-        if self._busy_ns and (full or self._first):
-            self.bytes_per_s = self._bytes * NS_PER_S / self._busy_ns
-        if full:
-            self._bytes = self._busy_ns = 0
-            self._first = False
+    def sample(self, now_ns: int, bytes_sent: int, left_bytes: int) -> None:
+        """Take note of all bytes of this part sent since the start, and of what is left of it as far as is known."""
+        elapsed_ns = now_ns - self._window_start_ns
+        if left_bytes == 0:
+            self._bytes_per_s, self._ran_dry = None, True
+        elif elapsed_ns < self._settings.bandwidth_window_ns:
+            return
+        else:
+            self._bytes_per_s = (bytes_sent - self._window_bytes) * NS_PER_S / elapsed_ns
+        self._window_start_ns, self._window_bytes = now_ns, bytes_sent
+
+    def fits(self, left_bytes: int) -> bool:
+        """Whether so much of it can be sent within the downtime limit."""
+        if left_bytes == 0 or self._settings.given_bandwidth_bytes_per_s is not None:
+            return True
+        if self._bytes_per_s is None:
+            return self._ran_dry
+        return left_bytes < self._bytes_per_s * self._settings.downtime_limit_ns / NS_PER_S

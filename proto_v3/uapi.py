@@ -56,6 +56,9 @@ def _io(number: int) -> int:
 VFIO_DEVICE_RESET = _io(11)
 VFIO_DEVICE_FEATURE = _io(17)
 VFIO_MIG_GET_PRECOPY_INFO = _io(21)  # on a data fd, not on the device
+VFIO_MIG_GET_STREAM = _io(22)  # v3, experimental: on the critical fd
+VFIO_MIG_GET_STREAM_INFO = _io(23)  # v3, experimental: on any stream's fd
+VFIO_MIG_GET_DIRTY_BLOCKS = _io(24)  # v3, experimental: on the fd of blocks
 
 
 class Feature(enum.IntEnum):
@@ -68,6 +71,7 @@ class Feature(enum.IntEnum):
     DMA_LOGGING_REPORT = 8
     MIG_DATA_SIZE = 9
     MIG_PRECOPY_INFOV2 = 12
+    MIG_STREAMS = 14  # v3, experimental: the next number that is free; 13 is ZPCI_ERROR in Linux 7.3-rc1
 
 
 FEATURE_MASK = 0xFFFF
@@ -84,6 +88,7 @@ class FeatureOp(enum.IntFlag):
 class CType(enum.StrEnum):
     """The C types of the header's members, as `struct` formats: native byte order, standard sizes, no padding."""
 
+    U16 = "=H"
     U32 = "=I"
     S32 = "=i"
     U64 = "=Q"
@@ -238,13 +243,159 @@ class PrecopyInfo(Structure):
         return cls(members["initial_bytes"], members["dirty_bytes"], PrecopyFlags(members["flags"]))
 
 
-@dataclass(frozen=True, slots=True)
-class StreamInfo:
-    """v3, experimental: what `MIG_GET_STREAM_INFO` on a stream's fd answers.
+# --- v3, experimental: as docs/vfio_v3.h has it in C ------------------------------------------------------------------
 
-    `epoch` is the newest generation of critical data that the device has begun; `pending_bytes` are this stream's
-    unread bytes, those that wait to be saved included.
+
+class StreamFlags(enum.IntFlag):
+    """How a device's state is to be read (`VFIO_MIG_STREAMS_*`)."""
+
+    BLOCKS = 1 << 0  # one fd of addressable blocks in place of the dirty streams
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureMigStreams(Structure):
+    """`struct vfio_device_feature_mig_streams`: data of MIG_STREAMS, GET and SET."""
+
+    LAYOUT: ClassVar = {"dirty_streams": CType.U32, "flags": CType.U32}
+    dirty_streams: int  # GET: the most that the device has. SET: how many, 0 for v2
+    flags: StreamFlags = field(default=StreamFlags(0))  # GET: what the device can do. SET: what the caller wants
+
+    @classmethod
+    def unpack(cls, buffer: Buffer) -> Self:
+        """As Structure.unpack(); bits that have no name are kept."""
+        members = cls.members(buffer)
+        return cls(members["dirty_streams"], StreamFlags(members["flags"]))
+
+
+@dataclass(frozen=True, slots=True)
+class GetStream(Structure):
+    """`struct vfio_mig_get_stream`: what `VFIO_MIG_GET_STREAM` on the critical fd takes and answers."""
+
+    LAYOUT: ClassVar = {"argsz": CType.U32, "flags": CType.U32, "index": CType.U32, "fd": CType.S32}
+    argsz: int
+    flags: int  # none is defined
+    index: int  # from 0
+    fd: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class StreamInfo(Structure):
+    """`struct vfio_mig_stream_info`: what `VFIO_MIG_GET_STREAM_INFO` on any stream's fd answers."""
+
+    LAYOUT: ClassVar = {"argsz": CType.U32, "flags": CType.U32, "epoch": CType.U64, "pending_bytes": CType.U64}
+    epoch: int
+    """The newest generation of critical data that the device has begun."""
+    pending_bytes: int
+    """This stream's unread bytes, those that wait to be saved included."""
+    flags: int = 0  # none is defined
+
+    @property
+    def argsz(self) -> int:
+        """Bytes of the structure."""
+        return self.SIZE
+
+    @classmethod
+    def unpack(cls, buffer: Buffer) -> Self:
+        """As Structure.unpack(); the caller's argsz is not kept."""
+        members = cls.members(buffer)
+        return cls(members["epoch"], members["pending_bytes"], members["flags"])
+
+
+@dataclass(frozen=True, slots=True)
+class GetDirtyBlocks(Structure):
+    """`struct vfio_mig_dirty_blocks`: what `VFIO_MIG_GET_DIRTY_BLOCKS` on the fd of blocks takes and answers."""
+
+    LAYOUT: ClassVar = {
+        "argsz": CType.U32,
+        "flags": CType.U32,
+        "block_bytes": CType.U64,
+        "blocks": CType.U64,
+        "bitmap": CType.U64,
+    }
+    argsz: int
+    flags: int  # none is defined
+    block_bytes: int  # answered
+    blocks: int  # in: bits that the bitmap has room for; out: blocks of the device
+    bitmap: int  # address of the bitmap; the kernel sets bits in it and clears none
+
+
+class RecordClass(enum.IntEnum):
+    """What a record of a stream is (`VFIO_MIG_RECORD_*`). A VMM does not look at it."""
+
+    CRITICAL = 1
+    DIRTY = 2
+    END = 3
+    BLOCKS = 4  # of the fd of blocks
+
+
+class RecordFlags(enum.IntFlag):
+    """What a critical record says (`VFIO_MIG_RECORD_F_*`)."""
+
+    EPOCH_COMPLETE = 1 << 0  # the last critical record of its epoch
+    INVALIDATES = 1 << 1  # the payload begins with a RecordRanges and its ranges
+
+
+@dataclass(frozen=True, slots=True)
+class RecordHeader(Structure):
+    """`struct vfio_mig_record`: what is before each record's payload."""
+
+    LAYOUT: ClassVar = {
+        "record_class": CType.U16,
+        "stream": CType.U16,
+        "flags": CType.U32,
+        "epoch": CType.U64,
+        "sequence": CType.U64,
+        "length": CType.U64,
+    }
+    record_class: int
+    stream: int  # 0 is the critical one
+    flags: int
+    epoch: int
+    sequence: int  # from 0, in its stream
+    length: int  # bytes of the payload
+
+
+@dataclass(frozen=True, slots=True)
+class RecordEnd(Structure):
+    """`struct vfio_mig_record_end`: an END record's payload; it tells of all records before it in the stream.
+
+    On the fd of blocks it tells of all blocks as they are: their number, 0 bytes, a digest of their versions.
     """
 
+    LAYOUT: ClassVar = {"records": CType.U64, "bytes": CType.U64, "digest": CType.U64}
+    records: int
+    bytes: int  # headers included
+    digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordRanges(Structure):
+    """`struct vfio_mig_record_ranges`: how many BlockRange follow."""
+
+    LAYOUT: ClassVar = {"count": CType.U64}
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRange(Structure):
+    """`struct vfio_mig_block_range`: dirty data of these blocks is invalid if it is of an epoch before `epoch`."""
+
+    LAYOUT: ClassVar = {"first_block": CType.U64, "blocks": CType.U64, "epoch": CType.U64}
+    first_block: int
+    blocks: int
     epoch: int
-    pending_bytes: int
+
+    @property
+    def slice(self) -> slice:
+        """Of arrays by block."""
+        return slice(self.first_block, self.first_block + self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordBlocks(Structure):
+    """`struct vfio_mig_record_blocks`: a BLOCKS record's payload begins so; a U64 version a block, and their data
+    follow."""
+
+    LAYOUT: ClassVar = {"first_block": CType.U64, "blocks": CType.U64}
+    first_block: int
+    blocks: int

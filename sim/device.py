@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from proto_v3.uapi import BlockRange
 from sim.guest import Activity, Int32
 from sim.schema import KIB
 from sim.sections import Device
@@ -35,9 +36,12 @@ class DeviceState:
         self.epoch = 1
         self.on_new_events: Callable[[], None] | None = None
         """Called when reconfigurations are put in that were not foreseen."""
+        self.on_epochs: Callable[[int, int], None] | None = None
+        """Called when epochs began, with the first and the last of them."""
         self._writes = 0
         self._reconfigurations = 0
         self._stopped_ns: int | None = None
+        self._stop_orders = 0
 
     def advance(self, now_ns: int) -> None:
         """Apply what the guest did up to now, or up to when it was stopped."""
@@ -50,8 +54,20 @@ class DeviceState:
         events = self.activity.reconfigurations_until(now_ns)
         if events > self._reconfigurations:
             np.add.at(self.object_version, self.activity.reconfiguration_objects[self._reconfigurations : events], 1)
+            first = self.epoch + 1
             self.epoch += events - self._reconfigurations
             self._reconfigurations = events
+            if self.on_epochs is not None:
+                self.on_epochs(first, self.epoch)
+
+    def touched_blocks(self, epoch: int) -> BlockRange:
+        """The blocks whose earlier data the reconfiguration that began an epoch made invalid."""
+        first, count = self.activity.reconfiguration_blocks[epoch - 2]  # the device starts in epoch 1
+        return BlockRange(int(first), int(count), epoch)
+
+    def invalidate(self, blocks: BlockRange) -> None:
+        """What was ever saved of these blocks counts no more: they are dirty again."""
+        self.saved[blocks.slice] = -1
 
     def next_reconfiguration_ns(self) -> int | None:
         """When the guest reconfigures the device next; None if it does not any more."""
@@ -64,7 +80,9 @@ class DeviceState:
     def order_stop(self, now_ns: int) -> None:
         """The vCPUs are about to be stopped: what the scenario has the guest do until they are."""
         self.advance(now_ns)  # those that are put in come after what was applied
-        if len(self.activity.during_stop_ns):
+        self._stop_orders += 1
+        plan = self.spec.reconfigurations
+        if plan is not None and plan.during_stop_ms and self._stop_orders <= plan.during_stops:
             self.activity = self.activity.with_events_during_stop(now_ns)
             if self.on_new_events is not None:
                 self.on_new_events()

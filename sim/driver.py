@@ -2,7 +2,9 @@
 
 One driver has both faces. Without MIG_STREAMS it is v2: one stream that carries everything, critical objects first.
 With it, the session has a critical stream and N dirty ones; a block's home is the dirty stream of its number modulo N,
-so that order per stream gives order per block.
+so that order per stream gives order per block. Or, with BLOCKS, a critical stream and one fd of addressable blocks.
+
+In v3 an error on any stream puts the device in ERROR, and every stream answers EIO from then on.
 
 SET_STATE, GET_PRECOPY_INFO, MIG_DATA_SIZE and v2's write() take turns under the state mutex; read() does not take it
 (Linux drivers/vfio/pci/mlx5/main.c).
@@ -15,17 +17,22 @@ import errno
 from contextlib import nullcontext
 
 from proto_v3 import fsm
-from proto_v3.device import DataFd
+from proto_v3.device import NO_STREAM_FLAGS, DataFd
 from proto_v3.timeline import Resource
-from proto_v3.uapi import MigrationFlags, State
+from proto_v3.uapi import FeatureMigStreams, MigrationFlags, State, StreamFlags
+from sim.blocks import BlocksLoadSession, LoadBlocks, SaveBlocks
 from sim.clock import now_ns, sleep_ns
 from sim.device import DeviceState, Image
 from sim.load import LoadSession, LoadStream
+from sim.load_v3 import V3LoadSession, V3LoadStream
+from sim.record import HEADER_BYTES, V3_HEADER_BYTES
 from sim.resource import Lock
-from sim.save import SaveStream, image_bytes
+from sim.save import image_bytes
+from sim.save_v2 import V2Stream
+from sim.save_v3 import CriticalStream, DirtyStream
 from sim.schema import ns
 from sim.sections import Device, Driver
-from sim.stream import CriticalLoad, DriverLock, ReadCounts, Surroundings, fails
+from sim.stream import CriticalLoad, DriverLock, Faults, LoadCounts, ReadCounts, Session, Surroundings, fails
 
 RUNS = (State.RUNNING, State.PRE_COPY)
 RUNS_P2P = (State.RUNNING_P2P, State.PRE_COPY_P2P)
@@ -60,16 +67,19 @@ class SimDriver:
         self._image = image
         self._state = State.RUNNING
         self._precopy_info_v2 = False
-        self._resets = 0
+        self._breaks = 0  # resets, and v3's failures, so far
         self._dirty_streams = 0
+        self._stream_flags = NO_STREAM_FLAGS
         self.read_counts: list[ReadCounts] = []
         """What reading took, one entry a stream, of every session so far."""
         self.critical_loads: list[CriticalLoad] = []
         """What critical data was loaded, in every session so far."""
+        self.load_counts: list[LoadCounts] = []
+        """What loading took, one entry a session so far."""
         side = "source" if state is not None else "target"
-        self._faults = [fault for fault in spec.faults if fault.side == side for _ in range(fault.times)]
-        self._saving: list[SaveStream] = []
-        self._loading: list[LoadStream] = []
+        self._faults = Faults([fault for fault in spec.faults if fault.side == side])
+        self._saving: list[V2Stream | CriticalStream | DirtyStream | SaveBlocks] = []
+        self._loading: list[DataFd] = []
         self._load_session: LoadSession | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._watching: asyncio.Task[None] | None = None
@@ -89,10 +99,10 @@ class SimDriver:
         """See proto_v3.device.MigrationDevice."""
         fd: DataFd | None = None
         async with self._state_lock:
-            resets = self._resets
+            breaks = self._breaks
             for hop in fsm.path(self._state, target, self._spec.flags):
                 await self._pay_for(hop)
-                if self._resets != resets:  # it won: the device is in RUNNING, and this call failed on the way
+                if self._breaks != breaks:  # the device is in RUNNING, or ERROR: this call failed on the way
                     raise fails(errno.EIO)
                 self._fail_if_told(hop)
                 fd = self._enter(hop)
@@ -101,10 +111,8 @@ class SimDriver:
 
     def _fail_if_told(self, hop: State) -> None:
         """The scenario's faults: the arc fails, and the device stays where it is on the path, or is in ERROR."""
-        arc = f"{self._state.name} -> {hop.name}"
-        fault = next((fault for fault in self._faults if fault.arc == arc), None)
+        fault = self._faults.of_arc(f"{self._state.name} -> {hop.name}")
         if fault is not None:
-            self._faults.remove(fault)
             if fault.leaves == "ERROR":
                 self._end_sessions()
                 self._state = State.ERROR
@@ -114,7 +122,7 @@ class SimDriver:
         """See proto_v3.device.MigrationDevice."""
         # Not under the state mutex: mlx5 does it when whoever holds that lets go (deferred_reset), with the same
         # effect.
-        self._resets += 1
+        self._breaks += 1
         self._end_sessions()
         self._state = State.RUNNING
 
@@ -123,7 +131,8 @@ class SimDriver:
         async with self._state_lock:
             if self._saving:
                 return sum(stream.left_bytes() for stream in self._saving)
-            return image_bytes(self._spec, self._settings, self._spec.critical.objects, self._spec.blocks)
+            header_bytes = V3_HEADER_BYTES if self._dirty_streams else HEADER_BYTES
+            return image_bytes(self._spec, self._settings, self._spec.critical.objects, self._spec.blocks, header_bytes)
 
     async def set_precopy_info_v2(self) -> None:
         """See proto_v3.device.MigrationDevice."""
@@ -131,26 +140,25 @@ class SimDriver:
             raise fails(errno.EINVAL)
         self._precopy_info_v2 = True
         for stream in self._saving:
-            stream.reports_reinit = True
+            if isinstance(stream, V2Stream):
+                stream.reports_reinit = True
 
-    async def max_dirty_streams(self) -> int:
-        """See proto_v3.device.MigrationDevice."""
-        return self._spec.max_dirty_streams
+    async def streams(self) -> FeatureMigStreams:
+        """See proto_v3.device.MigrationDevice. Blocks need a device that knows which of them became dirty."""
+        if MigrationFlags.MULTI_STREAM not in self._spec.flags:
+            raise fails(errno.ENOTTY)
+        able = StreamFlags.BLOCKS if self._settings.precopy == "incremental" else NO_STREAM_FLAGS
+        return FeatureMigStreams(self._spec.max_dirty_streams, able)
 
-    async def set_streams(self, dirty_streams: int) -> None:
+    async def set_streams(self, dirty_streams: int, flags: StreamFlags = NO_STREAM_FLAGS) -> None:
         """See proto_v3.device.MigrationDevice."""
+        able = await self.streams()
         if self._saving or self._loading:
             raise fails(errno.EBUSY)
-        if not 0 <= dirty_streams <= self._spec.max_dirty_streams:
+        unknown = int(flags) & ~int(able.flags)  # ints: ~ of a Flag has no more bits than the Flag
+        if not 0 <= dirty_streams <= able.dirty_streams or unknown or (flags and dirty_streams != 1):
             raise fails(errno.EINVAL)
-        self._dirty_streams = dirty_streams
-
-    async def get_stream(self, index: int) -> DataFd:
-        """See proto_v3.device.MigrationDevice."""
-        streams = self._saving or self._loading
-        if not streams or not 0 <= index < self._dirty_streams:
-            raise fails(errno.EINVAL)
-        return streams[1 + index]
+        self._dirty_streams, self._stream_flags = dirty_streams, flags
 
     # --- arcs ---------------------------------------------------------------------------------------------------------
 
@@ -196,30 +204,55 @@ class SimDriver:
             self._end_saving()
         return None
 
+    def _session(self) -> Session:
+        return Session(self._around, self._settings, self._state_lock, self._faults, self._fail)
+
+    def _fail(self) -> None:
+        """v3: something failed on a stream, and so everything has."""
+        self._breaks += 1
+        self._end_sessions(errno.EIO)
+        self._state = State.ERROR
+
     def _start_saving(self) -> DataFd:
         if self._device is None:
             raise fails(errno.EIO)
-        count = self._dirty_streams
-        homes = [None, *(slice(i, None, count) for i in range(count))] if count else [slice(None)]
-        for index, home in enumerate(homes):
-            stream = SaveStream(
-                index,
-                self._device,
-                self._around,
-                self._settings,
-                self._read_lock(),
-                self._state_lock,
-                home=home,
-                objects=index == 0,
-            )
-            stream.reports_reinit = self._precopy_info_v2
-            self._saving.append(stream)
+        self._saving = self._v3_streams(self._device) if self._dirty_streams else [self._v2_stream(self._device)]
+        for index, stream in enumerate(self._saving):
             self.read_counts.append(stream.reads)
-            self._tasks.append(asyncio.create_task(stream.produce(), name=f"{self.name} producer {index}"))
-        if count:
-            self._watch()
-            self._device.on_new_events = self._watch
+            if not isinstance(stream, SaveBlocks):
+                self._tasks.append(asyncio.create_task(stream.produce(), name=f"{self.name} producer {index}"))
         return self._saving[0]
+
+    def _v2_stream(self, device: DeviceState) -> V2Stream:
+        return V2Stream(device, self._session(), self._read_lock(), reports_reinit=self._precopy_info_v2)
+
+    def _v3_streams(self, device: DeviceState) -> list[V2Stream | CriticalStream | DirtyStream | SaveBlocks]:
+        session = self._session()
+        dirty: list[DirtyStream | SaveBlocks]
+        if StreamFlags.BLOCKS in self._stream_flags:
+            dirty = [SaveBlocks(device, session, self._read_lock())]
+        else:
+            count = self._dirty_streams
+            homes = [slice(i, None, count) for i in range(count)]
+            dirty = [DirtyStream(1 + i, device, session, self._read_lock(), home) for i, home in enumerate(homes)]
+        critical = CriticalStream(device, session, self._read_lock())
+        critical.dirty = dirty
+
+        def epochs_began(first: int, last: int) -> None:
+            invalidates = []
+            if self._settings.epochs == "invalidate":
+                invalidates = [device.touched_blocks(epoch) for epoch in range(first, last + 1)]
+            for each in invalidates:
+                for stream in dirty:
+                    stream.invalidate(each)
+                device.invalidate(each)
+            critical.epoch_began(invalidates)
+
+        device.advance(now_ns())  # what was before the session is in its first epoch
+        device.on_epochs = epochs_began
+        device.on_new_events = self._watch
+        self._watch()
+        return [critical, *dirty]
 
     def _watch(self) -> None:
         if self._watching is not None:
@@ -233,9 +266,9 @@ class SimDriver:
             start = now_ns()
             await sleep_ns(max(0, at - start))
             self._around.timeline.work(Resource.FIXED, "guest runs", start)  # until it reconfigures the device
-            self._saving[0].plan_all()
+            self._device.advance(now_ns())
 
-    def _end_saving(self) -> None:
+    def _end_saving(self, code: int = errno.ENODEV) -> None:
         for task in self._tasks:
             task.cancel()
         self._tasks.clear()
@@ -243,46 +276,54 @@ class SimDriver:
             self._watching.cancel()
             self._watching = None
         for stream in self._saving:
-            stream.close()
-        self._saving.clear()
+            stream.end_session(code)
+        self._saving = []
         if self._device is not None:
-            self._device.on_new_events = None
+            self._device.on_new_events = self._device.on_epochs = None
             self._device.forget_saves()
 
     def _start_loading(self) -> DataFd:
         if self._image is None:
             raise fails(errno.EIO)
-        streams = 1 + self._dirty_streams
-        setup_ns = round(self._spec.critical.setup_us * 1_000)
-        multi = self._dirty_streams > 0
-        session = LoadSession(self._image, self._around, setup_ns, streams, holds_back=multi)
-        session.critical_loads = self.critical_loads
-        self._load_session = session
         timeline = self._around.timeline
-        self._loading = [
-            LoadStream(i, session, *([] if multi else [self._state_lock]), Lock(timeline)) for i in range(streams)
-        ]
+        setup_ns = round(self._spec.critical.setup_us * 1_000)
+        if not self._dirty_streams:
+            self._load_session = LoadSession(self._image, self._session(), setup_ns, 1)
+            self._loading = [LoadStream(0, self._load_session, self._state_lock, Lock(timeline))]
+        else:
+            count = 1 + self._dirty_streams
+            blocks = StreamFlags.BLOCKS in self._stream_flags
+            kind = BlocksLoadSession if blocks else V3LoadSession
+            session = kind(self._image, self._spec, self._session(), setup_ns, count)
+            critical, *dirty = [V3LoadStream(i, session, Lock(timeline)) for i in range(count)]
+            critical.dirty = [LoadBlocks(session)] if isinstance(session, BlocksLoadSession) else dirty
+            self._load_session = session
+            self._loading = [critical, *critical.dirty]
+        self._load_session.critical_loads = self.critical_loads
+        self.load_counts.append(self._load_session.counts)
         return self._loading[0]
 
     def _end_loading(self) -> None:
         """RESUMING -> STOP: the driver checks that what it was given is whole (vfio.h)."""
         assert self._load_session is not None
-        whole = self._load_session.whole
-        self._close_loading()
-        if not whole:
+        try:
+            self._load_session.check_whole()
+        except OSError:
             self._state = State.ERROR
-            raise fails(errno.EIO)
+            raise
+        finally:
+            self._close_loading()
 
-    def _close_loading(self) -> None:
+    def _close_loading(self, code: int = errno.ENODEV) -> None:
         if self._load_session is not None:
-            self._load_session.close()
+            self._load_session.end(code)
         self._loading = []
         self._load_session = None
 
-    def _end_sessions(self) -> None:
+    def _end_sessions(self, code: int = errno.ENODEV) -> None:
         if self._saving:
-            self._end_saving()
-        self._close_loading()
+            self._end_saving(code)
+        self._close_loading(code)
 
     def _read_lock(self) -> DriverLock:
         match self._settings.lock:

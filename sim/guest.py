@@ -34,6 +34,10 @@ class Activity:
     during_stop_ns: Int64
     """Reconfigurations at times counted from the order to stop the vCPUs, ascending."""
     during_stop_objects: Int32
+    reconfiguration_blocks: Int64
+    """int64 (events, 2): for each the first of the blocks, and how many, whose earlier data it makes invalid where the
+    driver says so."""
+    during_stop_blocks: Int64
 
     def writes_until(self, at_ns: int) -> int:
         """How many writes have happened at a time."""
@@ -48,19 +52,28 @@ class Activity:
         times = np.concatenate([self.reconfiguration_ns, ordered_ns + self.during_stop_ns])
         objects = np.concatenate([self.reconfiguration_objects, self.during_stop_objects])
         order = np.argsort(times, kind="stable")
-        return replace(self, reconfiguration_ns=times[order], reconfiguration_objects=objects[order])
+        blocks = np.concatenate([self.reconfiguration_blocks, self.during_stop_blocks])
+        return replace(
+            self,
+            reconfiguration_ns=times[order],
+            reconfiguration_objects=objects[order],
+            reconfiguration_blocks=blocks[order],
+        )
 
 
 def make_activity(device: Device, horizon_ns: int, rng: np.random.Generator) -> Activity:
     """Draw a device's activity up to the horizon."""
     writable = device.blocks - device.stop_only_blocks
-    writes_rng, events_rng = rng.spawn(2)  # apart, so that adding reconfigurations leaves the writes as they were
+    # Apart, so that adding reconfigurations leaves the writes as they were.
+    writes_rng, events_rng, ranges_rng = rng.spawn(3)
     blocks, per_s = _writes(device.writes, writable, device.block_bytes, horizon_ns, writes_rng)
     times, objects = _reconfigurations(device, horizon_ns, events_rng)
     plan = device.reconfigurations
     late = np.array(sorted(ns(at) for at in plan.during_stop_ms) if plan else [], np.int64)
     late_objects = _objects(device, len(late), events_rng)
-    return Activity(blocks, per_s, times, objects, late, late_objects)
+    touched = _ranges(device, len(times), ranges_rng)
+    late_touched = _ranges(device, len(late), ranges_rng)
+    return Activity(blocks, per_s, times, objects, late, late_objects, touched, late_touched)
 
 
 def _writes(
@@ -103,3 +116,11 @@ def _objects(device: Device, events: int, rng: np.random.Generator) -> Int32:
     first = rng.integers(device.critical.objects, size=(events, 1))
     objects = (first + np.arange(plan.objects_each)) % device.critical.objects
     return objects.astype(np.int32)
+
+
+def _ranges(device: Device, events: int, rng: np.random.Generator) -> Int64:
+    """int64 (events, 2): first block and count, the range anywhere among the blocks."""
+    share = device.reconfigurations.invalidates_share if device.reconfigurations else 0.0
+    count = round(device.blocks * share)
+    first = rng.integers(device.blocks - count + 1, size=events)
+    return np.stack([first, np.full(events, count)], axis=1)

@@ -2,8 +2,7 @@
 
 write() takes bytes in, checks that they are the next ones, and runs the firmware's LOAD inside the call that completes
 a record (Linux drivers/vfio/pci/mlx5/main.c, mlx5vf_resume_write). In v2 it holds the state mutex and the fd's mutex,
-as there. In v3 it must not hold the former: a dirty write that waits for its epoch would keep the critical data out
-that it waits for.
+as there. What v3 does otherwise is in `sim/load_v3`.
 
 Leaving RESUMING checks that every stream was whole, as vfio.h asks of drivers. mlx5 itself leaves that to its firmware.
 """
@@ -16,69 +15,89 @@ from contextlib import AsyncExitStack
 import numpy as np
 
 from proto_v3.bell import Bell
-from proto_v3.device import Ready
+from proto_v3.device import DataFd, Ready
 from proto_v3.frames import Payload
 from proto_v3.timeline import Resource
 from proto_v3.uapi import PrecopyInfo, StreamInfo
 from sim.clock import now_ns, sleep_ns
 from sim.device import Image
 from sim.record import Extent, Part, Record, Tally
-from sim.stream import CriticalLoad, DriverLock, Surroundings, fails
+from sim.stream import CriticalLoad, DriverLock, LoadCounts, Session, fails
 
 
 class LoadSession:
     """What the streams of one device's load share: the image, and what is loaded of it so far."""
 
-    def __init__(self, image: Image, around: Surroundings, setup_ns: int, streams: int, *, holds_back: bool) -> None:
+    def __init__(self, image: Image, session: Session, setup_ns: int, streams: int) -> None:
         self.image = image
-        self.around = around
-        self.holds_back = holds_back
+        self.session = session
+        self.around = session.around
+        self.counts = LoadCounts()
         self.critical_loads: list[CriticalLoad] = []
         self._setup_ns = setup_ns
         self._open_streams = streams
-        self._closed = False
-        self._refused = False
-        self._epoch_loaded = 0
+        self._closed = 0  # the errno that every call gets, if any
+        self._held_bytes = 0
         self._bell = Bell()
 
     @property
     def whole(self) -> bool:
         """Whether every stream came to its end, with nothing missing and nothing altered."""
-        return self._open_streams == 0 and not self._refused
+        return self._open_streams == 0 and not self._closed
 
-    def close(self) -> None:
-        """The session is over: whoever waits gets ENODEV."""
-        self._closed = True
+    def check_whole(self) -> None:
+        """Leaving RESUMING: EIO unless all is there."""
+        if not self.whole:
+            raise fails(errno.EIO)
+
+    def end(self, code: int = errno.ENODEV) -> None:
+        """The session is over: every call gets this error, whoever waits too."""
+        self._closed = self._closed or code
         self._bell.ring()
 
     def check_open(self) -> None:
         """ENODEV if the session is over, or was refused before (mlx5: MLX5_MIGF_STATE_ERROR)."""
-        if self._closed or self._refused:
-            raise fails(errno.ENODEV)
+        if self._closed:
+            raise fails(self._closed)
 
-    def refuse(self) -> OSError:
+    def refuse(self, code: int, why: str) -> OSError:
         """Something came that cannot be the source's stream: EINVAL, and nothing more is taken."""
-        self._refused = True
-        self._bell.ring()
+        self.end()
         return fails(errno.EINVAL)
+
+    def take(self, size: int) -> None:
+        """So many bytes are in the driver's buffers; less than 0: they were loaded or dropped."""
+        self._held_bytes += size
+        self.counts.peak_held_bytes = max(self.counts.peak_held_bytes, self._held_bytes)
 
     async def load(self, record: Record) -> None:
         """Load one whole record."""
         if record.end:
-            self._open_streams -= 1
-            if self.whole:
-                await self.around.firmware.finish_load()
-                self.check_open()
+            await self._end_stream(record)
         elif len(record.objects) or len(record.blocks) or record.epoch_complete:
-            while self.holds_back and len(record.blocks) and self._epoch_loaded < record.epoch:
-                await self._bell.wait()
-                self.check_open()
             start = now_ns()
-            await self.around.firmware.load(record.size_bytes)
+            await self._load_command(record.size_bytes)
             if len(record.objects) or record.epoch_complete:
                 await self._set_up(record, start)
             self.check_open()
             self.image.version[record.blocks] = record.block_versions
+
+    async def _load_command(self, size: int) -> None:
+        await self.around.firmware.load(size)
+        self.check_open()
+        if (error := self.session.faults.of_command("LOAD")) is not None:
+            self.load_failed()
+            raise error
+
+    def load_failed(self) -> None:
+        """A LOAD failed: nothing more is taken (mlx5vf_resume_write)."""
+        self.end()
+
+    async def _end_stream(self, record: Record) -> None:
+        self._open_streams -= 1
+        if self.whole:
+            await self.around.firmware.finish_load()
+            self.check_open()
 
     async def _set_up(self, record: Record, start_ns: int) -> None:
         """Make the critical objects that were loaded ready to run."""
@@ -99,9 +118,6 @@ class LoadSession:
                 now_ns(),
             )
         )
-        if record.epoch_complete:
-            self._epoch_loaded = max(self._epoch_loaded, record.epoch)
-            self._bell.ring()
 
 
 class LoadStream:
@@ -123,7 +139,7 @@ class LoadStream:
         if piece_bytes < 1:
             raise fails(errno.EINVAL)
         if not isinstance(payload, Extent):
-            raise self._session.refuse()
+            raise self._session.refuse(errno.EPROTO, "what came is no device's state")
         async with AsyncExitStack() as held:
             for lock in self._locks:
                 await held.enter_async_context(lock)
@@ -134,16 +150,28 @@ class LoadStream:
             self._session.check_open()
             for part in payload.parts:
                 self._check_order(part)
+                self._session.take(part.stop - part.start)
                 if part.stop == part.record.size_bytes:
                     await self._complete(part.record)
+                    self._session.take(-part.record.size_bytes)
 
     def _check_order(self, part: Part) -> None:
         """The next bytes of the stream must be these; anything else is a stream that was cut, altered or reordered."""
         record = part.record
-        expected = (self._index, self._sequence, self._offset)
-        if self._ended or (record.stream, record.sequence, part.start) != expected:
-            raise self._session.refuse()
-        self._offset = part.stop
+        if (record.stream, record.sequence, part.start) == (self._index, self._sequence, self._offset):
+            if not self._ended:
+                self._offset = part.stop
+                return
+            code = errno.EPROTO
+        elif record.stream != self._index:
+            code = errno.EXDEV
+        elif record.sequence != self._sequence:
+            code = errno.EALREADY if record.sequence < self._sequence else errno.EILSEQ
+        else:
+            code = errno.EPROTO
+        came = f"byte {part.start} of record {record.sequence} of stream {record.stream} came"
+        due = "after the END" if self._ended else f"where byte {self._offset} of record {self._sequence} was due"
+        raise self._session.refuse(code, f"stream {self._index}: {came} {due}")
 
     async def _complete(self, record: Record) -> None:
         """All bytes of a record are there."""
@@ -152,9 +180,13 @@ class LoadStream:
         if not record.end:
             self._tally = self._tally.add(record)
         elif record.tally != self._tally:
-            raise self._session.refuse()
+            what = f"stream {self._index}: its END tells of {record.tally}, what came is {self._tally}"
+            raise self._session.refuse(errno.EBADMSG, what)
         self._ended = record.end
         await self._session.load(record)
+
+    async def close(self) -> None:
+        """See proto_v3.device.DataFd."""
 
     async def read(self, max_bytes: int) -> Payload:
         """Not for a stream that is loaded: EBADF."""
@@ -170,6 +202,9 @@ class LoadStream:
         raise fails(errno.EINVAL)
 
     async def stream_info(self) -> StreamInfo:
-        """Not in RESUMING: EINVAL."""
-        self._session.check_open()
-        raise fails(errno.EINVAL)
+        """v3's: see sim.load_v3."""
+        raise fails(errno.ENOTTY)
+
+    async def get_stream(self, index: int) -> DataFd:
+        """v3's: see sim.load_v3."""
+        raise fails(errno.ENOTTY)

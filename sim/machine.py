@@ -46,6 +46,12 @@ class RamModel:
         """The vCPUs are stopped: nothing is dirtied any more."""
         self._stopped_ns = now_ns()
 
+    def start(self) -> None:
+        """The vCPUs run again; while they stood still nothing was dirtied."""
+        if self._stopped_ns is not None:
+            self._synced_ns += now_ns() - max(self._stopped_ns, self._synced_ns)
+            self._stopped_ns = None
+
     async def sync(self) -> None:
         """See proto_v3.machine.Ram."""
         await self._fixed(self._settings.sync_ms, "RAM sync")
@@ -149,6 +155,7 @@ class MachineModel:
         """See proto_v3.machine.Machine."""
         await self._fixed(ns(self._vmm.vcpu_start_ms), "vCPUs start")
         self.running = True
+        self.ram.start()
         for device in self._devices:
             device.start()
 

@@ -1,13 +1,14 @@
-"""Protocols by name: `v2` with what its users and drivers differ in, and `v3` with N dirty streams a device.
+"""Protocols by name: `v2` and `v3`, with what their users and drivers differ in.
 
-`v2` alone is v2 as the scenario sets it up. A suffix changes one setting of it: `v2-multifd`, `v2-reinit-flush`,
-`v2-reinit-invalidate-ack-reusable-polls`. So one scenario can be run in all ways that are to be compared.
+`v2` alone is v2 as the scenario sets it up, and so is `v3`. A suffix changes one setting: `v2-multifd`,
+`v2-reinit-invalidate-ack-reusable-polls`, `v3-n4`, `v3-blocks-n8-pool`. So one scenario can be run in all ways that are
+to be compared.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from proto_v3.errors import UserError
@@ -18,7 +19,7 @@ from sim.sections import MAX_STREAMS
 Changes = dict[str, dict[str, Any]]
 """Table, key, value."""
 
-SUFFIXES: dict[str, Changes] = {
+V2_SUFFIXES: dict[str, Changes] = {
     "multifd": {"vmm": {"multifd": True, "multifd_device_state": True}},
     "single": {"vmm": {"multifd_device_state": False}},
     "reinit-flush": {"vmm": {"reinit": True}, "driver": {"reinit": "flush"}},
@@ -30,8 +31,29 @@ SUFFIXES: dict[str, Changes] = {
     "polls": {"vmm": {"precopy_user": "polls"}},
     "deduces": {"vmm": {"precopy_user": "deduces"}},
 }
-"""What may follow `v2`; the longer ones first where one begins like another."""
-HELP = f"v2, v2 with any of {', '.join(f'-{name}' for name in SUFFIXES)}, v3, v3-n1 to v3-n{MAX_STREAMS}"
+V3_SUFFIXES: dict[str, Changes] = {
+    "blocks": {"v3": {"blocks": True}},
+    **{f"n{n}": {"v3": {"dirty_streams": n}} for n in range(1, MAX_STREAMS + 1)},
+    "streams": {"v3": {"wire": "streams"}},
+    "pool": {"v3": {"wire": "pool"}},
+    "one": {"v3": {"wire": "one"}},
+    "keep": {"driver": {"epochs": "keep"}},
+    "invalidate": {"driver": {"epochs": "invalidate"}},
+    "retry": {"v3": {"late_epoch": "retry"}},
+    "proceed": {"v3": {"late_epoch": "proceed"}},
+}
+SUFFIXES = {"v2": V2_SUFFIXES, "v3": V3_SUFFIXES}
+"""What may follow a protocol's name; the longer ones first where one begins like another."""
+
+
+def _told(version: str) -> str:
+    """The suffixes in words; those of N as one."""
+    names = [name for name in SUFFIXES[version] if not re.fullmatch(r"n\d+", name)]
+    numbers = [f"-n1 to -n{MAX_STREAMS}"] if version == "v3" else []
+    return ", ".join([*numbers, *(f"-{name}" for name in names)])
+
+
+HELP = f"v2, with any of {_told('v2')}; v3, with any of {_told('v3')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,24 +61,22 @@ class Protocol:
     """A protocol by its name."""
 
     name: str
-    dirty_streams: int
-    """0 for v2."""
-    changes: Changes = field(default_factory=dict)
+    version: int
+    """2 or 3."""
+    changes: Changes
     """What the name sets otherwise than the scenario."""
 
     @classmethod
     def parse(cls, name: str, scenario: Scenario) -> Protocol:
         """UserError for a name that is none, or that the scenario cannot be run with."""
+        version = name[:2]
+        if version not in SUFFIXES or name[2:3] not in ("", "-"):
+            raise UserError(f"unknown protocol {name!r}; there are {HELP}{did_you_mean(name, list(SUFFIXES))}")
         if name == "v3":
-            return cls(f"v3-n{scenario.v3.dirty_streams}", scenario.v3.dirty_streams)
-        if match := re.fullmatch(r"v3-n([1-9][0-9]?)", name):
-            if int(match[1]) <= MAX_STREAMS:
-                return cls(name, int(match[1]))
-        elif name == "v2" or name.startswith("v2-"):
-            protocol = cls(name, 0, _changes(name))
-            protocol.applied(scenario)
-            return protocol
-        raise UserError(f"unknown protocol {name!r}; there are {HELP}{did_you_mean(name, ['v2', 'v3'])}")
+            name = f"v3-n{scenario.v3.dirty_streams}"
+        protocol = cls(name, int(version[1]), _changes(name, version))
+        protocol.applied(scenario)
+        return protocol
 
     def applied(self, scenario: Scenario) -> Scenario:
         """The scenario with what the name changes. UserError if it does not allow that."""
@@ -70,21 +90,20 @@ class Protocol:
         )
 
 
-def _changes(name: str) -> Changes:
+def _changes(name: str, version: str) -> Changes:
     changes: Changes = {}
     used: set[str] = set()
-    rest = name.removeprefix("v2")
+    suffixes = SUFFIXES[version]
+    rest = name.removeprefix(version)
     while rest:
-        suffix = next((each for each in SUFFIXES if re.match(rf"-{each}(-|$)", rest)), None)
+        suffix = next((each for each in suffixes if re.match(rf"-{each}(-|$)", rest)), None)
         if suffix is None:
-            raise UserError(
-                f"unknown protocol {name!r}: {rest!r} is none of {', '.join(f'-{each}' for each in SUFFIXES)}"
-            )
+            raise UserError(f"unknown protocol {name!r}: {rest!r} is none of {_told(version)}")
         if suffix in used:
             raise UserError(f"protocol {name!r}: -{suffix} is there twice")
         used.add(suffix)
         rest = rest.removeprefix(f"-{suffix}")
-        for table, keys in SUFFIXES[suffix].items():
+        for table, keys in suffixes[suffix].items():
             for key, value in keys.items():
                 if changes.setdefault(table, {}).setdefault(key, value) != value:
                     raise UserError(f"protocol {name!r}: -{suffix} contradicts what comes before it")

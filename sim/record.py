@@ -12,17 +12,25 @@ from zlib import crc32
 
 import numpy as np
 
+from proto_v3 import uapi
 from proto_v3.frames import Payload
+from proto_v3.uapi import BlockRange, RecordClass
 from sim.device import Indices
 from sim.guest import Int32
 
 HEADER_BYTES = 16
-"""struct mlx5_vf_migration_header: u64 record_size, u32 flags, u32 tag (Linux drivers/vfio/pci/mlx5/cmd.h)."""
+"""v2: struct mlx5_vf_migration_header: u64 record_size, u32 flags, u32 tag (Linux drivers/vfio/pci/mlx5/cmd.h)."""
 STOP_COPY_SIZE_BYTES = 8
 """struct mlx5_vf_migration_tag_stop_copy_data: u64 stop_copy_size, so that the target can allocate (the same file)."""
+V3_HEADER_BYTES = uapi.RecordHeader.SIZE
 
 NO_INDICES: Indices = np.empty(0, np.intp)
 NO_VERSIONS: Int32 = np.empty(0, np.int32)
+
+
+def ranges_bytes(invalidates: tuple[BlockRange, ...]) -> int:
+    """What the ranges take in a critical record's payload."""
+    return uapi.RecordRanges.SIZE + len(invalidates) * BlockRange.SIZE if invalidates else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +61,15 @@ class Record:
     object_versions: Int32 = field(default_factory=lambda: NO_VERSIONS)
     initial: bool = False
     """Its bytes count as v2's initial_bytes."""
+    header_bytes: int = HEADER_BYTES
+    by_number: bool = False
+    """v3, blocks: it was asked for by number."""
     chunk: bool = False
     """It takes one of the stream's chunks until it is read."""
     epoch_complete: bool = False
     """The last record of its epoch's critical data."""
+    invalidates: tuple[BlockRange, ...] = ()
+    """v3: what the epochs since the last that was told make invalid of the dirty data before them."""
     end: bool = False
     """The stream's END record."""
     tally: Tally | None = None
@@ -65,12 +78,21 @@ class Record:
     @property
     def size_bytes(self) -> int:
         """Bytes in the stream, the header included."""
-        return HEADER_BYTES + self.payload_bytes
+        return self.header_bytes + self.payload_bytes
+
+    @property
+    def record_class(self) -> RecordClass:
+        """v3: what its header says that it is."""
+        if self.end:
+            return RecordClass.END
+        if self.by_number:
+            return RecordClass.BLOCKS
+        return RecordClass.DIRTY if len(self.blocks) else RecordClass.CRITICAL
 
     def digest(self, before: int) -> int:
         """A digest of the records before and of this one: it stands for one of the bytes, which are not made."""
-        told = repr((self.stream, self.sequence, self.epoch, self.payload_bytes, self.epoch_complete)).encode()
-        before = crc32(told, before)
+        told = repr((self.stream, self.sequence, self.epoch, self.payload_bytes, self.epoch_complete, self.invalidates))
+        before = crc32(told.encode(), before)
         for column in (self.blocks, self.block_versions, self.objects, self.object_versions):
             before = crc32(column.tobytes(), before)
         return before

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from proto_v3.channel import Channel
-from proto_v3.errors import PeerFailedError, ProtoV3Error
+from proto_v3.errors import PeerFailedError, ProtoV3Error, leaves
 from proto_v3.migration import OutcomeKind, Side, Source, Target, UnsupportedError
+from proto_v3.negotiate import negotiated_source, negotiated_target
 from proto_v3.timeline import Mark, Resource, Stage, Timeline, on_track
 from proto_v3.v2 import V2Source, V2Target
-from proto_v3.v3 import V3Source, V3Target, channels_needed
 from sim import clock
 from sim.device import DeviceState, Image
 from sim.driver import SimDriver
 from sim.firmware import FirmwareModel
 from sim.guest import make_activity
-from sim.link import NetworkLink
+from sim.link import ClosedError, NetworkLink
 from sim.machine import MachineModel
 from sim.protocol import Protocol
 from sim.resource import Lock, Memory
 from sim.scenario import Scenario
 from sim.schema import GIB
+from sim.sections import Device
 from sim.stream import Surroundings
 
 T = TypeVar("T")
@@ -58,7 +59,10 @@ class Outcome:
     device_bytes_resent: int = 0
     """Read from the devices beyond one copy of their state: what was dirtied again, and the records' headers."""
     device_bytes_dropped: int = 0
-    """Saved by the devices, and dropped before anybody read them (REINIT, policy `invalidate`)."""
+    """Saved by the devices, and dropped before anybody read them (REINIT or an epoch, policy `invalidate`)."""
+    device_bytes_vain: int = 0
+    """v3: sent in vain: of blocks that the target's driver dropped, or had loaded already, when an epoch made them
+    invalid; with addressable blocks, of those, too, that came after a newer version."""
     late_critical_objects: int | None = None
     """Critical objects that were loaded after the order to stop the vCPUs."""
     late_reconfigured_objects: int | None = None
@@ -68,7 +72,22 @@ class Outcome:
     """The longest from a reconfiguration to its critical data loaded at the target; 0 without reconfigurations."""
     critical_lag_mean_ns: int | None = None
     peak_reorder_bytes: int = 0
-    """The most that waited in the target's memory: packets that were early, or not written yet."""
+    """The most that waited in the target VMM's memory: what was early, or not written yet."""
+    peak_held_bytes: int = 0
+    """The most that one target driver held: records that were coming in, held back for their epoch, or being loaded."""
+    note: str = ""
+    """What else there is to say, as that it fell back to v2."""
+    retries: int = 0
+    """Orders to stop the guest that were taken back, for a new epoch slipped in."""
+    retries_stopped_ns: int = 0
+    """How long the guest stood still for them; the downtime counts from the last order."""
+    late_looks: int = 0
+    """v3: devices that the last look found to have an epoch that is not loaded, at all orders to stop."""
+    connections: int = 0
+    messages: int = 0
+    """Frames without payload, both ways."""
+    wakeups: int = 0
+    """Waits in read(), poll(), send() and recv() that ended, of both VMMs."""
     guest_runs_at: str = ""
     """`source` or `target`."""
     reads: int = 0
@@ -128,7 +147,7 @@ class _Run:
             for device, state in zip(scenario.devices, self.states, strict=True)
         ]
         self.drivers_at_target = [
-            SimDriver(device, scenario.driver, there.around(device.pf), there.global_lock, image=image)
+            SimDriver(self._at_target(device), scenario.driver, there.around(device.pf), there.global_lock, image=image)
             for device, image in zip(scenario.devices, self.images, strict=True)
         ]
         settings = scenario.switchover_settings()
@@ -139,8 +158,12 @@ class _Run:
         source_side = Side(self.machines["source"], self.drivers, settings, timeline)
         target_side = Side(self.machines["target"], self.drivers_at_target, settings, timeline)
         self.channels, channels_there = self._connect(timeline)
-        source, self.target = self._protocol_pair(source_side, target_side, channels_there)
-        outcome, failures = await self._both(source, self.target)
+        self.source: Source | None = None
+        self.target: Target | None = None
+        self.note = ""
+        outcome, failures = await self._both(
+            self._run_source(source_side, self.channels), self._run_target(target_side, channels_there)
+        )
         if self._keep is not None:
             self._keep(timeline)
         if outcome is OutcomeKind.COMPLETED and not failures:
@@ -150,19 +173,44 @@ class _Run:
         assert outcome is not None
         return self._ended(outcome)
 
-    async def _both(self, source: Source, target: Target) -> tuple[OutcomeKind | None, list[Exception]]:
+    def _at_target(self, device: Device) -> Device:
+        """The target's device: the same, but for how many streams it may have."""
+        most = self._scenario.v3.target_max_dirty_streams
+        return device if most is None else device.model_copy(update={"max_dirty_streams": most})
+
+    async def _run_source(self, side: Side, channels: Sequence[Channel]) -> OutcomeKind:
+        v2 = self._scenario.v2_options()
+        if self._protocol.version == 3:
+            self.source, self.note = await negotiated_source(side, channels, self._scenario.v3_options(), v2)
+        else:
+            self.source = V2Source(side, channels, v2)
+        return await self.source.run()
+
+    async def _run_target(self, side: Side, channels: Sequence[Channel]) -> bool:
+        v2 = self._scenario.v2_options()
+        if self._protocol.version == 3:
+            v3 = self._scenario.v3_options() if self._scenario.v3.target_knows == "v3" else None
+            self.target = await negotiated_target(side, channels, v3, v2)
+        else:
+            self.target = V2Target(side, channels, v2)
+        return self.target is not None and await self.target.run()
+
+    async def _both(
+        self, source: Coroutine[Any, Any, OutcomeKind], target: Coroutine[Any, Any, bool]
+    ) -> tuple[OutcomeKind | None, list[Exception]]:
         """Run both sides to their ends: how it ended, and what failed on the way. Bugs are raised."""
         tasks = [
-            asyncio.create_task(on_own_track(source.run(), "source"), name="source"),
-            asyncio.create_task(on_own_track(target.run(), "target"), name="target"),
+            asyncio.create_task(on_own_track(source, "source"), name="source"),
+            asyncio.create_task(on_own_track(target, "target"), name="target"),
         ]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        # One that failed has told the other, which then ends by itself; if it does not, it is lost.
-        _, left = await asyncio.wait(tasks, timeout=PEER_ENDS_WITHIN_S)
+        _, left = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if left:  # one failed, told the other, and is gone; the other then ends by itself, or is lost
+            self.link.close()
+            _, left = await asyncio.wait(left, timeout=PEER_ENDS_WITHIN_S)
         for task in left:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        failures = [leaf for result in results if isinstance(result, BaseException) for leaf in _leaves(result)]
+        failures = [leaf for result in results if isinstance(result, BaseException) for leaf in leaves(result)]
         for failure in failures:
             if not isinstance(failure, (OSError, ProtoV3Error, asyncio.CancelledError)):
                 raise failure
@@ -170,22 +218,16 @@ class _Run:
         return sent if isinstance(sent, OutcomeKind) else None, [f for f in failures if isinstance(f, Exception)]
 
     def _connect(self, timeline: Timeline) -> tuple[list[Channel], list[Channel]]:
-        protocol = self._protocol
         loop = asyncio.get_running_loop()
         assert isinstance(loop, clock.VirtualLoop)
-        link = NetworkLink(self._scenario.link, loop, timeline)
+        self.link = link = NetworkLink(self._scenario.link, loop, timeline)
         count = self._scenario.v2_options().channels
-        if protocol.dirty_streams:
-            count = channels_needed(len(self._scenario.devices), protocol.dirty_streams)
+        if self._protocol.version == 3:
+            needed = self._scenario.v3_options().connections(len(self._scenario.devices))
+            count = max(count, needed) if self._scenario.v3.target_knows == "v2" else needed
         ends = [link.connect(f"connection {i}") for i in range(count)]
-        return [Channel(here) for here, _ in ends], [Channel(there) for _, there in ends]
-
-    def _protocol_pair(self, here: Side, there: Side, channels_there: Sequence[Channel]) -> tuple[Source, Target]:
-        streams = self._protocol.dirty_streams
-        if streams:
-            return V3Source(here, self.channels, streams), V3Target(there, channels_there, streams)
-        options = self._scenario.v2_options()
-        return V2Source(here, self.channels, options), V2Target(there, channels_there, options)
+        self.channels_there = [Channel(there) for _, there in ends]
+        return [Channel(here) for here, _ in ends], self.channels_there
 
     def _ended(self, kind: OutcomeKind, reason: str = "") -> Outcome:
         reads = [counts for driver in self.drivers for counts in driver.read_counts]
@@ -209,7 +251,23 @@ class _Run:
             read_lock_ns=sum(counts.lock_ns for counts in reads),
             read_copy_ns=sum(counts.copy_ns for counts in reads),
             device_bytes_dropped=sum(counts.dropped_bytes for counts in reads),
-            peak_reorder_bytes=self.target.peak_reorder_bytes,
+            device_bytes_vain=sum(
+                counts.overtaken_bytes + counts.undone_bytes + counts.stale_bytes
+                for driver in self.drivers_at_target
+                for counts in driver.load_counts
+            ),
+            peak_reorder_bytes=self.target.peak_reorder_bytes if self.target else 0,
+            peak_held_bytes=max(
+                (counts.peak_held_bytes for driver in self.drivers_at_target for counts in driver.load_counts),
+                default=0,
+            ),
+            note=self.note,
+            retries=self.source.retries if self.source else 0,
+            late_looks=self.source.late_looks if self.source else 0,
+            retries_stopped_ns=self.source.retries_stopped_ns if self.source else 0,
+            connections=self.link.connections,
+            messages=sum(channel.messages_sent for channel in (*self.channels, *self.channels_there)),
+            wakeups=self.link.wakeups + sum(counts.wakeups for counts in reads),
             guest_runs_at=", ".join(side for side, machine in self.machines.items() if machine.running),
             digest=self.timeline.digest(),
         )
@@ -218,7 +276,7 @@ class _Run:
         unsupported = next((cause for cause in failures if isinstance(cause, UnsupportedError)), None)
         if unsupported is not None:
             return self._ended(OutcomeKind.UNSUPPORTED, str(unsupported))
-        told = [cause for cause in failures if not isinstance(cause, PeerFailedError)] or failures
+        told = [cause for cause in failures if not isinstance(cause, (PeerFailedError, ClosedError))] or failures
         return self._ended(OutcomeKind.FAILED, "; ".join(dict.fromkeys(str(cause) for cause in told)))
 
     def _completed(self) -> Outcome:
@@ -278,11 +336,3 @@ async def on_own_track(work: Coroutine[Any, Any, T], track: str) -> T:
     """A task's spans on a track of its name."""
     on_track(track)
     return await work
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error

@@ -1,17 +1,10 @@
-"""A data fd to read from: a stream that is saved from the device.
+"""A data fd to read from: a stream that is saved from the device; what v2 (`sim/save_v2`) and v3 (`sim/save_v3`) share.
 
 A producer saves what is *planned*, one SAVE command at a time, and appends a record; readers take the bytes out under
-the fd's lock. A plan is critical objects first, then blocks; a version is taken when its SAVE starts.
-
-What makes a plan is what v2 and v3 differ in. In v2, as in mlx5 (Linux drivers/vfio/pci/mlx5/main.c):
-
-- entering PRE_COPY plans the whole state: the initial image;
-- GET_PRECOPY_INFO waits for the SAVE in flight, and, once all is read, plans what became dirty: read() never does;
-- new critical data, for a user who opted in to REINIT, is planned at once, by one of two policies;
-- entering STOP_COPY plans what is left. This SAVE is only queued then: the first read() pays its latency. It comes in
-  chunks, of which two exist; the next SAVE waits until one is read.
-
-In v3 the same happens a stream, and new critical data is planned as soon as it is there.
+the fd's lock. A plan is critical objects first, then blocks; a version is taken when its SAVE starts. Entering PRE_COPY
+plans the whole state; entering STOP_COPY plans what is left. That SAVE is only queued then: the first read() pays its
+latency. It comes in chunks, of which two exist; the next SAVE waits until one is read (Linux
+drivers/vfio/pci/mlx5/main.c). What is planned in between is what v2 and v3 differ in.
 """
 
 from __future__ import annotations
@@ -19,59 +12,59 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections import deque
+from collections.abc import Callable
 
 from proto_v3.bell import Bell
-from proto_v3.device import Ready
+from proto_v3.device import DataFd, Ready
 from proto_v3.frames import EMPTY, Payload
 from proto_v3.timeline import Resource, on_track
-from proto_v3.uapi import PrecopyFlags, PrecopyInfo, StreamInfo
+from proto_v3.uapi import PrecopyInfo, StreamInfo
 from sim.clock import now_ns, sleep_ns
 from sim.device import DeviceState, Indices
-from sim.record import HEADER_BYTES, NO_INDICES, STOP_COPY_SIZE_BYTES, Extent, Part, Record, Tally
-from sim.schema import KIB, MIB, ns
+from sim.record import HEADER_BYTES, NO_INDICES, Extent, Part, Record, Tally, ranges_bytes
+from sim.schema import KIB, ns
 from sim.sections import Device, Driver
-from sim.stream import DriverLock, ReadCounts, Surroundings, fails
+from sim.stream import DriverLock, ReadCounts, Session, fails
 
 
-def image_bytes(spec: Device, driver: Driver, objects: int, blocks: int) -> int:
+def image_bytes(spec: Device, driver: Driver, objects: int, blocks: int, header_bytes: int = HEADER_BYTES) -> int:
     """Bytes of an image in chunks of so many critical objects and blocks, headers included."""
     object_bytes = round(spec.critical.object_kib * KIB)
-    chunk_bytes = driver.chunk_mib * MIB
+    chunk_bytes = driver.chunk_bytes
     records = -(-objects // max(1, chunk_bytes // object_bytes)) + -(-blocks // (chunk_bytes // spec.block_bytes))
-    return objects * object_bytes + blocks * spec.block_bytes + records * HEADER_BYTES
+    return objects * object_bytes + blocks * spec.block_bytes + records * header_bytes
 
 
 class SaveStream:
-    """`home` are its blocks; `objects` says whether it carries the critical objects. v2's one stream carries both."""
+    """A stream of `home`, which are its blocks (None: it has none), and of the critical objects if `objects` is set."""
+
+    header_bytes = HEADER_BYTES
+    end_bytes = 0
+    """Of the END record's payload."""
 
     def __init__(
         self,
         index: int,
         device: DeviceState,
-        around: Surroundings,
-        driver: Driver,
+        session: Session,
         fd_lock: DriverLock,
-        state_lock: DriverLock,
         *,
         home: slice | None,
         objects: bool,
     ) -> None:
         self.reads = ReadCounts()
-        self.reports_reinit = False
-        """The user opted in to PRECOPY_INFOv2."""
         self.suspended = False
         """The device is in PRE_COPY_P2P: nothing more is planned to be saved."""
         self._index = index
         self._device = device
-        self._around = around
-        self._driver = driver
+        self._session = session
+        self._around = session.around
+        self._driver = session.driver
         self._fd_lock = fd_lock
-        self._state_lock = state_lock
         self._home = home
         self._carries_objects = objects
-        self._v2 = objects and home is not None
-        self._chunk_bytes = driver.chunk_mib * MIB
-        self._free_chunks = driver.chunks
+        self._chunk_bytes = self._driver.chunk_bytes
+        self._free_chunks = self._driver.chunks
         self._saving: Record | None = None
         self._records: deque[Record] = deque()
         self._offset = 0  # bytes of the first record that were read
@@ -83,11 +76,10 @@ class SaveStream:
         self._planned_ns = 0  # when the last plan was made
         self._final = False
         self._ended = False  # the END record is there
-        self._closed = False
+        self._closed = 0  # the errno that every call gets, if any
         self._sequence = 0
         self._tally = Tally()
         self._told_epoch = 0
-        self._seen_epoch = 0
         self._bell = Bell()
 
     # --- the producer -------------------------------------------------------------------------------------------------
@@ -103,6 +95,9 @@ class SaveStream:
                 self._saving = record
                 await self._around.firmware.save(record.size_bytes)
                 self._saving = None
+                if (error := self._session.faults.of_command("SAVE")) is not None:
+                    self._save_failed(error)
+                    return
             self._append(record)
             self._planned = self._has_plan()
             self._bell.ring()
@@ -116,21 +111,21 @@ class SaveStream:
         save_comp). A whole image's is in flight from when it was planned."""
         saving = self._saving
         while (saving is not None and self._saving is saving) or (self._planned and not self._in_chunks):
+            if self._closed:
+                return
             await self._bell.wait()
+
+    def _save_failed(self, error: OSError) -> None:
+        """A SAVE failed: nothing more comes (mlx5: MLX5_MIGF_STATE_ERROR, for which read() answers ENODEV)."""
+        self.end_session()
 
     def start_precopy(self) -> None:
         """The session starts in pre-copy: plan the initial image."""
-        if self._driver.precopy == "check":
-            if self._v2:
-                self._told_epoch = self._device.epoch
-            self._append(Record(self._index, self._device.epoch, self._driver.check_bytes, initial=True))
-            self._bell.ring()
+        if self._driver.precopy != "check":
+            self.plan_all(initial=True)
             return
-        if self._v2 and self._driver.precopy == "incremental":
-            # It tells the target how much it will have to take when the device is stopped
-            # (mlx5vf_add_stop_copy_header).
-            self._append(Record(self._index, self._device.epoch, STOP_COPY_SIZE_BYTES, initial=True))
-        self.plan_all(initial=True)
+        self._append(self._new_record(payload_bytes=self._driver.check_bytes, initial=True))
+        self._bell.ring()
 
     def plan_all(self, *, initial: bool = False) -> None:
         """Plan what is dirty: everything at first, later what was written to or reconfigured since it was saved."""
@@ -148,7 +143,6 @@ class SaveStream:
     def _plan(self, objects: Indices, blocks: Indices) -> None:
         self._plan_objects, self._plan_blocks = objects, blocks
         self._planned_ns = now_ns()
-        self._told_epoch = self._device.epoch if self._v2 else self._told_epoch
         self._planned = self._has_plan()
         self._bell.ring()
 
@@ -159,10 +153,8 @@ class SaveStream:
         return NO_INDICES if self._home is None else self._device.dirty_blocks(self._home, stopped=stopped)
 
     def _new_epoch(self) -> bool:
-        """v3: the critical stream has to tell of an epoch."""
-        if self._driver.precopy == "check" and not self._final:
-            return False
-        return self._home is None and self._device.epoch > self._told_epoch
+        """An epoch is to be told of, be there anything to save or not: v3's critical stream does it."""
+        return False
 
     def _holds_data(self) -> bool:
         return bool(len(self._plan_objects) or len(self._plan_blocks))
@@ -186,7 +178,7 @@ class SaveStream:
         device.advance(now_ns())
         if self._new_epoch():  # it may have begun just now: what it made new belongs to the epoch that is told
             self._plan_objects = self._dirty_objects()
-        record = Record(self._index, device.epoch, 0)
+        record = self._new_record()
         if len(self._plan_objects) or self._new_epoch():
             count = max(1, self._chunk_bytes // device.object_bytes) if self._in_chunks else len(self._plan_objects)
             record.objects, self._plan_objects = self._plan_objects[:count], self._plan_objects[count:]
@@ -194,19 +186,28 @@ class SaveStream:
             record.initial = self._plan_initial
             # A plan of several records may be older than the newest epoch, which then is not complete with it.
             record.epoch_complete = not len(self._plan_objects) and not len(device.dirty_objects())
-            if record.epoch_complete and not self._v2:
-                self._told_epoch = device.epoch
+            if record.epoch_complete:
+                self._complete_epoch(record)
         if len(self._plan_blocks) and (self._together or not len(record.objects)):
             count = self._chunk_bytes // device.block_bytes if self._in_chunks else len(self._plan_blocks)
             record.blocks, self._plan_blocks = self._plan_blocks[:count], self._plan_blocks[count:]
             record.block_versions = device.save_blocks(record.blocks)
             record.initial |= self._plan_initial and self._driver.initial == "image"
         record.payload_bytes = len(record.objects) * device.object_bytes + len(record.blocks) * device.block_bytes
+        record.payload_bytes += ranges_bytes(record.invalidates)
         record.chunk = self._in_chunks and record.payload_bytes > 0
         if record.chunk:
             self._free_chunks -= 1
         record.end = not record.payload_bytes and not record.epoch_complete
+        if record.end:
+            record.payload_bytes = self.end_bytes
         return record
+
+    def _new_record(self, payload_bytes: int = 0, *, initial: bool = False) -> Record:
+        return Record(self._index, self._device.epoch, payload_bytes, initial=initial, header_bytes=self.header_bytes)
+
+    def _complete_epoch(self, record: Record) -> None:
+        """The record is the last one of its epoch's critical data."""
 
     def _append(self, record: Record) -> None:
         self._records.append(record)
@@ -253,12 +254,18 @@ class SaveStream:
                 return True
             if self._planned:
                 await self._bell.wait()
+                self.reads.wakeups += 1
                 continue
             await self._call()
             if not (self._unread_bytes or self._planned or self._closed):  # nothing came while the call went on
-                if self._final or (self._v2 and self._driver.precopy_end == "0"):
+                if self._final or self._ends_precopy_with_0:
                     return False
                 raise fails(errno.ENOMSG)
+
+    @property
+    def _ends_precopy_with_0(self) -> bool:
+        """read() gives 0 at the temporary end, not ENOMSG."""
+        return False
 
     async def _call(self) -> None:
         """The fixed cost of a call that copies nothing."""
@@ -305,6 +312,7 @@ class SaveStream:
                 async with asyncio.timeout(None if timeout_ns is None else timeout_ns / 1e9):
                     while not self._ready():
                         await self._bell.wait()
+                    self.reads.wakeups += 1
             except TimeoutError:
                 pass
         return self._ready()
@@ -313,61 +321,27 @@ class SaveStream:
         ready = Ready.NOTHING
         if self._unread_bytes or self._closed or (self._final and not self._planned):
             ready |= Ready.READABLE
-        if self._home is None and self._device.epoch > self._seen_epoch:
-            ready |= Ready.NEW_EPOCH
         return ready
 
     # --- what is left -------------------------------------------------------------------------------------------------
 
     async def precopy_info(self) -> PrecopyInfo:
-        """See proto_v3.device.DataFd."""
-        await self._call()
-        async with self._state_lock:  # mlx5vf_precopy_ioctl holds the state mutex throughout
-            self._check_open()
-            if self._final:
-                raise fails(errno.EINVAL)
-            if self.suspended:  # no SAVE can be made, so what could be saved is not asked for either
-                return self._told(PrecopyFlags(0))
-            while self._saving is not None:
-                await self._bell.wait()
-                self._check_open()
-            self._device.advance(now_ns())
-            if self._reports_reinit_now():
-                self._reinit()
-                return self._told(PrecopyFlags.REINIT)
-            undone = self._undone_bytes()
-            if self._refill_if_drained():
-                undone = 0  # it is in the plan now
-            return self._told(PrecopyFlags(0), undone)
+        """v2's: see sim.save_v2."""
+        raise fails(errno.ENOTTY)
 
-    def _reports_reinit_now(self) -> bool:
-        # Only a driver that saves what became new has new initial data to tell of: mlx5, so far.
-        able = self._v2 and self._driver.precopy == "incremental" and self._driver.reinit != "none"
-        return self.reports_reinit and able and self._device.epoch > self._told_epoch
+    async def stream_info(self) -> StreamInfo:
+        """v3's: see sim.save_v3."""
+        raise fails(errno.ENOTTY)
 
-    def _told(self, flags: PrecopyFlags, undone_bytes: int = 0) -> PrecopyInfo:
-        initial = self._initial_bytes()
-        dirty = self.pending_bytes() - initial + undone_bytes
-        if flags or (initial and self._driver.initial == "image"):
-            dirty = 0  # they count from the new initial data on; and mlx5 tells of none before all initial data is read
-        return PrecopyInfo(initial, dirty, flags)
+    async def get_stream(self, index: int) -> DataFd:
+        """v3's: see sim.save_v3."""
+        raise fails(errno.ENOTTY)
 
-    def _reinit(self) -> None:
-        """New critical data, to be saved at once, not when all is read."""
-        if self._driver.reinit == "invalidate":
-            self._drop_unread_dirty()
-            self._plan_initial = True
-            self._plan(self._dirty_objects(), NO_INDICES)  # blocks stay dirty, and are planned when this is read
-        else:
-            for record in self._records:  # they must be read before the new ones can be: so they count with them
-                record.initial = True
-            self.plan_all(initial=True)
-
-    def _drop_unread_dirty(self) -> None:
+    def _drop_unread(self, drops: Callable[[Record], bool]) -> None:
+        """Drop records that nobody began to read: what they hold is dirty again."""
         kept: deque[Record] = deque()
         for record in self._records:
-            if record.initial or record.sequence >= 0:  # initial data stays, and what was begun must be read to its end
-                record.initial = True
+            if record.sequence >= 0 or not drops(record):  # what was begun must be read to its end
                 kept.append(record)
                 continue
             self._device.unsave(record.blocks, record.objects)
@@ -385,18 +359,6 @@ class SaveStream:
         self.plan_all()
         return True
 
-    async def stream_info(self) -> StreamInfo:
-        """See proto_v3.device.DataFd."""
-        await self._call()
-        self._check_open()
-        self._device.advance(now_ns())
-        if not self.suspended:
-            if self._new_epoch() and not self._planned:
-                self.plan_all()
-            self._refill_if_drained()
-        self._seen_epoch = self._device.epoch
-        return StreamInfo(self._device.epoch, self.pending_bytes())
-
     def pending_bytes(self) -> int:
         """Unread bytes, those that are being saved, and those that are planned."""
         saving = self._saving.size_bytes if self._saving else 0
@@ -407,7 +369,7 @@ class SaveStream:
         """All that would still be read from this stream, were the device stopped now; the END is not counted."""
         self._device.advance(now_ns())
         saving = self._saving.size_bytes if self._saving else 0
-        end = HEADER_BYTES if self._ended and self._records else 0
+        end = self._records[-1].size_bytes if self._ended and self._records else 0
         return self._unread_bytes + saving - end + self._left_to_save_bytes()
 
     def _left_to_save_bytes(self) -> int:
@@ -422,43 +384,27 @@ class SaveStream:
         if not self._in_chunks:  # what is planned by now is still one image, the rest will come in chunks
             planned = self._planned_bytes(self._plan_objects, self._plan_blocks)
             objects, blocks = objects - len(self._plan_objects), blocks - len(self._plan_blocks)
-        return planned + image_bytes(device.spec, self._driver, objects, blocks)
+        return planned + self._image_bytes(objects, blocks)
 
     def _planned_bytes(self, objects: Indices, blocks: Indices) -> int:
         """Bytes of records with these, headers included."""
         device = self._device
         if self._in_chunks:
-            return image_bytes(device.spec, self._driver, len(objects), len(blocks))
+            return self._image_bytes(len(objects), len(blocks))
         records = bool(len(objects)) + bool(len(blocks)) - bool(len(objects) and len(blocks) and self._together)
-        return len(objects) * device.object_bytes + len(blocks) * device.block_bytes + records * HEADER_BYTES
+        return len(objects) * device.object_bytes + len(blocks) * device.block_bytes + records * self.header_bytes
 
-    def _undone_bytes(self) -> int:
-        """What the device could save now besides what is planned: it became dirty since."""
-        if self._driver.precopy != "incremental":
-            # One that rereads tells of a context only when it has it; one that checks has nothing to tell of.
-            return 0
-        objects, blocks = self._dirty_objects(), self._dirty_blocks(stopped=False)
-        # What is planned is dirty too, until its SAVE starts; only the numbers matter here.
-        objects = objects[: len(objects) - len(self._plan_objects)]
-        return self._planned_bytes(objects, blocks[: len(blocks) - len(self._plan_blocks)])
+    def _image_bytes(self, objects: int, blocks: int) -> int:
+        return image_bytes(self._device.spec, self._driver, objects, blocks, self.header_bytes)
 
-    def _initial_bytes(self) -> int:
-        """What is left of the data that counts as initial."""
-        unread = sum(record.size_bytes for record in self._records if record.initial)
-        if self._records and self._records[0].initial:
-            unread -= self._offset
-        if self._saving and self._saving.initial:
-            unread += self._saving.size_bytes
-        if self._plan_initial:
-            blocks = self._plan_blocks if self._driver.initial == "image" else NO_INDICES
-            unread += self._planned_bytes(self._plan_objects, blocks)
-        return unread
+    async def close(self) -> None:
+        """See proto_v3.device.DataFd."""
 
-    def close(self) -> None:
-        """The session is over: whoever waits gets ENODEV."""
-        self._closed = True
+    def end_session(self, code: int = errno.ENODEV) -> None:
+        """The session is over: every call gets this error, whoever waits too."""
+        self._closed = self._closed or code
         self._bell.ring()
 
     def _check_open(self) -> None:
         if self._closed:
-            raise fails(errno.ENODEV)
+            raise fails(self._closed)

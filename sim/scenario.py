@@ -11,9 +11,11 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from proto_v3.lanes import Credits, Wire
 from proto_v3.multifd import Multifd
 from proto_v3.switchover import SwitchoverSettings
 from proto_v3.v2 import Ack, V2Options
+from proto_v3.v3 import V3Options
 from sim.schema import BYTES_PER_S_PER_GBIT, KIB, MIB, NS_PER_S, Section, did_you_mean, ns, short
 from sim.sections import MAX_BLOCKS, MAX_WRITES, V3, Device, Driver, Firmware, Host, Link, Published, Ram, Vmm
 
@@ -48,7 +50,7 @@ class Scenario(Section):
             raise ValueError(f"device.count: makes {len(self.devices)} devices; must make at most 64")
         for at, device in enumerate(self.device):
             where = f"device.{at}"
-            chunk = self.driver.chunk_mib * MIB
+            chunk = self.driver.chunk_bytes
             if chunk % device.block_bytes:
                 raise ValueError(
                     f"{where}.block_kib = {device.block_kib}: must divide driver.chunk_mib, {chunk // KIB} KiB"
@@ -90,6 +92,12 @@ class Scenario(Section):
                 f"link.socket_buffer_mib = {self.link.socket_buffer_mib:g}: must be at least one read, "
                 f"vmm.read_mib = {self.vmm.read_mib:g}"
             )
+        for key in ("critical_credit_mib", "dirty_credit_mib"):
+            if getattr(self.v3, key) < self.vmm.read_mib:
+                raise ValueError(
+                    f"v3.{key} = {getattr(self.v3, key):g}: must be at least one read, "
+                    f"vmm.read_mib = {self.vmm.read_mib:g}"
+                )
         known = set(parameters(self))
         for key, source in self.sources.items():
             if key not in known:
@@ -150,6 +158,19 @@ class Scenario(Section):
             ack=Ack(vmm.switchover_ack),
             polls=vmm.precopy_user == "polls",
             multifd=multifd if vmm.multifd else None,
+        )
+
+    def v3_options(self) -> V3Options:
+        """How the VMM uses v3."""
+        v3 = self.v3
+        return V3Options(
+            dirty_streams=1 if v3.blocks else v3.dirty_streams,
+            lanes=v3.dirty_streams,
+            blocks=v3.blocks,
+            wire=Wire(v3.wire),
+            pool_connections=v3.pool_connections,
+            credits=Credits(round(v3.critical_credit_mib * MIB), round(v3.dirty_credit_mib * MIB)),
+            max_retries=v3.max_retries if v3.late_epoch == "retry" else 0,
         )
 
 

@@ -73,6 +73,11 @@ class Reconfigurations(Section):
     """So long after the order to stop the vCPUs, while they still run: the VMM has decided, and asked for the last
     time."""
     objects_each: Annotated[int, Field(ge=1)] = 1
+    during_stops: Annotated[int, Field(ge=1)] = 1
+    """At so many of the orders to stop, from the first, `during_stop_ms` happens: v3's `retry` gives several."""
+    invalidates_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Of the device's blocks, a range anywhere, whose earlier dirty data a reconfiguration makes invalid; of use with
+    driver.epochs = "invalidate" only."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -93,7 +98,11 @@ class Fault(Section):
     """An arc of a device's state machine that fails: SET_STATE gives `errno`, and leaves the device where it says."""
 
     side: Literal["source", "target"]
-    arc: Annotated[str, Field(pattern=r"^[A-Z0-9_]+ -> [A-Z0-9_]+$")]
+    arc: Annotated[str, Field(pattern=r"^[A-Z0-9_]+ -> [A-Z0-9_]+$")] | None = None
+    command: Literal["SAVE", "LOAD"] | None = None
+    """In place of an arc: a command of the firmware fails, and with it the session that it is for."""
+    after: Annotated[int, Field(ge=0)] | None = None
+    """So many of these commands work before."""
     errno: Literal["EIO", "EINVAL", "ENOMEM", "ENODEV", "ETIMEDOUT", "EBUSY"] = "EIO"
     leaves: Literal["before", "ERROR"] = "before"
     """Before the arc, wherever on the path that is; or in ERROR, which only a reset leaves (vfio.h)."""
@@ -102,8 +111,16 @@ class Fault(Section):
 
     @model_validator(mode="after")
     def _an_arc(self) -> Self:
-        if self.arc not in ARCS:
+        if (self.arc is None) is (self.command is None):
+            raise ValueError("arc, command: must be one of the two, not both and not neither")
+        if self.arc is not None and self.arc not in ARCS:
             raise ValueError(f"arc = {self.arc!r}: must be one of {', '.join(ARCS)}")
+        if self.arc is not None and self.after is not None:
+            raise ValueError(f"after = {self.after}: goes with command only")
+        if self.command is not None and self.leaves != "before":
+            raise ValueError(f'leaves = "{self.leaves}": goes with arc only')
+        if (self.command, self.side) in (("SAVE", "target"), ("LOAD", "source")):
+            raise ValueError(f'command = "{self.command}": must be SAVE at the source, LOAD at the target')
         return self
 
 
@@ -145,7 +162,7 @@ class Device(Section):
             )
         own = [f"{a.name} -> {b.name}" for a, b in arcs(self.flags)]
         for at, fault in enumerate(self.faults):
-            if fault.arc not in own:
+            if fault.arc is not None and fault.arc not in own:
                 raise ValueError(
                     f"faults.{at}.arc = {fault.arc!r}: must be one that a device with these features takes: "
                     f"{', '.join(own)}"
@@ -219,8 +236,15 @@ class Driver(Section):
     unread dirty bytes are dropped and dirty again; or the driver never reports any."""
     precopy_end: Literal["ENOMSG", "0"] = "ENOMSG"
     """What read() gives at the temporary end: by the header ENOMSG; mtty and qat give 0."""
+    epochs: Literal["keep", "invalidate"] = "keep"
+    """v3: whether a new epoch leaves earlier dirty data valid, or not."""
     reread_ms: PositiveMs = 1000.0
     check_bytes: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk."""
+        return self.chunk_mib * MIB
 
 
 class Host(Section):
@@ -308,9 +332,27 @@ class Vmm(Section):
 
 
 class V3(Section):
-    """What the v3 VMM asks for unless the protocol's name says it (`v3-n8`)."""
+    """How the VMMs use v3, unless the protocol's name says otherwise (`v3-n8-pool`)."""
 
-    dirty_streams: Annotated[int, Field(ge=1, le=64)] = 4
+    dirty_streams: Annotated[int, Field(ge=1, le=MAX_STREAMS)] = 4
+    """With blocks: so many threads read them."""
+    blocks: bool = False
+    """One fd of addressable blocks in place of the dirty streams."""
+    wire: Literal["streams", "pool", "one"] = "streams"
+    """A connection a stream; one pool of connections for all streams; or one connection for everything."""
+    pool_connections: Annotated[int, Field(ge=1, le=256)] = 4
+    critical_credit_mib: Annotated[float, Field(gt=0, le=4096)] = 4.0
+    """With shared connections: what a device's critical stream may have at the target that its driver has not taken."""
+    dirty_credit_mib: Annotated[float, Field(gt=0, le=4096)] = 64.0
+    """The same for all dirty streams of a device together."""
+    late_epoch: Literal["retry", "proceed"] = "proceed"
+    """When the last look, vCPUs stopped, finds a new epoch: resume the guest and try again, or go on with the stop."""
+    max_retries: Annotated[int, Field(ge=0, le=1000)] = 3
+    """After so many it goes on with the stop."""
+    target_knows: Literal["v3", "v2"] = "v3"
+    """The target's VMM; if that is v2 only, the source falls back."""
+    target_max_dirty_streams: Annotated[int, Field(ge=0, le=MAX_STREAMS)] | None = None
+    """Of the target's devices; as the source's if it is left out."""
 
 
 NO_FIGURES = {"citation", "case", "protocol", "fitted"}

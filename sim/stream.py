@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 from proto_v3.timeline import Timeline
 from sim.firmware import FirmwareModel
 from sim.resource import Memory
+from sim.sections import Driver, Fault
 
 DriverLock = AbstractAsyncContextManager[None]
 
@@ -29,6 +32,43 @@ class Surroundings:
     call_ns: int
 
 
+class Faults:
+    """What the scenario has fail on one side of a device, each as often as it says."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self._left = [fault for fault in faults for _ in range(fault.times)]
+        self._commands = 0
+
+    def of_arc(self, arc: str) -> Fault | None:
+        """The fault of an arc that is about to be taken, used up with it."""
+        fault = next((fault for fault in self._left if fault.arc == arc), None)
+        if fault is not None:
+            self._left.remove(fault)
+        return fault
+
+    def of_command(self, command: str) -> OSError | None:
+        """The error of a command of the firmware that was just made."""
+        done = self._commands
+        self._commands += 1
+        fault = next((fault for fault in self._left if fault.command == command and done >= (fault.after or 0)), None)
+        if fault is None:
+            return None
+        self._left.remove(fault)
+        return fails(getattr(errno, fault.errno))
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What the streams of one migration session share."""
+
+    around: Surroundings
+    driver: Driver
+    state_lock: DriverLock
+    faults: Faults
+    fail: Callable[[], None]
+    """v3: the device cannot go on: it is in ERROR from now on, and every stream answers EIO."""
+
+
 @dataclass(slots=True)
 class ReadCounts:
     """What reading one stream took: calls that gave data, their bytes, and where their time went."""
@@ -38,8 +78,24 @@ class ReadCounts:
     firmware_ns: int = 0
     lock_ns: int = 0
     copy_ns: int = 0
+    wakeups: int = 0
+    """Calls of read() or poll() that had to wait, and were woken."""
     dropped_bytes: int = 0
-    """Saved, and dropped before anybody read them (REINIT, policy `invalidate`)."""
+    """Saved, and dropped before anybody read them: by REINIT or an epoch, policy `invalidate`."""
+
+
+@dataclass(slots=True)
+class LoadCounts:
+    """What loading one device took, beside the bytes."""
+
+    peak_held_bytes: int = 0
+    """The most that the driver held at once: records that were coming in, waiting for their epoch or being loaded."""
+    overtaken_bytes: int = 0
+    """v3: of blocks that were dropped on arrival, for a later epoch had made them invalid."""
+    undone_bytes: int = 0
+    """v3: of blocks that were loaded, and that a later epoch made invalid."""
+    stale_bytes: int = 0
+    """v3, blocks: that were dropped on arrival, for a newer version was there."""
 
 
 @dataclass(frozen=True, slots=True)

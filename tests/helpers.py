@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import tomllib
@@ -86,7 +87,7 @@ def small_tables(changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     None takes a key out. A number one past a list's end appends to it; tables on the way are made.
     """
     tables = tomllib.loads(SMALL)
-    for dotted, value in (changes or {}).items():
+    for dotted, value in copy.deepcopy(dict(changes or {})).items():  # one key may be put into another's value
         way: list[Any] = [int(part) if part.isdecimal() else part for part in dotted.split(".")]
         last = way.pop()
         place: Any = tables

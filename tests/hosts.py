@@ -14,13 +14,13 @@ from helpers import small_scenario
 from proto_v3.device import DataFd
 from proto_v3.migration import read_some
 from proto_v3.timeline import Timeline
-from proto_v3.uapi import MigrationFlags, PrecopyInfo, State
+from proto_v3.uapi import MigrationFlags, PrecopyInfo, RecordEnd, State
 from sim.clock import now_ns, sleep_ns
 from sim.device import DeviceState, Image
 from sim.driver import SimDriver
 from sim.firmware import FirmwareModel
 from sim.guest import make_activity
-from sim.record import HEADER_BYTES, STOP_COPY_SIZE_BYTES, Extent, Part, Record
+from sim.record import HEADER_BYTES, STOP_COPY_SIZE_BYTES, V3_HEADER_BYTES, Extent, Part, Record
 from sim.resource import Lock, Memory
 from sim.scenario import Scenario
 from sim.schema import GIB, KIB, MIB
@@ -35,6 +35,8 @@ OBJECTS_BYTES = 4 * 4 * KIB
 STATE_BYTES = BLOCKS * BLOCK_BYTES + OBJECTS_BYTES
 FIRST_BYTES = STOP_COPY_SIZE_BYTES + HEADER_BYTES
 """The record that announces how much STOP_COPY will give, before any image."""
+V3_END_BYTES = V3_HEADER_BYTES + RecordEnd.SIZE
+"""The END record of a stream of v3; v2's is a header alone."""
 CALL_NS = 1 * US
 PRECOPY = (State.PRE_COPY, State.PRE_COPY_P2P)
 
@@ -117,7 +119,7 @@ async def session(driver: SimDriver, state: State, dirty_streams: int = 0) -> li
         await driver.set_streams(dirty_streams)
     first = await driver.set_state(state)
     assert first is not None
-    return [first, *[await driver.get_stream(index) for index in range(dirty_streams)]]
+    return [first, *[await first.get_stream(index) for index in range(dirty_streams)]]
 
 
 async def opted_in(driver: SimDriver) -> DataFd:

@@ -60,7 +60,7 @@ def test_a_run_that_breaks_is_recorded_and_the_others_go_on(monkeypatch: pytest.
         return simulate(scenario, protocol, seed)
 
     monkeypatch.setattr(compare, "simulate", breaks_at_2)
-    done, interrupted = run_cells([Cell(SCENARIO, Protocol("v2", 0), seed) for seed in (1, 2, 3)], jobs=1)
+    done, interrupted = run_cells([Cell(SCENARIO, Protocol("v2", 2, {}), seed) for seed in (1, 2, 3)], jobs=1)
     assert not interrupted
     assert [outcome.kind.value for outcome in done] == ["COMPLETED", "FAILED", "COMPLETED"]
     assert "a bug" in done[1].reason
@@ -69,7 +69,7 @@ def test_a_run_that_breaks_is_recorded_and_the_others_go_on(monkeypatch: pytest.
 
 @pytest.mark.parametrize("before", [0, 2])
 def test_ctrl_c_gives_what_was_done(monkeypatch: pytest.MonkeyPatch, before: int) -> None:
-    cells = [Cell(SCENARIO, Protocol("v2", 0), seed) for seed in range(4)]
+    cells = [Cell(SCENARIO, Protocol("v2", 2, {}), seed) for seed in range(4)]
 
     def interrupted_after(cells: Sequence[Cell], jobs: int | None) -> Iterator[tuple[int, Outcome]]:
         yield from ((at, run_cell(cells[at])) for at in reversed(range(before)))

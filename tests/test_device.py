@@ -11,6 +11,7 @@ from hosts import MS, Hosts
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proto_v3.uapi import BlockRange
 from sim.device import DeviceState, Difference, Image
 from sim.guest import make_activity
 
@@ -74,6 +75,22 @@ def test_nothing_after_the_stop_counts(stop: int, later: int) -> None:
     expected.advance(stop)
     assert everything(state) == everything(expected)
     assert state.next_reconfiguration_ns() is None
+
+
+def test_epochs_are_told_of_when_they_began_each_once() -> None:
+    state, told = device({"device.0.reconfigurations": {"at_s": [0.1, 0.2, 0.3]}}), []
+    state.on_epochs = lambda first, last: told.append((first, last))
+    for at in (0, SECOND // 10 - 1, SECOND // 10, SECOND // 10, SECOND, 2 * SECOND):
+        state.advance(at)
+    assert told == [(2, 2), (3, 4)]
+
+
+def test_the_blocks_that_an_epoch_touches_are_those_of_the_reconfiguration_that_began_it() -> None:
+    state = device({"device.0.reconfigurations": {"at_s": [0.1, 0.2], "invalidates_share": 0.25}})
+    state.advance(SECOND)
+    first, second = state.activity.reconfiguration_blocks[:, 0].tolist()
+    assert first != second
+    assert [state.touched_blocks(epoch) for epoch in (2, 3)] == [BlockRange(first, 32, 2), BlockRange(second, 32, 3)]
 
 
 # --- dirty and saved -------------------------------------------------------------------------------------------------
@@ -143,6 +160,18 @@ def test_what_was_dropped_before_it_was_read_is_dirty_again_and_nothing_else() -
     assert state.dirty_objects().tolist() == [5]
 
 
+def test_what_was_saved_of_blocks_that_an_epoch_made_invalid_counts_no_more() -> None:
+    state = device()
+    state.save_blocks(np.arange(BLOCKS))
+    state.save_objects(np.arange(OBJECTS))
+    state.invalidate(BlockRange(94, 4, 7))
+    assert state.dirty_blocks(slice(None), stopped=True).tolist() == [94, 95, 96, 97]
+    assert state.dirty_blocks(slice(None), stopped=False).tolist() == [94, 95]
+    assert not len(state.dirty_objects())
+    state.invalidate(BlockRange(5, 0, 8))
+    assert len(state.dirty_blocks(slice(None), stopped=True)) == 4
+
+
 def test_all_that_was_saved_can_be_forgotten() -> None:
     state = device()
     state.save_blocks(np.arange(BLOCKS))
@@ -187,6 +216,22 @@ def test_what_had_happened_before_the_order_happens_once() -> None:
     ordered.advance(SECOND)
     late = np.bincount(ordered.activity.during_stop_objects.ravel(), minlength=OBJECTS)
     assert ordered.object_version.tolist() == (plain.object_version + late).tolist()
+
+
+@pytest.mark.parametrize("stops", [None, 1, 2, 3])
+def test_they_come_at_so_many_orders_to_stop_from_the_first_and_at_one_if_nothing_else_is_said(
+    stops: int | None,
+) -> None:
+    plan = {"during_stop_ms": [1.0], "objects_each": 3} | ({} if stops is None else {"during_stops": stops})
+    state = device({"device.0.reconfigurations": plan})
+    epochs = []
+    for order in range(1, 5):
+        ordered = order * SECOND // 10
+        state.order_stop(ordered)
+        state.stop(ordered + 2_000_000)
+        epochs.append(state.epoch)
+        state.start()
+    assert epochs == [1 + min(order, stops or 1) for order in range(1, 5)]
 
 
 def test_those_that_would_come_after_the_vcpus_are_stopped_do_not_come() -> None:

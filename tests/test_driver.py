@@ -43,7 +43,7 @@ from hypothesis import strategies as st
 from proto_v3.device import DataFd
 from proto_v3.migration import read_some
 from proto_v3.timeline import Mark
-from proto_v3.uapi import MigrationFlags, State
+from proto_v3.uapi import FeatureMigStreams, MigrationFlags, State, StreamFlags
 from sim.clock import now_ns, sleep_ns
 from sim.driver import SimDriver
 from sim.record import Extent
@@ -243,7 +243,10 @@ async def test_the_cost_of_arcs_is_on_the_timeline() -> None:
 async def test_a_device_tells_its_features(features: list[str], streams: int, expected: MigrationFlags) -> None:
     hosts = Hosts({"device.0.features": features, "device.0.max_dirty_streams": streams})
     assert await hosts.source.migration_flags() == expected
-    assert await hosts.source.max_dirty_streams() == streams
+    if streams:
+        assert await hosts.source.streams() == FeatureMigStreams(streams, StreamFlags.BLOCKS)
+    else:
+        await fails_with(errno.ENOTTY, hosts.source.streams())
 
 
 @pytest.mark.parametrize(("use", "state"), [("source", State.RESUMING), ("target", State.PRE_COPY)])
@@ -323,7 +326,7 @@ async def test_an_arc_that_leads_to_error_ends_the_session_and_only_a_reset_lead
     assert await driver.state() is State.ERROR
     for fd in fds:
         await fails_with(errno.ENODEV, fd.read(ALL))
-        await fails_with(errno.ENODEV, fd.precopy_info())
+        await fails_with(errno.ENODEV, fd.stream_info() if streams else fd.precopy_info())
     for state in State:
         await fails_with(errno.EINVAL, driver.set_state(state))
     assert await driver.state() is State.ERROR
@@ -468,27 +471,29 @@ async def test_the_number_of_streams_can_be_changed_after_a_session_and_zero_opt
     assert sorted(set(blocks(await read_all(fd)))) == list(range(BLOCKS))
 
 
-@pytest.mark.parametrize("state", [State.PRE_COPY, State.RESUMING])
+@pytest.mark.parametrize("state", [State.PRE_COPY, State.PRE_COPY_P2P, State.STOP_COPY, State.RESUMING])
 @virtual
 async def test_a_stream_that_there_is_not_is_refused(state: State) -> None:
-    driver = Hosts().both
-    await driver.set_streams(2)
-    await fails_with(errno.EINVAL, driver.get_stream(0))
-    await driver.set_state(state)
+    critical, *dirty = await session(Hosts().both, state, 2)
     for index in (-1, 2, 16):
-        await fails_with(errno.EINVAL, driver.get_stream(index))
-    assert await driver.get_stream(0) is not await driver.get_stream(1)
+        await fails_with(errno.EINVAL, critical.get_stream(index))
+    assert dirty[0] is not dirty[1]
+    assert [await critical.get_stream(index) for index in (0, 1)] == dirty
 
 
+@pytest.mark.parametrize("state", [State.PRE_COPY, State.STOP_COPY, State.RESUMING])
 @virtual
-async def test_there_are_no_streams_without_opting_in_nor_after_the_session() -> None:
-    driver = Hosts().source
-    await session(driver, State.PRE_COPY)
-    await fails_with(errno.EINVAL, driver.get_stream(0))
-    await driver.set_state(State.RUNNING)
-    await session(driver, State.PRE_COPY, 1)
-    await driver.set_state(State.RUNNING)
-    await fails_with(errno.EINVAL, driver.get_stream(0))
+async def test_there_are_no_streams_without_opting_in_nor_after_the_session(state: State) -> None:
+    driver = Hosts().both
+    (fd,) = await session(driver, state)
+    await fails_with(errno.ENOTTY, fd.get_stream(0))
+    await driver.reset()
+    critical, _ = await session(driver, state, 1)
+    await driver.reset()
+    await fails_with(errno.ENODEV, critical.get_stream(0))
+    again, _ = await session(driver, state, 1)
+    await fails_with(errno.ENODEV, critical.get_stream(0))
+    await again.get_stream(0)
 
 
 # --- the end of a session --------------------------------------------------------------------------------------------
@@ -523,8 +528,8 @@ async def test_an_fd_whose_session_is_over_answers_enodev(
     await driver.set_state(then)
     for fd in fds:
         await fails_with(errno.ENODEV, fd.read(ALL))
-        await fails_with(errno.ENODEV, fd.precopy_info())
-        await fails_with(errno.ENODEV, fd.stream_info())
+        await fails_with(errno.ENOTTY if streams else errno.ENODEV, fd.precopy_info())
+        await fails_with(errno.ENODEV if streams else errno.ENOTTY, fd.stream_info())
         assert await fd.poll(0)  # there is something to be told: that error
 
 

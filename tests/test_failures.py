@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -21,18 +22,24 @@ from proto_v3.frames import Kind, Payload
 from proto_v3.fsm import arcs
 from proto_v3.migration import OutcomeKind
 from proto_v3.timeline import Mark
-from proto_v3.uapi import State
+from proto_v3.uapi import MigrationFlags, State
 from sim import clock
+from sim.blocks import SaveBlocks
 from sim.driver import SimDriver
 from sim.machine import MachineModel
 from sim.protocol import Protocol
 from sim.run import Outcome, _Run
 from sim.save import SaveStream
+from sim.save_v2 import V2Stream
+from sim.save_v3 import V3Stream
 from sim.scenario import Scenario
 from sim.schema import ns
 from sim.stream import fails
 
-PROTOCOLS = ["v2", "v2-multifd", "v2-multifd-reinit-flush-ack-reusable", "v3-n1", "v3-n3"]
+PROTOCOLS = [
+    *("v2", "v2-multifd", "v2-multifd-reinit-flush-ack-reusable"),
+    *("v3-n1", "v3-n3", "v3-n2-one-invalidate-retry", "v3-blocks-n2-pool"),
+]
 FEATURES = {
     "all": ["STOP_COPY", "P2P", "PRE_COPY"],
     "no P2P": ["STOP_COPY", "PRE_COPY"],
@@ -107,7 +114,8 @@ class Watched:
         """Devices run on both sides, no session is open, and the guest writes on at the source."""
         for driver in (*self.run.drivers, *self.run.drivers_at_target):
             assert clock.run(driver.state()) is State.RUNNING
-            clock.run(driver.set_streams(0))  # EBUSY if a session were open
+            if MigrationFlags.MULTI_STREAM in clock.run(driver.migration_flags()):
+                clock.run(driver.set_streams(0))  # EBUSY if a session were open
         state = self.run.states[0]
         before = int(state.version.sum())
         state.advance(self.scenario.horizon_ns)
@@ -193,7 +201,10 @@ def test_a_call_that_times_out_is_a_failure_not_a_cancel(
         await clock.sleep_ns(ns(1))
         raise fails(errno.ETIMEDOUT)  # which Python makes a TimeoutError
 
-    monkeypatch.setattr(SaveStream, "stream_info" if name.startswith("v3") else "precopy_info", times_out)
+    if name.startswith("v3"):
+        monkeypatch.setattr(V3Stream, "stream_info", times_out)
+    else:
+        monkeypatch.setattr(V2Stream, "precopy_info", times_out)
     outcome = Watched(small_scenario(ENDLESS | cancels), name).outcome()
     assert outcome.kind is OutcomeKind.FAILED
     assert outcome.reason.endswith(os.strerror(errno.ETIMEDOUT))
@@ -396,19 +407,22 @@ def test_a_device_that_cannot_be_read_any_more_once_it_is_stopped_gives_the_gues
     name: str, after_reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """RAM is through by then, and the target waits for more of the device."""
-    original = SaveStream.read
     reads = 0
 
-    async def read(self: SaveStream, max_bytes: int) -> Payload:
-        nonlocal reads
-        data = await original(self, max_bytes)
-        if self._final and clock.now_ns() > watched.run.timeline.marks[Mark.STOPPED] + ns(3):
-            reads += 1
-            if reads > after_reads:
-                raise OSError(5, os.strerror(5))
-        return data
+    def failing(original: Callable[..., Coroutine[Any, Any, Payload]]) -> Callable[..., Coroutine[Any, Any, Payload]]:
+        async def read(self: SaveStream | SaveBlocks, *asked: int) -> Payload:
+            nonlocal reads
+            data = await original(self, *asked)
+            if self._final and clock.now_ns() > watched.run.timeline.marks[Mark.STOPPED] + ns(3):
+                reads += 1
+                if reads > after_reads:
+                    raise OSError(5, os.strerror(5))
+            return data
 
-    monkeypatch.setattr(SaveStream, "read", read)
+        return read
+
+    monkeypatch.setattr(SaveStream, "read", failing(SaveStream.read))
+    monkeypatch.setattr(SaveBlocks, "read_blocks", failing(SaveBlocks.read_blocks))
     little_ram = {"ram.size_gib": 0.002, "ram.nonzero_gib": 0.0, "ram.working_set_mib": 1.0}
     slow = {"device.0.features": ["STOP_COPY"], "device.0.state_mib": 32.0}
     watched = Watched(two(little_ram | slow), name)

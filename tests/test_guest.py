@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,13 +39,15 @@ def same(one: Activity, other: Activity) -> bool:
         and np.array_equal(one.reconfiguration_objects, other.reconfiguration_objects)
         and np.array_equal(one.during_stop_ns, other.during_stop_ns)
         and np.array_equal(one.during_stop_objects, other.during_stop_objects)
+        and np.array_equal(one.reconfiguration_blocks, other.reconfiguration_blocks)
+        and np.array_equal(one.during_stop_blocks, other.during_stop_blocks)
     )
 
 
 BUSY = [
     writes("uniform") | reconfigurations(poisson_per_s=5.0, objects_each=4),
     writes("hotspot") | reconfigurations(at_s=[1.0, 2.0], during_stop_ms=[0.5, 0.1], objects_each=4),
-    writes("sequential") | reconfigurations(poisson_per_s=5.0),
+    writes("sequential") | reconfigurations(poisson_per_s=5.0, during_stop_ms=[0.5], invalidates_share=0.1),
 ]
 
 
@@ -162,6 +165,34 @@ def test_a_reconfiguration_makes_neighbours_new_round_the_end() -> None:
     assert len(np.unique(objects[:, 0])) == 32
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.001, 0), (0.1, 13), (0.5, 64), (0.99, 127)])
+def test_a_reconfiguration_names_a_range_of_its_share_anywhere_among_the_blocks(share: float, count: int) -> None:
+    """Blocks that can be saved only when stopped, too: their earlier data is invalid as any other."""
+    busy = activity(reconfigurations(poisson_per_s=200.0, invalidates_share=share) | {"stop_only_mib": 2.0})
+    first, counts = busy.reconfiguration_blocks.T
+    assert busy.reconfiguration_blocks.shape == (len(busy.reconfiguration_ns), 2)
+    assert (counts == count).all()
+    assert first.min() == 0
+    assert first.max() == BLOCKS - count
+
+
+def test_a_reconfiguration_names_all_blocks_if_nothing_else_is_said() -> None:
+    busy = activity(reconfigurations(at_s=[1.0, 2.0], during_stop_ms=[0.5]))
+    assert busy.reconfiguration_blocks.tolist() == [[0, BLOCKS]] * 2
+    assert busy.during_stop_blocks.tolist() == [[0, BLOCKS]]
+    assert activity({}).reconfiguration_blocks.shape == activity({}).during_stop_blocks.shape == (0, 2)
+
+
+def test_the_blocks_that_are_named_leave_all_else_as_it_was() -> None:
+    plan = {"poisson_per_s": 50.0, "during_stop_ms": [0.5], "objects_each": 3}
+    one, other = (
+        activity(writes("uniform") | reconfigurations(**plan, invalidates_share=share), seed=9) for share in (0.1, 0.7)
+    )
+    assert not np.array_equal(one.reconfiguration_blocks, other.reconfiguration_blocks)
+    one = replace(one, reconfiguration_blocks=other.reconfiguration_blocks, during_stop_blocks=other.during_stop_blocks)
+    assert same(one, other)
+
+
 def test_reconfigurations_leave_the_writes_as_they_were() -> None:
     without = activity(writes("hotspot"), seed=9)
     with_them = activity(writes("hotspot") | reconfigurations(poisson_per_s=50.0, objects_each=8), seed=9)
@@ -174,6 +205,7 @@ def test_writes_leave_the_reconfigurations_as_they_were() -> None:
     with_them = activity(writes("uniform") | reconfigurations(poisson_per_s=50.0), seed=9)
     assert np.array_equal(without.reconfiguration_ns, with_them.reconfiguration_ns)
     assert np.array_equal(without.reconfiguration_objects, with_them.reconfiguration_objects)
+    assert np.array_equal(without.reconfiguration_blocks, with_them.reconfiguration_blocks)
 
 
 # --- reconfigurations during the stop --------------------------------------------------------------------------------
@@ -183,15 +215,19 @@ def test_reconfigurations_during_the_stop_are_sorted_and_do_not_happen_before_it
     busy = activity(reconfigurations(during_stop_ms=[2.0, 0.0, 0.5], objects_each=3))
     assert busy.during_stop_ns.tolist() == [0, 500_000, 2_000_000]
     assert busy.during_stop_objects.shape == (3, 3)
+    assert busy.during_stop_blocks.shape == (3, 2)
     assert busy.reconfigurations_until(10 * SECOND) == 0
 
 
 def test_a_stop_puts_its_reconfigurations_in_among_the_others() -> None:
-    before = activity(reconfigurations(at_s=[1.0, 1.5], during_stop_ms=[0.0, 600.0], objects_each=3))
+    plan = {"at_s": [1.0, 1.5], "during_stop_ms": [0.0, 600.0]}
+    before = activity(reconfigurations(**plan, objects_each=3, invalidates_share=0.1))
     after = before.with_events_during_stop(SECOND)
     assert after.reconfiguration_ns.tolist() == [SECOND, SECOND, 1_500_000_000, 1_600_000_000]
     given, late = before.reconfiguration_objects.tolist(), before.during_stop_objects.tolist()
     assert after.reconfiguration_objects.tolist() == [given[0], late[0], given[1], late[1]]
+    named, late_named = before.reconfiguration_blocks.tolist(), before.during_stop_blocks.tolist()
+    assert after.reconfiguration_blocks.tolist() == [named[0], late_named[0], named[1], late_named[1]]
     assert np.array_equal(after.write_blocks, before.write_blocks)
     assert before.reconfiguration_ns.tolist() == [SECOND, 1_500_000_000]
 
@@ -204,3 +240,4 @@ def test_those_during_the_stop_leave_all_else_as_it_was(plan: dict[str, Any]) ->
     assert np.array_equal(without.write_blocks, with_them.write_blocks)
     assert np.array_equal(without.reconfiguration_ns, with_them.reconfiguration_ns)
     assert np.array_equal(without.reconfiguration_objects, with_them.reconfiguration_objects)
+    assert np.array_equal(without.reconfiguration_blocks, with_them.reconfiguration_blocks)

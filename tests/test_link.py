@@ -1,8 +1,10 @@
-"""The network: transfer times in closed form, limits per connection and in all, bounded buffers, order."""
+"""The network: transfer times in closed form, limits per connection and in all, bounded buffers, order; its connections
+cut and closed."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from proto_v3.channel import Channel, Transport
 from proto_v3.frames import Frame, Kind, encode_header
 from proto_v3.timeline import Mark, PathStep, Resource, Timeline, cause
 from sim.clock import VirtualLoop, now_ns, sleep_ns, sleep_until_ns
-from sim.link import NetworkLink
+from sim.link import ClosedError, End, NetworkLink
 from sim.record import Bulk
 from sim.schema import MIB
 
@@ -34,9 +36,12 @@ class Network:
         self._link = NetworkLink(small_scenario(changes).link, loop, self.timeline)
         self._made = 0
 
-    def connect(self) -> tuple[Transport, Transport]:
+    def connect(self) -> tuple[End, End]:
         self._made += 1
         return self._link.connect(f"connection {self._made}")
+
+    def close(self) -> None:
+        self._link.close()
 
 
 async def send(end: Transport, size: int) -> int:
@@ -259,6 +264,31 @@ async def test_a_sender_that_was_held_up_was_caused_by_what_the_receiver_did_and
 
 
 @virtual
+async def test_a_sender_that_waited_for_its_turn_was_caused_by_what_the_one_before_it_waited_for() -> None:
+    """As where critical data waits behind a frame of RAM on the one connection that there is."""
+    network = Network()
+    here, there = network.connect()
+    network.timeline.mark(Mark.STOP_ORDERED)
+
+    async def load_slowly() -> None:
+        await sleep_ns(20_000_000)
+        network.timeline.work(Resource.LOAD, "LOAD", 0)
+        await receive(there)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(load_slowly())
+        await send(here, BUFFER_BYTES)
+        tasks.create_task(send(here, MIB))
+        await sleep_ns(1_000_000)
+        await send(here, 100)
+        network.timeline.mark(Mark.RESUMED)
+    assert [(step.what, step.start_ns, step.end_ns) for step in network.timeline.critical_path()] == [
+        ("LOAD", 0, 20_000_000),
+        ("window update", 20_000_000, 20_000_000 + HALF_ROUND_TRIP_NS),
+    ]
+
+
+@virtual
 async def test_a_sender_that_was_not_held_up_is_not_told_as_blocked() -> None:
     network = Network()
     here, there = network.connect()
@@ -281,3 +311,114 @@ async def test_frames_cross_the_link_unchanged_and_are_counted_with_their_header
     assert [await target.recv() for _ in frames] == frames
     assert source.bytes_sent == MIB + sum(len(encode_header(frame)) for frame in frames)
     assert target.bytes_sent == 0
+
+
+# --- cut, and closed --------------------------------------------------------------------------------------------------
+
+
+async def raises(error: type[ConnectionResetError], text: str, call: Awaitable[Any]) -> None:
+    with pytest.raises(error, match=text) as raised:
+        await call
+    assert raised.type is error
+
+
+CUT = (ConnectionResetError, r"\[Errno 104\] connection 1 was cut")
+CLOSED = (ClosedError, r"\[Errno 104\] the other side closed the connection")
+
+
+@pytest.mark.parametrize("end", [0, 1])
+@virtual
+async def test_a_connection_that_is_cut_is_gone_at_both_ends(end: int) -> None:
+    here, there = ends = Network().connect()
+    ends[end].cut()
+    for _ in range(2):
+        for each in (here, there):
+            await raises(*CUT, send(each, 100))
+            await raises(*CUT, receive(each))
+    assert now_ns() == 0
+
+
+@virtual
+async def test_what_is_on_its_way_or_was_not_received_is_lost_when_it_is_cut() -> None:
+    here, there = Network().connect()
+    await send(here, 100)
+    await sleep_ns(transfer_ns(100))
+    await send(here, 100)
+    here.cut()
+    await raises(*CUT, receive(there))
+    await sleep_ns(transfer_ns(100))
+    await raises(*CUT, receive(there))
+
+
+@virtual
+async def test_whoever_waits_learns_of_a_cut_at_once() -> None:
+    """The second sender waits for its turn, behind the one that waits for room."""
+    here, there = Network().connect()
+    await send(here, BUFFER_BYTES)
+    waiting = [asyncio.create_task(raises(*CUT, send(here, size))) for size in (MIB, 100)]
+    waiting.append(asyncio.create_task(raises(*CUT, receive(here))))
+    await sleep_ns(1000)
+    there.cut()
+    await asyncio.gather(*waiting)
+    assert now_ns() == 1000
+
+
+@virtual
+async def test_a_cut_takes_nothing_of_other_connections() -> None:
+    network = Network()
+    (cut, _), (here, there) = network.connect(), network.connect()
+    await send(cut, MIB)
+    await send(here, MIB)
+    cut.cut()
+    assert (await receive(there))[0] == MIB
+
+
+@virtual
+async def test_room_that_comes_back_after_a_cut_wakes_nobody() -> None:
+    here, there = Network().connect()
+    await send(here, BUFFER_BYTES)
+    await receive(there)
+    here.cut()
+    await sleep_ns(HALF_ROUND_TRIP_NS)
+    await raises(*CUT, send(here, 100))
+
+
+@virtual
+async def test_what_was_sent_still_arrives_when_all_connections_are_closed() -> None:
+    network = Network()
+    (here, there), (idle, idle_there) = network.connect(), network.connect()
+    waiting = asyncio.create_task(raises(*CLOSED, receive(idle_there)))
+    await send(here, 100)
+    await send(here, MIB)
+    network.close()
+    assert await receive(there) == (100, transfer_ns(100))
+    assert not waiting.done()
+    await sleep_until_ns(2 * transfer_ns(MIB))
+    assert waiting.done()
+    assert (await receive(there))[0] == MIB
+    for end in (here, there, idle, idle_there):
+        await raises(*CLOSED, send(end, 100))
+        await raises(*CLOSED, receive(end))
+
+
+@virtual
+async def test_a_sender_that_waits_for_room_learns_that_it_is_closed() -> None:
+    network = Network()
+    here, there = network.connect()
+    await send(here, BUFFER_BYTES)
+    waiting = asyncio.create_task(raises(*CLOSED, send(here, 100)))
+    await sleep_ns(1000)
+    network.close()
+    await waiting
+    assert now_ns() == transfer_ns(BUFFER_BYTES)
+    assert (await receive(there))[0] == BUFFER_BYTES
+
+
+@virtual
+async def test_a_connection_that_was_cut_stays_so_when_all_are_closed() -> None:
+    network = Network()
+    here, _ = network.connect()
+    here.cut()
+    network.close()
+    await sleep_ns(1)
+    await raises(*CUT, send(here, 100))

@@ -14,10 +14,14 @@ from hypothesis import strategies as st
 
 from experiments import results
 from proto_v3.errors import UserError
+from proto_v3.lanes import Credits, Wire
+from proto_v3.uapi import StreamFlags
 from proto_v3.v2 import Ack
+from proto_v3.v3 import V3Options
 from sim.protocol import HELP, SUFFIXES, Protocol
 from sim.run import simulate
 from sim.scenario import Scenario
+from sim.schema import MIB
 
 SCENARIO = small_scenario()
 # Everything that a suffix can set is set, so that each one has something to change.
@@ -29,41 +33,69 @@ EVERYTHING = small_scenario(
         "vmm.switchover_ack": "reusable",
         "vmm.precopy_user": "polls",
         "driver.reinit": "invalidate",
+        "driver.epochs": "invalidate",
+        "v3.dirty_streams": 9,
+        "v3.blocks": True,
+        "v3.wire": "pool",
+        "v3.late_epoch": "retry",
     }
 )
 # By hand, from what the suffixes are for: what is left of the scenario is not named.
-MEANING: dict[str, dict[str, Any]] = {
-    "multifd": {"vmm.multifd": True, "vmm.multifd_device_state": True},
-    "single": {"vmm.multifd_device_state": False},
-    "reinit-flush": {"vmm.reinit": True, "driver.reinit": "flush"},
-    "reinit-invalidate": {"vmm.reinit": True, "driver.reinit": "invalidate"},
-    "no-reinit": {"vmm.reinit": False},
-    "ack": {"vmm.switchover_ack": "one_shot"},
-    "no-ack": {"vmm.switchover_ack": "off"},
-    "ack-reusable": {"vmm.switchover_ack": "reusable"},
-    "polls": {"vmm.precopy_user": "polls"},
-    "deduces": {"vmm.precopy_user": "deduces"},
+MEANING: dict[str, dict[str, dict[str, Any]]] = {
+    "v2": {
+        "multifd": {"vmm.multifd": True, "vmm.multifd_device_state": True},
+        "single": {"vmm.multifd_device_state": False},
+        "reinit-flush": {"vmm.reinit": True, "driver.reinit": "flush"},
+        "reinit-invalidate": {"vmm.reinit": True, "driver.reinit": "invalidate"},
+        "no-reinit": {"vmm.reinit": False},
+        "ack": {"vmm.switchover_ack": "one_shot"},
+        "no-ack": {"vmm.switchover_ack": "off"},
+        "ack-reusable": {"vmm.switchover_ack": "reusable"},
+        "polls": {"vmm.precopy_user": "polls"},
+        "deduces": {"vmm.precopy_user": "deduces"},
+    },
+    "v3": {
+        **{f"n{n}": {"v3.dirty_streams": n} for n in range(1, 65)},
+        "blocks": {"v3.blocks": True},
+        "streams": {"v3.wire": "streams"},
+        "pool": {"v3.wire": "pool"},
+        "one": {"v3.wire": "one"},
+        "keep": {"driver.epochs": "keep"},
+        "invalidate": {"driver.epochs": "invalidate"},
+        "retry": {"v3.late_epoch": "retry"},
+        "proceed": {"v3.late_epoch": "proceed"},
+    },
 }
-CHOICES = [
-    ["", "-multifd", "-single"],
-    ["", "-reinit-flush", "-reinit-invalidate", "-no-reinit"],
-    ["", "-ack", "-no-ack", "-ack-reusable"],
-    ["", "-polls", "-deduces"],
-]
+ALL = [(version, suffix) for version in MEANING for suffix in MEANING[version]]
+CHOICES = {
+    "v2": [
+        ["", "-multifd", "-single"],
+        ["", "-reinit-flush", "-reinit-invalidate", "-no-reinit"],
+        ["", "-ack", "-no-ack", "-ack-reusable"],
+        ["", "-polls", "-deduces"],
+    ],
+    "v3": [
+        ["", "-n1", "-n9", "-n10", "-n64"],
+        ["", "-blocks"],
+        ["", "-streams", "-pool", "-one"],
+        ["", "-keep", "-invalidate"],
+        ["", "-retry", "-proceed"],
+    ],
+}
 """Suffixes that exclude each other."""
 
 
 def flat(scenario: Scenario) -> dict[str, Any]:
-    """The settings of VMM and driver, with dotted keys."""
+    """The settings of VMM, driver and v3, with dotted keys."""
     return {
         f"{table}.{key}": value
-        for table in ("vmm", "driver")
+        for table in ("vmm", "driver", "v3")
         for key, value in getattr(scenario, table).model_dump().items()
     }
 
 
-def meaning(*names: str) -> dict[str, Any]:
-    return {key: value for name in names for key, value in MEANING[name.removeprefix("-")].items()}
+def meaning(version: str, *names: str) -> dict[str, Any]:
+    return {key: value for name in names for key, value in MEANING[version][name.removeprefix("-")].items()}
 
 
 # --- what a name means -----------------------------------------------------------------------------------------------
@@ -72,26 +104,44 @@ def meaning(*names: str) -> dict[str, Any]:
 def test_v2_alone_is_v2_as_the_scenario_sets_it_up() -> None:
     for scenario in (SCENARIO, EVERYTHING):
         protocol = Protocol.parse("v2", scenario)
-        assert protocol == Protocol("v2", 0)
+        assert protocol == Protocol("v2", 2, {})
         assert protocol.applied(scenario) == scenario
 
 
-def test_every_suffix_is_told_of_here_and_in_the_help() -> None:
-    assert SUFFIXES.keys() == MEANING.keys()
-    assert all(f"-{name}" in HELP for name in SUFFIXES)
-
-
-@pytest.mark.parametrize("suffix", [name for name in MEANING if name != "ack-reusable"])
-def test_a_suffix_changes_what_it_says_and_nothing_else(suffix: str) -> None:
+def test_v3_alone_is_v3_as_the_scenario_sets_it_up_and_is_named_with_its_streams() -> None:
+    assert Protocol.parse("v3", SCENARIO) == Protocol("v3-n4", 3, {"v3": {"dirty_streams": 4}})
+    assert Protocol.parse("v3", small_scenario({"v3.dirty_streams": 7})).name == "v3-n7"
     for scenario in (SCENARIO, EVERYTHING):
-        name = f"v2-{suffix}" if suffix != "no-reinit" else "v2-no-reinit-no-ack"
-        also = meaning("no-ack") if suffix == "no-reinit" else {}
+        assert Protocol.parse("v3", scenario).applied(scenario) == scenario
+
+
+def test_every_suffix_is_told_of_here_and_in_the_help() -> None:
+    assert {version: set(names) for version, names in SUFFIXES.items()} == {
+        version: set(names) for version, names in MEANING.items()
+    }
+    of_v2, of_v3 = HELP.split("; ")
+    assert all(f"-{name}" in of_v2 for name in MEANING["v2"])
+    assert of_v3.startswith("v3, with any of -n1 to -n64, -")
+    assert all(f"-{name}" in of_v3 for name in MEANING["v3"] if not name.startswith("n"))
+
+
+@pytest.mark.parametrize(("version", "suffix"), [each for each in ALL if each[1] != "ack-reusable"])
+def test_a_suffix_changes_what_it_says_and_nothing_else(version: str, suffix: str) -> None:
+    for scenario in (SCENARIO, EVERYTHING):
+        name = f"{version}-{suffix}" if suffix != "no-reinit" else "v2-no-reinit-no-ack"
+        also = meaning("v2", "no-ack") if suffix == "no-reinit" else {}
         protocol = Protocol.parse(name, scenario)
-        assert (protocol.name, protocol.dirty_streams) == (name, 0)
+        assert (protocol.name, protocol.version) == (name, int(version[1]))
         applied = protocol.applied(scenario)
-        assert flat(applied) == flat(scenario) | meaning(suffix) | also
-        rest = {"vmm", "driver"}
+        assert flat(applied) == flat(scenario) | meaning(version, suffix) | also
+        rest = {"vmm", "driver", "v3"}
         assert applied.model_dump(exclude=rest) == scenario.model_dump(exclude=rest)
+
+
+@pytest.mark.parametrize(("version", "suffix"), [each for each in ALL if each[1] != "ack-reusable"])
+def test_no_suffix_is_without_effect(version: str, suffix: str) -> None:
+    changed = meaning(version, suffix).items()
+    assert any(not changed <= flat(scenario).items() for scenario in (SCENARIO, EVERYTHING))
 
 
 def test_a_name_is_what_the_vmm_does() -> None:
@@ -112,12 +162,29 @@ def test_single_keeps_multifd_for_ram_only() -> None:
     assert options.devices_by_multifd is None
 
 
-@given(st.tuples(*(st.sampled_from(choice) for choice in CHOICES)), st.randoms())
-def test_any_choice_of_suffixes_in_any_order_means_all_of_them(parts: tuple[str, ...], order: Any) -> None:
+def test_a_name_of_v3_is_what_its_vmms_do() -> None:
+    credits = Credits(4 * MIB, 64 * MIB)
+    plain = SCENARIO.v3_options()
+    assert plain == V3Options(4, 4, False, Wire.STREAMS, 4, credits, 0)
+    assert (plain.asked, plain.flags, plain.connections(2)) == ("4", StreamFlags(0), 1 + 2 * 5)
+    applied = Protocol.parse("v3-n8-pool-retry", SCENARIO).applied(SCENARIO).v3_options()
+    assert applied == V3Options(8, 8, False, Wire.POOL, 4, credits, 3)
+    assert applied.connections(2) == 1 + 4
+    applied = Protocol.parse("v3-blocks-n8-one", SCENARIO).applied(SCENARIO).v3_options()
+    assert applied == V3Options(1, 8, True, Wire.ONE, 4, credits, 0)
+    assert (applied.asked, applied.flags, applied.connections(2)) == ("addressable blocks", StreamFlags.BLOCKS, 1)
+
+
+@pytest.mark.parametrize("version", CHOICES)
+@given(st.data(), st.randoms())
+def test_any_choice_of_suffixes_in_any_order_means_all_of_them(version: str, data: st.DataObject, order: Any) -> None:
+    parts = [data.draw(st.sampled_from(choice)) for choice in CHOICES[version]]
     shuffled = list(parts)
     order.shuffle(shuffled)
-    name = "v2" + "".join(shuffled)
-    wanted = flat(SCENARIO) | meaning(*filter(None, parts))
+    name = version + "".join(shuffled)
+    if name == "v3":
+        assert Protocol.parse(name, SCENARIO).name == "v3-n4"
+    wanted = flat(SCENARIO) | meaning(version, *filter(None, parts))
     if wanted["vmm.switchover_ack"] == "reusable" and not wanted["vmm.reinit"]:
         with pytest.raises(UserError, match="a reusable ack goes with REINIT only"):
             Protocol.parse(name, SCENARIO)
@@ -125,27 +192,20 @@ def test_any_choice_of_suffixes_in_any_order_means_all_of_them(parts: tuple[str,
         assert flat(Protocol.parse(name, SCENARIO).applied(SCENARIO)) == wanted
 
 
-@pytest.mark.parametrize("streams", [1, 9, 10, 64])
-def test_v3_is_named_with_its_streams(streams: int) -> None:
-    assert Protocol.parse(f"v3-n{streams}", SCENARIO) == Protocol(f"v3-n{streams}", streams)
-
-
-def test_v3_alone_takes_the_scenarios_number_of_streams() -> None:
-    assert Protocol.parse("v3", small_scenario({"v3.dirty_streams": 7})) == Protocol("v3-n7", 7)
-
-
-def test_v3_changes_nothing_of_the_scenario() -> None:
-    assert Protocol.parse("v3-n2", EVERYTHING).applied(EVERYTHING) == EVERYTHING
-
-
 # --- what is refused -------------------------------------------------------------------------------------------------
 
-CONTRADICTIONS = [(one, other) for choice in CHOICES for one, other in itertools.permutations(filter(None, choice), 2)]
+CONTRADICTIONS = [
+    f"{version}{one} {other}"
+    for version, choices in CHOICES.items()
+    for choice in choices
+    for one, other in itertools.permutations(filter(None, choice), 2)
+]
 
 
-@pytest.mark.parametrize(("one", "other"), CONTRADICTIONS)
-def test_suffixes_that_contradict_each_other_are_refused(one: str, other: str) -> None:
-    name = f"v2{one}{other}"
+@pytest.mark.parametrize("names", CONTRADICTIONS)
+def test_suffixes_that_contradict_each_other_are_refused(names: str) -> None:
+    first, other = names.split()
+    name = first + other
     with pytest.raises(UserError) as refused:
         Protocol.parse(name, SCENARIO)
     assert str(refused.value) == f"protocol {name!r}: {other} contradicts what comes before it"
@@ -153,30 +213,31 @@ def test_suffixes_that_contradict_each_other_are_refused(one: str, other: str) -
 
 def test_a_suffix_that_is_there_twice_is_refused() -> None:
     with pytest.raises(UserError, match="-multifd is there twice"):
-        Protocol.parse("v2-multifd-polls-multifd", small_scenario())
+        Protocol.parse("v2-multifd-polls-multifd", SCENARIO)
+    with pytest.raises(UserError, match="-n4 is there twice"):
+        Protocol.parse("v3-n4-pool-n4", SCENARIO)
 
 
 def test_a_contradiction_is_found_behind_other_suffixes() -> None:
     with pytest.raises(UserError, match="-deduces contradicts"):
         Protocol.parse("v2-polls-multifd-ack-deduces", SCENARIO)
+    with pytest.raises(UserError, match="-one contradicts"):
+        Protocol.parse("v3-pool-n2-retry-one", SCENARIO)
 
 
-@pytest.mark.parametrize("name", ["", "V2", "v1", "v22", "v3-n", "v3-n0", "v3-n01", "v3-n65", "v3-n-1", "v3-n1 ", "4"])
+@pytest.mark.parametrize("name", ["", "V2", "v1", "v22", "v", "4", "v2\n", "v3\n", "v3n4", "v32", "v 3", " v3"])
 def test_a_name_that_is_none_is_answered_with_those_that_there_are(name: str) -> None:
-    with pytest.raises(UserError, match=r"unknown protocol .*; there are v2, v2 with any of -multifd, .*v3-n1 to v3-n"):
+    with pytest.raises(UserError) as refused:
         Protocol.parse(name, SCENARIO)
-
-
-@pytest.mark.parametrize("name", ["v3-multifd", "v3-n2-ack", "v3-n2-n4", "v3\n"])
-def test_v3_has_no_suffixes(name: str) -> None:
-    with pytest.raises(UserError, match="unknown protocol"):
-        Protocol.parse(name, SCENARIO)
+    assert str(refused.value).startswith(f"unknown protocol {name!r}; there are {HELP}")
 
 
 @pytest.mark.parametrize(
     ("name", "rest"),
     [
         ("v2-n1", "-n1"),
+        ("v2-pool", "-pool"),
+        ("v2-retry", "-retry"),
         ("v2-", "-"),
         ("v2-multi", "-multi"),
         ("v2-multifd4", "-multifd4"),
@@ -188,6 +249,21 @@ def test_v3_has_no_suffixes(name: str) -> None:
         ("v2-polls-ack-reusables", "-reusables"),
         ("v2-no", "-no"),
         ("v2-ACK", "-ACK"),
+        ("v3-multifd", "-multifd"),
+        ("v3-n2-ack", "-ack"),
+        ("v3-n", "-n"),
+        ("v3-n0", "-n0"),
+        ("v3-n01", "-n01"),
+        ("v3-n65", "-n65"),
+        ("v3-n-1", "-n-1"),
+        ("v3-n1 ", "-n1 "),
+        ("v3-n1\n", "\n"),
+        ("v3-", "-"),
+        ("v3--n4", "--n4"),
+        ("v3-N4", "-N4"),
+        ("v3-block", "-block"),
+        ("v3-n4-pools", "-pools"),
+        ("v3-n4-invalidate-", "-"),
     ],
 )
 def test_an_unknown_suffix_is_shown_and_answered_with_those_that_there_are(name: str, rest: str) -> None:
@@ -195,7 +271,10 @@ def test_an_unknown_suffix_is_shown_and_answered_with_those_that_there_are(name:
         Protocol.parse(name, SCENARIO)
     told = str(refused.value)
     assert told.startswith(f"unknown protocol {name!r}: {rest!r} is none of -")
-    assert all(f"-{suffix}" in told for suffix in MEANING)
+    _, of_version = told.split(" is none of ")
+    assert of_version in HELP
+    assert all(f"-{suffix}" in of_version for suffix in MEANING[name[:2]] if not suffix.startswith("n"))
+    assert ("-n1 to -n64" in of_version) == (name[:2] == "v3")
 
 
 def test_a_close_name_is_suggested() -> None:
@@ -214,7 +293,10 @@ def test_a_reusable_ack_needs_reinit_from_the_name_or_from_the_scenario() -> Non
 
 # --- names in tables -------------------------------------------------------------------------------------------------
 
-NAMES = ["v2", "v2-multifd", "v2-reinit-invalidate-ack-reusable-polls", "v2-no-ack-single", "v3-n1", "v3-n12"]
+NAMES = [
+    *("v2", "v2-multifd", "v2-reinit-invalidate-ack-reusable-polls", "v2-no-ack-single"),
+    *("v3-n1", "v3-n12", "v3-n4-pool-invalidate-retry", "v3-blocks-n2-streams-keep-proceed", "v3-blocks", "v3-one"),
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -50,7 +50,7 @@ from proto_v3.migration import read_some
 from proto_v3.timeline import Mark
 from proto_v3.uapi import MigrationFlags, State
 from sim.clock import now_ns, sleep_ns, sleep_until_ns
-from sim.record import HEADER_BYTES, Extent, Part
+from sim.record import HEADER_BYTES, V3_HEADER_BYTES, Extent, Part
 from sim.schema import KIB, MIB
 
 BUSY = {"device.0.writes": {"pattern": "sequential", "mib_per_s": 10.0}}
@@ -359,7 +359,7 @@ async def test_read_waits_for_a_save_that_began_before_the_guest_was_stopped() -
     await sleep_until_ns(100 * US)
     hosts.state.stop(now_ns())
     await sleep_until_ns(600 * US)
-    assert len(await critical.read(ALL)) == MIB + HEADER_BYTES
+    assert len(await critical.read(ALL)) == MIB + V3_HEADER_BYTES
 
 
 @virtual

@@ -12,14 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proto_v3.errors import UserError
+from proto_v3.lanes import Credits, Wire
 from proto_v3.timeline import Timeline
 from proto_v3.uapi import MigrationFlags
+from proto_v3.v3 import V3Options
 from sim.clock import now_ns, run
 from sim.machine import RamModel
 from sim.scenario import SOURCE_KINDS, Scenario, parameters
 from sim.scenario_file import load, parse, shipped
 from sim.schema import KIB, MIB
-from sim.sections import NO_FIGURES
+from sim.sections import NO_FIGURES, V3, Fault, Reconfigurations
 
 HUGE = 10**400
 SECOND_DEVICE = small_tables()["device"][0] | {"name": "other"}
@@ -109,10 +111,31 @@ def test_what_was_fitted_to_is_among_what_was_published(name: str) -> None:
         ("driver.lock", "mutex", "'none', 'per_fd', 'device' or 'global'"),
         ("driver.chunks", 0, "greater than or equal to 1"),
         ("driver.chunks", 1.5, "a valid integer"),
+        ("driver.epochs", "drop", "'keep' or 'invalidate'"),
+        ("device.0.reconfigurations.during_stops", 0, "greater than or equal to 1"),
+        ("device.0.reconfigurations.during_stops", 1.0, "a valid integer"),
+        ("device.0.reconfigurations.invalidates_share", -0.1, "greater than or equal to 0"),
+        ("device.0.reconfigurations.invalidates_share", 1.1, "less than or equal to 1"),
         ("firmware.service_cv", 2.5, "less than or equal to 2"),
         ("firmware.engines", 10**30, "less than or equal to 256"),
         ("vmm.write_kib", 0, "greater than or equal to 1"),
+        ("v3.dirty_streams", 0, "greater than or equal to 1"),
         ("v3.dirty_streams", 65, "less than or equal to 64"),
+        ("v3.blocks", 1, "a valid boolean"),
+        ("v3.blocks", "yes", "a valid boolean"),
+        ("v3.wire", "tcp", "'streams', 'pool' or 'one'"),
+        ("v3.pool_connections", 0, "greater than or equal to 1"),
+        ("v3.pool_connections", 257, "less than or equal to 256"),
+        ("v3.critical_credit_mib", 0, "greater than 0"),
+        ("v3.critical_credit_mib", 4097.0, "less than or equal to 4096"),
+        ("v3.dirty_credit_mib", 0.0, "greater than 0"),
+        ("v3.dirty_credit_mib", 4097, "less than or equal to 4096"),
+        ("v3.late_epoch", "never", "'retry' or 'proceed'"),
+        ("v3.max_retries", -1, "greater than or equal to 0"),
+        ("v3.max_retries", 1001, "less than or equal to 1000"),
+        ("v3.target_knows", 3, "'v3' or 'v2'"),
+        ("v3.target_max_dirty_streams", -1, "greater than or equal to 0"),
+        ("v3.target_max_dirty_streams", 65, "less than or equal to 64"),
     ],
 )
 def test_a_wrong_value_is_told_with_key_value_and_what_is_right(key: str, value: Any, right: str) -> None:
@@ -126,6 +149,46 @@ def test_a_wrong_value_is_told_with_key_value_and_what_is_right(key: str, value:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1, True, False])
 def test_no_parameter_takes_what_is_no_number_or_below_zero(key: str, value: float) -> None:
     assert any(problem.startswith(f"{key} = {value!r}: must be ") for problem in problems({key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "right"),
+    [
+        ("side", "both", "'source' or 'target'"),
+        ("arc", "to PRE_COPY", "pattern"),
+        ("command", "ERASE", "'SAVE' or 'LOAD'"),
+        ("after", -1, "greater than or equal to 0"),
+        ("after", 1.5, "a valid integer"),
+        ("errno", "EPERM", "'EIO', 'EINVAL', 'ENOMEM', 'ENODEV', 'ETIMEDOUT' or 'EBUSY'"),
+        ("leaves", "after", "'before' or 'ERROR'"),
+        ("times", 0, "greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_value_of_a_fault_is_told_with_what_is_right(key: str, value: Any, right: str) -> None:
+    fault = {"side": "source"} | ({} if key == "arc" else {"command": "SAVE"}) | {key: value}
+    (problem,) = problems({"device.0.faults": [fault]})
+    assert problem.startswith(f"device.0.faults.0.{key} = {value!r}: ")
+    assert right in problem
+
+
+def test_the_last_allowed_value_is_taken() -> None:
+    scenario = small_scenario(
+        {
+            "device.0.reconfigurations": {"during_stops": 1, "invalidates_share": 0.0},
+            "v3": {
+                "dirty_streams": 64,
+                "pool_connections": 256,
+                "critical_credit_mib": 4096.0,
+                "dirty_credit_mib": 1.0,
+                "max_retries": 1000,
+                "target_max_dirty_streams": 0,
+            },
+        }
+    )
+    assert scenario.device[0].reconfigurations == Reconfigurations(during_stops=1, invalidates_share=0.0)
+    assert (scenario.v3.dirty_streams, scenario.v3.pool_connections, scenario.v3.max_retries) == (64, 256, 1000)
+    assert (scenario.v3.critical_credit_mib, scenario.v3.dirty_credit_mib) == (4096, 1)
+    assert scenario.v3.target_max_dirty_streams == 0
 
 
 def test_an_integer_is_a_number_and_nothing_is_converted_else() -> None:
@@ -168,6 +231,10 @@ def test_a_rate_is_not_told_to_be_in_seconds(key: str) -> None:
         ("device.0.stop_only", "stop_only_mib"),
         ("device.0.critical.object", "objects"),
         ("vmm.downtime_limit", "downtime_limit_ms"),
+        ("driver.epoch", "epochs"),
+        ("v3.wires", "wire"),
+        ("v3.retries", "max_retries"),
+        ("v3.target_max_streams", "target_max_dirty_streams"),
     ],
 )
 def test_an_unknown_key_is_told_with_the_one_that_was_meant(key: str, meant: str) -> None:
@@ -212,14 +279,42 @@ EVERYTHING_SET = {
     "device.0.count": 1,
     "device.0.pf": 0,
     "device.0.writes": {"pattern": "hotspot", "mib_per_s": 10.0, "hot_share": 0.5, "hot_fraction": 0.5},
-    "device.0.reconfigurations": {"poisson_per_s": 5.0, "objects_each": 1},
+    "device.0.reconfigurations": {
+        "poisson_per_s": 5.0,
+        "during_stop_ms": [0.5],
+        "during_stops": 2,
+        "objects_each": 1,
+        "invalidates_share": 0.5,
+    },
+    "device.0.faults": [
+        {"side": "source", "arc": "RUNNING -> PRE_COPY", "leaves": "ERROR"},
+        {"side": "target", "command": "LOAD", "after": 2, "errno": "ENOMEM", "times": 2},
+    ],
+    "driver.epochs": "invalidate",
     "ram.frame_mib": 1.0,
     "vmm.read_mib": 1.0,
     "vmm.write_kib": 32,
     "vmm.bandwidth_gbit_per_s": 10.0,
-    "v3.dirty_streams": 4,
+    "v3": {
+        "dirty_streams": 4,
+        "blocks": True,
+        "wire": "pool",
+        "pool_connections": 4,
+        "critical_credit_mib": 4.0,
+        "dirty_credit_mib": 64.0,
+        "late_epoch": "retry",
+        "max_retries": 3,
+        "target_knows": "v2",
+        "target_max_dirty_streams": 4,
+    },
 }
 KEYS = ["name", "ram", "device", "device.0", "v3", "sources", *sorted(parameters(small_scenario(EVERYTHING_SET)))]
+
+
+def test_every_key_of_v3_and_of_a_fault_is_tried_below() -> None:
+    assert {key for key in KEYS if key.startswith("v3.")} == {f"v3.{name}" for name in V3.model_fields}
+    of_faults = {key.rpartition(".")[2] for key in KEYS if key.startswith("device.0.faults.")}
+    assert of_faults >= set(Fault.model_fields)
 
 
 @given(st.sampled_from(KEYS), VALUES)
@@ -315,6 +410,49 @@ def test_whatever_a_value_is_it_is_taken_or_told_in_lines_of_key_and_problem(key
             "link.socket_buffer_mib = 0.5: must be at least one read, vmm.read_mib = 1",
         ),
         (
+            {"v3.critical_credit_mib": 0.5},
+            "v3.critical_credit_mib = 0.5: must be at least one read, vmm.read_mib = 1",
+        ),
+        (
+            {"v3.dirty_credit_mib": 1.5, "vmm.read_mib": 2.0},
+            "v3.dirty_credit_mib = 1.5: must be at least one read, vmm.read_mib = 2",
+        ),
+        (
+            {"device.0.faults": [{"side": "source"}]},
+            "device.0.faults.0.arc, command: must be one of the two, not both and not neither",
+        ),
+        (
+            {"device.0.faults": [{"side": "source", "arc": "RUNNING -> PRE_COPY", "command": "SAVE"}]},
+            "device.0.faults.0.arc, command: must be one of the two, not both and not neither",
+        ),
+        (
+            {"device.0.faults": [{"side": "source", "arc": "RUNNING -> RESUMING"}]},
+            "device.0.faults.0.arc = 'RUNNING -> RESUMING': must be one of PRE_COPY -> PRE_COPY_P2P, ",
+        ),
+        (
+            {
+                "device.0.features": ["STOP_COPY"],
+                "device.0.faults": [{"side": "source", "arc": "RUNNING -> PRE_COPY"}],
+            },
+            "device.0.faults.0.arc = 'RUNNING -> PRE_COPY': must be one that a device with these features takes: ",
+        ),
+        (
+            {"device.0.faults": [{"side": "source", "arc": "RUNNING -> PRE_COPY", "after": 0}]},
+            "device.0.faults.0.after = 0: goes with command only",
+        ),
+        (
+            {"device.0.faults": [{"side": "source", "command": "SAVE", "leaves": "ERROR"}]},
+            'device.0.faults.0.leaves = "ERROR": goes with arc only',
+        ),
+        (
+            {"device.0.faults": [{"side": "target", "command": "SAVE"}]},
+            'device.0.faults.0.command = "SAVE": must be SAVE at the source, LOAD at the target',
+        ),
+        (
+            {"device.0.faults": [{"side": "source", "command": "LOAD"}]},
+            'device.0.faults.0.command = "LOAD": must be SAVE at the source, LOAD at the target',
+        ),
+        (
             {"sources": {"ram.siz_gib": "assumed: a guess"}},
             "sources.ram.siz_gib = 'assumed: a guess': must be a key that the file sets; did you mean ram.size_gib?",
         ),
@@ -371,6 +509,8 @@ def first_pages(scenario: Scenario) -> int:
         ("vmm.bandwidth_window_ms", lambda scenario: scenario.switchover_settings().bandwidth_window_ns),
         ("vmm.ram_budget_ms", lambda scenario: scenario.switchover_settings().ram_budget_ns),
         ("device.0.critical.object_kib", lambda scenario: round(scenario.device[0].critical.object_kib * KIB)),
+        ("v3.critical_credit_mib", lambda scenario: scenario.v3_options().credits.critical_bytes),
+        ("v3.dirty_credit_mib", lambda scenario: scenario.v3_options().credits.dirty_bytes),
         ("ram.frame_mib", first_pages),
     ],
 )
@@ -446,6 +586,36 @@ def test_the_vmms_settings_are_in_nanoseconds_and_bytes() -> None:
 
 def test_without_a_bandwidth_none_is_given() -> None:
     assert small_scenario().switchover_settings().given_bandwidth_bytes_per_s is None
+
+
+def test_what_is_not_said_of_v3_has_its_default() -> None:
+    told = {"dirty_streams": 4, "blocks": False, "wire": "streams", "pool_connections": 4, "critical_credit_mib": 4.0}
+    told |= {"dirty_credit_mib": 64.0, "late_epoch": "proceed", "max_retries": 3, "target_knows": "v3"}
+    scenario = small_scenario({"device.0.reconfigurations": {"at_s": [1.0]}})
+    assert scenario.v3.model_dump() == told | {"target_max_dirty_streams": None}
+    assert scenario.driver.epochs == "keep"
+    plan = scenario.device[0].reconfigurations
+    assert plan is not None
+    assert (plan.during_stops, plan.invalidates_share) == (1, 1.0)
+
+
+def test_how_the_vmms_use_v3_is_in_bytes_and_names() -> None:
+    keys = {"dirty_streams": 3, "wire": "pool", "pool_connections": 7, "critical_credit_mib": 1.5}
+    scenario = small_scenario({"v3": keys | {"dirty_credit_mib": 2.25}})
+    expected = V3Options(3, 3, False, Wire.POOL, 7, Credits(3 * MIB // 2, 9 * MIB // 4), 0)
+    assert scenario.v3_options() == expected
+    assert small_scenario({"v3": {"blocks": True}}).v3_options().dirty_streams == 1
+    assert small_scenario({"v3": {"blocks": True}}).v3_options().lanes == 4
+
+
+@pytest.mark.parametrize(("late_epoch", "retries"), [("proceed", 0), ("retry", 9)])
+def test_only_one_that_retries_has_retries(late_epoch: str, retries: int) -> None:
+    options = small_scenario({"v3": {"late_epoch": late_epoch, "max_retries": 9}}).v3_options()
+    assert options.max_retries == retries
+
+
+def test_a_chunk_is_in_bytes() -> None:
+    assert small_scenario({"driver.chunk_mib": 3}).driver.chunk_bytes == 3 * MIB
 
 
 def test_the_guest_is_active_for_longer_than_a_migration_may_take() -> None:

@@ -1,4 +1,4 @@
-"""When to stop: the threshold, the window of the measurement, a bandwidth that is given, and busy rates."""
+"""When to stop: the threshold, the window of the measurement, and a bandwidth that is given."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proto_v3.switchover import BusyRate, Switchover, SwitchoverSettings
+from proto_v3.switchover import Backlog, Switchover, SwitchoverSettings
 
 MS = 1_000_000
 SETTINGS = SwitchoverSettings(
@@ -92,40 +92,43 @@ def test_the_bandwidth_is_the_mean_over_the_last_closed_window(steps: list[tuple
         assert switchover.bandwidth_bytes_per_s == pytest.approx(expected)
 
 
-def test_a_connection_that_carried_nothing_has_no_rate() -> None:
-    rate = BusyRate(100)
-    assert rate.bytes_per_s == 0
-    rate.add(0, 0)
-    assert rate.bytes_per_s == 0
+# --- one part by itself ----------------------------------------------------------------------------------------------
 
 
-def test_a_rate_counts_busy_time_only() -> None:
-    rate = BusyRate(100 * MS)
-    rate.add(1_000_000, 60 * MS)
-    rate.add(1_000_000, 40 * MS)
-    assert rate.bytes_per_s == 20_000_000
+def test_a_part_that_did_nothing_yet_does_not_fit_unless_nothing_is_left() -> None:
+    part = Backlog(SETTINGS, 0)
+    assert part.fits(0)
+    assert not part.fits(1)
+    part.sample(50 * MS, 1_000, 5_000)
+    assert not part.fits(1), "half a window tells nothing"
 
 
-def test_of_the_first_window_all_that_there_is_of_it_counts() -> None:
-    rate = BusyRate(100 * MS)
-    rate.add(1_000_000, 10 * MS)
-    assert rate.bytes_per_s == 100_000_000
-    rate.add(3_000_000, 10 * MS)
-    assert rate.bytes_per_s == 200_000_000
+def test_a_part_must_fit_at_the_rate_of_the_last_window_in_which_it_had_something_left() -> None:
+    part = Backlog(SETTINGS, 0)
+    part.sample(100 * MS, 1_000, 5_000)
+    assert part.fits(2_999)
+    assert not part.fits(3_000)
+    part.sample(150 * MS, 90_000, 5_000)
+    assert not part.fits(3_000), "this window is not over"
+    part.sample(250 * MS, 201_000, 5_000)
+    assert part.fits(399_999)
+    assert not part.fits(400_000), "200 kB in 150 ms, and a limit of 300 ms"
 
 
-def test_after_that_the_last_full_window_counts_until_the_next_is_full() -> None:
-    rate = BusyRate(100 * MS)
-    rate.add(1_000_000, 100 * MS)
-    rate.add(9_000_000, 99 * MS)
-    assert rate.bytes_per_s == 10_000_000
-    rate.add(1_000_000, 1 * MS)
-    assert rate.bytes_per_s == 100_000_000
+def test_a_part_that_ran_dry_is_not_judged_until_it_has_something_left_for_a_whole_window() -> None:
+    part = Backlog(SETTINGS, 0)
+    part.sample(100 * MS, 10, 5_000)
+    assert not part.fits(5_000)
+    part.sample(120 * MS, 5_010, 0)
+    assert part.fits(1 << 40)
+    part.sample(219 * MS, 5_020, 7_000)
+    assert part.fits(1 << 40)
+    part.sample(220 * MS, 5_030, 7_000)
+    assert part.fits(59)
+    assert not part.fits(60)
 
 
-def test_a_window_starts_anew_when_the_one_before_it_is_full() -> None:
-    rate = BusyRate(100 * MS)
-    rate.add(5_000_000, 250 * MS)
-    assert rate.bytes_per_s == 20_000_000
-    rate.add(1_000_000, 100 * MS)
-    assert rate.bytes_per_s == 10_000_000
+def test_a_given_bandwidth_stands_for_all_parts() -> None:
+    part = Backlog(replace(SETTINGS, given_bandwidth_bytes_per_s=1.0), 0)
+    part.sample(100 * MS, 10, 5_000)
+    assert part.fits(1 << 40)

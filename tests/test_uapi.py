@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from proto_v3 import uapi
 from proto_v3.uapi import (
+    BlockRange,
     CType,
     DeviceFeature,
     DmaLoggingControl,
@@ -21,16 +22,27 @@ from proto_v3.uapi import (
     FeatureMigDataSize,
     FeatureMigration,
     FeatureMigState,
+    FeatureMigStreams,
     FeatureOp,
+    GetDirtyBlocks,
+    GetStream,
     MigrationFlags,
     PrecopyFlags,
     PrecopyInfo,
+    RecordBlocks,
+    RecordClass,
+    RecordEnd,
+    RecordFlags,
+    RecordHeader,
+    RecordRanges,
     State,
+    StreamFlags,
+    StreamInfo,
     Structure,
     offset_of,
 )
 
-# As a C compiler lays out include/uapi/linux/vfio.h: sizeof, and offset and size of each member.
+# As a C compiler lays out include/uapi/linux/vfio.h and docs/vfio_v3.h: sizeof, and offset and size of each member.
 LAYOUTS: dict[type[Structure], tuple[int, dict[str, tuple[int, int]]]] = {
     DeviceFeature: (8, {"argsz": (0, 4), "flags": (4, 4)}),
     FeatureMigration: (8, {"flags": (0, 8)}),
@@ -40,18 +52,49 @@ LAYOUTS: dict[type[Structure], tuple[int, dict[str, tuple[int, int]]]] = {
     DmaLoggingRange: (16, {"iova": (0, 8), "length": (8, 8)}),
     DmaLoggingReport: (32, {"iova": (0, 8), "length": (8, 8), "page_size": (16, 8), "bitmap": (24, 8)}),
     PrecopyInfo: (24, {"argsz": (0, 4), "flags": (4, 4), "initial_bytes": (8, 8), "dirty_bytes": (16, 8)}),
+    # v3
+    FeatureMigStreams: (8, {"dirty_streams": (0, 4), "flags": (4, 4)}),
+    GetStream: (16, {"argsz": (0, 4), "flags": (4, 4), "index": (8, 4), "fd": (12, 4)}),
+    StreamInfo: (24, {"argsz": (0, 4), "flags": (4, 4), "epoch": (8, 8), "pending_bytes": (16, 8)}),
+    GetDirtyBlocks: (
+        32,
+        {"argsz": (0, 4), "flags": (4, 4), "block_bytes": (8, 8), "blocks": (16, 8), "bitmap": (24, 8)},
+    ),
+    RecordHeader: (
+        32,
+        {
+            "record_class": (0, 2),
+            "stream": (2, 2),
+            "flags": (4, 4),
+            "epoch": (8, 8),
+            "sequence": (16, 8),
+            "length": (24, 8),
+        },
+    ),
+    RecordEnd: (24, {"records": (0, 8), "bytes": (8, 8), "digest": (16, 8)}),
+    RecordRanges: (8, {"count": (0, 8)}),
+    BlockRange: (24, {"first_block": (0, 8), "blocks": (8, 8), "epoch": (16, 8)}),
+    RecordBlocks: (16, {"first_block": (0, 8), "blocks": (8, 8)}),
 }
 STRUCTURES = list(LAYOUTS)
+OWN_ARGSZ = (PrecopyInfo, StreamInfo)
+"""Their argsz is a property: always their size."""
 VALUES = {
+    CType.U16: st.integers(0, 2**16 - 1),
     CType.U32: st.integers(0, 2**32 - 1),
     CType.S32: st.integers(-(2**31), 2**31 - 1),
     CType.U64: st.integers(0, 2**64 - 1),
 }
-PAST_THE_END = {CType.U32: (-1, 2**32), CType.S32: (-(2**31) - 1, 2**31), CType.U64: (-1, 2**64)}
+PAST_THE_END = {
+    CType.U16: (-1, 2**16),
+    CType.U32: (-1, 2**32),
+    CType.S32: (-(2**31) - 1, 2**31),
+    CType.U64: (-1, 2**64),
+}
 
 
 def settable(structure: type[Structure]) -> list[str]:
-    """Members that a caller gives; PrecopyInfo's argsz is always its size."""
+    """Members that a caller gives: all but an argsz of OWN_ARGSZ."""
     return [field.name for field in fields(structure)]
 
 
@@ -101,7 +144,7 @@ def test_what_is_packed_is_unpacked_the_same(structure: Structure) -> None:
 def test_any_bytes_unpack_and_what_follows_is_not_looked_at(structure: type[Structure], data: bytes) -> None:
     unpacked = structure.unpack(data)
     assert unpacked == structure.unpack(data[: structure.SIZE])
-    start = 4 if structure is PrecopyInfo else 0  # its argsz is the caller's business
+    start = 4 if structure in OWN_ARGSZ else 0  # their argsz is the caller's business
     assert unpacked.pack()[start:] == data[start : structure.SIZE]
 
 
@@ -141,6 +184,9 @@ def test_ioctl_numbers() -> None:
     assert uapi.VFIO_DEVICE_RESET == 0x3B6F
     assert uapi.VFIO_DEVICE_FEATURE == 0x3B75
     assert uapi.VFIO_MIG_GET_PRECOPY_INFO == 0x3B79
+    assert uapi.VFIO_MIG_GET_STREAM == 0x3B7A
+    assert uapi.VFIO_MIG_GET_STREAM_INFO == 0x3B7B
+    assert uapi.VFIO_MIG_GET_DIRTY_BLOCKS == 0x3B7C
 
 
 def test_feature_numbers() -> None:
@@ -152,6 +198,7 @@ def test_feature_numbers() -> None:
         "DMA_LOGGING_REPORT": 8,
         "MIG_DATA_SIZE": 9,
         "MIG_PRECOPY_INFOV2": 12,
+        "MIG_STREAMS": 14,
     }
     assert {op.name: op.value for op in FeatureOp} == {"GET": 0x10000, "SET": 0x20000, "PROBE": 0x40000}
     assert uapi.FEATURE_MASK == 0xFFFF
@@ -175,6 +222,12 @@ def test_state_and_flag_numbers() -> None:
         "MULTI_STREAM": 8,
     }
     assert [(flag.name, flag.value) for flag in PrecopyFlags] == [("REINIT", 1)]
+    assert [(flag.name, flag.value) for flag in StreamFlags] == [("BLOCKS", 1)]
+
+
+def test_record_numbers() -> None:
+    assert {kind.name: kind.value for kind in RecordClass} == {"CRITICAL": 1, "DIRTY": 2, "END": 3, "BLOCKS": 4}
+    assert {flag.name: flag.value for flag in RecordFlags} == {"EPOCH_COMPLETE": 1, "INVALIDATES": 2}
 
 
 def test_precopy_info_says_reinit_only_where_the_flag_is_set() -> None:
@@ -194,6 +247,20 @@ def test_precopy_info_is_packed_with_its_size_as_argsz_and_unpacked_whatever_arg
     assert PrecopyInfo.members(packed) == {"argsz": 4096, "flags": 1, "initial_bytes": 1, "dirty_bytes": 2}
 
 
+def test_stream_info_is_packed_with_its_size_as_argsz_and_unpacked_whatever_argsz_says() -> None:
+    packed = bytearray(StreamInfo(3, 1 << 40).pack())
+    assert int.from_bytes(packed[:4], sys.byteorder) == StreamInfo(3, 1 << 40).argsz == 24
+    packed[:4] = (4096).to_bytes(4, sys.byteorder)
+    assert StreamInfo.unpack(packed) == StreamInfo(3, 1 << 40)
+    assert StreamInfo.members(packed) == {"argsz": 4096, "flags": 0, "epoch": 3, "pending_bytes": 1 << 40}
+
+
+def test_what_a_caller_need_not_say() -> None:
+    assert FeatureMigStreams(4) == FeatureMigStreams(4, StreamFlags(0))
+    assert GetStream(16, 0, 2).fd == -1
+    assert StreamInfo(1, 0).flags == 0
+
+
 def test_flags_are_unpacked_as_flags_and_unnamed_bits_are_kept() -> None:
     migration = FeatureMigration.unpack(FeatureMigration(MigrationFlags(0x105)).pack())
     assert isinstance(migration.flags, MigrationFlags)
@@ -201,6 +268,9 @@ def test_flags_are_unpacked_as_flags_and_unnamed_bits_are_kept() -> None:
     info = PrecopyInfo.unpack(PrecopyInfo(0, 0, PrecopyFlags(0x101)).pack())
     assert isinstance(info.flags, PrecopyFlags)
     assert info.flags == 0x101
+    streams = FeatureMigStreams.unpack(FeatureMigStreams(1, StreamFlags(0x101)).pack())
+    assert isinstance(streams.flags, StreamFlags)
+    assert streams.flags == 0x101
 
 
 def test_structures_cannot_be_changed() -> None:
