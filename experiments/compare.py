@@ -75,14 +75,21 @@ def run_compare(
     frame = results.table(outcomes)
     folder.write_table(frame, "runs", table_format)
     folder.write_json(results.manifest(scenario, scenario_name, command, outcomes, len(cells)), "manifest")
-    folder.remove("compare.png", "compare.svg", "runs.parquet" if table_format == "csv" else "runs.csv")
+    folder.remove(
+        "compare.png",
+        "compare.svg",
+        "critical.png",
+        "critical.svg",
+        "runs.parquet" if table_format == "csv" else "runs.csv",
+    )
     if interrupted:
         say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done and are kept in {folder.folder}")
         return INTERRUPTED
     figures = _draw(folder, scenario, frame, command)  # before anything is printed, which may go to `head`
     tell.print_tables(console, scenario, frame)
     tell.print_findings(console, frame)
-    say(console, f"\nFigure: {figures[0]} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
+    drawn = ", ".join(str(path) for path in figures if path.suffix == ".png")
+    say(console, f"\nFigure: {drawn} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
     say(console, f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")
     return 1 if any(outcome.kind is OutcomeKind.FAILED for outcome in outcomes) else 0
 
@@ -155,4 +162,7 @@ def _draw(folder: results.ResultFolder, scenario: Scenario, frame: pl.DataFrame,
         return []
     from experiments import figures
 
-    return folder.write_figure(figures.downtime(scenario, frame, shlex.join(command)), "compare")
+    paths = folder.write_figure(figures.downtime(scenario, frame, shlex.join(command)), "compare")
+    if any(device.reconfigurations for device in scenario.devices):
+        paths += folder.write_figure(figures.critical(scenario, frame, shlex.join(command)), "critical")
+    return paths

@@ -12,9 +12,10 @@ from matplotlib.patches import Patch
 
 from experiments import style
 from experiments.results import PATH_COLUMNS, PHASE_COLUMNS, git_revision, versions
-from experiments.tell import completed_runs, ms, protocols
+from experiments.tell import completed_runs, ms, number, protocols
 from proto_v3.timeline import PHASES, Resource
 from sim.scenario import Scenario
+from sim.schema import MIB
 
 PHASES_TOLD = (
     "stop: vCPUs and devices are stopped · drain: the source reads the last byte · transfer: it reaches the target · "
@@ -59,6 +60,56 @@ def downtime(scenario: Scenario, frame: pl.DataFrame, command: str) -> Figure:
     figure.text(0.5, 1 - 0.48 / height, told, ha="center", va="center", fontsize=7.5, color="#333333")
     say_how_made(figure, command)
     return figure
+
+
+CRITICAL = {
+    "downtime": ("downtime_ns", 1e6, "ms"),
+    "longest critical lag": ("critical_lag_max_ns", 1e9, "s"),
+    "late critical data": ("late_critical_objects", 1, "objects"),
+    "sent in vain": ("device_bytes_vain", MIB, "MiB"),
+}
+"""Panel, column, what it is divided by, unit."""
+
+
+def critical(scenario: Scenario, frame: pl.DataFrame, command: str) -> Figure:
+    """What reconfigurations cost under each protocol, four panels; a bar is a mean, a line from least to most.
+
+    `frame` as for downtime().
+    """
+    completed = completed_runs(frame)
+    named = protocols(completed)
+    height = 0.42 * len(named) + 2.3
+    figure = Figure(figsize=(11, height), layout="constrained")
+    axes = figure.subplots(1, len(CRITICAL), sharey=True)
+    for axis, (title, (column, unit, told)) in zip(axes, CRITICAL.items(), strict=True):
+        for at, name in enumerate(named):
+            values = completed.filter(pl.col("protocol") == name)[column] / unit
+            look = style.protocol(name)
+            mean, least, most = (number(value) for value in (values.mean(), values.min(), values.max()))
+            axis.barh(at, mean, height=0.7, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
+            axis.plot([least, most], [at, at], color="black", linewidth=1.4)
+            label = _rounded(mean)
+            axis.annotate(label, (most, at), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")
+        axis.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
+        axis.set_xlabel(told)
+        axis.set_xlim(0, max(number((completed[column] / unit).max()) * 1.25, 1e-9))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+        axis.set_axisbelow(True)
+    axes[0].set_yticks(range(len(named)), [label for _, label in [_labelled(name, frame) for name in named]])
+    axes[0].set_ylim(len(named) - 0.5, -0.5)
+    seeds = frame["seed"].n_unique()
+    figure.suptitle(
+        f"What does critical data that comes late cost? {scenario.name}, means over {seeds} seed(s), least to most",
+        fontsize=12,
+    )
+    say_how_made(figure, command)
+    return figure
+
+
+def _rounded(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _not_drawn(frame: pl.DataFrame) -> str:
@@ -143,6 +194,7 @@ def _paths(axis: Axes, below: Axes, completed: pl.DataFrame, named: list[tuple[s
                 at, mean, left=begin, height=0.7, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0
             )
             begin += mean
+        axis.annotate(f"{begin:.0f}", (begin, at), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")
     axis.set_yticks(range(len(named)), [label for _, label in named])
     axis.set_ylim(len(named) - 0.5, -0.5)
     axis.set_title(

@@ -24,7 +24,7 @@ from sim.scenario import Scenario
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of the table of runs; grows when a column changes its meaning."""
 
 PHASE_COLUMNS = [f"phase_{name}_ns" for name in PHASES]
@@ -39,6 +39,7 @@ def row(outcome: Outcome) -> dict[str, Any]:
         "seed": outcome.seed,
         "outcome": outcome.kind.value,
         "reason": outcome.reason,
+        "note": outcome.note,
         "downtime_ns": outcome.downtime_ns,
         "total_ns": outcome.total_ns,
     }
@@ -53,12 +54,20 @@ def row(outcome: Outcome) -> dict[str, Any]:
         "late_critical_bytes",
         "critical_lag_mean_ns",
         "critical_lag_max_ns",
+        "retries",
+        "retries_stopped_ns",
+        "late_looks",
         "peak_reorder_bytes",
+        "peak_held_bytes",
         "send_blocked_ns",
         "wire_bytes",
         "device_bytes",
         "device_bytes_resent",
         "device_bytes_dropped",
+        "device_bytes_vain",
+        "connections",
+        "messages",
+        "wakeups",
         "reads",
         "read_firmware_ns",
         "read_lock_ns",

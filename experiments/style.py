@@ -6,6 +6,7 @@ them apart in greyscale too.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from proto_v3.timeline import Resource
@@ -32,17 +33,21 @@ RESOURCES: dict[Resource, Look] = {
 }
 
 
+V3_SHADES = {1: "#A6CBE3", 2: "#6BAED6", 4: "#2171B5", 8: "#084594", 16: "#042A5C"}
+BLOCKS_SHADES = {1: "#B5DDC0", 2: "#7FC596", 4: "#2E8B57", 8: "#1B6B3A", 16: "#0B3D20"}
+V3_HATCHES = {"-invalidate": "oo", "-pool": "xx", "-one": "..", "-retry": "--"}
 V2_COLOURS = {"-ack-reusable": "#E8B4C8", "-ack": "#CC6677"}
 V2_HATCHES = {"-multifd": "xx", "-reinit-flush": "..", "-reinit-invalidate": "oo", "-polls": "--"}
 
 
 def protocol(name: str) -> Look:
-    """The look of a protocol. v2 is wine red, lighter with a switchover-ack, hatched by what else its name says; v3 is
-    blue, darker with the number of its dirty streams."""
+    """The look of a protocol. v2 is wine red, lighter with a switchover-ack; v3 is blue, with addressable blocks green,
+    darker with the number of its dirty streams. Both are hatched by what else their names say."""
     if not name.startswith("v3"):
         colour = next((colour for suffix, colour in V2_COLOURS.items() if suffix in name), "#882255")
         hatch = "".join(hatch for suffix, hatch in V2_HATCHES.items() if suffix in name)
         return Look(colour, hatch or "//", name)
-    streams = int(name.removeprefix("v3-n"))
-    shades = {1: "#A6CBE3", 2: "#6BAED6", 4: "#2171B5", 8: "#084594", 16: "#042A5C"}
-    return Look(shades[max(known for known in shades if known <= streams)], "", name)
+    numbers = [int(number) for number in re.findall(r"-n(\d+)", name)] or [4]
+    shades = BLOCKS_SHADES if "-blocks" in name else V3_SHADES
+    hatch = "".join(hatch for suffix, hatch in V3_HATCHES.items() if suffix in name)
+    return Look(shades[max(known for known in shades if known <= numbers[0])], hatch, name)

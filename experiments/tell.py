@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +21,10 @@ from sim.sections import Published
 
 COMPLETED = pl.col("outcome") == OutcomeKind.COMPLETED.value
 NS_PER_MS = 1e6
-WORDS = ("outcome", "reason", "protocol", "source")
+ENOUGH_SEEDS = 10
+"""For an interval by the bootstrap; fewer are too few to draw from."""
+RESAMPLES = 10_000
+WORDS = ("outcome", "reason", "note", "protocol", "source")
 """Columns that are not of numbers."""
 
 
@@ -115,6 +120,7 @@ def print_tables(console: Console, scenario: Scenario, frame: pl.DataFrame) -> N
             _critical(completed),
         )
     print_table(console, "read(), means a run, and where its time goes, %", _reads(completed))
+    print_table(console, "Overhead, means a run, and the most that waited in the target's memory", _overhead(completed))
     for published in scenario.published:
         held = held_against(published, frame)
         if held and published.protocol in protocols(completed):
@@ -129,11 +135,11 @@ def print_table(console: Console, title: str, table: Table) -> None:
 
 
 def outcomes_table(frame: pl.DataFrame) -> Table:
-    """How the runs of each protocol ended."""
+    """How the runs of each protocol ended, and what there is to say of it."""
     table = plain_table(["protocol", "runs", "outcome", "reason"])
-    counted = frame.group_by("protocol", "outcome", "reason", maintain_order=True).len()
-    for protocol, outcome, reason, runs in counted.iter_rows():
-        add_row(table, protocol, str(runs), outcome, reason)
+    counted = frame.group_by("protocol", "outcome", "reason", "note", maintain_order=True).len()
+    for protocol, outcome, reason, note, runs in counted.iter_rows():
+        add_row(table, protocol, str(runs), outcome, "; ".join(filter(None, [reason, note])))
     return table
 
 
@@ -190,6 +196,9 @@ def _critical(completed: pl.DataFrame) -> Table:
             "lag ms",
             "lag max ms",
             "dropped MiB",
+            "in vain MiB",
+            "retries",
+            "stopped for them ms",
         ]
     )
     for protocol in protocols(completed):
@@ -204,7 +213,23 @@ def _critical(completed: pl.DataFrame) -> Table:
             f"{ms(runs['critical_lag_mean_ns'].mean()):.0f}",
             f"{ms(runs['critical_lag_max_ns'].mean()):.0f}",
             f"{number(runs['device_bytes_dropped'].mean()) / MIB:.1f}",
+            f"{number(runs['device_bytes_vain'].mean()) / MIB:.1f}",
+            f"{number(runs['retries'].mean()):.2f}",
+            f"{ms(runs['retries_stopped_ns'].mean()):.1f}",
         )
+    return table
+
+
+def _overhead(completed: pl.DataFrame) -> Table:
+    """What a protocol takes beside the bytes."""
+    table = plain_table(
+        ["protocol", "connections", "messages", "wake-ups", "read() calls", "VMM holds MiB", "driver holds MiB"]
+    )
+    for protocol in protocols(completed):
+        runs = completed.filter(pl.col("protocol") == protocol)
+        counts = [f"{number(runs[c].mean()):.0f}" for c in ("connections", "messages", "wakeups", "reads")]
+        peaks = [f"{number(runs[c].max()) / MIB:.1f}" for c in ("peak_reorder_bytes", "peak_held_bytes")]
+        add_row(table, protocol, *counts, *peaks)
     return table
 
 
@@ -278,7 +303,7 @@ def findings(completed: pl.DataFrame) -> list[str]:
     if "v2" in named:
         sentences += _overlap(completed)
         sentences += [_difference(completed, "v2", other) for other in named if other != "v2"]
-    v3 = [name for name in named if name.startswith("v3-n")]
+    v3 = [name for name in named if name.startswith("v3")]
     if len(v3) > 1:
         sentences.append(_difference(completed, v3[0], v3[-1]))
     if v3 and "v2" in named:
@@ -335,5 +360,17 @@ def _difference(completed: pl.DataFrame, base: str, other: str) -> str:
     least, most = number(change.min()), number(change.max())
     return (
         f"{other} against {base}, seed by seed: downtime {abs(mean):.1f} ms {'shorter' if mean < 0 else 'longer'} "
-        f"({100 * relative:+.1f} %), from {least:+.1f} to {most:+.1f} ms over {len(runs)} seed(s)."
+        f"({100 * relative:+.1f} %), from {least:+.1f} to {most:+.1f} ms over {len(runs)} seed(s)"
+        f"{_interval(change.to_numpy())}."
     )
+
+
+def _interval(change_ms: NDArray[np.float64]) -> str:
+    """The mean's 95 % confidence interval in words, by the bootstrap over seeds; nothing for a handful of them."""
+    if len(change_ms) < ENOUGH_SEEDS:
+        return ""
+    rng = np.random.default_rng(0)
+    means = rng.choice(change_ms, (RESAMPLES, len(change_ms))).mean(axis=1)
+    least, most = np.percentile(means, [2.5, 97.5])
+    verdict = ", which has 0 in it: no difference is shown" if least <= 0 <= most else ""
+    return f"; 95 % interval of the mean {least:+.1f} to {most:+.1f} ms{verdict}"
