@@ -100,7 +100,7 @@ def critical(scenario: Scenario, frame: pl.DataFrame, command: str) -> Figure:
     axes[0].set_ylim(len(named) - 0.5, -0.5)
     seeds = frame["seed"].n_unique()
     figure.suptitle(
-        f"What does critical data that comes late cost? {scenario.name}, means over {seeds} seed(s), least to most",
+        f"What does late critical data cost? {scenario.name}, {seeds} seed(s); bars: means, lines: least to most",
         fontsize=12,
     )
     say_how_made(figure, command)

@@ -16,7 +16,7 @@ from experiments.results import PATH_COLUMNS, PHASE_COLUMNS
 from proto_v3.migration import OutcomeKind
 from proto_v3.timeline import PHASES, Resource
 from sim.scenario import Scenario
-from sim.schema import KIB, MIB
+from sim.schema import MIB
 from sim.sections import Published
 
 COMPLETED = pl.col("outcome") == OutcomeKind.COMPLETED.value
@@ -116,7 +116,7 @@ def print_tables(console: Console, scenario: Scenario, frame: pl.DataFrame) -> N
     if number(completed["late_critical_objects"].sum()) or number(completed["critical_lag_max_ns"].sum()):
         print_table(
             console,
-            "Critical data that came too late, and its set-up in the downtime, means a completed run",
+            "Critical data that came too late, what was saved or sent in vain, and retries: means a completed run",
             _critical(completed),
         )
     print_table(console, "read(), means a run, and where its time goes, %", _reads(completed))
@@ -191,14 +191,12 @@ def _critical(completed: pl.DataFrame) -> Table:
             "protocol",
             "late objects",
             "of them new",
-            "late KiB",
-            "set-up ms",
             "lag ms",
             "lag max ms",
             "dropped MiB",
             "in vain MiB",
             "retries",
-            "stopped for them ms",
+            "paused ms",
         ]
     )
     for protocol in protocols(completed):
@@ -208,8 +206,6 @@ def _critical(completed: pl.DataFrame) -> Table:
             protocol,
             f"{number(runs['late_critical_objects'].mean()):.1f}",
             f"{number(runs['late_reconfigured_objects'].mean()):.1f}",
-            f"{number(runs['late_critical_bytes'].mean()) / KIB:.0f}",
-            f"{ms(runs['setup_in_downtime_ns'].mean()):.1f}",
             f"{ms(runs['critical_lag_mean_ns'].mean()):.0f}",
             f"{ms(runs['critical_lag_max_ns'].mean()):.0f}",
             f"{number(runs['device_bytes_dropped'].mean()) / MIB:.1f}",
