@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from helpers import small_scenario, small_text
@@ -164,6 +166,30 @@ def test_findings_compare_protocols_seed_by_seed() -> None:
     assert isinstance(difference, float)
     assert f"downtime {abs(difference) / 1e6:.1f} ms {'shorter' if difference < 0 else 'longer'}" in sentence
     assert "over 3 seed(s)" in sentence
+
+
+def test_a_difference_has_an_interval_that_the_seeds_allow_for() -> None:
+    assert tell._interval(np.full(9, 1.0)) == "", "too few seeds"
+    assert tell._interval(np.full(10, -2.0)) == "; 95 % interval of the mean -2.0 to -2.0 ms"
+    drawn = np.random.default_rng(1).normal(0.0, 100.0, 400)
+    least, most = map(float, re.findall(r"[+-]\d+\.\d", tell._interval(drawn)))
+    assert -30 < least < 0 < most < 30
+    assert "no difference is shown" in tell._interval(drawn)
+    assert "no difference is shown" not in tell._interval(drawn + 100.0)
+
+
+def test_what_late_critical_data_costs_is_drawn_where_the_guest_reconfigures_a_device(tmp_path: Path) -> None:
+    reconfigured = {"device.0.reconfigurations": {"poisson_per_s": 200.0, "objects_each": 2}}
+    file = tmp_path / "s.toml"
+    for changes, drawn in ((reconfigured, True), ({}, False)):
+        file.write_text(small_text(changes))
+        names = ["v2", "v3-n2", "v3-n2-invalidate", "v3-blocks-n2-pool"]
+        assert compare.run_compare(str(file), names, [1, 2], str(tmp_path / "out"), "csv", 1, ["proto-v3"]) == 0
+        for kind in ("png", "svg"):
+            assert (tmp_path / "out" / f"critical.{kind}").exists() == drawn
+            assert (tmp_path / "out" / f"compare.{kind}").exists()
+    table = pl.read_csv(tmp_path / "out" / "runs.csv")
+    assert {"device_bytes_vain", "retries", "connections", "messages", "wakeups", "late_looks"} <= set(table.columns)
 
 
 def test_findings_say_so_where_no_seed_completed_under_both() -> None:
