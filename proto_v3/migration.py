@@ -326,10 +326,10 @@ class Target(abc.ABC):
             await device.reset()
         return False
 
-    async def write(self, fd: DataFd, payload: Payload) -> None:
-        """Hand a payload to the device; it came as far as the target just now."""
+    async def write(self, fd: DataFd, payload: Payload, piece_bytes: int) -> None:
+        """Hand a payload to the device, in pieces of so many bytes; it came as far as the target just now."""
         self.side.timeline.mark(Mark.TRANSFERRED)
-        await fd.write(payload, self.side.settings.write_bytes)
+        await fd.write(payload, piece_bytes)
 
     async def load_config(self, device: int) -> None:
         """Load a device's config, and take its time."""

@@ -316,7 +316,7 @@ class V2Target(Target):
             match frame.kind:
                 case Kind.DATA:
                     await self.side.machine.buffer_device_data(len(frame.payload))
-                    await self.write(self._fds[index], frame.payload)
+                    await self.write(self._fds[index], frame.payload, self.side.settings.write_bytes)
                 case Kind.RAM:
                     await self.side.machine.ram.load(frame.payload)
                 case Kind.INIT_DATA_SENT:

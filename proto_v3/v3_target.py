@@ -129,7 +129,7 @@ class V3Target(Target):
                 lanes.start(work, f"target {device.name} stream {at}")
         if self._options.blocks:
             for frame in last:
-                await self.write(fds[0], frame.payload)
+                await self.write(fds[0], frame.payload, len(frame.payload))
             await fds[0].close()
         self.side.timeline.mark(Mark.LOADED)
         await self.load_config(index)
@@ -139,7 +139,7 @@ class V3Target(Target):
             frame = await lane.recv()
             match frame.kind:
                 case Kind.DATA:
-                    await self.write(fd, frame.payload)
+                    await self.write(fd, frame.payload, max(1, len(frame.payload)))  # from where it was received
                 case Kind.LAST if self._options.blocks and at and not last:
                     last.append(frame)
                 case Kind.EPOCH_SENT if at == 0:
