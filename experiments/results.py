@@ -201,11 +201,12 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str:
-    """The project's commit, with `+changes` if the work tree differs; `unknown` outside of a clone."""
+    """The project's commit, with `+changes` if anything but results differs; `unknown` outside of a clone."""
     here = Path(__file__).resolve().parents[1]
     try:
         commit = _git(here, "rev-parse", "HEAD")
-        return f"{commit}+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else commit
+        changes = _git(here, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+        return f"{commit}+changes" if changes else commit
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
