@@ -58,8 +58,9 @@ set_option = click.option(
     default="v2,v2-multifd,v3-n1,v3-n4",
     show_default=True,
     metavar="NAMES",
-    help="Separated by commas: v2 (as the scenario sets it up), v2 with suffixes (-multifd, -ack, -ack-reusable, "
-    "-reinit-flush, -reinit-invalidate, -polls), v3 (dirty streams as the scenario says), v3-n1 to v3-n64.",
+    help="Separated by commas: v2 or v3, as the scenario sets them up, or with suffixes. Of v2: -multifd, -ack, "
+    "-ack-reusable, -reinit-flush, -reinit-invalidate, -polls. Of v3: -n1 to -n64 (dirty streams), -blocks, -pool, "
+    "-one, -invalidate, -retry.",
 )
 @click.option("--seeds", type=click.IntRange(1, 100_000), default=10, show_default=True, help="Runs of each protocol.")
 @click.option("--first-seed", type=click.IntRange(0), default=1, show_default=True, help="The seeds count up from it.")

@@ -59,7 +59,10 @@ from sim.scenario_file import load
 """
 
 
-@pytest.mark.parametrize("protocol", ["v2", "v2-multifd-ack-polls", "v3-n4"])
+V3_WAYS = ["v3-n4-pool-invalidate-retry", "v3-n3-one", "v3-blocks-n4-pool"]
+
+
+@pytest.mark.parametrize("protocol", ["v2", "v2-multifd-ack-polls", "v3-n4-pool-invalidate-retry"])
 def test_two_processes_with_different_hash_seeds_give_one_trace(protocol: str) -> None:
     code = f"{RUN}scenario = load('nic-reconfig')\nprint(simulate(scenario, Protocol.parse({protocol!r}, scenario), 3))"
     assert told_by_processes(code) == repr(run(load("nic-reconfig"), protocol, 3)) + "\n"
@@ -78,6 +81,7 @@ ENDS_EARLY: dict[str, dict[str, Any]] = {
 def test_a_run_that_ends_early_leaves_one_trace_too(how: str) -> None:
     scenario = small_scenario({"device.0.count": 3} | ENDS_EARLY[how])
     protocols = ["v2-reinit-flush-ack-reusable", "v2-multifd-reinit-invalidate-ack-reusable-polls", "v3-n3"]
+    protocols += ["v3-n3-one-invalidate", "v3-blocks-n3-pool"]
     code = (
         f"{RUN}scenario = Scenario.model_validate({scenario.model_dump()!r})\n"
         f"for name in {protocols}:\n    print(simulate(scenario, Protocol.parse(name, scenario), 1))"
@@ -87,12 +91,14 @@ def test_a_run_that_ends_early_leaves_one_trace_too(how: str) -> None:
     assert {outcome.guest_runs_at for outcome in outcomes[:2]} == {"source"}
 
 
-@pytest.mark.parametrize("protocol", ["v2", "v2-multifd", "v2-multifd-reinit-invalidate-ack", "v3-n1", "v3-n4"])
+@pytest.mark.parametrize(
+    "protocol", ["v2", "v2-multifd", "v2-multifd-reinit-invalidate-ack", "v3-n1", "v3-n4", *V3_WAYS]
+)
 def test_the_same_run_twice_in_one_process(protocol: str) -> None:
     assert run(BUSY, protocol, 1) == run(BUSY, protocol, 1)
 
 
-@pytest.mark.parametrize("protocol", ["v2", "v2-multifd-ack", "v3-n4"])
+@pytest.mark.parametrize("protocol", ["v2", "v2-multifd-ack", "v3-n4", *V3_WAYS])
 def test_every_seed_gives_a_trace_of_its_own(protocol: str) -> None:
     assert len({run(BUSY, protocol, seed).digest for seed in range(5)}) == 5
 
