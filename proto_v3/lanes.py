@@ -15,7 +15,7 @@ import asyncio
 import enum
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from proto_v3.bell import Bell
@@ -194,8 +194,7 @@ class _SharedOut:
     async def send(self, frame: Frame) -> None:
         await self._credit.take(len(frame.payload))
         self._place += 1
-        numbered = Frame(frame.kind, frame.device, frame.stream, frame.value, frame.payload, self._place)
-        await self._lanes.carry(numbered, self._critical)
+        await self._lanes.carry(replace(frame, place=self._place), self._critical)
 
 
 class SharedOutLanes:

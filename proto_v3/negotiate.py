@@ -197,7 +197,6 @@ def _as_wanted(v3: V3Options, wanted: Hello, devices: int, connections: int) -> 
         raise PeerProtocolError("HELLO asks for a pool of no connections")
     options = replace(
         v3,
-        dirty_streams=wanted.dirty_streams,
         lanes=wanted.lanes,
         blocks=wanted.blocks,
         wire=Wire(wanted.wire),

@@ -19,8 +19,6 @@ from proto_v3.uapi import StreamFlags
 class V3Options:
     """How a VMM uses v3."""
 
-    dirty_streams: int
-    """Of each device; 1 with blocks."""
     lanes: int
     """Dirty lanes of each device: as many as it has dirty streams, or threads that read its blocks."""
     blocks: bool
@@ -29,6 +27,11 @@ class V3Options:
     credits: Credits
     max_retries: int
     """So often the guest is resumed when the last look finds a new epoch; 0: it goes on with the stop (`proceed`)."""
+
+    @property
+    def dirty_streams(self) -> int:
+        """To opt in with: of each device; 1 with blocks."""
+        return 1 if self.blocks else self.lanes
 
     @property
     def asked(self) -> str:

@@ -15,17 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proto_v3 import uapi
-from proto_v3.bell import Bell
-from proto_v3.device import DataFd, DirtyBlocks, Ready
+from proto_v3.device import DirtyBlocks, Ready
 from proto_v3.frames import EMPTY, Payload
-from proto_v3.timeline import Resource
-from proto_v3.uapi import BlockRange, PrecopyInfo, StreamInfo
-from sim.clock import now_ns, sleep_ns
+from proto_v3.uapi import BlockRange, StreamInfo
+from sim.clock import now_ns
 from sim.device import DeviceState
 from sim.guest import Int32
-from sim.load_v3 import V3LoadSession
+from sim.load_v3 import V3LoadedFd, V3LoadSession
 from sim.record import V3_HEADER_BYTES, Extent, Part, Record, Tally
-from sim.stream import DriverLock, ReadCounts, Session, fails
+from sim.stream import DriverLock, SavedFd, Session, fails
 
 VERSION_BYTES = 8
 """In a BLOCKS record, of each block."""
@@ -36,25 +34,21 @@ def tally(version: Int32) -> Tally:
     return Tally(len(version), 0, crc32(version.tobytes()))
 
 
-class SaveBlocks:
+class SaveBlocks(SavedFd):
     """The fd to read from (proto_v3.device.BlocksFd)."""
 
     def __init__(self, device: DeviceState, session: Session, fd_lock: DriverLock) -> None:
-        self.reads = ReadCounts()
+        super().__init__(session)
         self._device = device
-        self._session = session
-        self._around = session.around
         self._fd_lock = fd_lock
         self._told = np.full(len(device.version), -1, np.int32)
         """By block: the version as of the last bitmap that had it."""
         self._suspended = False
         self._final = False
         self._end_told = False
-        self._closed = 0  # the errno that every call gets, if any
         self._in_flight = 0  # SAVEs
         self._reading = 0  # calls of read_blocks()
         self._sequence = 0
-        self._bell = Bell()
 
     @property
     def suspended(self) -> bool:
@@ -130,9 +124,11 @@ class SaveBlocks:
         record.sequence, self._sequence = self._sequence, self._sequence + 1
         record.block_versions = device.save_blocks(blocks)
         self._in_flight += 1
-        await self._around.firmware.save(record.size_bytes)
-        self._in_flight -= 1
-        self._bell.ring()
+        try:
+            await self._around.firmware.save(record.size_bytes)
+        finally:
+            self._in_flight -= 1
+            self._bell.ring()
         if self._session.faults.of_command("SAVE") is not None:
             self._session.fail()
         self._check_open()
@@ -162,20 +158,9 @@ class SaveBlocks:
             locked_ns = now_ns()
             await self._around.memory.copy(record.size_bytes, self._around.call_ns, "read")
             self._check_open()
-        counts = self.reads
-        counts.calls += 1
-        counts.wakeups += 1  # the caller slept while the device saved
-        counts.bytes += record.size_bytes
-        counts.firmware_ns += ready_ns - asked_ns
-        counts.lock_ns += locked_ns - ready_ns
-        counts.copy_ns += now_ns() - locked_ns
+        self.reads.add(record.size_bytes, asked_ns, ready_ns, locked_ns)
+        self.reads.wakeups += 1  # the caller slept while the device saved
         return Extent([Part(record, 0, record.size_bytes)])
-
-    async def _call(self) -> None:
-        """The fixed cost of a call that copies nothing."""
-        start = now_ns()
-        await sleep_ns(self._around.call_ns)
-        self._around.timeline.work(Resource.COPY, "call", start)
 
     def pending_bytes(self) -> int:
         """Of the blocks that can be read and were not, as they are now."""
@@ -207,30 +192,6 @@ class SaveBlocks:
         """Blocks can be read at any time."""
         return Ready.READABLE
 
-    async def precopy_info(self) -> PrecopyInfo:
-        """v2's."""
-        raise fails(errno.ENOTTY)
-
-    async def get_stream(self, index: int) -> DataFd:
-        """The critical fd's."""
-        raise fails(errno.ENOTTY)
-
-    async def write(self, payload: Payload, piece_bytes: int) -> None:
-        """Not for a session that is saved: EBADF."""
-        raise fails(errno.EBADF)
-
-    async def close(self) -> None:
-        """See proto_v3.device.DataFd."""
-
-    def end_session(self, code: int = errno.ENODEV) -> None:
-        """The session is over: every call gets this error, whoever waits too."""
-        self._closed = self._closed or code
-        self._bell.ring()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise fails(self._closed)
-
 
 class BlocksLoadSession(V3LoadSession):
     """See sim.load.LoadSession."""
@@ -246,12 +207,10 @@ class BlocksLoadSession(V3LoadSession):
         super()._put(record, newer)
 
 
-class LoadBlocks:
+class LoadBlocks(V3LoadedFd):
     """The fd to write to: one whole record a write, from any number of threads."""
 
-    def __init__(self, session: BlocksLoadSession) -> None:
-        self._session = session
-        self._ended = False
+    what = "blocks"
 
     async def write(self, payload: Payload, piece_bytes: int) -> None:
         """See proto_v3.device.DataFd."""
@@ -277,16 +236,6 @@ class LoadBlocks:
         await session.load(record)
         session.take(-record.size_bytes)
 
-    async def close(self) -> None:
-        """See proto_v3.device.DataFd."""
-        if not self._ended:
-            self._session.check_open()
-            raise self._session.refuse(errno.ENODATA, "blocks: was closed before its END")
-
-    async def read(self, max_bytes: int) -> Payload:
-        """Not for a session that is loaded: EBADF."""
-        raise fails(errno.EBADF)
-
     async def geometry(self) -> tuple[int, int]:
         """Not for a session that is loaded: EBADF."""
         raise fails(errno.EBADF)
@@ -298,20 +247,3 @@ class LoadBlocks:
     async def read_blocks(self, first: int, count: int) -> Payload:
         """Not for a session that is loaded: EBADF."""
         raise fails(errno.EBADF)
-
-    async def poll(self, timeout_ns: int | None = None) -> Ready:
-        """Nothing can be read from it, ever."""
-        return Ready.NOTHING
-
-    async def precopy_info(self) -> PrecopyInfo:
-        """v2's."""
-        raise fails(errno.ENOTTY)
-
-    async def stream_info(self) -> StreamInfo:
-        """Not in RESUMING: EINVAL."""
-        self._session.check_open()
-        raise fails(errno.EINVAL)
-
-    async def get_stream(self, index: int) -> DataFd:
-        """The critical fd's."""
-        raise fails(errno.ENOTTY)

@@ -120,18 +120,37 @@ class LoadSession:
         )
 
 
-class LoadStream:
-    """A data fd to write to."""
+class LoadedFd:
+    """A data fd that is written to: what all kinds share."""
+
+    def __init__(self, session: LoadSession) -> None:
+        self._session = session
+        self._ended = False  # the END came
+
+    async def read(self, max_bytes: int) -> Payload:
+        """EBADF, as for any fd that is open for writing only."""
+        raise fails(errno.EBADF)
+
+    async def poll(self, timeout_ns: int | None = None) -> Ready:
+        """Nothing can be read from it, ever."""
+        return Ready.NOTHING
+
+    async def get_stream(self, index: int) -> DataFd:
+        """The critical fd's (sim.load_v3)."""
+        raise fails(errno.ENOTTY)
+
+
+class LoadStream(LoadedFd):
+    """A stream of records."""
 
     def __init__(self, index: int, session: LoadSession, *locks: DriverLock) -> None:
         """`locks` are held while a write goes on, taken in this order."""
+        super().__init__(session)
         self._index = index
-        self._session = session
         self._locks = locks
         self._sequence = 0
         self._offset = 0
         self._tally = Tally()
-        self._ended = False
 
     async def write(self, payload: Payload, piece_bytes: int) -> None:
         """See proto_v3.device.DataFd."""
@@ -188,23 +207,11 @@ class LoadStream:
     async def close(self) -> None:
         """See proto_v3.device.DataFd."""
 
-    async def read(self, max_bytes: int) -> Payload:
-        """Not for a stream that is loaded: EBADF."""
-        raise fails(errno.EBADF)
-
-    async def poll(self, timeout_ns: int | None = None) -> Ready:
-        """Nothing can be read from it, ever."""
-        return Ready.NOTHING
-
     async def precopy_info(self) -> PrecopyInfo:
         """Not in RESUMING: EINVAL."""
         self._session.check_open()
         raise fails(errno.EINVAL)
 
     async def stream_info(self) -> StreamInfo:
-        """v3's: see sim.load_v3."""
-        raise fails(errno.ENOTTY)
-
-    async def get_stream(self, index: int) -> DataFd:
-        """v3's: see sim.load_v3."""
+        """v3's (sim.load_v3)."""
         raise fails(errno.ENOTTY)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from proto_v3.device import DataFd
 from proto_v3.uapi import PrecopyInfo, StreamInfo
 from sim.device import Image
-from sim.load import LoadSession, LoadStream
+from sim.load import LoadedFd, LoadSession, LoadStream
 from sim.record import Record
 from sim.sections import Device
 from sim.stream import DriverLock, Session, fails
@@ -109,20 +109,11 @@ class V3LoadSession(LoadSession):
         await super()._end_stream(record)
 
 
-class V3LoadStream(LoadStream):
-    """See sim.load.LoadStream; stream 0 is the critical one."""
+class V3LoadedFd(LoadedFd):
+    """What v3's kinds share."""
 
-    def __init__(self, index: int, session: V3LoadSession, fd_lock: DriverLock) -> None:
-        super().__init__(index, session, fd_lock)
-        self.dirty: Sequence[DataFd] = ()
-        """Of the critical stream: the session's other fds."""
-
-    async def _complete(self, record: Record) -> None:
-        strange = len(record.blocks) > 0 if self._index == 0 else len(record.objects) > 0 or record.epoch_complete
-        if strange:
-            why = f"stream {self._index}: a {record.record_class.name} record does not belong there"
-            raise self._session.refuse(errno.EPROTO, why)
-        await super()._complete(record)
+    what: str
+    """In words, for errors."""
 
     async def precopy_info(self) -> PrecopyInfo:
         """v2's."""
@@ -133,6 +124,29 @@ class V3LoadStream(LoadStream):
         self._session.check_open()
         raise fails(errno.EINVAL)
 
+    async def close(self) -> None:
+        """See proto_v3.device.DataFd."""
+        if not self._ended:
+            self._session.check_open()
+            raise self._session.refuse(errno.ENODATA, f"{self.what}: was closed before its END")
+
+
+class V3LoadStream(V3LoadedFd, LoadStream):
+    """See sim.load.LoadStream; stream 0 is the critical one."""
+
+    def __init__(self, index: int, session: V3LoadSession, fd_lock: DriverLock) -> None:
+        LoadStream.__init__(self, index, session, fd_lock)
+        self.what = f"stream {index}"
+        self.dirty: Sequence[DataFd] = ()
+        """Of the critical stream: the session's other fds."""
+
+    async def _complete(self, record: Record) -> None:
+        strange = len(record.blocks) > 0 if self._index == 0 else len(record.objects) > 0 or record.epoch_complete
+        if strange:
+            why = f"stream {self._index}: a {record.record_class.name} record does not belong there"
+            raise self._session.refuse(errno.EPROTO, why)
+        await super()._complete(record)
+
     async def get_stream(self, index: int) -> DataFd:
         """See proto_v3.device.DataFd."""
         self._session.check_open()
@@ -141,9 +155,3 @@ class V3LoadStream(LoadStream):
         if not 0 <= index < len(self.dirty):
             raise fails(errno.EINVAL)
         return self.dirty[index]
-
-    async def close(self) -> None:
-        """See proto_v3.device.DataFd."""
-        if not self._ended:
-            self._session.check_open()
-            raise self._session.refuse(errno.ENODATA, f"stream {self._index}: was closed before its END")

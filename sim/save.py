@@ -14,17 +14,15 @@ import errno
 from collections import deque
 from collections.abc import Callable
 
-from proto_v3.bell import Bell
-from proto_v3.device import DataFd, Ready
+from proto_v3.device import Ready
 from proto_v3.frames import EMPTY, Payload
-from proto_v3.timeline import Resource, on_track
-from proto_v3.uapi import PrecopyInfo, StreamInfo
-from sim.clock import now_ns, sleep_ns
+from proto_v3.timeline import on_track
+from sim.clock import now_ns
 from sim.device import DeviceState, Indices
 from sim.record import HEADER_BYTES, NO_INDICES, Extent, Part, Record, Tally, ranges_bytes
 from sim.schema import KIB, ns
 from sim.sections import Device, Driver
-from sim.stream import DriverLock, ReadCounts, Session, fails
+from sim.stream import DriverLock, SavedFd, Session, fails
 
 
 def image_bytes(spec: Device, driver: Driver, objects: int, blocks: int, header_bytes: int = HEADER_BYTES) -> int:
@@ -35,7 +33,7 @@ def image_bytes(spec: Device, driver: Driver, objects: int, blocks: int, header_
     return objects * object_bytes + blocks * spec.block_bytes + records * header_bytes
 
 
-class SaveStream:
+class SaveStream(SavedFd):
     """A stream of `home`, which are its blocks (None: it has none), and of the critical objects if `objects` is set."""
 
     header_bytes = HEADER_BYTES
@@ -52,13 +50,11 @@ class SaveStream:
         home: slice | None,
         objects: bool,
     ) -> None:
-        self.reads = ReadCounts()
+        super().__init__(session)
         self.suspended = False
         """The device is in PRE_COPY_P2P: nothing more is planned to be saved."""
         self._index = index
         self._device = device
-        self._session = session
-        self._around = session.around
         self._driver = session.driver
         self._fd_lock = fd_lock
         self._home = home
@@ -76,11 +72,9 @@ class SaveStream:
         self._planned_ns = 0  # when the last plan was made
         self._final = False
         self._ended = False  # the END record is there
-        self._closed = 0  # the errno that every call gets, if any
         self._sequence = 0
         self._tally = Tally()
         self._told_epoch = 0
-        self._bell = Bell()
 
     # --- the producer -------------------------------------------------------------------------------------------------
 
@@ -95,8 +89,8 @@ class SaveStream:
                 self._saving = record
                 await self._around.firmware.save(record.size_bytes)
                 self._saving = None
-                if (error := self._session.faults.of_command("SAVE")) is not None:
-                    self._save_failed(error)
+                if self._session.faults.of_command("SAVE") is not None:
+                    self._save_failed()
                     return
             self._append(record)
             self._planned = self._has_plan()
@@ -115,7 +109,7 @@ class SaveStream:
                 return
             await self._bell.wait()
 
-    def _save_failed(self, error: OSError) -> None:
+    def _save_failed(self) -> None:
         """A SAVE failed: nothing more comes (mlx5: MLX5_MIGF_STATE_ERROR, for which read() answers ENODEV)."""
         self.end_session()
 
@@ -233,12 +227,7 @@ class SaveStream:
                 if chunks:
                     self._free_chunks += chunks
                     self._bell.ring()
-            counts = self.reads
-            counts.calls += 1
-            counts.bytes += len(data)
-            counts.firmware_ns += ready_ns - asked_ns
-            counts.lock_ns += locked_ns - ready_ns
-            counts.copy_ns += now_ns() - locked_ns
+            self.reads.add(len(data), asked_ns, ready_ns, locked_ns)
             return data
         return EMPTY
 
@@ -266,12 +255,6 @@ class SaveStream:
     def _ends_precopy_with_0(self) -> bool:
         """read() gives 0 at the temporary end, not ENOMSG."""
         return False
-
-    async def _call(self) -> None:
-        """The fixed cost of a call that copies nothing."""
-        start = now_ns()
-        await sleep_ns(self._around.call_ns)
-        self._around.timeline.work(Resource.COPY, "call", start)
 
     def _take(self, size: int) -> tuple[Extent, int]:
         """Cut so many bytes off the queue; how many chunks are wholly read with them."""
@@ -301,10 +284,6 @@ class SaveStream:
         else:
             self._tally = self._tally.add(record)
 
-    async def write(self, payload: Payload, piece_bytes: int) -> None:
-        """Not for a stream that is saved: EBADF, as for any fd that is open for reading only."""
-        raise fails(errno.EBADF)
-
     async def poll(self, timeout_ns: int | None = None) -> Ready:
         """See proto_v3.device.DataFd."""
         if not self._ready() and timeout_ns != 0:
@@ -324,18 +303,6 @@ class SaveStream:
         return ready
 
     # --- what is left -------------------------------------------------------------------------------------------------
-
-    async def precopy_info(self) -> PrecopyInfo:
-        """v2's: see sim.save_v2."""
-        raise fails(errno.ENOTTY)
-
-    async def stream_info(self) -> StreamInfo:
-        """v3's: see sim.save_v3."""
-        raise fails(errno.ENOTTY)
-
-    async def get_stream(self, index: int) -> DataFd:
-        """v3's: see sim.save_v3."""
-        raise fails(errno.ENOTTY)
 
     def _drop_unread(self, drops: Callable[[Record], bool]) -> None:
         """Drop records that nobody began to read: what they hold is dirty again."""
@@ -396,15 +363,3 @@ class SaveStream:
 
     def _image_bytes(self, objects: int, blocks: int) -> int:
         return image_bytes(self._device.spec, self._driver, objects, blocks, self.header_bytes)
-
-    async def close(self) -> None:
-        """See proto_v3.device.DataFd."""
-
-    def end_session(self, code: int = errno.ENODEV) -> None:
-        """The session is over: every call gets this error, whoever waits too."""
-        self._closed = self._closed or code
-        self._bell.ring()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise fails(self._closed)

@@ -29,7 +29,7 @@ class V3Stream(SaveStream):
     header_bytes = V3_HEADER_BYTES
     end_bytes = uapi.RecordEnd.SIZE
 
-    def _save_failed(self, error: OSError) -> None:
+    def _save_failed(self) -> None:
         self._session.fail()
 
     async def stream_info(self) -> StreamInfo:

@@ -164,7 +164,6 @@ class Scenario(Section):
         """How the VMM uses v3."""
         v3 = self.v3
         return V3Options(
-            dirty_streams=1 if v3.blocks else v3.dirty_streams,
             lanes=v3.dirty_streams,
             blocks=v3.blocks,
             wire=Wire(v3.wire),

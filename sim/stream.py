@@ -9,7 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
-from proto_v3.timeline import Timeline
+from proto_v3.bell import Bell
+from proto_v3.device import DataFd
+from proto_v3.frames import Payload
+from proto_v3.timeline import Resource, Timeline
+from proto_v3.uapi import PrecopyInfo, StreamInfo
+from sim.clock import now_ns, sleep_ns
 from sim.firmware import FirmwareModel
 from sim.resource import Memory
 from sim.sections import Driver, Fault
@@ -82,6 +87,59 @@ class ReadCounts:
     """Calls of read() or poll() that had to wait, and were woken."""
     dropped_bytes: int = 0
     """Saved, and dropped before anybody read them: by REINIT or an epoch, policy `invalidate`."""
+
+    def add(self, size: int, asked_ns: int, ready_ns: int, locked_ns: int) -> None:
+        """A read() of so many bytes is over: when it was called, when it had data, and when it had the lock."""
+        self.calls += 1
+        self.bytes += size
+        self.firmware_ns += ready_ns - asked_ns
+        self.lock_ns += locked_ns - ready_ns
+        self.copy_ns += now_ns() - locked_ns
+
+
+class SavedFd:
+    """A data fd that is read from: what all kinds share. Calls that a kind does not have answer as the kernel would."""
+
+    def __init__(self, session: Session) -> None:
+        self.reads = ReadCounts()
+        self._session = session
+        self._around = session.around
+        self._closed = 0  # the errno that every call gets, if any
+        self._bell = Bell()
+
+    def end_session(self, code: int = errno.ENODEV) -> None:
+        """The session is over: every call gets this error, whoever waits too."""
+        self._closed = self._closed or code
+        self._bell.ring()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise fails(self._closed)
+
+    async def _call(self) -> None:
+        """The fixed cost of a call that copies nothing."""
+        start = now_ns()
+        await sleep_ns(self._around.call_ns)
+        self._around.timeline.work(Resource.COPY, "call", start)
+
+    async def write(self, payload: Payload, piece_bytes: int) -> None:
+        """EBADF, as for any fd that is open for reading only."""
+        raise fails(errno.EBADF)
+
+    async def close(self) -> None:
+        """See proto_v3.device.DataFd."""
+
+    async def precopy_info(self) -> PrecopyInfo:
+        """v2's (sim.save_v2)."""
+        raise fails(errno.ENOTTY)
+
+    async def stream_info(self) -> StreamInfo:
+        """v3's (sim.save_v3)."""
+        raise fails(errno.ENOTTY)
+
+    async def get_stream(self, index: int) -> DataFd:
+        """The critical fd's (sim.save_v3)."""
+        raise fails(errno.ENOTTY)
 
 
 @dataclass(slots=True)

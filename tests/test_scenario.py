@@ -602,7 +602,7 @@ def test_what_is_not_said_of_v3_has_its_default() -> None:
 def test_how_the_vmms_use_v3_is_in_bytes_and_names() -> None:
     keys = {"dirty_streams": 3, "wire": "pool", "pool_connections": 7, "critical_credit_mib": 1.5}
     scenario = small_scenario({"v3": keys | {"dirty_credit_mib": 2.25}})
-    expected = V3Options(3, 3, False, Wire.POOL, 7, Credits(3 * MIB // 2, 9 * MIB // 4), 0)
+    expected = V3Options(3, False, Wire.POOL, 7, Credits(3 * MIB // 2, 9 * MIB // 4), 0)
     assert scenario.v3_options() == expected
     assert small_scenario({"v3": {"blocks": True}}).v3_options().dirty_streams == 1
     assert small_scenario({"v3": {"blocks": True}}).v3_options().lanes == 4
