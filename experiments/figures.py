@@ -57,9 +57,14 @@ def downtime(scenario: Scenario, frame: pl.DataFrame, command: str) -> Figure:
     seeds = frame["seed"].n_unique()
     figure.suptitle(f"Where does the downtime go? {scenario.name}, means over {seeds} seed(s)\n\n", fontsize=12)
     told = PHASES_TOLD if drawn else _not_drawn(frame)
-    figure.text(0.5, 1 - 0.48 / height, told, ha="center", va="center", fontsize=7.5, color="#333333")
+    _say_below_the_title(figure, told)
     say_how_made(figure, command)
     return figure
+
+
+def _say_below_the_title(figure: Figure, told: str) -> None:
+    height = figure.get_figheight()
+    figure.text(0.5, 1 - 0.48 / height, told, ha="center", va="center", fontsize=7.5, color="#333333")
 
 
 CRITICAL = {
@@ -89,6 +94,9 @@ def critical(scenario: Scenario, frame: pl.DataFrame, command: str) -> Figure:
             axis.barh(at, mean, height=0.7, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
             axis.plot([least, most], [at, at], color="black", linewidth=1.4)
             label = _rounded(mean)
+            paused_ms = ms(completed.filter(pl.col("protocol") == name)["retries_stopped_ns"].mean())
+            if column == "downtime_ns" and paused_ms:
+                label += f" (+ {_rounded(paused_ms)} paused)"
             axis.annotate(label, (most, at), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")
         axis.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
         axis.set_xlabel(told)
@@ -100,9 +108,10 @@ def critical(scenario: Scenario, frame: pl.DataFrame, command: str) -> Figure:
     axes[0].set_ylim(len(named) - 0.5, -0.5)
     seeds = frame["seed"].n_unique()
     figure.suptitle(
-        f"What does late critical data cost? {scenario.name}, {seeds} seed(s); bars: means, lines: least to most",
+        f"What does late critical data cost? {scenario.name}, {seeds} seed(s); bars: means, lines: least to most\n\n",
         fontsize=12,
     )
+    _say_below_the_title(figure, _not_drawn(frame))
     say_how_made(figure, command)
     return figure
 

@@ -320,8 +320,12 @@ def _beside_multifd(completed: pl.DataFrame, v3: Sequence[str]) -> list[str]:
 def _bound(completed: pl.DataFrame, protocol: str) -> str:
     shares = sorted(path_shares(completed, protocol).items(), key=lambda item: -item[1])
     told = ", ".join(f"{resource.name.lower()} {100 * share:.0f} %" for resource, share in shares if share >= 0.05)
-    mean = ms(completed.filter(pl.col("protocol") == protocol)["downtime_ns"].mean())
-    return f"{protocol}: downtime {mean:.0f} ms, bounded by {told} of the critical path."
+    runs = completed.filter(pl.col("protocol") == protocol)
+    mean, paused = ms(runs["downtime_ns"].mean()), ms(runs["retries_stopped_ns"].mean())
+    before = (
+        f" Before that the guest stood still for {paused:.1f} ms, for stops that were taken back." if paused else ""
+    )
+    return f"{protocol}: downtime {mean:.0f} ms, bounded by {told} of the critical path.{before}"
 
 
 def _overlap(completed: pl.DataFrame) -> list[str]:

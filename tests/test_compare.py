@@ -178,6 +178,16 @@ def test_a_difference_has_an_interval_that_the_seeds_allow_for() -> None:
     assert "no difference is shown" not in tell._interval(drawn + 100.0)
 
 
+def test_the_pauses_of_a_retry_are_told_beside_its_downtime() -> None:
+    late = {"objects_each": 4, "during_stop_ms": [0.5]}
+    scenario = small_scenario({"device.0.reconfigurations": late, "device.0.critical.setup_us": 2000.0})
+    runs = [simulate(scenario, Protocol.parse(name, scenario), 1) for name in ("v3-n1-retry", "v3-n1-proceed")]
+    assert [run.retries for run in runs] == [1, 0]
+    retry, proceed, *_ = tell.findings(tell.completed_runs(results.table(runs)))
+    assert f"the guest stood still for {runs[0].retries_stopped_ns / 1e6:.1f} ms" in retry
+    assert "stood still" not in proceed
+
+
 def test_what_late_critical_data_costs_is_drawn_where_the_guest_reconfigures_a_device(tmp_path: Path) -> None:
     reconfigured = {"device.0.reconfigurations": {"poisson_per_s": 200.0, "objects_each": 2}}
     file = tmp_path / "s.toml"
