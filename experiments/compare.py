@@ -24,8 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments import INTERRUPTED, results, tell
 from proto_v3.errors import UserError
 from proto_v3.migration import OutcomeKind
+from sim.outcome import Outcome
 from sim.protocol import Protocol
-from sim.run import Outcome, simulate
+from sim.run import simulate
 from sim.scenario import Scenario
 from sim.scenario_file import load
 

@@ -18,7 +18,7 @@ import polars as pl
 
 from proto_v3.errors import UserError
 from proto_v3.timeline import PHASES, Resource
-from sim.run import Outcome
+from sim.outcome import Outcome
 from sim.scenario import Scenario
 
 if TYPE_CHECKING:

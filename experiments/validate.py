@@ -16,8 +16,8 @@ from experiments.show import told
 from experiments.tell import Held
 from proto_v3.errors import UserError
 from proto_v3.migration import OutcomeKind
+from sim.outcome import Outcome
 from sim.protocol import Protocol
-from sim.run import Outcome
 from sim.scenario import Scenario
 from sim.scenario_file import bases, changes, load, shipped
 

@@ -93,6 +93,25 @@ class PathStep:
     end_ns: int
 
 
+SPAN_COLUMNS = {"resource": "b", "what": "h", "track": "h", "start_ns": "q", "end_ns": "q", "cause": "q"}
+"""The columns of spans and their types, as `array` and numpy name them; `what` and `track` are indices of names."""
+BLOCKED_COLUMNS = {"start_ns": "q", "end_ns": "q"}
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """All that a timeline holds, as data: to be sent elsewhere, or put together with what another one holds."""
+
+    names: list[str]
+    spans: dict[str, NDArray[Any]]
+    """Keys and types: SPAN_COLUMNS. The cause of a span is an index, or NO_CAUSE."""
+    blocked: dict[str, NDArray[Any]]
+    """Keys and types: BLOCKED_COLUMNS."""
+    marks: dict[Mark, tuple[int, int]]
+    """Time and cause."""
+    stages: list[Stage]
+
+
 class Timeline:
     """Spans, marks and stages of one run.
 
@@ -114,8 +133,38 @@ class Timeline:
         self._blocked_start_ns = array("q")
         self._blocked_end_ns = array("q")
 
+    @classmethod
+    def of(cls, recorded: Recorded, now_ns: Callable[[], int]) -> Self:
+        """A timeline that holds this. It is not checked: indices must be in range, and causes form no cycle."""
+        timeline = cls(now_ns)
+        timeline._names = {name: index for index, name in enumerate(recorded.names)}
+        for name, column in zip(SPAN_COLUMNS, timeline._span_columns(), strict=True):
+            column.frombytes(recorded.spans[name].astype(SPAN_COLUMNS[name], copy=False).tobytes())
+        for name, column in zip(BLOCKED_COLUMNS, timeline._blocked_columns(), strict=True):
+            column.frombytes(recorded.blocked[name].astype(BLOCKED_COLUMNS[name], copy=False).tobytes())
+        timeline.marks = {mark: at_ns for mark, (at_ns, _) in recorded.marks.items()}
+        timeline._mark_cause = {mark: cause for mark, (_, cause) in recorded.marks.items()}
+        timeline.stages = list(recorded.stages)
+        return timeline
+
+    def recorded(self) -> Recorded:
+        """A copy of all that was recorded up to now."""
+        return Recorded(
+            names=list(self._names),
+            spans={name: np.array(column) for name, column in zip(SPAN_COLUMNS, self._span_columns(), strict=True)},
+            blocked={name: np.array(col) for name, col in zip(BLOCKED_COLUMNS, self._blocked_columns(), strict=True)},
+            marks={mark: (at_ns, self._mark_cause[mark]) for mark, at_ns in self.marks.items()},
+            stages=list(self.stages),
+        )
+
     def __len__(self) -> int:
         return len(self._start_ns)
+
+    def _span_columns(self) -> tuple[array[int], ...]:
+        return (self._resource, self._what, self._on_track, self._start_ns, self._end_ns, self._cause)
+
+    def _blocked_columns(self) -> tuple[array[int], ...]:
+        return (self._blocked_start_ns, self._blocked_end_ns)
 
     # --- recording -------------------------------------------------------------------------------------------------
 
@@ -211,8 +260,7 @@ class Timeline:
     def digest(self) -> str:
         """A fingerprint of everything that was recorded: equal for two runs that did the same at the same times."""
         told = sha256(repr((self.marks, self._mark_cause, self.stages, self._names)).encode())
-        spans = (self._resource, self._what, self._on_track, self._start_ns, self._end_ns, self._cause)
-        for column in (*spans, self._blocked_start_ns, self._blocked_end_ns):
+        for column in (*self._span_columns(), *self._blocked_columns()):
             told.update(column.tobytes())
         return told.hexdigest()
 

@@ -45,7 +45,7 @@ from contextvars import Context, copy_context
 from heapq import heapify, heappop, heappush
 from operator import index
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 from weakref import WeakSet, WeakValueDictionary
 
 from proto_v3.errors import ProtoV3Error
@@ -176,13 +176,43 @@ class _Task(asyncio.Task[T]):
         return self.number
 
 
+class Timer(Protocol):
+    """A callback that is to run at a time."""
+
+    def cancel(self) -> None:
+        """Keep it from running."""
+
+
+class Time(Protocol):
+    """A clock that the model runs on: a VirtualLoop, or the real time of live mode (sim.live.clock)."""
+
+    @property
+    def _now_ns(self) -> int:
+        """Nanoseconds since the run began."""
+
+    def _wakeup_at(self, when_ns: int) -> asyncio.Future[None]:
+        """A future that is done at that time."""
+
+    def call_at_ns(self, when_ns: int, callback: Callback, *args: Any) -> Timer:
+        """Run the callback at that time."""
+
+    def _take_late_ns(self) -> int:
+        """How late the current task was woken by its last timer, told once: real timers are late, virtual ones never.
+
+        Whoever has a next deadline takes it off, so that what is late does not add up.
+        """
+
+    def _was_late(self, task: asyncio.Task[Any] | None, late_ns: int) -> None:
+        """A task is woken so late."""
+
+
 class _Here(threading.local):
-    """Has the virtual loop that runs in this thread, while one does.
+    """Has the clock of this thread: the virtual loop while one runs, or one that was set by `use`.
 
     asyncio.get_running_loop would do, but makes a system call on Python 3.11: a tenth of the cost of a `sleep_ns`.
     """
 
-    loop: VirtualLoop
+    loop: Time
 
     def __getattr__(self, name: str) -> NoReturn:
         raise LoopStateError("no virtual event loop is running in this thread")
@@ -290,6 +320,12 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
         future: asyncio.Future[None] = asyncio.Future(loop=self)
         self._set_timer(when_ns, future)
         return future
+
+    def _take_late_ns(self) -> int:
+        return 0
+
+    def _was_late(self, task: asyncio.Task[Any] | None, late_ns: int) -> None:
+        """See Time."""
 
     def _set_timer(self, when_ns: int, timer: TimerHandle | asyncio.Future[None]) -> None:
         when_ns = index(when_ns)
@@ -571,9 +607,24 @@ def run(main: Coroutine[Any, Any, T], *, limit_ns: int | None = None, name: str 
     return task.result()
 
 
+def use(time: Time) -> None:
+    """Let the model run on another clock in this thread from now on: live mode does it, once a process."""
+    _here.loop = time
+
+
+def current() -> Time:
+    """The clock of this thread. LoopStateError if there is none."""
+    return _here.loop
+
+
 def now_ns() -> int:
-    """Virtual time in nanoseconds, of the loop that runs."""
+    """The time in nanoseconds, of the clock that runs."""
     return _here.loop._now_ns
+
+
+def take_late_ns() -> int:
+    """How late the current task was woken by its last timer, told once; 0 in virtual time (see Time)."""
+    return _here.loop._take_late_ns()
 
 
 async def sleep_ns(delay_ns: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,16 @@ from sim.schema import KIB
 from sim.sections import Device
 
 Indices = NDArray[np.intp]
+
+
+class Content(Protocol):
+    """A device's state as bytes."""
+
+    def write_blocks(self, written: Int32, version: Int32) -> None:
+        """The guest wrote these blocks, some of them more than once; `version` has the newest of all blocks."""
+
+    def write_objects(self, made_new: Int32, version: Int32) -> None:
+        """The guest made these critical objects new, in the same way."""
 
 
 class DeviceState:
@@ -38,6 +49,8 @@ class DeviceState:
         """Called when reconfigurations are put in that were not foreseen."""
         self.on_epochs: Callable[[int, int], None] | None = None
         """Called when epochs began, with the first and the last of them."""
+        self.content: Content | None = None
+        """The bytes themselves, where there are any: in live mode."""
         self._writes = 0
         self._reconfigurations = 0
         self._stopped_ns: int | None = None
@@ -49,16 +62,27 @@ class DeviceState:
             now_ns = min(now_ns, self._stopped_ns)
         writes = self.activity.writes_until(now_ns)
         if writes > self._writes:
-            np.add.at(self.version, self.activity.write_blocks[self._writes : writes], 1)
+            written = self.activity.write_blocks[self._writes : writes]
+            np.add.at(self.version, written, 1)
+            if self.content is not None:
+                self.content.write_blocks(written, self.version)
             self._writes = writes
         events = self.activity.reconfigurations_until(now_ns)
         if events > self._reconfigurations:
-            np.add.at(self.object_version, self.activity.reconfiguration_objects[self._reconfigurations : events], 1)
+            made_new = self.activity.reconfiguration_objects[self._reconfigurations : events]
+            np.add.at(self.object_version, made_new, 1)
+            if self.content is not None:
+                self.content.write_objects(made_new, self.object_version)
             first = self.epoch + 1
             self.epoch += events - self._reconfigurations
             self._reconfigurations = events
             if self.on_epochs is not None:
                 self.on_epochs(first, self.epoch)
+
+    @property
+    def written_bytes(self) -> int:
+        """What the guest wrote so far, each write a whole block."""
+        return self._writes * self.block_bytes
 
     def touched_blocks(self, epoch: int) -> BlockRange:
         """The blocks whose earlier data the reconfiguration that began an epoch made invalid."""
@@ -132,6 +156,10 @@ class DeviceState:
         return versions
 
 
+Place = Callable[[Indices, memoryview, NDArray[np.bool_]], None]
+"""Takes blocks by number, the bytes of all of them, and which of them are wanted."""
+
+
 class Image:
     """A device's state at the target, as far as it is loaded."""
 
@@ -139,6 +167,8 @@ class Image:
         self.version: Int32 = np.full(device.blocks, -1, np.int32)
         self.object_version: Int32 = np.full(device.critical.objects, -1, np.int32)
         self.object_bytes = round(device.critical.object_kib * KIB)
+        self.place: Place | None = None
+        """Live, blocks: puts the bytes of those that are wanted where they belong."""
 
     def differences(self, source: DeviceState) -> Difference:
         """How it differs from the source's state as of the stop."""

@@ -26,7 +26,6 @@ from sim.device import DeviceState, Image
 from sim.load import LoadSession, LoadStream
 from sim.load_v3 import V3LoadSession, V3LoadStream
 from sim.record import HEADER_BYTES, V3_HEADER_BYTES
-from sim.resource import Lock
 from sim.save import image_bytes
 from sim.save_v2 import V2Stream
 from sim.save_v3 import CriticalStream, DirtyStream
@@ -52,17 +51,17 @@ class SimDriver:
         spec: Device,
         settings: Driver,
         around: Surroundings,
-        global_lock: Lock,
+        global_lock: DriverLock,
         *,
         state: DeviceState | None = None,
         image: Image | None = None,
     ) -> None:
         self.name = spec.name
-        self._spec = spec
+        self.spec = self._spec = spec
         self._settings = settings
         self._around = around
         self._global_lock = global_lock
-        self._state_lock = Lock(around.timeline)
+        self._state_lock = around.new_lock(around.timeline)
         self._device = state
         self._image = image
         self._state = State.RUNNING
@@ -83,6 +82,11 @@ class SimDriver:
         self._load_session: LoadSession | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def dirty_streams(self) -> int:
+        """How many the user opted in to; 0: the device is v2's."""
+        return self._dirty_streams
 
     # --- the device fd ------------------------------------------------------------------------------------------------
 
@@ -285,17 +289,16 @@ class SimDriver:
     def _start_loading(self) -> DataFd:
         if self._image is None:
             raise fails(errno.EIO)
-        timeline = self._around.timeline
         setup_ns = round(self._spec.critical.setup_us * 1_000)
         if not self._dirty_streams:
             self._load_session = LoadSession(self._image, self._session(), setup_ns, 1)
-            self._loading = [LoadStream(0, self._load_session, self._state_lock, Lock(timeline))]
+            self._loading = [LoadStream(0, self._load_session, self._state_lock, self._new_lock())]
         else:
             count = 1 + self._dirty_streams
             blocks = StreamFlags.BLOCKS in self._stream_flags
             kind = BlocksLoadSession if blocks else V3LoadSession
             session = kind(self._image, self._spec, self._session(), setup_ns, count)
-            critical, *dirty = [V3LoadStream(i, session, Lock(timeline)) for i in range(count)]
+            critical, *dirty = [V3LoadStream(i, session, self._new_lock()) for i in range(count)]
             critical.dirty = [LoadBlocks(session)] if isinstance(session, BlocksLoadSession) else dirty
             self._load_session = session
             self._loading = [critical, *critical.dirty]
@@ -325,12 +328,19 @@ class SimDriver:
             self._end_saving(code)
         self._close_loading(code)
 
+    def _new_lock(self) -> DriverLock:
+        return self._around.new_lock(self._around.timeline)
+
     def _read_lock(self) -> DriverLock:
+        return self.lock_for_a_copy() if self._around.locks_in_read else nullcontext()
+
+    def lock_for_a_copy(self) -> DriverLock:
+        """What a read() of one data fd holds while it copies; `per_fd` gives each call one of its own."""
         match self._settings.lock:
             case "none":
                 return nullcontext()
             case "per_fd":
-                return Lock(self._around.timeline)
+                return self._new_lock()
             case "device":
                 return self._state_lock
             case "global":

@@ -55,6 +55,11 @@ class LoadSession:
         self._closed = self._closed or code
         self._bell.ring()
 
+    @property
+    def over(self) -> bool:
+        """Whether every call gets an error from now on."""
+        return self._closed != 0
+
     def check_open(self) -> None:
         """ENODEV if the session is over, or was refused before (mlx5: MLX5_MIGF_STATE_ERROR)."""
         if self._closed:
@@ -126,6 +131,19 @@ class LoadedFd:
     def __init__(self, session: LoadSession) -> None:
         self._session = session
         self._ended = False  # the END came
+
+    async def write(self, payload: Payload, piece_bytes: int) -> None:
+        """See proto_v3.device.DataFd."""
+        raise NotImplementedError
+
+    @property
+    def over(self) -> bool:
+        """Whether the session is over."""
+        return self._session.over
+
+    def refuse(self, why: str) -> OSError:
+        """What came is no stream at all: as for one that cannot be the source's."""
+        return self._session.refuse(errno.EPROTO, why)
 
     async def read(self, max_bytes: int) -> Payload:
         """EBADF, as for any fd that is open for writing only."""

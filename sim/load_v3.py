@@ -84,6 +84,8 @@ class V3LoadSession(LoadSession):
 
     def _put(self, record: Record, valid: NDArray[np.bool_]) -> None:
         self.image.version[record.blocks[valid]] = record.block_versions[valid]
+        if record.data is not None and self.image.place is not None:
+            self.image.place(record.blocks, record.data, valid)
 
     def _valid(self, record: Record) -> NDArray[np.bool_]:
         """Which of a record's blocks no later epoch made invalid."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from proto_v3.frames import Payload
 from proto_v3.timeline import Resource, Timeline
@@ -28,8 +29,9 @@ ZERO_PAGE_BYTES = 9
 class RamModel:
     """Guest RAM: pages of zeros are scanned, others copied; a first pass over all, then what was dirtied."""
 
-    def __init__(self, settings: Ram, timeline: Timeline) -> None:
+    def __init__(self, settings: Ram, timeline: Timeline, pages: Callable[[int], Payload] = Bulk) -> None:
         self._settings = settings
+        self._pages = pages
         self._timeline = timeline
         self._zero_bytes = round((settings.size_gib - settings.nonzero_gib) * GIB)
         self._dirty_bytes = round(settings.nonzero_gib * GIB)
@@ -74,13 +76,13 @@ class RamModel:
             await sleep_ns(duration_ns(scanned, self._scan_bytes_per_s))
             self._zero_bytes -= scanned
             self._timeline.work(Resource.RAM, "RAM scan", start)
-            return Bulk(-(-scanned // PAGE_BYTES) * ZERO_PAGE_BYTES)
+            return self._pages(-(-scanned // PAGE_BYTES) * ZERO_PAGE_BYTES)
         if self._dirty_bytes:
             size = min(self._dirty_bytes, round(self._settings.frame_mib * MIB))
             await sleep_ns(duration_ns(size, self._send_bytes_per_s))
             self._dirty_bytes -= size
             self._timeline.work(Resource.RAM, "RAM pages", start)
-            return Bulk(size)
+            return self._pages(size)
         return None
 
     async def load(self, payload: Payload) -> None:
@@ -100,18 +102,60 @@ class RamModel:
         self._timeline.work(Resource.FIXED, what, start)
 
 
+class Guest(Protocol):
+    """What the guest does to its devices, wherever they are."""
+
+    async def order_stop(self) -> None:
+        """The vCPUs are about to be stopped."""
+
+    async def stop(self) -> None:
+        """They are stopped: nothing writes to a device any more."""
+
+    async def start(self) -> None:
+        """They run."""
+
+
+class GuestHere:
+    """A guest whose devices are in this process."""
+
+    def __init__(self, devices: Sequence[DeviceState]) -> None:
+        """`devices` are those that the guest writes to: none where it does not run yet."""
+        self._devices = devices
+
+    async def order_stop(self) -> None:
+        """See Guest."""
+        for device in self._devices:
+            device.order_stop(now_ns())
+
+    async def stop(self) -> None:
+        """See Guest."""
+        for device in self._devices:
+            device.stop(now_ns())
+
+    async def start(self) -> None:
+        """See Guest."""
+        for device in self._devices:
+            device.start()
+
+
 class MachineModel:
     """One VMM's guest."""
 
     def __init__(
-        self, scenario: Scenario, devices: Sequence[DeviceState], timeline: Timeline, *, running: bool
+        self,
+        scenario: Scenario,
+        guest: Guest,
+        timeline: Timeline,
+        *,
+        running: bool,
+        pages: Callable[[int], Payload] = Bulk,
     ) -> None:
-        """`devices` are those that the guest writes to: none where it does not run yet."""
+        """`pages` makes what stands for so many bytes of RAM."""
         self.running = running
-        self.ram = RamModel(scenario.ram, timeline)
+        self.ram = RamModel(scenario.ram, timeline, pages)
         self._vmm = scenario.vmm
         self._config_load_ns = [ns(device.config_load_ms) for device in scenario.devices]
-        self._devices = devices
+        self._guest = guest
         self._config_lock = asyncio.Lock()
         self._timeline = timeline
 
@@ -121,12 +165,10 @@ class MachineModel:
 
     async def stop_vcpus(self) -> None:
         """See proto_v3.machine.Machine."""
-        for device in self._devices:
-            device.order_stop(now_ns())
+        await self._guest.order_stop()
         await self._fixed(ns(self._vmm.vcpu_stop_ms), "vCPUs stop")
         self.ram.stop()
-        for device in self._devices:
-            device.stop(now_ns())
+        await self._guest.stop()
         self.running = False
 
     async def buffer_device_data(self, size_bytes: int) -> None:
@@ -156,8 +198,7 @@ class MachineModel:
         await self._fixed(ns(self._vmm.vcpu_start_ms), "vCPUs start")
         self.running = True
         self.ram.start()
-        for device in self._devices:
-            device.start()
+        await self._guest.start()
 
     async def _fixed(self, cost_ns: int, what: str) -> None:
         if cost_ns:

@@ -7,6 +7,7 @@ what order.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from zlib import crc32
 
@@ -23,6 +24,10 @@ HEADER_BYTES = 16
 STOP_COPY_SIZE_BYTES = 8
 """struct mlx5_vf_migration_tag_stop_copy_data: u64 stop_copy_size, so that the target can allocate (the same file)."""
 V3_HEADER_BYTES = uapi.RecordHeader.SIZE
+TABLE = struct.Struct("<QQIII")
+"""A table's fixed part: epoch, sequence, flags, objects, blocks; their numbers and versions follow, 32 bits each."""
+TALLY = struct.Struct("<QQQ")
+"""In the table of v2's END: records, bytes, digest."""
 
 NO_INDICES: Indices = np.empty(0, np.intp)
 NO_VERSIONS: Int32 = np.empty(0, np.int32)
@@ -31,6 +36,13 @@ NO_VERSIONS: Int32 = np.empty(0, np.int32)
 def ranges_bytes(invalidates: tuple[BlockRange, ...]) -> int:
     """What the ranges take in a critical record's payload."""
     return uapi.RecordRanges.SIZE + len(invalidates) * BlockRange.SIZE if invalidates else 0
+
+
+def table_bytes(record: Record) -> int:
+    """What tells a reader of a record which blocks and objects it holds (sim/live/codec.py)."""
+    if record.header_bytes == V3_HEADER_BYTES and (record.end or record.by_number):
+        return 0  # their payloads say it (uapi.RecordEnd, uapi.RecordBlocks)
+    return TABLE.size + 8 * (len(record.objects) + len(record.blocks)) + (TALLY.size if record.end else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +74,8 @@ class Record:
     initial: bool = False
     """Its bytes count as v2's initial_bytes."""
     header_bytes: int = HEADER_BYTES
+    table_bytes: int = 0
+    """Behind the header: which blocks and objects these are. In live mode, where somebody has to be told."""
     by_number: bool = False
     """v3, blocks: it was asked for by number."""
     chunk: bool = False
@@ -72,13 +86,15 @@ class Record:
     """v3: what the epochs since the last that was told make invalid of the dirty data before them."""
     end: bool = False
     """The stream's END record."""
+    data: memoryview | None = None
+    """Live, blocks: the bytes of its blocks, until it is known which of them are wanted."""
     tally: Tally | None = None
     """In the END record, once it is being read: what came before it."""
 
     @property
     def size_bytes(self) -> int:
         """Bytes in the stream, the header included."""
-        return self.header_bytes + self.payload_bytes
+        return self.header_bytes + self.table_bytes + self.payload_bytes
 
     @property
     def record_class(self) -> RecordClass:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import heapq
 import math
+from typing import Any, NamedTuple
 
 from proto_v3.timeline import Resource, Timeline
-from sim.clock import TimerHandle, VirtualLoop, now_ns, sleep_until_ns
+from sim import clock
+from sim.clock import now_ns, sleep_until_ns
 from sim.schema import NS_PER_S
 
 ROUNDING_NS = 1e-3
@@ -38,6 +40,13 @@ class Pipe:
         return start, self._free_ns
 
 
+class _Command(NamedTuple):
+    """A command in progress: what is done at its end, and the task that waits for it."""
+
+    done: asyncio.Future[None]
+    task: asyncio.Task[Any] | None
+
+
 class Engines:
     """The firmware's engines: commands in progress share them, none waits for another to end.
 
@@ -56,46 +65,52 @@ class Engines:
         # progress get the same, so each is through when this has grown by its own service time.
         self._served_ns = 0.0
         self._settled_ns = 0
-        self._commands: list[tuple[float, int, asyncio.Future[None]]] = []  # a heap: ends at, number, done
+        self._commands: list[tuple[float, int, _Command]] = []  # a heap: ends at, number, whose
         self._number = 0
-        self._timer: TimerHandle | None = None
+        self._timer: clock.Timer | None = None
 
     async def run(self, service_ns: int) -> None:
-        """Run a command that takes `service_ns` at full speed."""
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, VirtualLoop)
-        self._settle(loop.time_ns())
-        done: asyncio.Future[None] = loop.create_future()
-        self._number += 1
-        heapq.heappush(self._commands, (self._served_ns + service_ns, self._number, done))
-        self._set_timer(loop)
-        await done
+        """Run a command that takes `service_ns` at full speed.
 
-    def _speed(self) -> float:
-        return min(1.0, self._engines / len(self._commands))
+        One that is handed in late, because a real timer woke its caller late, is as far as if it had been in time.
+        """
+        time = clock.current()
+        self._settle(time._now_ns)
+        command = _Command(asyncio.get_running_loop().create_future(), asyncio.current_task())
+        self._number += 1
+        head_start_ns = time._take_late_ns() * self._speed(len(self._commands) + 1)
+        heapq.heappush(self._commands, (self._served_ns + service_ns - head_start_ns, self._number, command))
+        self._set_timer(time)
+        await command.done
+
+    def _speed(self, commands: int) -> float:
+        return min(1.0, self._engines / commands)
 
     def _settle(self, now: int) -> None:
         if self._commands:
-            self._served_ns += (now - self._settled_ns) * self._speed()
+            self._served_ns += (now - self._settled_ns) * self._speed(len(self._commands))
         else:
             self._served_ns = 0.0  # nobody compares with what was before: start anew, and keep the numbers small
         self._settled_ns = now
 
-    def _set_timer(self, loop: VirtualLoop) -> None:
+    def _set_timer(self, time: clock.Time) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None
         if self._commands:
-            left_ns = math.ceil((self._commands[0][0] - self._served_ns) / self._speed() - ROUNDING_NS)
-            self._timer = loop.call_at_ns(self._settled_ns + max(0, left_ns), self._end, loop)
+            speed = self._speed(len(self._commands))
+            left_ns = math.ceil((self._commands[0][0] - self._served_ns) / speed - ROUNDING_NS)
+            self._timer = time.call_at_ns(self._settled_ns + max(0, left_ns), self._end, time)
 
-    def _end(self, loop: VirtualLoop) -> None:
-        self._settle(loop.time_ns())
+    def _end(self, time: clock.Time) -> None:
+        self._settle(time._now_ns)
+        speed = self._speed(len(self._commands))
         while self._commands and self._commands[0][0] <= self._served_ns + ROUNDING_NS:
-            _, _, done = heapq.heappop(self._commands)
-            if not done.done():
-                done.set_result(None)
-        self._set_timer(loop)
+            ends_ns, _, command = heapq.heappop(self._commands)
+            if not command.done.done():
+                time._was_late(command.task, max(0, round((self._served_ns - ends_ns) / speed)))
+                command.done.set_result(None)
+        self._set_timer(time)
 
 
 class Memory:

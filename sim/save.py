@@ -12,14 +12,14 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from proto_v3.device import Ready
 from proto_v3.frames import EMPTY, Payload
 from proto_v3.timeline import on_track
 from sim.clock import now_ns
 from sim.device import DeviceState, Indices
-from sim.record import HEADER_BYTES, NO_INDICES, Extent, Part, Record, Tally, ranges_bytes
+from sim.record import HEADER_BYTES, NO_INDICES, Extent, Part, Record, Tally, ranges_bytes, table_bytes
 from sim.schema import KIB, ns
 from sim.sections import Device, Driver
 from sim.stream import DriverLock, SavedFd, Session, fails
@@ -204,6 +204,8 @@ class SaveStream(SavedFd):
         """The record is the last one of its epoch's critical data."""
 
     def _append(self, record: Record) -> None:
+        if self._around.tables:
+            record.table_bytes = table_bytes(record)
         self._records.append(record)
         self._unread_bytes += record.size_bytes
         self._ended = record.end
@@ -212,6 +214,13 @@ class SaveStream(SavedFd):
 
     async def read(self, max_bytes: int) -> Payload:
         """See proto_v3.device.DataFd."""
+        return await self.move(max_bytes, self._copy)
+
+    async def _copy(self, data: Extent) -> None:
+        await self._around.memory.copy(len(data), self._around.call_ns, "read")
+
+    async def move(self, max_bytes: int, copy: Callable[[Extent], Awaitable[None]]) -> Payload:
+        """What read() does, with `copy` for the copying. Its chunks are free when that is done."""
         if max_bytes < 1:
             raise fails(errno.EINVAL)
         asked_ns = now_ns()
@@ -222,7 +231,7 @@ class SaveStream(SavedFd):
                     continue
                 locked_ns = now_ns()
                 data, chunks = self._take(min(max_bytes, self._unread_bytes))
-                await self._around.memory.copy(len(data), self._around.call_ns, "read")
+                await copy(data)
                 self._check_open()
                 if chunks:
                     self._free_chunks += chunks
@@ -260,7 +269,7 @@ class SaveStream(SavedFd):
         """Cut so many bytes off the queue; how many chunks are wholly read with them."""
         self._unread_bytes -= size
         parts = []
-        chunks = 0
+        chunks = taken = initial_bytes = 0
         while size:
             record = self._records[0]
             if record.sequence < 0:
@@ -268,11 +277,15 @@ class SaveStream(SavedFd):
             part = Part(record, self._offset, min(record.size_bytes, self._offset + size))
             parts.append(part)
             size -= part.stop - part.start
+            taken += part.stop - part.start
+            if record.initial:
+                initial_bytes = taken
             self._offset = part.stop
             if part.stop == record.size_bytes:
                 self._records.popleft()
                 self._offset = 0
                 chunks += record.chunk
+        self.outlet.took(taken, initial_bytes)
         return Extent(parts), chunks
 
     def _number(self, record: Record) -> None:
@@ -295,6 +308,11 @@ class SaveStream(SavedFd):
             except TimeoutError:
                 pass
         return self._ready()
+
+    async def filled(self) -> None:
+        """Wait until there are bytes to take, or the end, or an error."""
+        while not SaveStream._ready(self):
+            await self._bell.wait()
 
     def _ready(self) -> Ready:
         ready = Ready.NOTHING
@@ -319,7 +337,13 @@ class SaveStream(SavedFd):
 
     def _refill_if_drained(self) -> bool:
         """Plan what became dirty, if all else is read."""
-        if self._planned or self._unread_bytes or self._final or self._driver.precopy == "check":
+        if (
+            self._planned
+            or self._unread_bytes
+            or self.outlet.unread_bytes
+            or self._final
+            or self._driver.precopy == "check"
+        ):
             return False
         if self._driver.precopy == "reread" and now_ns() - self._planned_ns < ns(self._driver.reread_ms):
             return False
@@ -330,14 +354,14 @@ class SaveStream(SavedFd):
         """Unread bytes, those that are being saved, and those that are planned."""
         saving = self._saving.size_bytes if self._saving else 0
         planned = self._planned_bytes(self._plan_objects, self._plan_blocks)
-        return self._unread_bytes + saving + planned
+        return self.outlet.unread_bytes + self._unread_bytes + saving + planned
 
     def left_bytes(self) -> int:
         """All that would still be read from this stream, were the device stopped now; the END is not counted."""
         self._device.advance(now_ns())
         saving = self._saving.size_bytes if self._saving else 0
         end = self._records[-1].size_bytes if self._ended and self._records else 0
-        return self._unread_bytes + saving - end + self._left_to_save_bytes()
+        return self.outlet.unread_bytes + self._unread_bytes + saving - end + self._left_to_save_bytes()
 
     def _left_to_save_bytes(self) -> int:
         """What stopping would make it save: what is dirty then, planned or not; all of it where a driver rereads."""

@@ -82,11 +82,13 @@ class V2Stream(SaveStream):
             self._drop_unread(lambda record: not record.initial)
             for record in self._records:  # initial data stays, and what was begun is read to its end
                 record.initial = True
+            self.outlet.all_initial()
             self._plan_initial = True
             self._plan(self._dirty_objects(), NO_INDICES)  # blocks stay dirty, and are planned when this is read
         else:
             for record in self._records:  # they must be read before the new ones can be: so they count with them
                 record.initial = True
+            self.outlet.all_initial()
             self.plan_all(initial=True)
 
     def _undone_bytes(self) -> int:
@@ -104,6 +106,7 @@ class V2Stream(SaveStream):
         unread = sum(record.size_bytes for record in self._records if record.initial)
         if self._records and self._records[0].initial:
             unread -= self._offset
+        unread += self.outlet.initial_bytes
         if self._saving and self._saving.initial:
             unread += self._saving.size_bytes
         if self._plan_initial:

@@ -71,6 +71,11 @@ class CriticalStream(V3Stream):
         ready = super()._ready()
         return ready | Ready.NEW_EPOCH if self._device.epoch > self._seen_epoch else ready
 
+    async def new_epoch(self) -> None:
+        """Wait until the epoch grew since the last stream_info(), or the session is over."""
+        while not (self._device.epoch > self._seen_epoch or self._closed):
+            await self._bell.wait()
+
     async def stream_info(self) -> StreamInfo:
         """See proto_v3.device.DataFd."""
         info = await super().stream_info()

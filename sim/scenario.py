@@ -111,6 +111,10 @@ class Scenario(Section):
                 )
         return self
 
+    def told(self) -> str:
+        """As JSON that Scenario.model_validate_json() reads: what is set, as it is."""
+        return self.model_dump_json(exclude_unset=True)
+
     @property
     def devices(self) -> list[Device]:
         """One entry a device, `count` unfolded; names get a number where there are several alike."""

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 from proto_v3.bell import Bell
 from proto_v3.device import DataFd
@@ -16,10 +17,17 @@ from proto_v3.timeline import Resource, Timeline
 from proto_v3.uapi import PrecopyInfo, StreamInfo
 from sim.clock import now_ns, sleep_ns
 from sim.firmware import FirmwareModel
-from sim.resource import Memory
+from sim.resource import Lock
 from sim.sections import Driver, Fault
 
 DriverLock = AbstractAsyncContextManager[None]
+
+
+class CopyModel(Protocol):
+    """What copying between kernel and user space takes."""
+
+    async def copy(self, size_bytes: int, call_ns: int, what: str) -> None:
+        """Copy on the calling thread, with a fixed cost of `call_ns` before."""
 
 
 def fails(code: int) -> OSError:
@@ -32,9 +40,15 @@ class Surroundings:
     """What every stream of a device uses."""
 
     firmware: FirmwareModel
-    memory: Memory
+    memory: CopyModel
     timeline: Timeline
     call_ns: int
+    new_lock: Callable[[Timeline], DriverLock] = Lock
+    """Makes a mutex of the driver."""
+    locks_in_read: bool = True
+    """read() takes the lock that the scenario says. Not in live mode, where whoever copies takes it."""
+    tables: bool = False
+    """Records have bytes, and tell in a table which blocks and objects they hold: in live mode."""
 
 
 class Faults:
@@ -97,11 +111,29 @@ class ReadCounts:
         self.copy_ns += now_ns() - locked_ns
 
 
+class Outlet:
+    """What was taken from a stream, and is not read yet: nothing, if whoever takes it reads it.
+
+    In live mode it is what is in the data fd's socket (sim.live.save).
+    """
+
+    unread_bytes = 0
+    initial_bytes = 0
+    """Of these, what counts as v2's initial_bytes."""
+
+    def took(self, size: int, initial_bytes: int) -> None:
+        """So many bytes were taken; up to the so manieth of them, they are initial."""
+
+    def all_initial(self) -> None:
+        """What is unread counts as initial from now on."""
+
+
 class SavedFd:
     """A data fd that is read from: what all kinds share. Calls that a kind does not have answer as the kernel would."""
 
     def __init__(self, session: Session) -> None:
         self.reads = ReadCounts()
+        self.outlet = Outlet()
         self._session = session
         self._around = session.around
         self._closed = 0  # the errno that every call gets, if any
@@ -111,6 +143,11 @@ class SavedFd:
         """The session is over: every call gets this error, whoever waits too."""
         self._closed = self._closed or code
         self._bell.ring()
+
+    @property
+    def over(self) -> bool:
+        """Whether the session is over."""
+        return self._closed != 0
 
     def _check_open(self) -> None:
         if self._closed:

@@ -29,10 +29,12 @@ import pytest
 from proto_v3.channel import Channel
 from proto_v3.frames import Kind, decode
 from proto_v3.migration import OutcomeKind, Side
+from proto_v3.timeline import Timeline
 from sim import clock
 from sim.driver import SimDriver
+from sim.outcome import Measured, Outcome, ended
 from sim.protocol import Protocol
-from sim.run import Outcome, _Run
+from sim.run import _Run
 from sim.scenario import Scenario
 from sim.schema import ns
 
@@ -178,11 +180,14 @@ class Disturbed(_Run):
             self.failures = [ConnectionResetError("the source was killed, and the target did not fail")]
         return outcome, self.failures
 
-    def _ended(self, kind: OutcomeKind, reason: str = "") -> Outcome:
-        return Outcome(self._scenario.name, self._protocol.name, 1, kind, reason)  # no figures: they take time
+    def _outcome(self, kind: OutcomeKind | None, failures: Sequence[Exception]) -> Outcome:
+        if kind is OutcomeKind.COMPLETED and not failures:
+            return ended(self._measured(), kind)
+        return super()._outcome(kind, failures)
 
-    def _completed(self) -> Outcome:
-        return self._ended(OutcomeKind.COMPLETED)
+    def _measured(self) -> Measured:
+        # No figures: they take time.
+        return Measured(self._scenario.name, self._protocol.name, 1, Timeline(clock.now_ns), 0)
 
     # --- events -----------------------------------------------------------------------------------------------------
 

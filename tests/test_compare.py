@@ -23,8 +23,9 @@ from experiments.compare import Cell, run_cell, run_cells
 from proto_v3.errors import UserError
 from proto_v3.migration import OutcomeKind
 from proto_v3.timeline import PHASES, Resource
+from sim.outcome import Outcome
 from sim.protocol import Protocol
-from sim.run import Outcome, simulate
+from sim.run import simulate
 from sim.scenario import Scenario
 from sim.sections import Published
 

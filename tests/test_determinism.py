@@ -12,8 +12,9 @@ from helpers import small_scenario
 
 from experiments import results
 from experiments.compare import Cell, run_cells
+from sim.outcome import Outcome
 from sim.protocol import Protocol
-from sim.run import Outcome, simulate
+from sim.run import simulate
 from sim.scenario import Scenario
 from sim.scenario_file import load
 

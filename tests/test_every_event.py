@@ -41,8 +41,9 @@ from proto_v3.errors import LostAfterCommitError
 from proto_v3.frames import Kind
 from proto_v3.migration import OutcomeKind, ReturnPath, Source, Target
 from proto_v3.uapi import State
+from sim.outcome import Outcome
 from sim.protocol import Protocol
-from sim.run import Outcome, simulate
+from sim.run import simulate
 from sim.scenario import Scenario
 from sim.schema import ns
 

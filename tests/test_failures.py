@@ -27,8 +27,9 @@ from sim import clock
 from sim.blocks import SaveBlocks
 from sim.driver import SimDriver
 from sim.machine import MachineModel
+from sim.outcome import Outcome
 from sim.protocol import Protocol
-from sim.run import Outcome, _Run
+from sim.run import _Run
 from sim.save import SaveStream
 from sim.save_v2 import V2Stream
 from sim.save_v3 import V3Stream

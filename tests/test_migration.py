@@ -15,9 +15,10 @@ from proto_v3.migration import OutcomeKind
 from proto_v3.timeline import Mark, Timeline
 from sim import clock
 from sim.load_v3 import V3LoadSession
+from sim.outcome import Outcome
 from sim.protocol import Protocol
 from sim.record import HEADER_BYTES, Record
-from sim.run import Outcome, _Run, simulate
+from sim.run import _Run, simulate
 from sim.scenario import Scenario
 from sim.schema import MIB, ns
 

@@ -22,8 +22,9 @@ from proto_v3.multifd import Multifd, Receivers, Senders
 from proto_v3.timeline import Timeline
 from sim import clock
 from sim.clock import now_ns, sleep_ns
+from sim.outcome import Outcome
 from sim.protocol import Protocol
-from sim.run import Outcome, _Run
+from sim.run import _Run
 from sim.scenario import Scenario
 from sim.schema import MIB, ns
 

@@ -24,8 +24,9 @@ from sim.driver import SimDriver
 from sim.link import End
 from sim.load import LoadStream
 from sim.load_v3 import V3LoadStream
+from sim.outcome import Outcome
 from sim.protocol import Protocol
-from sim.run import Outcome, _Run
+from sim.run import _Run
 from sim.save import SaveStream
 from sim.save_v3 import CriticalStream, V3Stream
 from sim.scenario import Scenario

@@ -9,8 +9,9 @@ from functools import cache
 
 import pytest
 
+from sim.outcome import Outcome
 from sim.protocol import Protocol
-from sim.run import Outcome, simulate
+from sim.run import simulate
 from sim.scenario_file import load
 from sim.sections import NO_FIGURES
 

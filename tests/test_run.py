@@ -25,9 +25,10 @@ from sim import clock
 from sim.blocks import LoadBlocks
 from sim.load import LoadSession, LoadStream
 from sim.load_v3 import V3LoadSession
+from sim.outcome import Outcome
 from sim.protocol import Protocol
 from sim.record import Record
-from sim.run import Outcome, _Run, simulate
+from sim.run import _Run, simulate
 from sim.scenario import Scenario
 from sim.scenario_file import load, shipped
 from sim.schema import MIB, ns

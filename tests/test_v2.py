@@ -24,9 +24,10 @@ from proto_v3.uapi import MigrationFlags, PrecopyFlags, PrecopyInfo, State
 from proto_v3.v2 import UNKNOWN_STOP_COPY_BYTES, Ack, LateAckError, V2Options, V2Source, V2Target
 from sim import clock
 from sim.clock import now_ns, sleep_ns
+from sim.outcome import Outcome
 from sim.protocol import Protocol
 from sim.record import Bulk
-from sim.run import Outcome, _Run
+from sim.run import _Run
 from sim.save_v2 import V2Stream
 from sim.scenario import Scenario
 from sim.schema import KIB, MIB, ns

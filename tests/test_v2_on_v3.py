@@ -14,8 +14,9 @@ from hosts import KINDS
 
 from proto_v3.migration import OutcomeKind
 from sim.driver import SimDriver
+from sim.outcome import Outcome
 from sim.protocol import Protocol
-from sim.run import Outcome, simulate
+from sim.run import simulate
 
 PROTOCOLS = [
     *("v2", "v2-multifd", "v2-ack", "v2-polls", "v2-reinit-flush", "v2-reinit-invalidate-ack"),

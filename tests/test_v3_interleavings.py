@@ -572,8 +572,8 @@ def test_frames_may_be_delayed_as_one_likes(scenario: Scenario, name: str, seed:
     with pytest.MonkeyPatch.context() as patch:
         run.loads = LoadWatch(patch)
         outcome = run.end()
-    # COMPLETED: the target's state is the source's as of the stop (sim/run.py); no more than that is to be had where
-    # what is left fits the downtime in the end.
+    # COMPLETED: the target's state is the source's as of the stop (sim/outcome.py); no more than that is to be had
+    # where what is left fits the downtime in the end.
     assert outcome.kind is OutcomeKind.COMPLETED, outcome.reason
     assert outcome.guest_runs_at == "target"
     run.check_memory(outcome.peak_reorder_bytes, outcome.peak_held_bytes)

@@ -26,8 +26,8 @@ from proto_v3.errors import PeerProtocolError
 from proto_v3.frames import EMPTY, Frame, Kind, Payload, decode
 from proto_v3.migration import OutcomeKind
 from proto_v3.negotiate import MAX_HELLO_BYTES, Hello
+from sim.outcome import Outcome
 from sim.record import Bulk, Extent, Part, Record, Tally
-from sim.run import Outcome
 from sim.scenario import Scenario
 from sim.schema import MIB, ns
 
@@ -538,7 +538,7 @@ def test_blocks_that_were_tampered_with_are_refused_or_do_no_harm(what: str, pol
         outcomes.add(outcome.kind)
         if what not in REFUSED_BLOCKS or outcome.kind is OutcomeKind.COMPLETED:
             assert what in HARMLESS | ONLY_THE_END_TELLS
-            assert outcome.kind is OutcomeKind.COMPLETED, outcome.reason  # with the right image: see sim/run.py
+            assert outcome.kind is OutcomeKind.COMPLETED, outcome.reason  # with the right image: see sim/outcome.py
             continue
         assert tamperer.done
         codes = codes_told(outcome) - {errno.EIO}

@@ -20,8 +20,9 @@ from experiments.figures_validate import published_against_simulated
 from experiments.tell import Held, held_against
 from experiments.validate import Row, run_validate, tidy
 from proto_v3.errors import UserError
+from sim.outcome import Outcome
 from sim.protocol import Protocol
-from sim.run import Outcome, simulate
+from sim.run import simulate
 from sim.scenario import Scenario
 from sim.scenario_file import load, shipped
 from sim.sections import Published

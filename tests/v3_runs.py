@@ -10,8 +10,9 @@ from proto_v3.frames import Frame, Payload, decode, encode_header
 from proto_v3.timeline import Timeline
 from proto_v3.uapi import State
 from sim import clock
+from sim.outcome import Outcome
 from sim.protocol import Protocol
-from sim.run import Outcome, _Run
+from sim.run import _Run
 from sim.scenario import Scenario
 from sim.schema import ns
 
