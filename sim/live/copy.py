@@ -1,0 +1,151 @@
+"""Copies between the driver and user space, in threads: under the driver's lock, and no faster than the scenario says.
+
+A data fd is a socket whose buffer plays the end of the driver's chunks. What is copied in one call is what the socket
+has room for; the lock is held for that long and not while there is no room.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import socket
+import struct
+import termios
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from sim.live.io import MAX_IOV, advanced
+from sim.stream import fails
+
+SO_SNDBUFFORCE = 32
+"""asm-generic/socket.h; Python has no name for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """One copy: when the lock was asked for, when it was there, when the copy was done. perf_counter_ns()."""
+
+    size: int
+    asked_ns: int
+    locked_ns: int
+    done_ns: int
+
+    @property
+    def lock_ns(self) -> int:
+        """Waiting for the lock."""
+        return self.locked_ns - self.asked_ns
+
+    @property
+    def copy_ns(self) -> int:
+        """Copying."""
+        return self.done_ns - self.locked_ns
+
+
+class Copier:
+    """Copies of one data fd: its lock, and the rate that one thread has."""
+
+    def __init__(self, mutex: threading.Lock | None, bytes_per_s: float) -> None:
+        self._lock: AbstractContextManager[object] = nullcontext() if mutex is None else mutex
+        self._bytes_per_s = bytes_per_s
+        self._late_ns = 0
+
+    def send(
+        self, sock: socket.socket, closing: int, buffers: Sequence[memoryview], sent_more: Callable[[int], None]
+    ) -> list[Copied]:
+        """Copy all of the buffers into the socket, and tell of each part. ENODEV once `closing`, an eventfd, is set."""
+        told = []
+        room = _waiting(sock, select.POLLOUT, closing)
+        left = list(buffers)
+        while left:
+            asked_ns = time.perf_counter_ns()
+            with self._lock:
+                locked_ns = time.perf_counter_ns()
+                try:
+                    sent = sock.sendmsg(left[:MAX_IOV], (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                except BlockingIOError:
+                    sent = 0
+                if sent:
+                    sent_more(sent)
+                    self._pace(locked_ns, sent)
+            if sent:
+                told.append(Copied(sent, asked_ns, locked_ns, time.perf_counter_ns()))
+                left = advanced(left, sent)
+            if left:
+                _wait(room, closing)
+        return told
+
+    def receive(self, sock: socket.socket, closing: int, views: Sequence[memoryview]) -> list[Copied]:
+        """Wait for bytes, and copy what there is, up to all of the views; nothing at the end of the stream."""
+        told: list[Copied] = []
+        data = _waiting(sock, select.POLLIN, closing)
+        left = list(views)
+        while left:
+            asked_ns = time.perf_counter_ns()
+            with self._lock:
+                locked_ns = time.perf_counter_ns()
+                try:
+                    got = sock.recvmsg_into(left[:MAX_IOV], 0, socket.MSG_DONTWAIT)[0]
+                except BlockingIOError:
+                    got = -1
+                if got > 0:
+                    self._pace(locked_ns, got)
+            if got > 0:
+                told.append(Copied(got, asked_ns, locked_ns, time.perf_counter_ns()))
+                left = advanced(left, got)
+            elif got == 0 or told:
+                break
+            else:
+                _wait(data, closing)
+        return told
+
+    def _pace(self, start_ns: int, size: int) -> None:
+        """Let the copy take as long as the scenario says; what is slept too long is taken off the next one."""
+        due_ns = start_ns + round(size * 1e9 / self._bytes_per_s) - self._late_ns
+        now_ns = time.perf_counter_ns()
+        self._late_ns = 0
+        if due_ns > now_ns:
+            time.sleep((due_ns - now_ns) / 1e9)
+            self._late_ns = max(0, time.perf_counter_ns() - due_ns)
+
+
+def _waiting(sock: socket.socket, what: int, closing: int) -> select.poll:
+    waiting = select.poll()
+    waiting.register(sock, what)
+    waiting.register(closing, select.POLLIN)
+    return waiting
+
+
+def _wait(waiting: select.poll, closing: int) -> None:
+    if closing in {fd for fd, _ in waiting.poll()}:
+        raise fails(errno.ENODEV)
+
+
+def unread_bytes(sock: socket.socket) -> int:
+    """What is in a socket to be read (FIONREAD)."""
+    (size,) = struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, b"\0\0\0\0"))
+    return int(size)
+
+
+ROOM_BYTES = 2 << 20
+"""Asked for as the buffer of a data fd's socket, so that one read() of 1 MiB can be given at once."""
+
+
+def data_fd(room_bytes: int = ROOM_BYTES) -> tuple[socket.socket, socket.socket]:
+    """The driver's end and the VMM's end of a data fd; without privileges the kernel gives what wmem_max allows."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    for end in (ours, theirs):
+        try:
+            end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, room_bytes)
+        except PermissionError:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room_bytes)
+    return ours, theirs
+
+
+def eventfd() -> int:
+    """A number that a thread can wait for."""
+    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -1,0 +1,197 @@
+"""A stream that is saved, put into a data fd: what the driver has ready is copied into a socket, which a VMM reads.
+
+The socket's buffer is what is left of the driver's chunks once they are on their way: bytes in it are unread to the
+driver, and count as such in all that it tells. A full buffer keeps the chunk, and so the engine waits.
+
+What a socket cannot say, the error that read() would give where there is nothing to read, is told by a call: `idle`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import time
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+
+from proto_v3.bell import Bell
+from proto_v3.timeline import Resource, on_track
+from sim.live import codec
+from sim.live.copy import Copied, Copier, data_fd, eventfd, unread_bytes
+from sim.live.io import Worker
+from sim.live.parts import LATEST, Part
+from sim.live.store import Store
+from sim.record import Extent, Record
+from sim.save import SaveStream
+from sim.stream import Outlet
+
+PIECE_BYTES = 1 << 20
+"""Taken from the driver's chunks at once."""
+UNCONTENDED_NS = 20_000
+"""Taking a lock that is free, or finding that there is room, takes less."""
+
+
+class SocketOutlet(Outlet):
+    """What is in the socket, or about to be."""
+
+    def __init__(self, theirs: socket.socket) -> None:
+        self._theirs = theirs
+        self._taken = 0
+        self._sent = 0
+        self._consumed = 0
+        self._initial_through = 0
+
+    @property
+    def sent(self) -> int:
+        """Bytes that were ever in the socket."""
+        return self._sent
+
+    def sent_more(self, size: int) -> None:
+        """So many more: told by the thread that copies."""
+        self._sent += size
+
+    @property
+    def consumed(self) -> int:
+        """What the VMM read, of all that was ever sent."""
+        unread = unread_bytes(self._theirs)
+        self._consumed = max(self._consumed, self._sent - unread)  # what was put in just now may not be counted yet
+        return self._consumed
+
+    @property
+    def unread_bytes(self) -> int:  # type: ignore[override]
+        """See sim.stream.Outlet."""
+        return self._taken - self.consumed
+
+    @property
+    def initial_bytes(self) -> int:  # type: ignore[override]
+        """See sim.stream.Outlet."""
+        return max(0, self._initial_through - self.consumed)
+
+    def took(self, size: int, initial_bytes: int) -> None:
+        """See sim.stream.Outlet."""
+        if initial_bytes:
+            self._initial_through = self._taken + initial_bytes
+        self._taken += size
+
+    def all_initial(self) -> None:
+        """See sim.stream.Outlet."""
+        self._initial_through = self._taken
+
+
+class SavedData:
+    """The driver's end of a data fd that is read."""
+
+    def __init__(self, stream: SaveStream, store: Store, copier: Copier, timeline: Part, edge: str) -> None:
+        self.stream = stream
+        self.lock_ns = self.copy_ns = 0
+        self._layout = Layout(store)
+        self._copier = copier
+        self._timeline = timeline
+        self._zero_ns = time.perf_counter_ns() - timeline.now_ns()
+        self._edge = edge
+        self._ours, self._theirs = data_fd()
+        self._outlet = SocketOutlet(self._theirs)
+        stream.outlet = self._outlet
+        self._closing = eventfd()
+        self._worker = Worker(f"{edge} copy")
+        self._idle: tuple[str, int, str] | None = None
+        self._bell = Bell()
+        self._task = asyncio.create_task(self._run(), name=edge)
+
+    def fd(self) -> int:
+        """The VMM's end, to be passed to it."""
+        return os.dup(self._theirs.fileno())
+
+    async def idle(self) -> tuple[str, int, str, int]:
+        """Wait until all that the driver has is in the socket: what read() gives behind that (`ENOMSG`, `END` or
+        `ERROR`), with errno and text; and how many bytes were ever in it."""
+        while self._idle is None:
+            await self._bell.wait()
+        return *self._idle, self._outlet.sent
+
+    async def _run(self) -> None:
+        on_track(self._edge)
+        while True:
+            try:
+                data = await self.stream.move(PIECE_BYTES, self._copy)
+            except OSError as error:
+                code = error.errno or errno.EIO
+                if code == errno.ENOMSG:
+                    self._say("ENOMSG", code)
+                    await self.stream.filled()
+                    self._idle = None
+                    continue
+                self._say("ERROR", code, str(error.strerror or error))
+                break
+            if not len(data):
+                self._say("END", 0)
+                break
+        with contextlib.suppress(OSError):
+            self._ours.shutdown(socket.SHUT_WR)  # the VMM reads 0, and asks what it is
+
+    def _say(self, what: str, code: int, text: str = "") -> None:
+        self._idle = (what, code, text)
+        self._bell.ring()
+
+    async def _copy(self, data: Extent) -> None:
+        buffers = list(self._layout.pieces(data))
+        sent, asked_ns = self._outlet.sent, time.perf_counter_ns()
+        send = self._copier.send
+        copies = await self._worker.run(lambda: send(self._ours, self._closing, buffers, self._outlet.sent_more))
+        for copied in copies:
+            sent += copied.size
+            self._tell(copied, sent, asked_ns)
+            asked_ns = copied.done_ns
+
+    def _tell(self, copied: Copied, sent: int, before_ns: int) -> None:
+        """The timeline, of a copy after which so much was sent in all; the one before it was done at `before_ns`."""
+        timeline, zero_ns = self._timeline, self._zero_ns
+        asked_ns, locked_ns = copied.asked_ns - zero_ns, copied.locked_ns - zero_ns
+        if copied.asked_ns - before_ns > UNCONTENDED_NS:
+            timeline.got(Resource.COPY, "room in data fd", f"{self._edge} room", LATEST, before_ns - zero_ns, asked_ns)
+        if copied.lock_ns > UNCONTENDED_NS:
+            timeline.work(Resource.LOCK, "lock wait", asked_ns, locked_ns)
+        timeline.gave(f"{self._edge} read", sent, locked_ns)
+        timeline.work(Resource.COPY, "read", locked_ns, copied.done_ns - zero_ns)
+        self.lock_ns += copied.lock_ns
+        self.copy_ns += copied.copy_ns
+
+    def end(self) -> None:
+        """The session is over: what is in the socket is not to be read any more."""
+        os.eventfd_write(self._closing, 1)
+        with contextlib.suppress(OSError):
+            while self._theirs.recv(PIECE_BYTES, socket.MSG_DONTWAIT):
+                pass
+
+
+class Layout:
+    """Where the bytes of records are: their heads, and the device's state as it is now, without a copy."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._record: Record | None = None  # the last one, for it is asked for piece by piece
+        self._pieces: list[memoryview] = []
+        self._starts: list[int] = []
+
+    def pieces(self, data: Extent) -> Iterator[memoryview]:
+        """The bytes of a run of the stream."""
+        for part in data.parts:
+            self._lay_out(part.record)
+            at = bisect_right(self._starts, part.start) - 1
+            while at < len(self._pieces) and self._starts[at] < part.stop:
+                start = self._starts[at]
+                yield self._pieces[at][max(part.start - start, 0) : part.stop - start]
+                at += 1
+
+    def _lay_out(self, record: Record) -> None:
+        if record is self._record:
+            return
+        store = self._store
+        head = memoryview(codec.head(record))
+        self._record = record
+        self._pieces = [head, *store.object_pieces(record.objects), *store.block_pieces(record.blocks)]
+        self._starts = [0, *accumulate(len(piece) for piece in self._pieces[:-1])]

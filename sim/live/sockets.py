@@ -1,0 +1,209 @@
+"""TCP connections as both sides set them up: options, addresses, and the 32 bytes that each begins with.
+
+    magic "PROTO-V3" | u16 version | u16 role | u32 index | 16 bytes token      (big endian)
+
+The source opens all connections. The token is the target's, from its ACCEPT: who does not have it cannot slip a data
+connection in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from proto_v3.errors import PeerProtocolError, UserError
+from sim.live.io import Step
+
+WIRE_VERSION = 1
+MAGIC = b"PROTO-V3"
+TOKEN_BYTES = 16
+NO_TOKEN = bytes(TOKEN_BYTES)
+_PREAMBLE = struct.Struct(f"!8sHHI{TOKEN_BYTES}s")
+PREAMBLE_BYTES = _PREAMBLE.size
+SO_MAX_PACING_RATE = 47
+"""Linux, include/uapi/asm-generic/socket.h; Python does not name it. Bytes a second, u64 since Linux 4.20."""
+UNPACED = 2**64 - 1
+MAX_OPTION_BYTES = 2**31 - 1
+BACKLOG = 1024
+
+Address = tuple[str, int]
+Resolved = tuple[int, int, int, Any]
+"""Family, type, protocol and address, as getaddrinfo() gives them."""
+
+
+class Pipe(Protocol):
+    """What is needed of a connection: see sim.live.io.Stream."""
+
+    async def recv(self, view: memoryview) -> int:
+        """Wait for bytes: how many came, 0 at the end of the stream."""
+
+    async def recv_all(self, view: memoryview) -> None:
+        """Fill the buffer. ConnectionError if the stream ends before it is full."""
+
+    def feed(self, view: memoryview, step: Step) -> asyncio.Future[None]:
+        """Receive into the view, then into what `step` gives when told how many bytes came, until that is None."""
+
+    async def send_all(self, buffers: list[memoryview]) -> None:
+        """Return when all of it was taken."""
+
+    def close(self) -> None:
+        """End both directions; whoever waits gets ConnectionError. May be called again."""
+
+    async def wait_closed(self) -> None:
+        """After close(): until nothing of it is left."""
+
+
+class Role(enum.IntEnum):
+    """What a connection is for."""
+
+    SESSION = 0
+    DATA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Preamble:
+    """What a connection begins with."""
+
+    role: Role
+    index: int = 0
+    token: bytes = NO_TOKEN
+    version: int = WIRE_VERSION
+
+    def pack(self) -> bytes:
+        """Its 32 bytes."""
+        return _PREAMBLE.pack(MAGIC, self.version, self.role, self.index, self.token)
+
+    @classmethod
+    def of(cls, data: bytes | bytearray) -> Preamble:
+        """PeerProtocolError if it is none. Of another version, only that is known."""
+        magic, version, role, index, token = _PREAMBLE.unpack(data)
+        if magic != MAGIC:
+            raise PeerProtocolError(f"connections here begin with {MAGIC!r}, this one with {magic!r}")
+        if version != WIRE_VERSION:
+            return cls(Role.SESSION, version=version)
+        if role not in list(Role):
+            raise PeerProtocolError(f"a connection of role {role}; 0 (session) and 1 (data) are known")
+        if role == Role.SESSION and (index or token != NO_TOKEN):
+            raise PeerProtocolError("a session has no index and no token, this one has")
+        return cls(Role(role), index, token, version)
+
+
+@dataclass(frozen=True, slots=True)
+class SocketSettings:
+    """Options of data connections; None is the kernel's choice."""
+
+    buffer_bytes: int | None = None
+    """SO_SNDBUF and SO_RCVBUF. The kernel takes it up to net.core.wmem_max and rmem_max, and doubles it."""
+    max_rate_bytes_per_s: int | None = None
+    """SO_MAX_PACING_RATE of each connection."""
+
+    def __post_init__(self) -> None:
+        for name, most in (("buffer_bytes", MAX_OPTION_BYTES), ("max_rate_bytes_per_s", UNPACED - 1)):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                raise UserError(f"{name} = {value} must be from 1 to {most}")
+
+    def size(self, sock: socket.socket) -> None:
+        """Set the buffers' sizes: before the socket connects or listens, or the window's scale is fixed already."""
+        if self.buffer_bytes is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.buffer_bytes)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.buffer_bytes)
+
+    def pace(self, sock: socket.socket) -> None:
+        """Limit the rate at which a connection sends."""
+        if self.max_rate_bytes_per_s is not None:
+            sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("Q", self.max_rate_bytes_per_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """What the kernel really gave a connection."""
+
+    send_buffer_bytes: int
+    receive_buffer_bytes: int
+    max_rate_bytes_per_s: int | None
+
+    @classmethod
+    def of(cls, sock: socket.socket) -> Granted:
+        """As it is now; without sizes of ours, the kernel's own tuning changes the buffers later."""
+        rate = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 8), "little")
+        return cls(
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF),
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF),
+            None if rate in (UNPACED, 2**32 - 1) else rate,
+        )
+
+
+def text_of(address: Any) -> str:
+    """An address as people write it."""
+    if not isinstance(address, tuple) or len(address) < 2:
+        return "unknown address"
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+
+
+def named(name: str, error: OSError) -> OSError:
+    """A new error that says where it happened."""
+    kind = type(error) if isinstance(error, (ConnectionError, TimeoutError)) else OSError
+    return kind(f"{name}: {error.strerror or error}")
+
+
+async def resolved(address: Address) -> list[Resolved]:
+    """Where a host's port is. UserError if the address cannot be one, OSError if nobody knows it."""
+    host, port = address
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise OSError(f"{text_of(address)}: {error.strerror or error}") from error
+    except (ValueError, OverflowError, TypeError) as error:  # UnicodeError, a NUL byte, a port beyond any
+        raise UserError(f"{address!r} is no address: {error}") from error
+    return [(family, kind, protocol, where) for family, kind, protocol, _, where in found]
+
+
+async def dialled(to: Resolved, sockets: SocketSettings) -> socket.socket:
+    """Connect. OSError if nobody answers."""
+    family, kind, protocol, where = to
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setblocking(False)
+        sockets.size(sock)
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, where)
+        except OverflowError as error:
+            raise UserError(f"{text_of(where)} is no address: {error}") from error
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def listen(address: Address, sockets: SocketSettings) -> socket.socket:
+    """A socket for `accept`; port 0 takes a free one. UserError if the address cannot be had."""
+    sock = None
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            *address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sockets.size(sock)
+        sock.bind(where)
+        sock.listen(BACKLOG)
+    except (OSError, ValueError, OverflowError, TypeError) as error:
+        if sock is not None:
+            sock.close()
+        raise UserError(f"cannot listen on {text_of(address)}: {error}") from error
+    return sock
+
+
+async def finish(pipe: Pipe) -> None:
+    """Close, and wait until nothing is left of it."""
+    pipe.close()
+    with contextlib.suppress(OSError):
+        await pipe.wait_closed()

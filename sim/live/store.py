@@ -1,0 +1,127 @@
+"""A device's state as bytes: its blocks, and behind them its critical objects, in anonymous memory.
+
+What the guest writes is made of the block's number and version, so that a block that is old, torn or in the wrong place
+differs from the one that should be there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.device import Indices
+from sim.guest import Int32
+from sim.schema import KIB
+from sim.sections import Device
+
+DIGEST_BYTES = 8
+BLOCK_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+VERSION_MULTIPLIER = np.uint64(0xC2B2AE3D27D4EB4F)
+FILL_BYTES = 4 << 20
+"""Filled at once, when the state is made."""
+
+Words = NDArray[np.uint64]
+
+
+class Store:
+    """The bytes of one device (sim.device.Content)."""
+
+    def __init__(self, device: Device, *, filled: bool) -> None:
+        """`filled`: as the guest has written it, every version 0; else empty, to be loaded into."""
+        self.block_bytes = device.block_bytes
+        self.blocks = device.blocks
+        self.objects = device.critical.objects
+        self.object_bytes = round(device.critical.object_kib * KIB)
+        self._objects_at = self.blocks * self.block_bytes
+        size = self._objects_at + self.objects * self.object_bytes
+        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.view = memoryview(self._memory)
+        words = np.frombuffer(self.view[: self._objects_at], np.uint64)
+        self._block_words: Words = words.reshape(self.blocks, self.block_bytes // 8)
+        self._row: Words = np.arange(self.block_bytes // 8, dtype=np.uint64) << np.uint64(32)
+        if filled:
+            self._fill()
+
+    def _fill(self) -> None:
+        at_once = max(1, FILL_BYTES // self.block_bytes)
+        for first in range(0, self.blocks, at_once):
+            numbers = np.arange(first, min(first + at_once, self.blocks))
+            marks = _marks(numbers, np.zeros(len(numbers), np.int32))
+            np.add(self._row, marks[:, None], out=self._block_words[numbers[0] : numbers[-1] + 1])
+        self._put_objects(np.arange(self.objects), np.zeros(self.objects, np.int32))
+
+    def write_blocks(self, written: Int32, version: Int32) -> None:
+        """See sim.device.Content."""
+        numbers = np.unique(written)
+        for number, mark in zip(numbers.tolist(), _marks(numbers, version[numbers]), strict=True):
+            np.add(self._row, mark, out=self._block_words[number])
+
+    def write_objects(self, made_new: Int32, version: Int32) -> None:
+        """See sim.device.Content."""
+        numbers = np.unique(made_new)
+        self._put_objects(numbers, version[numbers])
+
+    def _put_objects(self, numbers: NDArray[Any], versions: Int32) -> None:
+        for number, mark in zip(numbers.tolist(), _marks(numbers, versions).tolist(), strict=True):
+            word = mark.to_bytes(8, "little")
+            self.object_at(number)[:] = (word * (self.object_bytes // 8 + 1))[: self.object_bytes]
+
+    def object_at(self, number: int) -> memoryview:
+        """A critical object's bytes."""
+        start = self._objects_at + number * self.object_bytes
+        return self.view[start : start + self.object_bytes]
+
+    def block_pieces(self, numbers: Indices) -> Iterator[memoryview]:
+        """The bytes of these blocks, in their order; neighbours as one piece."""
+        yield from self._pieces(numbers, 0, self.block_bytes)
+
+    def object_pieces(self, numbers: Indices) -> Iterator[memoryview]:
+        """The bytes of these critical objects, in the same way."""
+        yield from self._pieces(numbers, self._objects_at, self.object_bytes)
+
+    def _pieces(self, numbers: Indices, base: int, size: int) -> Iterator[memoryview]:
+        if not len(numbers):
+            return
+        breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
+        firsts = numbers[np.concatenate([[0], breaks])].tolist()
+        counts = np.diff(np.concatenate([[0], breaks, [len(numbers)]])).tolist()
+        for first, count in zip(firsts, counts, strict=True):
+            start = base + first * size
+            yield self.view[start : start + count * size]
+
+    def digests(self) -> bytes:
+        """A digest a block, then one a critical object, of DIGEST_BYTES each. Takes a while: for a thread."""
+        told = bytearray()
+        for start in range(0, self._objects_at, self.block_bytes):
+            told += _digest(self.view[start : start + self.block_bytes])
+        for number in range(self.objects):
+            told += _digest(self.object_at(number))
+        return bytes(told)
+
+
+def _digest(piece: memoryview) -> bytes:
+    return hashlib.blake2b(piece, digest_size=DIGEST_BYTES).digest()
+
+
+def _marks(numbers: NDArray[Any], versions: Int32) -> Words:
+    """A word for each block, of its number and version."""
+    with np.errstate(over="ignore"):
+        of_block = (numbers.astype(np.uint64) + np.uint64(1)) * BLOCK_MULTIPLIER
+        marks: Words = of_block ^ (versions.astype(np.uint64) + np.uint64(1)) * VERSION_MULTIPLIER
+    return marks
+
+
+def differences(source: bytes, target: bytes, blocks: int) -> str:
+    """How two devices' digests differ, in words; nothing where they are equal."""
+    if source == target:
+        return ""
+    if len(source) != len(target):
+        return f"{len(source) // DIGEST_BYTES} digests at the source, {len(target) // DIGEST_BYTES} at the target"
+    here, there = (np.frombuffer(each, np.uint64) for each in (source, target))
+    wrong = here != there
+    return f"{int(wrong[:blocks].sum())} blocks and {int(wrong[blocks:].sum())} critical objects differ in their bytes"

@@ -1,0 +1,427 @@
+"""A VMM process: one side of a migration by the code of `proto_v3`, against a device process and a peer over TCP.
+
+The source decides what is run: its offer to the target carries scenario, protocol and seed. Time 0 is the same moment
+at both, as far as their clocks are known to each other. At the end the source has what both sides measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import socket
+import ssl
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pydantic
+
+from proto_v3.channel import Channel
+from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error, UserError, leaves
+from proto_v3.migration import Side, Source, Target, UnsupportedError
+from proto_v3.timeline import Mark, on_track
+from sim import clock
+from sim.live.calls import Calls
+from sim.live.clock import RealTime
+from sim.live.io import IO
+from sim.live.parts import Part
+from sim.live.remote import Devices, RemoteDevice
+from sim.live.session import Session
+from sim.live.sockets import SocketSettings
+from sim.live.tls import tls_client, tls_server
+from sim.live.wire import Limits, accept, connect
+from sim.machine import MachineModel
+from sim.protocol import Protocol
+from sim.scenario import Scenario
+from sim.schema import BYTES_PER_S_PER_GBIT, GIB, MIB
+from sim.sides import connections, make_source, make_target
+
+HEAD_START_NS = 50_000_000
+"""From the moment that time 0 is agreed on to time 0."""
+PROGRESS_S = 0.25
+PEER_ENDS_WITHIN_S = 10.0
+"""Of the other side, after this one failed: it is told, and says how it ended."""
+FRAME_SLACK_BYTES = 1 << 20
+"""Of a frame beside the data: headers of records, tables."""
+MAX_SCENARIO_BYTES = 256 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Files with this side's certificate and key, and with the certificates that it trusts."""
+
+    cert: str
+    key: str
+    ca: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How the processes of a side are run."""
+
+    io: str = "threads"
+    loop: str = "uvloop"
+    tls: Tls | None = None
+    silent_s: float = 10.0
+    handshake_s: float = 30.0
+    progress: bool = False
+    """Somebody watches."""
+    max_state_bytes: int = 4 * GIB
+    """Of all devices together: a target makes no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is run: as the source offers it."""
+
+    scenario: str
+    """As JSON."""
+    protocol: str
+    seed: int
+
+
+class GuestThere:
+    """See sim.machine.Guest: the guest writes to its devices in the device process."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    async def order_stop(self) -> None:
+        """See sim.machine.Guest."""
+        await self._calls.call("guest", what="order_stop")
+
+    async def stop(self) -> None:
+        """See sim.machine.Guest."""
+        await self._calls.call("guest", what="stop")
+
+    async def start(self) -> None:
+        """See sim.machine.Guest."""
+        await self._calls.call("guest", what="start")
+
+
+class LiveMachine(MachineModel):
+    """A guest that says when it runs and when not, to whoever supervises the process."""
+
+    def __init__(self, *given: Any, told: Callable[[bool], None], **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._told = told
+        told(self.running)
+
+    async def stop_vcpus(self) -> None:
+        """See proto_v3.machine.Machine."""
+        await super().stop_vcpus()
+        self._told(False)
+
+    async def start_vcpus(self) -> None:
+        """See proto_v3.machine.Machine; said before it is so."""
+        self._told(True)
+        await super().start_vcpus()
+
+
+class Pages:
+    """Pages of RAM: bytes of which only the number matters. Memory that is never written takes none."""
+
+    def __init__(self) -> None:
+        self._zeros = memoryview(b"")
+
+    def __call__(self, size_bytes: int) -> memoryview:
+        """So many bytes."""
+        if size_bytes > len(self._zeros):
+            self._zeros = memoryview(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        return self._zeros[:size_bytes]
+
+
+class Vmm:
+    """What both sides are made of."""
+
+    def __init__(self, side: str, settings: Settings, device: Calls, supervisor: Calls) -> None:
+        self.side = side
+        self.settings = settings
+        self.device = device
+        self.supervisor = supervisor
+        self.io = IO[settings.io]()
+        self.machine: LiveMachine | None = None
+        self.channels: list[Channel] = []
+
+    def prepare(self, run: Run) -> None:
+        """Take note of what is run. UserError for a scenario or protocol that is none."""
+        self.run = run
+        scenario = Scenario.model_validate_json(run.scenario)
+        self.protocol = Protocol.parse(run.protocol, scenario)
+        self.scenario = self.protocol.applied(scenario)
+        check_size(self.scenario, self.settings.max_state_bytes)
+
+    def begin(self, zero_ns: int, session: Session) -> Side:
+        """Time 0 is fixed: make what runs on it."""
+        self.time = RealTime(zero_ns)
+        clock.use(self.time)
+        self.timeline = Part(self.time.now_ns)
+        session.trace(self.timeline)
+        self.device.trace(self.timeline, self.side)
+        on_track(self.side)
+        settings = self.scenario.switchover_settings()
+        self.devices = Devices(self.device, self.side, self.settings.io, self.timeline, settings.read_bytes)
+        remote = [RemoteDevice(i, spec.name, self.devices) for i, spec in enumerate(self.scenario.devices)]
+        self.machine = LiveMachine(
+            self.scenario,
+            GuestThere(self.device),
+            self.timeline,
+            running=self.side == "source",
+            pages=Pages(),
+            told=self._running,
+        )
+        self.channels = [Channel(transport) for transport in session.channels]
+        return Side(self.machine, remote, settings, self.timeline)
+
+    def _running(self, running: bool) -> None:
+        self.supervisor.note("running", side=self.side, running=running, at_ns=time.perf_counter_ns())
+
+    async def watched(self, work: Coroutine[Any, Any, Any], left: Callable[[], dict[str, Any]]) -> Any:
+        """Do it; tell the supervisor how it goes. A device process that is gone ends it."""
+        beside = [asyncio.create_task(self._beat())]
+        if self.settings.progress:
+            beside.append(asyncio.create_task(self._watch(left)))
+        try:
+            return await work
+        finally:
+            for task in beside:
+                task.cancel()
+
+    async def _beat(self) -> None:
+        """See to it that the device process answers; one that hangs is as good as gone."""
+        while not self.device.gone.done():
+            try:
+                async with asyncio.timeout(self.settings.silent_s):
+                    await self.device.call("ping")
+            except TimeoutError:
+                self.device.close(f"does not answer for {self.settings.silent_s:g} s")
+            except OSError:
+                return
+            await asyncio.sleep(self.settings.silent_s / 4)
+
+    async def _watch(self, left: Callable[[], dict[str, Any]]) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_S)
+            with contextlib.suppress(OSError):
+                told = (await self.device.call("progress")).body if self.side == "source" else {}
+                self.supervisor.note("progress", side=self.side, at_ns=self.time.now_ns(), **left(), **told)
+
+    async def collected(self) -> dict[str, Any]:
+        """What this side measured, at its end."""
+        told: dict[str, Any] = {
+            "timeline": self.timeline.export(),
+            "ended_ns": self.time.now_ns(),
+            "running": self.machine is not None and self.machine.running,
+            "wire_bytes": sum(channel.bytes_sent for channel in self.channels),
+            "messages": sum(channel.messages_sent for channel in self.channels),
+            "connections": len(self.channels),
+            "delays": asdict(self.time.delays()),
+            "reads": [[fd.name, asdict(fd.reads)] for fd in self.devices.fds],
+        }
+        try:
+            told["device"] = (await self.device.call("collect")).body
+        except OSError:
+            told["device"] = None
+        return told
+
+
+def check_size(scenario: Scenario, most_bytes: int) -> None:
+    """UserError for more state than live mode, or this target, takes: it is held in memory."""
+    state = sum(device.blocks * device.block_bytes for device in scenario.devices)
+    if state > most_bytes:
+        raise UserError(
+            f"device.state_mib: {state // MIB} MiB in all; a live run holds them in memory, and takes at most "
+            f"{most_bytes // MIB} MiB (--max-state-mib)"
+        )
+
+
+def frame_bytes(scenario: Scenario) -> int:
+    """The largest payload that a source sends."""
+    ram_scan = scenario.ram.scan_gib_per_s * GIB * scenario.vmm.ram_budget_ms / 1e3 / 4096 * 9
+    block = max(device.block_bytes for device in scenario.devices)
+    return round(max(scenario.vmm.read_mib * MIB, scenario.ram.frame_mib * MIB, ram_scan, block)) + FRAME_SLACK_BYTES
+
+
+def socket_settings(scenario: Scenario) -> SocketSettings:
+    """What the scenario says of a connection, as options of a socket: the kernel's pacing, and its buffers."""
+    link = scenario.link
+    return SocketSettings(
+        buffer_bytes=round(link.socket_buffer_mib * MIB / 2),  # sender's and receiver's together
+        max_rate_bytes_per_s=round(link.per_connection_gbit_per_s * BYTES_PER_S_PER_GBIT),
+    )
+
+
+# --- the source -------------------------------------------------------------------------------------------------------
+
+
+async def run_source(vmm: Vmm, run: Run, address: tuple[str, int]) -> dict[str, Any]:
+    """Migrate to the target that listens there; what both sides measured, and how it ended."""
+    vmm.prepare(run)
+    tls = vmm.settings.tls
+    context = None if tls is None else tls_client(tls.cert, tls.key, tls.ca)
+    await vmm.device.call("init", scenario=vmm.scenario.told(), seed=run.seed)
+    session = await connect(
+        address,
+        {"scenario": run.scenario, "protocol": run.protocol, "seed": run.seed},
+        connections(vmm.scenario, vmm.protocol),
+        io=vmm.io,
+        limits=_limits(vmm.settings, frame_bytes(vmm.scenario)),
+        sockets=socket_settings(vmm.scenario),
+        tls=context,
+    )
+    try:
+        return await _migrate(vmm, session)
+    finally:
+        await session.close()
+
+
+def _limits(settings: Settings, largest: int) -> Limits:
+    return Limits(handshake_s=settings.handshake_s, silent_s=settings.silent_s, frame_bytes=largest)
+
+
+async def _migrate(vmm: Vmm, session: Session) -> dict[str, Any]:
+    await session.hear("ready")  # its device process has the memory
+    zero_ns = time.perf_counter_ns() + HEAD_START_NS
+    await session.tell("start", zero_ns=zero_ns + session.peer_offset_ns)
+    side = vmm.begin(zero_ns, session)
+    await vmm.device.call("start", zero_ns=zero_ns)
+    await session.hear("started")
+    await clock.sleep_ns(max(0, -clock.now_ns()))
+    source: Source | None = None
+    note, kind, failures = "", None, []
+    try:
+        source, note = await make_source(side, vmm.channels, vmm.scenario, vmm.protocol)
+        made = source
+        kind = await vmm.watched(made.run(), lambda: _source_progress(vmm))
+    except (OSError, ProtoV3Error, ExceptionGroup) as error:
+        failures = [_failure(each) for each in leaves(error)]
+    told = await vmm.collected()
+    if source is not None:
+        for name in ("retries", "retries_stopped_ns", "late_looks"):
+            told[name] = getattr(source, name)
+    told |= {"note": note, "kind": None if kind is None else str(kind), "failures": failures, "side": "source"}
+    told["peer"], told["peer_uncertainty_ns"] = await _of_peer(session, failures), session.uncertainty_ns
+    told["sockets"] = [asdict(granted) for granted in session.sockets]
+    told["digests"] = await _digests(vmm) if kind == "COMPLETED" else []
+    with contextlib.suppress(OSError, ProtoV3Error):
+        await session.tell("bye")
+    return told
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    """An error, for whoever reads the result: whether it only echoes what happened at the other side."""
+    return {
+        "text": str(error) or type(error).__name__,
+        "echo": isinstance(error, PeerFailedError | ConnectionError),
+        "unsupported": isinstance(error, UnsupportedError),
+    }
+
+
+async def _of_peer(session: Session, failures: Sequence[Any]) -> dict[str, Any] | None:
+    """What the target measured; None if it cannot say."""
+    try:
+        async with asyncio.timeout(PEER_ENDS_WITHIN_S if failures else None):
+            told = (await session.hear("result")).get("told")
+            return told if isinstance(told, dict) else None
+    except (OSError, TimeoutError, ProtoV3Error):
+        return None
+
+
+async def _digests(vmm: Vmm) -> list[bytes]:
+    digests: list[bytes] = (await vmm.device.call("digests")).body["digests"]
+    return digests
+
+
+def _source_progress(vmm: Vmm) -> dict[str, Any]:
+    return {
+        "phase": _phase(vmm.timeline),
+        "wire_bytes": sum(channel.bytes_sent for channel in vmm.channels),
+        "streams": [[fd.name, fd.reads.bytes] for fd in vmm.devices.fds],
+    }
+
+
+def _phase(timeline: Part) -> str:
+    marks = timeline.marks
+    if Mark.DRAINED in marks:
+        return "loading"
+    if Mark.STOPPED in marks:
+        return "stop-copy"
+    return "stopping" if Mark.STOP_ORDERED in marks else "pre-copy"
+
+
+# --- the target -------------------------------------------------------------------------------------------------------
+
+
+async def run_target(vmm: Vmm, listener: socket.socket, rejected: Callable[[str], None]) -> dict[str, Any]:
+    """Take one migration in; what this side measured, and how it ended."""
+    tls = vmm.settings.tls
+    context: ssl.SSLContext | None = None if tls is None else tls_server(tls.cert, tls.key, tls.ca)
+
+    async def judge(offer: dict[str, Any]) -> dict[str, Any]:
+        try:
+            vmm.prepare(_run_of(offer))
+        except pydantic.ValidationError as error:
+            raise PeerProtocolError(f"the offer's scenario is none: {error.errors()[0]['msg']}") from error
+        return {}
+
+    session = await accept(
+        listener,
+        judge,
+        io=vmm.io,
+        limits=_limits(vmm.settings, 1 << 30),
+        sockets=SocketSettings(),
+        tls=context,
+        rejected=rejected,
+    )
+    try:
+        vmm.supervisor.note("session", peer=session.peer, protocol=vmm.run.protocol, scenario=vmm.scenario.name)
+        return await _take_in(vmm, session)
+    except (OSError, ProtoV3Error) as error:
+        with contextlib.suppress(OSError, ProtoV3Error):
+            await session.tell("failed", why=str(error))
+        raise
+    finally:
+        await session.close()
+
+
+def _run_of(offer: dict[str, Any]) -> Run:
+    """PeerProtocolError if it is none."""
+    scenario, protocol, seed = offer.get("scenario"), offer.get("protocol"), offer.get("seed")
+    if not isinstance(scenario, str) or len(scenario) > MAX_SCENARIO_BYTES:
+        raise PeerProtocolError(f"the offer has no scenario of at most {MAX_SCENARIO_BYTES} characters")
+    if not isinstance(protocol, str) or type(seed) is not int or not 0 <= seed < 1 << 63:
+        raise PeerProtocolError("the offer names no protocol and seed")
+    return Run(scenario, protocol, seed)
+
+
+async def _take_in(vmm: Vmm, session: Session) -> dict[str, Any]:
+    await vmm.device.call("init", scenario=vmm.scenario.told(), seed=vmm.run.seed)
+    await session.tell("ready")
+    zero_ns = (await session.hear("start"))["zero_ns"]
+    if type(zero_ns) is not int or abs(zero_ns - time.perf_counter_ns()) > 10_000_000_000:
+        raise PeerProtocolError(f"time 0 is said to be at {zero_ns!r}, which is not about now")
+    side = vmm.begin(zero_ns, session)
+    await vmm.device.call("start", zero_ns=zero_ns)
+    await session.tell("started")
+    target: Target | None = None
+    whole, failures = False, []
+    try:
+        target = await make_target(side, vmm.channels, vmm.scenario, vmm.protocol)
+        if target is not None:
+            whole = await vmm.watched(target.run(), lambda: _target_progress(vmm))
+    except (OSError, ProtoV3Error, ExceptionGroup) as error:
+        failures = [_failure(each) for each in leaves(error)]
+    told = await vmm.collected()
+    told |= {"whole": whole, "failures": failures, "side": "target"}
+    told["peak_reorder_bytes"] = target.peak_reorder_bytes if target else 0
+    told["digests"] = await _digests(vmm) if whole else []
+    with contextlib.suppress(OSError, ProtoV3Error):
+        await session.tell("result", told=told)
+        await session.hear("bye")
+    return told
+
+
+def _target_progress(vmm: Vmm) -> dict[str, Any]:
+    return {"phase": "loading" if Mark.TRANSFERRED in vmm.timeline.marks else "receiving"}
