@@ -17,7 +17,7 @@ from proto_v3.errors import LocalProtocolError, PeerProtocolError
 from proto_v3.frames import MAX_HEADER_BYTES, Payload
 from proto_v3.timeline import Resource
 from sim.live.buffers import Buffers, as_view
-from sim.live.sockets import Granted, Pipe
+from sim.live.sockets import Granted, Pipe, reason
 
 FRAME_MAGIC = 0x5633
 _PREFIX = struct.Struct("!HHI")
@@ -176,7 +176,7 @@ class Connection:
     def _ended(self, error: OSError) -> ConnectionError:
         if self.cause is not None:
             return connection_error(self.cause)
-        return ConnectionResetError(f"{self._name}: {error.strerror or error}")
+        return ConnectionResetError(f"{self._name}: {reason(error)}")
 
     # --- receiving ----------------------------------------------------------------------------------------------------
 

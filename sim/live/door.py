@@ -31,12 +31,14 @@ from sim.live.sockets import (
     Role,
     SocketSettings,
     finish,
+    reason,
     text_of,
 )
 from sim.live.tls import TlsStream
 
 MAX_WAITING = 64
 """Connections whose preamble is not there yet."""
+LEFT_BYTES = 1 << 16
 PATIENCE_S = 0.5
 """No connection has to make room earlier."""
 
@@ -139,7 +141,7 @@ class Door:
         sock.setblocking(False)
         task = self._loop.create_task(self._greet(sock, text_of(address)))
         self._waiting[task] = self._loop.time()
-        task.add_done_callback(self._left)
+        task.add_done_callback(lambda task: self._left(task, sock))
 
     def _made_room(self) -> bool:
         oldest, since = next(iter(self._waiting.items()))
@@ -160,7 +162,9 @@ class Door:
             self._pause = None
             self._loop.add_reader(self._listener.fileno(), self._knock)
 
-    def _left(self, task: asyncio.Task[None]) -> None:
+    def _left(self, task: asyncio.Task[None], sock: socket.socket) -> None:
+        if task.cancelled():
+            sock.close()  # it may never have begun
         self._waiting.pop(task, None)
         self._leaving.discard(task)
         self._go_on()
@@ -187,13 +191,15 @@ class Door:
         except _TurnedAwayError as error:
             await self._say(sock, pipe, str(error))
             self._rejected(f"{name}: {error}")
-        except (OSError, PeerProtocolError, UserError) as error:
+        except OSError as error:
+            self._rejected(f"{name}: {reason(error)}")
+        except (PeerProtocolError, UserError) as error:
             self._rejected(f"{name}: {error}")
         finally:
             if not taken:
-                sock.close()
                 if pipe is not None:
                     await finish(pipe)
+                sock.close()
 
     async def _begin(self, sock: socket.socket, pipe: TlsStream | None) -> bytearray:
         """The first bytes; they end early, with ConnectionError, where it is clear that they are no preamble."""
@@ -224,6 +230,8 @@ class Door:
             raise PeerProtocolError(f"data connection {preamble.index}; there are {self._due}, counted from 0")
         elif preamble.index in self._data:
             raise PeerProtocolError(f"data connection {preamble.index} a second time")
+        elif self._all.done():
+            raise PeerProtocolError(f"data connection {preamble.index} of a session that is given up")
 
     def _take(self, sock: socket.socket, pipe: Pipe | None, name: str, preamble: Preamble) -> None:
         data = preamble.role == Role.DATA
@@ -250,6 +258,7 @@ class Door:
         with contextlib.suppress(OSError):
             if pipe is None:
                 sock.send(data)
+                sock.recv(LEFT_BYTES)  # what is left unread when it is closed would make that a reset
             else:
                 await pipe.send_all([memoryview(data)])
 

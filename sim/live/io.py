@@ -177,23 +177,27 @@ class ThreadStream:
 
     async def send_all(self, buffers: Sequence[memoryview]) -> None:
         """See Stream."""
+        self._check_open()
         if self._sender is None:
             self._sender = Worker(f"{self._name} out")
         await asyncio.shield(self._counted(self._sender, lambda: self._send_all(buffers)))
 
     def _receive(self, job: Callable[[], T]) -> asyncio.Future[T]:
+        self._check_open()
         if self._receiver is None:
             self._receiver = Worker(f"{self._name} in")
         return self._counted(self._receiver, job)
 
     def _counted(self, worker: Worker, job: Callable[[], T]) -> asyncio.Future[T]:
         """Keep count of the jobs in the threads: the descriptors are closed only after the last."""
-        if self._closed:
-            raise ended()
         self._jobs += 1
         done = worker.start(job)
         done.add_done_callback(self._job_done)
         return done
+
+    def _check_open(self) -> None:
+        if self._closed:  # a thread that was started now would never be stopped
+            raise ended()
 
     def _job_done(self, _: object) -> None:
         self._jobs -= 1

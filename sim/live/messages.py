@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgpack
 
 from proto_v3.errors import LocalProtocolError, PeerFailedError, PeerProtocolError
-from sim.live.sockets import Pipe
+from sim.live.sockets import Pipe, reason
 
 MAX_HANDSHAKE_BYTES = 1 << 20
 MAX_HANDSHAKE_ITEMS = 10_000
@@ -189,4 +189,4 @@ class Talk:
         self.heard_bytes += len(view)
 
     def _lost(self, error: OSError) -> ConnectionError:
-        return ConnectionResetError(f"session with {self.peer}: {error.strerror or error}")
+        return ConnectionResetError(f"session with {self.peer}: {reason(error)}")

@@ -184,6 +184,10 @@ class Session:
             connection.end(self._cause)
         self._wake()
 
+    def give_up(self, why: str) -> None:
+        """End all connections; whoever waits for anything here is told why, as a ConnectionError."""
+        self._fail(ConnectionAbortedError(why))
+
     async def close(self) -> None:
         """End all connections, and return when nothing is left of the session. May be called again."""
         if self._closing is None:

@@ -11,13 +11,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import os
 import socket
 import struct
+import sys
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from proto_v3.errors import PeerProtocolError, UserError
-from sim.live.io import Step
+from sim.live.io import Step, ended
 
 WIRE_VERSION = 1
 MAGIC = b"PROTO-V3"
@@ -131,7 +133,7 @@ class Granted:
     @classmethod
     def of(cls, sock: socket.socket) -> Granted:
         """As it is now; without sizes of ours, the kernel's own tuning changes the buffers later."""
-        rate = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 8), "little")
+        rate = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 8), sys.byteorder)
         return cls(
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF),
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF),
@@ -147,17 +149,27 @@ def text_of(address: Any) -> str:
     return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
 
 
+def reason(error: OSError) -> str:
+    """Its words; asyncio has none for a connection that is gone, and its own for one that was refused."""
+    if isinstance(error, ConnectionError) and error.errno:
+        return os.strerror(error.errno)
+    return error.strerror or str(error) or str(ended())
+
+
 def named(name: str, error: OSError) -> OSError:
     """A new error that says where it happened."""
     kind = type(error) if isinstance(error, (ConnectionError, TimeoutError)) else OSError
-    return kind(f"{name}: {error.strerror or error}")
+    return kind(f"{name}: {reason(error)}")
 
 
 async def resolved(address: Address) -> list[Resolved]:
     """Where a host's port is. UserError if the address cannot be one, OSError if nobody knows it."""
     host, port = address
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        try:  # a number needs no thread that asks others
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        except socket.gaierror:
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         raise OSError(f"{text_of(address)}: {error.strerror or error}") from error
     except (ValueError, OverflowError, TypeError) as error:  # UnicodeError, a NUL byte, a port beyond any
@@ -166,12 +178,13 @@ async def resolved(address: Address) -> list[Resolved]:
 
 
 async def dialled(to: Resolved, sockets: SocketSettings) -> socket.socket:
-    """Connect. OSError if nobody answers."""
+    """Connect, with these options. OSError if nobody answers."""
     family, kind, protocol, where = to
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setblocking(False)
         sockets.size(sock)
+        sockets.pace(sock)
         try:
             await asyncio.get_running_loop().sock_connect(sock, where)
         except OverflowError as error:

@@ -90,31 +90,29 @@ class TlsStream:
     async def client(cls, sock: socket.socket, context: ssl.SSLContext, host: str, limit_s: float) -> TlsStream:
         """Take a connected socket over. OSError if the two do not trust each other; the socket is closed then."""
         try:
-            reader, writer = await asyncio.open_connection(
-                sock=sock, ssl=context, server_hostname=host, limit=CHUNK_BYTES, ssl_handshake_timeout=limit_s
-            )
-        except ValueError as error:  # a host that can be no server's name
-            sock.close()
+            return await _began(sock, context, host, limit_s)
+        except ValueError as error:
+            if isinstance(error, OSError):  # a certificate that is wrong is both
+                raise
             raise UserError(f"{host!r} cannot be the name in a certificate: {error}") from error
-        except BaseException:
-            sock.close()
-            raise
-        return cls(reader, writer)
 
     @classmethod
     async def server(cls, sock: socket.socket, context: ssl.SSLContext, limit_s: float) -> TlsStream:
-        """Take an accepted socket over. OSError if the two do not trust each other; the socket is closed then."""
-        loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(limit=CHUNK_BYTES, loop=loop)
-        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        """Take an accepted socket over. OSError if the two do not trust each other; the socket is closed then.
+
+        If the caller is cancelled the handshake is made to fail, not cancelled: the loops would forget a transport that
+        they have only just made, and with it the descriptor.
+        """
+        task = asyncio.get_running_loop().create_task(_accepted(sock, context, limit_s))
         try:
-            transport, _ = await loop.connect_accepted_socket(
-                lambda: protocol, sock, ssl=context, ssl_handshake_timeout=limit_s
-            )
-        except BaseException:
-            sock.close()
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            await asyncio.wait({task})
+            if not task.cancelled() and task.exception() is None:
+                task.result().close()
             raise
-        return cls(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
     async def recv(self, view: memoryview) -> int:
         """See sim.live.io.Stream; nothing is lost when the caller is cancelled."""
@@ -194,3 +192,37 @@ class TlsStream:
             await self._writer.wait_closed()
         while self._transfers:
             await asyncio.wait(self._transfers)
+
+
+def _reading() -> tuple[asyncio.StreamReader, asyncio.StreamReaderProtocol]:
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=CHUNK_BYTES, loop=loop)
+    return reader, asyncio.StreamReaderProtocol(reader, loop=loop)
+
+
+async def _accepted(sock: socket.socket, context: ssl.SSLContext, limit_s: float) -> TlsStream:
+    loop = asyncio.get_running_loop()
+    reader, protocol = _reading()
+    transport, _ = await loop.connect_accepted_socket(
+        lambda: protocol, sock, ssl=context, ssl_handshake_timeout=limit_s
+    )
+    return TlsStream(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
+
+
+async def _began(sock: socket.socket, context: ssl.SSLContext, host: str, limit_s: float) -> TlsStream:
+    """In two steps: uvloop closes a descriptor twice if TLS fails while the transport is being made.
+
+    What comes in plain text before TLS goes to a protocol that drops it.
+    """
+    loop = asyncio.get_running_loop()
+    plain, _ = await loop.create_connection(asyncio.Protocol, sock=sock)
+    reader, protocol = _reading()
+    try:
+        transport = await loop.start_tls(plain, protocol, context, server_hostname=host, ssl_handshake_timeout=limit_s)
+        if transport is None:  # it was lost as soon as it was there
+            raise ended()
+    except BaseException:
+        plain.abort()
+        raise
+    protocol.connection_made(transport)
+    return TlsStream(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
