@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from experiments import INTERRUPTED
 from proto_v3.errors import UserError
+
+if TYPE_CHECKING:
+    from sim.live.vmm import Settings
 
 
 class Cli(click.Group):
@@ -123,6 +127,151 @@ def validate(cases: tuple[str, ...], seeds: int, jobs: int | None, out: str) -> 
 
     ctx = click.get_current_context()
     ctx.exit(run_validate(cases, range(1, seeds + 1), out, jobs, ["proto-v3", *sys.argv[1:]]))
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def live_options(command: F) -> F:
+    """How the processes of a live run move bytes, and whom they trust."""
+    options = [
+        click.option(
+            "--io",
+            type=click.Choice(["threads", "loop"]),
+            default="threads",
+            show_default=True,
+            help="Blocking reads and sends in threads, as a VMM does; or on readiness, in the event loop's thread.",
+        ),
+        click.option(
+            "--loop", type=click.Choice(["uvloop", "asyncio"]), default="uvloop", show_default=True, help="Event loop."
+        ),
+        click.option("--tls-cert", metavar="PEM", help="TLS: this side's certificate.  [default: no TLS]"),
+        click.option("--tls-key", metavar="PEM", help="Its private key."),
+        click.option("--tls-ca", metavar="PEM", help="Certificates that the other side's must be signed by."),
+        click.option(
+            "--silent-s",
+            type=click.FloatRange(0.5, 3600),
+            default=10.0,
+            show_default=True,
+            help="A peer or a process that is silent for so long is given up.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("scenario")
+@click.option(
+    "--protocol",
+    "protocols",
+    default="v2",
+    show_default=True,
+    metavar="NAMES",
+    help="Names as of `compare`, separated by commas.",
+)
+@click.option("--runs", type=click.IntRange(1, 10_000), default=1, show_default=True, help="Runs of each protocol.")
+@click.option("--first-seed", type=click.IntRange(0), default=1, show_default=True, help="The seeds count up from it.")
+@click.option("--connect", metavar="HOST:PORT", help="The target is there: `proto-v3 live-target`.  [default: here]")
+@click.option("--out", metavar="FOLDER", help="Table, figure and manifest go there.  [default: results/live-SCENARIO]")
+@click.option("--format", "table_format", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True)
+@live_options
+@set_option
+def live(
+    scenario: str,
+    protocols: str,
+    runs: int,
+    first_seed: int,
+    connect: str | None,
+    out: str | None,
+    table_format: str,
+    settings: tuple[str, ...],
+    **how: Any,
+) -> None:
+    """Migrate SCENARIO for real: processes, file descriptors, TCP, bytes; the clock is the machine's.
+
+    Four processes: a device process and a VMM at each side. The device processes hold the state, up to 4 GiB, and pace
+    firmware and locks as the scenario says; a guest writes to it meanwhile; at the end all blocks are compared. Figures
+    are those of `compare`, but no two runs are the same to the nanosecond. To see how near they are: `proto-v3 agree`.
+
+    Exit status: 0; 1 if a run FAILED; 2 for bad input; 130 if interrupted (what was done by then is kept).
+    """
+    from experiments.live import run_live
+
+    ctx = click.get_current_context()
+    names = [name.strip() for name in protocols.split(",")]
+    seeds = range(first_seed, first_seed + runs)
+    command = ["proto-v3", *sys.argv[1:]]
+    told = live_settings(how, progress=True)
+    ctx.exit(run_live(scenario, names, seeds, connect, told, out, table_format, command, settings))
+
+
+@main.command("live-target")
+@click.option(
+    "--listen",
+    is_flag=False,
+    flag_value="127.0.0.1:22067",
+    default="127.0.0.1:22067",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where to wait for `proto-v3 live --connect`.",
+)
+@click.option("--once", is_flag=True, help="End after one migration.")
+@click.option(
+    "--max-state-mib",
+    type=click.IntRange(1, 1 << 20),
+    default=4096,
+    show_default=True,
+    help="Of all devices of a migration: the source says how much, and it is held in memory.",
+)
+@live_options
+def live_target(listen: str, once: bool, max_state_mib: int, **how: Any) -> None:
+    """Be the target of migrations from another host: wait, take them in one after the other, until Ctrl-C.
+
+    What is migrated the source says. Without TLS, whoever reaches the address can have it take in what they like, up to
+    --max-state-mib; so it listens on this machine alone, unless told otherwise.
+
+    Exit status: 0; with --once, 1 if the migration was not completed; 2 for bad input; 130 if interrupted.
+    """
+    from experiments.live import run_target_here
+
+    ctx = click.get_current_context()
+    ctx.exit(run_target_here(listen, once, live_settings(how, max_state_bytes=max_state_mib << 20)))
+
+
+def live_settings(how: dict[str, Any], **more: Any) -> Settings:
+    """The options of live_options()."""
+    from experiments.live import tls_of
+    from sim.live.vmm import Settings
+
+    tls = tls_of(how["tls_cert"], how["tls_key"], how["tls_ca"])
+    return Settings(io=how["io"], loop=how["loop"], tls=tls, silent_s=how["silent_s"], **more)
+
+
+@main.command()
+@click.argument("scenario")
+@click.option("--protocols", default="v2,v3-n2", show_default=True, metavar="NAMES", help="Names as of `compare`.")
+@click.option("--runs", type=click.IntRange(1, 10_000), default=10, show_default=True, help="Runs of each protocol.")
+@click.option(
+    "--out", metavar="FOLDER", help="Tables, figure and manifest go there.  [default: results/agree-SCENARIO]"
+)
+@live_options
+@set_option
+def agree(scenario: str, protocols: str, runs: int, out: str | None, settings: tuple[str, ...], **how: Any) -> None:
+    """Run SCENARIO in virtual time and live, with the same seeds: every figure side by side, with its ratio.
+
+    Aimed at is that downtime and throughput are within 10 % of the simulation, in the median of the runs. The machine
+    should have nothing else to do meanwhile.
+
+    Exit status: 0 if they are; 1 if not, or a run FAILED; 2 for bad input; 130 if interrupted (nothing is written).
+    """
+    from experiments.agree import run_agree
+
+    ctx = click.get_current_context()
+    names = [name.strip() for name in protocols.split(",")]
+    told = live_settings(how, progress=True)
+    ctx.exit(run_agree(scenario, names, range(1, runs + 1), told, out, ["proto-v3", *sys.argv[1:]], settings))
 
 
 @main.command()

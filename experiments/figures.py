@@ -26,10 +26,11 @@ MAX_WATERFALLS = 6
 """Of more protocols, only the critical paths are drawn: a figure of waterfalls would not fit a page."""
 
 
-def downtime(scenario: Scenario, frame: pl.DataFrame, command: str) -> Figure:
+def downtime(scenario: Scenario, frame: pl.DataFrame, command: str, how: str = "") -> Figure:
     """The downtime of each protocol as a waterfall of its phases, and its critical path by resource.
 
     `frame` has one row a run (experiments.results); runs that were not completed are named in the titles, not drawn.
+    `how` they were made is said in the title, if it was not in virtual time.
     """
     completed = completed_runs(frame)
     named = protocols(completed)
@@ -55,7 +56,9 @@ def downtime(scenario: Scenario, frame: pl.DataFrame, command: str) -> Figure:
     axes[-1].set_xlabel("ms since the order to stop the vCPUs")
     axes[-1].set_xlim(0, ms(completed["downtime_ns"].max()) * 1.17)
     seeds = frame["seed"].n_unique()
-    figure.suptitle(f"Where does the downtime go? {scenario.name}, means over {seeds} seed(s)\n\n", fontsize=12)
+    made = f", {how}" if how else ""
+    title = f"Where does the downtime go? {scenario.name}{made}, means over {seeds} seed(s)\n\n"
+    figure.suptitle(title, fontsize=12)
     told = PHASES_TOLD if drawn else _not_drawn(frame)
     _say_below_the_title(figure, told)
     say_how_made(figure, command)
@@ -190,6 +193,7 @@ def _labelled(name: str, frame: pl.DataFrame) -> tuple[str, str]:
 
 def _paths(axis: Axes, below: Axes, completed: pl.DataFrame, named: list[tuple[str, str]]) -> None:
     used = set()
+    unknown = False
     for at, (name, _) in enumerate(named):
         runs = completed.filter(pl.col("protocol") == name)
         begin = 0.0
@@ -203,6 +207,11 @@ def _paths(axis: Axes, below: Axes, completed: pl.DataFrame, named: list[tuple[s
                 at, mean, left=begin, height=0.7, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0
             )
             begin += mean
+        if unexplained := ms(runs["path_unexplained_ns"].mean()):
+            unknown = True
+            look = style.UNEXPLAINED
+            axis.barh(at, unexplained, left=begin, height=0.7, color=look.colour, hatch=look.hatch, edgecolor="#999999")
+            begin += unexplained
         axis.annotate(f"{begin:.0f}", (begin, at), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")
     axis.set_yticks(range(len(named)), [label for _, label in named])
     axis.set_ylim(len(named) - 0.5, -0.5)
@@ -217,5 +226,8 @@ def _paths(axis: Axes, below: Axes, completed: pl.DataFrame, named: list[tuple[s
         for resource, look in style.RESOURCES.items()
         if resource in used
     ]
+    if unknown:
+        look = style.UNEXPLAINED
+        handles.append(Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="#999999", label=look.label))
     below.axis("off")
     below.legend(handles=handles, loc="center", ncols=4, fontsize=8, frameon=False)

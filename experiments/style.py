@@ -33,6 +33,9 @@ RESOURCES: dict[Resource, Look] = {
 }
 
 
+UNEXPLAINED = Look("#FFFFFF", "///", "unexplained: scheduler, interpreter")
+"""What a live run's critical path does not cover; in virtual time there is none."""
+
 V3_SHADES = {1: "#A6CBE3", 2: "#6BAED6", 4: "#2171B5", 8: "#084594", 16: "#042A5C"}
 BLOCKS_SHADES = {1: "#B5DDC0", 2: "#7FC596", 4: "#2E8B57", 8: "#1B6B3A", 16: "#0B3D20"}
 V3_HATCHES = {"-invalidate": "oo", "-pool": "xx", "-one": "..", "-retry": "--"}

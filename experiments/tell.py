@@ -155,10 +155,13 @@ def _phases(completed: pl.DataFrame) -> Table:
 
 
 def _critical_path(completed: pl.DataFrame) -> Table:
-    table = plain_table(["protocol", *[resource.name.lower() for resource in Resource]])
+    unexplained = number(completed["path_unexplained_ns"].sum()) > 0  # in live runs only
+    columns = [resource.name.lower() for resource in Resource] + ["unexplained"] * unexplained
+    table = plain_table(["protocol", *columns])
     for protocol in protocols(completed):
         shares = path_shares(completed, protocol)
-        add_row(table, protocol, *[f"{100 * shares[resource]:.1f}" for resource in Resource])
+        left = [f"{100 * (1 - sum(shares.values())):.1f}"] * unexplained
+        add_row(table, protocol, *[f"{100 * shares[resource]:.1f}" for resource in Resource], *left)
     return table
 
 

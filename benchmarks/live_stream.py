@@ -1,0 +1,241 @@
+"""How fast a stream goes from a device's fd to the target's device, beside a bare relay with as many processes.
+
+The relay is the least that moves bytes along the same path: four processes, a UNIX socket pair, TCP over loopback, a
+UNIX socket pair, `recv_into` and `sendall` of 1 MiB in a loop. The live run is a migration whose device is unpaced, all
+of whose state moves after the stop: v2's one stream, and v3 with N = 1, 2 and 4. Both move as many bytes, in turn, in
+one run of this script; what counts is the ratio.
+
+    python benchmarks/live_stream.py [--rounds 5] [--mib 1024] [--io threads|loop]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import mmap
+import multiprocessing
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from proto_v3.migration import OutcomeKind
+from proto_v3.timeline import Mark, Resource
+from sim.live.copy import data_fd
+from sim.live.run import LiveResult, run_here
+from sim.live.sockets import SocketSettings, listen
+from sim.live.vmm import Settings
+from sim.protocol import Protocol
+from sim.scenario import Scenario
+from sim.scenario_file import parse
+
+PIECE = 1 << 20
+MIB = 1 << 20
+PROTOCOLS = ("v2", "v3-n1", "v3-n2", "v3-n4")
+
+UNPACED = """
+name = "unpaced"
+description = "A device that is as fast as memory, all of whose state moves after the stop"
+extends = "mlx5"
+[ram]
+size_gib = 0.001
+nonzero_gib = 0.001
+dirty_mib_per_s = 0.0
+working_set_mib = 1.0
+sync_ms = 0.0
+final_sync_ms = 0.0
+[[device]]
+name = "device"
+state_mib = {mib}.0
+stop_only_mib = {mib}.0
+block_kib = 64
+suspend_ms = 0.0
+quiesce_ms = 0.0
+config_load_ms = 0.0
+[firmware]
+engines = 256.0
+save_mib_per_s = 1e9
+save_command_us = 0.0
+load_mib_per_s = 1e9
+load_command_us = 0.0
+load_finish_ms = 0.0
+service_cv = 0.0
+[driver]
+lock = "none"
+[host]
+copy_gib_per_s = 1e6
+memory_gib_per_s = 1e6
+[link]
+gbit_per_s = 10000.0
+per_connection_gbit_per_s = 10000.0
+socket_buffer_mib = 8.0
+[vmm]
+write_kib = 1024
+setup_ms = 0.0
+vcpu_stop_ms = 0.0
+vcpu_start_ms = 0.0
+other_load_ms = 0.0
+device_buffer_gib_per_s = 1e6
+bandwidth_gbit_per_s = 10000.0
+downtime_limit_ms = 100000.0
+"""
+
+
+def scenario(mib: int) -> Scenario:
+    """The unpaced device."""
+    return parse(UNPACED.format(mib=mib), "unpaced")
+
+
+# --- the relay --------------------------------------------------------------------------------------------------------
+
+
+def memory(total: int) -> memoryview:
+    """As a live device's: there before the first byte moves, in huge pages."""
+    made = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    made.madvise(mmap.MADV_HUGEPAGE)
+    view = memoryview(made)
+    np.frombuffer(view, np.uint8).fill(1)
+    return view
+
+
+def source(out: socket.socket, total: int, ready: Any, go: Any, cpu_s: Any) -> None:
+    state = memory(total)
+    ready.release()
+    go.wait()
+    began_s = time.process_time()
+    for at in range(0, total, PIECE):
+        out.sendall(state[at : at + PIECE])
+    with cpu_s.get_lock():
+        cpu_s.value += time.process_time() - began_s
+    out.shutdown(socket.SHUT_WR)
+
+
+def relay_to_tcp(into: socket.socket, address: tuple[str, int], ready: Any, cpu_s: Any) -> None:
+    out = socket.create_connection(address)
+    SocketSettings(buffer_bytes=4 << 20).size(out)
+    ready.release()
+    relay(into, out, cpu_s)
+
+
+def relay_from_tcp(listener: socket.socket, out: socket.socket, ready: Any, cpu_s: Any) -> None:
+    into, _ = listener.accept()
+    SocketSettings(buffer_bytes=4 << 20).size(into)
+    ready.release()
+    relay(into, out, cpu_s)
+
+
+def relay(into: socket.socket, out: socket.socket, cpu_s: Any) -> None:
+    buffer = memoryview(bytearray(PIECE))
+    began_s = time.process_time()
+    while got := into.recv_into(buffer):
+        out.sendall(buffer[:got])
+    with cpu_s.get_lock():
+        cpu_s.value += time.process_time() - began_s
+    out.shutdown(socket.SHUT_WR)
+
+
+def sink(into: socket.socket, total: int, ready: Any, took_s: Any, began_s: Any, cpu_s: Any) -> None:
+    state = memory(total)
+    ready.release()
+    at = 0
+    cpu_began_s = time.process_time()
+    while got := into.recv_into(state[at : at + PIECE]):
+        at += got
+    took_s.value = time.perf_counter() - began_s.value
+    with cpu_s.get_lock():
+        cpu_s.value += time.process_time() - cpu_began_s
+    assert at == total
+
+
+def bare_relay(mib: int) -> tuple[float, float]:
+    """MiB/s, and the CPU time of all four processes in microseconds a MiB."""
+    context = multiprocessing.get_context("fork")
+    total = mib * MIB
+    device_out, vmm_in = data_fd()
+    vmm_out, device_in = data_fd()
+    listener = listen(("127.0.0.1", 0), SocketSettings())
+    ready, go = context.Semaphore(0), context.Event()
+    took_s, began_s, cpu_s = (context.Value("d", 0.0) for _ in range(3))
+    parts: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
+        (source, (device_out, total, ready, go, cpu_s)),
+        (relay_to_tcp, (vmm_in, listener.getsockname(), ready, cpu_s)),
+        (relay_from_tcp, (listener, vmm_out, ready, cpu_s)),
+        (sink, (device_in, total, ready, took_s, began_s, cpu_s)),
+    ]
+    processes = [context.Process(target=main, args=given) for main, given in parts]
+    for process in processes:
+        process.start()
+    for end in (device_out, vmm_in, vmm_out, device_in, listener):
+        end.close()
+    for _ in processes:
+        ready.acquire()
+    began_s.value = time.perf_counter()
+    go.set()
+    for process in processes:
+        process.join()
+    return mib / took_s.value, cpu_s.value / mib * 1e6
+
+
+# --- the live run -----------------------------------------------------------------------------------------------------
+
+
+def live(mib: int, protocol: str, io: str) -> tuple[float, float, LiveResult]:
+    """MiB/s from STOP_COPY to the last byte loaded, CPU time in microseconds a MiB, and the run."""
+    what = scenario(mib)
+    result = asyncio.run(run_here(what, Protocol.parse(protocol, what), 1, Settings(io=io)))
+    if result.timeline is None or result.outcome.kind is not OutcomeKind.COMPLETED:
+        raise SystemExit(f"{protocol}: {result.outcome.kind}, {result.outcome.reason}")
+    marks = result.timeline.marks
+    rate = mib * 1e9 / (marks[Mark.LOADED] - marks[Mark.STOPPED])
+    return rate, sum(result.cpu_ns.values()) / 1e3 / mib, result
+
+
+def where_it_goes(result: LiveResult) -> str:
+    """Of the time from the stop to the last byte loaded, by what the critical path says; the rest has no name there."""
+    assert result.timeline is not None
+    begin, end = result.timeline.marks[Mark.STOPPED], result.timeline.marks[Mark.LOADED]
+    parts: dict[str, int] = {}
+    for step in result.timeline.critical_path():
+        inside = min(step.end_ns, end) - max(step.start_ns, begin)
+        if inside > 0:
+            name = step.what if step.resource is Resource.COPY else step.resource.name.lower()
+            parts[name] = parts.get(name, 0) + inside
+    parts["loop and scheduler"] = end - begin - sum(parts.values())
+    most = sorted(parts.items(), key=lambda item: -item[1])[:5]
+    return ", ".join(f"{name} {100 * part / (end - begin):.0f} %" for name, part in most)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--mib", type=int, default=1024)
+    parser.add_argument("--io", choices=["threads", "loop"], default="threads")
+    chosen = parser.parse_args()
+    rates: dict[str, list[float]] = {}
+    cpu_us: dict[str, list[float]] = {}
+    last: dict[str, LiveResult] = {}
+    for _ in range(chosen.rounds):
+        for name in ("relay", *PROTOCOLS):
+            if name == "relay":
+                rate, took_us = bare_relay(chosen.mib)
+            else:
+                rate, took_us, last[name] = live(chosen.mib, name, chosen.io)
+            rates.setdefault(name, []).append(rate)
+            cpu_us.setdefault(name, []).append(took_us)
+    print(f"{chosen.mib} MiB, io {chosen.io}, medians of {chosen.rounds} rounds")
+    print("        MiB/s  of the relay  least to most MiB/s  CPU us a MiB")
+    for name, of_name in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(of_name, rates["relay"], strict=True))
+        spread = f"{min(of_name):.0f} to {max(of_name):.0f}"
+        cpu = statistics.median(cpu_us[name])
+        print(f"{name:6} {statistics.median(of_name):6.0f}  {ratio:12.2f}  {spread:>19}  {cpu:12.0f}")
+    for name, result in last.items():
+        each = ", ".join(f"{process} {took_ns / 1e3 / chosen.mib:.0f}" for process, took_ns in result.cpu_ns.items())
+        print(f"{name}: CPU us a MiB: {each}; critical path: {where_it_goes(result)}")
+
+
+if __name__ == "__main__":
+    main()
