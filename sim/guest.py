@@ -39,6 +39,11 @@ class Activity:
     driver says so."""
     during_stop_blocks: Int64
 
+    @property
+    def busy(self) -> bool:
+        """Whether there is any."""
+        return bool(len(self.write_blocks) or len(self.reconfiguration_ns) or len(self.during_stop_ns))
+
     def writes_until(self, at_ns: int) -> int:
         """How many writes have happened at a time."""
         return min(len(self.write_blocks), int(at_ns * self.writes_per_s // NS_PER_S))

@@ -60,6 +60,11 @@ class LoadSession:
         """Whether every call gets an error from now on."""
         return self._closed != 0
 
+    @property
+    def error(self) -> OSError | None:
+        """What every call gets from now on, if so."""
+        return fails(self._closed) if self._closed else None
+
     def check_open(self) -> None:
         """ENODEV if the session is over, or was refused before (mlx5: MLX5_MIGF_STATE_ERROR)."""
         if self._closed:
@@ -140,6 +145,11 @@ class LoadedFd:
     def over(self) -> bool:
         """Whether the session is over."""
         return self._session.over
+
+    @property
+    def error(self) -> OSError | None:
+        """What every call gets, if the session is over."""
+        return self._session.error
 
     def refuse(self, why: str) -> OSError:
         """What came is no stream at all: as for one that cannot be the source's."""

@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
-import threading
 import time
 from contextlib import nullcontext
 
+from proto_v3.bell import Bell
 from proto_v3.timeline import Resource
 from sim.blocks import SaveBlocks
+from sim.live.io import Worker
+from sim.live.lock import Mutex
 from sim.live.parts import Part
-from sim.live.save import Layout
+from sim.live.save import UNCONTENDED_NS, Layout
 from sim.live.store import Store
 from sim.record import Extent
 from sim.schema import NS_PER_S
@@ -27,7 +29,7 @@ class BlocksData:
     """The driver's end."""
 
     def __init__(
-        self, stream: SaveBlocks, store: Store, mutex: threading.Lock | None, bytes_per_s: float, timeline: Part
+        self, stream: SaveBlocks, store: Store, mutex: Mutex | None, bytes_per_s: float, timeline: Part
     ) -> None:
         self.stream = stream
         self.lock_ns = self.copy_ns = 0
@@ -39,10 +41,14 @@ class BlocksData:
         self._slots: dict[int, int] = {}
         """Bytes by offset."""
         self._free: list[int] = []
+        self._workers: list[Worker] = []
+        """Threads that have nothing to do: as many as copy at once, for as many may read."""
+        self._copies = 0
+        self._bell = Bell()
 
-    def fd(self) -> int:
+    def fds(self) -> list[int]:
         """The memfd, to be passed to the VMM."""
-        return os.dup(self._memfd)
+        return [os.dup(self._memfd)]
 
     async def read_blocks(self, first: int, count: int, free: int) -> tuple[int, int]:
         """Save blocks; where the record is in the memfd, and its bytes. `free` is a slot's offset, or -1."""
@@ -52,23 +58,36 @@ class BlocksData:
         assert isinstance(record, Extent)
         offset = self._slot(len(record))
         buffers = list(self._layout.pieces(record))
-        lock_ns, copy_ns = await asyncio.to_thread(self._copy, buffers, offset)
-        self._timeline.work(Resource.COPY, "read", self._timeline.now_ns() - copy_ns)
-        self.lock_ns += lock_ns
-        self.copy_ns += copy_ns
+        worker = self._workers.pop() if self._workers else Worker("blocks copy")
+        copying = worker.start(lambda: self._copy(buffers, offset))
+        self._copies += 1
+        copying.add_done_callback(lambda _: self._copied(worker))
+        asked_ns, locked_ns, done_ns = await asyncio.shield(copying)
+        if locked_ns - asked_ns > UNCONTENDED_NS:
+            self._timeline.work(Resource.LOCK, "lock wait", asked_ns, locked_ns)
+        self._timeline.work(Resource.COPY, "read", locked_ns, done_ns)
+        self.lock_ns += locked_ns - asked_ns
+        self.copy_ns += done_ns - locked_ns
         return offset, len(record)
 
-    def _copy(self, buffers: list[memoryview], offset: int) -> tuple[int, int]:
-        asked_ns = time.perf_counter_ns()
+    def _copied(self, worker: Worker) -> None:
+        self._copies -= 1
+        self._workers.append(worker)
+        self._bell.ring()
+
+    def _copy(self, buffers: list[memoryview], offset: int) -> tuple[int, int, int]:
+        """When the lock was asked for, when it was there, when the copy was done."""
+        now_ns = self._timeline.now_ns
+        asked_ns = now_ns()
         with self._lock:
-            locked_ns = time.perf_counter_ns()
+            locked_ns = now_ns()
             at = offset
             for buffer in buffers:
                 at += os.pwrite(self._memfd, buffer, at)
-            left_s = (at - offset) / self._bytes_per_s - (time.perf_counter_ns() - locked_ns) / NS_PER_S
+            left_s = (at - offset) / self._bytes_per_s - (now_ns() - locked_ns) / NS_PER_S
             if left_s > 0:
                 time.sleep(left_s)
-            return locked_ns - asked_ns, time.perf_counter_ns() - locked_ns
+            return asked_ns, locked_ns, now_ns()
 
     def _slot(self, size: int) -> int:
         """The offset of a free slot that is large enough, or of a new one at the end of the memfd."""
@@ -86,5 +105,13 @@ class BlocksData:
         end = await self.stream.read(max_bytes)
         return b"".join(self._layout.pieces(end)) if isinstance(end, Extent) else b""
 
-    def end(self) -> None:
-        """The session is over."""
+    async def ended(self) -> None:
+        """The session is over: return when nothing is copied any more."""
+        while self._copies:
+            await self._bell.wait()
+        for worker in self._workers:
+            worker.stop()
+        self._workers.clear()
+        if self._memfd >= 0:
+            os.close(self._memfd)
+            self._memfd = -1

@@ -53,26 +53,22 @@ def _set(timerfd: int, at_ns: int) -> None:
 
 
 class RealTimer:
-    """See sim.clock.Timer."""
+    """See sim.clock.Timer. `callback` is what is to run, None once it is cancelled; `asked_ns` the delay until then."""
 
-    __slots__ = ("_callback",)
+    __slots__ = ("asked_ns", "callback")
 
-    def __init__(self, callback: Callable[[], object]) -> None:
-        self._callback: Callable[[], object] | None = callback
+    def __init__(self, callback: Callable[[], object], asked_ns: int) -> None:
+        self.callback: Callable[[], object] | None = callback
+        self.asked_ns = asked_ns
 
     def cancel(self) -> None:
         """See sim.clock.Timer."""
-        self._callback = None
-
-    def fire(self) -> None:
-        """Run the callback, unless it was cancelled."""
-        if self._callback is not None:
-            self._callback()
+        self.callback = None
 
 
 @dataclass(frozen=True, slots=True)
 class Delays:
-    """What was asked of the timers of a process, and how late they were. Nanoseconds."""
+    """What was asked of the timers of a process that ran out, and how late they were. Nanoseconds."""
 
     count: int
     asked_ns: int
@@ -96,6 +92,7 @@ class RealTime:
         self._loop.add_reader(self._timerfd, self._fire)
         self._late: WeakKeyDictionary[asyncio.Task[Any], int] = WeakKeyDictionary()
         self._asked_ns = 0
+        self._cpu_began_ns = time.process_time_ns()
         self._lateness_ns = array("q")
 
     @property
@@ -108,7 +105,7 @@ class RealTime:
 
     def call_at_ns(self, when_ns: int, callback: Callable[..., object], *args: Any) -> RealTimer:
         """See sim.clock.Time; at once, from the loop, if that is past."""
-        timer = RealTimer(lambda: callback(*args))
+        timer = RealTimer(lambda: callback(*args), max(0, when_ns - self._now_ns))
         self._number += 1
         heappush(self._timers, (when_ns, self._number, timer))
         self._set_timer()
@@ -120,17 +117,15 @@ class RealTime:
         done: asyncio.Future[None] = self._loop.create_future()
         now = self._now_ns
         if when_ns <= now:
-            # Its time is past already, by what was late before: it is over, and that much less is late.
+            # Its time is past already, by what was late before: it is over, and that much less is late. But others
+            # have their turn, or a task that is far behind would keep them all waiting.
             self._was_late(task, now - when_ns)
-            done.set_result(None)
+            self._loop.call_soon(_set_done, done)
             return done
-        self._asked_ns += when_ns - now
 
         def wake() -> None:
             if not done.done():
-                late_ns = self._now_ns - when_ns
-                self._lateness_ns.append(late_ns)
-                self._was_late(task, late_ns)
+                self._was_late(task, self._now_ns - when_ns)
                 done.set_result(None)
 
         self.call_at_ns(when_ns, wake)
@@ -145,7 +140,7 @@ class RealTime:
             self._late[task] = late_ns
 
     def _set_timer(self) -> None:
-        if self._timers and self._timers[0][0] + self.zero_ns != self._set_to:
+        if self._timerfd >= 0 and self._timers and self._timers[0][0] + self.zero_ns != self._set_to:
             self._set_to = self._timers[0][0] + self.zero_ns
             _set(self._timerfd, self._set_to)
 
@@ -153,9 +148,20 @@ class RealTime:
         with contextlib.suppress(BlockingIOError):
             os.read(self._timerfd, 8)
         self._set_to = 0
-        while self._timers and self._timers[0][0] <= self._now_ns:
-            heappop(self._timers)[2].fire()
-        self._set_timer()
+        try:
+            while self._timers and self._timers[0][0] <= (now := self._now_ns):
+                when_ns, _, timer = heappop(self._timers)
+                if timer.callback is not None:
+                    self._asked_ns += timer.asked_ns
+                    self._lateness_ns.append(now - when_ns)
+                    timer.callback()
+        finally:
+            self._set_timer()
+
+    @property
+    def cpu_ns(self) -> int:
+        """CPU time that the process took since this began, all of its threads."""
+        return time.process_time_ns() - self._cpu_began_ns
 
     def delays(self) -> Delays:
         """What was asked for so far, and how late it was."""
@@ -166,6 +172,13 @@ class RealTime:
         return Delays(len(late), self._asked_ns, median, p99, int(late.max()))
 
     def close(self) -> None:
-        """No timer fires any more."""
-        self._loop.remove_reader(self._timerfd)
-        os.close(self._timerfd)
+        """No timer fires any more. May be called again."""
+        if self._timerfd >= 0:
+            self._loop.remove_reader(self._timerfd)
+            os.close(self._timerfd)
+            self._timerfd = -1
+
+
+def _set_done(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)

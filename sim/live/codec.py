@@ -29,6 +29,8 @@ END, INITIAL, COMPLETE = 1, 2, 4
 MAX_PLAIN_BYTES = 1 << 20
 """Of a record that holds neither blocks nor objects: what v2's drivers tell each other."""
 MAX_RANGES = 4096
+MAX_NUMBER = (1 << 31) - 1
+"""Of versions and epochs: the drivers keep them in 32 bits."""
 
 
 def head(record: Record) -> bytes:
@@ -81,14 +83,13 @@ def _table(record: Record) -> bytes:
 
 @dataclass(slots=True)
 class Decoder:
-    """Takes the head of one record of one stream apart, as its bytes come.
+    """Takes the head of one record apart, as its bytes come. v2 has one stream, which is 0.
 
     `wanted` is how many bytes of it have to be there to go on; once `record` is set, all of the head is.
     """
 
     spec: Device
     v3: bool
-    stream: int
     record: Record | None = None
     got: bytearray = field(default_factory=bytearray)
     wanted: int = 0
@@ -107,8 +108,12 @@ class Decoder:
     # --- v2 -----------------------------------------------------------------------------------------------------------
 
     def _take_v2(self) -> None:
-        size, _, _ = V2_HEADER.unpack_from(self.got)
+        size, flags, tag = V2_HEADER.unpack_from(self.got)
+        if flags or tag > 1:
+            raise ValueError(f"flags {flags:#x} and tag {tag} in a header")
         self._take_table(HEADER_BYTES, size)
+        if self.record is not None and self.record.end != bool(tag):
+            raise ValueError("header and table do not agree")
 
     def _take_table(self, at: int, payload_bytes: int) -> None:
         """The table at `at`, of a record with so many bytes behind `at`."""
@@ -121,6 +126,10 @@ class Decoder:
         if objects > self.spec.critical.objects or blocks > self.spec.blocks:
             raise ValueError(f"{blocks} blocks and {objects} critical objects in one record")
         end = bool(flags & END)
+        if flags & ~(END | INITIAL | COMPLETE) or (end and (flags & COMPLETE or objects or blocks)):
+            raise ValueError(f"flags {flags:#x} in a table of {objects} critical objects and {blocks} blocks")
+        if not 1 <= epoch <= MAX_NUMBER:
+            raise ValueError(f"epoch {epoch}")
         size = TABLE.size + 8 * (objects + blocks) + (TALLY.size if end else 0)
         if len(self.got) < at + size:
             if payload_bytes < size:
@@ -130,7 +139,7 @@ class Decoder:
         numbers = np.frombuffer(self.got, "<i4", 2 * (objects + blocks), at + TABLE.size)
         parts = np.split(numbers, [objects, 2 * objects, 2 * objects + blocks])
         record = Record(
-            self.stream,
+            0,
             epoch,
             payload_bytes - size,
             sequence,
@@ -172,6 +181,11 @@ class Decoder:
         header = uapi.RecordHeader.unpack(self.got)
         if header.record_class not in RecordClass.__members__.values():
             raise ValueError(f"there is no record class {header.record_class}")
+        critical = header.record_class == RecordClass.CRITICAL
+        if header.flags & ~int(RecordFlags.EPOCH_COMPLETE | RecordFlags.INVALIDATES) or (header.flags and not critical):
+            raise ValueError(f"flags {header.flags:#x} in a record of class {header.record_class}")
+        if not 1 <= header.epoch <= MAX_NUMBER:
+            raise ValueError(f"epoch {header.epoch}")
         match RecordClass(header.record_class):
             case RecordClass.END:
                 self._take_end(header)
@@ -207,7 +221,7 @@ class Decoder:
         if not self._has(fixed + of.blocks * VERSION_BYTES):
             return
         versions = np.frombuffer(self.got, "<u8", of.blocks, fixed)
-        if versions.max() >= 1 << 31:
+        if versions.max() > MAX_NUMBER:
             raise ValueError("a version that no block can have")
         blocks = np.arange(of.first_block, of.first_block + of.blocks)
         self.record = self._new(header, blocks=blocks, block_versions=versions.astype(np.int32), by_number=True)
@@ -222,6 +236,8 @@ class Decoder:
             if not 1 <= count <= MAX_RANGES:
                 raise ValueError(f"{count} ranges")
             end = at + uapi.RecordRanges.SIZE + count * BlockRange.SIZE
+            if header.length < end - V3_HEADER_BYTES:
+                raise ValueError(f"{header.length} bytes have no room for {count} ranges")
             if not self._has(end):
                 return
             ranges = self.got[at + uapi.RecordRanges.SIZE : end]
@@ -230,6 +246,8 @@ class Decoder:
             )
             if any(each.first_block + each.blocks > self.spec.blocks for each in invalidates):
                 raise ValueError("a range of blocks that do not exist")
+            if any(not 1 <= each.epoch <= header.epoch for each in invalidates):
+                raise ValueError("a range of an epoch that has not begun")
             at = end
         self._take_table(at, header.length - (at - V3_HEADER_BYTES))
         if self.record is not None:
@@ -262,4 +280,7 @@ def _numbers(
 
 
 def _versions(column: np.ndarray[tuple[int], np.dtype[np.int32]]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    return column.astype(np.int32)
+    versions = column.astype(np.int32)
+    if len(versions) and versions.min() < 0:
+        raise ValueError("a version that nothing can have")
+    return versions

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import select
 import socket
 import struct
 import termios
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from sim.live.io import MAX_IOV, advanced
+from sim.live.lock import Mutex
 from sim.stream import fails
 
 SO_SNDBUFFORCE = 32
 """asm-generic/socket.h; Python has no name for it."""
+
+
+_SIZE = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class Copied:
 class Copier:
     """Copies of one data fd: its lock, and the rate that one thread has."""
 
-    def __init__(self, mutex: threading.Lock | None, bytes_per_s: float) -> None:
+    def __init__(self, mutex: Mutex | None, bytes_per_s: float) -> None:
         self._lock: AbstractContextManager[object] = nullcontext() if mutex is None else mutex
         self._bytes_per_s = bytes_per_s
         self._late_ns = 0
@@ -79,13 +83,17 @@ class Copier:
                 _wait(room, closing)
         return told
 
-    def receive(self, sock: socket.socket, closing: int, views: Sequence[memoryview]) -> list[Copied]:
-        """Wait for bytes, and copy what there is, up to all of the views; nothing at the end of the stream."""
-        told: list[Copied] = []
+    def receive(
+        self, sock: socket.socket, closing: int, views: Sequence[memoryview], drained: Callable[[int], None]
+    ) -> int:
+        """Fill the views with what comes; how many bytes that were, fewer only at the end of the stream.
+
+        `drained` is told how many came so far whenever there are no more for now. ENODEV once `closing` is set.
+        """
+        total = told = 0
         data = _waiting(sock, select.POLLIN, closing)
-        left = list(views)
+        left = [view for view in views if len(view)]
         while left:
-            asked_ns = time.perf_counter_ns()
             with self._lock:
                 locked_ns = time.perf_counter_ns()
                 try:
@@ -94,14 +102,17 @@ class Copier:
                     got = -1
                 if got > 0:
                     self._pace(locked_ns, got)
-            if got > 0:
-                told.append(Copied(got, asked_ns, locked_ns, time.perf_counter_ns()))
-                left = advanced(left, got)
-            elif got == 0 or told:
+            if got == 0:
                 break
-            else:
-                _wait(data, closing)
-        return told
+            if got > 0:
+                total += got
+                left = advanced(left, got)
+                continue
+            if total > told:
+                drained(total)
+                told = total
+            _wait(data, closing)
+        return total
 
     def _pace(self, start_ns: int, size: int) -> None:
         """Let the copy take as long as the scenario says; what is slept too long is taken off the next one."""
@@ -123,6 +134,45 @@ def _waiting(sock: socket.socket, what: int, closing: int) -> select.poll:
 def _wait(waiting: select.poll, closing: int) -> None:
     if closing in {fd for fd, _ in waiting.poll()}:
         raise fails(errno.ENODEV)
+
+
+class Promise:
+    """How many bytes a VMM is writing, in all that it ever wrote, in a page that both processes have.
+
+    write() tells the driver how much there is; a socket does not. So the driver knows when it has taken all of a
+    write(), and answers once.
+    """
+
+    def __init__(self, memfd: int = -1) -> None:
+        """Of the driver; with the VMM's own `memfd`, which it passed, the VMM's."""
+        own = memfd < 0
+        memfd = os.memfd_create("promise", os.MFD_CLOEXEC) if own else memfd
+        if own:
+            os.ftruncate(memfd, mmap.PAGESIZE)
+        self._page = mmap.mmap(memfd, mmap.PAGESIZE)
+        self._memfd = memfd
+
+    def fd(self) -> int:
+        """The page, to be passed on; nothing else can be passed after that."""
+        memfd, self._memfd = self._memfd, -1
+        return memfd
+
+    def close(self) -> None:
+        """No more."""
+        self._page.close()
+        if self._memfd >= 0:
+            os.close(self._memfd)
+            self._memfd = -1
+
+    @property
+    def bytes(self) -> int:
+        """So many."""
+        (size,) = _SIZE.unpack_from(self._page)
+        return int(size)
+
+    @bytes.setter
+    def bytes(self, size: int) -> None:
+        _SIZE.pack_into(self._page, 0, size)
 
 
 def unread_bytes(sock: socket.socket) -> int:

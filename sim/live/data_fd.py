@@ -22,10 +22,16 @@ class Descriptor(Protocol):
     number: int
 
     async def read(self, view: memoryview) -> int:
-        """read(): how many bytes came, 0 at the end, or WOKEN if wake() was called and there is nothing."""
+        """read(): how many bytes came, 0 at the end, or WOKEN if wake() was called and there is nothing.
+
+        If the caller is cancelled, nothing is lost: what came is for the next one.
+        """
 
     async def readable(self) -> int:
         """poll() for reading: 1 if there are bytes, or the end; or WOKEN, as above."""
+
+    def readable_now(self) -> bool:
+        """The same without waiting."""
 
     async def write(self, view: memoryview, piece_bytes: int) -> None:
         """write() all of it, at most so many bytes a call. OSError as write() gives it."""
@@ -54,32 +60,68 @@ class ThreadDescriptor:
         self._in.register(self._wake, select.POLLIN)
         self._reader: Worker | None = None
         self._writer: Worker | None = None
+        self._given_up: tuple[asyncio.Future[int], memoryview] | None = None
+        """A read that nobody waits for any more, until it has ended."""
+        self._left = memoryview(b"")  # of what it got
         self._jobs = 0
         self._closed = False
 
     async def read(self, view: memoryview) -> int:
         """See Descriptor."""
-        return await self._read_in_thread(lambda: self._read(view))
+        await self._end_given_up()
+        if len(self._left):
+            got = min(len(view), len(self._left))
+            view[:got], self._left = self._left[:got], self._left[got:]
+            return got
+        return await self._read_in_thread(lambda: self._read(view), view)
 
     async def readable(self) -> int:
         """See Descriptor."""
-        return await self._read_in_thread(lambda: 1 if self._wait_in() else WOKEN)
+        await self._end_given_up()
+        if len(self._left):
+            return 1
+        return await self._read_in_thread(lambda: 1 if self._wait_in() else WOKEN, memoryview(b""))
+
+    def readable_now(self) -> bool:
+        """See Descriptor."""
+        return bool(len(self._left)) or _readable_now(self.number, closed=self._closed)
 
     async def write(self, view: memoryview, piece_bytes: int) -> None:
         """See Descriptor."""
+        self._check_open()
         if self._writer is None:
             self._writer = Worker(f"{self._name} write")
         await self._counted(self._writer, lambda: self._write(view, piece_bytes))
 
-    async def _read_in_thread(self, job: Callable[[], int]) -> int:
+    async def _read_in_thread(self, job: Callable[[], int], view: memoryview) -> int:
+        self._check_open()
         if self._reader is None:
             self._reader = Worker(f"{self._name} read")
-        return await self._counted(self._reader, job)
+        reading = self._counted(self._reader, job)
+        try:
+            return await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            self._given_up = reading, view
+            self.wake()
+            raise
 
-    async def _counted(self, worker: Worker, job: Callable[[], T]) -> T:
-        """Keep count of what goes on in the threads: descriptors are closed after the last of it."""
+    async def _end_given_up(self) -> None:
+        """See to the end of a read that was given up: it would take what the next one is to have, wake() included."""
+        if self._given_up is not None:
+            reading, view = self._given_up
+            await asyncio.wait([reading])
+            if self._given_up is not None:
+                self._given_up = None
+                if reading.exception() is None and len(view):
+                    self._left = view[: max(0, reading.result())]
+                self.wake()  # it may have been told what was meant for the next one
+
+    def _check_open(self) -> None:
         if self._closed:
             raise fails(errno.ENODEV)
+
+    def _counted(self, worker: Worker, job: Callable[[], T]) -> asyncio.Future[T]:
+        """Keep count of what goes on in the threads: descriptors are closed after the last of it."""
         self._jobs += 1
         loop = asyncio.get_running_loop()
 
@@ -90,7 +132,7 @@ class ThreadDescriptor:
                 with contextlib.suppress(RuntimeError):  # the loop is closed, and the process about to end
                     loop.call_soon_threadsafe(self._job_done)
 
-        return await worker.run(counted)
+        return worker.start(counted)
 
     def _job_done(self) -> None:
         self._jobs -= 1
@@ -145,6 +187,13 @@ class ThreadDescriptor:
                     raise fails(errno.ENODEV) from None
 
 
+def _readable_now(number: int, *, closed: bool) -> bool:
+    now = select.poll()
+    if not closed:
+        now.register(number, select.POLLIN)
+    return bool(now.poll(0))
+
+
 class LoopDescriptor:
     """See Descriptor: when the loop says that it is ready; copies are made in the loop's thread."""
 
@@ -170,6 +219,10 @@ class LoopDescriptor:
         """See Descriptor."""
         self._check_open()
         return 1 if await self._wait_in() else WOKEN
+
+    def readable_now(self) -> bool:
+        """See Descriptor."""
+        return _readable_now(self.number, closed=self._closed)
 
     async def _wait_in(self) -> bool:
         if not self._woken:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Any
 
 from proto_v3 import ioctl
-from proto_v3.device import DataFd
-from proto_v3.uapi import DeviceFeature, Feature, FeatureOp
+from proto_v3.device import DataFd, Ready
+from proto_v3.uapi import FEATURE_MASK, DeviceFeature, Feature, FeatureOp
 from sim import clock
 from sim.blocks import LoadBlocks, SaveBlocks
 from sim.device import DeviceState, Image
@@ -35,6 +34,7 @@ from sim.live.save import SavedData
 from sim.live.store import Store
 from sim.load import LoadStream
 from sim.save import SaveStream
+from sim.save_v3 import CriticalStream
 from sim.scenario import Scenario
 from sim.schema import GIB
 from sim.stream import fails
@@ -52,8 +52,11 @@ class DeviceProcess:
         self.side = side
         self._calls: Calls | None = None
         self._data: dict[int, Data] = {}
+        self._ended: set[int] = set()
+        """Numbers of those of which nothing is left."""
         self._devices: list[_Device] = []
         self._guest: asyncio.Task[None] | None = None
+        self._time: RealTime | None = None
         self._handlers: dict[str, Callable[[dict[str, Any]], Awaitable[Answer]]] = {
             "init": self._init,
             "start": self._start,
@@ -76,9 +79,18 @@ class DeviceProcess:
         }
 
     async def serve(self, control: socket.socket) -> None:
-        """Answer calls until the VMM is gone."""
+        """Answer calls until the VMM is gone; nothing goes on then."""
         self._calls = Calls(control, "VMM", self._handle)
-        await self._calls.gone
+        try:
+            await self._calls.gone
+        finally:
+            if self._guest is not None:
+                self._guest.cancel()
+            for device in self._devices:
+                await device.driver.reset()
+            await self._end_what_is_over()
+            if self._time is not None:
+                self._time.close()
 
     async def _handle(self, name: str, body: dict[str, Any]) -> Answer:
         handler = self._handlers.get(name)
@@ -97,9 +109,9 @@ class DeviceProcess:
 
     async def _start(self, body: dict[str, Any]) -> Answer:
         """Time 0 is at `zero_ns` of perf_counter_ns(); the guest runs from then on."""
-        self._time = RealTime(body["zero_ns"])
-        clock.use(self._time)
-        self.timeline = Part(self._time.now_ns)
+        self._time = time = RealTime(body["zero_ns"])
+        clock.use(time)
+        self.timeline = Part(time.now_ns)
         assert self._calls is not None
         self._calls.trace(self.timeline, self.side)
         guest_seed, source_seed, target_seed = seeds(self._seed)
@@ -117,9 +129,10 @@ class DeviceProcess:
 
     async def _run_guest(self) -> None:
         """Write what is due, again and again: a driver that asks (DeviceState.advance) has it written at once."""
-        while True:
+        written_to = [device for device in self._devices if device.busy]
+        while written_to:
             await clock.sleep_ns(GUEST_TICK_NS)
-            for device in self._devices:
+            for device in written_to:
                 device.advance()
 
     async def _ping(self, body: dict[str, Any]) -> Answer:
@@ -134,30 +147,31 @@ class DeviceProcess:
         installed: list[int] = []
 
         def install(fd: DataFd) -> int:
-            installed.append(self._install(device, fd, 0))
+            installed.append(self._install(device, fd))
             return installed[-1]
 
         try:
             await ioctl.device_feature(device.driver, buffer, install)
         finally:
-            self._end_what_is_over()
+            await self._end_what_is_over()
         header = DeviceFeature.unpack(buffer)
-        if header.flags & 0xFFFF == Feature.MIG_PRECOPY_INFOV2 and header.flags & FeatureOp.SET:
+        done = header.flags & FeatureOp.SET and not header.flags & FeatureOp.PROBE
+        if header.flags & FEATURE_MASK == Feature.MIG_PRECOPY_INFOV2 and done:
             device.opted_in = True
-        return Answer({"buffer": bytes(buffer)}, [self._data[number].fd() for number in installed])
+        return Answer({"buffer": bytes(buffer)}, [fd for number in installed for fd in self._data[number].fds()])
 
     async def _reset(self, body: dict[str, Any]) -> Answer:
         await self._devices[body["device"]].driver.reset()
-        self._end_what_is_over()
+        await self._end_what_is_over()
         return Answer()
 
-    def _install(self, device: _Device, fd: DataFd, index: int) -> int:
+    def _install(self, device: _Device, fd: DataFd) -> int:
         """A data fd gets its socket, and a number."""
         number = len(self._data) + 1
         name = f"{self.side} {device.driver.name} fd {number}"
         scenario = self._scenario
         lock = device.driver.lock_for_a_copy()
-        mutex: threading.Lock | None = lock.mutex if isinstance(lock, RealLock) else None
+        mutex = lock.mutex if isinstance(lock, RealLock) else None
         rate = scenario.host.copy_gib_per_s * GIB
         v3 = device.driver.dirty_streams > 0
         data: Data
@@ -170,17 +184,18 @@ class DeviceProcess:
             kind = LoadedBlocks if isinstance(fd, LoadBlocks) else LoadedData
 
             def decoder() -> Decoder:
-                return Decoder(device.driver.spec, v3, index)
+                return Decoder(device.driver.spec, v3)
 
             data = kind(fd, decoder, device.store, Copier(None, rate), self.timeline, name)
         self._data[number] = data
         return number
 
-    def _end_what_is_over(self) -> None:
-        """Sessions that are over leave nothing to be read behind."""
-        for data in self._data.values():
-            if data.stream.over:
-                data.end()
+    async def _end_what_is_over(self) -> None:
+        """Of sessions that are over nothing is left to be read, and nothing goes on into the device's state."""
+        for number, data in list(self._data.items()):
+            if data.stream.over and number not in self._ended:
+                await data.ended()
+                self._ended.add(number)
 
     # --- data fds -----------------------------------------------------------------------------------------------------
 
@@ -204,25 +219,33 @@ class DeviceProcess:
         installed: list[int] = []
 
         def install(fd: DataFd) -> int:
-            installed.append(self._install(device, fd, 1 + len(device.streams)))
-            device.streams.append(installed[-1])
+            """One that the VMM has already keeps its number, and is not passed again."""
+            for number, data in self._data.items():
+                if data.stream is fd:
+                    return number
+            installed.append(self._install(device, fd))
             return installed[-1]
 
         await ioctl.get_stream(self._of(body).stream, buffer, install)
-        data = self._data[installed[0]]
-        blocks = isinstance(data, BlocksData | LoadedBlocks)
-        return Answer({"buffer": bytes(buffer), "blocks": blocks}, [data.fd()])
+        passed = [self._data[number] for number in installed]
+        blocks = any(isinstance(data, BlocksData | LoadedBlocks) for data in passed)
+        return Answer({"buffer": bytes(buffer), "blocks": blocks}, [fd for data in passed for fd in data.fds()])
 
     async def _idle(self, body: dict[str, Any]) -> Answer:
-        what, code, text, sent = await self._of(body).idle()
+        data = self._of(body)
+        if not isinstance(data, SavedData):
+            raise fails(errno.EBADF)
+        what, code, text, sent = await data.idle()
         return Answer({"what": what, "errno": code, "text": text, "sent": sent})
 
     async def _new_epoch(self, body: dict[str, Any]) -> Answer:
+        """Whether there is one; it is waited for, if so asked."""
         stream = self._of(body).stream
-        if not hasattr(stream, "new_epoch"):
+        if not isinstance(stream, CriticalStream):
             raise fails(errno.ENOTTY)
-        await stream.new_epoch()
-        return Answer()
+        if body["wait"]:
+            await stream.new_epoch()
+        return Answer({"new": bool(stream._ready() & Ready.NEW_EPOCH)})
 
     async def _close(self, body: dict[str, Any]) -> Answer:
         await self._of(body).stream.close()
@@ -239,7 +262,10 @@ class DeviceProcess:
         return Answer({"buffer": bytes(buffer), "bitmap": bytes(bitmap)})
 
     async def _read_blocks(self, body: dict[str, Any]) -> Answer:
-        offset, size = await self._of(body).read_blocks(body["first"], body["count"], body["free"])
+        data = self._of(body)
+        if not isinstance(data, BlocksData):
+            raise fails(errno.EBADF)
+        offset, size = await data.read_blocks(body["first"], body["count"], body["free"])
         return Answer({"offset": offset, "size": size})
 
     async def _read_end(self, body: dict[str, Any]) -> Answer:
@@ -267,9 +293,11 @@ class DeviceProcess:
             if isinstance(data, SavedData | BlocksData):
                 counts = data.stream.reads
                 counts.lock_ns, counts.copy_ns = data.lock_ns, data.copy_ns
+        assert self._time is not None
         delays = asdict(self._time.delays())
         devices = [device.told() for device in self._devices]
-        return Answer({"timeline": self.timeline.export(), "devices": devices, "delays": delays})
+        cpu_ns = self._time.cpu_ns
+        return Answer({"timeline": self.timeline.export(), "devices": devices, "delays": delays, "cpu_ns": cpu_ns})
 
 
 class _Device:
@@ -280,13 +308,16 @@ class _Device:
         self.store = store
         self.opted_in = False
         """To PRECOPY_INFOv2."""
-        self.streams: list[int] = []
-        """Numbers of the data fds of its dirty streams."""
         self._state = state
         if isinstance(state, DeviceState):
             state.content = store
         else:
             state.place = placer(store)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the guest does anything to it, ever."""
+        return isinstance(self._state, DeviceState) and self._state.activity.busy
 
     def advance(self) -> None:
         """Write what the guest should have written by now."""

@@ -1,13 +1,16 @@
 """The processes of a live run: started from a server that has all imports, watched, and ended whatever happens.
 
 Each child holds one end of a socket, its lifeline: what it has to say goes over it, and when the other end is closed,
-by whatever death, the child ends itself. So nothing is left over, whoever is killed.
+by whatever death, the child ends itself. So nothing is left over, whoever is killed. A child that hangs is killed: by
+its supervisor, to whose pings it does not answer; or, when that one is dead, by the kernel, for the server that forked
+the child ends with its supervisor, and no child outlives the server.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -16,19 +19,25 @@ import sys
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from proto_v3.errors import ProtoV3Error, UserError
 from sim.live.calls import Answer, Calls
 from sim.live.device_process import DeviceProcess
-from sim.live.vmm import Run, Settings, Vmm, run_source, run_target
+from sim.live.vmm import Run, Settings, Vmm, run_source, run_target, unanswered
 
 COMM_CHARS = 15
 """Linux, TASK_COMM_LEN less its end: what `ps -o comm`, `top` and `perf` show."""
 PRELOAD = ["sim.live.processes"]
 ENDS_WITHIN_S = 5.0
 """A child whose work is over, before it is killed."""
+HANGS = 2
+"""A child that does not answer is killed after so many times the silence that the others put up with: they are to find
+out by themselves."""
+PR_SET_PDEATHSIG = 1
+"""Linux, include/uapi/linux/prctl.h."""
 
 Note = Callable[[str, dict[str, Any]], None]
 
@@ -37,6 +46,11 @@ def _context() -> multiprocessing.context.ForkServerContext:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads that would do nothing, in each process
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the supervisor's alone
+    try:
+        forkserver.ensure_running()  # it inherits that, and its children
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
@@ -52,15 +66,29 @@ class Child:
     ended: asyncio.Future[int]
     """Its exit status, less than 0 for a signal."""
     _pid: int = field(default=0)
+    _hung: str = ""
+    _watching: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int:
         """Its number."""
         return self._pid
 
+    def watch(self, settings: Settings) -> None:
+        """See to it that it answers, from now on; one that hangs is killed."""
+        self._watching = asyncio.get_running_loop().create_task(self._watch(settings))
+
+    async def _watch(self, settings: Settings) -> None:
+        silent_s = HANGS * settings.silent_s
+        if await unanswered(self.lifeline, max(settings.handshake_s, silent_s), silent_s) and not self.ended.done():
+            self._hung = f"the {self.name} (process {self._pid}) did not answer, and was killed"
+            self.process.kill()
+
     @property
     def death(self) -> str:
         """How it died, in words; nothing if it ended by itself, or lives."""
+        if self._hung:
+            return self._hung
         status = self.ended.result() if self.ended.done() else 0
         if status < 0:
             return f"the {self.name} (process {self._pid}) was killed by {signal.Signals(-status).name}"
@@ -74,7 +102,20 @@ class Child:
                 await asyncio.shield(self.ended)
         except TimeoutError:
             self.process.kill()
-            await self.ended
+            await asyncio.shield(self.ended)
+        finally:
+            self.bury()
+
+    def bury(self) -> None:
+        """Nothing is left of it when this returns: it is killed if it lives. May be called again."""
+        if self._watching is not None:
+            self._watching.cancel()
+        self.lifeline.close()
+        if not self.ended.done():  # who waits for that was cancelled
+            self.ended.get_loop().remove_reader(self.process.sentinel)
+            self.process.kill()
+            self.process.join()
+            self.ended.set_result(self.process.exitcode or 0)
         self.process.close()
 
 
@@ -85,9 +126,14 @@ def start(name: str, main: Callable[..., None], heard: Note, *given: Any) -> Chi
     """
     loop = asyncio.get_running_loop()
     ours, theirs = socket.socketpair()
-    process = _context().Process(target=main, args=(name, theirs, *given), name=name, daemon=True)
-    process.start()
-    theirs.close()
+    try:
+        process = _context().Process(target=main, args=(name, theirs, *given), name=name, daemon=True)
+        process.start()
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
     result: asyncio.Future[dict[str, Any]] = loop.create_future()
     ended: asyncio.Future[int] = loop.create_future()
 
@@ -125,22 +171,50 @@ def _no_result(lifeline: Calls, result: asyncio.Future[dict[str, Any]]) -> None:
 def _be(name: str, loop: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Be a process of that name: run the work to its end, and leave nothing behind."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's, who then closes the lifeline
+    _end_with_parent()
     with contextlib.suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as comm:
         comm.write(name.replace(" ", "-")[:COMM_CHARS])
-    status = 1
+
+    async def or_die() -> None:
+        asyncio.get_running_loop().set_exception_handler(_die)
+        await work()
+        os._exit(0)  # at once: what a loop cleans up goes with the process, and a thread that blocks would hold it up
+
     try:
         if loop == "uvloop":
             import uvloop
 
-            uvloop.run(work())
+            uvloop.run(or_die())
         else:
-            asyncio.run(work())
-        status = 0
+            asyncio.run(or_die())
     except Exception:  # a bug of ours: to be seen
         traceback.print_exc()
     finally:
         sys.stderr.flush()
-        os._exit(status)  # not held up by a thread that blocks in a read
+        os._exit(1)
+
+
+def _die(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A callback or task failed, and nobody waits for it: a bug of ours; better a dead process than one that hangs."""
+    loop.default_exception_handler(context)
+    if context.get("exception") is not None:
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _end_with_parent() -> None:
+    """Be killed when the server ends, which ends with its supervisor: one that hangs does not see its lifeline close.
+
+    The server ends when nobody can ask it for children any more; each child could, if it did not close that end.
+    """
+    server = vars(forkserver._forkserver)
+    if server.get("_forkserver_alive_fd") is not None:
+        os.close(server["_forkserver_alive_fd"])
+        server["_forkserver_alive_fd"] = None
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)  # it ended before
 
 
 async def _until_gone(lifeline: Calls, work: Awaitable[None]) -> None:
@@ -151,12 +225,17 @@ async def _until_gone(lifeline: Calls, work: Awaitable[None]) -> None:
         task.result()
 
 
+async def _answer(name: str, body: dict[str, Any]) -> Answer:
+    """What a supervisor asks is whether one lives."""
+    return Answer()
+
+
 def device_main(name: str, lifeline: socket.socket, control: socket.socket, side: str, loop: str) -> None:
     """A device process."""
 
     async def work() -> None:
         device = DeviceProcess(side)
-        await _until_gone(Calls(lifeline, "supervisor"), device.serve(control))
+        await _until_gone(Calls(lifeline, "supervisor", _answer), device.serve(control))
 
     _be(name, loop, work)
 
@@ -167,9 +246,9 @@ def source_main(
     """A source VMM."""
 
     async def work() -> None:
-        supervisor = Calls(lifeline, "supervisor")
+        supervisor = Calls(lifeline, "supervisor", _answer)
         vmm = Vmm("source", settings, Calls(control, "device process"), supervisor)
-        await _until_gone(supervisor, _tell_result(supervisor, run_source(vmm, run, address)))
+        await _until_gone(supervisor, _tell_result(vmm, run_source(vmm, run, address)))
 
     _be(name, settings.loop, work)
 
@@ -180,21 +259,23 @@ def target_main(
     """A target VMM."""
 
     async def work() -> None:
-        supervisor = Calls(lifeline, "supervisor")
+        supervisor = Calls(lifeline, "supervisor", _answer)
         vmm = Vmm("target", settings, Calls(control, "device process"), supervisor)
 
         def rejected(why: str) -> None:
             supervisor.note("rejected", why=why)
 
-        await _until_gone(supervisor, _tell_result(supervisor, run_target(vmm, listener, rejected)))
+        await _until_gone(supervisor, _tell_result(vmm, run_target(vmm, listener, rejected)))
 
     _be(name, settings.loop, work)
 
 
-async def _tell_result(supervisor: Calls, work: Awaitable[dict[str, Any]]) -> None:
+async def _tell_result(vmm: Vmm, work: Awaitable[dict[str, Any]]) -> None:
     """Tell the supervisor what came of it; an error in words."""
+    beating = asyncio.ensure_future(vmm.beat())
     try:
         told = await work
     except (OSError, ProtoV3Error) as error:
-        told = {"error": str(error), "user": isinstance(error, UserError)}
-    await supervisor.told("result", **told)
+        told = {"error": str(error), "user": isinstance(error, UserError), "failures": [vmm.failure(error)]}
+    beating.cancel()
+    await vmm.supervisor.told("result", device_gone=vmm.device.gone.done(), **told)

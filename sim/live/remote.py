@@ -10,7 +10,8 @@ import contextlib
 import errno
 import os
 from collections import deque
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from proto_v3.device import NO_STREAM_FLAGS, DirtyBlocks, Ready
 from proto_v3.frames import EMPTY, Payload
@@ -34,9 +35,10 @@ from proto_v3.uapi import (
 )
 from sim.live.buffers import Buffers, as_view
 from sim.live.calls import Answer, Calls
+from sim.live.copy import Promise
 from sim.live.data_fd import Descriptor, descriptor
 from sim.live.io import WOKEN, OnLoop, Worker
-from sim.live.load import TAKEN
+from sim.live.load import SIZE, TAKEN
 from sim.live.parts import Part
 from sim.stream import ReadCounts, fails
 
@@ -94,10 +96,11 @@ class RemoteDevice:
     async def set_state(self, target: State) -> RemoteFd | None:
         """See proto_v3.device.MigrationDevice."""
         answer = await self._set(Feature.MIG_DEVICE_STATE, FeatureMigState(target).pack())
-        told = FeatureMigState.unpack(answer.body["buffer"][DeviceFeature.SIZE :])
-        return (
-            None if told.data_fd < 0 else RemoteFd(self._index, self.name, told.data_fd, answer.fds[0], self._devices)
-        )
+        number = FeatureMigState.unpack(answer.body["buffer"][DeviceFeature.SIZE :]).data_fd
+        if number < 0:
+            return None
+        loads = target is State.RESUMING
+        return RemoteFd(self._index, self.name, number, answer.fds, self._devices, loads=loads)
 
     async def reset(self) -> None:
         """See proto_v3.device.MigrationDevice."""
@@ -123,23 +126,30 @@ class RemoteDevice:
 class RemoteFd:
     """See proto_v3.device.DataFd."""
 
-    def __init__(self, device: int, name: str, number: int, fd: int, devices: Devices) -> None:
+    def __init__(
+        self, device: int, name: str, number: int, fds: Sequence[int], devices: Devices, *, loads: bool
+    ) -> None:
+        """`fds` were passed for it; `loads`: it is to be written to; else it is to be read."""
         self.reads = ReadCounts()
         """Of this end: calls that gave data, bytes, and all of their time as firmware_ns."""
         self.name = f"{devices.side} {name} fd {number}"
         self._name = name
         self._device = device
         self._number = number
+        self._loads = loads
         self._devices = devices
         self._calls = devices.calls
         self._timeline = devices.timeline
-        self._fd: Descriptor = descriptor(fd, self.name, devices.io)
+        self._fd: Descriptor = descriptor(fds[0], self.name, devices.io)
+        self._promise = Promise(fds[1]) if loads else None
         self._buffers = Buffers(devices.read_bytes, KEPT_BUFFERS)
         self._idle: asyncio.Future[Answer] | None = None
         self._epoch: asyncio.Future[Answer] | None = None
+        self._streams: dict[int, RemoteFd] = {}
+        """Of the critical fd: the others that it gave, by number."""
         self._written = 0
-        self._taken = 0
-        self._refused: OSError | None = None
+        self._listening = False
+        self._refused = 0  # the errno that every write() gets, if any
         self._writers: deque[tuple[int, asyncio.Future[int]]] = deque()
         self._answer = b""
         self._turn = asyncio.Lock()
@@ -149,6 +159,7 @@ class RemoteFd:
 
     async def read(self, max_bytes: int) -> Payload:
         """See proto_v3.device.DataFd."""
+        self._check(loads=False)
         if max_bytes < 1:
             raise fails(errno.EINVAL)
         start_ns = self._timeline.now_ns()
@@ -173,9 +184,14 @@ class RemoteFd:
             if idle.done() and self._is_end(idle.result(), closed=got == 0):
                 return EMPTY
 
-    def _ask(self, name: str) -> asyncio.Future[Answer]:
+    def _check(self, *, loads: bool) -> None:
+        """EBADF for a read() of an fd that is open for writing only, and the other way round."""
+        if self._loads is not loads:
+            raise fails(errno.EBADF)
+
+    def _ask(self, name: str, **more: Any) -> asyncio.Future[Answer]:
         """A call that is answered when something comes to be; it then wakes whoever waits at the fd."""
-        asked = self._calls.begin(name, fd=self._number)
+        asked = self._calls.begin(name, fd=self._number, **more)
         asked.add_done_callback(lambda _: self._fd.wake())
         return asked
 
@@ -185,7 +201,7 @@ class RemoteFd:
         False if it is not so any more: there is more in the socket.
         """
         told = answer.body
-        if told["sent"] > self.reads.bytes and not closed:
+        if told["sent"] > self.reads.bytes and not closed and told["what"] != "ERROR":
             return False
         self._idle = None
         self.reads.wakeups += 1
@@ -199,16 +215,26 @@ class RemoteFd:
 
     async def poll(self, timeout_ns: int | None = None) -> Ready:
         """See proto_v3.device.DataFd."""
-        try:
-            async with asyncio.timeout(None if timeout_ns is None else timeout_ns / 1e9):
-                return await self._poll()
-        except TimeoutError:
+        if self._loads:
             return Ready.NOTHING
+        if timeout_ns != 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if timeout_ns is None else timeout_ns / 1e9):
+                    return await self._poll()
+        return await self._ready()
+
+    async def _ready(self) -> Ready:
+        """What there is now."""
+        ready = Ready.READABLE if self._fd.readable_now() else Ready.NOTHING
+        with contextlib.suppress(OSError):  # ENOTTY: it has no epochs to tell of
+            if (await self._calls.call("new_epoch", fd=self._number, wait=False)).body["new"]:
+                ready |= Ready.NEW_EPOCH
+        return ready
 
     async def _poll(self) -> Ready:
         start_ns = self._timeline.now_ns()
         while True:
-            epoch = self._epoch = self._epoch or self._ask("new_epoch")
+            epoch = self._epoch = self._epoch or self._ask("new_epoch", wait=True)
             if _came(epoch):
                 self._fd.wake()
             got = await self._fd.readable()
@@ -226,7 +252,6 @@ class RemoteFd:
 
     async def _ioctl(self, name: str, asked: S) -> S:
         answer = await self._calls.call(name, device=self._device, fd=self._number, buffer=asked.pack())
-        self._idle = None  # the driver may have begun to save
         return type(asked).unpack(answer.body["buffer"])
 
     async def precopy_info(self) -> PrecopyInfo:
@@ -235,45 +260,63 @@ class RemoteFd:
 
     async def stream_info(self) -> StreamInfo:
         """See proto_v3.device.DataFd."""
-        self._epoch = None
-        return await self._ioctl("stream_info", StreamInfo(0, 0))
+        info = await self._ioctl("stream_info", StreamInfo(0, 0))
+        if self._epoch is not None and _came(self._epoch):
+            self._epoch = None  # answers come in order: that one was told before this one
+        return info
 
     async def get_stream(self, index: int) -> RemoteFd:
         """See proto_v3.device.DataFd."""
         asked = GetStream(GetStream.SIZE, 0, index).pack()
         answer = await self._calls.call("get_stream", device=self._device, fd=self._number, buffer=asked)
         number = GetStream.unpack(answer.body["buffer"]).fd
-        kind = RemoteBlocksFd if answer.body["blocks"] else RemoteFd
-        return kind(self._device, self._name, number, answer.fds[0], self._devices)
+        if number not in self._streams:
+            kind = RemoteBlocksFd if answer.body["blocks"] else RemoteFd
+            stream = kind(self._device, self._name, number, answer.fds, self._devices, loads=self._loads)
+            self._streams[number] = stream
+        return self._streams[number]
 
     # --- write --------------------------------------------------------------------------------------------------------
 
     async def write(self, payload: Payload, piece_bytes: int) -> None:
         """See proto_v3.device.DataFd."""
+        self._check(loads=True)
         if piece_bytes < 1:
             raise fails(errno.EINVAL)
-        if self._refused is not None:
-            raise self._refused
+        if self._refused:
+            raise fails(self._refused)
+        view = as_view(payload)
+        prefix = self._prefix(len(view))
+        if not (prefix or len(view)):
+            return
         self._listen()
         start_ns = self._timeline.now_ns()
-        self._written += len(payload)
+        self._written += len(prefix) + len(view)
         taken: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._writers.append((self._written, taken))
         self._timeline.gave(f"{self.name} write", self._written)
-        with contextlib.suppress(BrokenPipeError):  # the driver takes no more, and says why
+        if self._promise is not None:
+            self._promise.bytes = self._written
+        with contextlib.suppress(ConnectionError):  # the driver takes no more, and says why
             async with self._turn:
-                await self._fd.write(as_view(payload), piece_bytes)
+                await self._fd.write(memoryview(prefix), max(1, len(prefix)))
+                await self._fd.write(view, piece_bytes)
         sent_ns = self._timeline.now_ns()
         self._timeline.work(Resource.COPY, "write", start_ns)
         number = await taken
         self._timeline.got(Resource.COPY, "write", f"{self.name} taken", number, sent_ns)
 
+    def _prefix(self, size: int) -> bytes:
+        """What the driver has to be told before a payload of so many bytes: nothing, if where it ends does not
+        matter."""
+        return b""
+
     def _listen(self) -> None:
         """Hear what the driver took, from now on."""
-        if not self._written:
-            loop = asyncio.get_running_loop()
-            loop.add_reader(self._fd.number, self._answered)
-            self._calls.gone.add_done_callback(lambda _: self._refuse(fails(errno.ENODEV)))
+        if not self._listening:
+            self._listening = True
+            asyncio.get_running_loop().add_reader(self._fd.number, self._answered)
+            self._calls.gone.add_done_callback(lambda _: self._refuse(fails(errno.ENODEV), errno.ENODEV))
 
     def _answered(self) -> None:
         try:
@@ -284,31 +327,36 @@ class RemoteFd:
             data = b""
         if not data:
             asyncio.get_running_loop().remove_reader(self._fd.number)
-            self._refuse(OSError(errno.ENODEV, f"{self.name}: the driver takes no more"))
+            self._refuse(OSError(errno.ENODEV, f"{self.name}: the driver takes no more"), errno.ENODEV)
             return
         self._answer += data
         while len(self._answer) >= TAKEN.size:
-            taken, number, code, text_bytes = TAKEN.unpack_from(self._answer)
+            taken, number, code, later, text_bytes = TAKEN.unpack_from(self._answer)
             if len(self._answer) < TAKEN.size + text_bytes:
                 return
             text = self._answer[TAKEN.size : TAKEN.size + text_bytes].decode(errors="replace")
             self._answer = self._answer[TAKEN.size + text_bytes :]
-            self._take_answer(taken, number, OSError(code, text) if code else None)
+            if code:
+                self._refuse(OSError(code, text), later, taken)
+                self._take_answer(taken - 1, number)  # what came before that was taken
+            else:
+                self._take_answer(taken, number)
 
-    def _take_answer(self, taken: int, number: int, error: OSError | None) -> None:
-        if error is not None:
-            self._refuse(error)
+    def _take_answer(self, taken: int, number: int) -> None:
         while self._writers and self._writers[0][0] <= taken:
             _, writer = self._writers.popleft()
             if not writer.done():
                 writer.set_result(number)
 
-    def _refuse(self, error: OSError) -> None:
-        self._refused = self._refused or error
-        for _, writer in self._writers:
-            if not writer.done():
-                writer.set_exception(self._refused)
-        self._writers.clear()
+    def _refuse(self, error: OSError, later: int, at: int = 0) -> None:
+        """What came up to a place was refused, by an error for the write() that it is in; all after it get another."""
+        self._refused = self._refused or later
+        for writer in [writer for writer in self._writers if writer[0] >= at]:
+            self._writers.remove(writer)
+            if not writer[1].done():
+                writer[1].set_exception(error)
+                _look(writer[1])
+            error = fails(later)
 
     async def close(self) -> None:
         """See proto_v3.device.DataFd."""
@@ -316,22 +364,35 @@ class RemoteFd:
 
     def drop(self) -> None:
         """Close the descriptor, without a word to the driver."""
-        if self._written:
+        if self._listening:
             asyncio.get_running_loop().remove_reader(self._fd.number)
+        self._refuse(fails(errno.ENODEV), errno.ENODEV)
+        if self._promise is not None:
+            self._promise.close()
+            self._promise = None
         self._fd.close()
 
 
 def _came(epoch: asyncio.Future[Answer]) -> bool:
     """Whether a new epoch was told of; a driver that has none to tell of does not answer so."""
-    return epoch.done() and epoch.exception() is None
+    return epoch.done() and epoch.exception() is None and bool(epoch.result().body["new"])
+
+
+def _look(taken: asyncio.Future[int]) -> None:
+    """An error that nobody waits for any more is not to be complained of."""
+    taken.exception()
 
 
 class RemoteBlocksFd(RemoteFd):
     """See proto_v3.device.BlocksFd: at the source a memfd to pread() from, at the target a socket as all others are."""
 
-    def __init__(self, device: int, name: str, number: int, fd: int, devices: Devices) -> None:
-        super().__init__(device, name, number, fd, devices)
+    def __init__(
+        self, device: int, name: str, number: int, fds: Sequence[int], devices: Devices, *, loads: bool
+    ) -> None:
+        super().__init__(device, name, number, fds, devices, loads=loads)
         self._readers: list[Worker] = []
+        self._reading = 0  # threads in a pread()
+        self._dropped = False
         self._done_slots: list[int] = []
 
     async def geometry(self) -> tuple[int, int]:
@@ -353,6 +414,7 @@ class RemoteBlocksFd(RemoteFd):
 
     async def read_blocks(self, first: int, count: int) -> Payload:
         """See proto_v3.device.BlocksFd: any number of readers at once, each pread() in a thread of its own."""
+        self._check(loads=False)
         start_ns = self._timeline.now_ns()
         free = self._done_slots.pop() if self._done_slots else -1
         answer = await self._calls.call("read_blocks", fd=self._number, first=first, count=count, free=free)
@@ -364,8 +426,10 @@ class RemoteBlocksFd(RemoteFd):
             self._pread(view, offset)
         else:
             reader = self._readers.pop() if self._readers else Worker(f"{self.name} reader")
-            await reader.run(lambda: self._pread(view, offset))
-            self._readers.append(reader)
+            reading = reader.start(lambda: self._pread(view, offset))
+            self._reading += 1
+            reading.add_done_callback(lambda _: self._has_read(reader))
+            await asyncio.shield(reading)
         self._done_slots.append(offset)
         self.reads.calls += 1
         self.reads.bytes += size
@@ -374,6 +438,12 @@ class RemoteBlocksFd(RemoteFd):
         self._timeline.work(Resource.COPY, "read", self._timeline.now_ns())
         return view
 
+    def _has_read(self, reader: Worker) -> None:
+        self._reading -= 1
+        self._readers.append(reader)
+        if self._dropped:
+            self.drop()
+
     def _pread(self, view: memoryview, offset: int) -> None:
         while len(view):
             got = os.preadv(self._fd.number, [view], offset)
@@ -381,6 +451,7 @@ class RemoteBlocksFd(RemoteFd):
 
     async def read(self, max_bytes: int) -> Payload:
         """See proto_v3.device.BlocksFd."""
+        self._check(loads=False)
         answer = await self._calls.call("read_end", fd=self._number, max_bytes=max_bytes)
         data = answer.body["data"]
         self.reads.bytes += len(data)
@@ -388,19 +459,23 @@ class RemoteBlocksFd(RemoteFd):
 
     async def poll(self, timeout_ns: int | None = None) -> Ready:
         """See proto_v3.device.BlocksFd."""
-        return Ready.READABLE
+        return Ready.NOTHING if self._loads else Ready.READABLE
 
-    def _take_answer(self, taken: int, number: int, error: OSError | None) -> None:
+    def _prefix(self, size: int) -> bytes:
+        return SIZE.pack(size)
+
+    def _take_answer(self, taken: int, number: int) -> None:
         """Each record is answered by itself, in any order."""
-        if error is not None:
-            self._refuse(error)
         for writer in [writer for writer in self._writers if writer[0] == taken]:
             self._writers.remove(writer)
             if not writer[1].done():
                 writer[1].set_result(number)
 
     def drop(self) -> None:
-        """See RemoteFd."""
+        """See RemoteFd; the memfd is closed when nobody reads from it any more."""
+        self._dropped = True
         for reader in self._readers:
             reader.stop()
-        super().drop()
+        self._readers.clear()
+        if not self._reading:
+            super().drop()

@@ -18,16 +18,20 @@ from proto_v3.migration import OutcomeKind
 from proto_v3.timeline import Timeline
 from sim.live import parts
 from sim.live.clock import Delays
-from sim.live.processes import Child, device_main, source_main, start, target_main
+from sim.live.processes import HANGS, Child, device_main, source_main, start, target_main
 from sim.live.sockets import SocketSettings, listen
 from sim.live.store import differences
-from sim.live.vmm import PEER_ENDS_WITHIN_S, Run, Settings, check_size
+from sim.live.vmm import Run, Settings, check_size
 from sim.outcome import DeviceMeasured, Measured, Outcome, completed, ended
 from sim.protocol import Protocol
 from sim.scenario import Scenario
 from sim.stream import CriticalLoad, LoadCounts, ReadCounts
 
 LOOPBACK = "127.0.0.1"
+ENDS_AFTER = 4
+"""When one side has ended, the other one may take so many times the silence that is put up with."""
+VAIN_S = 0.2
+"""A target to which no source came, when the source is dead: if it notices something, it is by then."""
 Watch = Callable[[str, dict[str, Any]], None]
 """Told of what the processes say while they run: `progress`, `running`, `session`, `rejected`."""
 
@@ -41,6 +45,8 @@ class LiveResult:
     """Of all four processes, where all could tell theirs."""
     delays: dict[str, Delays] = field(default_factory=dict)
     """By process: what was asked of its timers, and how late they were."""
+    cpu_ns: dict[str, int] = field(default_factory=dict)
+    """By process: CPU time from time 0 to its end, the comparison of the states not counted."""
     streams: list[tuple[str, ReadCounts]] = field(default_factory=list)
     """Of each data fd, as its VMM read it."""
     clock_uncertainty_ns: int = 0
@@ -59,8 +65,11 @@ class _Heard:
 
     watch: Watch | None
     ran: list[tuple[str, bool, int]] = field(default_factory=list)
+    session: bool = False
+    """The target took a source in."""
 
     def __call__(self, what: str, body: dict[str, Any]) -> None:
+        self.session |= what == "session"
         if what == "running":
             self.ran.append((body["side"], body["running"], body["at_ns"]))
         if self.watch is not None:
@@ -73,12 +82,19 @@ class _Side:
     def __init__(self, side: str, settings: Settings, heard: _Heard, main: Callable[..., None], *given: Any) -> None:
         vmm_end, device_end = socket.socketpair()
         self.side = side
+        self._settings = settings
         try:
             self.device = start(f"{side} device", device_main, heard, device_end, side, settings.loop)
-            self.vmm = start(f"{side} VMM", main, heard, vmm_end, settings, *given)
+            try:
+                self.vmm = start(f"{side} VMM", main, heard, vmm_end, settings, *given)
+            except BaseException:
+                self.device.bury()
+                raise
         finally:
             vmm_end.close()
             device_end.close()
+        for child in self.children:
+            child.watch(settings)
 
     @property
     def children(self) -> tuple[Child, Child]:
@@ -89,11 +105,24 @@ class _Side:
         await asyncio.wait([self.vmm.result])
         return None if self.vmm.result.cancelled() else self.vmm.result.result()
 
-    def deaths(self) -> list[str]:
+    async def deaths(self, told: dict[str, Any] | None) -> list[str]:
+        """Which of them died before their work was done. A device process that its VMM lost is dead, or will be killed
+        for it hangs; that is waited for, as it may be known here a little later."""
+        if told is not None and told["device_gone"]:
+            await asyncio.wait([self.device.ended], timeout=2 * HANGS * self._settings.silent_s)
         return [child.death for child in self.children if child.death]
 
     async def end(self) -> None:
-        await asyncio.gather(*(child.end() for child in (self.vmm, self.device)))
+        """Nothing is left of them when this returns; also when it is cancelled, for they are killed then."""
+        try:
+            await asyncio.gather(*(child.end() for child in self.children))
+        finally:
+            self.bury()
+
+    def bury(self) -> None:
+        """See Child."""
+        for child in self.children:
+            child.bury()
 
 
 def check(scenario: Scenario, protocol: Protocol, settings: Settings) -> None:
@@ -126,27 +155,37 @@ async def run_here(
         listener.close()  # the target has it
         if started is not None:
             beside = asyncio.ensure_future(started([*source.children, *target.children]))
-        told = await _both(source, target, settings)
-        deaths = [death for side in sides for death in side.deaths()]
+        ends = await _both(source, target, heard, settings)
     finally:
         listener.close()
         if beside is not None:
             beside.cancel()
-        await asyncio.gather(*(side.end() for side in sides))
-    return _result(scenario, protocol, seed, told, heard, deaths)
+        try:
+            await asyncio.gather(*(side.end() for side in sides))
+        finally:
+            for side in sides:
+                side.bury()
+    return _result(scenario, protocol, seed, ends, heard)
 
 
-async def _both(source: _Side, target: _Side, settings: Settings) -> dict[str, dict[str, Any] | None]:
-    """What both sides say at their ends. When one has ended, the other has a while to do so, too."""
-    results = {side.side: asyncio.ensure_future(side.result()) for side in (source, target)}
-    await asyncio.wait(results.values(), return_when=asyncio.FIRST_COMPLETED)
-    await asyncio.wait(results.values(), timeout=settings.silent_s + 2 * PEER_ENDS_WITHIN_S)
-    told = {}
-    for name, result in results.items():
-        told[name] = result.result() if result.done() else {"error": f"the {name} did not end, and was killed"}
-        result.cancel()
-    await asyncio.sleep(0)  # a death that caused it is known by now, too
-    return told
+async def _both(source: _Side, target: _Side, heard: _Heard, settings: Settings) -> dict[str, _End]:
+    """How both sides ended. When one has, the other has a while to do so, too."""
+    results = {side: asyncio.ensure_future(side.result()) for side in (source, target)}
+    try:
+        await asyncio.wait(results.values(), return_when=asyncio.FIRST_COMPLETED)
+        waits_in_vain = results[source].done() and not heard.session  # for any source, as a target does
+        await asyncio.wait(results.values(), timeout=VAIN_S if waits_in_vain else ENDS_AFTER * settings.silent_s)
+        ends = {}
+        for side, result in results.items():
+            told = result.result() if result.done() else None
+            deaths = await side.deaths(told)
+            if not result.done() and not waits_in_vain:
+                deaths = deaths or [f"the {side.vmm.name} (process {side.vmm.pid}) did not end, and was killed"]
+            ends[side.side] = _End(told, deaths)
+    finally:
+        for result in results.values():
+            result.cancel()
+    return ends
 
 
 async def run_to(
@@ -162,12 +201,11 @@ async def run_to(
     heard = _Heard(watch)
     source = _Side("source", settings, heard, source_main, Run(scenario.told(), protocol.name, seed), address)
     try:
-        told = {"source": await source.result()}
-        await asyncio.sleep(0)
-        deaths = source.deaths()
+        told = await source.result()
+        ends = {"source": _End(told, await source.deaths(told))}
     finally:
         await source.end()
-    return _result(scenario, protocol, seed, told, heard, deaths)
+    return _result(scenario, protocol, seed, ends, heard)
 
 
 async def serve_one(listener: socket.socket, settings: Settings, watch: Watch | None = None) -> dict[str, Any]:
@@ -176,8 +214,7 @@ async def serve_one(listener: socket.socket, settings: Settings, watch: Watch | 
     side = _Side("target", settings, heard, target_main, listener)
     try:
         told = await side.result()
-        await asyncio.sleep(0)
-        deaths = side.deaths()
+        deaths = await side.deaths(told)
     finally:
         await side.end()
     return {**(told or {"error": "; ".join(deaths) or "the target VMM is gone"}), "deaths": deaths}
@@ -186,36 +223,39 @@ async def serve_one(listener: socket.socket, settings: Settings, watch: Watch | 
 # --- what it was ------------------------------------------------------------------------------------------------------
 
 
-def _result(
-    scenario: Scenario,
-    protocol: Protocol,
-    seed: int,
-    told: dict[str, dict[str, Any] | None],
-    heard: _Heard,
-    deaths: list[str],
-) -> LiveResult:
-    source = told["source"] or {}
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a side ended."""
+
+    told: dict[str, Any] | None
+    """What its VMM said; None if that died before."""
+    deaths: list[str]
+
+
+def _result(scenario: Scenario, protocol: Protocol, seed: int, ends: dict[str, _End], heard: _Heard) -> LiveResult:
+    source = ends["source"].told or {}
     if source.get("user"):
         raise UserError(source["error"])
-    target = source.get("peer") or told.get("target") or {}
-    failures = _failures(source, target, deaths)
+    deaths = [death for end in ends.values() for death in end.deaths]
+    target = source.get("peer") or (ends["target"].told if "target" in ends else None) or {}
     nothing = Measured(scenario.name, protocol.name, seed, Timeline(lambda: 0), 0)
-    if "timeline" not in source:
-        runs_at = _runs_at(source, target)
-        outcome = ended(
-            replace(nothing, guest_runs_at=runs_at), OutcomeKind.FAILED, failures or "the source VMM is gone"
-        )
-        return LiveResult(outcome, ran=heard.ran, deaths=deaths)
     try:
-        measured, timeline = _measured(scenario, protocol, seed, source, target)
-        outcome = _outcome(measured, source, target, failures)
+        runs_at, guest = _guest(ends, target, heard)
+        nothing = replace(nothing, guest_runs_at=runs_at)
+        if "timeline" not in source:
+            why = _failures(source, target, deaths) or "the source VMM is gone"
+            return LiveResult(ended(nothing, OutcomeKind.FAILED, f"{why}; {guest}"), ran=heard.ran, deaths=deaths)
+        measured, timeline = _measured(scenario, protocol, seed, source, target if "timeline" in target else {})
+        outcome = _outcome(replace(measured, guest_runs_at=runs_at), source, target, deaths, guest)
     except (PeerProtocolError, KeyError, TypeError, ValueError) as error:
-        outcome = ended(nothing, OutcomeKind.FAILED, f"what the target measured cannot be read: {error!r}")
-        return LiveResult(outcome, ran=heard.ran, deaths=deaths)
+        why = "; ".join([*deaths, f"what the target measured cannot be read: {error!r}"])
+        return LiveResult(ended(nothing, OutcomeKind.FAILED, why), ran=heard.ran, deaths=deaths)
+    there = target if "timeline" in target else {}
     return LiveResult(
         outcome,
         timeline,
-        _delays(source, target),
+        {name: Delays(**told) for name, told in _by_process(source, there, "delays").items()},
+        _by_process(source, there, "cpu_ns"),
         [(name, ReadCounts(**counts)) for name, counts in source["reads"] if ReadCounts(**counts).bytes],
         source.get("peer_uncertainty_ns", 0),
         source.get("sockets", []),
@@ -228,25 +268,41 @@ def _failures(source: dict[str, Any], target: dict[str, Any], deaths: list[str])
     """What went wrong, in words; what only echoes it is left out where the cause is known."""
     failures = [*source.get("failures", []), *target.get("failures", [])]
     causes = deaths + [each["text"] for each in failures if not each["echo"]]
-    causes += [each["error"] for each in (source, target) if "error" in each]
     return "; ".join(dict.fromkeys(causes or [each["text"] for each in failures]))
 
 
-def _outcome(measured: Measured, source: dict[str, Any], target: dict[str, Any], failures: str) -> Outcome:
+def _outcome(
+    measured: Measured, source: dict[str, Any], target: dict[str, Any], deaths: list[str], guest: str
+) -> Outcome:
     kind = source.get("kind")
-    if kind == OutcomeKind.COMPLETED and not failures and target.get("whole"):
-        return completed(measured)
-    if kind is not None and not failures:
+    failures = _failures(source, target, [])
+    whole = kind == OutcomeKind.COMPLETED and target.get("whole") and source["digests"] and target["digests"]
+    if whole and not failures:
+        notes = [measured.note] if measured.note else []
+        return completed(replace(measured, note="; ".join(notes + [f"when all was done, {each}" for each in deaths])))
+    failures = _failures(source, target, deaths)
+    if kind is not None and kind != OutcomeKind.COMPLETED and not failures:
         return ended(measured, OutcomeKind(kind))
     if any(each["unsupported"] for each in source.get("failures", [])):
         return ended(measured, OutcomeKind.UNSUPPORTED, failures)
-    return ended(measured, OutcomeKind.FAILED, failures)
+    return ended(measured, OutcomeKind.FAILED, f"{failures or 'the target did not say how it ended'}; {guest}")
 
 
-def _runs_at(source: dict[str, Any], target: dict[str, Any]) -> str:
-    """Where a guest runs that has its devices."""
-    sides = {"source": source, "target": target}
-    return ", ".join(name for name, told in sides.items() if told.get("running") and told.get("device"))
+def _guest(ends: dict[str, _End], target: dict[str, Any], heard: _Heard) -> tuple[str, str]:
+    """Where a guest runs that has its devices, if one does; and, in words, what became of it."""
+    source, there = ends["source"].told, ends.get("target")
+    sides = {"source": source or {"running": False}, "target": {"running": False, **target}}
+    runs = {side: told for side, told in sides.items() if told.get("running", True)}  # before all else, at the source
+    if len(runs) > 1:
+        return ", ".join(runs), "two guests run"
+    for side, told in runs.items():
+        words = f"the guest runs {'on at the source' if side == 'source' else 'at the target'}"
+        if told.get("device", not told.get("device_gone")) and not (side in ends and ends[side].deaths):
+            return side, words
+        return "", f"{words}, without its devices"
+    if there is not None and there.told is None and ("target", True) in {each[:2] for each in heard.ran}:
+        return "", "the guest ran at the target, and is gone with its VMM"
+    return "", "the guest is gone with the source VMM" if source is None else "the guest is stopped at the source"
 
 
 def _measured(
@@ -270,7 +326,6 @@ def _measured(
         retries=source.get("retries", 0),
         retries_stopped_ns=source.get("retries_stopped_ns", 0),
         late_looks=source.get("late_looks", 0),
-        guest_runs_at=_runs_at(source, target),
     )
     return measured, timeline
 
@@ -278,7 +333,8 @@ def _measured(
 def _devices(source: dict[str, Any], target: dict[str, Any]) -> list[DeviceMeasured]:
     here = (source.get("device") or {}).get("devices", [])
     there = (target.get("device") or {}).get("devices", [])
-    digests = list(zip(source.get("digests", []), target.get("digests", []), strict=True))
+    both = source.get("digests") and target.get("digests")  # not if one side's devices were gone by then
+    digests = list(zip(source["digests"], target["digests"], strict=True)) if both else []
     devices = []
     for at, device in enumerate(here):
         loaded = there[at] if at < len(there) else {"loads": [], "critical_loads": []}
@@ -296,11 +352,12 @@ def _devices(source: dict[str, Any], target: dict[str, Any]) -> list[DeviceMeasu
     return devices
 
 
-def _delays(source: dict[str, Any], target: dict[str, Any]) -> dict[str, Delays]:
+def _by_process(source: dict[str, Any], target: dict[str, Any], what: str) -> dict[str, Any]:
+    """What all processes told of themselves under one name."""
     told = {}
     for name, side in (("source", source), ("target", target)):
         if side:
-            told[f"{name} VMM"] = Delays(**side["delays"])
+            told[f"{name} VMM"] = side[what]
         if side.get("device"):
-            told[f"{name} device"] = Delays(**side["device"]["delays"])
+            told[f"{name} device"] = side["device"][what]
     return told

@@ -4,6 +4,7 @@ The socket's buffer is what is left of the driver's chunks once they are on thei
 driver, and count as such in all that it tells. A full buffer keeps the chunk, and so the engine waits.
 
 What a socket cannot say, the error that read() would give where there is nothing to read, is told by a call: `idle`.
+A session that is over takes what is unread with it, as in the kernel: the socket is emptied, and then at its end.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class SocketOutlet(Outlet):
         self._sent = 0
         self._consumed = 0
         self._initial_through = 0
+        self._closed = False
 
     @property
     def sent(self) -> int:
@@ -57,9 +59,15 @@ class SocketOutlet(Outlet):
     @property
     def consumed(self) -> int:
         """What the VMM read, of all that was ever sent."""
-        unread = unread_bytes(self._theirs)
-        self._consumed = max(self._consumed, self._sent - unread)  # what was put in just now may not be counted yet
+        if not self._closed:
+            sent = self._sent  # first: what the thread puts in meanwhile is not to be taken for read
+            unread = unread_bytes(self._theirs)
+            self._consumed = max(self._consumed, sent - unread)  # what was put in just now may not be counted yet
         return self._consumed
+
+    def close(self) -> None:
+        """The socket is about to be closed."""
+        self._closed = True
 
     @property
     def unread_bytes(self) -> int:  # type: ignore[override]
@@ -98,44 +106,99 @@ class SavedData:
         stream.outlet = self._outlet
         self._closing = eventfd()
         self._worker = Worker(f"{edge} copy")
+        self._ended = False  # what was said last is END, for good
         self._idle: tuple[str, int, str] | None = None
         self._bell = Bell()
         self._task = asyncio.create_task(self._run(), name=edge)
+        self._watching = asyncio.create_task(self._watch(), name=f"{edge} watch")
 
-    def fd(self) -> int:
+    def fds(self) -> list[int]:
         """The VMM's end, to be passed to it."""
-        return os.dup(self._theirs.fileno())
+        return [os.dup(self._theirs.fileno())]
 
     async def idle(self) -> tuple[str, int, str, int]:
         """Wait until all that the driver has is in the socket: what read() gives behind that (`ENOMSG`, `END` or
-        `ERROR`), with errno and text; and how many bytes were ever in it."""
-        while self._idle is None:
+        `ERROR`), with errno and text; and how many bytes were ever in it.
+
+        An `ERROR` is what read() gives whatever is in the socket. `END` may be for now only, where a driver says so.
+        """
+        while (told := self._told()) is None:
             await self._bell.wait()
-        return *self._idle, self._outlet.sent
+        return *told, self._outlet.sent
+
+    def _told(self) -> tuple[str, int, str] | None:
+        if self.stream.over:
+            return "ERROR", self.stream._closed, ""
+        # The driver may have something new since it was said, and its task here not be woken yet.
+        return None if self._idle is None or self._has_more() else self._idle
+
+    def _has_more(self) -> bool:
+        """After a temporary end: whether read() would wait, or give something else."""
+        stream = self.stream
+        return not self._ended and bool(stream._unread_bytes or stream._planned or stream._final)
 
     async def _run(self) -> None:
         on_track(self._edge)
-        while True:
-            try:
-                data = await self.stream.move(PIECE_BYTES, self._copy)
-            except OSError as error:
-                code = error.errno or errno.EIO
-                if code == errno.ENOMSG:
-                    self._say("ENOMSG", code)
-                    await self.stream.filled()
-                    self._idle = None
-                    continue
-                self._say("ERROR", code, str(error.strerror or error))
-                break
-            if not len(data):
-                self._say("END", 0)
-                break
-        with contextlib.suppress(OSError):
-            self._ours.shutdown(socket.SHUT_WR)  # the VMM reads 0, and asks what it is
+        try:
+            while await self._put():
+                pass
+        except OSError as error:
+            self._say("ERROR", error.errno or errno.EIO, str(error.strerror or error))
+        await self._watching
+        self._bell.ring()
+        self._close()
+
+    async def _put(self) -> bool:
+        """Some of what the driver has, or what read() gives in its place; False at the end of the stream."""
+        try:
+            data = await self.stream.move(PIECE_BYTES, self._copy)
+        except OSError as error:
+            if error.errno != errno.ENOMSG:
+                raise
+            self._say("ENOMSG", errno.ENOMSG)
+        else:
+            if len(data):
+                return True
+            self._ended = self.stream._final
+            self._say("END", 0)
+            if self._ended:
+                self._shut()
+                return False
+        while not (self._has_more() or self.stream.over):
+            await self.stream._bell.wait()
+            self._bell.ring()  # what was new may have been dropped again
+        self._idle = None
+        return True
+
+    async def _watch(self) -> None:
+        """Until the session is over: a copy that waits for room then waits for nothing."""
+        while not self.stream.over:
+            await self.stream._bell.wait()
+        os.eventfd_write(self._closing, 1)
 
     def _say(self, what: str, code: int, text: str = "") -> None:
         self._idle = (what, code, text)
         self._bell.ring()
+
+    def _shut(self) -> None:
+        with contextlib.suppress(OSError):
+            self._ours.shutdown(socket.SHUT_WR)  # the VMM reads 0, and asks what it is
+
+    def _close(self) -> None:
+        """What is in the socket is not to be read any more."""
+        self._outlet.close()
+        self._shut()
+        with contextlib.suppress(OSError):
+            while self._theirs.recv(PIECE_BYTES, socket.MSG_DONTWAIT):
+                pass
+        self._worker.stop()
+        self._ours.close()
+        self._theirs.close()
+        os.close(self._closing)
+
+    async def ended(self) -> None:
+        """The session is over: return when nothing of it can be read any more."""
+        await asyncio.wait([self._task])
 
     async def _copy(self, data: Extent) -> None:
         buffers = list(self._layout.pieces(data))
@@ -159,13 +222,6 @@ class SavedData:
         timeline.work(Resource.COPY, "read", locked_ns, copied.done_ns - zero_ns)
         self.lock_ns += copied.lock_ns
         self.copy_ns += copied.copy_ns
-
-    def end(self) -> None:
-        """The session is over: what is in the socket is not to be read any more."""
-        os.eventfd_write(self._closing, 1)
-        with contextlib.suppress(OSError):
-            while self._theirs.recv(PIECE_BYTES, socket.MSG_DONTWAIT):
-                pass
 
 
 class Layout:

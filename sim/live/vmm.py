@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import mmap
 import socket
 import ssl
@@ -20,11 +21,13 @@ import pydantic
 
 from proto_v3.channel import Channel
 from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error, UserError, leaves
+from proto_v3.frames import Kind
 from proto_v3.migration import Side, Source, Target, UnsupportedError
 from proto_v3.timeline import Mark, on_track
 from sim import clock
 from sim.live.calls import Calls
 from sim.live.clock import RealTime
+from sim.live.connection import Connection
 from sim.live.io import IO
 from sim.live.parts import Part
 from sim.live.remote import Devices, RemoteDevice
@@ -41,8 +44,8 @@ from sim.sides import connections, make_source, make_target
 HEAD_START_NS = 50_000_000
 """From the moment that time 0 is agreed on to time 0."""
 PROGRESS_S = 0.25
-PEER_ENDS_WITHIN_S = 10.0
-"""Of the other side, after this one failed: it is told, and says how it ended."""
+BEATS = 4
+"""Pings within the time after which a process that does not answer is given up."""
 FRAME_SLACK_BYTES = 1 << 20
 """Of a frame beside the data: headers of records, tables."""
 MAX_SCENARIO_BYTES = 256 << 10
@@ -66,6 +69,8 @@ class Settings:
     tls: Tls | None = None
     silent_s: float = 10.0
     handshake_s: float = 30.0
+    after_stop_s: float = 120.0
+    """A migration that lasts longer than vmm.give_up_s and this is ended, wherever it is."""
     progress: bool = False
     """Somebody watches."""
     max_state_bytes: int = 4 * GIB
@@ -178,9 +183,11 @@ class Vmm:
     def _running(self, running: bool) -> None:
         self.supervisor.note("running", side=self.side, running=running, at_ns=time.perf_counter_ns())
 
-    async def watched(self, work: Coroutine[Any, Any, Any], left: Callable[[], dict[str, Any]]) -> Any:
-        """Do it; tell the supervisor how it goes. A device process that is gone ends it."""
-        beside = [asyncio.create_task(self._beat())]
+    async def watched(
+        self, work: Coroutine[Any, Any, Any], left: Callable[[], dict[str, Any]], session: Session
+    ) -> Any:
+        """Do it; tell the supervisor how it goes. A peer that gets nowhere ends it."""
+        beside = [asyncio.create_task(self._limit(session))]
         if self.settings.progress:
             beside.append(asyncio.create_task(self._watch(left)))
         try:
@@ -189,17 +196,17 @@ class Vmm:
             for task in beside:
                 task.cancel()
 
-    async def _beat(self) -> None:
-        """See to it that the device process answers; one that hangs is as good as gone."""
-        while not self.device.gone.done():
-            try:
-                async with asyncio.timeout(self.settings.silent_s):
-                    await self.device.call("ping")
-            except TimeoutError:
-                self.device.close(f"does not answer for {self.settings.silent_s:g} s")
-            except OSError:
-                return
-            await asyncio.sleep(self.settings.silent_s / 4)
+    async def beat(self) -> None:
+        """See to it that the device process answers, all the time; one that hangs is as good as gone."""
+        silent_s = self.settings.silent_s
+        if await unanswered(self.device, max(self.settings.handshake_s, silent_s), silent_s):
+            self.device.close(f"does not answer for {silent_s:g} s")
+
+    async def _limit(self, session: Session) -> None:
+        """A peer may be there and yet get nowhere; what waits for it must end."""
+        limit_s = self.scenario.vmm.give_up_s + self.settings.after_stop_s
+        await asyncio.sleep(limit_s)
+        session.give_up(f"the migration did not end within {limit_s:g} s")
 
     async def _watch(self, left: Callable[[], dict[str, Any]]) -> None:
         while True:
@@ -218,6 +225,7 @@ class Vmm:
             "messages": sum(channel.messages_sent for channel in self.channels),
             "connections": len(self.channels),
             "delays": asdict(self.time.delays()),
+            "cpu_ns": self.time.cpu_ns,
             "reads": [[fd.name, asdict(fd.reads)] for fd in self.devices.fds],
         }
         try:
@@ -225,6 +233,41 @@ class Vmm:
         except OSError:
             told["device"] = None
         return told
+
+    async def digests(self, told: dict[str, Any]) -> list[bytes]:
+        """Of the devices' states, at the end of a migration that was completed; its failure is told."""
+        try:
+            digests: list[bytes] = (await self.device.call("digests")).body["digests"]
+        except OSError as error:
+            told["failures"] = [*told["failures"], self.failure(error)]
+            return []
+        return digests
+
+    def failure(self, error: BaseException) -> dict[str, Any]:
+        """An error, for whoever reads the result: whether it only echoes that another process failed, or is gone."""
+        device_gone = self.device.gone.done() and isinstance(error, OSError) and error.errno == errno.ENODEV
+        return {
+            "text": str(error) or type(error).__name__,
+            "echo": device_gone or isinstance(error, PeerFailedError | ConnectionError),
+            "unsupported": isinstance(error, UnsupportedError),
+        }
+
+
+async def unanswered(calls: Calls, first_s: float, silent_s: float) -> bool:
+    """Ping the other process until it is gone (False), or did not answer for that long (True); or for `first_s`, if it
+    never did yet.
+
+    Counts beats without an answer, not time: while this process is stopped itself, nothing is missed.
+    """
+    asked, missed, limit = calls.begin("ping"), 0, max(1, round(BEATS * first_s / silent_s))
+    while missed < limit:
+        await asyncio.wait([calls.gone], timeout=silent_s / BEATS)
+        if calls.gone.done():
+            return False
+        missed += 1
+        if asked.done():
+            asked, missed, limit = calls.begin("ping"), 0, BEATS
+    return True
 
 
 def check_size(scenario: Scenario, most_bytes: int) -> None:
@@ -294,44 +337,40 @@ async def _migrate(vmm: Vmm, session: Session) -> dict[str, Any]:
     try:
         source, note = await make_source(side, vmm.channels, vmm.scenario, vmm.protocol)
         made = source
-        kind = await vmm.watched(made.run(), lambda: _source_progress(vmm))
+        kind = await vmm.watched(made.run(), lambda: _source_progress(vmm), session)
     except (OSError, ProtoV3Error, ExceptionGroup) as error:
-        failures = [_failure(each) for each in leaves(error)]
+        failures = [vmm.failure(each) for each in leaves(error)]
+        if source is None or not source.handed_over:
+            await _cancel(vmm)
     told = await vmm.collected()
     if source is not None:
         for name in ("retries", "retries_stopped_ns", "late_looks"):
             told[name] = getattr(source, name)
     told |= {"note": note, "kind": None if kind is None else str(kind), "failures": failures, "side": "source"}
-    told["peer"], told["peer_uncertainty_ns"] = await _of_peer(session, failures), session.uncertainty_ns
+    told["peer"], told["peer_uncertainty_ns"] = await _of_peer(vmm, session, failures), session.uncertainty_ns
     told["sockets"] = [asdict(granted) for granted in session.sockets]
-    told["digests"] = await _digests(vmm) if kind == "COMPLETED" else []
+    told["digests"] = await vmm.digests(told) if kind == "COMPLETED" else []
     with contextlib.suppress(OSError, ProtoV3Error):
         await session.tell("bye")
     return told
 
 
-def _failure(error: BaseException) -> dict[str, Any]:
-    """An error, for whoever reads the result: whether it only echoes what happened at the other side."""
-    return {
-        "text": str(error) or type(error).__name__,
-        "echo": isinstance(error, PeerFailedError | ConnectionError),
-        "unsupported": isinstance(error, UnsupportedError),
-    }
+async def _cancel(vmm: Vmm) -> None:
+    """This side failed. Source.run() says so last of all, and not if its own devices cannot be reset; a target that
+    hears of it twice does not mind."""
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(vmm.settings.silent_s):
+            await vmm.channels[0].tell(Kind.CANCEL)
 
 
-async def _of_peer(session: Session, failures: Sequence[Any]) -> dict[str, Any] | None:
-    """What the target measured; None if it cannot say."""
+async def _of_peer(vmm: Vmm, session: Session, failures: Sequence[Any]) -> dict[str, Any] | None:
+    """What the target measured; None if it cannot say, or not soon after this side told it that it failed."""
     try:
-        async with asyncio.timeout(PEER_ENDS_WITHIN_S if failures else None):
+        async with asyncio.timeout(vmm.settings.silent_s if failures else None):
             told = (await session.hear("result")).get("told")
             return told if isinstance(told, dict) else None
     except (OSError, TimeoutError, ProtoV3Error):
         return None
-
-
-async def _digests(vmm: Vmm) -> list[bytes]:
-    digests: list[bytes] = (await vmm.device.call("digests")).body["digests"]
-    return digests
 
 
 def _source_progress(vmm: Vmm) -> dict[str, Any]:
@@ -410,17 +449,27 @@ async def _take_in(vmm: Vmm, session: Session) -> dict[str, Any]:
     try:
         target = await make_target(side, vmm.channels, vmm.scenario, vmm.protocol)
         if target is not None:
-            whole = await vmm.watched(target.run(), lambda: _target_progress(vmm))
+            whole = await vmm.watched(target.run(), lambda: _target_progress(vmm), session)
     except (OSError, ProtoV3Error, ExceptionGroup) as error:
-        failures = [_failure(each) for each in leaves(error)]
+        failures = [vmm.failure(each) for each in leaves(error)]
+        if side.machine.running:
+            _hang_up(session)
     told = await vmm.collected()
     told |= {"whole": whole, "failures": failures, "side": "target"}
     told["peak_reorder_bytes"] = target.peak_reorder_bytes if target else 0
-    told["digests"] = await _digests(vmm) if whole else []
+    told["digests"] = await vmm.digests(told) if whole else []
     with contextlib.suppress(OSError, ProtoV3Error):
         await session.tell("result", told=told)
         await session.hear("bye")
     return told
+
+
+def _hang_up(session: Session) -> None:
+    """This side failed with its guest running, so it did not say FAILED, and will not say RESUMED either: the source is
+    not to wait for that."""
+    for channel in session.channels:
+        if isinstance(channel, Connection):
+            channel.end(ConnectionAbortedError("this side failed"))
 
 
 def _target_progress(vmm: Vmm) -> dict[str, Any]:
