@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any
 from helpers import small_scenario
 
 from sim.live.processes import Child
-from sim.live.run import LiveResult, run_here
+from sim.live.run import LiveResult, run_here, run_to, serve_one
+from sim.live.sockets import SocketSettings, listen
 from sim.live.vmm import Settings
 from sim.protocol import Protocol
 from sim.scenario import Scenario
@@ -91,8 +93,8 @@ class Seen:
         return ran
 
 
-Act = Callable[[Seen], Any]
-"""A coroutine function: what is done to the processes while they run."""
+Act = Callable[[Seen], Coroutine[Any, Any, None]]
+"""What is done to the processes while they run."""
 
 
 async def live_run(
@@ -116,6 +118,25 @@ async def live_run(
             started=started,
         )
     return result, seen
+
+
+async def two_hosts(
+    protocol: str, act: Act, *, seed: int = 0, settings: Settings | None = None
+) -> tuple[LiveResult, dict[str, Any]]:
+    """A run whose sides have a supervisor each, as on two hosts: what the source's and the target's have to tell.
+
+    `act` finds the processes by their names (`children_of`).
+    """
+    scenario, seen, settings = live_scenario(), Seen(), settings or Settings()
+    with closing(listen(("127.0.0.1", 0), SocketSettings())) as listener:
+        async with asyncio.timeout(HANG_S), asyncio.TaskGroup() as group:
+            serving = group.create_task(serve_one(listener, settings, seen.watch))
+            acting = group.create_task(act(seen))
+            address = listener.getsockname()[:2]
+            result = await run_to(scenario, Protocol.parse(protocol, scenario), seed, settings, address, seen.watch)
+            told = await serving
+            acting.cancel()
+    return result, told
 
 
 def hit(child: Child, number: signal.Signals = signal.SIGKILL) -> bool:

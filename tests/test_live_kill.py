@@ -27,6 +27,7 @@ from live import (
     live_run,
     open_fds,
     stat,
+    two_hosts,
 )
 
 from proto_v3.migration import OutcomeKind
@@ -189,6 +190,61 @@ def test_a_process_hangs(moment: str) -> None:
     ended: dict[str, Child] = {}
     asyncio.run(all_hang())
     assert len(ended) == 4
+
+
+@pytest.mark.parametrize("moment", ["pre-copy", "stop", "resume"])
+def test_a_process_hangs_for_a_while(moment: str) -> None:
+    """One that is given up, and then goes on: it must not run a guest that runs elsewhere by now."""
+    draw = random.Random(moment)
+
+    async def hangs(victim: str) -> None:
+        def stop(seen: Seen) -> None:
+            child = seen.children[victim]
+            if hit(child, signal.SIGSTOP):
+                asyncio.get_running_loop().call_later(1.5 * SOON.silent_s, hit, child, signal.SIGCONT)
+
+        result, seen = await live_run(draw.choice(PROTOCOLS), at(moment, draw, stop), settings=SOON)
+        never_two(result, seen)
+        guest = result.outcome.reason.rpartition("; ")[2]
+        if result.outcome.kind is not OutcomeKind.COMPLETED:
+            assert result.outcome.guest_runs_at == WHERE[guest]
+
+    async def all_hang() -> None:
+        before = open_fds()
+        await asyncio.gather(*(hangs(victim) for victim in PROCESSES))
+        assert open_fds() == before
+        assert not children_of(fork_server())
+
+    asyncio.run(all_hang())
+
+
+@pytest.mark.parametrize("victim", ["target VMM", "target device"])
+def test_a_process_of_the_other_host_is_killed(victim: str) -> None:
+    """The source's supervisor sees nothing of it; its own processes find out."""
+    draw = random.Random(victim)
+
+    def kill(seen: Seen) -> None:
+        (pid,) = (pid for pid, told in children_of(fork_server()).items() if told[0] == victim.replace(" ", "-"))
+        os.kill(pid, signal.SIGKILL)
+
+    async def killed_at(moment: str) -> None:
+        before = open_fds()
+        result, told = await two_hosts(draw.choice(PROTOCOLS), at(moment, draw, kill))
+        assert open_fds() == before
+        assert not children_of(fork_server())
+        outcome, guest = result.outcome, result.outcome.reason.rpartition("; ")[2]
+        assert outcome.kind is OutcomeKind.FAILED
+        assert not result.deaths
+        assert any(f"the {victim} (process " in death for death in told["deaths"])
+        assert guest in ENDS[victim]
+        assert guest != "the guest is stopped at the source" or LOST in outcome.reason
+        assert outcome.guest_runs_at == WHERE[guest]
+
+    async def all_moments() -> None:
+        for moment in ("pre-copy", "stop", "stop", "stop"):
+            await killed_at(moment)
+
+    asyncio.run(all_moments())
 
 
 @pytest.mark.parametrize("cancels", [1, 2])

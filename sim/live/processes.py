@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
+from types import ModuleType
 from typing import Any
 
 from proto_v3.errors import ProtoV3Error, UserError
@@ -30,7 +31,7 @@ from sim.live.vmm import Run, Settings, Vmm, run_source, run_target, unanswered
 
 COMM_CHARS = 15
 """Linux, TASK_COMM_LEN less its end: what `ps -o comm`, `top` and `perf` show."""
-PRELOAD = ["sim.live.processes"]
+PRELOAD = ["sim.live.processes", "uvloop"]
 ENDS_WITHIN_S = 5.0
 """A child whose work is over, before it is killed."""
 HANGS = 2
@@ -126,13 +127,17 @@ def start(name: str, main: Callable[..., None], heard: Note, *given: Any) -> Chi
     """
     loop = asyncio.get_running_loop()
     ours, theirs = socket.socketpair()
+    caller = sys.modules["__main__"]
     try:
         process = _context().Process(target=main, args=(name, theirs, *given), name=name, daemon=True)
+        # A child would import the caller's main module, whatever that takes, and needs nothing of it.
+        sys.modules["__main__"] = ModuleType("__main__")
         process.start()
     except BaseException:
         ours.close()
         raise
     finally:
+        sys.modules["__main__"] = caller
         theirs.close()
     result: asyncio.Future[dict[str, Any]] = loop.create_future()
     ended: asyncio.Future[int] = loop.create_future()

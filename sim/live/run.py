@@ -140,7 +140,7 @@ async def run_here(
     watch: Watch | None = None,
     started: Callable[[Sequence[Child]], Awaitable[None]] | None = None,
 ) -> LiveResult:
-    """Both sides on this machine. `started` is given the processes, while they run."""
+    """Both sides on this machine. `started` is given the processes, while they run; an error of its own is raised."""
     check(scenario, protocol, settings)
     heard = _Heard(watch)
     run = Run(scenario.told(), protocol.name, seed)
@@ -165,6 +165,8 @@ async def run_here(
         finally:
             for side in sides:
                 side.bury()
+    if beside is not None and beside.done() and not beside.cancelled():
+        beside.result()
     return _result(scenario, protocol, seed, ends, heard)
 
 

@@ -45,7 +45,8 @@ class SocketOutlet(Outlet):
         self._sent = 0
         self._consumed = 0
         self._initial_through = 0
-        self._closed = False
+        self.closed = False
+        """There is no socket any more."""
 
     @property
     def sent(self) -> int:
@@ -59,7 +60,7 @@ class SocketOutlet(Outlet):
     @property
     def consumed(self) -> int:
         """What the VMM read, of all that was ever sent."""
-        if not self._closed:
+        if not self.closed:
             sent = self._sent  # first: what the thread puts in meanwhile is not to be taken for read
             unread = unread_bytes(self._theirs)
             self._consumed = max(self._consumed, sent - unread)  # what was put in just now may not be counted yet
@@ -67,7 +68,7 @@ class SocketOutlet(Outlet):
 
     def close(self) -> None:
         """The socket is about to be closed."""
-        self._closed = True
+        self.closed = True
 
     @property
     def unread_bytes(self) -> int:  # type: ignore[override]
@@ -106,7 +107,7 @@ class SavedData:
         stream.outlet = self._outlet
         self._closing = eventfd()
         self._worker = Worker(f"{edge} copy")
-        self._ended = False  # what was said last is END, for good
+        self._ended = False  # what was said last is so for good
         self._idle: tuple[str, int, str] | None = None
         self._bell = Bell()
         self._task = asyncio.create_task(self._run(), name=edge)
@@ -127,8 +128,8 @@ class SavedData:
         return *told, self._outlet.sent
 
     def _told(self) -> tuple[str, int, str] | None:
-        if self.stream.over:
-            return "ERROR", self.stream._closed, ""
+        if self.stream.over:  # said when nothing can be read any more
+            return ("ERROR", self.stream._closed, "") if self._outlet.closed else None
         # The driver may have something new since it was said, and its task here not be woken yet.
         return None if self._idle is None or self._has_more() else self._idle
 
@@ -143,10 +144,11 @@ class SavedData:
             while await self._put():
                 pass
         except OSError as error:
+            self._ended = True
             self._say("ERROR", error.errno or errno.EIO, str(error.strerror or error))
         await self._watching
-        self._bell.ring()
         self._close()
+        self._bell.ring()
 
     async def _put(self) -> bool:
         """Some of what the driver has, or what read() gives in its place; False at the end of the stream."""
