@@ -9,7 +9,7 @@ help:
 	@echo 'make test      lint, types and tests'
 	@echo 'make validate  hold the simulation against published measurements'
 	@echo 'make docs      draw docs/states.md anew, from the table of the state machine'
-	@echo 'make bench     the virtual clock against SimPy'
+	@echo 'make bench     the virtual clock against SimPy; a live stream against a bare relay; live memory'
 	@echo 'make lock      pin the dependencies anew (needs uv)'
 	@echo 'make clean     remove the virtual environment and what was built'
 
@@ -28,6 +28,8 @@ docs: $(VENV)/core.stamp
 
 bench: $(VENV)/dev.stamp
 	@$(BIN)/python benchmarks/clock_vs_simpy.py
+	@$(BIN)/python benchmarks/live_stream.py
+	@$(BIN)/python benchmarks/live_memory.py
 
 # pip takes nothing that the lock does not name with a hash; the project itself needs no build isolation, for
 # setuptools is in the lock too.

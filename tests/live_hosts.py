@@ -121,17 +121,23 @@ def run(main: Callable[[], Coroutine[Any, Any, None]], loop: str = "uvloop") -> 
 class Live:
     """A device process and what a VMM has of it."""
 
-    def __init__(self, process: DeviceProcess, calls: Calls, devices: Devices, scenario: Scenario) -> None:
+    def __init__(
+        self, process: DeviceProcess, calls: Calls, devices: Devices, scenario: Scenario, index: int = 0
+    ) -> None:
         self.process = process
         self.calls = calls
         self.devices = devices
         self.scenario = scenario
-        self.device = RemoteDevice(0, scenario.devices[0].name, devices)
-        self.more = [RemoteDevice(index, spec.name, devices) for index, spec in enumerate(scenario.devices)]
-        inside = process._devices[0]
+        self._index = index
+        self.device = RemoteDevice(index, scenario.devices[index].name, devices)
+        inside = process._devices[index]
         self.driver: SimDriver = inside.driver
         self.store: Store = inside.store
         self._state = inside._state
+
+    def of(self, index: int) -> Live:
+        """Another device of the same host."""
+        return Live(self.process, self.calls, self.devices, self.scenario, index)
 
     @property
     def state(self) -> DeviceState:
@@ -154,11 +160,11 @@ class Live:
 
     def bytes_of(self, parts: Sequence[Part]) -> memoryview:
         """A run of a stream, with the bytes of a store that is filled."""
-        filled = Store(self.scenario.devices[0], filled=True)
+        filled = Store(self.scenario.devices[self._index], filled=True)
         return memoryview(b"".join(Layout(filled).pieces(Extent(list(parts)))))
 
     async def digests(self) -> bytes:
-        told: bytes = (await self.calls.call("digests")).body["digests"][0]
+        told: bytes = (await self.calls.call("digests")).body["digests"][self._index]
         return told
 
 

@@ -51,8 +51,9 @@ from sim.live.blocks import BlocksData
 from sim.live.copy import Copier, data_fd, unread_bytes
 from sim.live.data_fd import descriptor
 from sim.live.io import IO, WOKEN
+from sim.live.load import LoadedData
 from sim.live.save import Layout, SocketOutlet
-from sim.record import NO_INDICES, Extent, Part
+from sim.record import HEADER_BYTES, NO_INDICES, V3_HEADER_BYTES, Extent, Part
 
 PRECOPY = State.PRE_COPY
 WITH_PRECOPY = [kind for kind, changes in KINDS.items() if "PRE_COPY" in changes.get("device.0.features", ["PRE_COPY"])]
@@ -225,6 +226,34 @@ def test_reinit_makes_what_is_unread_initial_too() -> None:
     on_both(script, "source", {"driver.reinit": "flush"} | EVENTS)
 
 
+def test_reinit_cannot_drop_what_is_in_the_socket_and_counts_it_as_initial() -> None:
+    """As what somebody began to read, in virtual time."""
+
+    async def main() -> None:
+        changes = KINDS["chunks"] | {"driver.reinit": "invalidate", "driver.chunks": 2} | EVENTS
+        async with both(changes) as (source, target):
+            (to,) = await opened(target, State.RESUMING)
+            await source.device.set_precopy_info_v2()
+            (fd,) = await opened(source, PRECOPY)
+            await source.settle()
+            left = await source.device.stop_copy_bytes()
+            guest_writes(source, [1, 2, 3])
+            guest_reconfigures(source, [0, 2])
+            info = await fd.precopy_info()
+            assert info.reinit
+            assert (info.initial_bytes, info.dirty_bytes) == (left + 2 * 4096 + HEADER_BYTES, 0)
+            while (data := await read_some(fd, 10_000)) is not None:
+                await to.write(data, 10_000)
+            await fd.precopy_info()
+            guest_stops(source)
+            await source.device.set_state(State.STOP_COPY)
+            while len(data := await fd.read(10_000)):
+                await to.write(data, 10_000)
+            await arrived(source, target)
+
+    run(main)
+
+
 def test_who_did_not_opt_in_hears_of_no_reinit() -> None:
     async def script(rig: Any) -> Any:
         (fd,) = await opened(rig, PRECOPY)
@@ -351,6 +380,28 @@ def test_arcs_fail_as_the_scenario_says(arc: str, leaves: str) -> None:
         return log
 
     on_both(script, "source", {"device.0.faults": [fault]})
+
+
+@pytest.mark.parametrize("after", range(4))
+@pytest.mark.parametrize("streams", [0, 2])
+def test_a_load_that_fails_ends_what_depends_on_it(streams: int, after: int) -> None:
+    good = stream_of(streams)
+
+    async def script(rig: Any) -> Any:
+        log: list[Any] = []
+        fds = await opened(rig, State.RESUMING, streams)
+        await written(rig, good, fds, log)
+        log.append((await code_of(rig.device.set_state(State.STOP)), await rig.device.state()))
+        await rig.device.reset()
+        log.append([await code_of(fd.write(b"x", 1)) for fd in fds])
+        fds = await opened(rig, State.RESUMING, streams)
+        await written(rig, good, fds, log)
+        log.append((await code_of(rig.device.set_state(State.RUNNING)), await rig.device.state()))
+        return log
+
+    fault = {"side": "target", "command": "LOAD", "after": after, "errno": "ENOMEM"}
+    told = on_both(script, "target", {"device.0.faults": [fault]} | EVENTS)
+    assert "ENOMEM" in [code for _, code in told[: len(good)]]
 
 
 @pytest.mark.parametrize(("streams", "after"), [(0, 0), (0, 1), (0, 2), (1, 2), (2, 3), (2, 4)])
@@ -639,6 +690,33 @@ async def move_by(way: str, moving: Move) -> None:
             await moving.v3(2)
         case _:
             await moving.blocks(2)
+
+
+@pytest.mark.parametrize("kind", ["v2 whole", "v2 chunks", "v3-n2 whole", "v3-n4 invalidates", "blocks"])
+def test_a_state_arrives_through_the_smallest_sockets(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver copies at once, and what the VMM writes at once, goes in many parts."""
+    for module in ("save", "load"):
+        monkeypatch.setattr(f"sim.live.{module}.data_fd", functools.partial(data_fd, 1))
+
+    async def main() -> None:
+        async with both(BUSY | KINDS_OF_MOVE[kind]) as (source, target):
+            moving = await move(kind, source, target, random.Random(1))
+            assert moving.moved > len(source.store.view) // 2
+            await arrived(source, target)
+
+    run(main)
+
+
+@pytest.mark.parametrize("lock", ["device", "global"])
+def test_two_devices_that_share_locks_arrive_side_by_side(lock: str) -> None:
+    async def main() -> None:
+        async with both(BUSY | {"device.0.count": 2, "driver.lock": lock}) as (source, target):
+            moves = [Move(source.of(at), target.of(at), random.Random(at)) for at in range(2)]
+            await asyncio.gather(moves[0].v3(2), moves[1].v3(1))
+            for at in range(2):
+                await arrived(source.of(at), target.of(at))
+
+    run(main)
 
 
 @pytest.mark.parametrize("way", ["v2", "v3", "blocks"])
@@ -1144,6 +1222,38 @@ def test_a_write_that_waits_for_an_epoch_is_told_when_it_is_not_to_come(how: str
     run(main)
 
 
+@pytest.mark.parametrize("blocks", [False, True])
+def test_what_is_wrong_with_a_session_that_is_over_does_not_fail_the_next_one(
+    blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes were taken out of the socket before a reset, and are looked at after it."""
+    received = LoadedData._received
+    taken, go_on = asyncio.Event(), asyncio.Event()
+
+    async def received_late(self: LoadedData, views: list[memoryview]) -> bool:
+        got = await received(self, views)
+        if views and len(views[0]) == V3_HEADER_BYTES:
+            taken.set()
+            await go_on.wait()
+        return got
+
+    monkeypatch.setattr(LoadedData, "_received", received_late)
+
+    async def main() -> None:
+        async with live("target", quick()) as rig:
+            _, fd = await opened(rig, State.RESUMING, 1, blocks=blocks)
+            writing = asyncio.create_task(code_of(fd.write(b"\xff" * 100, 100)))
+            await taken.wait()
+            resetting = await waits(rig, rig.device.reset())
+            assert rig.driver._state is State.RUNNING
+            go_on.set()
+            await resetting
+            assert await writing == "ENODEV"
+            assert await rig.device.state() is State.RUNNING
+
+    run(main)
+
+
 def test_only_the_write_that_is_wrong_gets_the_reason() -> None:
     """All that were on their way, and all later ones, get what every call gets from then on."""
     good = stream_of(1)
@@ -1338,14 +1448,11 @@ def test_copies_exclude_each_other_as_the_scenario_says(
         changes = SLOW_SOCKETS | {"driver.lock": lock, "device.0.count": devices}
         async with live("source", quick(changes)) as rig:
             fds = []
-            for device in rig.more:
-                await device.set_streams(4)
-                critical = await device.set_state(PRECOPY)
-                assert critical is not None
-                fds += [critical, *[await critical.get_stream(at) for at in range(4)]]
+            for at in range(devices):
+                fds += await opened(rig.of(at), PRECOPY, 4)
             await asyncio.gather(*(drained(fd, 50_000) for fd in fds))
-            for device in rig.more:  # calls take turns with them, and come to their turn
-                await device.state()
+            for at in range(devices):  # calls take turns with them, and come to their turn
+                await rig.of(at).device.state()
 
     run(main)
     assert copies.total >= 5 * devices

@@ -100,6 +100,10 @@ class LoadedData:
             await self.stream._session._bell.wait()
         os.eventfd_write(self._closing, 1)
 
+    def _refuse(self, why: str) -> OSError:
+        """What came is no stream. Of a session that is over already, nothing can fail the device any more."""
+        return self.stream.error or self.stream.refuse(why)
+
     async def _loaded(self) -> None:
         """What is loaded beside is over."""
 
@@ -108,7 +112,7 @@ class LoadedData:
         decoder = self._decoder()
         while decoder.record is None:
             if decoder.wanted > most:
-                raise self.stream.refuse(f"what came is no record: {most} bytes")
+                raise self._refuse(f"what came is no record: {most} bytes")
             head = bytearray(decoder.wanted - len(decoder.got))
             if not await self._received([memoryview(head)]):
                 return False
@@ -116,7 +120,7 @@ class LoadedData:
             try:
                 decoder.take()
             except ValueError as error:
-                raise self.stream.refuse(f"what came is no record: {error}") from error
+                raise self._refuse(f"what came is no record: {error}") from error
             if decoder.record is None:
                 self._answer_if_all_taken()
         return await self._take_rest(decoder.record, len(decoder.got))
@@ -200,7 +204,7 @@ class LoadedBlocks(LoadedData):
 
     async def _take_rest(self, record: Record, at: int) -> bool:
         if record.size_bytes != self._size:
-            raise self.stream.refuse(f"a record of {record.size_bytes} bytes in a write of {self._size}")
+            raise self._refuse(f"a record of {record.size_bytes} bytes in a write of {self._size}")
         record.data = memoryview(bytearray(record.size_bytes - at))
         if not await self._received([record.data]):
             return False
