@@ -17,6 +17,7 @@ from rich.table import Table
 
 from experiments import INTERRUPTED, results, tell
 from experiments.compare import Cell, run_cells
+from experiments.folder import ResultFolder
 from experiments.live import Job, live_manifest, prepared, run_jobs, table, warn
 from proto_v3.migration import OutcomeKind
 from proto_v3.timeline import PHASES, Resource
@@ -76,7 +77,7 @@ def run_agree(
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
     scenario, protocols = prepared(scenario_name, protocol_names, changes, settings)
-    folder = results.ResultFolder(Path(out) if out else Path("results") / f"agree-{scenario.name}")
+    folder = ResultFolder(Path(out) if out else Path("results") / f"agree-{scenario.name}")
     stderr = Console(stderr=True)
     warn(stderr, scenario)
     simulated, interrupted = run_cells([Cell(scenario, p, seed) for seed in seeds for p in protocols], None)
@@ -146,7 +147,7 @@ def within_aim(compared: pl.DataFrame) -> bool:
 
 
 def _show(
-    folder: results.ResultFolder,
+    folder: ResultFolder,
     name: str,
     description: str,
     frame: pl.DataFrame,

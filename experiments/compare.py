@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import INTERRUPTED, results, tell
+from experiments.folder import ResultFolder
 from proto_v3.errors import UserError
 from proto_v3.migration import OutcomeKind
 from sim.outcome import Outcome
@@ -66,7 +67,7 @@ def run_compare(
         raise UserError(f"--protocols {','.join(protocol_names)}: one is named twice")
     if out == "":
         raise UserError("--out '': must be the name of a folder")
-    folder = results.ResultFolder(Path(out) if out else Path("results") / scenario.name)
+    folder = ResultFolder(Path(out) if out else Path("results") / scenario.name)
     cells = [Cell(scenario, protocol, seed) for seed in seeds for protocol in protocols]
     outcomes, interrupted = run_cells(cells, jobs)
     console = tell.console()
@@ -158,7 +159,7 @@ def _in_processes(cells: Sequence[Cell], jobs: int | None) -> Iterator[tuple[int
         signal.signal(signal.SIGINT, before)
 
 
-def _draw(folder: results.ResultFolder, scenario: Scenario, frame: pl.DataFrame, command: Sequence[str]) -> list[Path]:
+def _draw(folder: ResultFolder, scenario: Scenario, frame: pl.DataFrame, command: Sequence[str]) -> list[Path]:
     if frame.filter(pl.col("outcome") == OutcomeKind.COMPLETED.value).is_empty():
         return []
     from experiments import figures

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import INTERRUPTED
+from experiments.folder import ResultFolder
 from experiments.live_progress import Progress
 from proto_v3.errors import UserError
 from proto_v3.migration import OutcomeKind
@@ -83,9 +84,7 @@ def run_live(
     to = None if connect is None else address(connect, "--connect")
     if to is None and settings.tls is not None:
         raise UserError("--tls-cert: TLS is for a target on another host: give --connect")
-    from experiments import results  # heavy
-
-    folder = results.ResultFolder(Path(out) if out else Path("results") / f"live-{scenario.name}")
+    folder = ResultFolder(Path(out) if out else Path("results") / f"live-{scenario.name}")
     stderr = Console(stderr=True)
     warn(stderr, scenario)
     jobs = [Job(protocol, seed) for seed in seeds for protocol in protocols]
@@ -93,6 +92,8 @@ def run_live(
     if not found:
         stderr.print("interrupted before the first run was done; nothing was written", markup=False)
         return INTERRUPTED
+    from experiments import results  # heavy: not before the runs, whose memory is counted
+
     frame = table(found, settings)
     folder.write_table(frame, "runs", table_format)
     outcomes = [result.outcome for result in found]

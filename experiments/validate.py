@@ -12,6 +12,7 @@ from rich.console import Console
 
 from experiments import INTERRUPTED, results, tell
 from experiments.compare import Cell, run_cells, say
+from experiments.folder import ResultFolder
 from experiments.show import told
 from experiments.tell import Held
 from proto_v3.errors import UserError
@@ -57,7 +58,7 @@ def run_validate(names: Sequence[str], seeds: Sequence[int], out: str, jobs: int
     cases = _cases(names)
     if not out:
         raise UserError("--out '': must be the name of a folder")
-    folder = results.ResultFolder(Path(out))
+    folder = ResultFolder(Path(out))
     cells = [
         Cell(scenario, Protocol.parse(protocol, scenario), seed)
         for scenario in cases.values()
@@ -139,7 +140,7 @@ def tidy(rows: Sequence[Row]) -> pl.DataFrame:
     return pl.DataFrame(values, schema=COLUMNS)
 
 
-def _write(folder: results.ResultFolder, frame: pl.DataFrame, manifest: dict[str, Any]) -> list[Path]:
+def _write(folder: ResultFolder, frame: pl.DataFrame, manifest: dict[str, Any]) -> list[Path]:
     """Write all files; returns the figure's, none if there is nothing to draw."""
     folder.write_table(frame, "validate", "parquet")
     folder.write_json(manifest, "manifest")

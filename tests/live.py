@@ -98,10 +98,15 @@ Act = Callable[[Seen], Coroutine[Any, Any, None]]
 
 
 async def live_run(
-    protocol: str, act: Act | None = None, *, seed: int = 0, settings: Settings | None = None
+    protocol: str,
+    act: Act | None = None,
+    *,
+    seed: int = 0,
+    settings: Settings | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[LiveResult, Seen]:
     """A run to its end, in which `act` takes part."""
-    scenario, seen = live_scenario(), Seen()
+    scenario, seen = live_scenario(changes), Seen()
 
     async def started(children: Sequence[Child]) -> None:
         seen.know(children)

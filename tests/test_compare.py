@@ -20,6 +20,7 @@ from rich.console import Console
 
 from experiments import compare, results, tell
 from experiments.compare import Cell, run_cell, run_cells
+from experiments.folder import ResultFolder
 from proto_v3.errors import UserError
 from proto_v3.migration import OutcomeKind
 from proto_v3.timeline import PHASES, Resource
@@ -101,7 +102,7 @@ def test_a_row_tells_all_of_an_outcome_and_nothing_else() -> None:
 
 def test_a_table_survives_parquet_and_csv(tmp_path: Path) -> None:
     frame = results.table([*outcomes(), given_up(outcomes()[0])])
-    folder = results.ResultFolder(tmp_path)
+    folder = ResultFolder(tmp_path)
     assert pl.read_parquet(folder.write_table(frame, "runs", "parquet")).equals(frame, null_equal=True)
     csv = folder.write_table(frame, "runs", "csv")
     assert pl.read_csv(csv, schema=frame.schema).equals(frame, null_equal=True)
@@ -109,7 +110,7 @@ def test_a_table_survives_parquet_and_csv(tmp_path: Path) -> None:
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
-    folder = results.ResultFolder(tmp_path)
+    folder = ResultFolder(tmp_path)
     folder.write_json({"kept": True}, "manifest")
     with pytest.raises(TypeError):
         folder.write_json({"bad": object()}, "manifest")
@@ -123,7 +124,7 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
             raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match=r"compare\.png: cannot be written: No space left on device"):
-        results.ResultFolder(tmp_path).write_figure(Full(), "compare")
+        ResultFolder(tmp_path).write_figure(Full(), "compare")
 
 
 def test_a_manifest_makes_the_scenario_again() -> None:

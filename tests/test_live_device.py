@@ -1028,6 +1028,10 @@ def test_whatever_bytes_come_there_is_an_errno_and_the_device_can_be_used_again(
                 break
         return bytes(changed)
 
+    async def waits_a_little(rig: Live) -> None:
+        for _ in range(20):
+            await rig.calls.call("ping")
+
     async def fuzz(rig: Live) -> set[Any]:
         fds = await opened(rig, State.RESUMING, streams, blocks=blocks)
         which = rng.randrange(len(good))
@@ -1036,9 +1040,12 @@ def test_whatever_bytes_come_there_is_an_errno_and_the_device_can_be_used_again(
             data: bytes = bytes(rig.bytes_of(parts))
             if number == which:
                 data = rng.randbytes(rng.randrange(1, 300)) if rng.random() < 0.1 else mutated(data)
-            tasks.append(asyncio.create_task(code_of(fds[at].write(data, rng.choice([len(data) or 1, 100])))))
-            if number == len(good) // 2 or rng.random() < 0.1:
-                await rig.calls.call("ping")
+            task = asyncio.create_task(code_of(fds[at].write(data, rng.choice([len(data) or 1, 100]))))
+            tasks.append(task)
+            if at == 0 and rng.random() < 0.8:  # those wait for nothing
+                await task
+        if rng.random() < 0.8:  # what is refused is known by then, mostly
+            await waits_a_little(rig)
         codes = set()
         assert await code_of(rig.device.set_state(State.STOP)) in (None, "EIO", "ENODATA", "EINVAL")  # that is of ERROR
         await rig.device.reset()

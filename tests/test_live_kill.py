@@ -166,6 +166,28 @@ def at(moment: str, draw: random.Random, act: Callable[[Seen], object]) -> Act:
     return acts
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_target_fails_that_the_source_has_more_for(protocol: str) -> None:
+    """All connections are full, for it loads slowly, when its device is gone: the source still gets its word through,
+    that it gives up."""
+    slow = {"device.0.state_mib": 64.0, "firmware.save_mib_per_s": 4096.0, "firmware.load_mib_per_s": 20.0}
+
+    async def kill(seen: Seen) -> None:
+        await seen.until("source", True)
+        await asyncio.sleep(0.5)
+        assert hit(seen.children["target device"])
+
+    async def run() -> LiveResult:
+        before = open_fds()
+        result, seen = await live_run(protocol, kill, changes=slow)
+        nothing_left(seen, before)
+        return result
+
+    outcome = asyncio.run(run()).outcome
+    assert outcome.kind is OutcomeKind.FAILED
+    assert outcome.reason.endswith("was killed by SIGKILL; the guest runs on at the source")
+
+
 @pytest.mark.parametrize("moment", ["set-up", "pre-copy", "stop", "resume"])
 def test_a_process_hangs(moment: str) -> None:
     """One that is stopped is not dead: nothing is closed, and no process ends. The others find out in their ways."""

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import results
+from experiments.folder import ResultFolder
 from proto_v3.errors import UserError
 from proto_v3.lanes import Credits, Wire
 from proto_v3.uapi import StreamFlags
@@ -310,7 +311,7 @@ def test_a_protocol_is_made_again_from_its_name(name: str) -> None:
 def test_names_survive_a_run_and_a_table(tmp_path: Any) -> None:
     outcomes = [simulate(SCENARIO, Protocol.parse(name, SCENARIO), 1) for name in NAMES]
     frame = results.table(outcomes)
-    results.ResultFolder(tmp_path).write_table(frame, "runs", "csv")
+    ResultFolder(tmp_path).write_table(frame, "runs", "csv")
     names = pl.read_csv(tmp_path / "runs.csv")["protocol"].to_list()
     assert names == NAMES
     assert [Protocol.parse(name, SCENARIO).name for name in names] == NAMES

@@ -1,0 +1,84 @@
+"""A folder that results are written into: tables, figures, a manifest, each whole or not at all.
+
+It imports nothing heavy, so that it can be looked at before the work: a live run's memory is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proto_v3.errors import UserError
+
+if TYPE_CHECKING:
+    import polars as pl
+    from matplotlib.figure import Figure
+
+SCHEMA_VERSION = 3
+"""Of the table of runs; grows when a column changes its meaning."""
+
+
+class ResultFolder:
+    """A folder that results are written into. Files appear whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        """UserError if the folder cannot be made or written to: found out before the work, not after it."""
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"--out {folder}: cannot be written: {error.strerror}; name a folder that can") from error
+
+    def remove(self, *names: str) -> None:
+        """Take away files of an earlier run which would not fit the new ones."""
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def write_table(self, frame: pl.DataFrame, name: str, table_format: str) -> Path:
+        """Write a table as NAME.parquet or NAME.csv."""
+        path = self.folder / f"{name}.{table_format}"
+        with _replacing(path) as new:
+            if table_format == "csv":
+                frame.write_csv(new)
+            else:
+                frame.write_parquet(new, metadata={"schema_version": str(SCHEMA_VERSION)})
+        return path
+
+    def write_json(self, value: Any, name: str) -> Path:
+        """Write NAME.json."""
+        path = self.folder / f"{name}.json"
+        with _replacing(path) as new:
+            new.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+        return path
+
+    def write_figure(self, figure: Figure, name: str) -> list[Path]:
+        """Write a figure as NAME.png and NAME.svg."""
+        import matplotlib
+
+        paths = [self.folder / f"{name}.png", self.folder / f"{name}.svg"]
+        for path in paths:
+            # Without the date and the random ids of an SVG, the same runs give the same file.
+            metadata = {"Date": None} if path.suffix == ".svg" else None
+            with _replacing(path) as new, matplotlib.rc_context({"svg.hashsalt": "proto-v3"}):
+                figure.savefig(new, format=path.suffix[1:], dpi=160, metadata=metadata)
+        return paths
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Write beside the file, and put it in its place when all of it is written. UserError if that fails."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        yield new
+        os.replace(new, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        new.unlink(missing_ok=True)
