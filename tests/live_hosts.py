@@ -216,7 +216,9 @@ Rig = Live | Virtual
 Script = Callable[[Any], Awaitable[Any]]
 
 
-def on_both(script: Script, side: str, changes: dict[str, Any] | None = None, *, io: str = "threads") -> Any:
+def on_both(
+    script: Script, side: str, changes: dict[str, Any] | None = None, *, io: str = "threads", loop: str = "uvloop"
+) -> Any:
     """What a script gives on a virtual device, after checking that it gives the same on a live one."""
     changes = changes or {}
     virtual: list[Any] = []
@@ -230,7 +232,7 @@ def on_both(script: Script, side: str, changes: dict[str, Any] | None = None, *,
             alive.append(await script(rig))
 
     clock.run(in_virtual_time())
-    run(in_real_time)
+    run(in_real_time, loop)
     (there,), (here,) = virtual, alive
     if isinstance(there, list):
         for at, (expected, got) in enumerate(zip(there, here, strict=True)):

@@ -69,6 +69,8 @@ WHERE = {
     "the guest runs at the target": "target",
 }
 """Where it runs then, with its devices."""
+MUCH = {"device.0.state_mib": 128.0, "firmware.save_mib_per_s": 4096.0, "firmware.load_mib_per_s": 400.0}
+"""More than all buffers on the way hold, and faster saved than loaded."""
 SOON = Settings(silent_s=2.0, handshake_s=5.0)
 """Not too soon: a healthy process that gets no time for so long is taken for one that hangs."""
 
@@ -166,20 +168,20 @@ def at(moment: str, draw: random.Random, act: Callable[[Seen], object]) -> Act:
     return acts
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", [*PROTOCOLS, "v3-n2-one"])
 def test_a_target_fails_that_the_source_has_more_for(protocol: str) -> None:
-    """All connections are full, for it loads slowly, when its device is gone: the source still gets its word through,
-    that it gives up."""
-    slow = {"device.0.state_mib": 64.0, "firmware.save_mib_per_s": 4096.0, "firmware.load_mib_per_s": 20.0}
+    """Its device hangs until all connections are full, and is killed then: the source still gets rid of its CANCEL."""
 
-    async def kill(seen: Seen) -> None:
+    async def fill_and_kill(seen: Seen) -> None:
         await seen.until("source", True)
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.1)
+        assert hit(seen.children["target device"], signal.SIGSTOP)
+        await asyncio.sleep(1.0)
         assert hit(seen.children["target device"])
 
     async def run() -> LiveResult:
         before = open_fds()
-        result, seen = await live_run(protocol, kill, changes=slow)
+        result, seen = await live_run(protocol, fill_and_kill, changes=MUCH)
         nothing_left(seen, before)
         return result
 

@@ -125,6 +125,7 @@ class DeviceProcess:
         self._devices = [_Device(*each, store) for each, store in zip(made, self._stores, strict=True)]
         if self.side == "source":
             self._guest = asyncio.create_task(self._run_guest(), name="guest")
+            self._guest.add_done_callback(_complain)
         return Answer()
 
     async def _run_guest(self) -> None:
@@ -298,6 +299,12 @@ class DeviceProcess:
         devices = [device.told() for device in self._devices]
         cpu_ns = self._time.cpu_ns
         return Answer({"timeline": self.timeline.export(), "devices": devices, "delays": delays, "cpu_ns": cpu_ns})
+
+
+def _complain(task: asyncio.Task[None]) -> None:
+    """What it fails by is a bug, to be seen."""
+    if not task.cancelled() and task.exception() is not None:
+        task.get_loop().call_exception_handler({"message": task.get_name(), "exception": task.exception()})
 
 
 class _Device:

@@ -81,24 +81,28 @@ class LoadedData:
         except OSError as error:
             stale = error.errno == errno.ENODEV and self.stream.error  # which says why
             self._answer(self._taken, stale or error)
-        except Exception as error:  # a bug: to be seen here, and not waited for there
-            self._answer(self._taken, OSError(errno.EIO, repr(error)))
-            raise
+        except Exception as error:
+            self._found_bug(error, self._taken)
         finally:
             with contextlib.suppress(OSError):
                 self._ours.shutdown(socket.SHUT_RD)  # a write() that waits for room ends
-        await self._watching
-        await self._loaded()
-        self._worker.stop()
-        self._ours.close()
-        self._promised.close()
-        os.close(self._closing)
+            await self._watching
+            await self._loaded()
+            self._worker.stop()
+            self._ours.close()
+            self._promised.close()
+            os.close(self._closing)
 
     async def _watch(self) -> None:
         """Until the session is over: nothing more is taken then, of a record that is half there either."""
         while not self.stream.over:
             await self.stream._session._bell.wait()
         os.eventfd_write(self._closing, 1)
+
+    def _found_bug(self, error: Exception, taken: int) -> None:
+        """To be seen here, and not waited for there."""
+        self._answer(taken, OSError(errno.EIO, repr(error)))
+        asyncio.get_running_loop().call_exception_handler({"message": self._edge, "exception": error})
 
     def _refuse(self, why: str) -> OSError:
         """What came is no stream. Of a session that is over already, nothing can fail the device any more."""
@@ -218,6 +222,8 @@ class LoadedBlocks(LoadedData):
             await self.stream.write(Extent([RecordPart(record, 0, record.size_bytes)]), record.size_bytes)
         except OSError as error:
             self._answer(end, error)
+        except Exception as error:
+            self._found_bug(error, end)
         else:
             self._answer(end)
 

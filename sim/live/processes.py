@@ -31,7 +31,7 @@ from sim.live.vmm import Run, Settings, Vmm, run_source, run_target, unanswered
 
 COMM_CHARS = 15
 """Linux, TASK_COMM_LEN less its end: what `ps -o comm`, `top` and `perf` show."""
-PRELOAD = ["sim.live.processes", "uvloop"]
+PRELOAD = ["sim.live.preload", "sim.live.processes", "uvloop"]
 ENDS_WITHIN_S = 5.0
 """A child whose work is over, before it is killed."""
 HANGS = 2

@@ -144,11 +144,14 @@ class SavedData:
             while await self._put():
                 pass
         except OSError as error:
-            self._ended = True
-            self._say("ERROR", error.errno or errno.EIO, str(error.strerror or error))
-        await self._watching
-        self._close()
-        self._bell.ring()
+            self._fail(error.errno or errno.EIO, str(error.strerror or error))
+        except Exception as error:  # a bug: to be seen here, and not waited for there
+            self._fail(errno.EIO, repr(error))
+            asyncio.get_running_loop().call_exception_handler({"message": self._edge, "exception": error})
+        finally:
+            await self._watching
+            self._close()
+            self._bell.ring()
 
     async def _put(self) -> bool:
         """Some of what the driver has, or what read() gives in its place; False at the end of the stream."""
@@ -177,6 +180,10 @@ class SavedData:
         while not self.stream.over:
             await self.stream._bell.wait()
         os.eventfd_write(self._closing, 1)
+
+    def _fail(self, code: int, text: str) -> None:
+        self._ended = True
+        self._say("ERROR", code, text)
 
     def _say(self, what: str, code: int, text: str = "") -> None:
         self._idle = (what, code, text)

@@ -454,6 +454,7 @@ async def _take_in(vmm: Vmm, session: Session) -> dict[str, Any]:
         failures = [vmm.failure(each) for each in leaves(error)]
         if side.machine.running:
             _hang_up(session)
+    drains = [] if whole else [asyncio.create_task(_drain(channel)) for channel in vmm.channels]
     told = await vmm.collected()
     told |= {"whole": whole, "failures": failures, "side": "target"}
     told["peak_reorder_bytes"] = target.peak_reorder_bytes if target else 0
@@ -461,7 +462,16 @@ async def _take_in(vmm: Vmm, session: Session) -> dict[str, Any]:
     with contextlib.suppress(OSError, ProtoV3Error):
         await session.tell("result", told=told)
         await session.hear("bye")
+    for drain in drains:
+        drain.cancel()
     return told
+
+
+async def _drain(channel: Channel) -> None:
+    """This side wants nothing more; but the source says CANCEL behind what it has sent, and waits for room for it."""
+    with contextlib.suppress(OSError, ProtoV3Error):
+        while True:
+            await channel.recv()
 
 
 def _hang_up(session: Session) -> None:
