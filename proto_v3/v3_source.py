@@ -55,6 +55,8 @@ class _Stream:
         """0 is the critical stream."""
         self.unread_bytes = 0
         """As far as is known without asking."""
+        self.read_bytes = 0
+        """In all."""
 
     async def say(self, kind: Kind, value: int = 0) -> None:
         """A frame without payload, behind what was sent."""
@@ -228,6 +230,7 @@ class V3Source(Source):
             return None
         if len(data):
             stream.unread_bytes = max(0, stream.unread_bytes - len(data))
+            stream.read_bytes += len(data)
             await stream.lane.send(Frame(Kind.DATA, stream.device, stream.index, payload=data))
             self._sent(stream.device, len(data))
         return len(data)
@@ -319,7 +322,10 @@ class V3Source(Source):
     async def _ask(self) -> None:
         for stream in self._streams:
             if stream.index:
-                stream.unread_bytes = (await stream.fd.stream_info()).pending_bytes
+                read_bytes = stream.read_bytes
+                pending_bytes = (await stream.fd.stream_info()).pending_bytes
+                # What was read while the answer was on its way may be in it: else it would never be taken off.
+                stream.unread_bytes = max(0, pending_bytes - (stream.read_bytes - read_bytes))
         for readers in self._readers:
             await readers.ask()
 

@@ -309,11 +309,6 @@ class SaveStream(SavedFd):
                 pass
         return self._ready()
 
-    async def filled(self) -> None:
-        """Wait until there are bytes to take, or the end, or an error."""
-        while not SaveStream._ready(self):
-            await self._bell.wait()
-
     def _ready(self) -> Ready:
         ready = Ready.NOTHING
         if self._unread_bytes or self._closed or (self._final and not self._planned):

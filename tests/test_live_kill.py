@@ -55,6 +55,7 @@ ENDS = {
         "the guest runs on at the source",
         "the guest is stopped at the source",
         "the guest ran at the target, and is gone with its VMM",
+        "the guest ran at the target, which was not heard of since",
     ],
     "target device": [
         "the guest runs on at the source",
@@ -248,17 +249,21 @@ def test_a_process_of_the_other_host_is_killed(victim: str) -> None:
     draw = random.Random(victim)
 
     def kill(seen: Seen) -> None:
-        (pid,) = (pid for pid, told in children_of(fork_server()).items() if told[0] == victim.replace(" ", "-"))
-        os.kill(pid, signal.SIGKILL)
+        for pid, told in children_of(fork_server()).items():
+            if told[0] == victim.replace(" ", "-"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     async def killed_at(moment: str) -> None:
         before = open_fds()
         result, told = await two_hosts(draw.choice(PROTOCOLS), at(moment, draw, kill))
         assert open_fds() == before
         assert not children_of(fork_server())
-        outcome, guest = result.outcome, result.outcome.reason.rpartition("; ")[2]
-        assert outcome.kind is OutcomeKind.FAILED
         assert not result.deaths
+        outcome, guest = result.outcome, result.outcome.reason.rpartition("; ")[2]
+        if outcome.kind is OutcomeKind.COMPLETED:  # it had told all by then
+            return
+        assert outcome.kind is OutcomeKind.FAILED
         assert any(f"the {victim} (process " in death for death in told["deaths"])
         assert guest in ENDS[victim]
         assert guest != "the guest is stopped at the source" or LOST in outcome.reason

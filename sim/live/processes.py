@@ -31,7 +31,7 @@ from sim.live.vmm import Run, Settings, Vmm, run_source, run_target, unanswered
 
 COMM_CHARS = 15
 """Linux, TASK_COMM_LEN less its end: what `ps -o comm`, `top` and `perf` show."""
-PRELOAD = ["sim.live.preload", "sim.live.processes", "uvloop"]
+PRELOAD = ["sim.live.processes", "uvloop"]
 ENDS_WITHIN_S = 5.0
 """A child whose work is over, before it is killed."""
 HANGS = 2
@@ -44,6 +44,7 @@ Note = Callable[[str, dict[str, Any]], None]
 
 
 def _context() -> multiprocessing.context.ForkServerContext:
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # a heap for each of many threads would be memory that none needs
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads that would do nothing, in each process
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)

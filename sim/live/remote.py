@@ -44,8 +44,8 @@ from sim.stream import ReadCounts, fails
 
 S = TypeVar("S", bound=Structure)
 ANSWER_BYTES = 4096
-KEPT_BUFFERS = 4
-"""Of each data fd: one is being sent while the next is read, with multifd several."""
+KEPT_BUFFERS = 2
+"""Of each data fd: one is being sent while the next is read; with multifd more, which are made anew."""
 
 
 class Devices:

@@ -304,7 +304,11 @@ def _guest(ends: dict[str, _End], target: dict[str, Any], heard: _Heard) -> tupl
         return "", f"{words}, without its devices"
     if there is not None and there.told is None and ("target", True) in {each[:2] for each in heard.ran}:
         return "", "the guest ran at the target, and is gone with its VMM"
-    return "", "the guest is gone with the source VMM" if source is None else "the guest is stopped at the source"
+    if source is None:
+        return "", "the guest is gone with the source VMM"
+    if source.get("kind") == OutcomeKind.COMPLETED:  # the target said RESUMED, and nothing after that
+        return "", "the guest ran at the target, which was not heard of since"
+    return "", "the guest is stopped at the source"
 
 
 def _measured(

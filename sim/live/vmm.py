@@ -46,8 +46,8 @@ HEAD_START_NS = 50_000_000
 PROGRESS_S = 0.25
 BEATS = 4
 """Pings within the time after which a process that does not answer is given up."""
-FRAME_SLACK_BYTES = 1 << 20
-"""Of a frame beside the data: headers of records, tables."""
+FRAME_SLACK_BYTES = 128 << 10
+"""Of a frame beside the data: a record's header. Versions of addressable blocks, 8 bytes for 1 KiB at the most, too."""
 MAX_SCENARIO_BYTES = 256 << 10
 
 
@@ -284,7 +284,8 @@ def frame_bytes(scenario: Scenario) -> int:
     """The largest payload that a source sends."""
     ram_scan = scenario.ram.scan_gib_per_s * GIB * scenario.vmm.ram_budget_ms / 1e3 / 4096 * 9
     block = max(device.block_bytes for device in scenario.devices)
-    return round(max(scenario.vmm.read_mib * MIB, scenario.ram.frame_mib * MIB, ram_scan, block)) + FRAME_SLACK_BYTES
+    largest = max(scenario.vmm.read_mib * MIB, scenario.ram.frame_mib * MIB, ram_scan, block)
+    return round(largest * (1 + 1 / 128)) + FRAME_SLACK_BYTES
 
 
 def socket_settings(scenario: Scenario) -> SocketSettings:
