@@ -1,11 +1,11 @@
 """How fast a stream goes from a device's fd to the target's device, beside a bare relay with as many processes.
 
 The relay is the least that moves bytes along the same path: four processes, a UNIX socket pair, TCP over loopback, a
-UNIX socket pair, `recv_into` and `sendall` of 1 MiB in a loop. The live run is a migration whose device is unpaced, all
-of whose state moves after the stop: v2's one stream, and v3 with N = 1, 2 and 4. Both move as many bytes, in turn, in
-one run of this script; what counts is the ratio.
+UNIX socket pair, `recv_into` and `sendall` of one read's size in a loop. The live run is a migration whose device is
+unpaced, all of whose state moves after the stop: v2's one stream, and v3 with N = 1, 2 and 4. Both move as many bytes,
+with reads and sockets of the same size, in turn, in one run of this script; what counts is the ratio.
 
-    python benchmarks/live_stream.py [--rounds 5] [--mib 1024] [--io threads|loop]
+    python benchmarks/live_stream.py [--rounds 5] [--mib 1024] [--io threads|loop] [--read-mib 1]
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from sim.live.vmm import Settings
 from sim.protocol import Protocol
 from sim.scenario import Scenario
 from sim.scenario_file import parse
+from sim.schema import MIB
 
-PIECE = 1 << 20
-MIB = 1 << 20
+ROOM = 8 * MIB
+"""In a data fd, of the relay's as of the live run's: driver.chunk_mib."""
 PROTOCOLS = ("v2", "v3-n1", "v3-n2", "v3-n4")
 
 UNPACED = """
@@ -64,6 +65,7 @@ load_command_us = 0.0
 load_finish_ms = 0.0
 service_cv = 0.0
 [driver]
+chunk_mib = 8
 lock = "none"
 [host]
 copy_gib_per_s = 1e6
@@ -71,9 +73,10 @@ memory_gib_per_s = 1e6
 [link]
 gbit_per_s = 10000.0
 per_connection_gbit_per_s = 10000.0
-socket_buffer_mib = 8.0
+socket_buffer_mib = {socket_mib}.0
 [vmm]
-write_kib = 1024
+read_mib = {read_mib}.0
+write_kib = {write_kib}
 setup_ms = 0.0
 vcpu_stop_ms = 0.0
 vcpu_start_ms = 0.0
@@ -84,9 +87,10 @@ downtime_limit_ms = 100000.0
 """
 
 
-def scenario(mib: int) -> Scenario:
+def scenario(mib: int, read_mib: int) -> Scenario:
     """The unpaced device."""
-    return parse(UNPACED.format(mib=mib), "unpaced")
+    sizes = {"socket_mib": 4 * read_mib, "read_mib": read_mib, "write_kib": 1024 * read_mib}
+    return parse(UNPACED.format(mib=mib, **sizes), "unpaced")
 
 
 # --- the relay --------------------------------------------------------------------------------------------------------
@@ -101,34 +105,34 @@ def memory(total: int) -> memoryview:
     return view
 
 
-def source(out: socket.socket, total: int, ready: Any, go: Any, cpu_s: Any) -> None:
+def source(out: socket.socket, total: int, piece: int, ready: Any, go: Any, cpu_s: Any) -> None:
     state = memory(total)
     ready.release()
     go.wait()
     began_s = time.process_time()
-    for at in range(0, total, PIECE):
-        out.sendall(state[at : at + PIECE])
+    for at in range(0, total, piece):
+        out.sendall(state[at : at + piece])
     with cpu_s.get_lock():
         cpu_s.value += time.process_time() - began_s
     out.shutdown(socket.SHUT_WR)
 
 
-def relay_to_tcp(into: socket.socket, address: tuple[str, int], ready: Any, cpu_s: Any) -> None:
+def relay_to_tcp(into: socket.socket, address: tuple[str, int], piece: int, ready: Any, cpu_s: Any) -> None:
     out = socket.create_connection(address)
-    SocketSettings(buffer_bytes=4 << 20).size(out)
+    SocketSettings(buffer_bytes=2 * piece).size(out)
     ready.release()
-    relay(into, out, cpu_s)
+    relay(into, out, piece, cpu_s)
 
 
-def relay_from_tcp(listener: socket.socket, out: socket.socket, ready: Any, cpu_s: Any) -> None:
+def relay_from_tcp(listener: socket.socket, out: socket.socket, piece: int, ready: Any, cpu_s: Any) -> None:
     into, _ = listener.accept()
-    SocketSettings(buffer_bytes=4 << 20).size(into)
+    SocketSettings(buffer_bytes=2 * piece).size(into)
     ready.release()
-    relay(into, out, cpu_s)
+    relay(into, out, piece, cpu_s)
 
 
-def relay(into: socket.socket, out: socket.socket, cpu_s: Any) -> None:
-    buffer = memoryview(bytearray(PIECE))
+def relay(into: socket.socket, out: socket.socket, piece: int, cpu_s: Any) -> None:
+    buffer = memoryview(bytearray(piece))
     began_s = time.process_time()
     while got := into.recv_into(buffer):
         out.sendall(buffer[:got])
@@ -137,12 +141,12 @@ def relay(into: socket.socket, out: socket.socket, cpu_s: Any) -> None:
     out.shutdown(socket.SHUT_WR)
 
 
-def sink(into: socket.socket, total: int, ready: Any, took_s: Any, began_s: Any, cpu_s: Any) -> None:
+def sink(into: socket.socket, total: int, piece: int, ready: Any, took_s: Any, began_s: Any, cpu_s: Any) -> None:
     state = memory(total)
     ready.release()
     at = 0
     cpu_began_s = time.process_time()
-    while got := into.recv_into(state[at : at + PIECE]):
+    while got := into.recv_into(state[at : at + piece]):
         at += got
     took_s.value = time.perf_counter() - began_s.value
     with cpu_s.get_lock():
@@ -150,20 +154,20 @@ def sink(into: socket.socket, total: int, ready: Any, took_s: Any, began_s: Any,
     assert at == total
 
 
-def bare_relay(mib: int) -> tuple[float, float]:
+def bare_relay(mib: int, read_mib: int) -> tuple[float, float]:
     """MiB/s, and the CPU time of all four processes in microseconds a MiB."""
     context = multiprocessing.get_context("fork")
-    total = mib * MIB
-    device_out, vmm_in = data_fd()
-    vmm_out, device_in = data_fd()
+    total, piece = mib * MIB, read_mib * MIB
+    device_out, vmm_in = data_fd(ROOM)
+    vmm_out, device_in = data_fd(ROOM)
     listener = listen(("127.0.0.1", 0), SocketSettings())
     ready, go = context.Semaphore(0), context.Event()
     took_s, began_s, cpu_s = (context.Value("d", 0.0) for _ in range(3))
     parts: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
-        (source, (device_out, total, ready, go, cpu_s)),
-        (relay_to_tcp, (vmm_in, listener.getsockname(), ready, cpu_s)),
-        (relay_from_tcp, (listener, vmm_out, ready, cpu_s)),
-        (sink, (device_in, total, ready, took_s, began_s, cpu_s)),
+        (source, (device_out, total, piece, ready, go, cpu_s)),
+        (relay_to_tcp, (vmm_in, listener.getsockname(), piece, ready, cpu_s)),
+        (relay_from_tcp, (listener, vmm_out, piece, ready, cpu_s)),
+        (sink, (device_in, total, piece, ready, took_s, began_s, cpu_s)),
     ]
     processes = [context.Process(target=main, args=given) for main, given in parts]
     for process in processes:
@@ -182,9 +186,9 @@ def bare_relay(mib: int) -> tuple[float, float]:
 # --- the live run -----------------------------------------------------------------------------------------------------
 
 
-def live(mib: int, protocol: str, io: str) -> tuple[float, float, LiveResult]:
+def live(mib: int, read_mib: int, protocol: str, io: str) -> tuple[float, float, LiveResult]:
     """MiB/s from STOP_COPY to the last byte loaded, CPU time in microseconds a MiB, and the run."""
-    what = scenario(mib)
+    what = scenario(mib, read_mib)
     result = asyncio.run(run_here(what, Protocol.parse(protocol, what), 1, Settings(io=io)))
     if result.timeline is None or result.outcome.kind is not OutcomeKind.COMPLETED:
         raise SystemExit(f"{protocol}: {result.outcome.kind}, {result.outcome.reason}")
@@ -213,6 +217,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--io", choices=["threads", "loop"], default="threads")
+    parser.add_argument("--read-mib", type=int, default=1)
     chosen = parser.parse_args()
     rates: dict[str, list[float]] = {}
     cpu_us: dict[str, list[float]] = {}
@@ -220,12 +225,12 @@ def main() -> None:
     for _ in range(chosen.rounds):
         for name in ("relay", *PROTOCOLS):
             if name == "relay":
-                rate, took_us = bare_relay(chosen.mib)
+                rate, took_us = bare_relay(chosen.mib, chosen.read_mib)
             else:
-                rate, took_us, last[name] = live(chosen.mib, name, chosen.io)
+                rate, took_us, last[name] = live(chosen.mib, chosen.read_mib, name, chosen.io)
             rates.setdefault(name, []).append(rate)
             cpu_us.setdefault(name, []).append(took_us)
-    print(f"{chosen.mib} MiB, io {chosen.io}, medians of {chosen.rounds} rounds")
+    print(f"{chosen.mib} MiB in reads of {chosen.read_mib} MiB, io {chosen.io}, medians of {chosen.rounds} rounds")
     print("        MiB/s  of the relay  least to most MiB/s  CPU us a MiB")
     for name, of_name in rates.items():
         ratio = statistics.median(a / b for a, b in zip(of_name, rates["relay"], strict=True))

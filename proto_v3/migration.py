@@ -75,7 +75,7 @@ class ReturnPath:
 
     async def listen(self) -> None:
         """Until the guest runs at the target. PeerFailedError if that fails."""
-        while Kind.RESUMED not in self._heard:
+        while not self.resumed:
             frame = await self._channel.recv()
             match frame.kind:
                 case Kind.SWITCHOVER_ACK if frame.value == 0:
@@ -91,6 +91,11 @@ class ReturnPath:
                 case _ if not self._own(frame):
                     raise PeerProtocolError(f"{frame.kind.name} came on the return path, where it is not due")
             self._bell.ring()
+
+    @property
+    def resumed(self) -> bool:
+        """The guest runs at the target."""
+        return Kind.RESUMED in self._heard
 
     async def wait_for(self, kind: Kind) -> None:
         """Until this was heard."""
@@ -121,12 +126,15 @@ class Source(abc.ABC):
         return self.back.may_resume
 
     async def run(self) -> OutcomeKind:
-        """Migrate. OSError and ProtoV3Error, alone or in a group, where that fails; the guest then goes on here."""
+        """Migrate. OSError and ProtoV3Error, alone or in a group, where that fails; the guest then goes on here,
+        unless the target said that it runs there, or may run it and was lost."""
         try:
             return await self.migrate()
         except UnsupportedError:
             raise
         except (OSError, ProtoV3Error, ExceptionGroup) as error:
+            if self.back.resumed:  # what failed is only the end of the sessions here
+                raise
             causes = list(leaves(error))
             if self.handed_over and not any(isinstance(cause, PeerFailedError) for cause in causes):
                 why = "; ".join(dict.fromkeys(str(cause) for cause in causes))
@@ -134,9 +142,11 @@ class Source(abc.ABC):
                     f"the target may run the guest, but did not say so ({why}): it stays stopped here, its devices as "
                     "they are; whoever manages the two must look at the target before it is started anywhere"
                 ) from error
-            await self.recover()
-            with contextlib.suppress(OSError):  # last of all: it waits for room, if the target reads no more
-                await self.channels[0].tell(Kind.CANCEL)
+            try:
+                await self.recover()
+            finally:
+                with contextlib.suppress(OSError):  # last of all: it waits for room, if the target reads no more
+                    await self.channels[0].tell(Kind.CANCEL)
             raise
 
     @abc.abstractmethod

@@ -129,9 +129,10 @@ class SaveBlocks(SavedFd):
         finally:
             self._in_flight -= 1
             self._bell.ring()
+        self._check_open()
         if self._session.faults.of_command("SAVE") is not None:
             self._session.fail()
-        self._check_open()
+            self._check_open()
         return await self._copy(record, asked_ns)
 
     async def read(self, max_bytes: int) -> Payload:

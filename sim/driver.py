@@ -224,7 +224,9 @@ class SimDriver:
         for index, stream in enumerate(self._saving):
             self.read_counts.append(stream.reads)
             if not isinstance(stream, SaveBlocks):
-                self._tasks.append(asyncio.create_task(stream.produce(), name=f"{self.name} producer {index}"))
+                task = asyncio.create_task(stream.produce(), name=f"{self.name} producer {index}")
+                task.add_done_callback(_tell_of_bug)
+                self._tasks.append(task)
         return self._saving[0]
 
     def _v2_stream(self, device: DeviceState) -> V2Stream:
@@ -345,3 +347,9 @@ class SimDriver:
                 return self._state_lock
             case "global":
                 return self._global_lock
+
+
+def _tell_of_bug(task: asyncio.Task[None]) -> None:
+    """Nobody waits for a producer: one that died would be waited for through what it does not produce."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        task.get_loop().call_exception_handler({"message": f"{task.get_name()} died", "exception": error, "task": task})

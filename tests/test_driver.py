@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import virtual
+from helpers import run, virtual
 from hosts import (
     ALL,
     BLOCKS,
@@ -770,3 +770,25 @@ async def test_the_state_is_told_when_a_change_of_it_is_over() -> None:
     await sleep_ns(1_500_000)
     assert await driver.state() is State.STOP
     assert stopping.done()
+
+
+# --- bugs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_producer_that_dies_of_a_bug_is_told_of_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the task itself; whoever reads would wait for ever."""
+
+    async def breaks(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    told: list[str] = []
+
+    async def main() -> None:
+        hosts = Hosts()
+        monkeypatch.setattr(hosts.source._around.firmware, "save", breaks)
+        asyncio.get_running_loop().call_exception_handler = lambda context: told.append(str(context))  # type: ignore[method-assign]
+        await hosts.source.set_state(State.PRE_COPY)
+        await sleep_ns(SECOND)
+        assert "a bug" in told[0] and "producer" in told[0]
+
+    run(main())

@@ -191,7 +191,7 @@ def test_reinit_is_reported_once_for_each_time(kind: str, reinit: str) -> None:
 
 def test_what_is_put_in_while_it_is_counted_is_not_taken_for_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread copies into the socket while the loop asks how much is in it."""
-    ours, theirs = data_fd()
+    ours, theirs = data_fd(1 << 20)
     outlet = SocketOutlet(theirs)
 
     def counted(sock: socket.socket) -> int:
@@ -697,7 +697,7 @@ async def move_by(way: str, moving: Move) -> None:
 def test_a_state_arrives_through_the_smallest_sockets(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the driver copies at once, and what the VMM writes at once, goes in many parts."""
     for module in ("save", "load"):
-        monkeypatch.setattr(f"sim.live.{module}.data_fd", functools.partial(data_fd, 1))
+        monkeypatch.setattr(f"sim.live.{module}.data_fd", lambda room_bytes: data_fd(1))
 
     async def main() -> None:
         async with both(BUSY | KINDS_OF_MOVE[kind]) as (source, target):

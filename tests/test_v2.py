@@ -639,6 +639,44 @@ async def test_after_the_end_a_connection_that_breaks_does_not_give_the_guest_ba
     assert vmm.devices[0].is_in is State.STOP_COPY
 
 
+@virtual
+async def test_what_fails_after_the_target_said_that_it_runs_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest runs there: nothing is taken back here, and nobody has to look whether it does."""
+    vmm = source({"unread": 10})
+    put = Device.set_state
+
+    async def fails_at_the_end(device: Device, target: State) -> Device | None:
+        if target is State.STOP:
+            raise OSError(errno.EIO, "no way out")
+        return await put(device, target)
+
+    async def no_reset(device: Device) -> None:
+        raise OSError(errno.ENOTTY, "no reset either")
+
+    monkeypatch.setattr(Device, "set_state", fails_at_the_end)
+    monkeypatch.setattr(Device, "reset", no_reset)
+    with pytest.raises(OSError, match="no reset either"):
+        await vmm.migrate()
+    assert not vmm.machine.running
+    assert Kind.CANCEL not in [frame.kind for frame in vmm.wire.sent]
+
+
+@virtual
+async def test_the_target_hears_of_a_failure_even_if_the_devices_here_cannot_be_reset(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vmm = source({"unread": 10})
+
+    async def never(*_: Any) -> None:
+        raise OSError(errno.EIO, "dead")
+
+    monkeypatch.setattr(Device, "set_state", never)
+    monkeypatch.setattr(Device, "reset", never)
+    with pytest.raises((OSError, ExceptionGroup)):
+        await vmm.migrate()
+    assert vmm.wire.sent[-1].kind is Kind.CANCEL
+
+
 # --- the target ------------------------------------------------------------------------------------------------------
 
 

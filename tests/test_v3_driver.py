@@ -673,6 +673,17 @@ async def test_v3_a_save_that_fails_puts_the_device_in_error_and_ends_every_stre
 
 
 @virtual
+async def test_blocks_a_save_that_fails_after_a_reset_is_nobodys() -> None:
+    hosts = Hosts(failing("SAVE", 0))
+    _, blocks_fd = await opened_blocks(hosts.source, State.PRE_COPY)
+    reading = asyncio.create_task(blocks_fd.read_blocks(0, 1))
+    await sleep_ns(1)
+    await hosts.source.reset()
+    await fails_with(errno.ENODEV, reading)
+    assert await hosts.source.state() is State.RUNNING
+
+
+@virtual
 async def test_v3_who_waits_while_a_save_fails_elsewhere_is_woken() -> None:
     """The streams have nothing to do with each other but for their device."""
     hosts = Hosts(failing("SAVE", 2))

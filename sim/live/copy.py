@@ -181,18 +181,18 @@ def unread_bytes(sock: socket.socket) -> int:
     return int(size)
 
 
-ROOM_BYTES = 2 << 20
-"""Asked for as the buffer of a data fd's socket, so that one read() of 1 MiB can be given at once."""
+def data_fd(room_bytes: int) -> tuple[socket.socket, socket.socket]:
+    """The driver's end and the VMM's end of a data fd, with room for so many bytes that nobody has read.
 
-
-def data_fd(room_bytes: int = ROOM_BYTES) -> tuple[socket.socket, socket.socket]:
-    """The driver's end and the VMM's end of a data fd; without privileges the kernel gives what wmem_max allows."""
+    Without privileges the kernel gives what wmem_max allows. It doubles what it is asked for (man 7 socket).
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    asked = room_bytes // 2
     for end in (ours, theirs):
         try:
-            end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, room_bytes)
+            end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, asked)
         except PermissionError:
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room_bytes)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, asked)
     return ours, theirs
 
 

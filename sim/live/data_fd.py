@@ -10,7 +10,7 @@ import select
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from sim.live.io import WOKEN, Worker
+from sim.live.io import WOKEN, Worker, set_done
 from sim.stream import fails
 
 T = TypeVar("T")
@@ -227,7 +227,7 @@ class LoopDescriptor:
     async def _wait_in(self) -> bool:
         if not self._woken:
             self._reading = self._loop.create_future()
-            self._loop.add_reader(self.number, _set, self._reading)
+            self._loop.add_reader(self.number, set_done, self._reading)
             try:
                 await self._reading
             finally:
@@ -246,7 +246,7 @@ class LoopDescriptor:
                 view = view[os.write(self.number, view[:piece_bytes]) :]
             except BlockingIOError:
                 self._writing = self._loop.create_future()
-                self._loop.add_writer(self.number, _set, self._writing)
+                self._loop.add_writer(self.number, set_done, self._writing)
                 try:
                     await self._writing
                 finally:
@@ -262,7 +262,7 @@ class LoopDescriptor:
         """See Descriptor."""
         self._woken = True
         if self._reading is not None:
-            _set(self._reading)
+            set_done(self._reading)
 
     def close(self) -> None:
         """See Descriptor."""
@@ -274,12 +274,7 @@ class LoopDescriptor:
         os.close(self.number)
         for waiter in (self._reading, self._writing):
             if waiter is not None:
-                _set(waiter)
-
-
-def _set(ready: asyncio.Future[None]) -> None:
-    if not ready.done():
-        ready.set_result(None)
+                set_done(waiter)
 
 
 def descriptor(number: int, name: str, io: str) -> Descriptor:

@@ -36,7 +36,7 @@ from sim.load import LoadStream
 from sim.save import SaveStream
 from sim.save_v3 import CriticalStream
 from sim.scenario import Scenario
-from sim.schema import GIB
+from sim.schema import GIB, MIB
 from sim.stream import fails
 
 GUEST_TICK_NS = 2_000_000
@@ -175,9 +175,13 @@ class DeviceProcess:
         mutex = lock.mutex if isinstance(lock, RealLock) else None
         rate = scenario.host.copy_gib_per_s * GIB
         v3 = device.driver.dirty_streams > 0
+        room_bytes = scenario.driver.chunk_bytes  # the socket is the end of the driver's chunks
         data: Data
         if isinstance(fd, SaveStream):
-            data = SavedData(fd, device.store, Copier(mutex, rate), self.timeline, name)
+            copier, piece_bytes = Copier(mutex, rate), round(scenario.vmm.read_mib * MIB)
+            data = SavedData(
+                fd, device.store, copier, self.timeline, name, room_bytes=room_bytes, piece_bytes=piece_bytes
+            )
         elif isinstance(fd, SaveBlocks):
             data = BlocksData(fd, device.store, mutex, rate, self.timeline)
         else:
@@ -187,7 +191,7 @@ class DeviceProcess:
             def decoder() -> Decoder:
                 return Decoder(device.driver.spec, v3)
 
-            data = kind(fd, decoder, device.store, Copier(None, rate), self.timeline, name)
+            data = kind(fd, decoder, device.store, Copier(None, rate), self.timeline, name, room_bytes=room_bytes)
         self._data[number] = data
         return number
 

@@ -256,7 +256,7 @@ class ThreadStream:
         if self._wake >= 0:
             os.close(self._wake)
             self._wake = -1
-        _set(self._released)
+        set_done(self._released)
 
     async def wait_closed(self) -> None:
         """See Stream."""
@@ -388,7 +388,7 @@ class LoopStream:
         ready: asyncio.Future[None] = self._loop.create_future()
         self._waiters.add(ready)
         number = self._sock.fileno()
-        add(number, _set, ready)
+        add(number, set_done, ready)
         if add == self._loop.add_reader:
             self._waiter = ready
         try:
@@ -406,7 +406,7 @@ class LoopStream:
         """See Stream."""
         self._woken = True
         if self._waiter is not None:
-            _set(self._waiter)
+            set_done(self._waiter)
 
     def close(self) -> None:
         """See Stream."""
@@ -419,7 +419,7 @@ class LoopStream:
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
         for waiter in list(self._waiters):
-            _set(waiter)
+            set_done(waiter)
 
     async def wait_closed(self) -> None:
         """See Stream."""
@@ -427,7 +427,8 @@ class LoopStream:
             await asyncio.wait(transfers)
 
 
-def _set(ready: asyncio.Future[None]) -> None:
+def set_done(ready: asyncio.Future[None]) -> None:
+    """Let whoever waits go on; more than once does no harm."""
     if not ready.done():
         ready.set_result(None)
 

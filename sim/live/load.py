@@ -51,16 +51,25 @@ class LoadedData:
     """What is taken of a record is told before all of it is there."""
 
     def __init__(
-        self, stream: LoadedFd, decoder: Callable[[], Decoder], store: Store, copier: Copier, timeline: Part, edge: str
+        self,
+        stream: LoadedFd,
+        decoder: Callable[[], Decoder],
+        store: Store,
+        copier: Copier,
+        timeline: Part,
+        edge: str,
+        *,
+        room_bytes: int,
     ) -> None:
-        """`decoder` makes one for each record; `edge` is what the timeline's edges are called by."""
+        """`decoder` makes one for each record; `edge` is what the timeline's edges are called by; `room_bytes` fit the
+        socket."""
         self.stream = stream
         self._decoder = decoder
         self._store = store
         self._copier = copier
         self._timeline = timeline
         self._edge = edge
-        self._ours, self._theirs = data_fd()
+        self._ours, self._theirs = data_fd(room_bytes)
         self._promised = Promise()
         self._closing = eventfd()
         self._worker = Worker(f"{edge} copy")

@@ -31,7 +31,7 @@ from sim.live.vmm import Run, Settings, Vmm, run_source, run_target, unanswered
 
 COMM_CHARS = 15
 """Linux, TASK_COMM_LEN less its end: what `ps -o comm`, `top` and `perf` show."""
-PRELOAD = ["sim.live.processes", "uvloop"]
+PRELOAD = ["sim.live.preload"]
 ENDS_WITHIN_S = 5.0
 """A child whose work is over, before it is killed."""
 HANGS = 2
@@ -46,6 +46,7 @@ Note = Callable[[str, dict[str, Any]], None]
 def _context() -> multiprocessing.context.ForkServerContext:
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # a heap for each of many threads would be memory that none needs
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads that would do nothing, in each process
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # the server is `python -c`: the user's folder is not to come first
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the supervisor's alone

@@ -30,8 +30,8 @@ from sim.record import Extent, Record
 from sim.save import SaveStream
 from sim.stream import Outlet
 
-PIECE_BYTES = 1 << 20
-"""Taken from the driver's chunks at once."""
+DRAIN_BYTES = 1 << 20
+"""Taken out of a socket at once that nobody reads any more."""
 UNCONTENDED_NS = 20_000
 """Taking a lock that is free, or finding that there is room, takes less."""
 
@@ -94,15 +94,27 @@ class SocketOutlet(Outlet):
 class SavedData:
     """The driver's end of a data fd that is read."""
 
-    def __init__(self, stream: SaveStream, store: Store, copier: Copier, timeline: Part, edge: str) -> None:
+    def __init__(
+        self,
+        stream: SaveStream,
+        store: Store,
+        copier: Copier,
+        timeline: Part,
+        edge: str,
+        *,
+        room_bytes: int,
+        piece_bytes: int,
+    ) -> None:
+        """`room_bytes` fit the socket; `piece_bytes` are copied at once, under the lock: what one read() takes."""
         self.stream = stream
+        self._piece_bytes = piece_bytes
         self.lock_ns = self.copy_ns = 0
         self._layout = Layout(store)
         self._copier = copier
         self._timeline = timeline
         self._zero_ns = time.perf_counter_ns() - timeline.now_ns()
         self._edge = edge
-        self._ours, self._theirs = data_fd()
+        self._ours, self._theirs = data_fd(room_bytes)
         self._outlet = SocketOutlet(self._theirs)
         stream.outlet = self._outlet
         self._closing = eventfd()
@@ -156,7 +168,7 @@ class SavedData:
     async def _put(self) -> bool:
         """Some of what the driver has, or what read() gives in its place; False at the end of the stream."""
         try:
-            data = await self.stream.move(PIECE_BYTES, self._copy)
+            data = await self.stream.move(self._piece_bytes, self._copy)
         except OSError as error:
             if error.errno != errno.ENOMSG:
                 raise
@@ -198,7 +210,7 @@ class SavedData:
         self._outlet.close()
         self._shut()
         with contextlib.suppress(OSError):
-            while self._theirs.recv(PIECE_BYTES, socket.MSG_DONTWAIT):
+            while self._theirs.recv(DRAIN_BYTES, socket.MSG_DONTWAIT):
                 pass
         self._worker.stop()
         self._ours.close()
