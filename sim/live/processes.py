@@ -19,7 +19,7 @@ import sys
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from types import ModuleType
 from typing import Any
@@ -32,6 +32,12 @@ from sim.live.vmm import Run, Settings, Vmm, run_source, run_target, unanswered
 COMM_CHARS = 15
 """Linux, TASK_COMM_LEN less its end: what `ps -o comm`, `top` and `perf` show."""
 PRELOAD = ["sim.live.preload"]
+ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "2",  # a heap for each of many threads would be memory that none needs
+    "OPENBLAS_NUM_THREADS": "1",  # threads that would do nothing, in each process
+    "PYTHONSAFEPATH": "1",  # the server is `python -c`: what is in the user's folder is not to be imported
+}
+"""Of the processes, where the user has not set it; not of the caller's other children."""
 ENDS_WITHIN_S = 5.0
 """A child whose work is over, before it is killed."""
 HANGS = 2
@@ -44,16 +50,18 @@ Note = Callable[[str, dict[str, Any]], None]
 
 
 def _context() -> multiprocessing.context.ForkServerContext:
-    os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # a heap for each of many threads would be memory that none needs
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads that would do nothing, in each process
-    os.environ.setdefault("PYTHONSAFEPATH", "1")  # the server is `python -c`: the user's folder is not to come first
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the supervisor's alone
+    resource_tracker.ensure_running()  # first: the fork server would start it, and that unblocks SIGINT
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the supervisor's alone
+    own = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if own[name] is None})
     try:
-        forkserver.ensure_running()  # it inherits that, and its children
+        forkserver.ensure_running()  # it inherits all that, and its children
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for name in (name for name, value in own.items() if value is None):
+            del os.environ[name]
     return context
 
 
