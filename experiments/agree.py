@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import INTERRUPTED, results, tell
-from experiments.compare import Cell, run_cells
 from experiments.folder import ResultFolder
 from experiments.live import Job, live_manifest, prepared, run_jobs, table, warn
+from experiments.runs import Cell, run_cells
 from proto_v3.migration import OutcomeKind
 from proto_v3.timeline import PHASES, Resource
 from sim.live.vmm import Settings

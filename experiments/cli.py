@@ -129,6 +129,54 @@ def validate(cases: tuple[str, ...], seeds: int, jobs: int | None, out: str) -> 
     ctx.exit(run_validate(cases, range(1, seeds + 1), out, jobs, ["proto-v3", *sys.argv[1:]]))
 
 
+@main.command("run")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.option("--quick", is_flag=True, help="A coarse grid and few repeats: minutes become seconds, intervals wide.")
+@click.option("--resume", is_flag=True, help="Make missing runs only; go on after an interruption.")
+@jobs_option
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Make the runs on the workers of this Dask cluster (tcp://HOST:8786) instead; needs proto-v3[distributed].",
+)
+@click.option(
+    "--out",
+    metavar="FOLDER",
+    help="Each experiment writes into a folder of its name in this one.  [default: results; results/quick if quick]",
+)
+def run(
+    names: tuple[str, ...], quick: bool, resume: bool, jobs: int | None, scheduler: str | None, out: str | None
+) -> None:
+    """Answer a question that was asked on the list: run a sweep, draw it, say what it shows.
+
+    NAME is one of the experiments, or several, or `all`:
+
+    \b
+    reconfiguration       set-up in the downtime against the rate of reconfigurations
+    read_scaling          is read() the bottleneck, and when?
+    state_and_dirty_rate  what converges, from 64 MiB to 64 GiB
+    switchover_hazard     how often critical data comes too late, and what it costs
+    channels              dedicated connections, a pool, or one
+    reorder_memory        what waits at the target, and its bound
+    buffer_and_chunk      read sizes from 4 KiB to 128 MiB, chunks
+    many_devices          1 to 16 VFs on one PF and on several
+    ablation              from v2 to v3, one step at a time
+    sensitivity           which parameters the conclusions hang on
+
+    Seeds are paired: all protocols get the same ones. The result does not depend on --jobs or --scheduler.
+
+    Exit status: 0; 1 if a run broke (migrations that fail are results, and counted); 2 for bad input; 130 if
+    interrupted (what was done by then is kept for --resume).
+    """
+    from experiments.sweep import run_experiments
+
+    ctx = click.get_current_context()
+    command = ["proto-v3", *sys.argv[1:]]
+    ctx.exit(
+        run_experiments(names, quick=quick, resume=resume, jobs=jobs, scheduler=scheduler, out=out, command=command)
+    )
+
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -135,9 +135,13 @@ def _not_drawn(frame: pl.DataFrame) -> str:
 
 def say_how_made(figure: Figure, command: str) -> None:
     """The command and the version, at the bottom."""
+    figure.supxlabel(how_made(command), fontsize=6.5, color="#555555", family="monospace")
+
+
+def how_made(command: str) -> str:
+    """The same in words."""
     made = f"{command}  |  proto-v3 {versions()['proto-v3']}, {git_revision()[:12]}"
-    made = textwrap.fill(re.sub(r",(?=\S)", ", ", made), 150, break_on_hyphens=False)  # lists of protocols are long
-    figure.supxlabel(made, fontsize=6.5, color="#555555", family="monospace")
+    return textwrap.fill(re.sub(r",(?=\S)", ", ", made), 150, break_on_hyphens=False)  # lists of protocols are long
 
 
 def _published(axis: Axes, published_ms: float) -> None:

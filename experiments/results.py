@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -96,19 +96,34 @@ def manifest_of_cases(
     return _manifest(what, command, outcomes, planned, counts)
 
 
+def manifest_of_sweep(what: dict[str, Any], frame: pl.DataFrame, command: Sequence[str]) -> dict[str, Any]:
+    """As `manifest`, for the table of a sweep, all of whose runs are made."""
+    counts: dict[str, dict[str, int]] = {}
+    for protocol, outcome, runs in frame.group_by("protocol", "outcome", maintain_order=True).len().iter_rows():
+        counts.setdefault(protocol, {})[outcome] = runs
+    return _how_made(command, frame["seed"].unique(maintain_order=True), counts, frame.height, frame.height, what)
+
+
 def _manifest(
     what: dict[str, Any], command: Sequence[str], outcomes: Sequence[Outcome], planned: int, counts: dict[str, Any]
+) -> dict[str, Any]:
+    protocols = {"protocols": list(dict.fromkeys(outcome.protocol for outcome in outcomes))}
+    seeds = {outcome.seed for outcome in outcomes}
+    return _how_made(command, seeds, counts, len(outcomes), planned, protocols | what)
+
+
+def _how_made(
+    command: Sequence[str], seeds: Iterable[int], counts: dict[str, Any], runs: int, planned: int, what: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "command": shlex.join(command),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "complete": len(outcomes) == planned,
-        "runs": len(outcomes),
+        "complete": runs == planned,
+        "runs": runs,
         "runs_planned": planned,
         "outcomes": counts,
-        "protocols": list(dict.fromkeys(outcome.protocol for outcome in outcomes)),
-        "seeds": sorted({outcome.seed for outcome in outcomes}),
+        "seeds": sorted(seeds),
         **what,
         "versions": versions(),
         "git_revision": git_revision(),
@@ -125,7 +140,7 @@ def _counts(outcomes: Sequence[Outcome]) -> dict[str, dict[str, int]]:
 
 def versions() -> dict[str, str]:
     """Of Python and what the results depend on."""
-    packages = ["proto-v3", "numpy", "polars", "matplotlib", "msgpack", "pydantic"]
+    packages = ["proto-v3", "numpy", "scipy", "polars", "matplotlib", "msgpack", "pydantic"]
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 

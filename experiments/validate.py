@@ -11,8 +11,9 @@ import polars as pl
 from rich.console import Console
 
 from experiments import INTERRUPTED, results, tell
-from experiments.compare import Cell, run_cells, say
+from experiments.compare import say
 from experiments.folder import ResultFolder
+from experiments.runs import Cell, run_cells
 from experiments.show import told
 from experiments.tell import Held
 from proto_v3.errors import UserError

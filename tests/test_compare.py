@@ -18,9 +18,9 @@ import pytest
 from helpers import small_scenario, small_text
 from rich.console import Console
 
-from experiments import compare, results, tell
-from experiments.compare import Cell, run_cell, run_cells
+from experiments import compare, results, runs, tell
 from experiments.folder import ResultFolder
+from experiments.runs import Cell, run_cell, run_cells
 from proto_v3.errors import UserError
 from proto_v3.migration import OutcomeKind
 from proto_v3.timeline import PHASES, Resource
@@ -79,7 +79,7 @@ def test_ctrl_c_gives_what_was_done(monkeypatch: pytest.MonkeyPatch, before: int
         yield from ((at, run_cell(cells[at])) for at in reversed(range(before)))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "_in_processes", interrupted_after)
+    monkeypatch.setattr(runs, "in_processes", interrupted_after)
     done, interrupted = run_cells(cells, jobs=None)
     assert interrupted
     assert [outcome.seed for outcome in done] == list(range(before)), "in the order of the cells"

@@ -11,7 +11,7 @@ import pytest
 from helpers import small_scenario
 
 from experiments import results
-from experiments.compare import Cell, run_cells
+from experiments.runs import Cell, run_cells
 from sim.outcome import Outcome
 from sim.protocol import Protocol
 from sim.run import simulate

@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner, Result
 from helpers import small_scenario, small_tables, to_toml
 
-from experiments import compare, results, tell, validate
+from experiments import compare, results, runs, tell, validate
 from experiments.cli import main
-from experiments.compare import run_cell
 from experiments.figures_validate import published_against_simulated
+from experiments.runs import run_cell
 from experiments.tell import Held, held_against
 from experiments.validate import Row, run_validate, tidy
 from proto_v3.errors import UserError
@@ -468,7 +468,7 @@ def test_ctrl_c_gives_130_and_leaves_what_an_earlier_run_wrote(
     case, out = write("case", [published(downtime_ms=off_by(0))]), tmp_path / "out"
     assert validated(out, case) == 0
     earlier = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr(compare, "_in_processes", interrupted)
+    monkeypatch.setattr(runs, "in_processes", interrupted)
     done = invoke(case, "--seeds", "5", "--out", str(out))
     assert done.exit_code == 130
     assert done.output == f"interrupted: {before} of 5 runs were done; nothing was written\n"
