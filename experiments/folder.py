@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import polars as pl
     from matplotlib.figure import Figure
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Of the table of runs; grows when a column changes its meaning."""
 
 
@@ -44,7 +44,7 @@ class ResultFolder:
     def write_table(self, frame: pl.DataFrame, name: str, table_format: str) -> Path:
         """Write a table as NAME.parquet or NAME.csv."""
         path = self.folder / f"{name}.{table_format}"
-        with _replacing(path) as new:
+        with replacing(path) as new:
             if table_format == "csv":
                 frame.write_csv(new)
             else:
@@ -54,7 +54,7 @@ class ResultFolder:
     def write_json(self, value: Any, name: str) -> Path:
         """Write NAME.json."""
         path = self.folder / f"{name}.json"
-        with _replacing(path) as new:
+        with replacing(path) as new:
             new.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
         return path
 
@@ -66,13 +66,13 @@ class ResultFolder:
         for path in paths:
             # Without the date and the random ids of an SVG, the same runs give the same file.
             metadata = {"Date": None} if path.suffix == ".svg" else None
-            with _replacing(path) as new, matplotlib.rc_context({"svg.hashsalt": "proto-v3"}):
+            with replacing(path) as new, matplotlib.rc_context({"svg.hashsalt": "proto-v3"}):
                 figure.savefig(new, format=path.suffix[1:], dpi=160, metadata=metadata)
         return paths
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Write beside the file, and put it in its place when all of it is written. UserError if that fails."""
     new = path.with_name(f".{path.name}.new")
     try:
