@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test validate docs bench lock clean
+.PHONY: help demo test validate experiments docs bench lock clean
 help:
 	@echo 'make demo      migrate the published two-VF machine under v2 and v3; table and figure in results/demo/'
 	@echo 'make test      lint, types and tests'
 	@echo 'make validate  hold the simulation against published measurements'
+	@echo 'make experiments  run all experiments (half an hour on two cores), and write results/report.html'
 	@echo 'make docs      draw docs/states.md anew, from the table of the state machine'
-	@echo 'make bench     the virtual clock against SimPy; a live stream against a bare relay; live memory'
+	@echo 'make bench     the virtual clock against SimPy; what a simulation costs; a live stream against a bare relay; live memory'
 	@echo 'make lock      pin the dependencies anew (needs uv)'
 	@echo 'make clean     remove the virtual environment and what was built'
 
@@ -23,11 +24,16 @@ test: $(VENV)/dev.stamp
 validate: $(VENV)/core.stamp
 	@$(BIN)/proto-v3 validate --seeds 30
 
+experiments: $(VENV)/core.stamp
+	@$(BIN)/proto-v3 run all --resume
+	@$(BIN)/proto-v3 report
+
 docs: $(VENV)/core.stamp
 	@$(BIN)/python -m proto_v3.fsm_diagram > docs/states.md
 
 bench: $(VENV)/dev.stamp
 	@$(BIN)/python benchmarks/clock_vs_simpy.py
+	@$(BIN)/python benchmarks/simulation.py
 	@$(BIN)/python benchmarks/live_stream.py
 	@$(BIN)/python benchmarks/live_memory.py
 

@@ -23,7 +23,6 @@ COMPLETED = pl.col("outcome") == OutcomeKind.COMPLETED.value
 NS_PER_MS = 1e6
 ENOUGH_SEEDS = 10
 """For an interval by the bootstrap; fewer are too few to draw from."""
-RESAMPLES = 10_000
 WORDS = ("outcome", "reason", "note", "protocol", "source")
 """Columns that are not of numbers."""
 
@@ -372,8 +371,9 @@ def _interval(change_ms: NDArray[np.float64]) -> str:
     """The mean's 95 % confidence interval in words, by the bootstrap over seeds; nothing for a handful of them."""
     if len(change_ms) < ENOUGH_SEEDS:
         return ""
-    rng = np.random.default_rng(0)
-    means = rng.choice(change_ms, (RESAMPLES, len(change_ms))).mean(axis=1)
-    least, most = np.percentile(means, [2.5, 97.5])
+    from experiments.statistics import interval  # late: it loads SciPy
+
+    told = interval(change_ms)
+    least, most = told.low, told.high
     verdict = ", which has 0 in it: no difference is shown" if least <= 0 <= most else ""
     return f"; 95 % interval of the mean {least:+.1f} to {most:+.1f} ms{verdict}"

@@ -63,7 +63,7 @@ def test_a_run_that_breaks_is_recorded_and_the_others_go_on(monkeypatch: pytest.
             raise RuntimeError("a bug")
         return simulate(scenario, protocol, seed)
 
-    monkeypatch.setattr(compare, "simulate", breaks_at_2)
+    monkeypatch.setattr(runs, "simulate", breaks_at_2)
     done, interrupted = run_cells([Cell(SCENARIO, Protocol("v2", 2, {}), seed) for seed in (1, 2, 3)], jobs=1)
     assert not interrupted
     assert [outcome.kind.value for outcome in done] == ["COMPLETED", "FAILED", "COMPLETED"]

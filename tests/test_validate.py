@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner, Result
 from helpers import small_scenario, small_tables, to_toml
 
-from experiments import compare, results, runs, tell, validate
+from experiments import results, tell, validate
+from experiments import runs as made_runs
 from experiments.cli import main
 from experiments.figures_validate import published_against_simulated
 from experiments.runs import run_cell
@@ -198,7 +199,7 @@ def test_a_run_that_failed_is_enough_whatever_the_others_give(
 
     case = write("case", [published(setup_ms=1.0)])  # takes 1 ms in every run
     assert validated(tmp_path / "out", case) == 0
-    monkeypatch.setattr(compare, "simulate", breaks_at_2)
+    monkeypatch.setattr(made_runs, "simulate", breaks_at_2)
     assert validated(tmp_path / "out", case) == 1
     text = capsys.readouterr().out
     assert "not all runs were completed" in text
@@ -461,14 +462,14 @@ def test_bad_input_gives_2_and_writes_nothing(
 def test_ctrl_c_gives_130_and_leaves_what_an_earlier_run_wrote(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int
 ) -> None:
-    def interrupted(cells: Sequence[compare.Cell], jobs: int | None) -> Iterator[tuple[int, Outcome]]:
+    def interrupted(cells: Sequence[made_runs.Cell], jobs: int | None) -> Iterator[tuple[int, Outcome]]:
         yield from ((at, run_cell(cells[at])) for at in range(before))
         raise KeyboardInterrupt
 
     case, out = write("case", [published(downtime_ms=off_by(0))]), tmp_path / "out"
     assert validated(out, case) == 0
     earlier = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr(runs, "in_processes", interrupted)
+    monkeypatch.setattr(made_runs, "in_processes", interrupted)
     done = invoke(case, "--seeds", "5", "--out", str(out))
     assert done.exit_code == 130
     assert done.output == f"interrupted: {before} of 5 runs were done; nothing was written\n"
