@@ -198,14 +198,19 @@ class _SharedOut:
 
 
 class SharedOutLanes:
-    """See OutLanes: each connection takes what comes next, critical frames first."""
+    """See OutLanes: a connection that is free takes what comes next, critical frames first.
+
+    Of several that are free, the one that has been for longest: else one socket would be filled before the next gets
+    anything, and a bounded credit would keep a few of many connections busy.
+    """
 
     def __init__(self, channels: Sequence[Channel], devices: int, credits: Credits) -> None:
         self._channels = channels
         self._credits = [[_Credit(credits.of(lane)) for lane in (0, 1)] for _ in range(devices)]
         self._critical: deque[tuple[Frame, asyncio.Future[int]]] = deque()
         self._dirty: deque[tuple[Frame, asyncio.Future[int]]] = deque()
-        self._bell = Bell()
+        self._free: deque[asyncio.Future[None]] = deque()
+        """Of the senders that wait for a frame, in the order in which they came to."""
 
     def lane(self, device: int, lane: int) -> OutLane:
         """See OutLanes."""
@@ -219,13 +224,22 @@ class SharedOutLanes:
         """Return when a connection took the frame."""
         sent: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         (self._critical if critical else self._dirty).append((frame, sent))
-        self._bell.ring()
+        self._wake_one()
         caused_by(await sent)
+
+    def _wake_one(self) -> None:
+        while self._free:
+            turn = self._free.popleft()
+            if not turn.done():  # else it was cancelled
+                turn.set_result(None)
+                return
 
     async def _send(self, channel: Channel) -> None:
         while True:
             while not (self._critical or self._dirty):
-                await self._bell.wait()
+                turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._free.append(turn)
+                await turn
             frame, sent = (self._critical or self._dirty).popleft()
             await channel.send(frame)
             if not sent.done():

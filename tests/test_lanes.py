@@ -1,0 +1,54 @@
+"""Shared connections: which of them takes the next frame."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+from helpers import virtual
+
+from proto_v3.channel import Channel
+from proto_v3.frames import Frame, Kind
+from proto_v3.lanes import Credits, SharedOutLanes
+from sim.clock import sleep_ns
+
+
+class Wire:
+    """Takes any frame at once."""
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+
+    async def send(self, frame: Frame) -> int:
+        self.frames.append(frame)
+        return 1
+
+
+async def carried(connections: int, frames: int) -> list[list[Frame]]:
+    """What each connection took, of frames that come one after the other, each when the one before is gone."""
+    wires = [Wire() for _ in range(connections)]
+    channels: list[Channel] = list(wires)  # type: ignore[arg-type]
+    lanes = SharedOutLanes(channels, 1, Credits(1 << 20, 1 << 20))
+    senders = [asyncio.create_task(work) for work, _ in lanes.work()]
+    await sleep_ns(1)
+    for at in range(frames):
+        await lanes.carry(Frame(Kind.DATA, value=at), critical=False)
+        await sleep_ns(1)
+    for sender in senders:
+        sender.cancel()
+    await asyncio.wait(senders)
+    return [wire.frames for wire in wires]
+
+
+@virtual
+async def test_connections_that_are_free_take_turns() -> None:
+    """Else one socket is filled before the next one gets anything, and a bounded credit fills few of them."""
+    took = await carried(4, 40)
+    assert [len(frames) for frames in took] == [10, 10, 10, 10]
+    assert Counter(frame.value for frames in took for frame in frames) == Counter(range(40)), "each frame once"
+
+
+@virtual
+async def test_one_connection_takes_all_in_order() -> None:
+    (took,) = await carried(1, 10)
+    assert [frame.value for frame in took] == list(range(10))
