@@ -177,6 +177,22 @@ def run(
     )
 
 
+@main.command()
+@click.option("--results", metavar="FOLDER", default="results", show_default=True, help="What `proto-v3 run` wrote.")
+@click.option("--out", metavar="FILE", help="The page.  [default: report.html in that folder]")
+def report(results: str, out: str | None) -> None:
+    """Put all answers, figures and tables on one HTML page that needs nothing beside itself.
+
+    On it are the answers first, then each experiment, what the model is held against, all parameters with their
+    sources, and limits. The answers are also written into the README.md of the results folder, if it has one.
+
+    Exit status: 0; 2 if there is no such folder, or it is damaged.
+    """
+    from experiments.report import run_report
+
+    click.get_current_context().exit(run_report(results, out))
+
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -320,6 +336,46 @@ def agree(scenario: str, protocols: str, runs: int, out: str | None, settings: t
     names = [name.strip() for name in protocols.split(",")]
     told = live_settings(how, progress=True)
     ctx.exit(run_agree(scenario, names, range(1, runs + 1), told, out, ["proto-v3", *sys.argv[1:]], settings))
+
+
+@main.command()
+@click.argument("scenario")
+@click.option("--protocol", required=True, metavar="NAME", help="As of `compare`.")
+@click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
+@set_option
+@click.option("--out", metavar="FILE", help="The trace.  [default: out/SCENARIO-PROTOCOL-SEED.perfetto-trace]")
+@click.option("--spans", metavar="FILE", help="Write a table of all spans too, in Parquet.")
+def trace(
+    scenario: str, protocol: str, seed: int, settings: tuple[str, ...], out: str | None, spans: str | None
+) -> None:
+    """Make one run of SCENARIO in virtual time, and draw all that happened in it, for https://ui.perfetto.dev.
+
+    There is a track for each thread, device stream, firmware command queue, lock and connection, for the phases of the
+    downtime and for its critical path; arrows lead from what a span waited for to the span; counters tell what is left
+    to send, how fast the guest dirties it, and what was sent. The same run gives the same file.
+
+    Exit status: 0; 1 if the run FAILED; 2 for bad input.
+    """
+    from experiments.trace import run_trace
+
+    click.get_current_context().exit(run_trace(scenario, protocol, seed, settings, out, spans))
+
+
+@main.command()
+@click.argument("run", metavar="RUN")
+@click.option("--trace", "trace_file", metavar="FILE", help="The trace.  [default: out/RUN.perfetto-trace]")
+@click.option("--spans", metavar="FILE", help="Write a table of all spans too, in Parquet.")
+def replay(run: str, trace_file: str | None, spans: str | None) -> None:
+    """Make one run of a results folder again: is it the same, and what happened in it?
+
+    RUN is FOLDER:PROTOCOL:SEED, as in results/mlx5-2vf:v2:1, or for the runs of `proto-v3 run` FOLDER:CELL, as much of
+    CELL as tells it from others. FOLDER is a path, or a name in results/.
+
+    Exit status: 0; 1 if the digest is not the table's; 2 for bad input.
+    """
+    from experiments.replay import run_replay
+
+    click.get_current_context().exit(run_replay(run, trace_file, spans))
 
 
 @main.command()

@@ -33,6 +33,9 @@ def row(outcome: Outcome) -> dict[str, Any]:
         "note": outcome.note,
         "downtime_ns": outcome.downtime_ns,
         "total_ns": outcome.total_ns,
+        "bound_ns": outcome.bound_ns,
+        "bound_by": outcome.bound_by,
+        "bound_ratio": _bound_ratio(outcome),
     }
     flat |= {f"phase_{name}_ns": outcome.phases_ns.get(name) for name in PHASES}
     flat |= {f"path_{name.name.lower()}_ns": outcome.critical_path_ns.get(name.name.lower()) for name in Resource}
@@ -67,6 +70,13 @@ def row(outcome: Outcome) -> dict[str, Any]:
     ):
         flat[name] = getattr(outcome, name)
     return flat | {f"stage_{stage.name}_{stage.index}_ns": stage.end_ns - stage.start_ns for stage in outcome.stages}
+
+
+def _bound_ratio(outcome: Outcome) -> float | None:
+    """How far the downtime is above what it is at the least; None where either is not there, or that is 0."""
+    if outcome.downtime_ns is None or not outcome.bound_ns:
+        return None
+    return outcome.downtime_ns / outcome.bound_ns
 
 
 def table(outcomes: Sequence[Outcome]) -> pl.DataFrame:

@@ -220,20 +220,26 @@ class Timeline:
             bound = at
         return phases
 
-    def critical_path(self) -> list[PathStep]:
-        """The chain of causes through the downtime, in order of time, cut to the downtime."""
-        names = list(self._names)
+    def critical_spans(self) -> list[tuple[int, int, int]]:
+        """The chain of causes through the downtime, in order of time: spans, and from when to when each was on it."""
         start, until = self.marks[Mark.STOP_ORDERED], self.marks[Mark.RESUMED]
-        steps: list[PathStep] = []
+        chain: list[tuple[int, int, int]] = []
         span = self._mark_cause[Mark.RESUMED]
         while span != NO_CAUSE and until > start:
             begin, end = max(self._start_ns[span], start), min(self._end_ns[span], until)
             if begin < end:
-                what, track = names[self._what[span]], names[self._on_track[span]]
-                steps.append(PathStep(Resource(self._resource[span]), what, track, begin, end))
+                chain.append((span, begin, end))
                 until = begin
             span = self._cause[span]
-        return steps[::-1]
+        return chain[::-1]
+
+    def critical_path(self) -> list[PathStep]:
+        """The chain of causes through the downtime, in order of time, cut to the downtime."""
+        names = list(self._names)
+        return [
+            PathStep(Resource(self._resource[span]), names[self._what[span]], names[self._on_track[span]], begin, end)
+            for span, begin, end in self.critical_spans()
+        ]
 
     def critical_path_ns(self) -> dict[str, int]:
         """Nanoseconds of the downtime's critical path by resource, `unexplained` last; they sum to the downtime."""

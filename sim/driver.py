@@ -88,6 +88,11 @@ class SimDriver:
         """How many the user opted in to; 0: the device is v2's."""
         return self._dirty_streams
 
+    def held_bytes(self) -> tuple[int, int]:
+        """Of the session's streams: what is saved and not read yet, and what is being saved."""
+        held = [stream.held_bytes() for stream in self._saving]
+        return sum(unread for unread, _ in held), sum(saving for _, saving in held)
+
     # --- the device fd ------------------------------------------------------------------------------------------------
 
     async def migration_flags(self) -> MigrationFlags:

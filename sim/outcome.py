@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from proto_v3.errors import PeerFailedError
 from proto_v3.migration import OutcomeKind, UnsupportedError
 from proto_v3.timeline import Mark, Resource, Stage, Timeline
+from sim.bound import Bound
 from sim.stream import CriticalLoad, LoadCounts, ReadCounts
 
 
@@ -71,6 +72,11 @@ class Outcome:
     read_lock_ns: int = 0
     read_copy_ns: int = 0
     digest: str = ""
+    bound_ns: int | None = None
+    """What the downtime is at the least, reckoned from scenario and protocol alone (sim/bound.py). A live run may be
+    below it: its link and its copies are those of the machine, not the scenario's."""
+    bound_by: str = ""
+    """The resource that sets it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +209,13 @@ def completed(measured: Measured) -> Outcome:
         setup_in_downtime_ns=timeline.in_downtime_ns(Resource.SETUP),
         send_blocked_ns=timeline.blocked_in_downtime_ns(),
     )
+
+
+def with_bound(outcome: Outcome, bound: Bound) -> Outcome:
+    """The same, with the bound of its scenario and protocol; only a completed migration has one."""
+    if outcome.kind is not OutcomeKind.COMPLETED:
+        return outcome
+    return replace(outcome, bound_ns=bound.total_ns, bound_by=bound.resource)
 
 
 def _lags(device: DeviceMeasured) -> list[int]:

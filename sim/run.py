@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+import contextlib
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from proto_v3.channel import Channel
@@ -11,12 +13,13 @@ from proto_v3.errors import ProtoV3Error, leaves
 from proto_v3.migration import OutcomeKind, Side, Source, Target
 from proto_v3.timeline import Timeline, on_track
 from sim import clock
+from sim.bound import lower_bound
 from sim.device import DeviceState, Image
 from sim.driver import SimDriver
 from sim.host import Host, devices_at_source, devices_at_target, seeds
 from sim.link import ClosedError, NetworkLink
 from sim.machine import GuestHere, MachineModel
-from sim.outcome import DeviceMeasured, Measured, Outcome, completed, ended, failed
+from sim.outcome import DeviceMeasured, Measured, Outcome, completed, ended, failed, with_bound
 from sim.protocol import Protocol
 from sim.scenario import Scenario
 from sim.sides import connections, make_source, make_target
@@ -27,21 +30,56 @@ PEER_ENDS_WITHIN_S = 10.0
 """Virtual seconds that a side has to end after the other failed and told it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a run is made of, for who looks on while it goes on."""
+
+    scenario: Scenario
+    timeline: Timeline
+    drivers: Sequence[SimDriver]
+    """Of the devices at the source, each with its state in `states`."""
+    states: Sequence[DeviceState]
+    machines: Mapping[str, MachineModel]
+    """`source` and `target`."""
+    channels: Sequence[Channel]
+    """The source's ends."""
+
+
+Watch = Callable[[Parts], Coroutine[Any, Any, None]]
+
+
 def simulate(
-    scenario: Scenario, protocol: Protocol, seed: int, *, keep: Callable[[Timeline], None] | None = None
+    scenario: Scenario,
+    protocol: Protocol,
+    seed: int,
+    *,
+    keep: Callable[[Timeline], None] | None = None,
+    watch: Watch | None = None,
 ) -> Outcome:
-    """Run one migration to its end. `keep` is handed the timeline, for what an outcome does not tell."""
-    return clock.run(_Run(protocol.applied(scenario), protocol, seed, keep).outcome())
+    """Run one migration to its end. `keep` is handed the timeline, for what an outcome does not tell.
+
+    `watch` runs beside the migration, until that ends. It may sleep and look; as it changes and records nothing, the
+    run is the same with it.
+    """
+    applied = protocol.applied(scenario)
+    outcome = clock.run(_Run(applied, protocol, seed, keep, watch).outcome())
+    return with_bound(outcome, lower_bound(applied, protocol))
 
 
 class _Run:
     def __init__(
-        self, scenario: Scenario, protocol: Protocol, seed: int, keep: Callable[[Timeline], None] | None
+        self,
+        scenario: Scenario,
+        protocol: Protocol,
+        seed: int,
+        keep: Callable[[Timeline], None] | None,
+        watch: Watch | None = None,
     ) -> None:
         self._scenario = scenario
         self._protocol = protocol
         self._seed = seed
         self._keep = keep
+        self._watch = watch
 
     async def outcome(self) -> Outcome:
         scenario = self._scenario
@@ -62,12 +100,25 @@ class _Run:
         self.source: Source | None = None
         self.target: Target | None = None
         self.note = ""
-        kind, failures = await self._both(
-            self._run_source(source_side, self.channels), self._run_target(target_side, channels_there)
-        )
+        with self._watched():
+            kind, failures = await self._both(
+                self._run_source(source_side, self.channels), self._run_target(target_side, channels_there)
+            )
         if self._keep is not None:
             self._keep(timeline)
         return self._outcome(kind, failures)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        if self._watch is None:
+            yield
+            return
+        parts = Parts(self._scenario, self.timeline, self.drivers, self.states, self.machines, self.channels)
+        watching = asyncio.create_task(self._watch(parts), name="watch")
+        try:
+            yield
+        finally:
+            watching.cancel()
 
     async def _run_source(self, side: Side, channels: Sequence[Channel]) -> OutcomeKind:
         self.source, self.note = await make_source(side, channels, self._scenario, self._protocol)

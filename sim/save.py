@@ -345,11 +345,14 @@ class SaveStream(SavedFd):
         self.plan_all()
         return True
 
+    def held_bytes(self) -> tuple[int, int]:
+        """See sim.stream.SavedFd."""
+        saving = self._saving.size_bytes if self._saving else 0
+        return self.outlet.unread_bytes + self._unread_bytes, saving
+
     def pending_bytes(self) -> int:
         """Unread bytes, those that are being saved, and those that are planned."""
-        saving = self._saving.size_bytes if self._saving else 0
-        planned = self._planned_bytes(self._plan_objects, self._plan_blocks)
-        return self.outlet.unread_bytes + self._unread_bytes + saving + planned
+        return sum(self.held_bytes()) + self._planned_bytes(self._plan_objects, self._plan_blocks)
 
     def left_bytes(self) -> int:
         """All that would still be read from this stream, were the device stopped now; the END is not counted."""

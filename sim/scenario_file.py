@@ -79,14 +79,21 @@ def parse(text: str, file: str, settings: Sequence[str] = ()) -> Scenario:
     """Validate a scenario's text; `file` is what its errors call it, and what it extends is looked for beside that."""
     try:
         layers = _layers(Layer(file, _parsed(text, file)))
-        whole = _merged(layers)
-        if settings:  # what was published is of the machine that was measured, not of one that was changed
-            whole.pop("published", None)
-        for setting in settings:
-            whole = _set(whole, setting)
-        return _validated(whole, _told(layers, settings))
+        return _validated(_with_settings(_merged(layers), settings), _told([layer.file for layer in layers], settings))
     except RecursionError as error:  # a table's name may have any number of dots
         raise UserError(f"{file}: nested too deeply") from error
+
+
+def from_dump(dump: Mapping[str, Any], whence: str, settings: Sequence[str] = ()) -> Scenario:
+    """Validate a scenario as Scenario.model_dump gives it and a manifest holds it, with `--set`'s KEY=VALUE put in.
+
+    `whence` is what errors call it, which are those of `load`.
+    """
+    try:
+        whole = _as_in_a_file(dump, Scenario, dump.get("sources") or ())
+        return _validated(_with_settings(whole, settings), _told([whence], settings))
+    except RecursionError as error:
+        raise UserError(f"{whence}: nested too deeply") from error
 
 
 def bases(name_or_path: str) -> list[Path]:
@@ -170,6 +177,43 @@ def _merged(layers: Sequence[Layer]) -> dict[str, Any]:
     return whole
 
 
+def _with_settings(whole: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """The tables with every KEY=VALUE of --set put in."""
+    if settings:  # what was published is of the machine that was measured, not of one that was changed
+        whole = {key: value for key, value in whole.items() if key != "published"}
+    for setting in settings:
+        whole = _set(whole, setting)
+    return whole
+
+
+def _as_in_a_file(dump: Any, model: type[pydantic.BaseModel], sourced: Collection[str], key: str = "") -> Any:
+    """A dump has every key; a file leaves out those that have their default, for some go with others only.
+
+    `sourced` are the dotted keys that have a source: these the file sets.
+    """
+    if isinstance(dump, list):
+        return [_as_in_a_file(item, model, sourced, f"{key}{at}.") for at, item in enumerate(dump)]
+    if not isinstance(dump, Mapping):
+        return dump
+    given = {}
+    for name, value in dump.items():
+        field, own = model.model_fields.get(name), f"{key}{name}"
+        if field is None:  # it is told when the scenario is validated
+            given[name] = value
+        elif (
+            field.is_required()
+            or value != _dumped(field.default)
+            or any(each == own or each.startswith(f"{own}.") for each in sourced)
+        ):
+            inner = _model_in(field.annotation)
+            given[name] = value if inner is None else _as_in_a_file(value, inner, sourced, f"{own}.")
+    return given
+
+
+def _dumped(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, pydantic.BaseModel) else value
+
+
 def _set(before: dict[str, Any], setting: str) -> dict[str, Any]:
     """The tables with one KEY=VALUE of --set put in, which is the source of what it changes."""
     key, equals, text = setting.partition("=")
@@ -200,9 +244,9 @@ def _without_stale_sources(before: dict[str, Any], after: dict[str, Any], anew: 
 # --- what is wrong ---------------------------------------------------------------------------------------------------
 
 
-def _told(layers: Sequence[Layer], settings: Sequence[str]) -> str:
+def _told(files: Sequence[str], settings: Sequence[str]) -> str:
     """What errors call a scenario: the file, what it extends, what was set."""
-    told = ", which extends ".join(layer.file for layer in layers)
+    told = ", which extends ".join(files)
     return f"{told}, with --set {', '.join(map(short, settings))}" if settings else told
 
 

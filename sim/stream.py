@@ -149,6 +149,10 @@ class SavedFd:
         """Whether the session is over."""
         return self._closed != 0
 
+    def held_bytes(self) -> tuple[int, int]:
+        """What is saved and not read yet, and what is being saved. To ask changes nothing."""
+        return self.outlet.unread_bytes, 0
+
     def _check_open(self) -> None:
         if self._closed:
             raise fails(self._closed)

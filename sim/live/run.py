@@ -16,13 +16,14 @@ from typing import Any
 from proto_v3.errors import PeerProtocolError, UserError
 from proto_v3.migration import OutcomeKind
 from proto_v3.timeline import Timeline
+from sim.bound import lower_bound
 from sim.live import parts
 from sim.live.clock import Delays
 from sim.live.processes import HANGS, Child, device_main, source_main, start, target_main
 from sim.live.sockets import SocketSettings, listen
 from sim.live.store import differences
 from sim.live.vmm import Run, Settings, check_size
-from sim.outcome import DeviceMeasured, Measured, Outcome, completed, ended
+from sim.outcome import DeviceMeasured, Measured, Outcome, completed, ended, with_bound
 from sim.protocol import Protocol
 from sim.scenario import Scenario
 from sim.stream import CriticalLoad, LoadCounts, ReadCounts
@@ -254,7 +255,7 @@ def _result(scenario: Scenario, protocol: Protocol, seed: int, ends: dict[str, _
         return LiveResult(ended(nothing, OutcomeKind.FAILED, why), ran=heard.ran, deaths=deaths)
     there = target if "timeline" in target else {}
     return LiveResult(
-        outcome,
+        with_bound(outcome, lower_bound(protocol.applied(scenario), protocol)),
         timeline,
         {name: Delays(**told) for name, told in _by_process(source, there, "delays").items()},
         _by_process(source, there, "cpu_ns"),

@@ -1,0 +1,229 @@
+"""Where each span of a run is drawn: tracks and counters in groups, in a fixed order; lanes on which nothing overlaps.
+
+A span is drawn once, by what it uses: commands with the firmware, waits for locks with the locks, frames with their
+connection, all else with the thread or stream that did it. What else there is to see stands on top: the phases of the
+downtime, its critical path, the VMMs' stages; and for each host whether the guest runs there.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proto_v3.timeline import Mark, Recorded, Resource, Timeline
+
+Group = tuple[str, ...]
+"""Names of groups, from the outermost to the innermost."""
+LINK: Group = ("link",)
+DOWNTIME: Group = ("downtime",)
+RUNNING, STOPPING, STOPPED, STARTING = "running", "stopping", "stopped", "starting"
+
+
+def vmm_group(side: str) -> Group:
+    """The threads of a VMM; `side` is `source` or `target`."""
+    return (f"{side} host", "VMM")
+
+
+def device_group(side: str, device: str) -> Group:
+    """A device's streams."""
+    return (f"{side} host", f"device {device}")
+
+
+def _guest_group(side: str) -> Group:
+    return (f"{side} host", "guest")
+
+
+class Slice(NamedTuple):
+    """Something with a start and an end."""
+
+    start_ns: int
+    end_ns: int
+    name: str
+    category: str
+    span: int | None = None
+    """The number of the span that it is a piece of, if any."""
+    whole: bool = False
+    """It is the span itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """Slices that are drawn together, in lanes: within one, each ends before or when the next one starts."""
+
+    group: Group
+    name: str
+    lanes: list[list[Slice]]
+
+
+class Unit(enum.StrEnum):
+    """Of a counter."""
+
+    BYTES = "bytes"
+    BYTES_PER_S = "bytes/s"
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """A figure over time."""
+
+    group: Group
+    name: str
+    unit: Unit
+    at_ns: NDArray[np.int64]
+    """Ascending."""
+    values: NDArray[np.int64]
+
+
+def arranged(timeline: Timeline, devices: Sequence[str], counters: Sequence[Counter]) -> list[Track | Counter]:
+    """All tracks of a run and its counters, in the order in which they are drawn: group by group, counters first."""
+    drawn: list[Track | Counter] = [*counters, *tracks(timeline, devices)]
+    return sorted(drawn, key=lambda each: _order(each, devices))
+
+
+def tracks(timeline: Timeline, devices: Sequence[str]) -> list[Track]:
+    """All tracks of a run."""
+    recorded = timeline.recorded()
+    placed: dict[tuple[Group, str], list[Slice]] = {}
+    for place, drawn in [*_downtime(timeline), *_guest(recorded), *_blocked(recorded), *_spans(recorded, devices)]:
+        placed.setdefault(place, []).append(drawn)
+    return [Track(group, name, lanes(slices)) for (group, name), slices in placed.items()]
+
+
+def lanes(slices: Iterable[Slice]) -> list[list[Slice]]:
+    """As few lanes as do: each slice goes to the first one that is free at its start."""
+    filled: list[list[Slice]] = []
+    busy: list[tuple[int, int]] = []  # a heap: until when, which lane
+    free: list[int] = []  # a heap
+    for drawn in sorted(slices, key=lambda each: (each.start_ns, each.end_ns)):
+        while busy and busy[0][0] <= drawn.start_ns:
+            heapq.heappush(free, heapq.heappop(busy)[1])
+        if free:
+            lane = heapq.heappop(free)
+        else:
+            lane = len(filled)
+            filled.append([])
+        filled[lane].append(drawn)
+        heapq.heappush(busy, (drawn.end_ns, lane))
+    return filled
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+Placed = tuple[tuple[Group, str], Slice]
+
+
+def _spans(recorded: Recorded, devices: Sequence[str]) -> Iterable[Placed]:
+    columns = (recorded.spans[name].tolist() for name in ("resource", "what", "track", "start_ns", "end_ns"))
+    places: dict[tuple[int, int, int], tuple[Group, str]] = {}
+    for span, (resource, what, track, start_ns, end_ns) in enumerate(zip(*columns, strict=True)):
+        name = recorded.names[what]
+        key = (resource, what, track)
+        if key not in places:
+            places[key] = place(Resource(resource), name, recorded.names[track], devices)
+        yield places[key], Slice(start_ns, end_ns, name, Resource(resource).name.lower(), span, True)
+
+
+def place(resource: Resource, what: str, track: str, devices: Sequence[str]) -> tuple[Group, str]:
+    """The group and track of a span, by the timeline's track and what it used."""
+    side, _, task = track.partition(" ")
+    if side not in ("source", "target"):
+        return LINK if resource is Resource.LINK else ("other",), track
+    task = re.sub(r"^device (\d+)$", lambda found: _device_thread(int(found[1]), devices), task) or "main thread"
+    if what == "guest runs":
+        return _guest_group(side), "until it reconfigures a device"
+    if resource is Resource.LOCK:
+        return (f"{side} host", "locks"), f"{task} waits"
+    if resource in (Resource.FIRMWARE, Resource.LOAD):
+        return (f"{side} host", "firmware"), task
+    name, _, own = task.partition(" ")
+    if name in devices and own:
+        return device_group(side, name), own
+    return vmm_group(side), task
+
+
+def _device_thread(index: int, devices: Sequence[str]) -> str:
+    """A track that says a device's number, with its name instead."""
+    return f"{devices[index]} device thread" if index < len(devices) else f"device {index}"
+
+
+def _order(drawn: Track | Counter, devices: Sequence[str]) -> tuple[list[int], list[str | int]]:
+    """What to sort by: the downtime, the source, the link, the target; in a host, the guest first."""
+    outer = [DOWNTIME[0], "source host", LINK[0], "target host", "other"]
+    inner = ["guest", "VMM", *(f"device {device}" for device in devices), "firmware", "locks"]
+    first = ["phases", "critical path", "main thread", "vCPUs"]
+    ranks = [outer.index(drawn.group[0]), *(inner.index(part) for part in drawn.group[1:])]
+    if isinstance(drawn, Counter):  # they stay in the order in which they are given
+        return [*ranks, -1], []
+    ranks.append(first.index(drawn.name) if drawn.name in first else len(first))
+    return ranks, [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", drawn.name)]
+
+
+# --- what is not a span ----------------------------------------------------------------------------------------------
+
+
+def _downtime(timeline: Timeline) -> Iterable[Placed]:
+    for stage in timeline.stages:
+        name = f"{stage.name} {stage.index}"
+        yield (DOWNTIME, "stages of the VMMs"), Slice(stage.start_ns, stage.end_ns, name, "stage")
+    if Mark.RESUMED not in timeline.marks:  # there was no hand-over, and so no downtime
+        return
+    bound = timeline.marks[Mark.STOP_ORDERED]
+    for name, took_ns in timeline.phases_ns().items():
+        if took_ns:
+            yield (DOWNTIME, "phases"), Slice(bound, bound + took_ns, name, "phase")
+        bound += took_ns
+    recorded = timeline.recorded()
+    for span, begin, end in timeline.critical_spans():
+        what = recorded.names[recorded.spans["what"][span]]
+        category = Resource(recorded.spans["resource"][span]).name.lower()
+        yield (DOWNTIME, "critical path"), Slice(begin, end, what, category, span)
+
+
+def _blocked(recorded: Recorded) -> Iterable[Placed]:
+    for start_ns, end_ns in zip(recorded.blocked["start_ns"], recorded.blocked["end_ns"], strict=True):
+        yield (LINK, "sends that wait for room"), Slice(int(start_ns), int(end_ns), "send held up", "link")
+
+
+def _guest(recorded: Recorded) -> Iterable[Placed]:
+    """Whether the vCPUs run, at each host: by the spans of stopping and starting them, and by the marks."""
+    end_ns = int(max(recorded.spans["end_ns"], default=0))
+    marks = {mark: at_ns for mark, (at_ns, _) in recorded.marks.items()}
+    stops, starts = _named(recorded, "vCPUs stop"), _named(recorded, "vCPUs start")
+    turns = {
+        "source": [(0, RUNNING), *_turns(stops["source"], STOPPING, STOPPED)],
+        "target": [(0, STOPPED), *_turns(starts["target"], STARTING, RUNNING)],
+    }
+    turns["source"] += _turns(starts["source"], STARTING, RUNNING)
+    if Mark.STOP_ORDERED in marks and not stops["source"]:  # it takes no time
+        turns["source"].append((marks[Mark.STOP_ORDERED], STOPPED))
+    if Mark.RESUMED in marks and not starts["target"]:
+        turns["target"].append((marks[Mark.RESUMED], RUNNING))
+    for side, moments in turns.items():
+        moments.sort(key=lambda moment: moment[0])
+        ends = [at for at, _ in moments[1:]] + [end_ns]
+        for (at, state), until in zip(moments, ends, strict=True):
+            if at < until:
+                yield (_guest_group(side), "vCPUs"), Slice(at, until, state, "guest")
+
+
+def _turns(spans: Iterable[tuple[int, int]], during: str, after: str) -> list[tuple[int, str]]:
+    return [turn for start_ns, end_ns in spans for turn in ((start_ns, during), (end_ns, after))]
+
+
+def _named(recorded: Recorded, what: str) -> dict[str, list[tuple[int, int]]]:
+    """Start and end of the spans of a name, by side."""
+    found: dict[str, list[tuple[int, int]]] = {"source": [], "target": []}
+    if what not in recorded.names:
+        return found
+    for span in np.flatnonzero(recorded.spans["what"] == recorded.names.index(what)):
+        side = recorded.names[recorded.spans["track"][span]].partition(" ")[0]
+        if side in found:
+            found[side].append((int(recorded.spans["start_ns"][span]), int(recorded.spans["end_ns"][span])))
+    return found
