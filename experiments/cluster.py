@@ -16,7 +16,7 @@ def on_cluster(cells: Sequence[Cell], address: str) -> Done:
     """On the workers of the cluster whose scheduler is there, which must have this project installed.
 
     A worker that dies loses nothing: its runs are made by another one. A run that kills several is recorded as such.
-    UserError if there is no such cluster.
+    UserError if there is no such cluster, or if it is none that can make them.
     """
     try:
         import distributed
@@ -28,7 +28,7 @@ def on_cluster(cells: Sequence[Cell], address: str) -> Done:
         workers = sum(client.nthreads().values())
         if not workers:
             raise UserError(f"--scheduler {address}: it has no workers")
-        running, places = as_completed(), {}
+        running, places = as_completed(loop=client.loop), {}
 
         def submit(count: int) -> None:
             for at, cell in itertools.islice(left, count):
@@ -43,6 +43,9 @@ def on_cluster(cells: Sequence[Cell], address: str) -> Done:
                 outcome = future.result()
             except distributed.KilledWorker as error:
                 outcome = broken(cells[at], f"the workers that made this run died: {error}")
+            except Exception as error:  # run_cell() tells what breaks in a run: it is the cluster that fails
+                told = " ".join(str(error).split())
+                raise UserError(f"--scheduler {address}: its workers cannot make runs: {told}") from error
             yield at, outcome
             submit(1)
 

@@ -66,6 +66,8 @@ class Point:
     """KEY=VALUE, as of `--set`."""
     factors: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     """What is swept, by the name of its column in the table, with its unit: becomes part of each row."""
+    repeats: int | None = None
+    """At most so many, of a place that is to show a tendency only; else as many as the experiment has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,12 @@ class Experiment:
         """All runs of the grid, repeat by repeat. UserError for a grid that cannot be run."""
         seeds = range(1, 1 + (self.quick_repeats if quick else self.repeats))
         points = self.points(quick)
-        return [Planned.of(point, seed) for seed in seeds for point in points]
+        return [
+            Planned.of(point, seed)
+            for seed in seeds
+            for point in points
+            if point.repeats is None or seed <= point.repeats
+        ]
 
 
 @dataclass(frozen=True, slots=True)

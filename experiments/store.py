@@ -24,18 +24,22 @@ class Store:
     def __init__(self, path: Path, revision: str) -> None:
         """`revision` of the code that makes the runs. UserError if there is something else at that place."""
         self._path = path
-        made_by = f"{revision} schema {SCHEMA_VERSION}"
+        self._ours = f"{revision} schema {SCHEMA_VERSION}"
         try:
             self._db = sqlite3.connect(path)
             self._db.execute("create table if not exists told (what text primary key, told text)")
             self._db.execute("create table if not exists runs (cell text primary key, row text)")
-            self._db.execute("insert or ignore into told values (?, ?)", (MADE_BY, made_by))
+            self._db.execute("insert or ignore into told values (?, ?)", (MADE_BY, self._ours))
             self._db.commit()
-            (self.made_by,) = self._db.execute("select told from told where what = ?", (MADE_BY,)).fetchone()
+            (made_by,) = self._db.execute("select told from told where what = ?", (MADE_BY,)).fetchone()
         except sqlite3.Error as error:
             raise UserError(f"{path}: cannot be used to keep runs in: {error}; remove it") from error
-        self.fits = self.made_by == made_by
+        self.made_by = str(made_by)
+
+    @property
+    def fits(self) -> bool:
         """Whether what is in it was made by the same code."""
+        return self.made_by == self._ours
 
     def __enter__(self) -> Self:
         return self
@@ -52,6 +56,13 @@ class Store:
                 self._db.execute("insert or replace into runs values (?, ?)", (cell, json.dumps(row)))
         except sqlite3.Error as error:
             raise UserError(f"{self._path}: cannot be written: {error}") from error
+
+    def begin_anew(self) -> None:
+        """Forget what there is: from now on it is this code's."""
+        with self._db:
+            self._db.execute("delete from runs")
+            self._db.execute("update told set told = ? where what = ?", (self._ours, MADE_BY))
+        self.made_by = self._ours
 
     def rows(self, cells: Collection[str]) -> dict[str, dict[str, Any]]:
         """What there is of these."""

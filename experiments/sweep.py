@@ -85,6 +85,8 @@ class _Sweep:
         revision = results.git_revision()
         with Store(self._kept, revision) as store:
             done = self._done(store, revision) if resume else {}
+            if not store.fits:  # nothing in it is wanted, or _done() would have refused it
+                store.begin_anew()
             missing = [each for each in self._planned if each.key not in done]
             cells = [each.cell for each in missing]
             bar = progress.add_task(self.experiment.name, total=len(self._planned), completed=len(done))
