@@ -171,10 +171,7 @@ def run(
     from experiments.sweep import run_experiments
 
     ctx = click.get_current_context()
-    command = ["proto-v3", *sys.argv[1:]]
-    ctx.exit(
-        run_experiments(names, quick=quick, resume=resume, jobs=jobs, scheduler=scheduler, out=out, command=command)
-    )
+    ctx.exit(run_experiments(names, quick=quick, resume=resume, jobs=jobs, scheduler=scheduler, out=out))
 
 
 @main.command()

@@ -7,6 +7,7 @@ bias-corrected and accelerated), with a fixed generator: the same runs give the 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -118,7 +119,8 @@ def _ratio(before: Floats, after: Floats) -> Interval:
 def _bootstrap(values: tuple[Floats, ...], statistic: object, *, paired: bool) -> tuple[float, float]:
     """BCa; where that is not defined (a statistic that hardly varies), by percentiles."""
     for method in ("BCa", "percentile"):
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # looked for below
             found = stats.bootstrap(
                 values,
                 statistic,
@@ -188,9 +190,11 @@ def usl(n: Sequence[float] | Floats, throughput: Sequence[float] | Floats) -> Us
     if len(np.unique(at)) < 3:
         raise ValueError(f"the scaling law needs at least three N; there are {len(np.unique(at))}")
     first = float(got[at == at.min()].mean() / at.min())
-    fitted, _ = optimize.curve_fit(
-        _usl, at, got, p0=[first, 0.05, 1e-4], bounds=([0, 0, 0], [np.inf, 1, 1]), x_scale=[first, 0.1, 0.01]
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optimize.OptimizeWarning)  # of the covariance, which nobody asks for
+        fitted, _ = optimize.curve_fit(
+            _usl, at, got, p0=[first, 0.05, 1e-4], bounds=([0, 0, 0], [np.inf, 1, 1]), x_scale=[first, 0.1, 0.01]
+        )
     left = got - _usl(at, *fitted)
     spread = float(((got - got.mean()) ** 2).sum())
     return Usl(

@@ -35,7 +35,6 @@ def run_experiments(
     jobs: int | None,
     scheduler: str | None,
     out: str | None,
-    command: Sequence[str],
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
     chosen = [find(name) for name in (NAMES if "all" in names else dict.fromkeys(names))]
@@ -55,7 +54,7 @@ def run_experiments(
                 progress.stop()
                 say(Console(stderr=True), f"interrupted: what was done is kept in {root}; go on with --resume")
                 return INTERRUPTED
-            answer, figures = write(sweep.experiment, frame, sweep.folder, command, quick=quick)
+            answer, figures = write(sweep.experiment, frame, sweep.folder, quick=quick)
             sweep.forget()
             _print(console, sweep.experiment, answer, frame, figures)
             status = max(status, int((frame["digest"] == "").any()))
@@ -128,9 +127,13 @@ def _finished(folder: Path, keys: set[str], revision: str) -> dict[str, dict[str
 
 
 def write(
-    experiment: Experiment, frame: pl.DataFrame, folder: ResultFolder, command: Sequence[str], *, quick: bool
+    experiment: Experiment, frame: pl.DataFrame, folder: ResultFolder, *, quick: bool
 ) -> tuple[Answer, list[Path]]:
-    """The table of runs, the answer with its table, the figures, the manifest."""
+    """The table of runs, the answer with its table, the figures, the manifest.
+
+    The command that they tell is the one that makes this experiment's alone, whatever else was run with it.
+    """
+    command = ["proto-v3", "run", experiment.name, *(["--quick"] if quick else [])]
     folder.write_table(frame, "runs", "parquet")
     folder.write_json(manifest(experiment, frame, command, quick=quick), "manifest")
     answer = experiment.answer(frame)

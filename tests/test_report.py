@@ -50,7 +50,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for each in (experiment("reconfiguration", "supported"), experiment("channels", "refuted")):
         planned = each.planned(True)
         frame = pl.DataFrame([row(run_cell(one.cell)) | one.columns() for one in planned], infer_schema_length=None)
-        sweep.write(each, frame, ResultFolder(folder / each.name), ["proto-v3", "run", each.name], quick=True)
+        sweep.write(each, frame, ResultFolder(folder / each.name), quick=True)
     (folder / "README.md").write_text(f"# Before\n\n{answers.BEGIN}\nold\n{answers.END}\n\n# After\n")
     return folder
 
