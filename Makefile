@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test validate experiments docs bench lock clean
+.PHONY: help demo test validate experiments notebooks docs bench lock clean
 help:
 	@echo 'make demo      migrate the published two-VF machine under v2 and v3; table and figure in results/demo/'
 	@echo 'make test      lint, types and tests'
 	@echo 'make validate  hold the simulation against published measurements'
 	@echo 'make experiments  run all experiments (half an hour on two cores), and write results/report.html'
+	@echo 'make notebooks    execute the notebooks over the results, in place'
 	@echo 'make docs      draw docs/states.md anew, from the table of the state machine'
 	@echo 'make bench     the virtual clock against SimPy; what a simulation costs; a live stream against a bare relay; live memory'
 	@echo 'make lock      pin the dependencies anew (needs uv)'
@@ -27,6 +28,9 @@ validate: $(VENV)/core.stamp
 experiments: $(VENV)/core.stamp
 	@$(BIN)/proto-v3 run all --resume
 	@$(BIN)/proto-v3 report
+
+notebooks: $(VENV)/dev.stamp
+	@$(BIN)/python -m experiments.analysis notebooks/*.ipynb
 
 docs: $(VENV)/core.stamp
 	@$(BIN)/python -m proto_v3.fsm_diagram > docs/states.md
