@@ -1,0 +1,659 @@
+"""What the notebooks call: tables found, runs made, effects judged, panels drawn. They have no logic of their own.
+
+A *table of runs* has one row a run, columns as in experiments.results; a sweep's has its factors too. Tables that are
+made here are rounded for the eye, with the unit in the column's name; intervals are of 95 % (experiments.statistics).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shlex
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import polars as pl
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from scipy.optimize import OptimizeWarning
+
+from experiments import answers, charts, results, style
+from experiments.experiment import CLAIMS, effect_row, find, places
+from experiments.figures import downtime as downtime_figure
+from experiments.runs import Cell, run_cell
+from experiments.show import told as told_value
+from experiments.statistics import Effect, effect, interval, usl
+from experiments.tell import COMPLETED, completed_runs, number, path_shares, protocols
+from proto_v3.errors import UserError
+from proto_v3.timeline import Mark, Resource, Timeline
+from sim.bound import lower_bound
+from sim.protocol import Protocol
+from sim.run import simulate
+from sim.scenario import Scenario, parameters
+from sim.scenario_file import load
+from sim.schema import GIB, MIB, NS_PER_S
+
+T = TypeVar("T")
+Setting = str | int | float | bool | Sequence[str]
+
+FOLDER_VARIABLE = "PROTO_V3_RESULTS"
+"""Names the folder of results, if it is not that of the clone."""
+DPI = 80
+"""Of a figure in a notebook: it is read on a screen, and kept in the repository."""
+WORTH = 0.05
+"""A change of the downtime below this is next to nothing: nobody would build an interface for it."""
+ENOUGH = 30
+"""Seeds, to publish a number; with less, look only."""
+TOLD_MS = 0.5
+"""A stretch of a critical path that is shorter is not drawn."""
+KERNEL = "python3"
+
+
+# --- what is there already --------------------------------------------------------------------------------------------
+
+
+def results_folder() -> Path:
+    """That which the environment names, or results/; as seen from the clone, or else from here."""
+    named = os.environ.get(FOLDER_VARIABLE) or "results"
+    known = [folder / named for folder in (Path(__file__).resolve().parents[1], Path(), Path(".."))]
+    return next((folder for folder in known if folder.is_dir()), known[0])
+
+
+def runs(name: str) -> pl.DataFrame:
+    """An experiment's table of runs. UserError if it was not made yet."""
+    return _of_experiment(name, lambda folder: pl.read_parquet(folder / "runs.parquet"))
+
+
+def answer(name: str) -> list[str]:
+    """What an experiment found, in sentences: answer, limit, details, and what it says of the claims."""
+    told = _of_experiment(name, lambda folder: json.loads((folder / "answer.json").read_text(encoding="utf-8")))
+    findings = [f"{each['claim']} {each['verdict']}: {each['why']}" for each in told["findings"]]
+    return [told["answer"], f"Limit: {told['limit']}", *told["details"], *findings]
+
+
+def figures(name: str) -> Mapping[str, Figure]:
+    """An experiment's figures by name, drawn anew from its table of runs."""
+    manifest = _of_experiment(name, lambda folder: json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+    return find(name).figures(runs(name), manifest["command"])
+
+
+def _of_experiment(name: str, read: Callable[[Path], T]) -> T:
+    find(name)
+    folder = results_folder()
+    make = (
+        f"make them with: proto-v3 run {name}; or a few, in a minute, with: proto-v3 run {name} --quick, and set "
+        f"{FOLDER_VARIABLE}=results/quick"
+    )
+    try:
+        return read(folder / name)
+    except FileNotFoundError as error:
+        raise UserError(f"no results of {name} in {folder}; {make}") from error
+    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"{folder / name}: cannot be read ({error}); {make}") from error
+
+
+def claims() -> pl.DataFrame:
+    """Each claim, and what all experiments in the folder of results together say of it."""
+    told = answers.claims(answers.read(results_folder()))
+    return pl.DataFrame(
+        {
+            "claim": [each.name for each in told],
+            "text": [CLAIMS[each.name] for each in told],
+            "verdict": [each.verdict for each in told],
+            "says": [", ".join(dict.fromkeys(name for name, _ in each.findings)) for each in told],
+        }
+    )
+
+
+# --- runs of one's own ------------------------------------------------------------------------------------------------
+
+
+def settings(device: Mapping[str, Setting]) -> list[str]:
+    """KEY=VALUE of each, as `--set` takes them."""
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in device.items()]
+
+
+def command(base: str, protocol_names: Sequence[str], seeds: int, device: Mapping[str, Setting] | None = None) -> str:
+    """The command that makes the same runs; its table, figure and manifest are in a folder then."""
+    told = ["proto-v3", "compare", base, "--protocols", ",".join(protocol_names), "--seeds", str(seeds)]
+    return shlex.join([*told, *(part for setting in settings(device or {}) for part in ("--set", setting))])
+
+
+def compared(scenario: Scenario, protocol_names: Sequence[str], seeds: int) -> pl.DataFrame:
+    """The table of runs under each protocol, with the seeds 1 to `seeds`. UserError for a protocol that is none."""
+    named = [Protocol.parse(name, scenario) for name in protocol_names]
+    cells = [Cell(scenario, protocol, seed) for seed in range(1, seeds + 1) for protocol in named]
+    return results.table([_alone(run_cell, cell) for cell in cells])
+
+
+def traced(scenario: Scenario, protocol: str, seed: int) -> Timeline:
+    """The timeline of one run. UserError if it was not completed."""
+    kept: list[Timeline] = []
+    outcome = _alone(simulate, scenario, Protocol.parse(protocol, scenario), seed, keep=kept.append)
+    if outcome.downtime_ns is None:
+        raise UserError(f"{protocol}, seed {seed}: {outcome.kind.value} {outcome.reason}: there is no downtime")
+    return kept[0]
+
+
+def _alone(work: Callable[..., T], *arguments: Any, **more: Any) -> T:
+    """In a thread of its own: a kernel has an event loop in its, which the virtual clock would not go beside."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work, *arguments, **more).result()
+
+
+def parameter_table(scenario: Scenario, keys: Iterable[str]) -> pl.DataFrame:
+    """Of each parameter: its value as it is run with, and where that comes from."""
+    known = parameters(scenario)
+    rows = [(key, told_value(known[key]), scenario.sources.get(key, "not stated")) for key in keys if key in known]
+    return pl.DataFrame(rows, schema=["parameter", "value", "source"], orient="row")
+
+
+# --- one run, step by step --------------------------------------------------------------------------------------------
+
+
+def steps(timeline: Timeline) -> pl.DataFrame:
+    """The critical path through a downtime, one row a step, in order of time.
+
+    Columns: from_ms (since the order to stop the vCPUs), takes_ms, resource, what, track. The steps tile the downtime.
+    """
+    begin = timeline.marks[Mark.STOP_ORDERED]
+    return pl.DataFrame(
+        [
+            {
+                "from_ms": (step.start_ns - begin) / 1e6,
+                "takes_ms": (step.end_ns - step.start_ns) / 1e6,
+                "resource": step.resource.name,
+                "what": step.what,
+                "track": step.track,
+            }
+            for step in timeline.critical_path()
+        ]
+    )
+
+
+def stretches(timeline: Timeline) -> pl.DataFrame:
+    """As `steps`, those that follow each other on one track and resource put together; `steps` counts them."""
+    kind = pl.when(pl.col("resource") == Resource.COPY.name).then(pl.lit("")).otherwise(pl.col("what"))
+    return (
+        steps(timeline)
+        .with_columns(at=pl.struct("resource", "track", kind).rle_id())
+        .group_by("at", maintain_order=True)
+        .agg(
+            pl.col("from_ms").first().round(2),
+            pl.col("takes_ms").sum().round(2),
+            pl.col("resource").first(),
+            pl.col("what").unique(maintain_order=True).str.join(", "),
+            pl.col("track").first(),
+            pl.len().alias("steps"),
+        )
+        .drop("at")
+    )
+
+
+def staircase(question: str, timelines: Mapping[str, Timeline], made_by: str) -> Figure:
+    """The critical path of one run of each protocol as a staircase: each step down is another track or resource."""
+    told = {name: stretches(timeline).filter(pl.col("takes_ms") >= TOLD_MS) for name, timeline in timelines.items()}
+    rows = [path.height for path in told.values()]
+    figure, axes = charts.sheet(
+        question,
+        f"one run each; what takes less than {TOLD_MS:g} ms is left out, and what happens beside it is not on the path",
+        made_by,
+        (len(told), 1),
+        (10, 0.19 * sum(rows) + 0.8 * len(told) + 1.3),
+    )
+    if grid := axes[0].get_gridspec():
+        grid.set_height_ratios(rows)
+    most = max(timeline.downtime_ns for timeline in timelines.values()) / 1e6
+    for axis, (name, path) in zip(axes, told.items(), strict=True):
+        for at, (from_ms, takes_ms, resource, what, track, _) in enumerate(path.iter_rows()):
+            look = style.RESOURCES[Resource[resource]]
+            axis.barh(
+                at, takes_ms, left=from_ms, height=0.9, color=look.colour, hatch=look.hatch, edgecolor="white", lw=0
+            )
+            axis.text(from_ms + takes_ms, at, f" {takes_ms:.1f} {what} ({track})", fontsize=7, va="center")
+        charts.dress(axis, f"{name}: {timelines[name].downtime_ns / 1e6:.1f} ms", "ms since the order to stop", "")
+        axis.set_ylim(path.height, -1)
+        axis.set_yticks([])
+        axis.set_xlim(0, 1.3 * most)
+    looks = style.RESOURCES.values()
+    handles = [Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="white", label=look.label) for look in looks]
+    charts.handles_below(figure, handles, 4)
+    return figure
+
+
+# --- tables of several runs -------------------------------------------------------------------------------------------
+
+
+def downtimes(frame: pl.DataFrame, by: Sequence[str] = ()) -> pl.DataFrame:
+    """One row a protocol (and a place, by these columns): runs, completed, and their downtime with its interval.
+
+    Columns: `by`, protocol, runs, completed, downtime_ms, low_ms, high_ms, total_s (of the whole migration, the mean).
+    """
+    rows = []
+    for at, some in places(frame, [*by, "protocol"]):
+        done = some.filter(COMPLETED)
+        row: dict[str, Any] = at | {"runs": some.height, "completed": done.height}
+        if done.height:
+            told = interval(done["downtime_ns"].to_numpy() / 1e6)
+            row |= {"downtime_ms": round(told.mean, 1), "low_ms": round(told.low, 1), "high_ms": round(told.high, 1)}
+            row |= {"total_s": round(number(done["total_ns"].mean()) / 1e9, 2)}
+        rows.append(row)
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def waterfall(scenario: Scenario, frame: pl.DataFrame, made_by: str) -> Figure:
+    """The downtime's phases and critical path (experiments.figures.downtime); one that says so if nothing completed."""
+    if frame.filter(COMPLETED).height:
+        return downtime_figure(scenario, frame, made_by)
+    figure, (axis,) = charts.sheet("Where does the downtime go?", "", made_by, (1, 1), (9, 2))
+    axis.text(0.5, 0.5, "no run was completed: there is no downtime", ha="center", transform=axis.transAxes)
+    axis.axis("off")
+    return figure
+
+
+def where_it_goes(frame: pl.DataFrame) -> pl.DataFrame:
+    """Each resource's share of the critical path through the downtime, %, one row a protocol; they sum to 100."""
+    done = completed_runs(frame)
+    return pl.DataFrame(
+        [
+            {"protocol": name}
+            | {f"{each.name.lower()}_percent": round(100 * share, 1) for each, share in path_shares(done, name).items()}
+            for name in protocols(done)
+        ]
+    )
+
+
+def bounds(scenario: Scenario, protocol_names: Sequence[str]) -> pl.DataFrame:
+    """The least downtime that each resource allows by itself, ms: a column a resource; the largest is the bound."""
+    rows = []
+    for name in protocol_names:
+        protocol = Protocol.parse(name, scenario)
+        told = lower_bound(protocol.applied(scenario), protocol)
+        by_resource = {f"{resource}_ms": round(ns / 1e6, 1) for resource, ns in told.by_resource_ns.items()}
+        rows.append(
+            {"protocol": protocol.name, "bound_ms": round(told.total_ns / 1e6, 1), "set_by": told.resource}
+            | by_resource
+        )
+    return pl.DataFrame(rows)
+
+
+def above_bound(frame: pl.DataFrame) -> pl.DataFrame:
+    """How far the completed runs are above their bound, one row a protocol: the ratio with its interval, and ms.
+
+    Columns: protocol, bound_ms, set_by, ratio, ratio_low, ratio_high, over_ms.
+    """
+    rows = []
+    for name in protocols(completed_runs(frame)):
+        done = frame.filter(COMPLETED & (pl.col("protocol") == name)).drop_nulls("bound_ratio")
+        if done.is_empty():
+            continue
+        ratio = interval(done["bound_ratio"].to_numpy())
+        over = interval(((done["downtime_ns"] - done["bound_ns"]) / 1e6).to_numpy())
+        rows.append(
+            {
+                "protocol": name,
+                "bound_ms": round(number(done["bound_ns"].mean()) / 1e6, 1),
+                "set_by": done["bound_by"][0],
+            }
+            | {"ratio": round(ratio.mean, 3), "ratio_low": round(ratio.low, 3), "ratio_high": round(ratio.high, 3)}
+            | {"over_ms": round(over.mean, 1)}
+        )
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def read_parts(frame: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:
+    """What a read() waits for, one row a place: calls a run, us a call, and of these the shares of each part, %.
+
+    Columns: `by`, reads, us_a_read, firmware_percent, lock_percent, copy_percent.
+    """
+    rows = []
+    for at, some in places(frame.filter(COMPLETED), by):
+        parts = {part: number(some[f"read_{part}_ns"].sum()) for part in ("firmware", "lock", "copy")}
+        whole, calls = max(1.0, sum(parts.values())), max(1.0, number(some["reads"].sum()))
+        shares = {f"{part}_percent": round(100 * value / whole, 1) for part, value in parts.items()}
+        rows.append(at | {"reads": round(calls / some.height), "us_a_read": round(whole / calls / 1e3, 1)} | shares)
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def laws(frame: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:
+    """The Universal Scalability Law, fitted to what each place of read_scaling moves a second against N.
+
+    Columns: `by`, n (how many N), one_gib_per_s, contention_percent, coherency_percent, best_n (null: it never falls),
+    r_squared (null: the law has as many parameters as there are N). Places with less than three N are left out.
+    """
+    rows = []
+    for at, some in places(frame.filter(COMPLETED), by):
+        if (ns := some["streams"].n_unique()) < 3:
+            continue
+        gib = sum(device.state_mib for device in load(some["base"][0]).devices) * MIB / GIB
+        moved_ns = (some["phase_drain_ns"] + some["phase_transfer_ns"]).to_numpy()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OptimizeWarning)  # of the covariance, which is not used
+            law = usl(some["streams"].to_numpy(), gib * NS_PER_S / moved_ns)
+        best = round(law.best_n) if law.best_n < 10 * number(some["streams"].max()) else None
+        percent = {f"{name}_percent": round(100 * getattr(law, name), 2) for name in ("contention", "coherency")}
+        row = at | {"n": ns, "one_gib_per_s": round(law.rate, 3)} | percent
+        rows.append(row | {"best_n": best, "r_squared": round(law.r_squared, 4) if ns > 3 else None})
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+# --- protocols against each other -------------------------------------------------------------------------------------
+
+Pairs = Sequence[tuple[str, str]]
+"""What is compared: base and other, by their protocols' names."""
+
+
+def seed_by_seed(frame: pl.DataFrame, pairs: Pairs, column: str = "downtime_ns") -> pl.DataFrame:
+    """One row a seed: under each protocol, and the difference of each pair; ms, null where a run was not completed."""
+    wide = frame.filter(COMPLETED).pivot(on="protocol", index="seed", values=column).sort("seed")
+    named = [name for name in dict.fromkeys(name for pair in pairs for name in pair) if name in wide.columns]
+    both = [(base, other) for base, other in pairs if base in named and other in named]
+    return wide.select(
+        "seed",
+        *[(pl.col(name) / 1e6).round(1).alias(f"{name} ms") for name in named],
+        *[((pl.col(other) - pl.col(base)) / 1e6).round(1).alias(f"{other} - {base} ms") for base, other in both],
+    )
+
+
+def dumbbells(question: str, frame: pl.DataFrame, named: Sequence[str], made_by: str) -> Figure:
+    """The downtime of each seed under each protocol, one row a seed: is the order the same in every row?"""
+    seeds = sorted(frame["seed"].unique())
+    figure, (axis,) = charts.sheet(
+        question,
+        "a row is one seed: the same guest and firmware under each protocol; a run that was not completed has no mark",
+        made_by,
+        (1, 1),
+        (10, 0.17 * len(seeds) + 2.4),
+    )
+    for at, seed in enumerate(seeds):
+        of_seed = frame.filter(COMPLETED & (pl.col("seed") == seed) & pl.col("protocol").is_in(named))
+        if of_seed.is_empty():
+            continue
+        downtime = dict(of_seed.select("protocol", pl.col("downtime_ns") / 1e6).iter_rows())
+        axis.plot([min(downtime.values()), max(downtime.values())], [at, at], color="#CCCCCC", linewidth=1, zorder=1)
+        for name, value in downtime.items():
+            look = style.protocol(name)
+            axis.plot([value], [at], look.marker, color=look.colour, markersize=6, zorder=2)
+    charts.dress(axis, "", "downtime, ms", "seed")
+    axis.set_yticks(range(len(seeds)), [str(seed) for seed in seeds])
+    axis.set_xlim(left=0)
+    charts.legend(figure, named)
+    return figure
+
+
+def verdict(told: Effect | None, base_done: int, other_done: int, worth: float = WORTH) -> str:
+    """An effect on the downtime in a word; `worth` is the least change that is worth telling.
+
+    `shorter` and `longer`: all of the ratio's interval is beyond it; `next to nothing`: all of it is within;
+    `uncertain`: neither. Where no seed was completed under both: which of them completes.
+    """
+    if told is None:
+        if base_done and other_done:
+            return "uncertain"
+        return (
+            "neither completes"
+            if not (base_done or other_done)
+            else f"only {'base' if base_done else 'other'} completes"
+        )
+    ratio = told.ratio
+    if ratio.high <= 1 - worth:
+        return "shorter"
+    if ratio.low >= 1 + worth:
+        return "longer"
+    return "next to nothing" if ratio.low > 1 - worth and ratio.high < 1 + worth else "uncertain"
+
+
+def verdicts(frame: pl.DataFrame, pairs: Pairs, by: Sequence[str] = (), worth: float = WORTH) -> pl.DataFrame:
+    """Each pair's effect on the downtime, paired by seed, with a verdict; one row a pair (and a place, by `by`).
+
+    Columns: `by`, those of experiments.experiment.effect_row in ms, base_completed, other_completed (runs), verdict.
+    Pairs of which a place has no runs are left out; UserError if that leaves none.
+    """
+    rows = []
+    for at, some in places(frame, by) if by else [({}, frame)]:
+        for base, other in pairs:
+            of = {name: some.filter(pl.col("protocol") == name) for name in (base, other)}
+            if any(each.is_empty() for each in of.values()):
+                continue
+            done = [each.filter(COMPLETED).height for each in of.values()]
+            told = effect(some, "downtime_ns", base, other)
+            rows.append(
+                at
+                | effect_row(told, base, other, 1e6, "ms")
+                | {
+                    "base_completed": done[0],
+                    "other_completed": done[1],
+                    "verdict": verdict(told, done[0], done[1], worth),
+                }
+            )
+    if not rows:
+        raise UserError(f"{_named(pairs)}: the runs have no such pair, only {', '.join(protocols(frame))}")
+    table = pl.DataFrame(rows, infer_schema_length=None)
+    return table.with_columns(pl.col("^(difference|ratio)_.*$").cast(pl.Float64))
+
+
+def _named(pairs: Pairs) -> str:
+    return ", ".join(f"{other} against {base}" for base, other in pairs)
+
+
+def readable(table: pl.DataFrame) -> pl.DataFrame:
+    """A table of verdicts for the eye: the difference in ms, the change in %, each with its interval."""
+    factors = table.columns[: table.columns.index("base")]
+    return table.select(
+        *factors,
+        "base",
+        "other",
+        *[pl.col(f"difference_{part}_ms").round(1).alias(f"{part}_ms") for part in ("mean", "low", "high")],
+        *[(100 * (pl.col(f"ratio_{part}") - 1)).round(1).alias(f"{part}_percent") for part in ("mean", "low", "high")],
+        "pairs",
+        "verdict",
+    )
+
+
+def where(table: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:
+    """Verdicts counted: of each pair and verdict the places, the range of the change, and the places by name.
+
+    Columns: base, other, verdict, places, from_percent, to_percent, where.
+    """
+    percent = (100 * (pl.col("ratio_mean") - 1)).round(1)
+    return (
+        table.group_by("base", "other", "verdict", maintain_order=True)
+        .agg(
+            pl.len().alias("places"),
+            percent.min().alias("from_percent"),
+            percent.max().alias("to_percent"),
+            _place(by).unique(maintain_order=True).str.join("; ").alias("where"),
+        )
+        .sort("base", "other", "places", descending=[False, False, True], maintain_order=True)
+    )
+
+
+def together(tables: Mapping[str, tuple[pl.DataFrame, Sequence[str]]]) -> pl.DataFrame:
+    """Several tables of verdicts, each with the columns that name its places, as one of `where`; `of` says which."""
+    return pl.concat(
+        [where(table, by).select(pl.lit(name).alias("of"), pl.all()) for name, (table, by) in tables.items()]
+    )
+
+
+VERDICT_COLOURS = {"shorter": "#2171B5", "longer": "#882255", "next to nothing": "#999999", "uncertain": "#E69F00"}
+
+
+def forest(question: str, table: pl.DataFrame, by: Sequence[str], made_by: str) -> Figure:
+    """Each row of a table of verdicts as the change of the downtime with its interval; one panel a pair."""
+    named = list(table.select("base", "other").unique(maintain_order=True).iter_rows())
+    rows = [table.filter((pl.col("base") == base) & (pl.col("other") == other)) for base, other in named]
+    figure, axes = charts.sheet(
+        question,
+        f"change of the downtime, %, with its 95 % interval; grey band: less than {100 * WORTH:.0f} %; x: no seed was "
+        "completed under both",
+        made_by,
+        (1, len(named)),
+        (max(7.0, 4.6 * len(named)), 0.27 * max(each.height for each in rows) + 2.6),
+    )
+    for axis, (base, other), some in zip(axes, named, rows, strict=True):
+        axis.axvspan(-100 * WORTH, 100 * WORTH, color="#EEEEEE", zorder=0)
+        axis.axvline(0, color="black", linewidth=0.8)
+        for at, row in enumerate(some.iter_rows(named=True)):
+            if row["ratio_mean"] is None:
+                axis.text(0, at, f"x {row['verdict']}", fontsize=7, va="center", ha="center")
+                continue
+            mean, low, high = (100 * (row[f"ratio_{part}"] - 1) for part in ("mean", "low", "high"))
+            colour = VERDICT_COLOURS[row["verdict"]]
+            axis.plot([low, high], [at, at], color=colour, linewidth=3, alpha=0.5)
+            axis.plot([mean], [at], "o", color=colour, markersize=5)
+            axis.annotate(f"{mean:+.1f}", (mean, at), (0, 4), textcoords="offset points", fontsize=6.5, ha="center")
+        charts.dress(axis, f"{other}\nagainst {base}", "change of the downtime, %", "")
+        axis.set_yticks(range(some.height), some.select(_place(by)).to_series())
+        axis.set_ylim(some.height - 0.3, -0.7)
+        axis.margins(x=0.12)
+    handles = [Line2D([], [], color=colour, marker="o", label=word) for word, colour in VERDICT_COLOURS.items()]
+    charts.handles_below(figure, handles, 4)
+    return figure
+
+
+def _place(by: Sequence[str]) -> pl.Expr:
+    """These columns as words."""
+    words = [pl.col(name).cast(pl.String).str.strip_suffix(".0") for name in by]
+    return pl.concat_str(words, separator=" ").str.strip_chars()
+
+
+def advice(frame: pl.DataFrame, *, today: str, best: str, one: str, many: str, worth: float = WORTH) -> list[str]:
+    """What to do for a device, in sentences, computed from the effects on its downtime.
+
+    `today` is the protocol as it is used, `best` the best that exists, `one` and `many` are v3 with one dirty
+    stream and with several. UserError if one of them was not run.
+    """
+    asked = {"exists": (today, best), "v3": (best, many), "streams": (one, many)}
+    if missing := {name for pair in asked.values() for name in pair} - set(protocols(frame)):
+        raise UserError(f"{', '.join(sorted(missing))}: not among the runs, which are {', '.join(protocols(frame))}")
+    found = {what: _sentence(frame, *pair, worth) for what, pair in asked.items()}
+    lines = [sentence for _, sentence in found.values()]
+    for what, (word, _) in found.items():
+        if what != "streams" or found["v3"][0] in ("shorter", "only other completes"):
+            told = _IN_WORDS[what].get(word, f"{asked[what][1]} against {asked[what][0]}: take more seeds.")
+            lines.append(told.format(today=today, best=best, one=one, many=many))
+    for name in dict.fromkeys((today, best, one, many)):
+        made = frame.filter(pl.col("protocol") == name)
+        if done := made.filter(~COMPLETED).height:
+            lines.append(
+                f"But {name} does not complete {done} of {made.height} runs, and a downtime says nothing of these."
+            )
+    if (seeds := frame["seed"].n_unique()) < ENOUGH:
+        lines.append(f"{seeds} seeds are enough to look, not to publish: take {ENOUGH}.")
+    return lines
+
+
+def _sentence(frame: pl.DataFrame, base: str, other: str, worth: float) -> tuple[str, str]:
+    told = effect(frame, "downtime_ns", base, other)
+    done = [frame.filter(COMPLETED & (pl.col("protocol") == name)).height for name in (base, other)]
+    word = verdict(told, done[0], done[1], worth)
+    words = told.told("ms", 1e6) if told else f"completed are {done[0]} and {done[1]} runs"
+    return word, f"{other} against {base}: {words}: {word}."
+
+
+_IN_WORDS = {
+    "exists": {
+        "shorter": "Take {best} before anything else: it exists, and it is shorter than {today}.",
+        "longer": "Stay with {today}: {best} is longer here.",
+        "next to nothing": "{best} brings next to nothing over {today}.",
+        "only other completes": "Take {best}: {today} does not complete.",
+        "only base completes": "Stay with {today}: {best} does not complete.",
+        "neither completes": "Neither {today} nor {best} completes: too much is written, or the limit is too low.",
+    },
+    "v3": {
+        "shorter": "v3 is worth a look for this device: {many} is shorter than {best}.",
+        "longer": "Do not build v3 for this device: {many} is longer than {best}.",
+        "next to nothing": "Do not build v3 for this device: {many} brings next to nothing over {best}.",
+        "only other completes": "v3 is worth a look for this device: {best} does not complete.",
+        "only base completes": "Do not build v3 for this device: {many} does not complete.",
+        "neither completes": "Neither {best} nor {many} completes: nothing can be said.",
+    },
+    "streams": {
+        "shorter": "Several dirty streams are part of that: {many} is shorter than {one}.",
+        "longer": "One dirty stream is enough: {many} is longer than {one}.",
+        "next to nothing": "One dirty stream is enough: {many} brings next to nothing over {one}.",
+        "only other completes": "Several dirty streams are needed: {one} does not complete.",
+        "only base completes": "One dirty stream is enough: {many} does not complete.",
+    },
+}
+"""By the verdict."""
+
+
+# --- on the page ------------------------------------------------------------------------------------------------------
+
+
+def whole_tables() -> None:
+    """Tables are shown with all rows and columns, without types, from now on."""
+    pl.Config.set_tbl_rows(-1)
+    pl.Config.set_tbl_cols(-1)
+    pl.Config.set_fmt_str_lengths(1000)
+    pl.Config.set_tbl_hide_column_data_types(True)
+    pl.Config.set_tbl_hide_dataframe_shape(True)
+
+
+class Shown:
+    """A figure as a cell's result: a PNG, and its title for who sees none."""
+
+    def __init__(self, figure: Figure, dpi: int) -> None:
+        self._title = figure.get_suptitle().strip()
+        page = io.BytesIO()
+        figure.savefig(page, format="png", dpi=dpi)
+        self._png = page.getvalue()
+
+    def __repr__(self) -> str:
+        return f"Figure: {self._title}"
+
+    def _repr_png_(self) -> bytes:
+        return self._png
+
+
+def shown(figure: Figure, dpi: int = DPI) -> Shown:
+    """A figure, as a cell's last line."""
+    return Shown(figure, dpi)
+
+
+def execute(path: Path, changes: Mapping[str, str] | None = None) -> Any:
+    """Run a notebook in its folder and return it with its outputs; `changes` replace text in its code first.
+
+    Needs the extra `notebooks`. nbclient's CellExecutionError if a cell fails.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            for old, new in (changes or {}).items():
+                cell.source = cell.source.replace(old, new)
+    where_it_is = {"metadata": {"path": str(path.parent)}}
+    client = NotebookClient(notebook, timeout=1800, kernel_name=KERNEL, resources=where_it_is, record_timing=False)
+    client.execute()
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": KERNEL},
+        "language_info": {"name": "python"},
+    }
+    return notebook
+
+
+def main() -> None:
+    """`python -m experiments.analysis NOTEBOOK...`: run them, and keep their outputs in the files."""
+    import nbformat
+
+    parser = argparse.ArgumentParser(prog="python -m experiments.analysis", description=main.__doc__)
+    parser.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK")
+    for path in parser.parse_args().notebooks:
+        notebook = execute(path)
+        nbformat.write(notebook, path)  # type: ignore[no-untyped-call]
+        print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main()
