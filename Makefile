@@ -30,7 +30,7 @@ experiments: $(VENV)/core.stamp
 	@$(BIN)/proto-v3 report
 
 notebooks: $(VENV)/dev.stamp
-	@$(BIN)/python -m experiments.analysis notebooks/*.ipynb
+	@$(BIN)/python -m experiments.notebook notebooks/*.ipynb
 
 docs: $(VENV)/core.stamp
 	@$(BIN)/python -m proto_v3.fsm_diagram > docs/states.md

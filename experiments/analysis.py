@@ -6,8 +6,6 @@ made here are rounded for the eye, with the unit in the column's name; intervals
 
 from __future__ import annotations
 
-import argparse
-import io
 import json
 import os
 import shlex
@@ -19,13 +17,10 @@ from typing import Any, TypeVar
 
 import polars as pl
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from scipy.optimize import OptimizeWarning
 
-from experiments import answers, charts, results, style
+from experiments import answers, results
 from experiments.experiment import CLAIMS, effect_row, find, places
-from experiments.figures import downtime as downtime_figure
 from experiments.runs import Cell, run_cell
 from experiments.show import told as told_value
 from experiments.statistics import Effect, effect, interval, usl
@@ -44,15 +39,12 @@ Setting = str | int | float | bool | Sequence[str]
 
 FOLDER_VARIABLE = "PROTO_V3_RESULTS"
 """Names the folder of results, if it is not that of the clone."""
-DPI = 80
-"""Of a figure in a notebook: it is read on a screen, and kept in the repository."""
 WORTH = 0.05
 """A change of the downtime below this is next to nothing: nobody would build an interface for it."""
 ENOUGH = 30
 """Seeds, to publish a number; with less, look only."""
 TOLD_MS = 0.5
 """A stretch of a critical path that is shorter is not drawn."""
-KERNEL = "python3"
 
 
 # --- what is there already --------------------------------------------------------------------------------------------
@@ -196,37 +188,6 @@ def stretches(timeline: Timeline) -> pl.DataFrame:
     )
 
 
-def staircase(question: str, timelines: Mapping[str, Timeline], made_by: str) -> Figure:
-    """The critical path of one run of each protocol as a staircase: each step down is another track or resource."""
-    told = {name: stretches(timeline).filter(pl.col("takes_ms") >= TOLD_MS) for name, timeline in timelines.items()}
-    rows = [path.height for path in told.values()]
-    figure, axes = charts.sheet(
-        question,
-        f"one run each; what takes less than {TOLD_MS:g} ms is left out, and what happens beside it is not on the path",
-        made_by,
-        (len(told), 1),
-        (10, 0.19 * sum(rows) + 0.8 * len(told) + 1.3),
-    )
-    if grid := axes[0].get_gridspec():
-        grid.set_height_ratios(rows)
-    most = max(timeline.downtime_ns for timeline in timelines.values()) / 1e6
-    for axis, (name, path) in zip(axes, told.items(), strict=True):
-        for at, (from_ms, takes_ms, resource, what, track, _) in enumerate(path.iter_rows()):
-            look = style.RESOURCES[Resource[resource]]
-            axis.barh(
-                at, takes_ms, left=from_ms, height=0.9, color=look.colour, hatch=look.hatch, edgecolor="white", lw=0
-            )
-            axis.text(from_ms + takes_ms, at, f" {takes_ms:.1f} {what} ({track})", fontsize=7, va="center")
-        charts.dress(axis, f"{name}: {timelines[name].downtime_ns / 1e6:.1f} ms", "ms since the order to stop", "")
-        axis.set_ylim(path.height, -1)
-        axis.set_yticks([])
-        axis.set_xlim(0, 1.3 * most)
-    looks = style.RESOURCES.values()
-    handles = [Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="white", label=look.label) for look in looks]
-    charts.handles_below(figure, handles, 4)
-    return figure
-
-
 # --- tables of several runs -------------------------------------------------------------------------------------------
 
 
@@ -245,16 +206,6 @@ def downtimes(frame: pl.DataFrame, by: Sequence[str] = ()) -> pl.DataFrame:
             row |= {"total_s": round(number(done["total_ns"].mean()) / 1e9, 2)}
         rows.append(row)
     return pl.DataFrame(rows, infer_schema_length=None)
-
-
-def waterfall(scenario: Scenario, frame: pl.DataFrame, made_by: str) -> Figure:
-    """The downtime's phases and critical path (experiments.figures.downtime); one that says so if nothing completed."""
-    if frame.filter(COMPLETED).height:
-        return downtime_figure(scenario, frame, made_by)
-    figure, (axis,) = charts.sheet("Where does the downtime go?", "", made_by, (1, 1), (9, 2))
-    axis.text(0.5, 0.5, "no run was completed: there is no downtime", ha="center", transform=axis.transAxes)
-    axis.axis("off")
-    return figure
 
 
 def where_it_goes(frame: pl.DataFrame) -> pl.DataFrame:
@@ -361,32 +312,6 @@ def seed_by_seed(frame: pl.DataFrame, pairs: Pairs, column: str = "downtime_ns")
     )
 
 
-def dumbbells(question: str, frame: pl.DataFrame, named: Sequence[str], made_by: str) -> Figure:
-    """The downtime of each seed under each protocol, one row a seed: is the order the same in every row?"""
-    seeds = sorted(frame["seed"].unique())
-    figure, (axis,) = charts.sheet(
-        question,
-        "a row is one seed: the same guest and firmware under each protocol; a run that was not completed has no mark",
-        made_by,
-        (1, 1),
-        (10, 0.17 * len(seeds) + 2.4),
-    )
-    for at, seed in enumerate(seeds):
-        of_seed = frame.filter(COMPLETED & (pl.col("seed") == seed) & pl.col("protocol").is_in(named))
-        if of_seed.is_empty():
-            continue
-        downtime = dict(of_seed.select("protocol", pl.col("downtime_ns") / 1e6).iter_rows())
-        axis.plot([min(downtime.values()), max(downtime.values())], [at, at], color="#CCCCCC", linewidth=1, zorder=1)
-        for name, value in downtime.items():
-            look = style.protocol(name)
-            axis.plot([value], [at], look.marker, color=look.colour, markersize=6, zorder=2)
-    charts.dress(axis, "", "downtime, ms", "seed")
-    axis.set_yticks(range(len(seeds)), [str(seed) for seed in seeds])
-    axis.set_xlim(left=0)
-    charts.legend(figure, named)
-    return figure
-
-
 def verdict(told: Effect | None, base_done: int, other_done: int, worth: float = WORTH) -> str:
     """An effect on the downtime in a word; `worth` is the least change that is worth telling.
 
@@ -468,7 +393,7 @@ def where(table: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:
             pl.len().alias("places"),
             percent.min().alias("from_percent"),
             percent.max().alias("to_percent"),
-            _place(by).unique(maintain_order=True).str.join("; ").alias("where"),
+            place(by).unique(maintain_order=True).str.join("; ").alias("where"),
         )
         .sort("base", "other", "places", descending=[False, False, True], maintain_order=True)
     )
@@ -484,40 +409,7 @@ def together(tables: Mapping[str, tuple[pl.DataFrame, Sequence[str]]]) -> pl.Dat
 VERDICT_COLOURS = {"shorter": "#2171B5", "longer": "#882255", "next to nothing": "#999999", "uncertain": "#E69F00"}
 
 
-def forest(question: str, table: pl.DataFrame, by: Sequence[str], made_by: str) -> Figure:
-    """Each row of a table of verdicts as the change of the downtime with its interval; one panel a pair."""
-    named = list(table.select("base", "other").unique(maintain_order=True).iter_rows())
-    rows = [table.filter((pl.col("base") == base) & (pl.col("other") == other)) for base, other in named]
-    figure, axes = charts.sheet(
-        question,
-        f"change of the downtime, %, with its 95 % interval; grey band: less than {100 * WORTH:.0f} %; x: no seed was "
-        "completed under both",
-        made_by,
-        (1, len(named)),
-        (max(7.0, 4.6 * len(named)), 0.27 * max(each.height for each in rows) + 2.6),
-    )
-    for axis, (base, other), some in zip(axes, named, rows, strict=True):
-        axis.axvspan(-100 * WORTH, 100 * WORTH, color="#EEEEEE", zorder=0)
-        axis.axvline(0, color="black", linewidth=0.8)
-        for at, row in enumerate(some.iter_rows(named=True)):
-            if row["ratio_mean"] is None:
-                axis.text(0, at, f"x {row['verdict']}", fontsize=7, va="center", ha="center")
-                continue
-            mean, low, high = (100 * (row[f"ratio_{part}"] - 1) for part in ("mean", "low", "high"))
-            colour = VERDICT_COLOURS[row["verdict"]]
-            axis.plot([low, high], [at, at], color=colour, linewidth=3, alpha=0.5)
-            axis.plot([mean], [at], "o", color=colour, markersize=5)
-            axis.annotate(f"{mean:+.1f}", (mean, at), (0, 4), textcoords="offset points", fontsize=6.5, ha="center")
-        charts.dress(axis, f"{other}\nagainst {base}", "change of the downtime, %", "")
-        axis.set_yticks(range(some.height), some.select(_place(by)).to_series())
-        axis.set_ylim(some.height - 0.3, -0.7)
-        axis.margins(x=0.12)
-    handles = [Line2D([], [], color=colour, marker="o", label=word) for word, colour in VERDICT_COLOURS.items()]
-    charts.handles_below(figure, handles, 4)
-    return figure
-
-
-def _place(by: Sequence[str]) -> pl.Expr:
+def place(by: Sequence[str]) -> pl.Expr:
     """These columns as words."""
     words = [pl.col(name).cast(pl.String).str.strip_suffix(".0") for name in by]
     return pl.concat_str(words, separator=" ").str.strip_chars()
@@ -583,77 +475,3 @@ _IN_WORDS = {
     },
 }
 """By the verdict."""
-
-
-# --- on the page ------------------------------------------------------------------------------------------------------
-
-
-def whole_tables() -> None:
-    """Tables are shown with all rows and columns, without types, from now on."""
-    pl.Config.set_tbl_rows(-1)
-    pl.Config.set_tbl_cols(-1)
-    pl.Config.set_fmt_str_lengths(1000)
-    pl.Config.set_tbl_hide_column_data_types(True)
-    pl.Config.set_tbl_hide_dataframe_shape(True)
-
-
-class Shown:
-    """A figure as a cell's result: a PNG, and its title for who sees none."""
-
-    def __init__(self, figure: Figure, dpi: int) -> None:
-        self._title = figure.get_suptitle().strip()
-        page = io.BytesIO()
-        figure.savefig(page, format="png", dpi=dpi)
-        self._png = page.getvalue()
-
-    def __repr__(self) -> str:
-        return f"Figure: {self._title}"
-
-    def _repr_png_(self) -> bytes:
-        return self._png
-
-
-def shown(figure: Figure, dpi: int = DPI) -> Shown:
-    """A figure, as a cell's last line."""
-    return Shown(figure, dpi)
-
-
-def execute(path: Path, changes: Mapping[str, str] | None = None) -> Any:
-    """Run a notebook in its folder and return it with its outputs; `changes` replace text in its code first.
-
-    Needs the extra `notebooks`. nbclient's CellExecutionError if a cell fails.
-    """
-    import nbformat
-    from nbclient import NotebookClient
-
-    notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            for old, new in (changes or {}).items():
-                cell.source = cell.source.replace(old, new)
-    where_it_is = {"metadata": {"path": str(path.parent)}}
-    client = NotebookClient(notebook, timeout=1800, kernel_name=KERNEL, resources=where_it_is, record_timing=False)
-    client.execute()
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
-    notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": KERNEL},
-        "language_info": {"name": "python"},
-    }
-    return notebook
-
-
-def main() -> None:
-    """`python -m experiments.analysis NOTEBOOK...`: run them, and keep their outputs in the files."""
-    import nbformat
-
-    parser = argparse.ArgumentParser(prog="python -m experiments.analysis", description=main.__doc__)
-    parser.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK")
-    for path in parser.parse_args().notebooks:
-        notebook = execute(path)
-        nbformat.write(notebook, path)  # type: ignore[no-untyped-call]
-        print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 from helpers import small_scenario
 
-from experiments import analysis, sweep
+from experiments import analysis, figures_analysis, notebook, sweep
 from experiments.experiment import Point, find
 from experiments.folder import ResultFolder
 from experiments.results import row
@@ -80,7 +80,7 @@ def test_it_runs_on_small_data(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     for each in experiments:
         make_small(each, tmp_path)
     monkeypatch.setenv(analysis.FOLDER_VARIABLE, str(tmp_path))
-    done = analysis.execute(FOLDER / f"{name}.ipynb", changes)
+    done = notebook.execute(FOLDER / f"{name}.ipynb", changes)
     assert all(cell.execution_count for cell in done.cells if cell.cell_type == "code")
     assert [output for output in outputs(done) if output.output_type == "error" or output.get("name") == "stderr"] == []
     assert of_type(done, "image/png") == figures
@@ -175,7 +175,7 @@ def test_a_device_that_nothing_moves_is_told_as_such() -> None:
     told = analysis.verdicts(runs, [("v2", "v3-n4")])
     assert analysis.readable(told)["verdict"].to_list() == ["neither completes"]
     assert analysis.where(told.with_columns(place=pl.lit("x")), ["place"])["from_percent"].to_list() == [None]
-    assert analysis.shown(analysis.waterfall(scenario, runs, "a command"))._repr_png_()
+    assert notebook.shown(figures_analysis.waterfall(scenario, runs, "a command"))._repr_png_()
     advice = analysis.advice(runs, today="v2", best="v2-multifd", one="v3-n1", many="v3-n4")
     assert "Neither v2-multifd nor v3-n4 completes: nothing can be said." in advice
 
