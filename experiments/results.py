@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import shlex
 import subprocess
@@ -155,12 +156,13 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str:
-    """The project's commit, with `+changes` if anything but results differs; `unknown` outside of a clone."""
+    """The project's commit, with `+changes` and a fingerprint of them if anything but results differs; `unknown`
+    outside of a clone."""
     here = Path(__file__).resolve().parents[1]
     try:
         commit = _git(here, "rev-parse", "HEAD")
-        changes = _git(here, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
-        return f"{commit}+changes" if changes else commit
+        changes = _git(here, "diff", "HEAD", "--", ".", ":!results")
+        return f"{commit}+changes-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else commit
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
