@@ -139,7 +139,6 @@ def _why(frame: pl.DataFrame, downtime: Sequence[tuple[dict[str, Any], Effect | 
         less = with_less.get((at["streams"], at["per_connection_gbit_per_s"]))
         if ample is not None and less is not None and less.ratio.high > MOST_DOWNTIME:
             told.append(
-                "A pool fills one socket before it takes the next. "
                 f"{at['pool_connections']} pooled connections of {at['per_connection_gbit_per_s']:g} Gbit/s, sockets "
                 f"of {BUFFER_MIB:g} MiB: downtime is {_ratio(less)} times the dedicated one with "
                 f"{CREDIT_MIB:g} MiB of credit, which fills {CREDIT_MIB / BUFFER_MIB:.1f} sockets, and {_ratio(ample)} "

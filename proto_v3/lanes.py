@@ -197,6 +197,10 @@ class _SharedOut:
         await self._lanes.carry(replace(frame, place=self._place), self._critical)
 
 
+_Carried = tuple[Frame, asyncio.Future[int]]
+"""A frame, and who is told when a connection took it."""
+
+
 class SharedOutLanes:
     """See OutLanes: a connection that is free takes what comes next, critical frames first.
 
@@ -207,9 +211,9 @@ class SharedOutLanes:
     def __init__(self, channels: Sequence[Channel], devices: int, credits: Credits) -> None:
         self._channels = channels
         self._credits = [[_Credit(credits.of(lane)) for lane in (0, 1)] for _ in range(devices)]
-        self._critical: deque[tuple[Frame, asyncio.Future[int]]] = deque()
-        self._dirty: deque[tuple[Frame, asyncio.Future[int]]] = deque()
-        self._free: deque[asyncio.Future[None]] = deque()
+        self._critical: deque[_Carried] = deque()
+        self._dirty: deque[_Carried] = deque()
+        self._free: deque[asyncio.Future[_Carried]] = deque()
         """Of the senders that wait for a frame, in the order in which they came to."""
 
     def lane(self, device: int, lane: int) -> OutLane:
@@ -223,24 +227,25 @@ class SharedOutLanes:
     async def carry(self, frame: Frame, critical: bool) -> None:
         """Return when a connection took the frame."""
         sent: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        (self._critical if critical else self._dirty).append((frame, sent))
-        self._wake_one()
+        while self._free and self._free[0].done():  # it was cancelled
+            self._free.popleft()
+        if self._free:
+            self._free.popleft().set_result((frame, sent))
+        else:
+            (self._critical if critical else self._dirty).append((frame, sent))
         caused_by(await sent)
 
-    def _wake_one(self) -> None:
-        while self._free:
-            turn = self._free.popleft()
-            if not turn.done():  # else it was cancelled
-                turn.set_result(None)
-                return
+    async def _next(self) -> _Carried:
+        """What a sender that is free is to send."""
+        if waiting := self._critical or self._dirty:
+            return waiting.popleft()
+        turn: asyncio.Future[_Carried] = asyncio.get_running_loop().create_future()
+        self._free.append(turn)
+        return await turn
 
     async def _send(self, channel: Channel) -> None:
         while True:
-            while not (self._critical or self._dirty):
-                turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                self._free.append(turn)
-                await turn
-            frame, sent = (self._critical or self._dirty).popleft()
+            frame, sent = await self._next()
             await channel.send(frame)
             if not sent.done():
                 sent.set_result(cause())

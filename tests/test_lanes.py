@@ -52,3 +52,18 @@ async def test_connections_that_are_free_take_turns() -> None:
 async def test_one_connection_takes_all_in_order() -> None:
     (took,) = await carried(1, 10)
     assert [frame.value for frame in took] == list(range(10))
+
+
+@virtual
+async def test_frames_that_come_together_are_dealt_out() -> None:
+    """Many readers hand in at once: the first connection must not take all of it."""
+    wires = [Wire() for _ in range(4)]
+    channels: list[Channel] = list(wires)  # type: ignore[arg-type]
+    lanes = SharedOutLanes(channels, 1, Credits(1 << 20, 1 << 20))
+    senders = [asyncio.create_task(work) for work, _ in lanes.work()]
+    await sleep_ns(1)
+    await asyncio.gather(*(lanes.carry(Frame(Kind.DATA, value=at), critical=False) for at in range(4)))
+    for sender in senders:
+        sender.cancel()
+    await asyncio.wait(senders)
+    assert [len(wire.frames) for wire in wires] == [1, 1, 1, 1]
