@@ -30,7 +30,7 @@ class Told:
     effects: pl.DataFrame
     manifest: Mapping[str, Any]
     figures: Sequence[Path]
-    """The PNGs; each has an SVG beside it."""
+    """The PNGs, the one that says most first; each has an SVG beside it."""
 
     @property
     def outcomes(self) -> dict[str, int]:
@@ -62,7 +62,7 @@ def _read(folder: Path) -> Told:
             findings=[Finding(**finding) for finding in told["findings"]],
             effects=pl.read_parquet(folder / "effects.parquet"),
             manifest=manifest,
-            figures=sorted(folder.glob("*.png")),
+            figures=[folder / f"{name}.png" for name in told["figures"]],
         )
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
         raise UserError(f"{folder}: cannot be read ({error}); make it anew with: proto-v3 run {folder.name}") from error

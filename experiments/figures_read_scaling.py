@@ -41,9 +41,9 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
     frame = with_parts(frame)
     seeds = frame["seed"].n_unique()
     return {
+        "bottleneck": _bottleneck(frame, command, seeds),
         "scaling": _scaling(frame, command, seeds),
         "read_latency": _latency(frame, command, seeds),
-        "bottleneck": _bottleneck(frame, command, seeds),
     }
 
 

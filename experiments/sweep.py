@@ -138,13 +138,13 @@ def write(
     folder.write_json(manifest(experiment, frame, command, quick=quick), "manifest")
     answer = experiment.answer(frame)
     folder.write_table(answer.table, "effects", "parquet")
-    folder.write_json(answer_told(experiment, answer), "answer")
     figures = experiment.figures(frame, shlex.join(command))
+    folder.write_json(answer_told(experiment, answer, list(figures)), "answer")
     return answer, [path for name, figure in figures.items() for path in folder.write_figure(figure, name)]
 
 
-def answer_told(experiment: Experiment, answer: Answer) -> dict[str, Any]:
-    """The answer as JSON."""
+def answer_told(experiment: Experiment, answer: Answer, figures: Sequence[str]) -> dict[str, Any]:
+    """The answer as JSON, with the names of its figures, the one that says most first."""
     return {
         "experiment": experiment.name,
         "question": experiment.question,
@@ -152,6 +152,7 @@ def answer_told(experiment: Experiment, answer: Answer) -> dict[str, Any]:
         "limit": answer.limit,
         "details": list(answer.details),
         "findings": [asdict(finding) for finding in answer.findings],
+        "figures": list(figures),
     }
 
 
