@@ -157,6 +157,7 @@ def test_everything_is_written_and_nothing_is_left_over(made: Path) -> None:
         "limit": "Nothing.",
         "details": ["A detail."],
         "findings": [{"claim": "C3", "verdict": "refuted", "why": "why"}],
+        "figures": ["tiny"],
     }
     assert pl.read_parquet(made / NAME / "effects.parquet")["pairs"].item() == SEEDS
 
