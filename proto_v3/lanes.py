@@ -213,8 +213,8 @@ class SharedOutLanes:
         self._credits = [[_Credit(credits.of(lane)) for lane in (0, 1)] for _ in range(devices)]
         self._critical: deque[_Carried] = deque()
         self._dirty: deque[_Carried] = deque()
-        self._free: deque[asyncio.Future[_Carried]] = deque()
-        """Of the senders that wait for a frame, in the order in which they came to."""
+        self._free: deque[asyncio.Future[tuple[_Carried, int]]] = deque()
+        """Of the senders that wait for a frame, in the order in which they came to; with it comes what caused it."""
 
     def lane(self, device: int, lane: int) -> OutLane:
         """See OutLanes."""
@@ -230,7 +230,7 @@ class SharedOutLanes:
         while self._free and self._free[0].done():  # it was cancelled
             self._free.popleft()
         if self._free:
-            self._free.popleft().set_result((frame, sent))
+            self._free.popleft().set_result(((frame, sent), cause()))
         else:
             (self._critical if critical else self._dirty).append((frame, sent))
         caused_by(await sent)
@@ -239,9 +239,11 @@ class SharedOutLanes:
         """What a sender that is free is to send."""
         if waiting := self._critical or self._dirty:
             return waiting.popleft()
-        turn: asyncio.Future[_Carried] = asyncio.get_running_loop().create_future()
+        turn: asyncio.Future[tuple[_Carried, int]] = asyncio.get_running_loop().create_future()
         self._free.append(turn)
-        return await turn
+        carried, caused = await turn
+        caused_by(caused)
+        return carried
 
     async def _send(self, channel: Channel) -> None:
         while True:

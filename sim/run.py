@@ -100,7 +100,7 @@ class _Run:
         self.source: Source | None = None
         self.target: Target | None = None
         self.note = ""
-        with self._watched():
+        with self._beside():
             kind, failures = await self._both(
                 self._run_source(source_side, self.channels), self._run_target(target_side, channels_there)
             )
@@ -109,7 +109,7 @@ class _Run:
         return self._outcome(kind, failures)
 
     @contextlib.contextmanager
-    def _watched(self) -> Iterator[None]:
+    def _beside(self) -> Iterator[None]:
         if self._watch is None:
             yield
             return
