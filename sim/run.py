@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -62,7 +63,8 @@ def simulate(
     run is the same with it.
     """
     applied = protocol.applied(scenario)
-    outcome = clock.run(_Run(applied, protocol, seed, keep, watch).outcome())
+    run = _Run(applied, protocol, seed, keep, watch)
+    outcome = Context().run(lambda: clock.run(run.outcome()))  # no cause or track of the caller's gets into it
     return with_bound(outcome, lower_bound(applied, protocol))
 
 

@@ -17,7 +17,7 @@ from proto_v3.channel import Channel
 from proto_v3.frames import Frame, Kind, Payload
 from proto_v3.migration import OutcomeKind
 from proto_v3.switchover import Backlog, Switchover
-from proto_v3.timeline import Mark, Stage, Timeline
+from proto_v3.timeline import Mark, Stage, Timeline, cause, caused_by
 from proto_v3.uapi import State
 from proto_v3.v3_source import V3Source
 from proto_v3.v3_target import V3Target
@@ -469,3 +469,15 @@ def test_an_outcome_depends_on_scenario_protocol_and_seed_alone() -> None:
     scenario = small_scenario({"firmware.service_cv": 0.3})
     assert run(scenario, "v3-n2", 7) == run(scenario, "v3-n2", 7)
     assert replace(run(scenario, "v3-n2", 8), seed=7) != run(scenario, "v3-n2", 7)
+
+
+def test_a_run_takes_no_cause_over_from_its_caller() -> None:
+    scenario = load("favours-v2", ["device.0.state_mib=16", "device.0.stop_only_mib=16"])
+    protocol = Protocol.parse("v2", scenario)
+    alone = simulate(scenario, protocol, 1)
+    before = cause()
+    caused_by(7)
+    try:
+        assert simulate(scenario, protocol, 1).digest == alone.digest
+    finally:
+        caused_by(before)
