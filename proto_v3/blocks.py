@@ -6,7 +6,7 @@ the VMM's: here, round and round by number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +23,13 @@ from proto_v3.timeline import Join
 class BlockReaders:
     """Reads one device's blocks."""
 
-    def __init__(
-        self, fd: BlocksFd, lanes: Sequence[OutLane], device: int, read_bytes: int, sent: Callable[[int, int], None]
-    ) -> None:
-        """`sent` is told of each device's bytes that were sent."""
+    def __init__(self, fd: BlocksFd, lanes: Sequence[OutLane], device: int, read_bytes: int) -> None:
         self._fd = fd
         self._lanes = lanes
         self.device = device
+        self.sent_bytes = 0
+        """In all."""
         self._read_bytes = read_bytes
-        self._sent = sent
         self._wanted: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._left = 0
         """Of them."""
@@ -84,7 +82,7 @@ class BlockReaders:
             first, count = self._next_run()
             data = await self._fd.read_blocks(first, count)
             await lane.send(Frame(Kind.DATA, self.device, at, payload=data))
-            self._sent(self.device, len(data))
+            self.sent_bytes += len(data)
 
     def _next_run(self) -> tuple[int, int]:
         """The next blocks that are wanted, not more than one read may give; they are not wanted any more."""

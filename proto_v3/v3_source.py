@@ -4,8 +4,9 @@ and a task that decides when to stop.
 When all critical bytes of an epoch were sent, EPOCH_SENT goes behind them; the target answers EPOCH_LOADED when they
 are loaded. A device is ready when nothing critical is unread and its newest epoch is loaded; its critical task learns
 of new epochs by waiting in poll(). The guest is stopped when all devices are ready and what is left fits, by the same
-rule as in v2, and RAM and each device by itself as well, for they move beside each other. With the vCPUs stopped and
-the devices in PRE_COPY_P2P each critical fd is asked once more: no guest runs, so that answer is final. If a new epoch
+rule as in v2, and RAM and each dirty stream by itself as well, for they move beside each other. One that ran dry is
+asked for more while others are not through, once RAM fits: it need not wait for them. With the vCPUs stopped and the
+devices in PRE_COPY_P2P each critical fd is asked once more: no guest runs, so that answer is final. If a new epoch
 slipped in, the guest is resumed (`retry`), or the stop goes on (`proceed`).
 """
 
@@ -57,6 +58,15 @@ class _Stream:
         """As far as is known without asking."""
         self.read_bytes = 0
         """In all."""
+        self.sent_bytes = 0
+        """In all."""
+
+    async def ask(self) -> None:
+        """What is unread; a stream that is drained saves what became dirty."""
+        read_bytes = self.read_bytes
+        pending_bytes = (await self.fd.stream_info()).pending_bytes
+        # What was read while the answer was on its way may be in it: else it would never be taken off.
+        self.unread_bytes = max(0, pending_bytes - (self.read_bytes - read_bytes))
 
     async def say(self, kind: Kind, value: int = 0) -> None:
         """A frame without payload, behind what was sent."""
@@ -78,16 +88,15 @@ class V3Source(Source):
             shared = channels[:1] if options.wire is Wire.ONE else channels[1:]
             self._lanes = SharedOutLanes(shared, devices, options.credits)
         self._critical = [_Critical() for _ in side.devices]
-        self._streams: list[_Stream] = []
         self._readers: list[BlockReaders] = []
+        self._backlogs: list[tuple[_Stream | BlockReaders, Backlog]] = []
+        """Of each dirty stream, and of the readers of each device's blocks."""
         self._sending: list[asyncio.Task[None]] = []
         self._news = Bell()
         """Whether a device is ready may have changed."""
         self._whole = self.switchover()
         self._ram = Backlog(side.settings, self.now_ns)
         self._ram_bytes_sent = 0
-        self._backlogs = [Backlog(side.settings, self.now_ns) for _ in side.devices]
-        self._device_bytes_sent = [0] * devices
         self._ram_bell = Bell()
         self._ram_goes_on = True
         """Not while the guest is being stopped."""
@@ -165,18 +174,18 @@ class V3Source(Source):
         critical = self.fds[device]
         fds = [await critical.get_stream(index) for index in range(self._options.dirty_streams)]
         stream = _Stream(critical, self._lanes.lane(device, 0), device, 0)
-        self._streams.append(stream)
         self._sending.append(tasks.start(self._send_critical(stream), f"source {name} stream 0"))
         if self._options.blocks:
             fd: BlocksFd = fds[0]  # type: ignore[assignment]  # opted in to with BLOCKS
             lanes = [self._lanes.lane(device, 1 + at) for at in range(self._options.lanes)]
-            readers = BlockReaders(fd, lanes, device, self.side.settings.read_bytes, self._sent)
+            readers = BlockReaders(fd, lanes, device, self.side.settings.read_bytes)
             self._readers.append(readers)
+            self._backlogs.append((readers, Backlog(self.side.settings, self.now_ns)))
             self._sending.append(tasks.start(readers.work(name), f"source {name} blocks"))
             return
         for index, fd_of_stream in enumerate(fds, 1):
             stream = _Stream(fd_of_stream, self._lanes.lane(device, index), device, index)
-            self._streams.append(stream)
+            self._backlogs.append((stream, Backlog(self.side.settings, self.now_ns)))
             self._sending.append(tasks.start(self._send_dirty(stream), f"source {name} stream {index}"))
 
     # --- what runs beside each other ----------------------------------------------------------------------------------
@@ -232,11 +241,8 @@ class V3Source(Source):
             stream.unread_bytes = max(0, stream.unread_bytes - len(data))
             stream.read_bytes += len(data)
             await stream.lane.send(Frame(Kind.DATA, stream.device, stream.index, payload=data))
-            self._sent(stream.device, len(data))
+            stream.sent_bytes += len(data)
         return len(data)
-
-    def _sent(self, device: int, size: int) -> None:
-        self._device_bytes_sent[device] += size
 
     def _heard(self, frame: Frame) -> bool:
         """What only v3's target says; False if it is not due."""
@@ -272,8 +278,9 @@ class V3Source(Source):
             if not self._ready:
                 await self._until_ready(settings.bandwidth_window_ns)
                 continue
+            await self._ask_dry()
             # As in v2: the exact figure costs, and is asked for only once the cheap one fits.
-            if self._fits(sum(self._unread())) and self._fits(await self._exact()) and self._ready:
+            if self._fits(self._unread_bytes) and self._fits(await self._exact()) and self._ready:
                 return None
             await pause(settings.decision_interval_ns)
         return outcome
@@ -282,17 +289,16 @@ class V3Source(Source):
         now_ns = self.now_ns
         self._whole.sample(now_ns, self.bytes_sent())
         self._ram.sample(now_ns, self._ram_bytes_sent, self.side.machine.ram.pending_bytes())
-        for backlog, sent, unread in zip(self._backlogs, self._device_bytes_sent, self._unread(), strict=True):
-            backlog.sample(now_ns, sent, unread)
+        for part, backlog in self._backlogs:
+            backlog.sample(now_ns, part.sent_bytes, part.unread_bytes)
 
     def _fits(self, device_bytes: int) -> bool:
         """Whether all that is left does, of the devices so much, and every part by itself."""
         ram_bytes = self.side.machine.ram.pending_bytes()
-        parts = zip(self._backlogs, self._unread(), strict=True)
         return (
             self._whole.fits(ram_bytes + device_bytes)
             and self._ram.fits(ram_bytes)
-            and all(backlog.fits(unread) for backlog, unread in parts)
+            and all(backlog.fits(part.unread_bytes) for part, backlog in self._backlogs)
         )
 
     @property
@@ -305,13 +311,10 @@ class V3Source(Source):
                 while not self._ready:
                     await self._news.wait()
 
-    def _unread(self) -> list[int]:
-        """What is left of each device, as far as the VMM knows without asking."""
-        unread = [0] * len(self.side.devices)
-        parts: list[_Stream | BlockReaders] = [*self._streams, *self._readers]
-        for part in parts:
-            unread[part.device] += part.unread_bytes
-        return unread
+    @property
+    def _unread_bytes(self) -> int:
+        """What is left of the devices, as far as the VMM knows without asking."""
+        return sum(part.unread_bytes for part, _ in self._backlogs)
 
     async def _exact(self) -> int:
         """What is left of the devices, asked for: it makes drained streams save what became dirty. RAM is asked too."""
@@ -320,14 +323,15 @@ class V3Source(Source):
         return sum([await device.stop_copy_bytes() for device in self.side.devices])
 
     async def _ask(self) -> None:
-        for stream in self._streams:
-            if stream.index:
-                read_bytes = stream.read_bytes
-                pending_bytes = (await stream.fd.stream_info()).pending_bytes
-                # What was read while the answer was on its way may be in it: else it would never be taken off.
-                stream.unread_bytes = max(0, pending_bytes - (stream.read_bytes - read_bytes))
-        for readers in self._readers:
-            await readers.ask()
+        for part, _ in self._backlogs:
+            await part.ask()
+
+    async def _ask_dry(self) -> None:
+        """Streams get out of step. While RAM does not fit, though, what they have would only be dirtied again."""
+        if self._ram.fits(self.side.machine.ram.pending_bytes()):
+            for part, _ in self._backlogs:
+                if part.unread_bytes == 0:
+                    await part.ask()
 
     async def settled(self) -> bool:
         """See proto_v3.migration.Source: the last look."""

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from helpers import small_scenario
 
+from proto_v3.blocks import BlockReaders
 from proto_v3.channel import Channel
 from proto_v3.frames import Frame, Kind, Payload
 from proto_v3.migration import OutcomeKind
 from proto_v3.switchover import Backlog, Switchover
 from proto_v3.timeline import Mark, Stage, Timeline, cause, caused_by
 from proto_v3.uapi import State
-from proto_v3.v3_source import V3Source
+from proto_v3.v3_source import V3Source, _Stream
 from proto_v3.v3_target import V3Target
 from sim import clock
 from sim.blocks import LoadBlocks
@@ -308,9 +309,12 @@ def test_v3_stops_the_guest_when_critical_data_is_loaded_and_the_rest_fits_by_v2
     kept = _Run(parsed.applied(scenario), parsed, 1, None)
     looks: list[tuple[str, int, bool]] = []
     parts: set[int] = set()
+    asks: list[tuple[int, int]] = []
+    dry_looks: set[tuple[bool, bool]] = set()
     samples = sent_of_devices = 0
     sent: dict[Kind, int] = {Kind.RAM: 0, Kind.DATA: 0}
     send, sample, sample_part, fits = Channel.send, Switchover.sample, Backlog.sample, V3Source._fits
+    ask_dry = V3Source._ask_dry
 
     async def sending(self: Channel, frame: Frame) -> None:
         await send(self, frame)
@@ -345,11 +349,31 @@ def test_v3_stops_the_guest_when_critical_data_is_loaded_and_the_rest_fits_by_v2
         else:
             assert self._ready
         result = fits(self, device_bytes)
-        each = [self._ram.fits(ram_bytes), *map(Backlog.fits, self._backlogs, self._unread())]
+        each = [self._ram.fits(ram_bytes), *(backlog.fits(part.unread_bytes) for part, backlog in self._backlogs)]
         assert result == (ram_bytes + device_bytes < self._whole.threshold_bytes and all(each))
         looks.append(("exact" if exact else "estimate", clock.now_ns(), result))
         return result
 
+    def asking(ask: Callable[[Any], Coroutine[Any, Any, None]]) -> Callable[[Any], Coroutine[Any, Any, None]]:
+        async def asked_part(self: Any) -> None:
+            asks.append((id(self), self.unread_bytes))
+            await ask(self)
+
+        return asked_part
+
+    async def asked_dry(self: V3Source) -> None:
+        """Those that are drained are asked for more, but only once RAM fits."""
+        dry = {id(part) for part, _ in self._backlogs if part.unread_bytes == 0}
+        ram_fits = self._ram.fits(kept.machines["source"].ram.pending_bytes())
+        asks.clear()
+        await ask_dry(self)
+        assert not any(unread for _, unread in asks)
+        assert {part for part, _ in asks} >= dry if ram_fits else not asks
+        dry_looks.add((ram_fits, bool(dry)))
+
+    monkeypatch.setattr(_Stream, "ask", asking(_Stream.ask))
+    monkeypatch.setattr(BlockReaders, "ask", asking(BlockReaders.ask))
+    monkeypatch.setattr(V3Source, "_ask_dry", asked_dry)
     monkeypatch.setattr(Channel, "send", sending)
     monkeypatch.setattr(Switchover, "sample", sampled)
     monkeypatch.setattr(Backlog, "sample", sampled_part)
@@ -358,7 +382,9 @@ def test_v3_stops_the_guest_when_critical_data_is_loaded_and_the_rest_fits_by_v2
     assert looks[-1] == ("exact", kept.timeline.marks[Mark.STOP_ORDERED], True)
     assert len(looks) > 10, "many looks before that"
     assert {look[::2] for look in looks} >= {("estimate", False), ("estimate", True), ("exact", True)}
-    assert len(parts) == 3
+    dirty = 1 if "n1" in protocol or "blocks" in protocol else 4
+    assert len(parts) == 1 + 2 * dirty, "RAM, and the dirty streams of two devices"
+    assert dry_looks >= {(True, True), (False, True)}, "some are drained before RAM fits, and after"
     assert samples > sum(look[0] == "estimate" for look in looks), "and some when it was not ready"
 
 
