@@ -177,7 +177,8 @@ struct vfio_mig_get_stream {
  *
  * This ioctl is used on the fd of any stream that is saved. It returns
  *
- * epoch		the newest epoch that the device has begun;
+ * epoch		the newest epoch that the device has begun; 1 until the device
+ *			is stopped, if it gives nothing of its state before;
  * pending_bytes	the unread bytes of this stream, those that wait to be
  *			saved included.
  *

@@ -122,9 +122,7 @@ class _Reckoning:
         kind = self._scenario.driver.precopy
         everything = not precopy or kind in ("check", "reread")
         blocks = device.blocks if everything else device.stop_only_blocks
-        # v3: an epoch that begins in pre-copy has its critical data saved then, also by a driver that only checks.
-        early = self._v3 is not None and precopy and kind == "check" and device.reconfigurations is not None
-        objects = device.critical.objects if everything and not early else 0
+        objects = device.critical.objects if everything else 0
         # One without a session goes to STOP_COPY when all are stopped; stopped blocks are asked for only then.
         saved_from_ns = stopped_ns if precopy and not self._blocks else all_stopped_ns
         read_from_ns = saved_from_ns if self._v3 else self._ram_saved_ns if self._single else all_stopped_ns

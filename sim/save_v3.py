@@ -39,7 +39,17 @@ class V3Stream(SaveStream):
         self._device.advance(now_ns())
         if not self.suspended:
             self._refill_if_drained()
-        return StreamInfo(self._device.epoch, self.pending_bytes())
+        return StreamInfo(self._epoch, self.pending_bytes())
+
+    @property
+    def _only_checks(self) -> bool:
+        """Nothing of the state comes before the device is stopped."""
+        return self._driver.precopy == "check" and not self._final
+
+    @property
+    def _epoch(self) -> int:
+        """The newest that a reader is told of: the first, as long as nothing comes of any."""
+        return 1 if self._only_checks else self._device.epoch
 
 
 class CriticalStream(V3Stream):
@@ -55,13 +65,11 @@ class CriticalStream(V3Stream):
     def epoch_began(self, invalidates: Sequence[BlockRange]) -> None:
         """There is new critical data: save it at once."""
         self._untold += invalidates
-        if not self._final:
+        if not self._final and not self._only_checks:
             self.plan_all()
 
     def _new_epoch(self) -> bool:
-        if self._driver.precopy == "check" and not self._final:
-            return False
-        return self._device.epoch > self._told_epoch
+        return not self._only_checks and self._device.epoch > self._told_epoch
 
     def _complete_epoch(self, record: Record) -> None:
         self._told_epoch = self._device.epoch
@@ -69,11 +77,11 @@ class CriticalStream(V3Stream):
 
     def _ready(self) -> Ready:
         ready = super()._ready()
-        return ready | Ready.NEW_EPOCH if self._device.epoch > self._seen_epoch else ready
+        return ready | Ready.NEW_EPOCH if self._epoch > self._seen_epoch else ready
 
     async def new_epoch(self) -> None:
         """Wait until the epoch grew since the last stream_info(), or the session is over."""
-        while not (self._device.epoch > self._seen_epoch or self._closed):
+        while not (self._epoch > self._seen_epoch or self._closed):
             await self._bell.wait()
 
     async def stream_info(self) -> StreamInfo:

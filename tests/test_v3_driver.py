@@ -445,6 +445,26 @@ async def test_asking_a_dirty_fd_leaves_the_event_on_the_critical_one() -> None:
     assert await critical.poll(0) & Ready.NEW_EPOCH
 
 
+@virtual
+async def test_one_that_only_checks_has_nothing_of_an_epoch_to_wait_for_until_it_is_stopped() -> None:
+    hosts = Hosts({"driver.precopy": "check", "driver.check_bytes": 64})
+    reconfigure(hosts.state, {50 * MS: HALF}, objects=[1, 2])
+    critical, dirty = fds = await opened(hosts.source, State.PRE_COPY, 1)
+    for fd in fds:
+        await read_all(fd)
+    await critical.stream_info()
+    asleep = await still_waits(critical.poll())
+    for fd in fds:
+        info = await fd.stream_info()
+        assert (info.epoch, info.pending_bytes) == (1, 0)
+        assert await read_all(fd) == []
+    await hosts.stop()
+    assert (await critical.stream_info()).epoch == 2
+    assert await asleep & Ready.NEW_EPOCH
+    assert objects(await read_all(critical)) == list(range(hosts.state.spec.critical.objects))
+    assert blocks(await read_all(dirty)) == list(range(BLOCKS))
+
+
 # --- KEEP and INVALIDATE ---------------------------------------------------------------------------------------------
 
 # Two dirty streams of 64 blocks each, 16 a record. When the second epoch begins, the first record of each is loaded,
