@@ -53,7 +53,9 @@ def curves(
         curve(axis, frame.filter(pl.col("protocol") == name), x, y, style.protocol(name), scale=scale)
 
 
-def curve(axis: Axes, runs: pl.DataFrame, x: str, y: str, look: style.Look, *, scale: float = 1.0) -> None:
+def curve(
+    axis: Axes, runs: pl.DataFrame, x: str, y: str, look: style.Look, *, scale: float = 1.0, width: float = 1.5
+) -> None:
     """One curve, in a look of its own."""
     places = []
     for (at,), some in runs.group_by(x, maintain_order=True):
@@ -64,7 +66,7 @@ def curve(axis: Axes, runs: pl.DataFrame, x: str, y: str, look: style.Look, *, s
     if not places:
         return
     at, means = [place[0] for place in places], [place[1].mean for place in places]
-    axis.plot(at, means, color=look.colour, linestyle=look.line, linewidth=1.5, label=look.label, zorder=3)
+    axis.plot(at, means, color=look.colour, linestyle=look.line, linewidth=width, label=look.label, zorder=3)
     for place, told, cut in places:
         face = "white" if cut else look.colour
         axis.plot([place], [told.mean], look.marker, color=look.colour, markerfacecolor=face, markersize=5, zorder=4)
@@ -73,12 +75,12 @@ def curve(axis: Axes, runs: pl.DataFrame, x: str, y: str, look: style.Look, *, s
 
 def legend(figure: Figure, protocols: Sequence[str], columns: int = 5) -> None:
     """What each protocol looks like, below all panels."""
-    looks = [style.protocol(name) for name in protocols]
-    handles = [
-        Line2D([], [], color=look.colour, linestyle=look.line, marker=look.marker, markersize=5, label=look.label)
-        for look in looks
-    ]
-    handles_below(figure, handles, columns)
+    handles_below(figure, [handle(style.protocol(name)) for name in protocols], columns)
+
+
+def handle(look: style.Look) -> Line2D:
+    """A curve in a legend."""
+    return Line2D([], [], color=look.colour, linestyle=look.line, marker=look.marker, markersize=5, label=look.label)
 
 
 def handles_below(figure: Figure, handles: Sequence[Artist], columns: int = 5) -> None:

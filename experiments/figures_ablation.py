@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from experiments import charts, style
@@ -33,12 +32,12 @@ SHORTER, LONGER, NIL = "#2171B5", "#D55E00", "white"
 WITH_CRITICAL = (RECONFIGURED, BUSY)
 CROSSED = (("downtime", "downtime_ns"), ("set-up in the downtime", "setup_in_downtime_ns"), ("drain", "phase_drain_ns"))
 LINES = (
-    (BUSY, (TWO_FDS, N_FDS), style.Look("#084594", "", "reconfigured, a connection a stream", "o", "-")),
-    (IDLE, (TWO_FDS, N_FDS), style.Look("#6BAED6", "", "never reconfigured", "s", "--")),
+    (BUSY, (TWO_FDS, N_FDS), style.wire("", "reconfigured, a connection a stream")),
+    (IDLE, (TWO_FDS, N_FDS), style.Look("#777777", "", "never reconfigured", "o", (0, (6, 2)))),
     (
         BUSY,
         (TWO_FDS_ONE_CONNECTION, N_FDS_ONE_CONNECTION),
-        style.Look("#882255", "", "reconfigured, one connection", "^", ":"),
+        style.wire("-one", "reconfigured, one connection"),
     ),
 )
 """Case, protocols with N = 1 and 4, look."""
@@ -182,9 +181,5 @@ def crossed(frame: pl.DataFrame, command: str) -> Figure:
         charts.dress(axis, title, "dirty streams (N)", "ms")
         axis.set_xticks([0, 1], ["1", "4"])
         axis.set_ylim(0, max(1.0, axis.get_ylim()[1]))
-    handles = [
-        Line2D([], [], color=look.colour, linestyle=look.line, marker=look.marker, label=look.label)
-        for _, _, look in LINES
-    ]
-    charts.handles_below(figure, handles)
+    charts.handles_below(figure, [charts.handle(look) for _, _, look in LINES])
     return figure

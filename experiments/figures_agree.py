@@ -20,7 +20,6 @@ PHASE_LOOKS = {
     "config": ("#777777", ""),
     "resume": ("#DDDDDD", "\\\\"),
 }
-MARKERS = "os^Dv"
 FARTHEST = 0.5
 """Ratios beyond are drawn here; each has its number beside it."""
 
@@ -79,7 +78,7 @@ def _ratios(axis: Axes, shown: pl.DataFrame, figures: list[str], named: list[str
             at = figures.index(row["figure"]) + 0.24 * (place - (len(named) - 1) / 2)
             ratio = number(row["ratio"])
             x = 1 + max(-FARTHEST, min(ratio - 1, FARTHEST))
-            axis.plot([x], [at], MARKERS[place % len(MARKERS)], color=look.colour, markersize=6)
+            axis.plot([x], [at], look.marker, color=look.colour, markersize=6)
             if x != ratio:
                 away, side = (-7, "right") if ratio > 1 else (7, "left")
                 axis.annotate(
@@ -91,7 +90,7 @@ def _ratios(axis: Axes, shown: pl.DataFrame, figures: list[str], named: list[str
                     fontsize=7.5,
                     va="center",
                 )
-        axis.plot([], [], MARKERS[place % len(MARKERS)], color=look.colour, label=name)
+        axis.plot([], [], look.marker, color=look.colour, label=name)
     axis.set_yticks(range(len(figures)), figures, fontsize=8)
     axis.set_ylim(len(figures) - 0.4, -0.6)
     axis.set_xlim(1 - FARTHEST - 0.04, 1 + FARTHEST + 0.04)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import replace
 
 import polars as pl
 from matplotlib.axes import Axes
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from experiments import charts
+from experiments import charts, style
 from experiments.channels_grid import (
     AMPLE_CREDIT_MIB,
     BUFFERS_MIB,
@@ -24,19 +24,17 @@ from experiments.channels_grid import (
     STATE_MIB,
 )
 from experiments.statistics import interval
-from experiments.style import Look
-from experiments.style import protocol as look_of
 from experiments.tell import COMPLETED, number
 
-BUFFER_LINES: tuple[tuple[float, Literal["-", ":"]], ...] = ((BUFFERS_MIB[0], "-"), (BUFFERS_MIB[1], ":"))
+BUFFER_WIDTHS = ((BUFFERS_MIB[0], 2.2), (BUFFERS_MIB[1], 0.8))
 HEIGHTS_MS = tuple(100 << power for power in range(10))
 LOOKS = {
-    "dedicated": Look("#084594", "", "v3, a connection a stream", "s", "-"),
-    "pool": Look("#2171B5", "", f"v3, pool, credit {CREDIT_MIB:g} MiB", "D", "--"),
-    "ample": Look("#6BAED6", "", f"v3, pool, credit {AMPLE_CREDIT_MIB:g} MiB", "^", (0, (1, 1))),
-    "one": Look("#6A51A3", "", "v3, one connection", "v", "-."),
-    "v2": look_of("v2"),
-    "v2-multifd": look_of("v2-multifd"),
+    "dedicated": style.wire("", "v3, a connection a stream"),
+    "pool": style.wire("-pool", f"v3, pool, credit {CREDIT_MIB:g} MiB"),
+    "ample": replace(style.wire("-pool", f"v3, pool, credit {AMPLE_CREDIT_MIB:g} MiB"), marker="x"),
+    "one": style.wire("-one", "v3, one connection"),
+    "v2": style.protocol("v2"),
+    "v2-multifd": style.protocol("v2-multifd"),
 }
 
 
@@ -83,28 +81,26 @@ def _times(frame: pl.DataFrame, command: str) -> Figure:
     )
     axes[5].set_xticks(BUSY_STREAMS)
     axes[5].set_ylim(bottom=0)
-    _legend(figure, list(LOOKS))
+    charts.handles_below(figure, [charts.handle(look) for look in LOOKS.values()], 6)
     return figure
 
 
 def _lag_panel(axis: Axes, frame: pl.DataFrame) -> None:
-    """The line tells the buffer here, colour and marker the way over the wire."""
+    """The line's width tells the buffer."""
     quick = frame.filter(pl.col("setup_us") == QUICK_SETUP["setup_us"])
-    for buffer_mib, line in BUFFER_LINES:
+    for buffer_mib, width in BUFFER_WIDTHS:
         runs = quick.filter(pl.col("socket_buffer_mib") == buffer_mib)
         for kind in ("dedicated", "pool", "one"):
-            look = LOOKS[kind]
-            thin = Look(look.colour, "", look.label, look.marker, line)
             x, y = "per_connection_gbit_per_s", "critical_lag_mean_ns"
-            charts.curve(axis, _of(runs, "lag", kind), x, y, thin, scale=1e6)
+            charts.curve(axis, _of(runs, "lag", kind), x, y, LOOKS[kind], scale=1e6, width=width)
     charts.dress(axis, f"mean critical lag, quick set-up, N = {MANY}", "Gbit/s a connection", "ms")
     axis.set_xscale("log", base=2)
     ticks = [LINK_GBIT_PER_S * share for share in SHARES]
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.set_ylim(bottom=0)
     lines = [
-        Line2D([], [], color="black", linestyle=line, label=f"sockets of {buffer_mib:g} MiB")
-        for buffer_mib, line in BUFFER_LINES
+        Line2D([], [], color="black", linewidth=width, label=f"sockets of {buffer_mib:g} MiB")
+        for buffer_mib, width in BUFFER_WIDTHS
     ]
     axis.legend(handles=lines, fontsize=7.5, frameon=False)
 
@@ -145,14 +141,6 @@ def _connections(axis: Axes) -> None:
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
 
 
-def _legend(figure: Figure, kinds: Sequence[str]) -> None:
-    handles = [
-        Line2D([], [], color=look.colour, linestyle=look.line, marker=look.marker, markersize=5, label=look.label)
-        for look in (LOOKS[kind] for kind in kinds)
-    ]
-    charts.handles_below(figure, handles, 6)
-
-
 def _cost(frame: pl.DataFrame, command: str) -> Figure:
     seeds = frame["seed"].n_unique()
     figure, axes = charts.sheet(
@@ -178,5 +166,5 @@ def _cost(frame: pl.DataFrame, command: str) -> Figure:
         charts.dress(axis, f"{title} ({gbit:g} Gbit/s a connection)", "connections", unit)
         _connections(axis)
         axis.set_ylim(bottom=0)
-    _legend(figure, list(LOOKS))
+    charts.handles_below(figure, [charts.handle(look) for look in LOOKS.values()], 6)
     return figure

@@ -8,7 +8,6 @@ import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from experiments import charts, style
@@ -81,13 +80,8 @@ def _scaling(frame: pl.DataFrame, command: str, seeds: int) -> Figure:
         axis.set_xscale("log", base=2)
         axis.set_xticks(ns, [str(n) for n in ns])
         axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
-    handles = [
-        Line2D([], [], color=look.colour, linestyle=look.line, marker=look.marker, label=look.label)
-        for look in LOOKS.values()
-    ]
-    looks = [style.protocol(name) for name in V2]
-    handles += [Line2D([], [], color=look.colour, linestyle=look.line, label=look.label) for look in looks]
-    charts.handles_below(figure, handles, 6)
+    looks = [*LOOKS.values(), *(style.protocol(name) for name in V2)]
+    charts.handles_below(figure, [charts.handle(look) for look in looks], 6)
     return figure
 
 
@@ -130,8 +124,7 @@ def _family(axis: Axes, frame: pl.DataFrame, places: Sequence[Place], labels: Se
         look = style.Look(shade, "", label, MARKERS[at % len(MARKERS)])
         _curve(axis, place, frame, look, expected=True)
         looks.append(look)
-    handles = [Line2D([], [], color=look.colour, marker=look.marker, markersize=5, label=look.label) for look in looks]
-    axis.legend(handles=handles, fontsize=7.5, frameon=False, loc="upper left")
+    axis.legend(handles=[charts.handle(look) for look in looks], fontsize=7.5, frameon=False, loc="upper left")
 
 
 # --- where a read() is ------------------------------------------------------------------------------------------------

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments import charts
+from experiments import charts, style
 from experiments.reorder_memory_grid import (
     BUSY_STREAMS,
     DIRTY_CREDITS_MIB,
@@ -25,17 +26,15 @@ from experiments.reorder_memory_grid import (
     of_kind,
     with_bounds,
 )
-from experiments.style import Look
-from experiments.style import protocol as look_of
 from experiments.tell import number
 from sim.schema import MIB
 
 LOOKS = {
-    "": Look("#084594", "", "v3, a connection a stream", "s", "-"),
-    "-pool": Look("#2171B5", "", "v3, pool of connections", "D", "--"),
-    "-one": Look("#6A51A3", "", "v3, one connection", "v", "-."),
-    "blocks": Look("#2E8B57", "", "v3-blocks", "^", ":"),
-    UNBOUNDED: look_of(UNBOUNDED),
+    "": style.wire("", "v3, a connection a stream"),
+    "-pool": style.wire("-pool", "v3, pool of connections"),
+    "-one": style.wire("-one", "v3, one connection"),
+    "blocks": style.wire("-blocks", "v3-blocks"),
+    UNBOUNDED: style.protocol(UNBOUNDED),
 }
 
 
@@ -75,7 +74,8 @@ def _bounds(frame: pl.DataFrame, command: str) -> Figure:
     axes[5].set_xticks(DIRTY_CREDITS_MIB, [str(credit) for credit in DIRTY_CREDITS_MIB])
     for axis in axes:
         _mib_axis(axis)
-    _legend(figure, wires)
+    bound = Line2D([], [], color="#777777", linewidth=1.2, label="bound")
+    charts.handles_below(figure, [*(charts.handle(LOOKS[kind]) for kind in wires), bound])
     return figure
 
 
@@ -137,18 +137,5 @@ def _grows(frame: pl.DataFrame, command: str) -> Figure:
     axes[2].set_xticks(LOADS_MIB_PER_S, [str(rate) for rate in LOADS_MIB_PER_S])
     for axis in axes:
         axis.set_ylim(bottom=0)
-    handles = [
-        Line2D([], [], color=LOOKS[kind].colour, linestyle=LOOKS[kind].line, marker=LOOKS[kind].marker, label=protocol)
-        for protocol, kind in shown
-    ]
-    charts.handles_below(figure, handles)
+    charts.handles_below(figure, [charts.handle(replace(LOOKS[kind], label=protocol)) for protocol, kind in shown])
     return figure
-
-
-def _legend(figure: Figure, kinds: Sequence[str]) -> None:
-    handles = [
-        Line2D([], [], color=look.colour, linestyle=look.line, marker=look.marker, markersize=5, label=look.label)
-        for look in (LOOKS[kind] for kind in kinds)
-    ]
-    grey = Line2D([], [], color="#777777", linewidth=1.2, label="bound")
-    charts.handles_below(figure, [*handles, grey])

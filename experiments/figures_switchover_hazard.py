@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -25,7 +24,6 @@ from experiments.switchover_hazard_grid import (
     PAID,
     POLICIES,
     POLLS,
-    PROCEED_INVALIDATE,
     RATE,
     REUSABLE,
     REUSABLE_INVALIDATE,
@@ -55,13 +53,6 @@ FAMILIES: Sequence[tuple[str, Curves]] = (
 COST_OF = (NO_ACK, ONE_SHOT, ONE_SHOT_REINIT, REUSABLE, *POLICIES)
 APART_PER_S = 0.11
 """Curves lie over one another: each is drawn so much beside the next."""
-COLOURS = {
-    ONE_SHOT_REINIT: "#555555",
-    REUSABLE: "#882255",
-    REUSABLE_INVALIDATE: "#CC6677",
-    PROCEED_INVALIDATE: "#6BAED6",
-}
-MARKERS = {ONE_SHOT_REINIT: "^", REUSABLE_INVALIDATE: "s", PROCEED_INVALIDATE: "s"}
 
 
 def figures(random: pl.DataFrame, sure: pl.DataFrame, command: str) -> Mapping[str, Figure]:
@@ -69,20 +60,12 @@ def figures(random: pl.DataFrame, sure: pl.DataFrame, command: str) -> Mapping[s
     return {"switchover_hazard": how_often(random, command), "switchover_hazard_cost": what_it_costs(sure, command)}
 
 
-def look(name: str) -> style.Look:
-    """As everywhere, but for colours that stand beside each other in a panel here; the second of a pair is dashed."""
-    known = style.protocol(name)
-    first = name.removesuffix(POLLS).removesuffix("-retry")
-    line = "-" if first == name else "--"
-    return replace(known, colour=COLOURS.get(first, known.colour), marker=MARKERS.get(first, known.marker), line=line)
-
-
 def how_often(random: pl.DataFrame, command: str) -> Figure:
     """The share of runs in which it is too late, by family; and the set-up that this puts into the downtime."""
     figure, axes = charts.sheet(
         "How often does critical data come too late for the stop?",
         f"{random['seed'].n_unique()} seeds a point, put apart sideways; Wilson's 95 % intervals, in the last panel of "
-        "the mean; hollow and dashed: a user that polls, or retry",
+        "the mean",
         command,
         (2, 2),
         (12, 9.2),
@@ -133,7 +116,7 @@ def _setups(runs: pl.DataFrame) -> Told:
 def _curve(axis: Axes, told: Told, name: str, aside: float) -> None:
     if not told:
         return
-    told, known = sorted(told, key=lambda place: place[0]), look(name)
+    told, known = sorted(told, key=lambda place: place[0]), style.protocol(name)
     axis.plot(
         [rate + aside for rate, _ in told],
         [of.mean for _, of in told],
@@ -142,7 +125,6 @@ def _curve(axis: Axes, told: Told, name: str, aside: float) -> None:
         linewidth=1.3,
         marker=known.marker,
         markersize=5.5,
-        markerfacecolor=known.colour if known.line == "-" else "white",
         label=known.label,
         zorder=3,
     )

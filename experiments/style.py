@@ -7,7 +7,7 @@ them apart in greyscale too.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from proto_v3.timeline import Resource
@@ -40,29 +40,69 @@ RESOURCES: dict[Resource, Look] = {
 UNEXPLAINED = Look("#FFFFFF", "///", "unexplained: scheduler, interpreter")
 """What a live run's critical path does not cover; in virtual time there is none."""
 
-V3_SHADES = {1: "#A6CBE3", 2: "#6BAED6", 4: "#2171B5", 8: "#084594", 16: "#042A5C"}
-BLOCKS_SHADES = {1: "#B5DDC0", 2: "#7FC596", 4: "#2E8B57", 8: "#1B6B3A", 16: "#0B3D20"}
+V3_SHADES = {1: "#A6CBE3", 2: "#6BAED6", 4: "#2171B5", 8: "#084594", 16: "#042A5C", 32: "#02142C"}
+BLOCKS_SHADES = {1: "#B5DDC0", 2: "#7FC596", 4: "#2E8B57", 8: "#1B6B3A", 16: "#0B3D20", 32: "#051E10"}
 V3_HATCHES = {"-invalidate": "oo", "-pool": "xx", "-one": "..", "-retry": "--"}
-V3_MARKERS = {1: "s", 2: "^", 4: "D", 8: "v", 16: "P"}
-V3_LINES = {"-invalidate": (0, (1, 1)), "-pool": "--", "-one": ":", "-retry": "-."}
-V2_LINES = {"-multifd": "--", "-reinit-flush": "-.", "-reinit-invalidate": ":"}
+V3_MARKERS = {1: "s", 2: "^", 4: "D", 8: "v", 16: "P", 32: "8"}
+V3_LINES: dict[str, Any] = {
+    "-invalidate": (0, (1, 1)),
+    "-pool": "--",
+    "-one": ":",
+    "-retry": "-.",
+    "-blocks": (0, (5, 1, 1, 1, 1, 1)),
+}
+V2_COLOURS = {
+    "-ack-reusable": "#AA4499",
+    "-reinit-flush-ack": "#8A7A00",
+    "-reinit-invalidate-ack": "#8A7A00",
+    "-ack": "#CC6677",
+}
 V2_MARKERS = {"-ack-reusable": "*", "-ack": "X", "-multifd": "h"}
-V2_COLOURS = {"-ack-reusable": "#E8B4C8", "-ack": "#CC6677"}
+V2_LINES: dict[str, Any] = {"-multifd": "--", "-reinit-flush": "-.", "-reinit-invalidate": (0, (1, 1))}
 V2_HATCHES = {"-multifd": "xx", "-reinit-flush": "..", "-reinit-invalidate": "oo", "-polls": "--"}
+OTHER_MARKERS = {"-polls": "p", "-retry": "d"}
+"""Of what else differs where the line is taken: another user, another policy."""
+WIRE_MARKERS = {"": "D", "-pool": "s", "-one": "v", "-blocks": "^"}
+PALER = 0.4
+"""So much white is in the colour of one whose epochs, or whose REINIT, make earlier data void."""
 
 
 def protocol(name: str) -> Look:
-    """The look of a protocol. v2 is wine red, lighter with a switchover-ack; v3 is blue, with addressable blocks green,
-    darker with the number of its dirty streams. Hatch and line tell what else their names say, markers N or the ack."""
-    if not name.startswith("v3"):
-        colour = next((colour for suffix, colour in V2_COLOURS.items() if suffix in name), "#882255")
-        hatch = "".join(hatch for suffix, hatch in V2_HATCHES.items() if suffix in name)
-        return Look(colour, hatch or "//", name, _first(V2_MARKERS, name, "o"), _first(V2_LINES, name, "-"))
-    numbers = [int(number) for number in re.findall(r"-n(\d+)", name)] or [4]
-    shades = BLOCKS_SHADES if "-blocks" in name else V3_SHADES
-    hatch = "".join(hatch for suffix, hatch in V3_HATCHES.items() if suffix in name)
-    known = max(known for known in shades if known <= numbers[0])
-    return Look(shades[known], hatch, name, V3_MARKERS[known], _first(V3_LINES, name, "-"))
+    """The look of a protocol, the same in every figure.
+
+    v2 is wine red, of other colours with a switchover-ack; v3 is blue, with addressable blocks green, darker with the
+    number of its dirty streams. Hatch and line tell what else their names say, markers N or the ack.
+    """
+    if name.startswith("v3"):
+        numbers = [int(number) for number in re.findall(r"-n(\d+)", name)] or [4]
+        shades = BLOCKS_SHADES if "-blocks" in name else V3_SHADES
+        known = min(shades, key=lambda known: abs(known - numbers[0]))
+        colour, marker, lines, hatches = shades[known], V3_MARKERS[known], V3_LINES, V3_HATCHES
+    else:
+        colour, marker = _first(V2_COLOURS, name, "#882255"), _first(V2_MARKERS, name, "o")
+        lines, hatches = V2_LINES, V2_HATCHES
+    hatch = "".join(hatch for suffix, hatch in hatches.items() if suffix in name)
+    return Look(
+        _paler(colour) if "-invalidate" in name else colour,
+        hatch or ("" if name.startswith("v3") else "//"),
+        name,
+        _first(OTHER_MARKERS, name, marker),
+        _first(lines, name, "-"),
+    )
+
+
+def wire(suffix: str, label: str) -> Look:
+    """The look of v3 where N is on an axis: colour and line of N = 4, the marker tells the wire.
+
+    `suffix` is `-pool` or `-one`, nothing for a connection a stream, or `-blocks`.
+    """
+    name = "v3-blocks-n4" if suffix == "-blocks" else f"v3-n4{suffix}"
+    return replace(protocol(name), label=label, marker=WIRE_MARKERS[suffix])
+
+
+def _paler(colour: str) -> str:
+    parts = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+    return "#" + "".join(f"{round(part + PALER * (255 - part)):02X}" for part in parts)
 
 
 def _first(looks: dict[str, Any], name: str, otherwise: str) -> Any:
