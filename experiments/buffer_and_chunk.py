@@ -39,8 +39,6 @@ NO_GAIN = 0.01
 """A doubling that takes off less than this is no gain."""
 HELD_KIB = MLX5_CHUNKS * MLX5_CHUNK_MIB * 1024
 """A read() gives at most that."""
-REPEATS = 10
-"""Of an idle device the seeds differ in the firmware's service times alone, by less than 1 %: the intervals show it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +279,5 @@ EXPERIMENT = Experiment(
     points=points,
     answer=answer,
     figures=figures,
-    repeats=REPEATS,
     quick_repeats=2,
 )

@@ -10,9 +10,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from experiments import charts, style
-from experiments.analysis import TOLD_MS, VERDICT_COLOURS, WORTH, place, stretches
+from experiments.analysis import TOLD_MS, stretches
+from experiments.experiment import WORTH
 from experiments.figures import downtime as downtime_figure
 from experiments.tell import COMPLETED
+from experiments.verdicts import VERDICT_COLOURS, place
 from proto_v3.timeline import Resource, Timeline
 from sim.scenario import Scenario
 

@@ -12,9 +12,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from experiments import charts
-from experiments.experiment import NOT_BOTH
-from experiments.sensitivity_bars import FEWEST, WORTH, Bar, bars, base, maps_run, ratio_of, sides, square
-from experiments.sensitivity_grid import CONCLUSIONS, FEW, V3
+from experiments.experiment import NOT_BOTH, WORTH
+from experiments.sensitivity_bars import FEWEST, Bar, bars, base, maps_run, ratio_of, sides, square
+from experiments.sensitivity_grid import CONCLUSIONS, V3
 from experiments.statistics import Effect, Interval
 
 BARS = 15
@@ -29,11 +29,12 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
 
 
 def _tornados(frame: pl.DataFrame, command: str) -> Figure:
+    seeds = frame["seed"].n_unique()
     figure, axes = charts.sheet(
         "Which parameters does v3's gain hang on?",
-        f"ratio of downtimes; bars from the base's ratio (line) to that at the parameter's ends, {FEW} paired seeds "
-        f"an end, with 95 % intervals; the {BARS} longest. Dashed: a gain of {100 * WORTH:.0f} %. x: less than "
-        f"{FEWEST} seeds completed by both",
+        f"ratio of downtimes; bars from the base's ratio (line) to that at the parameter's ends, {seeds} paired seeds, "
+        f"with 95 % intervals; the {BARS} longest. Dashed: a gain of {100 * WORTH:.0f} %. x: less than {FEWEST} seeds "
+        "completed by both",
         command,
         (2, 2),
         (13, 11),

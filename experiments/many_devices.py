@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from experiments import charts, style
-from experiments.experiment import NOT_BOTH, Answer, Experiment, Finding, Point, effect_row, places
+from experiments.experiment import NOT_BOTH, WORTH, Answer, Experiment, Finding, Point, effect_row, places
 from experiments.results import PATH_COLUMNS
 from experiments.statistics import Effect, effect
 from experiments.tell import COMPLETED
@@ -55,8 +55,6 @@ LOAD_THREADS = 3
 are loaded to their ends while others wait, so that config, one at a time, begins sooner."""
 KEYS = ("bandwidth", "load_threads", "pfs", "stop", "vfs")
 PLAIN = (pl.col("bandwidth") == "given") & (pl.col("load_threads") == 0)
-WORTH = 0.05
-"""A gain below that part of the downtime is called small."""
 BITS_PER_S_PER_GBIT = 1e9
 
 

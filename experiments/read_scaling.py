@@ -34,8 +34,6 @@ from experiments.read_scaling_grid import (
 from experiments.statistics import Effect, Interval, effect, interval
 from experiments.tell import COMPLETED, number
 
-REPEATS = 10
-"""Of an idle device the seeds differ in the firmware's service times alone, by less than 1 %: the intervals show it."""
 TOLERANCE = 0.1
 """C2: a speed-up is as claimed if it is at most so much short of min(N, F): a stream's first SAVE and its last copy
 overlap with nothing."""
@@ -363,6 +361,5 @@ EXPERIMENT = Experiment(
     points=points,
     answer=answer,
     figures=figures,
-    repeats=REPEATS,
     quick_repeats=2,
 )

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import polars as pl
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from experiments import charts
 from experiments.experiment import NOT_BOTH, Answer, Experiment, Finding, Point, effect_row, places
@@ -27,17 +28,22 @@ OUTRUN_PER_S = 1 / (32 * 2e-3)
 """nic-reconfig: 32 objects a reconfiguration, 2 ms of set-up each, one after the other at the target."""
 PROTOCOLS = (
     "v2",
+    "v2-ack",
     "v2-reinit-flush",
+    "v2-reinit-flush-ack",
     "v2-reinit-flush-ack-reusable",
     "v2-reinit-invalidate-ack-reusable",
+    "v2-multifd-reinit-flush-ack-reusable",
     "v3-n1",
     "v3-n4",
     "v3-n4-invalidate",
     "v3-n4-retry",
     "v3-n4-pool",
+    "v3-n4-one",
     "v3-blocks",
 )
 ACKED = "v2-reinit-flush-ack-reusable"
+ACKED_MULTIFD = "v2-multifd-reinit-flush-ack-reusable"
 FACTOR = "reconfigurations_per_s"
 NEXT_TO_NOTHING = 0.02
 """Of the set-up that v2 has in its downtime, in the means: what a protocol that keeps it out may leave there."""
@@ -69,13 +75,17 @@ def answer(frame: pl.DataFrame) -> Answer:
     rate = number(frame.filter(pl.col(FACTOR) < OUTRUN_PER_S)[FACTOR].max())
     busy = frame.filter(pl.col(FACTOR) == rate)
     v2, v3 = _told_ms(_setup_ms(busy, "v2")), _told_ms(_setup_ms(busy, "v3-n4"))
-    gain, acked = (_gain(busy, base) for base in ("v2", ACKED))
+    gain, acked, multifd = (_gain(busy, base) for base in ("v2", ACKED, ACKED_MULTIFD))
     return Answer(
         f"At {rate:g} reconfigurations a second, of the {OUTRUN_PER_S:.1f} that the target can set up, {v3} of set-up "
         f"is in v3's downtime and {v2} in v2's; downtime of v3-n4 against v2: {gain}.",
         f"One device ({BASE}), whose target sets up one object after the other; beyond {OUTRUN_PER_S:.1f} a second who "
         "waits for the target never switches over, and who does not wait pays in the downtime.",
-        [f"v3-n4 against {ACKED}, whose user waits for the target too: {acked}.", *_where_they_break(frame)],
+        [
+            f"v3-n4 against {ACKED}, whose user waits for the target too: {acked}; against {ACKED_MULTIFD}, whose RAM "
+            f"and devices move beside each other as v3's do: {multifd}.",
+            *_where_they_break(frame),
+        ],
         [_c1(frame), _c4(busy)],
         effects(frame),
     )
@@ -192,6 +202,11 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_xlim(0, 45)
         axis.set_ylim(bottom=0)
+    axes[0].set_yscale("log")
+    heights = [200, 300, 500, 1000, 2000, 4000]
+    axes[0].set_yticks(heights, [str(height) for height in heights])
+    axes[0].yaxis.set_minor_locator(NullLocator())
+    axes[0].set_ylim(heights[0], 1.1 * heights[-1])
     charts.legend(figure, PROTOCOLS)
     return {"reconfiguration": figure}
 

@@ -12,12 +12,11 @@ from typing import Any
 
 import polars as pl
 
-from experiments.experiment import NOT_BOTH, Answer, Experiment, Finding, effect_row
+from experiments.experiment import NOT_BOTH, WORTH, Answer, Experiment, Finding, effect_row
 from experiments.figures_sensitivity import figures
 from experiments.sensitivity_bars import (
     FEWEST,
     MULTIFD,
-    WORTH,
     Bar,
     bars,
     base,
@@ -29,7 +28,7 @@ from experiments.sensitivity_bars import (
     sides,
     square,
 )
-from experiments.sensitivity_grid import ACKED_MULTIFD, CONCLUSIONS, FEW, IDLE, NIC, V3, Conclusion, points
+from experiments.sensitivity_grid import ACKED_MULTIFD, CONCLUSIONS, IDLE, NIC, V3, Conclusion, points
 from experiments.statistics import Effect
 from experiments.tell import COMPLETED, number
 
@@ -48,8 +47,8 @@ def answer(frame: pl.DataFrame) -> Answer:
     return Answer(
         f"{V3}'s downtime is {ratio} (95 % interval) of v2-multifd's on {IDLE}, and that hangs most on "
         f"{_hangs(told)}. {_do_not_build(told)}",
-        f"Two bases, one parameter at a time (two in the maps), {FEW} repeats an end: what several do together is not "
-        f"shown, nor N, which is 4 throughout; ranges are judgements, and a wider one makes a longer bar.",
+        "Two bases, one parameter at a time (two in the maps): what several do together is not "
+        "shown, nor N, which is 4 throughout; ranges are judgements, and a wider one makes a longer bar.",
         [*_regions(frame), *_details(frame)],
         [_c3(frame, told)],
         effects(frame),

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from experiments.experiment import NOT_BOTH
+from experiments.experiment import NOT_BOTH, WORTH
 from experiments.sensitivity_grid import CONCLUSIONS, ENGINES_COLUMN, MAPS, V3, Conclusion, Map
 from experiments.statistics import Effect, Interval, effect
 from experiments.tell import COMPLETED
 
-WORTH = 0.05
-"""A gain below this is not worth a new interface in kernel, VMMs and firmware."""
 FEWEST = 3
 """Seeds that both completed, for a ratio at an end of a parameter."""
 MULTIFD = CONCLUSIONS[1]
@@ -110,7 +108,7 @@ def square(frame: pl.DataFrame, of: Map, engines: float, value: float, against: 
 def maps_run(frame: pl.DataFrame) -> list[tuple[Map, str]]:
     """Those that were run, with each protocol that v3 is held against there."""
     found = [of for of in MAPS if of.column in frame.columns]
-    return [(of, against) for of in found for against in of.repeats if against != V3]
+    return [(of, against) for of in found for against in of.protocols if against != V3]
 
 
 def sides(frame: pl.DataFrame, of: Map) -> tuple[list[float], list[float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,6 @@ from experiments.experiment import Point
 from sim.scenario import Scenario, parameters
 from sim.scenario_file import load
 
-FEW = 10
-"""Repeats of the tornados and of maps against a base that differs by much; 30 where a difference is claimed: at the
-bases, and of the map against v2-multifd."""
 V3 = "v3-n4"
 IDLE, NIC = "mlx5-2vf", "nic-reconfig"
 ACKED = "v2-reinit-flush-ack-reusable"
@@ -143,8 +140,7 @@ class Map:
     words: str
     keys: tuple[str, ...]
     values: tuple[float, ...]
-    repeats: Mapping[str, int | None]
-    """Of each protocol."""
+    protocols: tuple[str, ...]
 
 
 ENGINES = (1.0, 1.5, 2.5, 4.0)
@@ -156,7 +152,7 @@ MAPS = (
         "state of each device, MiB",
         ("device.0.state_mib", "device.0.stop_only_mib"),
         (12.0, 25.0, 50.0, 100.0, 150.0),
-        {"v2": FEW, "v2-multifd": None, V3: None},
+        ("v2", "v2-multifd", V3),
     ),
     Map(
         NIC,
@@ -164,7 +160,7 @@ MAPS = (
         "end of the LOAD, ms",
         ("firmware.load_finish_ms",),
         (30.0, 122.0, 244.0, 488.0),
-        {ACKED: FEW, V3: FEW},
+        (ACKED, V3),
     ),
 )
 QUICK_STEP = 2
@@ -197,7 +193,7 @@ def _tornados(quick: bool) -> Iterator[Point]:
                 moved = (*settings, *parameter.settings(scenario, side))
                 factors = _factors("tornado", parameter.name, side, parameter.at(scenario, side))
                 for protocol in _against(base):
-                    yield Point(base, protocol, moved, factors, FEW)
+                    yield Point(base, protocol, moved, factors)
 
 
 def _maps(quick: bool) -> Iterator[Point]:
@@ -207,8 +203,8 @@ def _maps(quick: bool) -> Iterator[Point]:
             for value in each.values[::step]:
                 moved = (f"firmware.engines={engines}", *(f"{key}={value}" for key in each.keys))
                 factors = _factors("map", "", "", "") | {ENGINES_COLUMN: engines, each.column: value}
-                for protocol, count in each.repeats.items():
-                    yield Point(each.base, protocol, (*BASES[each.base], *moved), factors, count)
+                for protocol in each.protocols:
+                    yield Point(each.base, protocol, (*BASES[each.base], *moved), factors)
 
 
 def _factors(part: str, parameter: str, side: str, at: str) -> dict[str, str | int | float | bool]:

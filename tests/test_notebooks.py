@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 from helpers import small_scenario
 
-from experiments import analysis, figures_analysis, notebook, sweep
+from experiments import analysis, figures_analysis, notebook, sweep, verdicts
 from experiments.experiment import Point, find
 from experiments.folder import ResultFolder
 from experiments.results import row
@@ -146,19 +146,19 @@ def frame(downtimes_ms: Mapping[str, Sequence[float | None]]) -> pl.DataFrame:
     ],
 )
 def test_a_verdict_is_a_word_for_an_interval(base: list[float | None], other: list[float | None], word: str) -> None:
-    told = analysis.verdicts(frame({"v2": base, "v3-n4": other}), [("v2", "v3-n4"), ("v2", "v3-n8")])
+    told = verdicts.verdicts(frame({"v2": base, "v3-n4": other}), [("v2", "v3-n4"), ("v2", "v3-n8")])
     assert told["verdict"].to_list() == [word]
 
 
 def test_the_advice_follows_the_effects() -> None:
     names = {"today": "v2", "best": "v2-multifd", "one": "v3-n1", "many": "v3-n4"}
     runs = frame({"v2": [200, 202], "v2-multifd": [100, 101], "v3-n1": [100, 101], "v3-n4": [100, 101]})
-    told = "\n".join(analysis.advice(runs, **names))
+    told = "\n".join(verdicts.advice(runs, **names))
     assert "Take v2-multifd before anything else" in told
     assert "Do not build v3 for this device: v3-n4 brings next to nothing over v2-multifd." in told
     assert "2 seeds are enough to look" in told
     runs = frame({"v2": [200, 202], "v2-multifd": [100, None], "v3-n1": [60, 61], "v3-n4": [60, 60]})
-    told = "\n".join(analysis.advice(runs, **names))
+    told = "\n".join(verdicts.advice(runs, **names))
     assert "v3 is worth a look" in told
     assert "One dirty stream is enough" in told
     assert "But v2-multifd does not complete 1 of 2 runs" in told
@@ -172,20 +172,20 @@ def test_a_device_that_nothing_moves_is_told_as_such() -> None:
     assert analysis.downtimes(runs)["completed"].to_list() == [0] * 4
     assert analysis.above_bound(runs).is_empty()
     assert analysis.where_it_goes(runs).is_empty()
-    told = analysis.verdicts(runs, [("v2", "v3-n4")])
-    assert analysis.readable(told)["verdict"].to_list() == ["neither completes"]
-    assert analysis.where(told.with_columns(place=pl.lit("x")), ["place"])["from_percent"].to_list() == [None]
+    told = verdicts.verdicts(runs, [("v2", "v3-n4")])
+    assert verdicts.readable(told)["verdict"].to_list() == ["neither completes"]
+    assert verdicts.where(told.with_columns(place=pl.lit("x")), ["place"])["from_percent"].to_list() == [None]
     assert notebook.shown(figures_analysis.waterfall(scenario, runs, "a command"))._repr_png_()
-    advice = analysis.advice(runs, today="v2", best="v2-multifd", one="v3-n1", many="v3-n4")
+    advice = verdicts.advice(runs, today="v2", best="v2-multifd", one="v3-n1", many="v3-n4")
     assert "Neither v2-multifd nor v3-n4 completes: nothing can be said." in advice
 
 
 def test_protocols_that_were_not_run_are_named() -> None:
     runs = frame({"v2": [100, 101], "v3-n4": [50, 51]})
     with pytest.raises(UserError, match="v3-n2 against v2: the runs have no such pair, only v2, v3-n4"):
-        analysis.verdicts(runs, [("v2", "v3-n2")])
+        verdicts.verdicts(runs, [("v2", "v3-n2")])
     with pytest.raises(UserError, match="v2-multifd, v3-n1: not among the runs"):
-        analysis.advice(runs, today="v2", best="v2-multifd", one="v3-n1", many="v3-n4")
+        verdicts.advice(runs, today="v2", best="v2-multifd", one="v3-n1", many="v3-n4")
 
 
 def test_places_are_counted_by_verdict() -> None:
@@ -195,7 +195,7 @@ def test_places_are_counted_by_verdict() -> None:
             for rate, values in ((1.0, [50, 51]), (2.0, [60, 61]), (3.0, [100, 101]))
         ]
     )
-    told = analysis.together({"x": (analysis.verdicts(runs, [("v2", "v3-n4")], ["rate"]), ["rate"])})
+    told = verdicts.together({"x": (verdicts.verdicts(runs, [("v2", "v3-n4")], ["rate"]), ["rate"])})
     assert told.select("of", "verdict", "places", "where").rows() == [
         ("x", "shorter", 2, "1; 2"),
         ("x", "next to nothing", 1, "3"),

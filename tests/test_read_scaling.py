@@ -9,7 +9,7 @@ import pytest
 
 from experiments import read_scaling_grid, results
 from experiments.experiment import Answer, Planned
-from experiments.read_scaling import EXPERIMENT, REPEATS
+from experiments.read_scaling import EXPERIMENT
 from experiments.read_scaling_grid import LOOKS, Place, part_column, points, shares, v3_places, with_parts
 from experiments.runs import run_cell
 
@@ -81,10 +81,6 @@ def test_the_grid_has_a_base_and_one_stream_wherever_there_are_more() -> None:
         assert 1 in place.of(frame)["streams"]
     assert not Place().of(frame, "v2").is_empty()
     assert not Place().of(frame, "v2-multifd").is_empty()
-
-
-def test_not_too_many_runs() -> None:
-    assert len(points(quick=False)) * REPEATS <= 3000
 
 
 def test_the_rates_say_what_binds() -> None:

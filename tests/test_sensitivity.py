@@ -15,7 +15,7 @@ from experiments.figures_sensitivity import figures
 from experiments.runs import run_cell
 from experiments.sensitivity import EXPERIMENT, answer
 from experiments.sensitivity_bars import MULTIFD, WORTH, bars, base
-from experiments.sensitivity_grid import BASES, CONCLUSIONS, ENGINES, FEW, IDLE, MAPS, NIC, PARAMETERS, V3, points
+from experiments.sensitivity_grid import BASES, CONCLUSIONS, ENGINES, IDLE, MAPS, NIC, PARAMETERS, V3, points
 from sim.scenario_file import load
 
 SEEDS = 4
@@ -57,14 +57,6 @@ def test_each_end_differs_from_the_base_and_the_base_lies_between() -> None:
                 value = sensitivity_grid.parameters(scenario)[parameter.key] if parameter.key != "device.0.count" else 2
                 assert low <= value <= high, parameter.name
                 assert low < high
-
-
-def test_what_shows_a_difference_has_all_repeats() -> None:
-    for point in points(False):
-        claimed = point.factors["part"] == "base" or (
-            point.factors["part"] == "map" and point.base == IDLE and point.protocol != "v2"
-        )
-        assert point.repeats == (None if claimed else FEW)
 
 
 def test_it_is_found_by_its_name_and_claims_what_there_is() -> None:

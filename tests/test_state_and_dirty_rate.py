@@ -26,12 +26,14 @@ def test_every_place_of_the_grid_can_be_run() -> None:
             assert device.blocks <= 65536
 
 
-def test_large_states_are_repeated_less() -> None:
-    seeds: dict[int, set[int]] = {}
-    for planned in _planned():
-        if planned.point.factors["machine"] == MAP:
-            seeds.setdefault(int(planned.point.factors["state_mib"]), set()).add(planned.cell.seed)
-    assert {state: len(some) for state, some in seeds.items()} == experiment.REPEATS
+def test_large_states_are_repeated_less_but_where_downtimes_are_compared() -> None:
+    for point in EXPERIMENT.points(False):
+        of = point.factors
+        compared = point.protocol in experiment.COMPARED and of["dirty_of_link"] == experiment.COMPARED_AT
+        if of["machine"] != MAP:
+            assert point.repeats == experiment.REPEATS_OF_MACHINES
+        else:
+            assert point.repeats == (None if compared else experiment.REPEATS[int(of["state_mib"])])
 
 
 def test_what_is_carried_is_bound_by_what_streams_share() -> None:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from experiments import cluster, experiment, results, runs, sweep
 from experiments.cli import main
-from experiments.experiment import CLAIMS, Answer, Experiment, Finding, Planned, Point, effect_row
+from experiments.experiment import CLAIMS, NAMES, Answer, Experiment, Finding, Planned, Point, effect_row, find
 from experiments.runs import Cell, Done
 from experiments.statistics import effect
 from experiments.store import Store
@@ -399,6 +399,14 @@ def test_a_grid_that_cannot_be_run_is_refused_before_anything_is_run(
 
 def test_each_experiment_names_claims_that_there_are() -> None:
     assert set(TINY.claims) <= CLAIMS.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_protocols_are_compared_over_thirty_paired_seeds(name: str) -> None:
+    experiment = find(name)
+    assert experiment.repeats >= 30
+    fewer = [point for point in experiment.points(False) if point.repeats is not None]
+    assert not fewer or name == "state_and_dirty_rate", "whether a run converges is all but settled by the rates there"
 
 
 # --- a cluster -------------------------------------------------------------------------------------------------------
