@@ -215,11 +215,7 @@ def _carried(frame: pl.DataFrame) -> str:
         told.append(f"{at['protocol']} {part.told('%', 0)}")
     if not told:
         return "Every run of the map converged."
-    return (
-        f"Of what theory lets it carry, pre-copy that never ended carried: {'; '.join(told)}. (Each of v3's streams "
-        "has blocks of its own, and one that is drained is asked again only when the sum of all of them seems to fit: "
-        "over large states they get out of step, and at the stop one of them may have most of what is left.)"
-    )
+    return f"Of what theory lets it carry, pre-copy that never ended carried: {'; '.join(told)}."
 
 
 def _downtimes(runs: pl.DataFrame) -> list[str]:
