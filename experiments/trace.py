@@ -118,7 +118,7 @@ def write_trace(traced: Traced, path: Path) -> tuple[int, int]:
     from experiments.perfetto_file import write_trace as write_file
 
     outcome = traced.outcome
-    devices = [device.name for device in traced.scenario.devices]
+    devices = {device.name: device.pf for device in traced.scenario.devices}
     drawn = arranged(traced.timeline, devices, traced.samples.counters())
     causes = traced.recorded.spans["cause"].tolist()
     with replacing(path) as new:

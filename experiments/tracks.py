@@ -1,8 +1,9 @@
 """Where each span of a run is drawn: tracks and counters in groups, in a fixed order; lanes on which nothing overlaps.
 
-A span is drawn once, by what it uses: commands with the firmware, waits for locks with the locks, frames with their
-connection, all else with the thread or stream that did it. What else there is to see stands on top: the phases of the
-downtime, its critical path, the VMMs' stages; and for each host whether the guest runs there.
+A span is drawn once, by what it uses: commands in the firmware's engines, a lane for each that is under way (they share
+the engines if there are more), waits for locks with the locks, frames with their connection, all else with the thread
+or stream that did it. What else there is to see stands on top: the phases of the downtime, its critical path, the VMMs'
+stages; and for each host whether the guest runs there.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import enum
 import heapq
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from proto_v3.timeline import Mark, Recorded, Resource, Timeline
 
 Group = tuple[str, ...]
 """Names of groups, from the outermost to the innermost."""
+Devices = Mapping[str, int]
+"""Names of the devices, in their order, and the PF of each."""
 LINK: Group = ("link",)
 DOWNTIME: Group = ("downtime",)
 RUNNING, STOPPING, STOPPED, STARTING = "running", "stopping", "stopped", "starting"
@@ -81,13 +84,13 @@ class Counter:
     values: NDArray[np.int64]
 
 
-def arranged(timeline: Timeline, devices: Sequence[str], counters: Sequence[Counter]) -> list[Track | Counter]:
+def arranged(timeline: Timeline, devices: Devices, counters: Sequence[Counter]) -> list[Track | Counter]:
     """All tracks of a run and its counters, in the order in which they are drawn: group by group, counters first."""
     drawn: list[Track | Counter] = [*counters, *tracks(timeline, devices)]
     return sorted(drawn, key=lambda each: _order(each, devices))
 
 
-def tracks(timeline: Timeline, devices: Sequence[str]) -> list[Track]:
+def tracks(timeline: Timeline, devices: Devices) -> list[Track]:
     """All tracks of a run."""
     recorded = timeline.recorded()
     placed: dict[tuple[Group, str], list[Slice]] = {}
@@ -119,41 +122,47 @@ def lanes(slices: Iterable[Slice]) -> list[list[Slice]]:
 Placed = tuple[tuple[Group, str], Slice]
 
 
-def _spans(recorded: Recorded, devices: Sequence[str]) -> Iterable[Placed]:
+def _spans(recorded: Recorded, devices: Devices) -> Iterable[Placed]:
     columns = (recorded.spans[name].tolist() for name in ("resource", "what", "track", "start_ns", "end_ns"))
-    places: dict[tuple[int, int, int], tuple[Group, str]] = {}
+    places: dict[tuple[int, int, int], tuple[Group, str, str]] = {}
     for span, (resource, what, track, start_ns, end_ns) in enumerate(zip(*columns, strict=True)):
         name = recorded.names[what]
         key = (resource, what, track)
         if key not in places:
             places[key] = place(Resource(resource), name, recorded.names[track], devices)
-        yield places[key], Slice(start_ns, end_ns, name, Resource(resource).name.lower(), span, True)
+        group, on, drawn = places[key]
+        yield (group, on), Slice(start_ns, end_ns, drawn, Resource(resource).name.lower(), span, True)
 
 
-def place(resource: Resource, what: str, track: str, devices: Sequence[str]) -> tuple[Group, str]:
-    """The group and track of a span, by the timeline's track and what it used."""
+def place(resource: Resource, what: str, track: str, devices: Devices) -> tuple[Group, str, str]:
+    """The group and track of a span, by the timeline's track and what it used; and how it is called there."""
     side, _, task = track.partition(" ")
     if side not in ("source", "target"):
-        return LINK if resource is Resource.LINK else ("other",), track
+        return LINK if resource is Resource.LINK else ("other",), track, what
     task = re.sub(r"^device (\d+)$", lambda found: _device_thread(int(found[1]), devices), task) or "main thread"
-    if what == "guest runs":
-        return _guest_group(side), "until it reconfigures a device"
-    if resource is Resource.LOCK:
-        return (f"{side} host", "locks"), f"{task} waits"
-    if resource in (Resource.FIRMWARE, Resource.LOAD):
-        return (f"{side} host", "firmware"), task
     name, _, own = task.partition(" ")
+    if what == "guest runs":
+        return _guest_group(side), "until it reconfigures a device", what
+    if resource is Resource.LOCK:
+        return (f"{side} host", "locks"), f"{task} waits", what
+    if resource in (Resource.FIRMWARE, Resource.LOAD):
+        several = name in devices and len(set(devices.values())) > 1
+        return (
+            (f"{side} host", "firmware"),
+            f"engines of PF {devices[name]}" if several else "engines",
+            f"{what} {task}",
+        )
     if name in devices and own:
-        return device_group(side, name), own
-    return vmm_group(side), task
+        return device_group(side, name), own, what
+    return vmm_group(side), task, what
 
 
-def _device_thread(index: int, devices: Sequence[str]) -> str:
+def _device_thread(index: int, devices: Devices) -> str:
     """A track that says a device's number, with its name instead."""
-    return f"{devices[index]} device thread" if index < len(devices) else f"device {index}"
+    return f"{list(devices)[index]} device thread" if index < len(devices) else f"device {index}"
 
 
-def _order(drawn: Track | Counter, devices: Sequence[str]) -> tuple[list[int], list[str | int]]:
+def _order(drawn: Track | Counter, devices: Devices) -> tuple[list[int], list[str | int]]:
     """What to sort by: the downtime, the source, the link, the target; in a host, the guest first."""
     outer = [DOWNTIME[0], "source host", LINK[0], "target host", "other"]
     inner = ["guest", "VMM", *(f"device {device}" for device in devices), "firmware", "locks"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,9 +114,25 @@ def busy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 # --- what is drawn ---------------------------------------------------------------------------------------------------
 
 
+def _task(track: str) -> str:
+    """Whose command it is."""
+    task = track.partition(" ")[2] or "main thread"
+    return re.sub(r"^device (\d+)$", r"dev\1 device thread", task)
+
+
 def test_every_span_is_drawn_once_where_and_when_it_was(busy: tuple[Traced, Drawn]) -> None:
     traced, drawn = busy
-    told = spans_table(traced).select("start_ns", "end_ns", "what", "resource", "span").rows()
+    engines = pl.col("resource").is_in(["firmware", "load"])
+    told = (
+        spans_table(traced)
+        .with_columns(
+            what=pl.when(engines)
+            .then(pl.col("what") + " " + pl.col("track").map_elements(_task, pl.String))
+            .otherwise("what")
+        )
+        .select("start_ns", "end_ns", "what", "resource", "span")
+        .rows()
+    )
     own = [each for name, track in drawn.slices.items() for each in track if not name.startswith("/downtime/")]
     assert Counter(each for each in own if each[4] is not None) == Counter(told)
 
@@ -186,7 +203,7 @@ V2_TRACKS = """
 /source host/device dev/bytes left
 /source host/device dev/unread bytes
 /source host/device dev/dirty rate
-/source host/firmware/dev producer 0
+/source host/firmware/engines
 /link/bytes sent
 /link/throughput
 /link/connection 0
@@ -194,7 +211,7 @@ V2_TRACKS = """
 /link/sends that wait for room
 /target host/guest/vCPUs
 /target host/VMM/main thread
-/target host/firmware/main thread
+/target host/firmware/engines
 """
 
 V3_TRACKS = """
@@ -211,9 +228,7 @@ V3_TRACKS = """
 /source host/device dev/stream 0
 /source host/device dev/stream 1
 /source host/device dev/stream 2
-/source host/firmware/dev producer 0
-/source host/firmware/dev producer 1
-/source host/firmware/dev producer 2
+/source host/firmware/engines
 /source host/locks/dev stream 0 waits
 /source host/locks/dev stream 1 waits
 /source host/locks/dev stream 2 waits
@@ -231,9 +246,7 @@ V3_TRACKS = """
 /target host/device dev/stream 0
 /target host/device dev/stream 1
 /target host/device dev/stream 2
-/target host/firmware/dev stream 0
-/target host/firmware/dev stream 1
-/target host/firmware/dev stream 2
+/target host/firmware/engines
 """
 
 
@@ -344,8 +357,8 @@ def test_lanes_are_as_few_as_do(times: list[tuple[int, int]], expected: list[lis
         (Resource.COPY, "source", "source host/VMM/main thread"),
         (Resource.COPY, "source vf1 stream 2", "source host/device vf1/stream 2"),
         (Resource.LOCK, "source vf1 stream 2", "source host/locks/vf1 stream 2 waits"),
-        (Resource.FIRMWARE, "source vf1 producer 0", "source host/firmware/vf1 producer 0"),
-        (Resource.LOAD, "target device 1", "target host/firmware/vf1 device thread"),
+        (Resource.FIRMWARE, "source vf1 producer 0", "source host/firmware/engines of PF 1"),
+        (Resource.LOAD, "target device 1", "target host/firmware/engines of PF 1"),
         (Resource.FIXED, "target device 1", "target host/device vf1/device thread"),
         (Resource.FIXED, "target device 7", "target host/VMM/device 7"),
         (Resource.FIXED, "target load thread 0", "target host/VMM/load thread 0"),
@@ -353,7 +366,14 @@ def test_lanes_are_as_few_as_do(times: list[tuple[int, int]], expected: list[lis
     ],
 )
 def test_a_span_is_drawn_by_what_it_uses(resource: Resource, track: str, expected: str) -> None:
-    group, name = place(resource, "x", track, ["vf0", "vf1"])
+    group, name, called = place(resource, "x", track, {"vf0": 0, "vf1": 1})
+    assert called == (
+        "x vf1 producer 0"
+        if resource is Resource.FIRMWARE
+        else "x vf1 device thread"
+        if resource is Resource.LOAD
+        else "x"
+    )
     assert "/".join([*group, name]) == expected
 
 
