@@ -47,7 +47,7 @@ PARTS = {
 """Of the critical path: what may bind while the state moves."""
 LOOKS = {
     "none": style.Look("#999999", "", "no lock", "o", ":"),
-    "per_fd": style.Look("#2171B5", "", "a lock a fd", "s", "-"),
+    "per_fd": style.Look("#332288", "", "a lock a fd", "s", "-"),
     "device": style.Look("#E69F00", "", "a lock a device", "^", "--"),
     "global": style.Look("#000000", "", "one lock for all", "D", "-"),
 }
