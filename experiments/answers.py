@@ -101,20 +101,16 @@ def _together(verdicts: Sequence[Verdict]) -> str:
 
 def page(told: Sequence[Told]) -> str:
     """Questions and answers in Markdown, with the figures, as seen from the results folder."""
-    lines = ["| claim | | what the runs say |", "|---|---|---|"]
+    lines = []
     for claim in claims(told):
-        why = " ".join(f"{finding.why} ([{name}](#{name}))" for name, finding in claim.findings)
-        lines.append(f"| {claim.name}: {claim.text} | **{claim.verdict}** | {_cell(why)} |")
+        lines.append(f"- **{claim.name}, {claim.verdict}:** {claim.text}")
+        lines += [f"  - [{name}](#{name}), {finding.verdict}: {finding.why}" for name, finding in claim.findings]
     for each in told:
         lines += ["", f"### {each.name}", "", f"**{each.question}** {each.answer}", "", f"*Limit:* {each.limit}", ""]
         lines += [f"![{each.question}]({each.name}/{figure.name})" for figure in each.figures[:1]]
         others = ", ".join(f"[{figure.stem}]({each.name}/{figure.name})" for figure in each.figures[1:])
         lines += ["", f"More: {others}"] if others else []
     return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def put_in(readme: str, told: Sequence[Told]) -> str:

@@ -32,4 +32,9 @@ class Bell:
         """Wait for the next ring."""
         waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
-        caused_by(await waiter)
+        try:
+            caused_by(await waiter)
+        except asyncio.CancelledError:  # also at a timeout: else it would be kept until the next ring, if there is one
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            raise

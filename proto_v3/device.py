@@ -74,6 +74,7 @@ class DataFd(Protocol):
         """v3: VFIO_MIG_GET_STREAM_INFO, in PRE_COPY, PRE_COPY_P2P and STOP_COPY; else EINVAL.
 
         Like precopy_info() it starts the next save of a drained dirty stream, but in PRE_COPY_P2P, where it only tells.
+        A device that gives nothing of its state before it is stopped tells of no epoch but the first until then.
         ENOTTY on an fd of v2.
         """
 

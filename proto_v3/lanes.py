@@ -260,21 +260,31 @@ class SharedOutLanes:
         return True
 
 
+MIN_FRAMES = 1024
+LEAST_BYTES = 512
+"""Of a frame, in the mean: a record has a block at the least, and a read() that is shorter is the record's last."""
+
+
 class _Room:
     """What one class of a device's lanes has at the target, and what of its credit was not given back yet."""
 
     def __init__(self, size: int) -> None:
         self._all = size
         self._held = 0
+        self._frames = 0
         self._taken = 0
 
     def put(self, size: int) -> None:
         if self._held and self._held + self._taken + size > self._all:
             raise PeerProtocolError(f"{size} bytes more than {self._held} came; the credit is {self._all}")
+        if self._frames >= MIN_FRAMES + self._all // LEAST_BYTES:  # frames cost memory, too, even empty ones
+            raise PeerProtocolError(f"{self._frames} frames wait, with {self._held} bytes: no sender needs so many")
+        self._frames += 1
         self._held += size
 
     def take(self, size: int) -> int:
         """The driver took so much: how much credit to give back now. Not each time: a message costs."""
+        self._frames -= 1
         self._held -= size
         self._taken += size
         if self._held and self._taken < self._all // 4:

@@ -8,6 +8,7 @@ are in it.
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 
 NS_PER_S = 1_000_000_000
@@ -59,35 +60,88 @@ class Switchover:
         return pending_bytes == 0 or pending_bytes < self.threshold_bytes
 
 
-class Backlog:
-    """One part of what is left, RAM or a device, that moves beside the others: it must fit by itself, too.
+class Backlog(abc.ABC):
+    """One part of what is left, RAM or a dirty stream, that moves beside the others: it must fit by itself, too.
 
-    The sum says nothing about how soon one part is through. A part is measured over the last window in which it never
-    ran dry. One that ran dry since keeps up with its source, and is not judged; nor can one be that did neither yet.
+    The sum says nothing about how soon one part is through. One that ran dry before its rate could be measured keeps up
+    with its source, as far as is known, and is not judged.
     """
 
     def __init__(self, settings: SwitchoverSettings, now_ns: int) -> None:
         self._settings = settings
-        self._window_start_ns = now_ns
-        self._window_bytes = 0
-        self._bytes_per_s: float | None = None
+        self._at_ns = now_ns
+        self._sent_bytes = 0
         self._ran_dry = False
 
+    @abc.abstractmethod
     def sample(self, now_ns: int, bytes_sent: int, left_bytes: int) -> None:
         """Take note of all bytes of this part sent since the start, and of what is left of it as far as is known."""
-        elapsed_ns = now_ns - self._window_start_ns
+
+    @property
+    @abc.abstractmethod
+    def _bytes_per_s(self) -> float | None:
+        """As measured; None if nothing is known."""
+
+    def fits(self, left_bytes: int) -> bool:
+        """Whether so much of it can be sent within the downtime limit, or until the next decision: what runs dry sooner
+        is not measured as faster."""
+        settings, rate = self._settings, self._bytes_per_s
+        if left_bytes == 0 or settings.given_bandwidth_bytes_per_s is not None:
+            return True
+        if rate is None:
+            return self._ran_dry
+        return left_bytes < rate * max(settings.downtime_limit_ns, settings.decision_interval_ns) / NS_PER_S
+
+
+class RamBacklog(Backlog):
+    """RAM, measured as in v2 over windows, but only such in which it never ran dry."""
+
+    def __init__(self, settings: SwitchoverSettings, now_ns: int) -> None:
+        super().__init__(settings, now_ns)
+        self._of_window: float | None = None
+
+    @property
+    def _bytes_per_s(self) -> float | None:
+        return self._of_window
+
+    def sample(self, now_ns: int, bytes_sent: int, left_bytes: int) -> None:
+        """See Backlog."""
+        elapsed_ns = now_ns - self._at_ns
         if left_bytes == 0:
-            self._bytes_per_s, self._ran_dry = None, True
+            self._of_window, self._ran_dry = None, True
         elif elapsed_ns < self._settings.bandwidth_window_ns:
             return
         else:
-            self._bytes_per_s = (bytes_sent - self._window_bytes) * NS_PER_S / elapsed_ns
-        self._window_start_ns, self._window_bytes = now_ns, bytes_sent
+            self._of_window = (bytes_sent - self._sent_bytes) * NS_PER_S / elapsed_ns
+        self._at_ns, self._sent_bytes = now_ns, bytes_sent
 
-    def fits(self, left_bytes: int) -> bool:
-        """Whether so much of it can be sent within the downtime limit."""
-        if left_bytes == 0 or self._settings.given_bandwidth_bytes_per_s is not None:
-            return True
-        if self._bytes_per_s is None:
-            return self._ran_dry
-        return left_bytes < self._bytes_per_s * self._settings.downtime_limit_ns / NS_PER_S
+
+class StreamBacklog(Backlog):
+    """A dirty stream, measured over the round under way, from when there was something left of it; or, if that is not
+    old enough to tell, over the last one, which ended when nothing was left. A SAVE, before its data can be read, is
+    part of a round."""
+
+    def __init__(self, settings: SwitchoverSettings, now_ns: int) -> None:
+        super().__init__(settings, now_ns)
+        self._under_way = True
+        self._round_ns = 0
+        self._round_bytes = 0
+        self._of_last_round: float | None = None
+
+    @property
+    def _bytes_per_s(self) -> float | None:
+        if self._round_ns >= self._settings.bandwidth_window_ns:
+            return self._round_bytes * NS_PER_S / self._round_ns
+        return self._of_last_round
+
+    def sample(self, now_ns: int, bytes_sent: int, left_bytes: int) -> None:
+        """See Backlog."""
+        if self._under_way:
+            self._round_ns += now_ns - self._at_ns
+            self._round_bytes += bytes_sent - self._sent_bytes
+        self._at_ns, self._sent_bytes, self._under_way = now_ns, bytes_sent, left_bytes > 0
+        if not self._under_way:
+            if self._round_bytes and self._round_ns:
+                self._of_last_round = self._round_bytes * NS_PER_S / self._round_ns
+            self._round_ns = self._round_bytes = 0
+            self._ran_dry = True

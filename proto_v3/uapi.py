@@ -284,7 +284,8 @@ class StreamInfo(Structure):
 
     LAYOUT: ClassVar = {"argsz": CType.U32, "flags": CType.U32, "epoch": CType.U64, "pending_bytes": CType.U64}
     epoch: int
-    """The newest generation of critical data that the device has begun."""
+    """The newest generation of critical data that the device has begun; 1 until it is stopped, if it gives nothing of
+    its state before."""
     pending_bytes: int
     """This stream's unread bytes, those that wait to be saved included."""
     flags: int = 0  # none is defined

@@ -23,7 +23,7 @@ from proto_v3.device import BlocksFd, DataFd, Ready
 from proto_v3.frames import Frame, Kind
 from proto_v3.lanes import OutLane, OutLanes, OwnOutLanes, SharedOutLanes, Wire
 from proto_v3.migration import OutcomeKind, ReturnPath, Side, Source, pause, read_some
-from proto_v3.switchover import Backlog
+from proto_v3.switchover import RamBacklog, StreamBacklog
 from proto_v3.timeline import Join, Mark
 from proto_v3.v3 import V3Options, opt_out
 
@@ -89,13 +89,13 @@ class V3Source(Source):
             self._lanes = SharedOutLanes(shared, devices, options.credits)
         self._critical = [_Critical() for _ in side.devices]
         self._readers: list[BlockReaders] = []
-        self._backlogs: list[tuple[_Stream | BlockReaders, Backlog]] = []
+        self._backlogs: list[tuple[_Stream | BlockReaders, StreamBacklog]] = []
         """Of each dirty stream, and of the readers of each device's blocks."""
         self._sending: list[asyncio.Task[None]] = []
         self._news = Bell()
         """Whether a device is ready may have changed."""
         self._whole = self.switchover()
-        self._ram = Backlog(side.settings, self.now_ns)
+        self._ram = RamBacklog(side.settings, self.now_ns)
         self._ram_bytes_sent = 0
         self._ram_bell = Bell()
         self._ram_goes_on = True
@@ -180,12 +180,12 @@ class V3Source(Source):
             lanes = [self._lanes.lane(device, 1 + at) for at in range(self._options.lanes)]
             readers = BlockReaders(fd, lanes, device, self.side.settings.read_bytes)
             self._readers.append(readers)
-            self._backlogs.append((readers, Backlog(self.side.settings, self.now_ns)))
+            self._backlogs.append((readers, StreamBacklog(self.side.settings, self.now_ns)))
             self._sending.append(tasks.start(readers.work(name), f"source {name} blocks"))
             return
         for index, fd_of_stream in enumerate(fds, 1):
             stream = _Stream(fd_of_stream, self._lanes.lane(device, index), device, index)
-            self._backlogs.append((stream, Backlog(self.side.settings, self.now_ns)))
+            self._backlogs.append((stream, StreamBacklog(self.side.settings, self.now_ns)))
             self._sending.append(tasks.start(self._send_dirty(stream), f"source {name} stream {index}"))
 
     # --- what runs beside each other ----------------------------------------------------------------------------------
@@ -220,9 +220,10 @@ class V3Source(Source):
                     known.sent_epoch = info.epoch
                     await stream.say(Kind.EPOCH_SENT, info.epoch)
                 self._news.ring()
-                if await stream.fd.poll() & Ready.NEW_EPOCH:
+                news = await stream.fd.poll()
+                known.drained = False
+                if news & Ready.NEW_EPOCH:
                     known.epoch = (await stream.fd.stream_info()).epoch
-            known.drained = False
         await stream.say(Kind.STREAM_END)
 
     async def _send_dirty(self, stream: _Stream) -> None:
@@ -328,7 +329,8 @@ class V3Source(Source):
 
     async def _ask_dry(self) -> None:
         """Streams get out of step. While RAM does not fit, though, what they have would only be dirtied again."""
-        if self._ram.fits(self.side.machine.ram.pending_bytes()):
+        ram_bytes = self.side.machine.ram.pending_bytes()
+        if self._whole.fits(ram_bytes) and self._ram.fits(ram_bytes):
             for part, _ in self._backlogs:
                 if part.unread_bytes == 0:
                     await part.ask()

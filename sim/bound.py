@@ -146,7 +146,8 @@ class _Reckoning:
             commands = -(-blocks // max(1, self._settings.read_bytes // device.block_bytes))
             size += blocks * (VERSION_BYTES + device.block_bytes)
             size += commands * (V3_HEADER_BYTES + uapi.RecordBlocks.SIZE)
-            return _Part(size, object_commands + commands, object_commands + commands)
+            object_reads = -(-(objects * object_bytes) // self._settings.read_bytes)  # one may take several records
+            return _Part(size, object_commands + commands, object_reads + commands)
         each, longer = divmod(blocks, streams)
         in_chunk = self._blocks_each(device)
         commands = longer * -(-(each + 1) // in_chunk) + (streams - longer) * -(-each // in_chunk)

@@ -230,7 +230,7 @@ class SimDriver:
             self.read_counts.append(stream.reads)
             if not isinstance(stream, SaveBlocks):
                 task = asyncio.create_task(stream.produce(), name=f"{self.name} producer {index}")
-                task.add_done_callback(_tell_of_bug)
+                task.add_done_callback(tell_of_bug)
                 self._tasks.append(task)
         return self._saving[0]
 
@@ -354,7 +354,7 @@ class SimDriver:
                 return self._global_lock
 
 
-def _tell_of_bug(task: asyncio.Task[None]) -> None:
+def tell_of_bug(task: asyncio.Task[None]) -> None:
     """Nobody waits for a producer: one that died would be waited for through what it does not produce."""
     if not task.cancelled() and (error := task.exception()) is not None:
         task.get_loop().call_exception_handler({"message": f"{task.get_name()} died", "exception": error, "task": task})

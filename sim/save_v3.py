@@ -37,7 +37,7 @@ class V3Stream(SaveStream):
         await self._call()
         self._check_open()
         self._device.advance(now_ns())
-        if not self.suspended:
+        if self._home is not None and not self.suspended:  # critical data is saved as soon as it is there
             self._refill_if_drained()
         return StreamInfo(self._epoch, self.pending_bytes())
 
@@ -64,8 +64,10 @@ class CriticalStream(V3Stream):
 
     def epoch_began(self, invalidates: Sequence[BlockRange]) -> None:
         """There is new critical data: save it at once."""
+        if self._only_checks:
+            return
         self._untold += invalidates
-        if not self._final and not self._only_checks:
+        if not self._final:
             self.plan_all()
 
     def _new_epoch(self) -> bool:
@@ -103,6 +105,11 @@ class DirtyStream(V3Stream):
 
     def __init__(self, index: int, device: DeviceState, session: Session, fd_lock: DriverLock, home: slice) -> None:
         super().__init__(index, device, session, fd_lock, home=home, objects=False)
+
+    def start_precopy(self) -> None:
+        """See sim.save.SaveStream; the bytes by which the target is checked are critical."""
+        if self._driver.precopy != "check":
+            super().start_precopy()
 
     def invalidate(self, blocks: BlockRange) -> None:
         """What is saved of these blocks and nobody began to read need not be sent any more."""

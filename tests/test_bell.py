@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 from proto_v3.bell import Bell
@@ -86,3 +87,15 @@ def test_who_gave_up_waiting_does_not_wait_any_more() -> None:
         return bell.waited_for
 
     assert run(main()) is False
+
+
+def test_who_is_cancelled_or_waits_in_vain_is_not_kept() -> None:
+    async def in_vain() -> int:
+        bell = Bell()
+        for _ in range(100):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1e-3):
+                    await bell.wait()
+        return len(bell._waiters)
+
+    assert run(in_vain()) == 0

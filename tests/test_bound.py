@@ -122,7 +122,9 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         "link.per_connection_gbit_per_s": min(link, one_of(1.0, 400.0)),
         "link.round_trip_us": one_of(0.0, 5000.0),
         "vmm.other_load_ms": one_of(0.0, 20.0),
-        "vmm.read_mib": one_of(0.0625, 0.3, 1.0),
+        "vmm.read_mib": one_of(0.0625, 0.3, 1.0, 8.0),
+        "link.socket_buffer_mib": 8.0,
+        "v3.critical_credit_mib": 8.0,
         "vmm.device_buffer_gib_per_s": one_of(0.1, 2.5),
         "vmm.multifd_dedicated": one_of(0, 1),
         "vmm.multifd_load_threads": one_of(0, 1),
@@ -173,6 +175,25 @@ def test_all_critical_data_counts_where_a_driver_only_checks_whatever_epochs_beg
         ratio(scenario, protocol)
         idle = small_scenario({key: value for key, value in changes.items() if "reconf" not in key})
         assert bound_of(scenario, protocol) == bound_of(idle, protocol)
+
+
+def test_one_read_may_take_several_records_of_critical_data() -> None:
+    changes = {
+        "device.0.critical": {"objects": 512, "object_kib": 256.0, "setup_us": 0.0},
+        "device.0.count": 2,
+        "device.0.features": ["STOP_COPY"],
+        "driver.chunk_mib": 1,
+        "driver.chunks": 8,
+        "driver.lock": "global",
+        "driver.call_us": 4000.0,
+        "vmm.read_mib": 8.0,
+        "link.socket_buffer_mib": 8.0,
+        "v3.critical_credit_mib": 8.0,
+        "vmm.downtime_limit_ms": 10_000.0,
+        "firmware.save_mib_per_s": 50_000.0,
+        "firmware.load_mib_per_s": 50_000.0,
+    }
+    ratio(small_scenario(changes), "v3-blocks-n4")
 
 
 # --- runs that one resource holds up ---------------------------------------------------------------------------------

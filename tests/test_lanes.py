@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
+import pytest
 from helpers import virtual
 
 from proto_v3.channel import Channel
+from proto_v3.errors import PeerProtocolError
 from proto_v3.frames import Frame, Kind
-from proto_v3.lanes import Credits, SharedOutLanes
+from proto_v3.lanes import LEAST_BYTES, MIN_FRAMES, Credits, SharedInLanes, SharedOutLanes
 from sim.clock import sleep_ns
 
 
@@ -67,3 +69,16 @@ async def test_frames_that_come_together_are_dealt_out() -> None:
         sender.cancel()
     await asyncio.wait(senders)
     assert [len(wire.frames) for wire in wires] == [1, 1, 1, 1]
+
+
+@virtual
+async def test_what_waits_at_the_target_is_bounded_in_frames_too() -> None:
+    """Frames without payload cost no credit, and a peer may send any number of them ahead of the one that is due."""
+    credit = 64 * LEAST_BYTES
+    lanes = SharedInLanes(Wire(), [], 1, 2, Credits(credit, credit), lambda size: None)  # type: ignore[arg-type]
+    most = MIN_FRAMES + 64
+    for place in range(2, 2 + most):
+        assert lanes.arrived(Frame(Kind.DATA, 0, 1, place=place))
+    with pytest.raises(PeerProtocolError, match=f"{most} frames wait"):
+        lanes.arrived(Frame(Kind.DATA, 0, 1, place=2 + most))
+    assert lanes.arrived(Frame(Kind.DATA, 0, 0, place=2)), "another class has room of its own"

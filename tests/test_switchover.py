@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proto_v3.switchover import Backlog, Switchover, SwitchoverSettings
+from proto_v3.switchover import Backlog, RamBacklog, StreamBacklog, Switchover, SwitchoverSettings
 
 MS = 1_000_000
 SETTINGS = SwitchoverSettings(
@@ -95,16 +95,17 @@ def test_the_bandwidth_is_the_mean_over_the_last_closed_window(steps: list[tuple
 # --- one part by itself ----------------------------------------------------------------------------------------------
 
 
-def test_a_part_that_did_nothing_yet_does_not_fit_unless_nothing_is_left() -> None:
-    part = Backlog(SETTINGS, 0)
+@pytest.mark.parametrize("kind", [RamBacklog, StreamBacklog])
+def test_a_part_that_did_nothing_yet_does_not_fit_unless_nothing_is_left(kind: type[Backlog]) -> None:
+    part = kind(SETTINGS, 0)
     assert part.fits(0)
     assert not part.fits(1)
     part.sample(50 * MS, 1_000, 5_000)
     assert not part.fits(1), "half a window tells nothing"
 
 
-def test_a_part_must_fit_at_the_rate_of_the_last_window_in_which_it_had_something_left() -> None:
-    part = Backlog(SETTINGS, 0)
+def test_ram_must_fit_at_the_rate_of_the_last_window_in_which_it_had_something_left() -> None:
+    part = RamBacklog(SETTINGS, 0)
     part.sample(100 * MS, 1_000, 5_000)
     assert part.fits(2_999)
     assert not part.fits(3_000)
@@ -115,8 +116,8 @@ def test_a_part_must_fit_at_the_rate_of_the_last_window_in_which_it_had_somethin
     assert not part.fits(400_000), "200 kB in 150 ms, and a limit of 300 ms"
 
 
-def test_a_part_that_ran_dry_is_not_judged_until_it_has_something_left_for_a_whole_window() -> None:
-    part = Backlog(SETTINGS, 0)
+def test_ram_that_ran_dry_is_not_judged_until_it_has_something_left_for_a_whole_window() -> None:
+    part = RamBacklog(SETTINGS, 0)
     part.sample(100 * MS, 10, 5_000)
     assert not part.fits(5_000)
     part.sample(120 * MS, 5_010, 0)
@@ -128,7 +129,49 @@ def test_a_part_that_ran_dry_is_not_judged_until_it_has_something_left_for_a_who
     assert not part.fits(60)
 
 
-def test_a_given_bandwidth_stands_for_all_parts() -> None:
-    part = Backlog(replace(SETTINGS, given_bandwidth_bytes_per_s=1.0), 0)
+def test_a_stream_must_fit_at_the_rate_of_its_round_the_time_before_anything_came_included() -> None:
+    part = StreamBacklog(SETTINGS, 0)
+    for at in range(10, 400, 10):  # it is being saved
+        part.sample(at * MS, 0, 5_000)
+    assert not part.fits(1)
+    part.sample(400 * MS, 2_000, 3_000)
+    assert part.fits(1_499)
+    assert not part.fits(1_500), "2 kB in 400 ms, and a limit of 300 ms"
+    part.sample(500 * MS, 5_000, 0)
+    assert part.fits(0)
+    assert part.fits(2_999)
+    assert not part.fits(3_000), "5 kB in half a second"
+    part.sample(5_000 * MS, 5_000, 0)
+    assert part.fits(2_999)
+    assert not part.fits(3_000), "the time in which there was nothing to carry does not count"
+
+
+def test_a_new_round_of_a_stream_stands_for_itself_once_it_is_a_window_old() -> None:
+    part = StreamBacklog(SETTINGS, 0)
+    part.sample(200 * MS, 2_000, 0)
+    part.sample(300 * MS, 2_000, 50_000)
+    part.sample(399 * MS, 11_900, 40_100)
+    assert not part.fits(3_000), "still at the last round's 10 kB a second"
+    part.sample(400 * MS, 12_000, 40_000)
+    assert part.fits(29_999)
+    assert not part.fits(30_000), "10 kB in 100 ms"
+
+
+def test_a_stream_that_never_carried_anything_is_not_judged_once_it_ran_dry() -> None:
+    part = StreamBacklog(SETTINGS, 0)
+    part.sample(10 * MS, 0, 0)
+    assert part.fits(1 << 40)
+
+
+def test_what_runs_dry_between_two_decisions_is_not_judged_by_less_than_that_time() -> None:
+    part = StreamBacklog(replace(SETTINGS, downtime_limit_ns=1 * MS, decision_interval_ns=10 * MS), 0)
+    part.sample(10 * MS, 5_000, 0)
+    assert part.fits(4_999)
+    assert not part.fits(5_000)
+
+
+@pytest.mark.parametrize("kind", [RamBacklog, StreamBacklog])
+def test_a_given_bandwidth_stands_for_all_parts(kind: type[Backlog]) -> None:
+    part = kind(replace(SETTINGS, given_bandwidth_bytes_per_s=1.0), 0)
     part.sample(100 * MS, 10, 5_000)
     assert part.fits(1 << 40)

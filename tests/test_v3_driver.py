@@ -447,11 +447,11 @@ async def test_asking_a_dirty_fd_leaves_the_event_on_the_critical_one() -> None:
 
 @virtual
 async def test_one_that_only_checks_has_nothing_of_an_epoch_to_wait_for_until_it_is_stopped() -> None:
-    hosts = Hosts({"driver.precopy": "check", "driver.check_bytes": 64})
+    hosts = Hosts({"driver.precopy": "check", "driver.check_bytes": 64, "driver.epochs": "invalidate"})
     reconfigure(hosts.state, {50 * MS: HALF}, objects=[1, 2])
     critical, dirty = fds = await opened(hosts.source, State.PRE_COPY, 1)
-    for fd in fds:
-        await read_all(fd)
+    assert [record.size_bytes - V3_HEADER_BYTES for record in records(await read_all(critical))] == [64]
+    assert await read_all(dirty) == [], "what the target is checked by is critical"
     await critical.stream_info()
     asleep = await still_waits(critical.poll())
     for fd in fds:
@@ -461,8 +461,24 @@ async def test_one_that_only_checks_has_nothing_of_an_epoch_to_wait_for_until_it
     await hosts.stop()
     assert (await critical.stream_info()).epoch == 2
     assert await asleep & Ready.NEW_EPOCH
-    assert objects(await read_all(critical)) == list(range(hosts.state.spec.critical.objects))
+    last = await read_all(critical)
+    assert objects(last) == list(range(hosts.state.spec.critical.objects))
+    assert not any(record.invalidates for record in records(last)), "nothing was given out before"
     assert blocks(await read_all(dirty)) == list(range(BLOCKS))
+
+
+@virtual
+async def test_asking_makes_no_critical_data_new_whatever_a_driver_rereads() -> None:
+    """Else a device without P2P, which is asked for the last time in PRE_COPY, would always be late."""
+    hosts = Hosts({"driver.precopy": "reread", "driver.reread_ms": 10.0})
+    critical, dirty = await opened(hosts.source, State.PRE_COPY, 1)
+    for fd in (critical, dirty):
+        await read_all(fd)
+    await sleep_until_ns(1 * SECOND)
+    assert (await critical.stream_info()).pending_bytes == 0
+    assert (await dirty.stream_info()).pending_bytes > 0
+    await hosts.stop()
+    assert len(objects(await read_all(critical))) == hosts.state.spec.critical.objects
 
 
 # --- KEEP and INVALIDATE ---------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import msgpack
 
 from proto_v3.errors import ProtoV3Error
 from proto_v3.timeline import Resource
+from sim.live.io import look
 from sim.live.parts import Part
 
 MAX_MESSAGE_BYTES = 512 << 20
@@ -92,7 +93,7 @@ class Calls:
     def begin(self, name: str, **body: Any) -> asyncio.Future[Answer]:
         """Call, and leave it to the caller when to wait for the answer."""
         done: asyncio.Future[Answer] = self._loop.create_future()
-        done.add_done_callback(_look)
+        done.add_done_callback(look)
         if self.gone.done():
             done.set_exception(self._gone_error())
             return done
@@ -259,9 +260,3 @@ def _close_all(fds: Iterable[int]) -> None:
     for fd in fds:
         with contextlib.suppress(OSError):
             os.close(fd)
-
-
-def _look(done: asyncio.Future[Answer]) -> None:
-    """An error that nobody waits for is not to be complained of."""
-    if not done.cancelled():
-        done.exception()

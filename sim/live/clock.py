@@ -23,6 +23,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from sim.live.io import set_done
+
 NS_PER_S = 1_000_000_000
 _TFD_NONBLOCK, _TFD_CLOEXEC, _TFD_TIMER_ABSTIME = os.O_NONBLOCK, os.O_CLOEXEC, 1
 
@@ -120,7 +122,7 @@ class RealTime:
             # Its time is past already, by what was late before: it is over, and that much less is late. But others
             # have their turn, or a task that is far behind would keep them all waiting.
             self._was_late(task, now - when_ns)
-            self._loop.call_soon(_set_done, done)
+            self._loop.call_soon(set_done, done)
             return done
 
         def wake() -> None:
@@ -177,8 +179,3 @@ class RealTime:
             self._loop.remove_reader(self._timerfd)
             os.close(self._timerfd)
             self._timerfd = -1
-
-
-def _set_done(done: asyncio.Future[None]) -> None:
-    if not done.done():
-        done.set_result(None)

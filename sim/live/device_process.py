@@ -20,7 +20,7 @@ from proto_v3.uapi import FEATURE_MASK, DeviceFeature, Feature, FeatureOp
 from sim import clock
 from sim.blocks import LoadBlocks, SaveBlocks
 from sim.device import DeviceState, Image
-from sim.driver import SimDriver
+from sim.driver import SimDriver, tell_of_bug
 from sim.host import LiveHost, devices_at_source, devices_at_target, seeds
 from sim.live.blocks import BlocksData
 from sim.live.calls import Answer, Calls
@@ -125,7 +125,7 @@ class DeviceProcess:
         self._devices = [_Device(*each, store) for each, store in zip(made, self._stores, strict=True)]
         if self.side == "source":
             self._guest = asyncio.create_task(self._run_guest(), name="guest")
-            self._guest.add_done_callback(_complain)
+            self._guest.add_done_callback(tell_of_bug)
         return Answer()
 
     async def _run_guest(self) -> None:
@@ -303,12 +303,6 @@ class DeviceProcess:
         devices = [device.told() for device in self._devices]
         cpu_ns = self._time.cpu_ns
         return Answer({"timeline": self.timeline.export(), "devices": devices, "delays": delays, "cpu_ns": cpu_ns})
-
-
-def _complain(task: asyncio.Task[None]) -> None:
-    """What it fails by is a bug, to be seen."""
-    if not task.cancelled() and task.exception() is not None:
-        task.get_loop().call_exception_handler({"message": task.get_name(), "exception": task.exception()})
 
 
 class _Device:

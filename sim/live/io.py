@@ -106,7 +106,7 @@ class Worker:
     def start(self, job: Callable[[], T]) -> asyncio.Future[T]:
         """Do it, after what was asked for before."""
         done: asyncio.Future[T] = self._loop.create_future()
-        done.add_done_callback(_look)
+        done.add_done_callback(look)
         self._jobs.put((job, done))
         return done
 
@@ -130,7 +130,7 @@ class Worker:
             self._loop.call_soon_threadsafe(how, *what)
 
 
-def _look(done: asyncio.Future[Any]) -> None:
+def look(done: asyncio.Future[Any]) -> None:
     """An error that nobody waits for any more is not to be complained of."""
     if not done.cancelled():
         done.exception()
@@ -318,7 +318,7 @@ class LoopStream:
             left = self._feed_now(view, step)
         except Exception as error:
             _fail(done, error)
-            _look(done)
+            look(done)
         else:
             if left is not None:
                 return self._whole(self._feed(left, step), self._incoming)
@@ -339,7 +339,7 @@ class LoopStream:
         task = self._loop.create_task(transfer)
         among.add(task)
         task.add_done_callback(among.discard)
-        task.add_done_callback(_look)
+        task.add_done_callback(look)
         return task
 
     def _feed_now(self, view: memoryview, step: Step) -> memoryview | None:

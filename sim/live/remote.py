@@ -37,7 +37,7 @@ from sim.live.buffers import Buffers, as_view
 from sim.live.calls import Answer, Calls
 from sim.live.copy import Promise
 from sim.live.data_fd import Descriptor, descriptor
-from sim.live.io import WOKEN, OnLoop, Worker
+from sim.live.io import WOKEN, OnLoop, Worker, look
 from sim.live.load import SIZE, TAKEN
 from sim.live.parts import Part
 from sim.stream import ReadCounts, fails
@@ -355,7 +355,7 @@ class RemoteFd:
             self._writers.remove(writer)
             if not writer[1].done():
                 writer[1].set_exception(error)
-                _look(writer[1])
+                look(writer[1])
             error = fails(later)
 
     async def close(self) -> None:
@@ -376,11 +376,6 @@ class RemoteFd:
 def _came(epoch: asyncio.Future[Answer]) -> bool:
     """Whether a new epoch was told of; a driver that has none to tell of does not answer so."""
     return epoch.done() and epoch.exception() is None and bool(epoch.result().body["new"])
-
-
-def _look(taken: asyncio.Future[int]) -> None:
-    """An error that nobody waits for any more is not to be complained of."""
-    taken.exception()
 
 
 class RemoteBlocksFd(RemoteFd):
