@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from experiments.experiment import Point
+from experiments.reconfiguration import GIVE_UP, SMALL_RAM
 
-SMALL_RAM = ("ram.size_gib=2", "ram.nonzero_gib=0.5", "ram.dirty_mib_per_s=20", "ram.working_set_mib=64")
-"""As in reconfiguration: RAM is not the question; less of it makes more runs."""
-GIVE_UP = ("vmm.give_up_s=20",)
 MUCH_TO_SAVE = ("device.0.stop_only_mib=256", "firmware.engines=4", "vmm.downtime_limit_ms=1000")
 """Half the state moves in the downtime, by as many commands at once as there are streams: so that N can gain something.
 The limit lets v2 stop at all."""

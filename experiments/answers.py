@@ -53,16 +53,24 @@ def _read(folder: Path) -> Told:
     try:
         told = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        figures = [folder / f"{name}.png" for name in told["figures"]]
+        for figure in figures:
+            figure.with_suffix(".svg").stat()
+        findings = [Finding(**finding) for finding in told["findings"]]
+        if unknown := {finding.claim for finding in findings} - CLAIMS.keys():
+            raise ValueError(f"there is no claim {', '.join(sorted(unknown))}")
+        for key in ("outcomes", "runs", "seeds", "command", "git_revision", "made"):
+            manifest[key]
         return Told(
             name=told["experiment"],
             question=told["question"],
             answer=told["answer"],
             limit=told["limit"],
             details=told["details"],
-            findings=[Finding(**finding) for finding in told["findings"]],
+            findings=findings,
             effects=pl.read_parquet(folder / "effects.parquet"),
             manifest=manifest,
-            figures=[folder / f"{name}.png" for name in told["figures"]],
+            figures=figures,
         )
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
         raise UserError(f"{folder}: cannot be read ({error}); make it anew with: proto-v3 run {folder.name}") from error

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from experiments.buffer_and_chunk_grid import (
+    BASE,
     COUNTS,
     LARGEST_KIB,
     MLX5_CHUNK_MIB,
@@ -34,16 +35,17 @@ from experiments.figures_buffer_and_chunk import figures
 from experiments.statistics import Effect, Interval
 from experiments.statistics import effect as paired
 from experiments.tell import COMPLETED, number
+from sim.scenario_file import load
 
 NO_GAIN = 0.01
-"""A doubling that takes off less than this is no gain."""
+"""A step up that takes off less than this is no gain."""
 HELD_KIB = MLX5_CHUNKS * MLX5_CHUNK_MIB * 1024
 """A read() gives at most that."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One doubling: what it changes in the time to move."""
+    """One step up in size, a doubling but for quick runs: what it changes in the time to move."""
 
     protocol: str
     regime: str
@@ -62,13 +64,14 @@ class Step:
 def answer(frame: pl.DataFrame) -> Answer:
     """From which size on is a larger read() no gain?"""
     frame = frame.with_columns(MOVED)
-    steps = list(doublings(frame))
+    steps = list(steps_up(frame))
     return Answer(
         f"QEMU's finding, no gain above {size_told(QEMU_KIB)}: {'; '.join(_finding(steps, of) for of in TOLD)}. "
         f"{_from_where(steps)}",
-        "A read() costs here its call (1 us assumed, 10 us in one regime), its copy and the wait for a lock; page "
-        "faults of a fresh buffer, caches, and what a VMM does for each packet cost nothing, and a thread's CPU time "
-        "is not simulated. The finding is one of the model's, which has little in it that large reads could save.",
+        f"A read() costs here its call ({load(BASE).driver.call_us:g} us assumed, unless said otherwise), its copy and "
+        "the wait for a lock; page faults of a fresh buffer, caches, and what a VMM does for each packet cost nothing, "
+        "and a thread's CPU time is not simulated. The finding is one of the model's, which has little in it that "
+        "large reads could save.",
         [*_ladders(steps), *_costs(steps), *_late(frame), *_counts(frame), *_chunks(frame)],
         [],
         effects(frame, steps),
@@ -84,15 +87,15 @@ def _finding(steps: Sequence[Step], regime: str) -> str:
     most = max(above, key=lambda step: step.gain)
     return (
         f"where {TOLD[regime]}, it {'does not come out' if gaining else 'comes out'}, {len(gaining)} of {len(above)} "
-        f"doublings take off {100 * NO_GAIN:.0f} % or more, at the most {_told(most)} of the time to move "
+        f"steps up take off {100 * NO_GAIN:.0f} % or more, at the most {_told(most)} of the time to move "
         f"({size_told(most.from_kib)} to {size_told(most.to_kib)}, {most.protocol})"
     )
 
 
-# --- doublings --------------------------------------------------------------------------------------------------------
+# --- steps up --------------------------------------------------------------------------------------------------------
 
 
-def doublings(frame: pl.DataFrame) -> Iterator[Step]:
+def steps_up(frame: pl.DataFrame) -> Iterator[Step]:
     """Each size against the next one of the same state, regime and protocol."""
     reads = frame.filter(pl.col("sweep") == "read")
     for at, runs in places(reads, ["regime", "state", "protocol"]):
@@ -121,7 +124,7 @@ def _told(step: Step) -> str:
 
 
 def knee_kib(steps: Sequence[Step]) -> int | None:
-    """The least size from which on no doubling gains; of one protocol and regime, both states together. None if there
+    """The least size from which on no step up gains; of one protocol and regime, both states together. None if there
     is nothing to compare."""
     known = [step for step in steps if step.told]
     if not known:
@@ -149,11 +152,11 @@ def _from_where(steps: Sequence[Step]) -> str:
             told.append(f"{name}: {each}")
     if not told:
         return "No size was completed."
-    return f"From where on a doubling takes off less than {100 * NO_GAIN:.0f} %: {'; '.join(told)}."
+    return f"From where on a step up takes off less than {100 * NO_GAIN:.0f} %: {'; '.join(told)}."
 
 
 def _ladders(steps: Sequence[Step]) -> list[str]:
-    """What each doubling takes off, up to reads of all that a driver holds."""
+    """What each step up takes off, up to reads of all that a driver holds."""
     told = []
     for (regime, protocol), ladder in _by_ladder(steps).items():
         gains = [f"{size_told(step.from_kib)} {_short(step)}" for step in ladder if step.from_kib < HELD_KIB]
@@ -175,13 +178,13 @@ def _short(step: Step) -> str:
 
 
 def _costs(steps: Sequence[Step]) -> list[str]:
-    """Doublings that make it slower."""
+    """Steps up that make it slower."""
     worse = [step for step in steps if step.told and step.gain <= -NO_GAIN]
     if not worse:
-        return [f"No doubling costs {100 * NO_GAIN:.0f} % or more."]
+        return [f"No step up costs {100 * NO_GAIN:.0f} % or more."]
     worst = min(worse, key=lambda step: step.gain)
     return [
-        f"{len(worse)} doublings cost {100 * NO_GAIN:.0f} % or more, from {size_told(min(s.from_kib for s in worse))} "
+        f"{len(worse)} steps up cost {100 * NO_GAIN:.0f} % or more, from {size_told(min(s.from_kib for s in worse))} "
         f"on; the worst is {size_told(worst.from_kib)} to {size_told(worst.to_kib)}, {_named(worst)}: "
         f"{-100 * worst.gain:.1f} %."
     ]
@@ -256,7 +259,7 @@ def _change(runs: pl.DataFrame, column: str, base: int, other: int) -> str:
 
 
 def effects(frame: pl.DataFrame, steps: Sequence[Step]) -> pl.DataFrame:
-    """Each doubling; each chunk size and number against mlx5's."""
+    """Each step up; each chunk size and number against mlx5's."""
     rows = []
     for step in steps:
         at = {"sweep": "read_kib", "regime": step.regime, "state": step.state, "protocol": step.protocol}

@@ -25,7 +25,7 @@ from experiments.channels_grid import (
     dedicated,
     points,
 )
-from experiments.experiment import Answer, Experiment, Finding, Verdict, effect_row, places
+from experiments.experiment import Answer, Experiment, Finding, Verdict, effect_row, kinds_told, places
 from experiments.figures_channels import figures
 from experiments.statistics import Effect, effect
 from experiments.tell import COMPLETED, number
@@ -127,7 +127,9 @@ def _finding(what: str, found: Sequence[tuple[dict[str, Any], Effect | None]], m
     if far:
         at, told = max(far, key=lambda each: each[1].ratio.high)
         why += f"; it is not at {len(far)}, at most {_ratio(told)} times, {_where(at)}"
-    verdict: Verdict = "refuted" if not close else "under conditions" if far or missing else "supported"
+    verdict: Verdict = "under conditions" if far or missing else "supported"
+    if known and not close:
+        verdict = "refuted"
     return Finding("C5", verdict, f"{why}.")
 
 
@@ -234,9 +236,10 @@ def _outcomes(frame: pl.DataFrame) -> list[str]:
     for at, runs in places(frame, ["part", "per_connection_gbit_per_s", "protocol"]):
         left = runs.filter(~COMPLETED)
         if left.height:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in left["outcome"].value_counts(sort=True).iter_rows())
             gbit = at["per_connection_gbit_per_s"]
-            told.append(f"{at['protocol']} at {gbit:g} Gbit/s a connection ({at['part']}): {kinds} of {runs.height}.")
+            told.append(
+                f"{at['protocol']} at {gbit:g} Gbit/s a connection ({at['part']}): {kinds_told(left)} of {runs.height}."
+            )
     return told
 
 

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 
 from experiments import style
 from experiments.figures import how_made
-from experiments.statistics import interval
+from experiments.statistics import Interval, interval, share
 from experiments.tell import COMPLETED
 
 
@@ -62,6 +62,21 @@ def curve(
         values = some.filter(COMPLETED)[y].drop_nulls()
         if len(values):
             places.append((float(at), interval(values.to_numpy() / scale), len(values) < some.height))
+    _drawn(axis, places, look, width)
+
+
+def completed(axis: Axes, frame: pl.DataFrame, x: str, protocols: Sequence[str]) -> None:
+    """A curve for each protocol: which part of its runs completes, %, with Wilson's interval."""
+    for name in protocols:
+        places = []
+        for (at,), some in frame.filter(pl.col("protocol") == name).group_by(x, maintain_order=True):
+            told = share(some.filter(COMPLETED).height, some.height)
+            places.append((float(at), Interval(100 * told.mean, 100 * told.low, 100 * told.high, told.count), False))
+        _drawn(axis, places, style.protocol(name), 1.5)
+
+
+def _drawn(axis: Axes, places: list[tuple[float, Interval, bool]], look: style.Look, width: float) -> None:
+    """Where, what was found there, and whether some runs of it were not completed."""
     places.sort(key=lambda place: place[0])
     if not places:
         return

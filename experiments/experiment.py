@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import polars as pl
 
 from experiments.runs import Cell
-from experiments.statistics import Effect
+from experiments.statistics import Effect, Interval
 from proto_v3.errors import UserError
+from proto_v3.migration import OutcomeKind
 from sim.protocol import Protocol
 from sim.scenario import Scenario
 from sim.scenario_file import load
@@ -168,6 +169,10 @@ def find(name: str) -> Experiment:
 WORTH = 0.05
 """A change of the downtime below this is next to nothing: nobody would build an interface for it, in kernel, VMMs and
 firmware."""
+SETUP_LEFT = 0.02
+"""Of the set-up that v2 has in its downtime, in the means: what a protocol that keeps it out may leave there."""
+ACK_COMES_TOO_LATE = "its ack comes too late"
+"""In the reason of a run that the reusable ack gave up (proto_v3.v2.LateAckError): it was told of the late data."""
 NOT_BOTH = "no seed was completed under both"
 
 
@@ -179,6 +184,27 @@ def effect_row(told: Effect | None, base: str, other: str, scale: float, unit: s
         for part in ("mean", "low", "high"):
             row[f"{name}_{part}{suffix}"] = getattr(of, part) / by if of else None
     return row | {"pairs": told.pairs if told else 0, "lost": told.lost if told else None}
+
+
+def kinds_told(runs: pl.DataFrame) -> str:
+    """How many runs ended in which way: `3 FAILED, 2 DID_NOT_CONVERGE`."""
+    return ", ".join(f"{count} {kind}" for kind, count in runs["outcome"].value_counts(sort=True).iter_rows())
+
+
+def kept_out(left: Interval | None, before: float) -> bool | None:
+    """Whether so much set-up in the downtime is next to nothing beside what v2 has, `before`, in the same unit; None if
+    neither that nor the contrary is shown, or nothing is known."""
+    if left is None:
+        return None
+    if left.mean <= SETUP_LEFT * before:
+        return True
+    return False if left.low > SETUP_LEFT * before else None
+
+
+def gave_up() -> pl.Expr:
+    """The runs that failed because critical data came too late, and the VMM saw it."""
+    failed = pl.col("outcome") == OutcomeKind.FAILED.value
+    return failed & pl.col("reason").fill_null("").str.contains(ACK_COMES_TOO_LATE, literal=True)
 
 
 def places(frame: pl.DataFrame, by: Sequence[str]) -> Iterator[tuple[dict[str, Any], pl.DataFrame]]:

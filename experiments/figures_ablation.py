@@ -28,7 +28,7 @@ from experiments.tell import COMPLETED
 Steps = Sequence[tuple[str, Effect | None]]
 Cases = Mapping[str, tuple[pl.DataFrame, Mapping[str, Steps]]]
 """By case: its runs, and by column what each step does."""
-SHORTER, LONGER, NIL = "#2171B5", "#D55E00", "white"
+SHORTER, LONGER, NIL = "#999999", "#D55E00", "white"
 WITH_CRITICAL = (RECONFIGURED, BUSY)
 CROSSED = (("downtime", "downtime_ns"), ("set-up in the downtime", "setup_in_downtime_ns"), ("drain", "phase_drain_ns"))
 LINES = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import polars as pl
 from matplotlib.axes import Axes
@@ -111,31 +110,32 @@ def _grows(frame: pl.DataFrame, command: str) -> Figure:
         (13.5, 5),
     )
     state = frame.filter(pl.col("part") == "state")
-    shown = ((UNBOUNDED, UNBOUNDED), (ONE_READER, "-pool"), (f"v3-n{MANY}", ""))
-    for protocol, kind in shown:
+    shown = (UNBOUNDED, ONE_READER, f"v3-n{MANY}")
+    for protocol in shown:
+        look = style.protocol(protocol)
         runs = state.filter(pl.col("protocol") == protocol)
-        charts.curve(axes[0], runs, "state_mib", "peak_reorder_bytes", LOOKS[kind], scale=MIB)
+        charts.curve(axes[0], runs, "state_mib", "peak_reorder_bytes", look, scale=MIB)
         charts.curve(
             axes[1],
             runs.filter(pl.col("downtime_ns").is_not_null()),
             "state_mib",
             "downtime_ns",
-            LOOKS[kind],
+            look,
             scale=1e6,
         )
-        if kind != UNBOUNDED and runs.height:
+        if protocol != UNBOUNDED and runs.height:
             limit = number(runs["vmm_bound_bytes"].max()) / MIB
-            axes[0].axhline(limit, color="#777777", linestyle=LOOKS[kind].line, linewidth=1.2)
+            axes[0].axhline(limit, color="#777777", linestyle=look.line, linewidth=1.2)
     charts.dress(axes[0], "target VMM", "state of the device, MiB", "MiB")
     charts.dress(axes[1], "downtime", "state of the device, MiB", "ms")
     rates = frame.filter(pl.col("part") == "load rate")
-    for protocol, kind in shown[:2]:
+    for protocol in shown[:2]:
         runs = rates.filter(pl.col("protocol") == protocol)
-        charts.curve(axes[2], runs, "load_mib_per_s", "peak_reorder_bytes", LOOKS[kind], scale=MIB)
+        charts.curve(axes[2], runs, "load_mib_per_s", "peak_reorder_bytes", style.protocol(protocol), scale=MIB)
     charts.dress(axes[2], f"target VMM, {STATE_MIB} MiB of state", "LOAD, MiB/s a command", "MiB")
     axes[2].set_xscale("log", base=2)
     axes[2].set_xticks(LOADS_MIB_PER_S, [str(rate) for rate in LOADS_MIB_PER_S])
     for axis in axes:
         axis.set_ylim(bottom=0)
-    charts.handles_below(figure, [charts.handle(replace(LOOKS[kind], label=protocol)) for protocol, kind in shown])
+    charts.legend(figure, shown)
     return figure

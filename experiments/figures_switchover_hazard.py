@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from experiments import charts, style
-from experiments.experiment import places
+from experiments.experiment import kinds_told, places
 from experiments.statistics import Interval, interval, share
 from experiments.switchover_hazard_grid import (
     FOR_SURE,
@@ -170,7 +170,7 @@ def _bars(axis: Axes, runs: pl.DataFrame) -> None:
         of = runs.filter(pl.col("protocol") == name)
         done = of.filter(COMPLETED)
         if done.is_empty():
-            kinds = ", ".join(f"{count} {kind}" for kind, count in of["outcome"].value_counts(sort=True).iter_rows())
+            kinds = kinds_told(of)
             axis.text(10, at, kinds or "no run", va="center", fontsize=7.5)
             continue
         known = style.protocol(name)
@@ -181,4 +181,5 @@ def _bars(axis: Axes, runs: pl.DataFrame) -> None:
         if still.mean > down:
             axis.barh(at, still.mean - down, left=down, color="white", edgecolor="black", hatch="////", linewidth=0.6)
         axis.plot([still.low, still.high], [at, at], color="black", linewidth=2)
-        axis.text(still.high, at, f"  {still.mean:.0f}; set-up {setup:.0f}", va="center", fontsize=7)
+        cut = f"; {done.height} of {of.height} runs" if done.height < of.height else ""
+        axis.text(still.high, at, f"  {still.mean:.0f}; set-up {setup:.0f}{cut}", va="center", fontsize=7)

@@ -136,10 +136,7 @@ def _laws(frame: pl.DataFrame) -> list[str]:
             f"{kind}, {LOOKS[lock].label}, scaling law: contention {contention}, coherency {100 * law.coherency:.2f} "
             f"%, best N {best}, R2 {law.r_squared:.3f}."
         )
-    return [
-        *told,
-        "The law has no engines, and takes their end (16 here, N to 32) for coherency: read it as a summary.",
-    ]
+    return [*told, "The law has no engines, and takes it for coherency if N goes beyond them: read it as a summary."]
 
 
 def _locks_alike(frame: pl.DataFrame) -> list[str]:
@@ -235,7 +232,7 @@ def _c2(frame: pl.DataFrame) -> Finding:
             elsewhere.append(part)
     firmware = len(fine) + len(short)
     if not firmware:
-        return Finding("C2", "refuted", "In no place that was completed by the rates does firmware bind.")
+        return Finding("C2", "under conditions", "In no place that was completed by the rates does firmware bind.")
     part, place, n, told = min([*fine, *short], key=lambda each: each[0])
     copying = [100 * shares(at.of(frame).filter(pl.col("streams") == n)).get("read", 0.0) for _, at, n, _ in short]
     last = (
@@ -292,7 +289,7 @@ def _c3(frame: pl.DataFrame) -> Finding:
             one_lock.append((place, told[0]))
     every = one_lock + one_engine
     if not every:
-        return Finding("C3", "refuted", "No place with one lock or one engine was completed.")
+        return Finding("C3", "under conditions", "No place with one lock or one engine was completed.")
     slow, fast = ([each for each in one_lock if (each[0].bound(1) == "read") is binds] for binds in (True, False))
     held, free = ([each for each in one_engine if (each[0].bound(1) == "SAVE") is binds] for binds in (True, False))
     why = (

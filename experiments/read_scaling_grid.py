@@ -25,7 +25,6 @@ ENGINES = (1.0, 2.5, 4.0, 8.0, 16.0)
 """2.5 is what mlx5's published figures were fitted with; the others are assumed."""
 QUICK_ENGINES = (1.0, 16.0)
 GLOBAL_ENGINES = (1.0, 2.5, 4.0, 16.0)
-LOCKS = ("none", "per_fd", "device", "global")
 COPY_GIB_PER_S = (0.25, 0.5, 1.0, 2.0, 4.0)
 """From below what one engine saves (0.75 GiB/s) to several times that."""
 QUICK_COPY_GIB_PER_S = (0.5,)

@@ -143,7 +143,7 @@ def _scenario(read: Results, row: dict[str, Any]) -> Scenario:
     whence = str(read.folder / "manifest.json")
     if "bases" not in read.manifest:
         return from_dump(read.manifest["scenario"], whence)
-    if row["base"] not in read.manifest["bases"]:
+    if not isinstance(read.manifest["bases"].get(row["base"]), dict):
         raise UserError(f"{whence}: has no base {row['base']!r}, which cell {row['cell']} builds on")
     return from_dump(read.manifest["bases"][row["base"]], f"{whence}, base {row['base']}", row["settings"] or [])
 
@@ -161,7 +161,7 @@ def _print(console: Console, read: Results, row: dict[str, Any], outcome: Outcom
     for name, unit, unit_ns in (("downtime", "ms", NS_PER_MS), ("total", "s", NS_PER_S)):
         pair = (each.get(f"{name}_ns") for each in (row, again))
         tell.add_row(shown, f"{name}, {unit}", *("" if ns is None else f"{ns / unit_ns:.3f}" for ns in pair))
-    tell.add_row(shown, "digest", *(each["digest"][:16] for each in (row, again)))
+    tell.add_row(shown, "digest", *((each["digest"] or "")[:16] for each in (row, again)))
     tell.print_table(console, f"{named}, {row['protocol']}, seed {row['seed']}", shown)
     say(console, f"Digest in the table: {row['digest'] or 'none: the run broke'}")
     say(console, f"Digest made again:   {again['digest']}")

@@ -18,6 +18,7 @@ from experiments.experiment import NAMES
 from experiments.folder import replacing
 from experiments.results import git_revision, versions
 from experiments.show import told
+from proto_v3.errors import UserError
 from sim.scenario import parameters
 from sim.scenario_file import load, shipped
 
@@ -99,9 +100,15 @@ class Other:
 def _others(folder: Path) -> Iterator[Other]:
     for name, question in OTHERS.items():
         figures = sorted((folder / name).glob("*.png"))
-        if figures:
+        if not figures:
+            continue
+        try:
             manifest = json.loads((folder / name / "manifest.json").read_text(encoding="utf-8"))
+            for figure in figures:
+                figure.with_suffix(".svg").stat()
             yield Other(name, question, figures, manifest["command"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / name}: cannot be read ({error}); make it anew, or take it away") from error
 
 
 def _scenario(name: str) -> dict[str, Any]:

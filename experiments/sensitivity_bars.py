@@ -95,14 +95,19 @@ def _end(runs: pl.DataFrame, conclusion: Conclusion) -> End:
     left = of_both.filter(~COMPLETED).group_by("protocol", "outcome", maintain_order=True).len("runs")
     words = ", ".join(f"{protocol} {count} {kind}" for protocol, kind, count in left.iter_rows())
     told = _effect(runs, conclusion)
-    enough = told is not None and told.pairs >= min(FEWEST, runs["seed"].n_unique())
-    return End(str(runs["at"].first()) if runs.height else "", told if enough else None, words)
+    return End(str(runs["at"].first()) if runs.height else "", told if _enough(told, runs) else None, words)
+
+
+def _enough(told: Effect | None, runs: pl.DataFrame) -> bool:
+    """Whether so many seeds were completed by both that a ratio says something."""
+    return told is not None and told.pairs >= min(FEWEST, runs["seed"].n_unique())
 
 
 def square(frame: pl.DataFrame, of: Map, engines: float, value: float, against: str) -> Effect | None:
     """A place of a map."""
     runs = frame.filter((pl.col("part") == "map") & (pl.col(ENGINES_COLUMN) == engines) & (pl.col(of.column) == value))
-    return _effect(runs, Conclusion("", of.base, against))
+    told = _effect(runs, Conclusion("", of.base, against))
+    return told if _enough(told, runs) else None
 
 
 def maps_run(frame: pl.DataFrame) -> list[tuple[Map, str]]:

@@ -127,7 +127,6 @@ CONCLUSIONS = (
     Conclusion("a", NIC, "v2"),
     Conclusion("c", NIC, ACKED),
 )
-B = CONCLUSIONS[1]
 
 
 @dataclass(frozen=True, slots=True)

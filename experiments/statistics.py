@@ -70,8 +70,8 @@ class Effect:
 
     @property
     def shown(self) -> bool:
-        """Whether the difference's interval leaves 0 out."""
-        return 0.0 not in self.difference
+        """Whether the difference's interval leaves 0 out; one pair has none, and shows nothing."""
+        return self.pairs > 1 and 0.0 not in self.difference
 
     def told(self, unit: str, scale: float = 1.0, digits: int = 1) -> str:
         """In words: difference, ratio, intervals, pairs; `scale` of the column's unit make one of `unit`."""
@@ -79,6 +79,8 @@ class Effect:
         low, high, mean = d.low / scale, d.high / scale, d.mean / scale
         percent = [100 * (value - 1) for value in (r.mean, r.low, r.high)]
         lost = f", {self.lost} seed(s) not completed under both" if self.lost else ""
+        if self.pairs == 1:
+            return f"{mean:+.{digits}f} {unit}, {percent[0]:+.1f} %, one pair{lost}: no interval"
         verdict = "" if self.shown else ": no difference is shown"
         return (
             f"{mean:+.{digits}f} {unit} (95 % interval {low:+.{digits}f} to {high:+.{digits}f}), "
@@ -91,16 +93,21 @@ def effect(frame: pl.DataFrame, column: str, base: str, other: str) -> Effect | 
 
     None if no seed was completed under both.
     """
-    runs = frame.filter(COMPLETED & pl.col("protocol").is_in([base, other]))
     planned = frame.filter(pl.col("protocol").is_in([base, other]))["seed"].n_unique()
-    wide = runs.pivot(on="protocol", index="seed", values=column)
-    if base not in wide.columns or other not in wide.columns:
-        return None
-    wide = wide.drop_nulls([base, other]).sort("seed")
+    wide = paired(frame, column, base, other)
     if wide.is_empty():
         return None
     before, after = wide[base].to_numpy().astype(float), wide[other].to_numpy().astype(float)
     return Effect(base, other, interval(after - before), _ratio(before, after), wide.height, planned - wide.height)
+
+
+def paired(frame: pl.DataFrame, column: str, base: str, other: str) -> pl.DataFrame:
+    """One row for each seed that was completed under both protocols: seed, and the column under each."""
+    runs = frame.filter(COMPLETED & pl.col("protocol").is_in([base, other]))
+    wide = runs.pivot(on="protocol", index="seed", values=column)
+    if base not in wide.columns or other not in wide.columns:
+        return pl.DataFrame(schema={"seed": frame.schema["seed"], base: pl.Float64, other: pl.Float64})
+    return wide.select("seed", base, other).drop_nulls().sort("seed")
 
 
 def _ratio(before: Floats, after: Floats) -> Interval:
@@ -142,16 +149,6 @@ def share(successes: int, count: int) -> Interval:
         raise ValueError("no runs: there is no share")
     found = stats.binomtest(successes, count).proportion_ci(LEVEL, method="wilson")
     return Interval(successes / count, float(found.low), float(found.high), count)
-
-
-def outcomes(frame: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:
-    """How many runs ended in which way: one row a place, a column a kind. Nothing is dropped."""
-    return (
-        frame.group_by(*by, "outcome", maintain_order=True)
-        .len("runs")
-        .pivot(on="outcome", index=by, values="runs")
-        .fill_null(0)
-    )
 
 
 # --- scaling ----------------------------------------------------------------------------------------------------------

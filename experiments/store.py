@@ -59,12 +59,19 @@ class Store:
 
     def begin_anew(self) -> None:
         """Forget what there is: from now on it is this code's."""
-        with self._db:
-            self._db.execute("delete from runs")
-            self._db.execute("update told set told = ? where what = ?", (self._ours, MADE_BY))
+        try:
+            with self._db:
+                self._db.execute("delete from runs")
+                self._db.execute("update told set told = ? where what = ?", (self._ours, MADE_BY))
+        except sqlite3.Error as error:
+            raise UserError(f"{self._path}: cannot be written: {error}; remove it") from error
         self.made_by = self._ours
 
     def rows(self, cells: Collection[str]) -> dict[str, dict[str, Any]]:
         """What there is of these."""
         wanted = set(cells)
-        return {cell: json.loads(row) for cell, row in self._db.execute("select cell, row from runs") if cell in wanted}
+        try:
+            kept = self._db.execute("select cell, row from runs")
+            return {cell: json.loads(row) for cell, row in kept if cell in wanted}
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            raise UserError(f"{self._path}: is damaged: {error}; remove it") from error

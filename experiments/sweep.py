@@ -44,6 +44,8 @@ def run_experiments(
         _Sweep(experiment, runs, ResultFolder(root / experiment.name), jobs, scheduler)
         for experiment, runs in zip(chosen, planned, strict=True)
     ]
+    for sweep in sweeps if resume else ():
+        sweep.check()
     console, status = tell.console(), 0
     with progress_bar() as progress:
         whole = progress.add_task("all", total=sum(map(len, planned)), visible=len(chosen) > 1)
@@ -100,6 +102,13 @@ class _Sweep:
             progress.remove_task(bar)
         return pl.DataFrame([done[each.key] for each in self._planned], infer_schema_length=None)
 
+    def check(self) -> None:
+        """UserError if what is kept cannot be gone on with: before the sweeps that come first are run."""
+        if self._kept.exists():
+            revision = results.git_revision()
+            with Store(self._kept, revision) as store:
+                self._done(store, revision)
+
     def _done(self, store: Store, revision: str) -> dict[str, dict[str, Any]]:
         keys = {each.key for each in self._planned}
         done = store.rows(keys)
@@ -121,9 +130,9 @@ def _finished(folder: Path, keys: set[str], revision: str) -> dict[str, dict[str
         if json.loads((folder / "manifest.json").read_text())["git_revision"] != revision:
             return {}
         frame = pl.read_parquet(folder / "runs.parquet")
-    except (OSError, ValueError, KeyError, pl.exceptions.PolarsError):
+        return {row["cell"]: row for row in frame.iter_rows(named=True) if row["cell"] in keys}
+    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError):
         return {}
-    return {row["cell"]: row for row in frame.iter_rows(named=True) if row["cell"] in keys}
 
 
 def write(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from experiments.experiment import Point
+from experiments.experiment import Point, gave_up
 from experiments.statistics import Floats
 from experiments.tell import COMPLETED
-from proto_v3.migration import OutcomeKind
 from sim.scenario_file import load
 from sim.schema import NS_PER_MS
 
@@ -56,9 +55,6 @@ FOR_SURE = (NO_ACK, ONE_SHOT_REINIT, REUSABLE, *POLICIES)
 RATE = "reconfigurations_per_s"
 LATE = "objects_during_stop"
 """Objects of the one reconfiguration while the vCPUs are stopped; 0 in the runs at random."""
-ACK_COMES_TOO_LATE = "its ack comes too late"
-"""In the reason of a run that the reusable ack gave up (proto_v3.v2.LateAckError)."""
-
 PAID, GAVE_UP, TOOK_BACK, TOO_LATE = "paid", "gave_up", "took_back", "too_late"
 STOOD_STILL = "stood_still_ns"
 
@@ -83,13 +79,10 @@ def points(quick: bool) -> list[Point]:
 def marked(frame: pl.DataFrame) -> pl.DataFrame:
     """With what became of critical data that came too late, as columns of yes and no, and how long the guest stood
     still in all, the pauses of retries included (null where it was not completed)."""
-    failed = (pl.col("outcome") == OutcomeKind.FAILED.value) & pl.col("reason").str.contains(
-        ACK_COMES_TOO_LATE, literal=True
-    )
     late = pl.col("late_reconfigured_objects").cast(pl.Int64).fill_null(0) > 0
     return frame.with_columns(
         (COMPLETED & late).alias(PAID),
-        failed.alias(GAVE_UP),
+        gave_up().alias(GAVE_UP),
         (pl.col("retries") > 0).alias(TOOK_BACK),
         (pl.col("downtime_ns").cast(pl.Int64) + pl.col("retries_stopped_ns")).alias(STOOD_STILL),
     ).with_columns((pl.col(PAID) | pl.col(GAVE_UP) | pl.col(TOOK_BACK)).alias(TOO_LATE))

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from experiments import results
-from experiments.buffer_and_chunk import EXPERIMENT, doublings, knee_kib
+from experiments.buffer_and_chunk import EXPERIMENT, knee_kib, steps_up
 from experiments.buffer_and_chunk_grid import (
     LARGE_KIB,
     LARGEST_KIB,
@@ -113,15 +113,15 @@ def test_whether_qemus_finding_comes_out_follows_the_runs(kib: int, comes_out: b
 
 @pytest.mark.parametrize("kib", [4, 64, 1024, 8192])
 def test_the_knee_is_found(kib: int) -> None:
-    steps = list(doublings(made_up(flat_from(kib)).with_columns(MOVED)))
+    steps = list(steps_up(made_up(flat_from(kib)).with_columns(MOVED)))
     for protocol in PROTOCOLS:
         assert knee_kib([step for step in steps if (step.protocol, step.regime) == (protocol, "SAVE")]) == kib
 
 
-def test_doublings_that_cost_are_told() -> None:
+def test_steps_up_that_cost_are_told() -> None:
     told = EXPERIMENT.answer(made_up(lambda kib: 100.0 + kib / 100)).details
-    assert any("doublings cost 1 % or more" in detail and "No doubling" not in detail for detail in told)
-    assert any("No doubling costs" in d for d in EXPERIMENT.answer(made_up(lambda kib: 100.0)).details)
+    assert any("steps up cost 1 % or more" in detail and "No step up" not in detail for detail in told)
+    assert any("No step up costs" in d for d in EXPERIMENT.answer(made_up(lambda kib: 100.0)).details)
 
 
 def test_set_up_that_small_reads_leave_for_the_downtime_is_told() -> None:

@@ -8,8 +8,8 @@ import polars as pl
 import pytest
 
 from experiments import reconfiguration
-from experiments.experiment import Planned
-from experiments.reconfiguration import ACKED, EXPERIMENT, FACTOR, OUTRUN_PER_S, PROTOCOLS
+from experiments.experiment import ACK_COMES_TOO_LATE, Planned
+from experiments.reconfiguration import ACKED, EXPERIMENT, FACTOR, PROTOCOLS, outrun_per_s
 from experiments.results import row
 from experiments.runs import run_cell
 
@@ -25,7 +25,7 @@ def test_the_target_sets_up_as_many_as_the_scenario_says() -> None:
     device = EXPERIMENT.planned(True)[0].cell.scenario.device[0]
     assert device.reconfigurations is not None
     each_s = device.reconfigurations.objects_each * device.critical.setup_us / 1e6
-    assert pytest.approx(1 / each_s) == OUTRUN_PER_S
+    assert pytest.approx(1 / each_s) == outrun_per_s()
 
 
 def test_real_runs_are_answered_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +55,7 @@ def made_up(setup_ms: dict[str, float], *, done: bool = True) -> pl.DataFrame:
                         "protocol": protocol,
                         "seed": seed,
                         "outcome": "COMPLETED" if done else "DID_NOT_CONVERGE",
+                        "reason": "",
                         "downtime_ns": 300_000_000 + ns + seed if done else None,
                         "setup_in_downtime_ns": ns if done else None,
                         "critical_lag_max_ns": 1_000_000_000 if done else None,
@@ -82,6 +83,18 @@ def test_where_nothing_completed_it_says_so() -> None:
     frame = made_up({}, done=False)
     answer = EXPERIMENT.answer(frame)
     assert "no run completed" in answer.answer
-    assert answer.findings[0].verdict == "refuted"
+    assert [finding.verdict for finding in answer.findings] == ["under conditions", "under conditions"]
     assert any("from 5 a second on not all complete" in detail for detail in answer.details)
     assert EXPERIMENT.figures(frame, "a command")["reconfiguration"].axes
+
+
+@pytest.mark.parametrize(("reason", "c1"), [(f"REINIT: {ACK_COMES_TOO_LATE}", "under conditions"), ("", "supported")])
+def test_a_v2_that_fails_over_late_data_can_tell_of_it(reason: str, c1: str) -> None:
+    frame = made_up({"v2": 1000.0})
+    of_acked = pl.col("protocol") == ACKED
+    failed = frame.with_columns(
+        outcome=pl.when(of_acked).then(pl.lit("FAILED")).otherwise("outcome"),
+        reason=pl.when(of_acked).then(pl.lit(reason)).otherwise("reason"),
+        setup_in_downtime_ns=pl.when(of_acked).then(None).otherwise("setup_in_downtime_ns"),
+    )
+    assert EXPERIMENT.answer(failed).findings[0].verdict == c1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -144,6 +145,48 @@ def test_a_folder_that_is_none_is_one_line(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert done.output.count("\n") == 1
     assert "no such folder; make results with: proto-v3 run all" in done.output
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("answer.json", ""),
+        ("answer.json", "{}"),
+        ("manifest.json", "[]"),
+        ("manifest.json", "{}"),
+        ("effects.parquet", "no table"),
+        ("channels.svg", None),
+    ],
+)
+def test_a_damaged_result_is_one_line(results: Path, tmp_path: Path, file: str, text: str | None) -> None:
+    shutil.copytree(results, tmp_path, dirs_exist_ok=True)
+    if text is None:
+        (tmp_path / "channels" / file).unlink()
+    else:
+        (tmp_path / "channels" / file).write_text(text)
+    done = CliRunner().invoke(main, ["report", "--results", str(tmp_path)])
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit), done.output
+    assert "make it anew with: proto-v3 run channels" in done.output.replace("\n", " ")
+
+
+def test_a_finding_of_a_claim_that_there_is_not_is_refused(results: Path, tmp_path: Path) -> None:
+    shutil.copytree(results, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "channels" / "answer.json"
+    file.write_text(file.read_text().replace('"C1"', '"C9"'))
+    with pytest.raises(UserError, match="there is no claim C9"):
+        answers.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_a_damaged_folder_beside_the_experiments_is_one_line(results: Path, tmp_path: Path, text: str) -> None:
+    shutil.copytree(results, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "validate").mkdir()
+    for name in ("validate.png", "validate.svg"):
+        (tmp_path / "validate" / name).write_text("<svg/>")
+    (tmp_path / "validate" / "manifest.json").write_text(text)
+    done = CliRunner().invoke(main, ["report", "--results", str(tmp_path)])
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit), done.output
+    assert "validate: cannot be read" in done.output
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"experiment": 1'])

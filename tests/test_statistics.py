@@ -10,7 +10,8 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from experiments.statistics import RESAMPLES, Interval, Usl, effect, interval, outcomes, share, usl
+from experiments.experiment import kept_out, kinds_told
+from experiments.statistics import RESAMPLES, Interval, Usl, effect, interval, share, usl
 
 SAMPLES = 300
 OF_EACH = 30
@@ -237,24 +238,30 @@ def test_no_runs_have_no_share() -> None:
         share(0, 0)
 
 
-def test_outcomes_drops_nothing() -> None:
-    kinds = ["COMPLETED", "FAILED", "DID_NOT_CONVERGE", "UNSUPPORTED", "CANCELLED"]
-    rng = np.random.default_rng(10)
+def test_one_pair_has_no_interval_and_shows_nothing() -> None:
     frame = pl.DataFrame(
-        {
-            "rate": rng.integers(3, size=200),
-            "protocol": [f"v{2 + one}" for one in rng.integers(2, size=200)],
-            "outcome": [kinds[one] for one in rng.integers(5, size=200)],
-        }
+        {"protocol": ["v2", "v3-n1"], "seed": [1, 1], "outcome": ["COMPLETED"] * 2, "downtime_ns": [10e6, 8e6]}
     )
-    told = outcomes(frame, ["rate", "protocol"])
-    assert told.height == frame.select("rate", "protocol").n_unique()
-    assert set(told.columns) == {"rate", "protocol", *kinds}
-    assert int(told.select(kinds).sum_horizontal().sum()) == 200
-    assert told.null_count().sum_horizontal().item() == 0
-    for row in told.iter_rows(named=True):
-        of_place = frame.filter((pl.col("rate") == row["rate"]) & (pl.col("protocol") == row["protocol"]))
-        assert {kind: row[kind] for kind in kinds} == {kind: (of_place["outcome"] == kind).sum() for kind in kinds}
+    told = effect(frame, "downtime_ns", "v2", "v3-n1")
+    assert told is not None
+    assert not told.shown
+    assert told.told("ms", 1e6) == "-2.0 ms, -20.0 %, one pair: no interval"
+
+
+def test_kinds_of_outcome_are_all_told_the_most_frequent_first() -> None:
+    kinds = ["COMPLETED"] * 3 + ["FAILED"] * 5 + ["DID_NOT_CONVERGE"]
+    assert kinds_told(pl.DataFrame({"outcome": kinds})) == "5 FAILED, 3 COMPLETED, 1 DID_NOT_CONVERGE"
+
+
+@pytest.mark.parametrize(
+    ("low", "mean", "high", "expected"),
+    [(0.0, 1.0, 30.0, True), (2.1, 5.0, 9.0, False), (0.5, 5.0, 9.0, None), (2.0, 2.0, 2.0, True)],
+)
+def test_set_up_is_kept_out_of_the_downtime_or_not_or_that_is_not_shown(
+    low: float, mean: float, high: float, expected: bool | None
+) -> None:
+    assert kept_out(Interval(mean, low, high, 30), 100.0) is expected
+    assert kept_out(None, 100.0) is None
 
 
 # --- the scaling law -------------------------------------------------------------------------------------------------

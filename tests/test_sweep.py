@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -305,6 +306,28 @@ def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
     done = run(tmp_path, "--resume")
     assert done.exit_code == 2
     assert "cannot be used to keep runs in" in done.stderr
+
+
+@pytest.mark.parametrize("statement", ["update runs set row = 'no row'", "drop table runs; create table runs (x)"])
+def test_a_store_that_is_damaged_is_told_of_in_one_line(tmp_path: Path, statement: str) -> None:
+    interrupt(tmp_path, 3)
+    with sqlite3.connect(tmp_path / NAME / sweep.KEPT) as db:
+        db.executescript(statement)
+    done = run(tmp_path, "--resume")
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit)
+    assert "is damaged" in done.stderr
+
+
+@pytest.mark.parametrize("damage", ["manifest", "table"])
+def test_a_whole_sweep_that_is_damaged_is_made_anew(tmp_path: Path, counted: Counted, damage: str) -> None:
+    assert run(tmp_path, "--jobs", "1").exit_code == 0
+    if damage == "manifest":
+        (tmp_path / NAME / "manifest.json").write_text("[]")
+    else:
+        table(tmp_path).drop("cell").write_parquet(tmp_path / NAME / "runs.parquet")
+    counted.calls.clear()
+    assert run(tmp_path, "--jobs", "1", "--resume").exit_code == 0
+    assert len(counted.calls) == RUNS
 
 
 # --- runs that break -------------------------------------------------------------------------------------------------
