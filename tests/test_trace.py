@@ -229,7 +229,6 @@ V3_TRACKS = """
 /source host/device dev/stream 1
 /source host/device dev/stream 2
 /source host/firmware/engines
-/source host/locks/dev stream 0 waits
 /source host/locks/dev stream 1 waits
 /source host/locks/dev stream 2 waits
 /link/bytes sent
