@@ -58,7 +58,7 @@ def _read_size(frame: pl.DataFrame, command: str, seeds: int) -> Figure:
     figure, axes = charts.sheet(
         "From which size on is a larger read() no gain?",
         f"One device, from its stop to its last data loaded; {seeds} seeds, means with 95 % intervals; scales differ. "
-        "Dotted: QEMU's 1 MiB. Where v2-multifd is not seen, it lies under v3-n1",
+        "Dotted: QEMU's 1 MiB. A curve that is not seen lies under another",
         command,
         (2, len(regimes)),
         (4.6 * len(regimes), 8.2),
@@ -123,7 +123,7 @@ def _chunk_figure(frame: pl.DataFrame, command: str, seeds: int) -> Figure:
     figure, axes = charts.sheet(
         "Do the size and the number of the driver's chunks matter?",
         f"512 MiB, reads of 1 MiB; {seeds} seeds, means with 95 % intervals; a driver holds N x chunks x size. "
-        "Dotted: mlx5's. v2-multifd lies under v3-n1",
+        "Dotted: mlx5's. A curve that is not seen lies under another",
         command,
         (2, 2),
         (11, 8.2),

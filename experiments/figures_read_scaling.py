@@ -53,8 +53,7 @@ def _scaling(frame: pl.DataFrame, command: str, seeds: int) -> Figure:
     figure, axes = charts.sheet(
         "Does a stopped device move faster with N streams? Its state over the stop-copy time",
         f"{seeds} seeds, 95 % intervals. Else 16 engines, a lock a fd, copy 8 GiB/s, link 400 Gbit/s. Dotted: least of "
-        "the rates of SAVE, read(), link; thin: scaling law. No lock lies under a lock a fd, a lock a device under one "
-        "for all",
+        "the rates of SAVE, read(), link; thin: scaling law. A curve that is not seen lies under another",
         command,
         (2, 3),
         (13, 8.2),
