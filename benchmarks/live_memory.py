@@ -66,6 +66,7 @@ async def peak_bytes(mib: int, name: str) -> tuple[int, int]:
             "host.copy_gib_per_s=100",
             "host.memory_gib_per_s=100",
             "vmm.give_up_s=60",
+            "vmm.multifd_max_queued_mib=8192",  # none that counts: what it would take is told
         ],
     )
     most = 0

@@ -45,6 +45,9 @@ class Multifd:
     6240036b-f8b8-4592-8f80-21ee6d3eaa1e@maciej.szmigiero.name.)"""
     load_threads: int
     """At most so many devices load at once; 0: all."""
+    max_queued_bytes: int | None = None
+    """Of a device, at the target: more fails the migration; None: any amount may wait. (QEMU's
+    x-migration-max-queued-buffers-size, which has no limit by default.)"""
 
 
 class _Sender:
@@ -147,8 +150,9 @@ class Senders:
 class _Loader:
     """One device's load thread at the target."""
 
-    def __init__(self, index: int, target: Target) -> None:
+    def __init__(self, index: int, target: Target, max_queued_bytes: int | None) -> None:
         self.index = index
+        self._max_queued_bytes = max_queued_bytes
         self.waiting: dict[int, Frame] = {}
         """Packets that came, by their place; early ones, and those that are not written yet."""
         self.done = False
@@ -163,9 +167,15 @@ class _Loader:
         return sum(len(packet.payload) for packet in self.waiting.values())
 
     def put(self, packet: Frame) -> None:
-        """A packet came. PeerProtocolError if one with this number came before."""
+        """A packet came. PeerProtocolError if one with this number came before, or if too much waits."""
         if packet.value < self._next or packet.value in self.waiting:
             raise PeerProtocolError(f"device {self.index}: packet {packet.value} came twice")
+        waits = self.waiting_bytes + len(packet.payload)
+        if self._max_queued_bytes is not None and waits > self._max_queued_bytes:
+            raise PeerProtocolError(
+                f"device {self.index}: {waits} bytes of it wait to be written, and vmm.multifd_max_queued_mib allows "
+                f"{self._max_queued_bytes}: data comes faster than it is loaded"
+            )
         self.waiting[packet.value] = packet
         self._bell.ring()
 
@@ -211,7 +221,8 @@ class Receivers:
         self._settings = settings
         self._channels = channels
         self._target = target
-        self._loaders = [_Loader(index, target) for index in range(len(target.side.devices))]
+        devices = range(len(target.side.devices))
+        self._loaders = [_Loader(index, target, settings.max_queued_bytes) for index in devices]
         self._fds: Sequence[DataFd] = []
         self._synced = 0
         self._bell = Bell()

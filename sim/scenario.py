@@ -156,6 +156,7 @@ class Scenario(Section):
             dedicated=vmm.multifd_dedicated if vmm.multifd_device_state else 0,
             coupled=vmm.multifd_load == "channel_threads",
             load_threads=vmm.multifd_load_threads,
+            max_queued_bytes=None if vmm.multifd_max_queued_mib is None else round(vmm.multifd_max_queued_mib * MIB),
         )
         return V2Options(
             reinit=vmm.reinit,

@@ -312,6 +312,9 @@ class Vmm(Section):
     """Who write()s at the target: a thread a device, or the thread that received the packet."""
     multifd_load_threads: Annotated[int, Field(ge=0, le=64)] = 0
     """At most so many devices are loaded at once; 0: as many as there are."""
+    multifd_max_queued_mib: Annotated[float, Field(gt=0, le=1 << 20)] | None = None
+    """So much of a device's state may wait at the target to be written, or the migration fails; if left out, any amount
+    may, as by QEMU's default (its x-migration-max-queued-buffers-size)."""
 
     @model_validator(mode="after")
     def _channels_for_ram(self) -> Self:

@@ -24,7 +24,7 @@ from sim import clock
 from sim.clock import now_ns, sleep_ns
 from sim.outcome import Outcome
 from sim.protocol import Protocol
-from sim.run import _Run
+from sim.run import _Run, simulate
 from sim.scenario import Scenario
 from sim.schema import MIB, ns
 
@@ -254,6 +254,34 @@ async def refused(rig: Rig, *frames: Frame) -> str:
 @virtual
 async def test_a_number_that_waits_already_is_refused() -> None:
     assert await refused(Rig(multifd(1), [Fd()]), packet(0, 2), packet(0, 2)) == "device 0: packet 2 came twice"
+
+
+@virtual
+async def test_more_of_a_device_than_may_wait_is_refused_and_of_each_device_by_itself() -> None:
+    """QEMU's x-migration-max-queued-buffers-size."""
+    limit = 3 * len("0:1")
+    early = [packet(device, number) for device in (0, 1) for number in (1, 2, 3)]
+    rig = Rig(multifd(1, max_queued_bytes=limit), [Fd(), Fd()])
+    async with rig.running():
+        for frame in early:
+            rig.channels[0].put_nowait(frame)
+        await sleep_ns(1000)
+        assert rig.target.peak_reorder_bytes == 2 * limit
+    told = await refused(Rig(multifd(1, max_queued_bytes=limit), [Fd(), Fd()]), *early, packet(1, 4))
+    assert told.startswith(f"device 1: {4 * len('1:1')} bytes of it wait")
+    assert f"vmm.multifd_max_queued_mib allows {limit}" in told
+
+
+@pytest.mark.parametrize(("max_queued_mib", "kind"), [(None, "COMPLETED"), (64.0, "COMPLETED"), (1.0, "FAILED")])
+def test_a_migration_whose_data_comes_faster_than_it_is_loaded_fails_where_there_is_a_limit(
+    max_queued_mib: float | None, kind: str
+) -> None:
+    limit = {} if max_queued_mib is None else {"vmm.multifd_max_queued_mib": max_queued_mib}
+    scenario = small_scenario(AT_ONCE | {"firmware.load_mib_per_s": 50.0} | limit)
+    outcome = simulate(scenario, Protocol.parse("v2-multifd", scenario), 1)
+    assert outcome.kind == kind
+    assert outcome.guest_runs_at == ("target" if kind == "COMPLETED" else "source")
+    assert ("multifd_max_queued_mib" in outcome.reason) == (kind == "FAILED")
 
 
 @virtual
