@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import polars as pl
 import pytest
+from grids import table_of
 
-from experiments import results
 from experiments.buffer_and_chunk import EXPERIMENT, knee_kib, steps_up
 from experiments.buffer_and_chunk_grid import (
     LARGE_KIB,
@@ -21,7 +21,6 @@ from experiments.buffer_and_chunk_grid import (
     points,
 )
 from experiments.experiment import Planned
-from experiments.runs import run_cell
 
 
 def made_up(moved_ms: Callable[[int], float], outcome: str = "COMPLETED", seeds: int = 3) -> pl.DataFrame:
@@ -54,16 +53,6 @@ def flat_from(kib: int) -> Callable[[int], float]:
 # --- the grid ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quick", [False, True])
-def test_every_point_can_be_run(quick: bool) -> None:
-    assert all(Planned.of(point, 1).key for point in points(quick))
-
-
-def test_the_quick_grid_is_a_part_of_the_whole() -> None:
-    whole = {(point.protocol, point.settings) for point in points(quick=False)}
-    assert {(point.protocol, point.settings) for point in points(quick=True)} <= whole
-
-
 def test_sizes_double_and_the_two_states_meet() -> None:
     for sizes in (SMALL_KIB, LARGE_KIB):
         assert all(2 * small == large for small, large in itertools.pairwise(sizes))
@@ -80,9 +69,7 @@ def real() -> pl.DataFrame:
     few = [point for point in points(quick=True) if point.protocol in ("v2-multifd", "v3-n4")]
     few = [point for point in few if point.factors["regime"] == "read" and point.factors["chunk_mib"] in (1, 8)]
     planned = [Planned.of(point, seed) for seed in (1, 2) for point in few]
-    return pl.DataFrame(
-        [results.row(run_cell(each.cell)) | each.columns() for each in planned], infer_schema_length=None
-    )
+    return table_of(planned)
 
 
 def test_real_runs_are_answered_and_drawn(real: pl.DataFrame) -> None:

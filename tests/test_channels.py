@@ -6,12 +6,12 @@ from typing import Any
 
 import polars as pl
 import pytest
+from grids import table_of
 
-from experiments import channels_grid, results
+from experiments import channels_grid
 from experiments.channels import EXPERIMENT, MOST_DOWNTIME, MOST_LAG
 from experiments.channels_grid import LINK_GBIT_PER_S, MANY, dedicated
 from experiments.experiment import CLAIMS, Answer, Planned, Point
-from experiments.runs import run_cell
 
 TINY = (
     "device.0.state_mib=8",
@@ -27,9 +27,7 @@ TINY = (
 
 def made(points: Any, seeds: int = 2) -> pl.DataFrame:
     planned = [Planned.of(point, seed) for seed in range(1, seeds + 1) for point in points]
-    return pl.DataFrame(
-        [results.row(run_cell(each.cell)) | each.columns() for each in planned], infer_schema_length=None
-    )
+    return table_of(planned)
 
 
 def made_up(ratio: float, lag_ratio: float, *, outcome: str = "COMPLETED") -> pl.DataFrame:
@@ -67,12 +65,6 @@ def made_up(ratio: float, lag_ratio: float, *, outcome: str = "COMPLETED") -> pl
 def verdicts(answer: Answer) -> list[str]:
     assert all(finding.claim in CLAIMS for finding in answer.findings)
     return [finding.verdict for finding in answer.findings]
-
-
-@pytest.mark.parametrize("quick", [True, False])
-def test_every_point_can_be_run(quick: bool) -> None:
-    planned = [Planned.of(point, 1) for point in EXPERIMENT.points(quick)]
-    assert len({each.key for each in planned}) == len(planned)
 
 
 def test_the_quick_grid_has_the_same_parts_and_kinds() -> None:

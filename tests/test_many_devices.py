@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 
 import polars as pl
 import pytest
+from grids import table_of
 
-from experiments import many_devices, results
+from experiments import many_devices
 from experiments.experiment import Answer, Planned
 from experiments.many_devices import AGAINST, EXPERIMENT, FITTED, TOGETHER
 from experiments.results import PATH_COLUMNS
-from experiments.runs import run_cell
 
 
 def test_every_place_of_the_grid_can_be_run() -> None:
@@ -43,7 +43,7 @@ def test_answer_and_figures_of_real_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(many_devices, "QUICK_VFS", (1, 2))
     monkeypatch.setattr(many_devices, "MEASURED_VFS", 1)
     planned = [each for each in EXPERIMENT.planned(True) if each.cell.seed <= 2]
-    frame = pl.DataFrame([results.row(run_cell(each.cell)) | each.columns() for each in planned])
+    frame = table_of(planned)
     answer = EXPERIMENT.answer(frame)
     assert "95 % interval" in answer.answer
     assert answer.table.height > 0

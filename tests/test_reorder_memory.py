@@ -6,21 +6,19 @@ from typing import Any
 
 import polars as pl
 import pytest
+from grids import table_of
 from test_v3_interleavings import bounds
 
-from experiments import reorder_memory_grid, results
+from experiments import reorder_memory_grid
 from experiments.experiment import CLAIMS, Planned
 from experiments.reorder_memory import EXPERIMENT
 from experiments.reorder_memory_grid import bound, with_bounds
-from experiments.runs import run_cell
 from sim.schema import MIB
 
 
 def made(points: Any, seeds: int = 2) -> pl.DataFrame:
     planned = [Planned.of(point, seed) for seed in range(1, seeds + 1) for point in points]
-    return pl.DataFrame(
-        [results.row(run_cell(each.cell)) | each.columns() for each in planned], infer_schema_length=None
-    )
+    return table_of(planned)
 
 
 def made_up(of_bound: float, *, outcome: str = "COMPLETED") -> pl.DataFrame:
@@ -46,12 +44,6 @@ def made_up(of_bound: float, *, outcome: str = "COMPLETED") -> pl.DataFrame:
                 }
             )
     return pl.DataFrame(rows, infer_schema_length=None)
-
-
-@pytest.mark.parametrize("quick", [True, False])
-def test_every_point_can_be_run(quick: bool) -> None:
-    planned = [Planned.of(point, 1) for point in EXPERIMENT.points(quick)]
-    assert len({each.key for each in planned}) == len(planned)
 
 
 def test_the_quick_grid_has_the_same_parts_and_kinds() -> None:

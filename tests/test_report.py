@@ -11,14 +11,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 from click.testing import CliRunner
+from grids import table_of
 from matplotlib.figure import Figure
 
 from experiments import answers, sweep
 from experiments.cli import main
 from experiments.experiment import CLAIMS, Answer, Experiment, Finding, Point, Verdict
 from experiments.folder import ResultFolder
-from experiments.results import row
-from experiments.runs import run_cell
 from proto_v3.errors import UserError
 
 SETTINGS = ("ram.size_gib=1", "ram.nonzero_gib=0.01", "ram.working_set_mib=1", "vmm.bandwidth_gbit_per_s=25")
@@ -50,7 +49,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     for each in (experiment("reconfiguration", "supported"), experiment("channels", "refuted")):
         planned = each.planned(True)
-        frame = pl.DataFrame([row(run_cell(one.cell)) | one.columns() for one in planned], infer_schema_length=None)
+        frame = table_of(planned)
         sweep.write(each, frame, ResultFolder(folder / each.name), quick=True)
     (folder / "README.md").write_text(f"# Before\n\n{answers.BEGIN}\nold\n{answers.END}\n\n# After\n")
     return folder

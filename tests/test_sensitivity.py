@@ -26,12 +26,6 @@ V2_NS = 1e9
 # --- the grid --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_every_place_of_the_grid_can_be_run(quick: bool) -> None:
-    planned = [Planned.of(point, 1) for point in points(quick)]
-    assert len({each.key for each in planned}) == len(planned)
-
-
 def test_the_quick_grid_has_each_part_and_is_in_the_whole_one() -> None:
     quick, whole = points(True), points(False)
     assert {point.factors["part"] for point in quick} == {"base", "tornado", "map"}

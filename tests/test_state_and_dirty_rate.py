@@ -8,12 +8,12 @@ from functools import lru_cache
 
 import polars as pl
 import pytest
+from grids import table_of
 
-from experiments import convergence, results
+from experiments import convergence
 from experiments import state_and_dirty_rate as experiment
 from experiments.convergence import ENGINES, MAP, NARROW, ONE_ENGINE
 from experiments.experiment import Planned
-from experiments.runs import run_cell
 from experiments.state_and_dirty_rate import EXPERIMENT
 from sim.scenario_file import load
 
@@ -55,8 +55,7 @@ def test_a_state_that_fits_the_downtime_limit_always_converges() -> None:
 
 
 def _rows(planned: list[Planned]) -> pl.DataFrame:
-    rows = [results.row(run_cell(each.cell)) | each.columns() for each in planned]
-    return pl.DataFrame(rows, infer_schema_length=None)
+    return table_of(planned)
 
 
 def test_answer_and_figures_of_real_runs(monkeypatch: pytest.MonkeyPatch) -> None:

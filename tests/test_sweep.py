@@ -424,6 +424,19 @@ def test_each_experiment_names_claims_that_there_are() -> None:
     assert set(TINY.claims) <= CLAIMS.keys()
 
 
+OWN_QUICK_GRID = ("state_and_dirty_rate", "reorder_memory", "many_devices")
+"""Experiments whose quick grid has sizes of its own."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_place_of_a_grid_can_be_run_and_is_there_once(name: str) -> None:
+    quick, whole = ([Planned.of(point, 1).key for point in find(name).points(quick)] for quick in (True, False))
+    for keys in (quick, whole):
+        assert len(set(keys)) == len(keys) > 0
+    assert len(quick) < len(whole)
+    assert set(quick) <= set(whole) or name in OWN_QUICK_GRID
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_protocols_are_compared_over_thirty_paired_seeds(name: str) -> None:
     experiment = find(name)

@@ -6,10 +6,10 @@ from typing import Any
 
 import polars as pl
 import pytest
+from grids import table_of
 
-from experiments import results, switchover_hazard_grid
+from experiments import switchover_hazard_grid
 from experiments.experiment import Planned
-from experiments.runs import run_cell
 from experiments.statistics import share
 from experiments.switchover_hazard import EXPERIMENT, answer, figures, table
 from experiments.switchover_hazard_grid import (
@@ -77,19 +77,7 @@ def quick() -> pl.DataFrame:
     planned = [
         Planned.of(point, seed) for seed in (1, 2) for point in EXPERIMENT.points(True) if point.protocol in told
     ]
-    rows = [results.row(run_cell(each.cell)) | each.columns() for each in planned]
-    return pl.DataFrame(rows, infer_schema_length=None)
-
-
-@pytest.mark.parametrize("quick_grid", [True, False])
-def test_every_point_can_be_run(quick_grid: bool) -> None:
-    points = EXPERIMENT.points(quick_grid)
-    assert len({Planned.of(point, 1).key for point in points}) == len(points)
-
-
-def test_the_quick_grid_is_a_part_of_the_whole() -> None:
-    whole = {Planned.of(point, 1).key for point in EXPERIMENT.points(False)}
-    assert {Planned.of(point, 1).key for point in EXPERIMENT.points(True)} <= whole
+    return table_of(planned)
 
 
 def test_a_real_run_of_the_quick_grid(quick: pl.DataFrame) -> None:
