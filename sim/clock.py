@@ -622,11 +622,6 @@ def now_ns() -> int:
     return _here.loop._now_ns
 
 
-def take_late_ns() -> int:
-    """How late the current task was woken by its last timer, told once; 0 in virtual time (see Time)."""
-    return _here.loop._take_late_ns()
-
-
 async def sleep_ns(delay_ns: int) -> None:
     """Wait for `delay_ns` nanoseconds; if 0, until all that is ready has run. ValueError if negative."""
     loop = _here.loop
