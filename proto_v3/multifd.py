@@ -203,6 +203,7 @@ class _Loader:
             self._writes = False
             writing += timeline.now_ns() - start
             self._bell.ring()
+            del packet
         now = timeline.now_ns()
         began = now if began < 0 else began
         timeline.stage("load_total", began, self.index)
@@ -266,6 +267,7 @@ class Receivers:
                         await loader.starved()
                 case _:
                     raise PeerProtocolError(f"{frame.kind.name} does not belong on a multifd channel")
+            del frame  # its payload's memory is free once it is loaded
 
     async def _load_devices(self) -> None:
         while not self._fds:

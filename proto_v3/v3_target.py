@@ -151,6 +151,7 @@ class V3Target(Target):
                 case _:
                     raise PeerProtocolError(f"{frame.kind.name} does not belong on stream {at}")
             await lane.done(frame)
+            del frame  # its payload's memory is free while the next one comes
 
     def _hold(self, size: int) -> None:
         self._held_bytes += size

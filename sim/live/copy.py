@@ -15,9 +15,10 @@ import socket
 import struct
 import termios
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 
 from sim.live.io import MAX_IOV, advanced
 from sim.live.lock import Mutex
@@ -25,7 +26,8 @@ from sim.stream import fails
 
 SO_SNDBUFFORCE = 32
 """asm-generic/socket.h; Python has no name for it."""
-
+MAX_VIEWS = 128
+"""That are filled in one call: with small blocks still 512 KiB."""
 
 _SIZE = struct.Struct("<Q")
 
@@ -84,16 +86,17 @@ class Copier:
         return told
 
     def receive(
-        self, sock: socket.socket, closing: int, views: Sequence[memoryview], drained: Callable[[int], None]
-    ) -> int:
-        """Fill the views with what comes; how many bytes that were, fewer only at the end of the stream.
+        self, sock: socket.socket, closing: int, views: Iterable[memoryview], drained: Callable[[int], None]
+    ) -> tuple[int, bool]:
+        """Fill the views with what comes: how many bytes that were, and whether the stream went on to the last of them.
 
         `drained` is told how many came so far whenever there are no more for now. ENODEV once `closing` is set.
         """
         total = told = 0
         data = _waiting(sock, select.POLLIN, closing)
-        left = [view for view in views if len(view)]
-        while left:
+        more = (view for view in views if len(view))
+        left: list[memoryview] = []
+        while left := left + list(islice(more, MAX_VIEWS - len(left))):
             with self._lock:
                 locked_ns = time.perf_counter_ns()
                 try:
@@ -103,7 +106,7 @@ class Copier:
                 if got > 0:
                     self._pace(locked_ns, got)
             if got == 0:
-                break
+                return total, False
             if got > 0:
                 total += got
                 left = advanced(left, got)
@@ -112,7 +115,7 @@ class Copier:
                 drained(total)
                 told = total
             _wait(data, closing)
-        return total
+        return total, True
 
     def _pace(self, start_ns: int, size: int) -> None:
         """Let the copy take as long as the scenario says; what is slept too long is taken off the next one."""

@@ -16,8 +16,9 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,7 +142,7 @@ class LoadedData:
     async def _take_rest(self, record: Record, at: int) -> bool:
         """The head of a record is there, so many bytes."""
         await self._write(record, 0, at)
-        views = [*self._store.object_pieces(record.objects), *self._store.block_pieces(record.blocks)]
+        views = chain(self._store.object_pieces(record.objects), self._store.block_pieces(record.blocks))
         if not await self._received(views):
             return False
         if at < record.size_bytes:
@@ -152,7 +153,7 @@ class LoadedData:
         await self.stream.write(Extent([RecordPart(record, start, stop)]), max(1, stop - start))
         self._answer_if_all_taken()
 
-    async def _received(self, views: list[memoryview]) -> bool:
+    async def _received(self, views: Iterable[memoryview]) -> bool:
         """Fill the views; False if the VMM's end is closed before.
 
         What comes piece by piece is taken by the thread alone, which answers as well: until a record is whole there is
@@ -166,14 +167,14 @@ class LoadedData:
                 at_ns = self._timeline.now_ns()
                 answered.append((before + so_far, self._tell(before + so_far), at_ns))
 
-        got = await self._worker.run(lambda: self._copier.receive(self._ours, self._closing, views, drained))
+        got, whole = await self._worker.run(lambda: self._copier.receive(self._ours, self._closing, views, drained))
         for taken, number, at_ns in answered:
             self._timeline.got(Resource.COPY, "write", f"{self._edge} write", taken, start_ns, at_ns)
             self._timeline.gave(f"{self._edge} taken", number, at_ns)
             start_ns = at_ns
         self._taken += got
         self._timeline.got(Resource.COPY, "write", f"{self._edge} write", self._taken, start_ns)
-        return got == sum(map(len, views))
+        return whole
 
     def _answer_if_all_taken(self) -> None:
         if self._taken >= self._promised.bytes:

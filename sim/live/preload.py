@@ -5,7 +5,8 @@ object that it looks at, is told to leave these alone."""
 import encodings.idna  # noqa: F401 - of a socket's connect()
 import gc
 
-import numpy.ma  # noqa: F401 - of numpy.unique()
+import numpy.ma
+import numpy.random  # noqa: F401 - of the guest; numpy.ma is of numpy.unique()
 import uvloop  # noqa: F401
 
 import sim.live.processes  # noqa: F401

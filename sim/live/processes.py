@@ -136,6 +136,8 @@ def start(name: str, main: Callable[..., None], heard: Note, *given: Any) -> Chi
     `heard` is told what it notes on its lifeline.
     """
     loop = asyncio.get_running_loop()
+    with contextlib.suppress(AttributeError):  # not glibc, which keeps what an earlier run's timeline took
+        ctypes.CDLL(None).malloc_trim(0)
     ours, theirs = socket.socketpair()
     caller = sys.modules["__main__"]
     try:

@@ -15,9 +15,9 @@ import errno
 import os
 import socket
 import time
-from bisect import bisect_right
 from collections.abc import Iterator
-from itertools import accumulate
+
+import numpy as np
 
 from proto_v3.bell import Bell
 from proto_v3.timeline import Resource, on_track
@@ -26,7 +26,7 @@ from sim.live.copy import Copied, Copier, data_fd, eventfd, unread_bytes
 from sim.live.io import Worker
 from sim.live.parts import LATEST, Part
 from sim.live.store import Store
-from sim.record import Extent, Record
+from sim.record import NO_INDICES, Extent, Record
 from sim.save import SaveStream
 from sim.stream import Outlet
 
@@ -251,24 +251,26 @@ class Layout:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._record: Record | None = None  # the last one, for it is asked for piece by piece
-        self._pieces: list[memoryview] = []
-        self._starts: list[int] = []
+        self._head = memoryview(b"")
+        self._starts = self._offsets = self._sizes = NO_INDICES
+        """Of its pieces, of which the first is the head: where each begins in the record, where in the store, bytes."""
 
     def pieces(self, data: Extent) -> Iterator[memoryview]:
         """The bytes of a run of the stream."""
         for part in data.parts:
             self._lay_out(part.record)
-            at = bisect_right(self._starts, part.start) - 1
-            while at < len(self._pieces) and self._starts[at] < part.stop:
-                start = self._starts[at]
-                yield self._pieces[at][max(part.start - start, 0) : part.stop - start]
-                at += 1
+            first = np.searchsorted(self._starts, part.start, "right") - 1
+            for at in range(first, np.searchsorted(self._starts, part.stop)):
+                start, offset = self._starts[at], self._offsets[at]
+                piece = self._store.view[offset : offset + self._sizes[at]] if at else self._head
+                yield piece[max(part.start - start, 0) : part.stop - start]
 
     def _lay_out(self, record: Record) -> None:
         if record is self._record:
             return
-        store = self._store
-        head = memoryview(codec.head(record))
         self._record = record
-        self._pieces = [head, *store.object_pieces(record.objects), *store.block_pieces(record.blocks)]
-        self._starts = [0, *accumulate(len(piece) for piece in self._pieces[:-1])]
+        self._head = memoryview(codec.head(record))
+        objects, blocks = self._store.object_runs(record.objects), self._store.block_runs(record.blocks)
+        self._offsets = np.concatenate([[0], objects[0], blocks[0]])
+        self._sizes = np.concatenate([[len(self._head)], objects[1], blocks[1]])
+        self._starts = np.cumsum(self._sizes) - self._sizes

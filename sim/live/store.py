@@ -27,6 +27,8 @@ FILL_BYTES = 4 << 20
 """Filled at once, when the state is made."""
 
 Words = NDArray[np.uint64]
+Runs = tuple[Indices, Indices]
+"""Runs of bytes in a store: where each begins, and how many bytes it has."""
 
 
 class Store:
@@ -84,22 +86,25 @@ class Store:
         return self.view[start : start + self.object_bytes]
 
     def block_pieces(self, numbers: Indices) -> Iterator[memoryview]:
-        """The bytes of these blocks, in their order; neighbours as one piece."""
-        yield from self._pieces(numbers, 0, self.block_bytes)
+        """The bytes of these blocks, in their order; neighbours as one piece. A view is made when it is asked for:
+        thousands of them would be more than all else that a stream takes."""
+        return self._pieces(self.block_runs(numbers))
 
     def object_pieces(self, numbers: Indices) -> Iterator[memoryview]:
         """The bytes of these critical objects, in the same way."""
-        yield from self._pieces(numbers, self._objects_at, self.object_bytes)
+        return self._pieces(self.object_runs(numbers))
 
-    def _pieces(self, numbers: Indices, base: int, size: int) -> Iterator[memoryview]:
-        if not len(numbers):
-            return
-        breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
-        firsts = numbers[np.concatenate([[0], breaks])].tolist()
-        counts = np.diff(np.concatenate([[0], breaks, [len(numbers)]])).tolist()
-        for first, count in zip(firsts, counts, strict=True):
-            start = base + first * size
-            yield self.view[start : start + count * size]
+    def _pieces(self, runs: Runs) -> Iterator[memoryview]:
+        for start, size in zip(*runs, strict=True):
+            yield self.view[start : start + size]
+
+    def block_runs(self, numbers: Indices) -> Runs:
+        """Where the bytes of these blocks are, in their order; neighbours are one run."""
+        return _runs(numbers, 0, self.block_bytes)
+
+    def object_runs(self, numbers: Indices) -> Runs:
+        """Where the bytes of these critical objects are, in the same way."""
+        return _runs(numbers, self._objects_at, self.object_bytes)
 
     def digests(self) -> bytes:
         """A digest a block, then one a critical object, of DIGEST_BYTES each. Takes a while: for a thread."""
@@ -109,6 +114,11 @@ class Store:
         for number in range(self.objects):
             told += _digest(self.object_at(number))
         return bytes(told)
+
+
+def _runs(numbers: Indices, base: int, size: int) -> Runs:
+    begins = np.flatnonzero(np.diff(numbers, prepend=numbers[:1] - 2) != 1)
+    return base + numbers[begins] * size, np.diff(begins, append=len(numbers)) * size
 
 
 def _digest(piece: memoryview) -> bytes:
