@@ -50,8 +50,8 @@ from sim import clock
 from sim.live.blocks import BlocksData
 from sim.live.codec import Decoder
 from sim.live.copy import Copier, data_fd, unread_bytes
-from sim.live.data_fd import descriptor
-from sim.live.io import IO, WOKEN
+from sim.live.data_fd import WOKEN, descriptor
+from sim.live.io import IO
 from sim.live.load import LoadedData
 from sim.live.save import Layout, SocketOutlet
 from sim.record import HEADER_BYTES, NO_INDICES, V3_HEADER_BYTES, Extent, Part

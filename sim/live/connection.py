@@ -17,7 +17,8 @@ from proto_v3.errors import LocalProtocolError, PeerProtocolError
 from proto_v3.frames import MAX_HEADER_BYTES, Payload
 from proto_v3.timeline import Resource
 from sim.live.buffers import Buffers, as_view
-from sim.live.sockets import Granted, Pipe, reason
+from sim.live.io import Pipe
+from sim.live.sockets import Granted, reason
 
 FRAME_MAGIC = 0x5633
 _PREFIX = struct.Struct("!HHI")

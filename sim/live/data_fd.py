@@ -10,10 +10,12 @@ import select
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from sim.live.io import WOKEN, Worker, set_done
+from sim.live.io import Worker, set_done
 from sim.stream import fails
 
 T = TypeVar("T")
+WOKEN = -1
+"""What read() and readable() give when wake() ended the wait."""
 
 
 class Descriptor(Protocol):

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from proto_v3.errors import PeerProtocolError, UserError
-from sim.live.io import Io, ended
+from sim.live.io import Io, Pipe, ended
 from sim.live.messages import packed
 from sim.live.sockets import (
     MAGIC,
@@ -26,7 +26,6 @@ from sim.live.sockets import (
     PREAMBLE_BYTES,
     WIRE_VERSION,
     Granted,
-    Pipe,
     Preamble,
     Role,
     SocketSettings,
@@ -34,7 +33,7 @@ from sim.live.sockets import (
     reason,
     text_of,
 )
-from sim.live.tls import TlsStream
+from sim.live.tls import TlsPipe
 
 MAX_WAITING = 64
 """Connections whose preamble is not there yet."""
@@ -172,12 +171,12 @@ class Door:
     # --- what it says -------------------------------------------------------------------------------------------------
 
     async def _greet(self, sock: socket.socket, name: str) -> None:
-        pipe: TlsStream | None = None
+        pipe: TlsPipe | None = None
         taken = False
         try:
             async with asyncio.timeout(self._limit_s):
                 if self._tls is not None:
-                    pipe = await TlsStream.server(sock, self._tls, self._limit_s)
+                    pipe = await TlsPipe.server(sock, self._tls, self._limit_s)
                 preamble = Preamble.of(await self._begin(sock, pipe))
             self._judge(preamble)
             self._take(sock, pipe, name, preamble)
@@ -201,7 +200,7 @@ class Door:
                     await finish(pipe)
                 sock.close()
 
-    async def _begin(self, sock: socket.socket, pipe: TlsStream | None) -> bytearray:
+    async def _begin(self, sock: socket.socket, pipe: TlsPipe | None) -> bytearray:
         """The first bytes; they end early, with ConnectionError, where it is clear that they are no preamble."""
         data = bytearray(PREAMBLE_BYTES)
         view, at = memoryview(data), 0
@@ -242,7 +241,7 @@ class Door:
             self._sockets.pace(sock)
         granted = Granted.of(sock)
         if pipe is None:
-            pipe = self._io.stream(sock, f"data {preamble.index}" if data else "session")
+            pipe = self._io.pipe(sock, f"data {preamble.index}" if data else "session")
         self._opened.push_async_callback(finish, pipe)
         caller = Caller(pipe, name, granted)
         if not data:
@@ -252,7 +251,7 @@ class Door:
         if len(self._data) == self._due:
             self._all.set_result(None)
 
-    async def _say(self, sock: socket.socket, pipe: TlsStream | None, why: str) -> None:
+    async def _say(self, sock: socket.socket, pipe: TlsPipe | None, why: str) -> None:
         """Tell the other side, if that is possible at once."""
         data = packed({"kind": "refuse", "why": why})
         with contextlib.suppress(OSError):

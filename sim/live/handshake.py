@@ -26,8 +26,9 @@ from typing import Any, Self
 from proto_v3.errors import PeerProtocolError, UserError
 from sim.live.buffers import Buffers
 from sim.live.connection import Connection
+from sim.live.io import Pipe
 from sim.live.messages import Message, Talk, field
-from sim.live.sockets import TOKEN_BYTES, WIRE_VERSION, Granted, Pipe, SocketSettings
+from sim.live.sockets import TOKEN_BYTES, WIRE_VERSION, Granted, SocketSettings
 
 PINGS = 20
 MAX_PINGS = 1000

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import select
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Sequence
@@ -22,24 +20,13 @@ from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
-WOKEN = -1
-"""What recv() gives when wake() ended the wait."""
 Step = Callable[[int], memoryview | None]
 MAX_IOV = 1024
 """Linux, UIO_MAXIOV: buffers that one call takes."""
 
 
-class Stream(Protocol):
-    """One socket, for one reader and one writer at a time."""
-
-    async def recv(self, view: memoryview) -> int:
-        """Wait for bytes: how many came, 0 at the end of the stream, WOKEN if wake() was called and nothing is there.
-
-        ConnectionError if the connection is gone.
-        """
-
-    async def recv_all(self, view: memoryview) -> None:
-        """Fill the buffer. ConnectionError if the stream ends before it is full."""
+class Pipe(Protocol):
+    """A connection, for one reader and one writer at a time."""
 
     def feed(self, view: memoryview, step: Step) -> asyncio.Future[None]:
         """Receive into the view, then into what `step` gives when it is told how many bytes came, until that is None.
@@ -50,9 +37,6 @@ class Stream(Protocol):
 
     async def send_all(self, buffers: Sequence[memoryview]) -> None:
         """Return when the kernel took all of it. ConnectionError if the connection is gone."""
-
-    def wake(self) -> None:
-        """End a recv() that waits, or the next one that would."""
 
     def close(self) -> None:
         """End both directions; whoever waits gets ConnectionError. May be called again."""
@@ -66,13 +50,31 @@ class Io(Protocol):
 
     name: str
 
-    def stream(self, sock: socket.socket, name: str) -> Stream:
+    def pipe(self, sock: socket.socket, name: str) -> Pipe:
         """Take a socket over; `name` is what its threads are called."""
 
 
 def ended() -> ConnectionError:
     """The stream is at its end where more was due."""
     return ConnectionResetError("the other side closed the connection")
+
+
+async def fill(pipe: Pipe, view: memoryview) -> None:
+    """Receive until the buffer is full. ConnectionError if the stream ends before."""
+    left = view
+
+    def came(got: int) -> memoryview | None:
+        nonlocal left
+        if not got:
+            raise ended()
+        left = left[got:]
+        return left if len(left) else None
+
+    if len(view):
+        feeding = pipe.feed(view, came)
+        if feeding.done():
+            await asyncio.sleep(0)  # others are to have their turn
+        await asyncio.shield(feeding)
 
 
 def advanced(buffers: Sequence[memoryview], sent: int) -> list[memoryview]:
@@ -146,49 +148,34 @@ def _fail(done: asyncio.Future[Any], error: BaseException) -> None:
         done.set_exception(error)
 
 
-class ThreadStream:
-    """See Stream. Blocking calls in a thread a direction."""
+class ThreadPipe:
+    """See Pipe. Blocking calls in a thread a direction."""
 
     def __init__(self, sock: socket.socket, name: str) -> None:
         sock.setblocking(True)
         self._sock = sock
         self._name = name
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
-        self._poll.register(self._wake, select.POLLIN)
         self._receiver: Worker | None = None
         self._sender: Worker | None = None
         self._jobs = 0
         self._closed = False
         self._released: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def recv(self, view: memoryview) -> int:
-        """See Stream."""
-        return await asyncio.shield(self._receive(lambda: self._recv(view)))
-
-    async def recv_all(self, view: memoryview) -> None:
-        """See Stream."""
-        await asyncio.shield(self._receive(lambda: self._recv_all(view)))
-
     def feed(self, view: memoryview, step: Step) -> asyncio.Future[None]:
-        """See Stream."""
-        return self._receive(lambda: self._feed(view, step))
+        """See Pipe."""
+        self._check_open()
+        if self._receiver is None:
+            self._receiver = Worker(f"{self._name} in")
+        return self._counted(self._receiver, lambda: self._feed(view, step))
 
     async def send_all(self, buffers: Sequence[memoryview]) -> None:
-        """See Stream."""
+        """See Pipe."""
         self._check_open()
         if self._sender is None:
             self._sender = Worker(f"{self._name} out")
         await asyncio.shield(self._counted(self._sender, lambda: self._send_all(buffers)))
 
-    def _receive(self, job: Callable[[], T]) -> asyncio.Future[T]:
-        self._check_open()
-        if self._receiver is None:
-            self._receiver = Worker(f"{self._name} in")
-        return self._counted(self._receiver, job)
-
-    def _counted(self, worker: Worker, job: Callable[[], T]) -> asyncio.Future[T]:
+    def _counted(self, worker: Worker, job: Callable[[], None]) -> asyncio.Future[None]:
         """Keep count of the jobs in the threads: the descriptors are closed only after the last."""
         self._jobs += 1
         done = worker.start(job)
@@ -204,24 +191,6 @@ class ThreadStream:
         if self._closed and not self._jobs:
             self._release()
 
-    def _recv(self, view: memoryview) -> int:
-        while True:
-            try:
-                return self._sock.recv_into(view, 0, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                ready = {fd for fd, _ in self._poll.poll()}
-                if self._wake in ready and self._sock.fileno() not in ready:
-                    with contextlib.suppress(BlockingIOError):
-                        os.eventfd_read(self._wake)
-                    return WOKEN
-
-    def _recv_all(self, view: memoryview) -> None:
-        while len(view):
-            got = self._sock.recv_into(view, 0, socket.MSG_WAITALL)
-            if not got:
-                raise ended()
-            view = view[got:]
-
     def _feed(self, view: memoryview, step: Step) -> None:
         into: memoryview | None = view
         while into is not None:
@@ -232,18 +201,12 @@ class ThreadStream:
         while left:
             left = advanced(left, self._sock.sendmsg(left[:MAX_IOV]))
 
-    def wake(self) -> None:
-        """See Stream."""
-        if not self._closed:
-            os.eventfd_write(self._wake, 1)
-
     def close(self) -> None:
-        """See Stream."""
+        """See Pipe."""
         if self._closed:
             return
         with contextlib.suppress(OSError):  # ends what blocks in a thread
             self._sock.shutdown(socket.SHUT_RDWR)
-        os.eventfd_write(self._wake, 1)
         self._closed = True
         for worker in (self._receiver, self._sender):
             if worker is not None:
@@ -253,13 +216,10 @@ class ThreadStream:
 
     def _release(self) -> None:
         self._sock.close()
-        if self._wake >= 0:
-            os.close(self._wake)
-            self._wake = -1
         set_done(self._released)
 
     async def wait_closed(self) -> None:
-        """See Stream."""
+        """See Pipe."""
         await asyncio.shield(self._released)
 
 
@@ -268,16 +228,16 @@ class Threads:
 
     name = "threads"
 
-    def stream(self, sock: socket.socket, name: str) -> Stream:
+    def pipe(self, sock: socket.socket, name: str) -> Pipe:
         """See Io."""
-        return ThreadStream(sock, name)
+        return ThreadPipe(sock, name)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-class LoopStream:
-    """See Stream. Calls that do not block, when the loop says that the socket is ready."""
+class LoopPipe:
+    """See Pipe. Calls that do not block, when the loop says that the socket is ready."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -285,32 +245,13 @@ class LoopStream:
         self._loop = asyncio.get_running_loop()
         self._in = asyncio.Lock()
         self._out = asyncio.Lock()
-        self._woken = False
-        self._waiter: asyncio.Future[None] | None = None
         self._waiters: set[asyncio.Future[None]] = set()
         self._incoming: set[asyncio.Task[None]] = set()
         self._outgoing: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    async def recv(self, view: memoryview) -> int:
-        """See Stream."""
-        async with self._in:
-            while True:
-                self._check_open()
-                try:
-                    return self._sock.recv_into(view)
-                except BlockingIOError:
-                    if self._woken:
-                        self._woken = False
-                        return WOKEN
-                await self._ready(self._loop.add_reader, self._loop.remove_reader)
-
-    async def recv_all(self, view: memoryview) -> None:
-        """See Stream."""
-        await asyncio.shield(self._whole(self._recv_all(view), self._incoming))
-
     def feed(self, view: memoryview, step: Step) -> asyncio.Future[None]:
-        """See Stream."""
+        """See Pipe."""
         if self._incoming:
             return self._whole(self._feed(view, step), self._incoming)
         done: asyncio.Future[None] = self._loop.create_future()
@@ -326,7 +267,7 @@ class LoopStream:
         return done
 
     async def send_all(self, buffers: Sequence[memoryview]) -> None:
-        """See Stream."""
+        """See Pipe."""
         left = list(buffers)
         if not self._outgoing:
             left = self._send_now(left)
@@ -357,19 +298,6 @@ class LoopStream:
                 view = left
                 await self._ready(self._loop.add_reader, self._loop.remove_reader)
 
-    async def _recv_all(self, view: memoryview) -> None:
-        async with self._in:
-            while len(view):
-                self._check_open()
-                try:
-                    got = self._sock.recv_into(view)
-                except BlockingIOError:
-                    await self._ready(self._loop.add_reader, self._loop.remove_reader)
-                    continue
-                if not got:
-                    raise ended()
-                view = view[got:]
-
     async def _send_all(self, buffers: Sequence[memoryview]) -> None:
         async with self._out:
             left = list(buffers)
@@ -389,8 +317,6 @@ class LoopStream:
         self._waiters.add(ready)
         number = self._sock.fileno()
         add(number, set_done, ready)
-        if add == self._loop.add_reader:
-            self._waiter = ready
         try:
             await ready
         finally:
@@ -402,14 +328,8 @@ class LoopStream:
         if self._closed:
             raise ended()
 
-    def wake(self) -> None:
-        """See Stream."""
-        self._woken = True
-        if self._waiter is not None:
-            set_done(self._waiter)
-
     def close(self) -> None:
-        """See Stream."""
+        """See Pipe."""
         if self._closed:
             return
         self._closed = True
@@ -422,7 +342,7 @@ class LoopStream:
             set_done(waiter)
 
     async def wait_closed(self) -> None:
-        """See Stream."""
+        """See Pipe."""
         while transfers := self._incoming | self._outgoing:
             await asyncio.wait(transfers)
 
@@ -438,9 +358,9 @@ class OnLoop:
 
     name = "loop"
 
-    def stream(self, sock: socket.socket, name: str) -> Stream:
+    def pipe(self, sock: socket.socket, name: str) -> Pipe:
         """See Io."""
-        return LoopStream(sock)
+        return LoopPipe(sock)
 
 
 IO: dict[str, type[Threads] | type[OnLoop]] = {Threads.name: Threads, OnLoop.name: OnLoop}

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import msgpack
 
 from proto_v3.errors import LocalProtocolError, PeerFailedError, PeerProtocolError
-from sim.live.sockets import Pipe, reason
+from sim.live.io import Pipe, fill
+from sim.live.sockets import reason
 
 MAX_HANDSHAKE_BYTES = 1 << 20
 MAX_HANDSHAKE_ITEMS = 10_000
@@ -183,7 +184,7 @@ class Talk:
 
     async def _fill(self, view: memoryview) -> None:
         try:
-            await self.pipe.recv_all(view)
+            await fill(self.pipe, view)
         except OSError as error:
             raise self._lost(error) from error
         self.heard_bytes += len(view)

@@ -36,8 +36,8 @@ from proto_v3.uapi import (
 from sim.live.buffers import Buffers, as_view
 from sim.live.calls import Answer, Calls
 from sim.live.copy import Promise
-from sim.live.data_fd import Descriptor, descriptor
-from sim.live.io import WOKEN, OnLoop, Worker, look
+from sim.live.data_fd import WOKEN, Descriptor, descriptor
+from sim.live.io import OnLoop, Worker, look
 from sim.live.load import SIZE, TAKEN
 from sim.live.parts import Part
 from sim.stream import ReadCounts, fails

@@ -16,10 +16,10 @@ import socket
 import struct
 import sys
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from proto_v3.errors import PeerProtocolError, UserError
-from sim.live.io import Step, ended
+from sim.live.io import Pipe, ended
 
 WIRE_VERSION = 1
 MAGIC = b"PROTO-V3"
@@ -36,28 +36,6 @@ BACKLOG = 1024
 Address = tuple[str, int]
 Resolved = tuple[int, int, int, Any]
 """Family, type, protocol and address, as getaddrinfo() gives them."""
-
-
-class Pipe(Protocol):
-    """What is needed of a connection: see sim.live.io.Stream."""
-
-    async def recv(self, view: memoryview) -> int:
-        """Wait for bytes: how many came, 0 at the end of the stream."""
-
-    async def recv_all(self, view: memoryview) -> None:
-        """Fill the buffer. ConnectionError if the stream ends before it is full."""
-
-    def feed(self, view: memoryview, step: Step) -> asyncio.Future[None]:
-        """Receive into the view, then into what `step` gives when told how many bytes came, until that is None."""
-
-    async def send_all(self, buffers: list[memoryview]) -> None:
-        """Return when all of it was taken."""
-
-    def close(self) -> None:
-        """End both directions; whoever waits gets ConnectionError. May be called again."""
-
-    async def wait_closed(self) -> None:
-        """After close(): until nothing of it is left."""
 
 
 class Role(enum.IntEnum):

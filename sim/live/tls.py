@@ -74,8 +74,8 @@ def _reason(error: ssl.SSLError) -> str:
     return str(error.reason or error).lower().replace("_", " ")
 
 
-class TlsStream:
-    """A connection over TLS; like sim.live.io.Stream, but that it cannot be woken."""
+class TlsPipe:
+    """A connection over TLS; see sim.live.io.Pipe."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -87,7 +87,7 @@ class TlsStream:
         self._closed = False
 
     @classmethod
-    async def client(cls, sock: socket.socket, context: ssl.SSLContext, host: str, limit_s: float) -> TlsStream:
+    async def client(cls, sock: socket.socket, context: ssl.SSLContext, host: str, limit_s: float) -> TlsPipe:
         """Take a connected socket over. OSError if the two do not trust each other; the socket is closed then."""
         try:
             return await _began(sock, context, host, limit_s)
@@ -97,7 +97,7 @@ class TlsStream:
             raise UserError(f"{host!r} cannot be the name in a certificate: {error}") from error
 
     @classmethod
-    async def server(cls, sock: socket.socket, context: ssl.SSLContext, limit_s: float) -> TlsStream:
+    async def server(cls, sock: socket.socket, context: ssl.SSLContext, limit_s: float) -> TlsPipe:
         """Take an accepted socket over. OSError if the two do not trust each other; the socket is closed then.
 
         If the caller is cancelled the handshake is made to fail, not cancelled: the loops would forget a transport that
@@ -115,20 +115,16 @@ class TlsStream:
             raise
 
     async def recv(self, view: memoryview) -> int:
-        """See sim.live.io.Stream; nothing is lost when the caller is cancelled."""
+        """Wait for bytes: how many came, 0 at the end of the stream. Nothing is lost if the caller is cancelled."""
         async with self._in:
             return await self._some(view)
 
-    async def recv_all(self, view: memoryview) -> None:
-        """See sim.live.io.Stream."""
-        await asyncio.shield(self._whole(self._recv_all(view)))
-
     def feed(self, view: memoryview, step: Step) -> asyncio.Future[None]:
-        """See sim.live.io.Stream."""
+        """See sim.live.io.Pipe."""
         return self._whole(self._feed(view, step))
 
     async def send_all(self, buffers: Sequence[memoryview]) -> None:
-        """See sim.live.io.Stream; at most 64 KiB are TLS's to keep when it returns."""
+        """See sim.live.io.Pipe; at most 64 KiB are TLS's to keep when it returns."""
         await asyncio.shield(self._whole(self._send_all(buffers)))
 
     def _whole(self, transfer: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -155,14 +151,6 @@ class TlsStream:
             while into is not None:
                 into = step(await self._some(into))
 
-    async def _recv_all(self, view: memoryview) -> None:
-        async with self._in:
-            while len(view):
-                got = await self._some(view)
-                if not got:
-                    raise ended()
-                view = view[got:]
-
     async def _send_all(self, buffers: Sequence[memoryview]) -> None:
         async with self._out:
             for buffer in buffers:
@@ -173,7 +161,7 @@ class TlsStream:
                     await self._writer.drain()
 
     def close(self) -> None:
-        """See sim.live.io.Stream; what was sent still goes out, if the other side takes it soon."""
+        """See sim.live.io.Pipe; what was sent still goes out, if the other side takes it soon."""
         if self._closed:
             return
         self._closed = True
@@ -187,7 +175,7 @@ class TlsStream:
             self._reader.set_exception(ended())
 
     async def wait_closed(self) -> None:
-        """See sim.live.io.Stream."""
+        """See sim.live.io.Pipe."""
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
         while self._transfers:
@@ -200,16 +188,16 @@ def _reading() -> tuple[asyncio.StreamReader, asyncio.StreamReaderProtocol]:
     return reader, asyncio.StreamReaderProtocol(reader, loop=loop)
 
 
-async def _accepted(sock: socket.socket, context: ssl.SSLContext, limit_s: float) -> TlsStream:
+async def _accepted(sock: socket.socket, context: ssl.SSLContext, limit_s: float) -> TlsPipe:
     loop = asyncio.get_running_loop()
     reader, protocol = _reading()
     transport, _ = await loop.connect_accepted_socket(
         lambda: protocol, sock, ssl=context, ssl_handshake_timeout=limit_s
     )
-    return TlsStream(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
+    return TlsPipe(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
 
-async def _began(sock: socket.socket, context: ssl.SSLContext, host: str, limit_s: float) -> TlsStream:
+async def _began(sock: socket.socket, context: ssl.SSLContext, host: str, limit_s: float) -> TlsPipe:
     """In two steps: uvloop closes a descriptor twice if TLS fails while the transport is being made.
 
     What comes in plain text before TLS goes to a protocol that drops it.
@@ -225,4 +213,4 @@ async def _began(sock: socket.socket, context: ssl.SSLContext, host: str, limit_
         plain.abort()
         raise
     protocol.connection_made(transport)
-    return TlsStream(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
+    return TlsPipe(reader, asyncio.StreamWriter(transport, protocol, reader, loop))

@@ -25,14 +25,13 @@ from sim.live.handshake import (
     made_connections,
     measure_clock,
 )
-from sim.live.io import Io
+from sim.live.io import Io, Pipe
 from sim.live.messages import Talk
 from sim.live.session import Session
 from sim.live.sockets import (
     WIRE_VERSION,
     Address,
     Granted,
-    Pipe,
     Preamble,
     Resolved,
     Role,
@@ -43,7 +42,7 @@ from sim.live.sockets import (
     resolved,
     text_of,
 )
-from sim.live.tls import TlsStream
+from sim.live.tls import TlsPipe
 
 DIALS = 32
 """Data connections that are set up at a time."""
@@ -157,10 +156,10 @@ class _Dialler:
         granted = Granted.of(sock)
         pipe: Pipe
         if self.tls is not None:
-            pipe = await TlsStream.client(sock, self.tls, self.address[0], self.limit_s)
+            pipe = await TlsPipe.client(sock, self.tls, self.address[0], self.limit_s)
         else:
             try:
-                pipe = self.io.stream(sock, preamble.role.name.lower())
+                pipe = self.io.pipe(sock, preamble.role.name.lower())
             except OSError:
                 sock.close()
                 raise
