@@ -8,12 +8,11 @@ import errno
 import os
 import select
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-from sim.live.io import Worker, set_done
+from sim.live.io import Worker, set_done, stop_all
 from sim.stream import fails
 
-T = TypeVar("T")
 WOKEN = -1
 """What read() and readable() give when wake() ended the wait."""
 
@@ -65,7 +64,6 @@ class ThreadDescriptor:
         self._given_up: tuple[asyncio.Future[int], memoryview] | None = None
         """A read that nobody waits for any more, until it has ended."""
         self._left = memoryview(b"")  # of what it got
-        self._jobs = 0
         self._closed = False
 
     async def read(self, view: memoryview) -> int:
@@ -93,13 +91,13 @@ class ThreadDescriptor:
         self._check_open()
         if self._writer is None:
             self._writer = Worker(f"{self._name} write")
-        await self._counted(self._writer, lambda: self._write(view, piece_bytes))
+        await self._writer.start(lambda: self._write(view, piece_bytes))
 
     async def _read_in_thread(self, job: Callable[[], int], view: memoryview) -> int:
         self._check_open()
         if self._reader is None:
             self._reader = Worker(f"{self._name} read")
-        reading = self._counted(self._reader, job)
+        reading = self._reader.start(job)
         try:
             return await asyncio.shield(reading)
         except asyncio.CancelledError:
@@ -122,29 +120,6 @@ class ThreadDescriptor:
         if self._closed:
             raise fails(errno.ENODEV)
 
-    def _counted(self, worker: Worker, job: Callable[[], T]) -> asyncio.Future[T]:
-        """Keep count of what goes on in the threads: descriptors are closed after the last of it."""
-        self._jobs += 1
-        loop = asyncio.get_running_loop()
-
-        def counted() -> T:
-            try:
-                return job()
-            finally:
-                with contextlib.suppress(RuntimeError):  # the loop is closed, and the process about to end
-                    loop.call_soon_threadsafe(self._job_done)
-
-        return worker.start(counted)
-
-    def _job_done(self) -> None:
-        self._jobs -= 1
-        self._release()
-
-    def _release(self) -> None:
-        if self._closed and not self._jobs:
-            for number in (self.number, self._wake, self._closing):
-                os.close(number)
-
     def wake(self) -> None:
         """See Descriptor."""
         if not self._closed:
@@ -156,10 +131,11 @@ class ThreadDescriptor:
             return
         self._closed = True
         os.eventfd_write(self._closing, 1)
-        for worker in (self._reader, self._writer):
-            if worker is not None:
-                worker.stop()
-        self._release()
+        stop_all((self._reader, self._writer), self._release)
+
+    def _release(self) -> None:
+        for number in (self.number, self._wake, self._closing):
+            os.close(number)
 
     def _read(self, view: memoryview) -> int:
         while True:

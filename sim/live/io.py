@@ -14,7 +14,8 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
@@ -98,23 +99,19 @@ class Worker:
     def __init__(self, name: str) -> None:
         self._loop = asyncio.get_running_loop()
         self._jobs: SimpleQueue[tuple[Callable[[], object], asyncio.Future[Any]] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
-
-    async def run(self, job: Callable[[], T]) -> T:
-        """Do it, after what was asked for before. If the caller is cancelled it is done all the same."""
-        return await asyncio.shield(self.start(job))
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def start(self, job: Callable[[], T]) -> asyncio.Future[T]:
-        """Do it, after what was asked for before."""
+        """Do it, after what was asked for before. If the caller is cancelled it is done all the same."""
         done: asyncio.Future[T] = self._loop.create_future()
-        done.add_done_callback(look)
         self._jobs.put((job, done))
         return done
 
-    def stop(self) -> None:
-        """End when all that was asked for is done; returns at once."""
+    def stop(self) -> asyncio.Future[None]:
+        """End when all that was asked for is done; what this returns tells when the thread is over."""
         self._jobs.put(None)
+        return self._ended
 
     def _work(self) -> None:
         while (item := self._jobs.get()) is not None:
@@ -126,10 +123,20 @@ class Worker:
             else:
                 self._tell(_succeed, done, result)
             del item, job, done  # a buffer must not live on in a thread that waits
+        self._tell(set_done, self._ended)
 
     def _tell(self, how: Callable[..., None], *what: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(how, *what)
+
+
+def stop_all(workers: Iterable[Worker | None], then: Callable[[], None]) -> None:
+    """Stop those that there are; `then` is called when the last thread is over, or now if there is none."""
+    endings = [worker.stop() for worker in workers if worker is not None]
+    if endings:
+        asyncio.gather(*endings).add_done_callback(lambda _: then())
+    else:
+        then()
 
 
 def look(done: asyncio.Future[Any]) -> None:
@@ -138,7 +145,7 @@ def look(done: asyncio.Future[Any]) -> None:
         done.exception()
 
 
-def _succeed(done: asyncio.Future[object], result: object) -> None:
+def _succeed(done: asyncio.Future[Any], result: object) -> None:
     if not done.done():
         done.set_result(result)
 
@@ -146,6 +153,12 @@ def _succeed(done: asyncio.Future[object], result: object) -> None:
 def _fail(done: asyncio.Future[Any], error: BaseException) -> None:
     if not done.done():
         done.set_exception(error)
+        look(done)
+
+
+def set_done(ready: asyncio.Future[None]) -> None:
+    """Let whoever waits go on; more than once does no harm."""
+    _succeed(ready, None)
 
 
 class ThreadPipe:
@@ -157,7 +170,6 @@ class ThreadPipe:
         self._name = name
         self._receiver: Worker | None = None
         self._sender: Worker | None = None
-        self._jobs = 0
         self._closed = False
         self._released: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -166,30 +178,18 @@ class ThreadPipe:
         self._check_open()
         if self._receiver is None:
             self._receiver = Worker(f"{self._name} in")
-        return self._counted(self._receiver, lambda: self._feed(view, step))
+        return self._receiver.start(lambda: self._feed(view, step))
 
     async def send_all(self, buffers: Sequence[memoryview]) -> None:
         """See Pipe."""
         self._check_open()
         if self._sender is None:
             self._sender = Worker(f"{self._name} out")
-        await asyncio.shield(self._counted(self._sender, lambda: self._send_all(buffers)))
-
-    def _counted(self, worker: Worker, job: Callable[[], None]) -> asyncio.Future[None]:
-        """Keep count of the jobs in the threads: the descriptors are closed only after the last."""
-        self._jobs += 1
-        done = worker.start(job)
-        done.add_done_callback(self._job_done)
-        return done
+        await self._sender.start(lambda: self._send_all(buffers))
 
     def _check_open(self) -> None:
         if self._closed:  # a thread that was started now would never be stopped
             raise ended()
-
-    def _job_done(self, _: object) -> None:
-        self._jobs -= 1
-        if self._closed and not self._jobs:
-            self._release()
 
     def _feed(self, view: memoryview, step: Step) -> None:
         into: memoryview | None = view
@@ -205,14 +205,10 @@ class ThreadPipe:
         """See Pipe."""
         if self._closed:
             return
+        self._closed = True
         with contextlib.suppress(OSError):  # ends what blocks in a thread
             self._sock.shutdown(socket.SHUT_RDWR)
-        self._closed = True
-        for worker in (self._receiver, self._sender):
-            if worker is not None:
-                worker.stop()
-        if not self._jobs:
-            self._release()
+        stop_all((self._receiver, self._sender), self._release)
 
     def _release(self) -> None:
         self._sock.close()
@@ -243,86 +239,80 @@ class LoopPipe:
         sock.setblocking(False)
         self._sock = sock
         self._loop = asyncio.get_running_loop()
-        self._in = asyncio.Lock()
-        self._out = asyncio.Lock()
-        self._waiters: set[asyncio.Future[None]] = set()
-        self._incoming: set[asyncio.Task[None]] = set()
-        self._outgoing: set[asyncio.Task[None]] = set()
+        self._incoming: deque[tuple[memoryview, Step, asyncio.Future[None]]] = deque()
+        self._outgoing: deque[tuple[list[memoryview], asyncio.Future[None]]] = deque()
+        """What has begun, or is to; of the first one, what is left."""
         self._closed = False
 
     def feed(self, view: memoryview, step: Step) -> asyncio.Future[None]:
         """See Pipe."""
-        if self._incoming:
-            return self._whole(self._feed(view, step), self._incoming)
         done: asyncio.Future[None] = self._loop.create_future()
-        try:
-            left = self._feed_now(view, step)
-        except Exception as error:
-            _fail(done, error)
-            look(done)
-        else:
-            if left is not None:
-                return self._whole(self._feed(left, step), self._incoming)
-            done.set_result(None)
+        self._incoming.append((view, step, done))
+        if len(self._incoming) == 1:
+            self._receive()
+            if self._incoming:
+                self._loop.add_reader(self._sock.fileno(), self._readable)
         return done
+
+    def _readable(self) -> None:
+        self._receive()
+        if not (self._incoming or self._closed):
+            self._loop.remove_reader(self._sock.fileno())
+
+    def _receive(self) -> None:
+        """As far as it goes without waiting."""
+        while self._incoming:
+            view, step, done = self._incoming[0]
+            into: memoryview | None = view
+            try:
+                self._check_open()
+                while into is not None:
+                    into = step(self._sock.recv_into(into))
+            except BlockingIOError:
+                assert into is not None
+                self._incoming[0] = into, step, done
+                return
+            except Exception as error:
+                _fail(done, error)
+            set_done(done)
+            self._incoming.popleft()
 
     async def send_all(self, buffers: Sequence[memoryview]) -> None:
         """See Pipe."""
         left = list(buffers)
         if not self._outgoing:
-            left = self._send_now(left)
-        if left:
-            await asyncio.shield(self._whole(self._send_all(left), self._outgoing))
-        else:
+            left = self._sent(left)
+        if not left:
             await asyncio.sleep(0)  # others are to have their turn
+            return
+        done: asyncio.Future[None] = self._loop.create_future()
+        self._outgoing.append((left, done))
+        if len(self._outgoing) == 1:
+            self._loop.add_writer(self._sock.fileno(), self._writable)
+        await done
 
-    def _whole(self, transfer: Coroutine[Any, Any, None], among: set[asyncio.Task[None]]) -> asyncio.Task[None]:
-        task = self._loop.create_task(transfer)
-        among.add(task)
-        task.add_done_callback(among.discard)
-        task.add_done_callback(look)
-        return task
+    def _writable(self) -> None:
+        while self._outgoing:
+            left, done = self._outgoing[0]
+            try:
+                left = self._sent(left)
+            except OSError as error:
+                _fail(done, error)
+            else:
+                if left:
+                    self._outgoing[0] = left, done
+                    return
+                set_done(done)
+            self._outgoing.popleft()
+        self._loop.remove_writer(self._sock.fileno())
 
-    def _feed_now(self, view: memoryview, step: Step) -> memoryview | None:
-        """As far as it goes without waiting: where the next bytes are to go."""
-        self._check_open()
-        into: memoryview | None = view
-        with contextlib.suppress(BlockingIOError):
-            while into is not None:
-                into = step(self._sock.recv_into(into))
-        return into
-
-    async def _feed(self, view: memoryview, step: Step) -> None:
-        async with self._in:
-            while (left := self._feed_now(view, step)) is not None:
-                view = left
-                await self._ready(self._loop.add_reader, self._loop.remove_reader)
-
-    async def _send_all(self, buffers: Sequence[memoryview]) -> None:
-        async with self._out:
-            left = list(buffers)
-            while left := self._send_now(left):
-                await self._ready(self._loop.add_writer, self._loop.remove_writer)
-
-    def _send_now(self, left: list[memoryview]) -> list[memoryview]:
-        """As far as it goes without waiting: what is left."""
+    def _sent(self, left: list[memoryview]) -> list[memoryview]:
+        """Send as far as it goes without waiting: what is left."""
         self._check_open()
         with contextlib.suppress(BlockingIOError):
             while left:
                 left = advanced(left, self._sock.sendmsg(left[:MAX_IOV]))
         return left
-
-    async def _ready(self, add: Callable[..., None], remove: Callable[[int], bool]) -> None:
-        ready: asyncio.Future[None] = self._loop.create_future()
-        self._waiters.add(ready)
-        number = self._sock.fileno()
-        add(number, set_done, ready)
-        try:
-            await ready
-        finally:
-            self._waiters.discard(ready)
-            if not self._closed:
-                remove(number)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -338,19 +328,13 @@ class LoopPipe:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
-        for waiter in list(self._waiters):
-            set_done(waiter)
+        for done in [*(done for *_, done in self._incoming), *(done for _, done in self._outgoing)]:
+            _fail(done, ended())
+        self._incoming.clear()
+        self._outgoing.clear()
 
     async def wait_closed(self) -> None:
-        """See Pipe."""
-        while transfers := self._incoming | self._outgoing:
-            await asyncio.wait(transfers)
-
-
-def set_done(ready: asyncio.Future[None]) -> None:
-    """Let whoever waits go on; more than once does no harm."""
-    if not ready.done():
-        ready.set_result(None)
+        """See Pipe; close() leaves nothing."""
 
 
 class OnLoop:

@@ -167,7 +167,7 @@ class LoadedData:
                 at_ns = self._timeline.now_ns()
                 answered.append((before + so_far, self._tell(before + so_far), at_ns))
 
-        got, whole = await self._worker.run(lambda: self._copier.receive(self._ours, self._closing, views, drained))
+        got, whole = await self._worker.start(lambda: self._copier.receive(self._ours, self._closing, views, drained))
         for taken, number, at_ns in answered:
             self._timeline.got(Resource.COPY, "write", f"{self._edge} write", taken, start_ns, at_ns)
             self._timeline.gave(f"{self._edge} taken", number, at_ns)
