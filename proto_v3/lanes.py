@@ -342,6 +342,7 @@ class SharedInLanes:
             frame = await channel.recv()
             if not self.arrived(frame):
                 raise PeerProtocolError(f"{frame.kind.name} without a place on a shared connection")
+            del frame  # its payload's memory is free once it is loaded
 
     def arrived(self, frame: Frame) -> bool:
         """See InLanes."""

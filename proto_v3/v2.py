@@ -348,6 +348,7 @@ class V2Target(Target):
                     pass
                 case _:
                     raise PeerProtocolError(f"{frame.kind.name} is not a frame of v2's main channel")
+            del frame  # its payload's memory is free while the next one comes
 
     async def _ack(self, frame: Frame) -> None:
         """All that came before on this channel is loaded: so the initial data is."""

@@ -265,11 +265,6 @@ class SaveStream(SavedFd):
         """read() gives 0 at the temporary end, not ENOMSG."""
         return False
 
-    @property
-    def record_bytes(self) -> int:
-        """What is left of the record that is read next; 0 if there is none yet."""
-        return self._records[0].size_bytes - self._offset if self._unread_bytes else 0
-
     def _take(self, size: int) -> tuple[Extent, int]:
         """Cut so many bytes off the queue; how many chunks are wholly read with them."""
         self._unread_bytes -= size

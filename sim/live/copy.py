@@ -15,20 +15,19 @@ import socket
 import struct
 import termios
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 
-from sim.live.io import advanced
+from sim.live.io import MAX_IOV, advanced
 from sim.live.lock import Mutex
 from sim.stream import fails
 
 SO_SNDBUFFORCE = 32
 """asm-generic/socket.h; Python has no name for it."""
-MAX_BUFFERS = 128
-"""That one call takes: with small blocks still 512 KiB."""
-MOST_BYTES = 1 << 62
+MAX_VIEWS = 128
+"""That are filled in one call: with small blocks still 512 KiB."""
 
 _SIZE = struct.Struct("<Q")
 
@@ -62,26 +61,18 @@ class Copier:
         self._late_ns = 0
 
     def send(
-        self,
-        sock: socket.socket,
-        closing: int,
-        buffers: Iterable[memoryview],
-        piece_bytes: int,
-        sent_more: Callable[[int], None],
+        self, sock: socket.socket, closing: int, buffers: Sequence[memoryview], sent_more: Callable[[int], None]
     ) -> list[Copied]:
-        """Copy all of the buffers into the socket, at most so many bytes under the lock, and tell of each such part.
-
-        ENODEV once `closing`, an eventfd, is set.
-        """
+        """Copy all of the buffers into the socket, and tell of each part. ENODEV once `closing`, an eventfd, is set."""
         told = []
         room = _waiting(sock, select.POLLOUT, closing)
-        left = _Left(buffers)
-        while piece := left.first(piece_bytes):
+        left = list(buffers)
+        while left:
             asked_ns = time.perf_counter_ns()
             with self._lock:
                 locked_ns = time.perf_counter_ns()
                 try:
-                    sent = sock.sendmsg(piece, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                    sent = sock.sendmsg(left[:MAX_IOV], (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
                 except BlockingIOError:
                     sent = 0
                 if sent:
@@ -89,8 +80,8 @@ class Copier:
                     self._pace(locked_ns, sent)
             if sent:
                 told.append(Copied(sent, asked_ns, locked_ns, time.perf_counter_ns()))
-                left.advance(sent)
-            if sent < sum(map(len, piece)):
+                left = advanced(left, sent)
+            if left:
                 _wait(room, closing)
         return told
 
@@ -103,12 +94,13 @@ class Copier:
         """
         total = told = 0
         data = _waiting(sock, select.POLLIN, closing)
-        left = _Left(views)
-        while piece := left.first():
+        more = (view for view in views if len(view))
+        left: list[memoryview] = []
+        while left := left + list(islice(more, MAX_VIEWS - len(left))):
             with self._lock:
                 locked_ns = time.perf_counter_ns()
                 try:
-                    got = sock.recvmsg_into(piece, 0, socket.MSG_DONTWAIT)[0]
+                    got = sock.recvmsg_into(left[:MAX_IOV], 0, socket.MSG_DONTWAIT)[0]
                 except BlockingIOError:
                     got = -1
                 if got > 0:
@@ -117,7 +109,7 @@ class Copier:
                 return total, False
             if got > 0:
                 total += got
-                left.advance(got)
+                left = advanced(left, got)
                 continue
             if total > told:
                 drained(total)
@@ -133,29 +125,6 @@ class Copier:
         if due_ns > now_ns:
             time.sleep((due_ns - now_ns) / 1e9)
             self._late_ns = max(0, time.perf_counter_ns() - due_ns)
-
-
-class _Left:
-    """What is left of some buffers. They are made as they are needed: all of a record's would be memory."""
-
-    def __init__(self, buffers: Iterable[memoryview]) -> None:
-        self._more = (buffer for buffer in buffers if len(buffer))
-        self._here: list[memoryview] = []
-
-    def first(self, most_bytes: int = MOST_BYTES) -> list[memoryview]:
-        """For one call: at most so many bytes; empty if nothing is left."""
-        self._here += islice(self._more, MAX_BUFFERS - len(self._here))
-        first = []
-        for buffer in self._here:
-            first.append(buffer[:most_bytes])
-            most_bytes -= len(first[-1])
-            if not most_bytes:
-                break
-        return first
-
-    def advance(self, size: int) -> None:
-        """So many bytes are done."""
-        self._here = advanced(self._here, size)
 
 
 def _waiting(sock: socket.socket, what: int, closing: int) -> select.poll:

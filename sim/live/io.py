@@ -274,7 +274,8 @@ class LoopPipe:
                 return
             except Exception as error:
                 _fail(done, error)
-            set_done(done)
+            else:
+                set_done(done)
             self._incoming.popleft()
 
     async def send_all(self, buffers: Sequence[memoryview]) -> None:
@@ -296,7 +297,7 @@ class LoopPipe:
             left, done = self._outgoing[0]
             try:
                 left = self._sent(left)
-            except OSError as error:
+            except Exception as error:
                 _fail(done, error)
             else:
                 if left:

@@ -177,7 +177,7 @@ class RemoteFd:
                 self.reads.calls += 1
                 self.reads.firmware_ns += self._timeline.now_ns() - start_ns
                 self._timeline.got(Resource.COPY, "read", f"{self.name} read", self.reads.bytes, start_ns)
-                self._timeline.gave(f"{self.name} room", self.reads.bytes)
+                self._timeline.gave(f"{self.name} room", self.reads.bytes, start_ns)  # it wakes whoever waits for it
                 return view[:got]
             if got == 0:
                 await asyncio.wait([idle])

@@ -168,8 +168,7 @@ class SavedData:
     async def _put(self) -> bool:
         """Some of what the driver has, or what read() gives in its place; False at the end of the stream."""
         try:
-            # A record at once: none is begun before its turn, and a thread is not asked for each piece.
-            data = await self.stream.move(max(self._piece_bytes, self.stream.record_bytes), self._copy)
+            data = await self.stream.move(self._piece_bytes, self._copy)
         except OSError as error:
             if error.errno != errno.ENOMSG:
                 raise
@@ -223,10 +222,10 @@ class SavedData:
         await asyncio.wait([self._task])
 
     async def _copy(self, data: Extent) -> None:
-        buffers, piece_bytes = self._layout.pieces(data), self._piece_bytes
+        buffers = list(self._layout.pieces(data))
         sent, asked_ns = self._outlet.sent, time.perf_counter_ns()
-        send, sent_more = self._copier.send, self._outlet.sent_more
-        copies = await self._worker.start(lambda: send(self._ours, self._closing, buffers, piece_bytes, sent_more))
+        send = self._copier.send
+        copies = await self._worker.start(lambda: send(self._ours, self._closing, buffers, self._outlet.sent_more))
         for copied in copies:
             sent += copied.size
             self._tell(copied, sent, asked_ns)

@@ -158,11 +158,7 @@ class _Dialler:
         if self.tls is not None:
             pipe = await TlsPipe.client(sock, self.tls, self.address[0], self.limit_s)
         else:
-            try:
-                pipe = self.io.pipe(sock, preamble.role.name.lower())
-            except OSError:
-                sock.close()
-                raise
+            pipe = self.io.pipe(sock, preamble.role.name.lower())
         self.opened.push_async_callback(finish, pipe)
         await pipe.send_all([memoryview(preamble.pack())])
         return pipe, granted
