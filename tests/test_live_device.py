@@ -53,6 +53,7 @@ from sim.live.copy import Copier, data_fd, unread_bytes
 from sim.live.data_fd import WOKEN, descriptor
 from sim.live.io import IO
 from sim.live.load import LoadedData
+from sim.live.parts import _Read
 from sim.live.save import Layout, SocketOutlet
 from sim.record import HEADER_BYTES, NO_INDICES, V3_HEADER_BYTES, Extent, Part
 
@@ -1103,6 +1104,23 @@ def test_a_read_waits_for_the_save_in_flight(streams: int, io: str) -> None:
             gate.open()
             assert len(await reading) > 1024
             assert (await drained(fd))[1] == "0"
+
+    run(main)
+
+
+@pytest.mark.parametrize("io", IO)
+def test_room_is_told_as_of_the_read_that_makes_it(io: str) -> None:
+    """The driver's thread, which waits for it, is woken by the read itself: what is told of later comes too late."""
+
+    async def main() -> None:
+        async with live("source", quick(), io) as rig:
+            _, fd = await opened(rig, PRECOPY, 1)
+            await drained(fd, 1000)
+            told = _Read.of(rig.devices.timeline.export())
+        rooms = told.gave["edge"] == told.edges.index(f"{fd.name} room")
+        made_by = told.gave["by"][rooms]
+        assert len(made_by) > 3
+        assert np.array_equal(told.gave["at_ns"][rooms], told.spans["start_ns"][made_by])
 
     run(main)
 
