@@ -35,6 +35,7 @@ from sim.live import messages, wire_source
 from sim.live.buffers import Buffers, Lent, as_view
 from sim.live.connection import SMALL_BYTES
 from sim.live.io import IO
+from sim.live.parts import LATEST, Part, merge
 from sim.live.sockets import Granted
 from sim.live.wire import Limits, Session, SocketSettings, accept, connect, listen
 from sim.record import Bulk
@@ -614,8 +615,16 @@ def test_frames_are_noted_where_they_are_given_and_where_they_come(loop: str, io
             await source.channels[1].send(b"h", content(0, 5))
 
     run(loop, main)
-    assert here.noted == [("gave", "to target 1", 2), ("got", Resource.LINK, "frame", "to source 0", 1, 1000)]
-    assert there.noted == [("gave", "to source 0", 1), ("got", Resource.LINK, "frame", "to target 1", 2, 1000)]
+    assert here.noted == [
+        ("gave", "to target 1", 2),
+        ("gave", "to source 0 room", 1),
+        ("got", Resource.LINK, "frame", "to source 0", 1, 1000),
+    ]
+    assert there.noted == [
+        ("gave", "to source 0", 1),
+        ("gave", "to target 1 room", 2),
+        ("got", Resource.LINK, "frame", "to target 1", 2, 1000),
+    ]
 
 
 @both_ways
@@ -632,4 +641,31 @@ def test_a_send_that_was_held_up_is_noted(loop: str, io: str) -> None:
             await sending
 
     run(loop, main)
-    assert notes.noted == [("gave", "to target 0", 1), ("blocked", 1000)]
+    assert notes.noted == [
+        ("gave", "to target 0", 1),
+        ("blocked", 1000),
+        ("got", Resource.LINK, "room in connection", "to target 0 room", LATEST, 1000),
+    ]
+
+
+@both_ways
+def test_a_send_that_was_held_up_waited_for_what_the_receiver_did(loop: str, io: str) -> None:
+    here, there = Part(), Part()
+
+    async def main() -> None:
+        async with pair(io, 1, sockets=SocketSettings(buffer_bytes=10_000)) as (source, target):
+            source.trace(here)
+            target.trace(there)
+            sending = asyncio.create_task(source.channels[0].send(b"h", content(0, 1 << 20)))
+            start_ns = there.now_ns()
+            await asyncio.sleep(0.02)
+            there.work(Resource.LOAD, "LOAD", start_ns)
+            await target.channels[0].recv()
+            await sending
+
+    run(loop, main)
+    told = merge([(here.export(), 0), (there.export(), 0)], 0).recorded()
+    what = [told.names[number] for number in told.spans["what"]]
+    room, load = what.index("room in connection"), what.index("LOAD")
+    assert told.spans["cause"][room] == load
+    assert told.spans["start_ns"][room] >= told.spans["end_ns"][load]

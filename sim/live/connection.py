@@ -18,6 +18,7 @@ from proto_v3.frames import MAX_HEADER_BYTES, Payload
 from proto_v3.timeline import Resource
 from sim.live.buffers import Buffers, as_view
 from sim.live.io import Pipe
+from sim.live.parts import LATEST
 from sim.live.sockets import Granted, reason
 
 FRAME_MAGIC = 0x5633
@@ -40,10 +41,10 @@ class Trace(Protocol):
         """The clock of it all."""
 
     def gave(self, edge: str, count: int, /) -> None:
-        """The task is about to send the frame of this number, from 1."""
+        """The task is about to send the frame of this number, from 1; or to make room, by taking it."""
 
     def got(self, resource: Resource, what: str, edge: str, count: int, start_ns: int, /) -> None:
-        """The task waited since `start_ns` for the frame of this number."""
+        """The task waited since `start_ns` for the frame of this number; or for room, LATEST."""
 
     def blocked(self, start_ns: int, /) -> None:
         """The task was held up since then by a full connection."""
@@ -173,6 +174,7 @@ class Connection:
             raise self._ended(error) from error
         if trace is not None and trace.now_ns() - start_ns > HELD_UP_NS:
             trace.blocked(start_ns)
+            trace.got(Resource.LINK, "room in connection", f"{self._out} room", LATEST, start_ns)
 
     def _ended(self, error: OSError) -> ConnectionError:
         if self.cause is not None:
@@ -184,7 +186,10 @@ class Connection:
     async def recv(self) -> tuple[bytes, Payload]:
         """See Transport. PeerProtocolError if what comes is no frame; the connection is closed then."""
         trace = self.trace
-        start_ns = 0 if trace is None else trace.now_ns()
+        start_ns = 0
+        if trace is not None:
+            start_ns = trace.now_ns()
+            trace.gave(f"{self._in} room", self._received + 1)
         async with self._in_turn:
             header, payload = await self._next()
             self._received += 1
