@@ -40,6 +40,8 @@ class Copied:
     asked_ns: int
     locked_ns: int
     done_ns: int
+    waited: bool
+    """For room, before it asked for the lock."""
 
     @property
     def lock_ns(self) -> int:
@@ -65,6 +67,7 @@ class Copier:
     ) -> list[Copied]:
         """Copy all of the buffers into the socket, and tell of each part. ENODEV once `closing`, an eventfd, is set."""
         told = []
+        waited = False
         room = _waiting(sock, select.POLLOUT, closing)
         left = list(buffers)
         while left:
@@ -79,10 +82,11 @@ class Copier:
                     sent_more(sent)
                     self._pace(locked_ns, sent)
             if sent:
-                told.append(Copied(sent, asked_ns, locked_ns, time.perf_counter_ns()))
+                told.append(Copied(sent, asked_ns, locked_ns, time.perf_counter_ns(), waited))
                 left = advanced(left, sent)
             if left:
                 _wait(room, closing)
+                waited = True
         return told
 
     def receive(

@@ -235,7 +235,7 @@ class SavedData:
         """The timeline, of a copy after which so much was sent in all; the one before it was done at `before_ns`."""
         timeline, zero_ns = self._timeline, self._zero_ns
         asked_ns, locked_ns = copied.asked_ns - zero_ns, copied.locked_ns - zero_ns
-        if copied.asked_ns - before_ns > UNCONTENDED_NS:
+        if copied.waited and copied.asked_ns - before_ns > UNCONTENDED_NS:
             timeline.got(Resource.COPY, "room in data fd", f"{self._edge} room", LATEST, before_ns - zero_ns, asked_ns)
         if copied.lock_ns > UNCONTENDED_NS:
             timeline.work(Resource.LOCK, "lock wait", asked_ns, locked_ns)
