@@ -256,7 +256,7 @@ class LoopPipe:
 
     def _readable(self) -> None:
         self._receive()
-        if not (self._incoming or self._closed):
+        if not self._incoming:
             self._loop.remove_reader(self._sock.fileno())
 
     def _receive(self) -> None:
