@@ -33,7 +33,7 @@ notebooks: $(VENV)/dev.stamp
 	@$(BIN)/python -m experiments.notebook notebooks/*.ipynb
 
 docs: $(VENV)/core.stamp
-	@$(BIN)/python -m proto_v3.fsm_diagram > docs/states.md
+	@$(BIN)/python -m proto_v3.vfio.fsm_diagram > docs/states.md
 
 bench: $(VENV)/dev.stamp
 	@$(BIN)/python benchmarks/clock_vs_simpy.py

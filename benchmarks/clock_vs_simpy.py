@@ -28,7 +28,7 @@ import simpy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sim.clock import run, sleep_ns
+from sim.clock.virtual import run, sleep_ns
 
 PROCESSES, PAIRS, CAPACITY = 100, 50, 8
 NS = 1_000_000_000

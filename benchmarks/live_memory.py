@@ -16,11 +16,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sim.live.processes import Child
+from sim.live.processes.children import Child
+from sim.live.processes.vmm import Settings
 from sim.live.run import run_here
-from sim.live.vmm import Settings
-from sim.protocol import Protocol
-from sim.scenario_file import load
+from sim.scenario.file import load
+from sim.scenario.protocol import Protocol
 
 MB = 1_000_000
 ALLOWED_MB = 200

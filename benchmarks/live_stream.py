@@ -22,16 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from proto_v3.migration import OutcomeKind
 from proto_v3.timeline import Mark, Resource
-from sim.live.copy import data_fd
+from proto_v3.vmm.migration import OutcomeKind
+from sim.live.fd.copy import data_fd
+from sim.live.processes.vmm import Settings
 from sim.live.run import LiveResult, run_here
-from sim.live.sockets import SocketSettings, listen
-from sim.live.vmm import Settings
-from sim.protocol import Protocol
-from sim.scenario import Scenario
-from sim.scenario_file import parse
-from sim.schema import MIB
+from sim.live.tcp.sockets import SocketSettings, listen
+from sim.scenario.file import parse
+from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import Scenario
+from sim.scenario.units import MIB
 
 ROOM = 8 * MIB
 """In a data fd, of the relay's as of the live run's: driver.chunk_mib."""

@@ -18,10 +18,10 @@ import sys
 import time
 from dataclasses import dataclass
 
-from sim.clock import VirtualLoop
-from sim.protocol import Protocol
+from sim.clock.virtual import VirtualLoop
 from sim.run import simulate
-from sim.scenario_file import load
+from sim.scenario.file import load
+from sim.scenario.protocol import Protocol
 
 MB = 1_000_000
 ALLOWED_MB = 300

@@ -4,7 +4,7 @@
  * include/uapi/linux/vfio.h
  *
  * EXPERIMENTAL. No kernel has any of this. The numbers are the next ones that
- * are free in Linux 7.3-rc1; nobody has reserved them. proto_v3/uapi.py has the
+ * are free in Linux 7.3-rc1; nobody has reserved them. proto_v3/vfio/uapi.py has the
  * same definitions in Python.
  *
  * What is not said here is as in vfio.h: the states and their arcs, and

@@ -1,7 +1,8 @@
 """What the notebooks call: tables found, runs made, numbers of runs told. They have no logic of their own.
 
-A *table of runs* has one row a run, columns as in experiments.results; a sweep's has its factors too. Tables that are
-made here are rounded for the eye, with the unit in the column's name; intervals are of 95 % (experiments.statistics).
+A *table of runs* has one row a run, columns as in experiments.runs.table; a sweep's has its factors too. Tables
+that are made here are rounded for the eye, with the unit in the column's name; intervals are of 95 %
+(experiments.study.statistics).
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ import polars as pl
 from matplotlib.figure import Figure
 from scipy.optimize import OptimizeWarning
 
-from experiments import answers, results
-from experiments.experiment import CLAIMS, find, places
-from experiments.runs import Cell, run_cell
-from experiments.show import told as told_value
-from experiments.statistics import interval, usl
-from experiments.tell import COMPLETED, completed_runs, number, path_shares, protocols
+from experiments.commands.scenarios import told as told_value
+from experiments.report import answers
+from experiments.runs import table as results
+from experiments.runs.pool import Cell, run_cell
+from experiments.study.experiment import CLAIMS, find, places
+from experiments.study.statistics import interval, usl
+from experiments.study.tables import COMPLETED, completed_runs, number, path_shares, protocols
 from proto_v3.errors import UserError
 from proto_v3.timeline import Mark, Resource, Timeline
-from sim.bound import lower_bound
-from sim.protocol import Protocol
 from sim.run import simulate
-from sim.scenario import Scenario, parameters
-from sim.scenario_file import load
-from sim.schema import GIB, MIB, NS_PER_S
+from sim.scenario.file import load
+from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import Scenario, parameters
+from sim.scenario.units import GIB, MIB, NS_PER_S
+from sim.theory.downtime_bound import lower_bound
 
 T = TypeVar("T")
 Setting = str | int | float | bool | Sequence[str]

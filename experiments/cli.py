@@ -13,7 +13,7 @@ from experiments import INTERRUPTED
 from proto_v3.errors import UserError
 
 if TYPE_CHECKING:
-    from sim.live.vmm import Settings
+    from sim.live.processes.vmm import Settings
 
 
 class Cli(click.Group):
@@ -93,7 +93,7 @@ def compare(
 
     Exit status: 0; 1 if a run FAILED; 2 for bad input; 130 if interrupted (what was done by then is kept).
     """
-    from experiments.compare import run_compare
+    from experiments.commands.compare import run_compare
 
     ctx = click.get_current_context()
     names = [name.strip() for name in protocols.split(",")]
@@ -123,7 +123,7 @@ def validate(cases: tuple[str, ...], seeds: int, jobs: int | None, out: str) -> 
     Exit status: 0 if all figures are within 15 %; 1 if one is not, or a run FAILED; 2 for bad input; 130 if interrupted
     (nothing is written then).
     """
-    from experiments.validate import run_validate
+    from experiments.commands.validate import run_validate
 
     ctx = click.get_current_context()
     ctx.exit(run_validate(cases, range(1, seeds + 1), out, jobs, ["proto-v3", *sys.argv[1:]]))
@@ -168,7 +168,7 @@ def run(
     Exit status: 0; 1 if a run broke (migrations that fail are results, and counted); 2 for bad input; 130 if
     interrupted (what was done by then is kept for --resume).
     """
-    from experiments.sweep import run_experiments
+    from experiments.commands.run import run_experiments
 
     ctx = click.get_current_context()
     ctx.exit(run_experiments(names, quick=quick, resume=resume, jobs=jobs, scheduler=scheduler, out=out))
@@ -185,7 +185,7 @@ def report(results: str, out: str | None) -> None:
 
     Exit status: 0; 2 if there is no such folder, or it is damaged.
     """
-    from experiments.report import run_report
+    from experiments.report.page import run_report
 
     click.get_current_context().exit(run_report(results, out))
 
@@ -258,7 +258,7 @@ def live(
 
     Exit status: 0; 1 if a run FAILED; 2 for bad input; 130 if interrupted (what was done by then is kept).
     """
-    from experiments.live import run_live
+    from experiments.commands.live import run_live
 
     ctx = click.get_current_context()
     names = [name.strip() for name in protocols.split(",")]
@@ -295,7 +295,7 @@ def live_target(listen: str, once: bool, max_state_mib: int, **how: Any) -> None
 
     Exit status: 0; with --once, 1 if the migration was not completed; 2 for bad input; 130 if interrupted.
     """
-    from experiments.live import run_target_here
+    from experiments.commands.live import run_target_here
 
     ctx = click.get_current_context()
     ctx.exit(run_target_here(listen, once, live_settings(how, max_state_bytes=max_state_mib << 20)))
@@ -303,8 +303,8 @@ def live_target(listen: str, once: bool, max_state_mib: int, **how: Any) -> None
 
 def live_settings(how: dict[str, Any], **more: Any) -> Settings:
     """The options of live_options()."""
-    from experiments.live import tls_of
-    from sim.live.vmm import Settings
+    from experiments.commands.live import tls_of
+    from sim.live.processes.vmm import Settings
 
     tls = tls_of(how["tls_cert"], how["tls_key"], how["tls_ca"])
     return Settings(io=how["io"], loop=how["loop"], tls=tls, silent_s=how["silent_s"], **more)
@@ -327,7 +327,7 @@ def agree(scenario: str, protocols: str, runs: int, out: str | None, settings: t
 
     Exit status: 0 if they are; 1 if not, or a run FAILED; 2 for bad input; 130 if interrupted (nothing is written).
     """
-    from experiments.agree import run_agree
+    from experiments.commands.agree import run_agree
 
     ctx = click.get_current_context()
     names = [name.strip() for name in protocols.split(",")]
@@ -353,7 +353,7 @@ def trace(
 
     Exit status: 0; 1 if the run FAILED; 2 for bad input.
     """
-    from experiments.trace import run_trace
+    from experiments.commands.trace import run_trace
 
     click.get_current_context().exit(run_trace(scenario, protocol, seed, settings, out, spans))
 
@@ -370,7 +370,7 @@ def replay(run: str, trace_file: str | None, spans: str | None) -> None:
 
     Exit status: 0; 1 if the digest is not the table's; 2 for bad input.
     """
-    from experiments.replay import run_replay
+    from experiments.commands.replay import run_replay
 
     click.get_current_context().exit(run_replay(run, trace_file, spans))
 
@@ -380,7 +380,7 @@ def replay(run: str, trace_file: str | None, spans: str | None) -> None:
 @set_option
 def scenarios(name: str | None, settings: tuple[str, ...]) -> None:
     """List the shipped scenarios, or show the parameters of one with the source of each."""
-    from experiments.show import list_scenarios, show_scenario
+    from experiments.commands.scenarios import list_scenarios, show_scenario
 
     if name is not None:
         show_scenario(name, settings)

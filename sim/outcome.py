@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from proto_v3.errors import PeerFailedError
-from proto_v3.migration import OutcomeKind, UnsupportedError
 from proto_v3.timeline import Mark, Resource, Stage, Timeline
-from sim.bound import Bound
-from sim.stream import CriticalLoad, LoadCounts, ReadCounts
+from proto_v3.vmm.migration import OutcomeKind, UnsupportedError
+from sim.device.stream import CriticalLoad, LoadCounts, ReadCounts
+from sim.theory.downtime_bound import Bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,8 @@ class Outcome:
     read_copy_ns: int = 0
     digest: str = ""
     bound_ns: int | None = None
-    """What the downtime is at the least, reckoned from scenario and protocol alone (sim/bound.py). A live run may be
-    below it: its link and its copies are those of the machine, not the scenario's."""
+    """What the downtime is at the least, reckoned from scenario and protocol alone (sim/theory/downtime_bound.py).
+    A live run may be below it: its link and its copies are those of the machine, not the scenario's."""
     bound_by: str = ""
     """The resource that sets it."""
 

@@ -13,9 +13,9 @@ import math
 from typing import Any, NamedTuple
 
 from proto_v3.timeline import Resource, Timeline
-from sim import clock
-from sim.clock import now_ns, sleep_until_ns
-from sim.schema import NS_PER_S
+from sim.clock import virtual as clock
+from sim.clock.virtual import now_ns, sleep_until_ns
+from sim.scenario.units import NS_PER_S
 
 ROUNDING_NS = 1e-3
 """Of the division of an engine's time among commands; far below the clock's nanosecond."""

@@ -9,21 +9,21 @@ from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from proto_v3.channel import Channel
 from proto_v3.errors import ProtoV3Error, leaves
-from proto_v3.migration import OutcomeKind, Side, Source, Target
 from proto_v3.timeline import Timeline, on_track
-from sim import clock
-from sim.bound import lower_bound
-from sim.device import DeviceState, Image
-from sim.driver import SimDriver
-from sim.host import Host, devices_at_source, devices_at_target, seeds
-from sim.link import ClosedError, NetworkLink
-from sim.machine import GuestHere, MachineModel
+from proto_v3.vmm.migration import OutcomeKind, Side, Source, Target
+from proto_v3.wire.channel import Channel
+from sim.clock import virtual as clock
+from sim.device.driver import SimDriver
+from sim.device.state import DeviceState, Image
+from sim.host.host import Host, devices_at_source, devices_at_target, seeds
+from sim.host.link import ClosedError, NetworkLink
+from sim.host.machine import GuestHere, MachineModel
+from sim.host.vmms import connections, make_source, make_target
 from sim.outcome import DeviceMeasured, Measured, Outcome, completed, ended, failed, with_bound
-from sim.protocol import Protocol
-from sim.scenario import Scenario
-from sim.sides import connections, make_source, make_target
+from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import Scenario
+from sim.theory.downtime_bound import lower_bound
 
 T = TypeVar("T")
 

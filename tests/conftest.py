@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 from proto_v3.timeline import NO_CAUSE, caused_by, on_track
-from sim.driver import SimDriver
+from sim.device.driver import SimDriver
 
 V2_SUITE = {
     "test_v2",
@@ -37,7 +37,7 @@ def fresh_cursor() -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.module.__name__ in V2_SUITE:
+    if metafunc.module.__name__.rpartition(".")[2] in V2_SUITE:
         metafunc.fixturenames.append("device_face")
         metafunc.parametrize("device_face", FACES, indirect=True)
 

@@ -14,19 +14,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from proto_v3.errors import PeerProtocolError, UserError
-from proto_v3.migration import OutcomeKind
 from proto_v3.timeline import Timeline
-from sim.bound import lower_bound
-from sim.live import parts
-from sim.live.clock import Delays
-from sim.live.processes import HANGS, Child, device_main, source_main, start, target_main
-from sim.live.sockets import SocketSettings, listen
-from sim.live.store import differences
-from sim.live.vmm import Run, Settings, check_size
+from proto_v3.vmm.migration import OutcomeKind
+from sim.device.stream import CriticalLoad, LoadCounts, ReadCounts
+from sim.live import merge_timelines as parts
+from sim.live.fd.store import differences
+from sim.live.processes.children import HANGS, Child, device_main, source_main, start, target_main
+from sim.live.processes.vmm import Run, Settings, check_size
+from sim.live.real_time import Delays
+from sim.live.tcp.sockets import SocketSettings, listen
 from sim.outcome import DeviceMeasured, Measured, Outcome, completed, ended, with_bound
-from sim.protocol import Protocol
-from sim.scenario import Scenario
-from sim.stream import CriticalLoad, LoadCounts, ReadCounts
+from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import Scenario
+from sim.theory.downtime_bound import lower_bound
 
 LOOPBACK = "127.0.0.1"
 ENDS_AFTER = 4

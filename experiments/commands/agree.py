@@ -1,0 +1,216 @@
+"""`proto-v3 agree`: the same scenario in virtual time and live, with the same seeds; every figure with its ratio.
+
+Whether the simulator's answers are artefacts of the simulator. Medians, for a live run can be hit by anything else that
+the machine does. What the simulator leaves out is what is left: docs/live.md.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+from rich.console import Console
+from rich.table import Table
+
+from experiments import INTERRUPTED
+from experiments.commands.live import Job, live_manifest, prepared, run_jobs, table, warn
+from experiments.runs import table as results
+from experiments.runs.folder import ResultFolder
+from experiments.runs.pool import Cell, run_cells
+from experiments.study import tables as tell
+from proto_v3.timeline import PHASES, Resource
+from proto_v3.vmm.migration import OutcomeKind
+from sim.live.processes.vmm import Settings
+from sim.scenario.units import MIB, NS_PER_S
+
+AIM = 0.10
+"""How far downtime and throughput may be off."""
+AIMED_AT = ("downtime", "throughput")
+NEGLIGIBLE = 0.01
+"""Of the downtime: a part smaller than this has no ratio that says anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A figure of a run, and how it is got from the table of runs."""
+
+    name: str
+    unit: str
+    value: pl.Expr
+
+
+def _ms(column: str) -> pl.Expr:
+    return pl.col(column) / 1e6
+
+
+# From the end of set-up to the source's last byte: what of the devices was read in that time.
+_MOVING_NS = pl.col("total_ns") - pl.sum_horizontal(
+    "stage_setup_0_ns", *(f"phase_{name}_ns" for name in ("transfer", "load", "config", "resume"))
+)
+
+FIGURES = [
+    Figure("downtime", "ms", _ms("downtime_ns")),
+    Figure("throughput", "MiB/s", pl.col("device_bytes") / MIB / _MOVING_NS * NS_PER_S),
+    Figure("total", "ms", _ms("total_ns")),
+    *[Figure(f"phase {name}", "ms", _ms(f"phase_{name}_ns")) for name in PHASES],
+    *[Figure(f"path {each.name.lower()}", "ms", _ms(f"path_{each.name.lower()}_ns")) for each in Resource],
+    Figure("path unexplained", "ms", _ms("path_unexplained_ns")),
+    Figure("set-up in downtime", "ms", _ms("setup_in_downtime_ns")),
+    Figure("longest critical lag", "ms", _ms("critical_lag_max_ns")),
+    Figure("late critical objects", "", pl.col("late_critical_objects")),
+    Figure("read() in a lock", "ms", _ms("read_lock_ns")),
+    Figure("bytes of the devices", "MiB", pl.col("device_bytes") / MIB),
+    Figure("bytes on the wire", "MiB", pl.col("wire_bytes") / MIB),
+    Figure("read() calls", "", pl.col("reads")),
+]
+
+
+def run_agree(
+    scenario_name: str,
+    protocol_names: Sequence[str],
+    seeds: Sequence[int],
+    settings: Settings,
+    out: str | None,
+    command: Sequence[str],
+    changes: Sequence[str] = (),
+) -> int:
+    """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
+    scenario, protocols = prepared(scenario_name, protocol_names, changes, settings)
+    folder = ResultFolder(Path(out) if out else Path("results") / f"agree-{scenario.name}")
+    stderr = Console(stderr=True)
+    warn(stderr, scenario)
+    simulated, interrupted = run_cells([Cell(scenario, p, seed) for seed in seeds for p in protocols], None)
+    if interrupted:
+        return INTERRUPTED
+    jobs = [Job(protocol, seed) for seed in seeds for protocol in protocols]
+    live, interrupted = run_jobs(scenario, jobs, settings, stderr)
+    if interrupted:
+        stderr.print("interrupted: nothing was written", markup=False)
+        return INTERRUPTED
+    virtual = results.table(simulated).with_columns(clock=pl.lit("virtual"))
+    frame = pl.concat([virtual, table(live, settings)], how="diagonal_relaxed")
+    compared = compare(frame)
+    outcomes = [*simulated, *(result.outcome for result in live)]
+    folder.write_table(frame, "runs", "parquet")
+    folder.write_table(compared, "agree", "parquet")
+    told = results.manifest(scenario, scenario_name, command, outcomes, 2 * len(jobs))
+    folder.write_json(told | {"live": live_manifest(live, settings)}, "manifest")
+    folder.remove("agree.png", "agree.svg")
+    _show(folder, scenario.name, scenario.description, frame, compared, command)
+    failed = any(outcome.kind is OutcomeKind.FAILED for outcome in outcomes)
+    return 1 if failed or not within_aim(compared) else 0
+
+
+def compare(frame: pl.DataFrame) -> pl.DataFrame:
+    """The medians of the completed runs: one row a protocol and figure, with the ratio of live to virtual.
+
+    `ratio` is null where a figure is nothing, or too little to tell.
+    """
+    completed = frame.filter(tell.COMPLETED)
+    rows = []
+    for protocol in tell.protocols(frame):
+        runs = completed.filter(pl.col("protocol") == protocol)
+        downtime = [_median(runs, clock, FIGURES[0]) for clock in ("virtual", "live")]
+        if None in downtime:
+            continue
+        for figure in FIGURES:
+            virtual, live = (_median(runs, clock, figure) for clock in ("virtual", "live"))
+            least = NEGLIGIBLE * (downtime[0] or 0) if figure.unit == "ms" else 0
+            tells = virtual is not None and live is not None and virtual > least
+            rows.append(
+                {
+                    "protocol": protocol,
+                    "figure": figure.name,
+                    "unit": figure.unit,
+                    "virtual": virtual,
+                    "live": live,
+                    "live_least": _median(runs, "live", figure, "min"),
+                    "live_most": _median(runs, "live", figure, "max"),
+                    "ratio": live / virtual if tells and live is not None and virtual else None,
+                }
+            )
+    columns = ["virtual", "live", "live_least", "live_most", "ratio"]
+    schema = {"protocol": pl.String, "figure": pl.String, "unit": pl.String, **dict.fromkeys(columns, pl.Float64)}
+    return pl.DataFrame(rows, schema=schema)
+
+
+def _median(runs: pl.DataFrame, clock: str, figure: Figure, of: str = "median") -> float | None:
+    values = runs.filter(pl.col("clock") == clock).select(figure.value.alias("value"))["value"].drop_nulls()
+    return None if values.is_empty() else tell.number(getattr(values, of)())
+
+
+def within_aim(compared: pl.DataFrame) -> bool:
+    """Whether all that is aimed at is met, and there is something to be met by every protocol."""
+    aimed_at = compared.filter(pl.col("figure").is_in(AIMED_AT))
+    return not aimed_at.is_empty() and all(ratio is not None and abs(ratio - 1) <= AIM for ratio in aimed_at["ratio"])
+
+
+def _show(
+    folder: ResultFolder,
+    name: str,
+    description: str,
+    frame: pl.DataFrame,
+    compared: pl.DataFrame,
+    command: Sequence[str],
+) -> None:
+    console = tell.console()
+    paths = []
+    if not compared.is_empty():
+        from experiments.draw import agree as figures_agree
+
+        paths = folder.write_figure(figures_agree.agreement(name, frame, compared, AIM, shlex.join(command)), "agree")
+    tell.print_table(console, f"{name}: {description}", _outcomes(frame))
+    for protocol in tell.protocols(compared):
+        rows = compared.filter(pl.col("protocol") == protocol)
+        tell.print_table(console, f"{protocol}: medians, in virtual time and live", _compared(rows))
+    for sentence in verdicts(compared):
+        console.print(f"- {sentence}", highlight=False, markup=False)
+    if paths:
+        console.print(f"\nFigure: {paths[0]} (and .svg)", markup=False, highlight=False, soft_wrap=True)
+    where = ", ".join(str(folder.folder / name) for name in ("runs.parquet", "agree.parquet", "manifest.json"))
+    console.print(f"Tables and manifest: {where}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _outcomes(frame: pl.DataFrame) -> Table:
+    shown = tell.plain_table(["protocol", "clock", "runs", "outcome", "reason"])
+    counted = frame.group_by("protocol", "clock", "outcome", "reason", maintain_order=True).len()
+    for protocol, clock, outcome, reason, runs in counted.iter_rows():
+        tell.add_row(shown, protocol, clock, str(runs), outcome, reason)
+    return shown
+
+
+def _compared(rows: pl.DataFrame) -> Table:
+    shown = tell.plain_table(["figure", "unit", "virtual", "live", "least", "most", "ratio"])
+    for row in rows.iter_rows(named=True):
+        numbers = [row["virtual"], row["live"], row["live_least"], row["live_most"]]
+        if not any(numbers):
+            continue
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
+        cells = ["" if value is None else f"{value:.1f}" for value in numbers]
+        tell.add_row(shown, row["figure"], row["unit"], *cells, ratio)
+    return shown
+
+
+def verdicts(compared: pl.DataFrame) -> list[str]:
+    """For each protocol, whether what is aimed at is met, and what takes most of the difference in the downtime."""
+    told = []
+    for protocol in tell.protocols(compared):
+        rows = {row["figure"]: row for row in compared.filter(pl.col("protocol") == protocol).iter_rows(named=True)}
+        parts = []
+        for figure in AIMED_AT:
+            ratio = rows[figure]["ratio"]
+            off = None if ratio is None else ratio - 1
+            met = off is not None and abs(off) <= AIM
+            parts.append(
+                f"{figure} {'?' if off is None else f'{100 * off:+.1f} %'} ({'within' if met else 'not within'})"
+            )
+        paths = {name: row["live"] - row["virtual"] for name, row in rows.items() if name.startswith("path ")}
+        most = max(paths, key=lambda name: abs(paths[name]))
+        told.append(
+            f"{protocol}: live against virtual, {', '.join(parts)} {100 * AIM:.0f} %; of the critical path, "
+            f"{most.removeprefix('path ')} differs most, by {paths[most]:+.1f} ms."
+        )
+    return told

@@ -1,0 +1,86 @@
+"""The main job: the same devices migrated under each protocol, with the same seeds.
+
+What it shows is read off the runs: tables, a figure, and a few sentences whose numbers are computed.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+from rich.console import Console
+
+from experiments import INTERRUPTED
+from experiments.runs import table as results
+from experiments.runs.folder import ResultFolder
+from experiments.runs.pool import Cell, run_cells
+from experiments.study import tables as tell
+from proto_v3.errors import UserError
+from proto_v3.vmm.migration import OutcomeKind
+from sim.scenario.file import load
+from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import Scenario
+
+
+def run_compare(
+    scenario_name: str,
+    protocol_names: Sequence[str],
+    seeds: Sequence[int],
+    out: str | None,
+    table_format: str,
+    jobs: int | None,
+    command: Sequence[str],
+    settings: Sequence[str] = (),
+) -> int:
+    """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
+    scenario = load(scenario_name, settings)
+    protocols = [Protocol.parse(name, scenario) for name in protocol_names]
+    if len({protocol.name for protocol in protocols}) < len(protocols):
+        raise UserError(f"--protocols {','.join(protocol_names)}: one is named twice")
+    if out == "":
+        raise UserError("--out '': must be the name of a folder")
+    folder = ResultFolder(Path(out) if out else Path("results") / scenario.name)
+    cells = [Cell(scenario, protocol, seed) for seed in seeds for protocol in protocols]
+    outcomes, interrupted = run_cells(cells, jobs)
+    console = tell.console()
+    if not outcomes:
+        say(console, "interrupted before the first run was done; nothing was written")
+        return INTERRUPTED
+    frame = results.table(outcomes)
+    folder.write_table(frame, "runs", table_format)
+    folder.write_json(results.manifest(scenario, scenario_name, command, outcomes, len(cells)), "manifest")
+    folder.remove(
+        "compare.png",
+        "compare.svg",
+        "critical.png",
+        "critical.svg",
+        "runs.parquet" if table_format == "csv" else "runs.csv",
+    )
+    if interrupted:
+        say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done and are kept in {folder.folder}")
+        return INTERRUPTED
+    figures = _draw(folder, scenario, frame, command)  # before anything is printed, which may go to `head`
+    tell.print_tables(console, scenario, frame)
+    tell.print_findings(console, frame)
+    drawn = ", ".join(str(path) for path in figures if path.suffix == ".png")
+    say(console, f"\nFigure: {drawn} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
+    say(console, f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")
+    return 1 if any(outcome.kind is OutcomeKind.FAILED for outcome in outcomes) else 0
+
+
+def say(console: Console, line: str) -> None:
+    """A line as it is: with paths that can be copied, and brackets that are no markup."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _draw(folder: ResultFolder, scenario: Scenario, frame: pl.DataFrame, command: Sequence[str]) -> list[Path]:
+    if frame.filter(pl.col("outcome") == OutcomeKind.COMPLETED.value).is_empty():
+        return []
+    from experiments.draw import downtime as figures
+
+    paths = folder.write_figure(figures.downtime(scenario, frame, shlex.join(command)), "compare")
+    if any(device.reconfigurations for device in scenario.devices):
+        paths += folder.write_figure(figures.critical(scenario, frame, shlex.join(command)), "critical")
+    return paths

@@ -1,0 +1,326 @@
+"""`proto-v3 live` and `live-target`: real migrations, each in processes of its own, and what they measured."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import platform
+import shlex
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments import INTERRUPTED
+from experiments.draw.live_progress import Progress
+from experiments.runs.folder import ResultFolder
+from proto_v3.errors import UserError
+from proto_v3.vmm.migration import OutcomeKind
+from sim.live.limits import THE_MACHINES_OWN, measured_lateness_ns, too_short
+from sim.live.processes.vmm import Settings, Tls
+from sim.live.run import LiveResult, check, run_here, run_to, serve_one
+from sim.live.tcp.sockets import SocketSettings, listen
+from sim.scenario.file import load
+from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import Scenario
+from sim.scenario.units import MIB
+
+if TYPE_CHECKING:
+    import polars as pl
+
+T = TypeVar("T")
+DEFAULT_PORT = 22067
+"""0x5633: V3."""
+DEFAULT_LISTEN = f"127.0.0.1:{DEFAULT_PORT}"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One live run to be made."""
+
+    protocol: Protocol
+    seed: int
+
+
+def address(text: str, option: str) -> tuple[str, int]:
+    """`HOST:PORT`, `[V6]:PORT`, or a host alone, with the default port. UserError if it is none."""
+    host, colon, port = text.rpartition(":")
+    if not colon or "]" in port or (":" in host and not host.startswith("[")):
+        host, port = text, str(DEFAULT_PORT)
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or not int(port) < 1 << 16:
+        raise UserError(f"{option} {text}: must be HOST:PORT, as in {DEFAULT_LISTEN}")
+    return host, int(port)
+
+
+def tls_of(cert: str | None, key: str | None, ca: str | None) -> Tls | None:
+    """The files of both sides' certificates. UserError unless there are all three, or none."""
+    given = {"--tls-cert": cert, "--tls-key": key, "--tls-ca": ca}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return None
+    if cert is None or key is None or ca is None:
+        raise UserError(f"{', '.join(missing)}: must be given too; TLS takes a certificate, its key, and whom to trust")
+    return Tls(cert, key, ca)
+
+
+def run_live(
+    scenario_name: str,
+    protocol_names: Sequence[str],
+    seeds: Sequence[int],
+    connect: str | None,
+    settings: Settings,
+    out: str | None,
+    table_format: str,
+    command: Sequence[str],
+    changes: Sequence[str] = (),
+) -> int:
+    """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
+    scenario, protocols = prepared(scenario_name, protocol_names, changes, settings)
+    to = None if connect is None else address(connect, "--connect")
+    if to is None and settings.tls is not None:
+        raise UserError("--tls-cert: TLS is for a target on another host: give --connect")
+    folder = ResultFolder(Path(out) if out else Path("results") / f"live-{scenario.name}")
+    stderr = Console(stderr=True)
+    warn(stderr, scenario)
+    jobs = [Job(protocol, seed) for seed in seeds for protocol in protocols]
+    found, interrupted = run_jobs(scenario, jobs, settings, stderr, to)
+    if not found:
+        stderr.print("interrupted before the first run was done; nothing was written", markup=False)
+        return INTERRUPTED
+    from experiments.runs import table as results  # heavy: not before the runs, whose memory is counted
+
+    frame = table(found, settings)
+    folder.write_table(frame, "runs", table_format)
+    outcomes = [result.outcome for result in found]
+    told = results.manifest(scenario, scenario_name, command, outcomes, len(jobs))
+    folder.write_json(told | {"live": live_manifest(found, settings)}, "manifest")
+    folder.remove("live.png", "live.svg", "runs.parquet" if table_format == "csv" else "runs.csv")
+    if interrupted:
+        stderr.print(f"interrupted: {len(found)} of {len(jobs)} runs were done and are kept in {folder.folder}")
+        return INTERRUPTED
+    _show(folder, scenario, frame, found, command, table_format)
+    return 1 if any(outcome.kind is OutcomeKind.FAILED for outcome in outcomes) else 0
+
+
+def prepared(
+    scenario_name: str, protocol_names: Sequence[str], changes: Sequence[str], settings: Settings
+) -> tuple[Scenario, list[Protocol]]:
+    """Scenario and protocols, checked: UserError for what cannot be run live."""
+    scenario = load(scenario_name, changes)
+    protocols = [Protocol.parse(name, scenario) for name in protocol_names]
+    if len({protocol.name for protocol in protocols}) < len(protocols):
+        raise UserError(f"--protocol {','.join(protocol_names)}: one is named twice")
+    for protocol in protocols:
+        check(scenario, protocol, settings)
+    return scenario, protocols
+
+
+def warn(stderr: Console, scenario: Scenario) -> None:
+    """Say which of the scenario's delays are shorter than what timers give here."""
+    lateness_ns = measured_lateness_ns()
+    short = too_short(scenario, lateness_ns)
+    if short:
+        told = ", ".join(f"{key} ({asked_ns / 1000:.3g} us)" for key, asked_ns in short.items())
+        stderr.print(
+            f"warning: a timer is {lateness_ns / 1000:.0f} us late here (median), so these delays come out longer than "
+            f"the scenario says: {told}",
+            markup=False,
+            highlight=False,
+        )
+
+
+def run_jobs(
+    scenario: Scenario, jobs: Sequence[Job], settings: Settings, stderr: Console, to: tuple[str, int] | None = None
+) -> tuple[list[LiveResult], bool]:
+    """Make the runs, one after the other: what was done, and whether Ctrl-C cut it short."""
+    done: list[LiveResult] = []
+
+    async def work() -> None:
+        with Progress(stderr, scenario.name, len(jobs)) as progress:
+            for job in jobs:
+                progress.begin(job.protocol.name)
+                if to is None:
+                    result = await run_here(scenario, job.protocol, job.seed, settings, progress.heard)
+                else:
+                    result = await run_to(scenario, job.protocol, job.seed, settings, to, progress.heard)
+                done.append(result)
+
+    return done, not interruptible(work)
+
+
+def interruptible(work: Callable[[], Awaitable[None]]) -> bool:
+    """Run it to its end; False if Ctrl-C ended it: then all that it has begun is ended in good order."""
+
+    async def main() -> bool:
+        task = asyncio.ensure_future(work())
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, task.cancel)
+        try:
+            await task
+        except asyncio.CancelledError:
+            return False
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+        return True
+
+    return asyncio.run(main())
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def table(found: Sequence[LiveResult], settings: Settings) -> pl.DataFrame:
+    """The runs as a table: what a run in virtual time has, and how late timers were."""
+    import polars as pl
+
+    from experiments.runs import table as results
+
+    rows = []
+    for result in found:
+        late = list(result.delays.values())
+        rows.append(
+            results.row(result.outcome)
+            | {
+                "clock": "live",
+                "io": settings.io,
+                "loop": settings.loop,
+                "delays": sum(each.count for each in late),
+                "delays_asked_ns": sum(each.asked_ns for each in late),
+                "late_median_ns": max((each.late_median_ns for each in late), default=None),
+                "late_p99_ns": max((each.late_p99_ns for each in late), default=None),
+                "late_max_ns": max((each.late_max_ns for each in late), default=None),
+                "cpu_ns": sum(result.cpu_ns.values()),
+                "clock_uncertainty_ns": result.clock_uncertainty_ns,
+            }
+        )
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def live_manifest(found: Sequence[LiveResult], settings: Settings) -> dict[str, Any]:
+    """What a live run depends on beside the scenario."""
+    return {
+        "settings": asdict(settings),
+        "kernel": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "not_emulated": THE_MACHINES_OWN,
+        "sockets": found[0].sockets,
+        "delays_of_the_first_run": {name: asdict(each) for name, each in found[0].delays.items()},
+    }
+
+
+def _show(
+    folder: Any,
+    scenario: Scenario,
+    frame: pl.DataFrame,
+    found: Sequence[LiveResult],
+    command: Sequence[str],
+    table_format: str,
+) -> None:
+    from experiments.draw import downtime as figures
+    from experiments.study import tables as tell
+
+    console = tell.console()
+    figure_paths = []
+    if not tell.completed_runs(frame).is_empty():
+        drawn = figures.downtime(scenario, frame, shlex.join(command), how="live")
+        figure_paths = folder.write_figure(drawn, "live")
+    tell.print_tables(console, scenario, frame)
+    if any(result.streams for result in found):
+        tell.print_table(console, "Streams, of each protocol's first run", streams_table(found))
+    if any(result.delays for result in found):
+        tell.print_table(console, "Timers, what was asked for and how late they were; and CPU", delays_table(found))
+    if figure_paths:
+        console.print(f"\nFigure: {figure_paths[0]} (and .svg)", markup=False, highlight=False, soft_wrap=True)
+    where = f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}"
+    console.print(where, markup=False, highlight=False, soft_wrap=True)
+
+
+def streams_table(found: Sequence[LiveResult]) -> Table:
+    """What each data fd gave, and how fast: of the first completed run of each protocol."""
+    from experiments.study.tables import add_row, plain_table
+
+    shown = plain_table(["protocol", "data fd", "MiB", "read() calls", "us a call", "MiB/s while reading"])
+    seen = set()
+    for result in found:
+        name = result.outcome.protocol
+        if name in seen or result.outcome.kind is not OutcomeKind.COMPLETED:
+            continue
+        seen.add(name)
+        for fd, counts in result.streams:
+            reading_s = counts.firmware_ns / 1e9
+            rate = f"{counts.bytes / MIB / reading_s:.0f}" if reading_s else ""
+            calls = [f"{counts.bytes / MIB:.1f}", str(counts.calls), f"{counts.firmware_ns / 1e3 / counts.calls:.0f}"]
+            add_row(shown, name, fd, *calls, rate)
+    return shown
+
+
+def delays_table(found: Sequence[LiveResult]) -> Table:
+    """By process, over all runs: worst of the runs."""
+    from experiments.study.tables import add_row, plain_table
+
+    shown = plain_table(["process", "timers", "asked for s", "late us, median", "99 %", "most", "CPU s a run"])
+    for process in dict.fromkeys(name for result in found for name in result.delays):
+        delays = [result.delays[process] for result in found if process in result.delays]
+        worst = [max(getattr(each, f"late_{what}_ns") for each in delays) for what in ("median", "p99", "max")]
+        asked_s = sum(each.asked_ns for each in delays) / 1e9
+        count = str(sum(each.count for each in delays))
+        cpu_s = sum(result.cpu_ns.get(process, 0) for result in found) / 1e9 / len(delays)
+        lateness = [f"{late_ns / 1000:.0f}" for late_ns in worst]
+        add_row(shown, process, count, f"{asked_s:.2f}", *lateness, f"{cpu_s:.2f}")
+    return shown
+
+
+# --- the target -------------------------------------------------------------------------------------------------------
+
+
+def run_target_here(where: str, once: bool, settings: Settings) -> int:
+    """Listen, and take migrations in, one after the other, until Ctrl-C; returns the exit status."""
+    host, port = address(where, "--listen")
+    listener = listen((host, port), SocketSettings())
+    console = Console(stderr=True)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    bound = listener.getsockname()
+    say(f"listening on {bound[0]}:{bound[1]}, at most {settings.max_state_bytes // MIB} MiB of state a migration")
+    if not bound[0].startswith("127.") and bound[0] != "::1" and settings.tls is None:
+        say("warning: whoever reaches this address can have migrations taken in: use --tls-cert, --tls-key, --tls-ca")
+    status = 0
+
+    def heard(what: str, body: dict[str, Any]) -> None:
+        if what == "session":
+            say(f"{body['peer']}: {body['scenario']}, {body['protocol']}")
+        elif what == "rejected":
+            say(f"turned away: {body['why']}")
+
+    async def work() -> None:
+        nonlocal status
+        while True:
+            told = await serve_one(listener, settings, heard)
+            status = 0 if told.get("whole") else 1
+            say(_ending(told))
+            if once:
+                return
+
+    with contextlib.closing(listener):
+        if not interruptible(work):
+            say("interrupted")
+            return INTERRUPTED
+    return status
+
+
+def _ending(told: dict[str, Any]) -> str:
+    """What came of a migration, at the target."""
+    if told.get("whole"):
+        return "the guest runs here"
+    why = [*told.get("deaths", []), *(each["text"] for each in told.get("failures", []))]
+    if "error" in told:
+        why.append(told["error"])
+    runs = "the guest runs here" if told.get("running") else "the guest does not run here"
+    return f"{runs}: {'; '.join(dict.fromkeys(why)) or 'the source gave up'}"

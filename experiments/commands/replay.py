@@ -1,0 +1,175 @@
+"""`proto-v3 replay`: one run of a results folder made again, and held against what the table has of it.
+
+A folder of `compare` has one scenario, in its manifest; one of `run` has several, and each run settings of its own and
+a cell that names it. A run that broke breaks again, where it can be seen.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+
+from experiments.commands.compare import say
+from experiments.commands.trace import NS_PER_MS, NS_PER_S, OUT, TRACE_SUFFIX, made, place, write
+from experiments.runs import table as results
+from experiments.study import tables as tell
+from proto_v3.errors import UserError
+from sim.outcome import Outcome
+from sim.scenario.file import from_dump
+from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import Scenario
+from sim.scenario.units import did_you_mean
+
+HOW = "must be FOLDER:PROTOCOL:SEED or FOLDER:CELL, as in results/mlx5-2vf:v2:1"
+CAN_BE = "what can be made again are runs in virtual time, by `compare` or `run`"
+RESULTS = Path("results")
+A_FEW = 5
+"""Runs that are told of where none or several are meant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """A folder's runs, and how they were made."""
+
+    folder: Path
+    table: pl.DataFrame
+    manifest: dict[str, Any]
+
+    @property
+    def revision(self) -> str:
+        """Of the code that made them."""
+        return str(self.manifest.get("git_revision", "unknown"))
+
+
+def run_replay(run: str, trace: str | None, spans: str | None) -> int:
+    """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
+    folder, which = _parsed(run)
+    read = read_results(folder)
+    row = _row(read, which, run)
+    scenario = _scenario(read, row)
+    protocol = Protocol.parse(row["protocol"], scenario)
+    name = "-".join([folder.resolve().name, *([row["cell"]] if len(which) == 1 else which)])
+    trace_file = place("--trace", trace, OUT / f"{name}{TRACE_SUFFIX}")
+    spans_file = place("--spans", spans)
+    traced = made(scenario, protocol, row["seed"])
+    console = tell.console()
+    same = _print(console, read, row, traced.outcome)
+    write(console, traced, trace_file, spans_file)
+    return 0 if same else 1
+
+
+# --- which run -------------------------------------------------------------------------------------------------------
+
+
+def _parsed(run: str) -> tuple[Path, list[str]]:
+    """The folder, and a cell or a protocol and a seed."""
+    parts = run.split(":")
+    tried = [":".join(parts[:-count]) for count in (1, 2) if len(parts) > count]
+    for count, named in enumerate(tried, 1):  # a folder's name may have a colon in it
+        for folder in (Path(named), RESULTS / named):
+            if named and folder.is_dir():
+                return folder, parts[-count:]
+    if not tried or "" in tried:
+        raise UserError(f"{run!r}: {HOW}")
+    known = sorted(path.parent.name for path in RESULTS.glob("*/manifest.json"))
+    hint = did_you_mean(tried[-1], known) or (f"; in {RESULTS}/ there are {', '.join(known)}" if known else "")
+    raise UserError(f"{run}: {tried[-1]} is no folder, nor one in {RESULTS}/{hint}")
+
+
+def read_results(folder: Path) -> Results:
+    """UserError if the folder has no runs that can be made again."""
+    manifest = _manifest(folder)
+    file = folder / "runs.parquet"
+    if not file.exists():
+        csv = "; there is runs.csv: make it again with --format parquet" if (folder / "runs.csv").exists() else ""
+        raise UserError(f"{file}: there is no such file{csv}")
+    try:
+        table = pl.read_parquet(file)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"{file}: cannot be read as Parquet: {error}") from error
+    needed = {"protocol", "seed", "digest", "outcome", *(("cell", "base", "settings") if "bases" in manifest else ())}
+    if missing := sorted(needed - set(table.columns)):
+        raise UserError(f"{file}: has no column {', '.join(missing)}")
+    return Results(folder, table, manifest)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    file = folder / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}; a folder of results has one") from error
+    except ValueError as error:
+        raise UserError(f"{file}: is not JSON: {error}") from error
+    if isinstance(manifest, dict) and "live" in manifest:
+        raise UserError(f"{folder}: holds live runs, which no two times are the same; {CAN_BE}")
+    if not isinstance(manifest, dict) or not any(isinstance(manifest.get(key), dict) for key in ("scenario", "bases")):
+        raise UserError(f"{file}: has no scenario that its runs could be made from; {CAN_BE}")
+    return manifest
+
+
+def _row(read: Results, which: Sequence[str], run: str) -> dict[str, Any]:
+    """The one run that is meant."""
+    cells = "cell" in read.table.columns
+    if len(which) == 1:
+        if not cells:
+            raise UserError(f"{run}: the runs in {read.folder} have no cells: name one by FOLDER:PROTOCOL:SEED")
+        found = read.table.filter(pl.col("cell").str.starts_with(which[0]))
+    else:
+        protocol, seed = which
+        if not re.fullmatch(r"[0-9]{1,18}", seed):
+            raise UserError(f"{run}: the seed {seed!r} must be a whole number; {HOW}")
+        found = read.table.filter((pl.col("protocol") == protocol) & (pl.col("seed") == int(seed)))
+    if found.height == 1:
+        return found.row(0, named=True)
+    told = [_named(row) for row in (found if found.height else read.table).head(A_FEW).iter_rows(named=True)]
+    few = ", ".join(told) + (", ..." if (found.height or read.table.height) > A_FEW else "")
+    if found.height:
+        raise UserError(f"{run}: {found.height} runs in {read.folder} are called that: {few}; name one by its cell")
+    raise UserError(f"{run}: no run in {read.folder} is called that; there are {few}")
+
+
+def _named(row: dict[str, Any]) -> str:
+    return f"{row['cell']} ({row['protocol']}:{row['seed']})" if "cell" in row else f"{row['protocol']}:{row['seed']}"
+
+
+def _scenario(read: Results, row: dict[str, Any]) -> Scenario:
+    whence = str(read.folder / "manifest.json")
+    if "bases" not in read.manifest:
+        return from_dump(read.manifest["scenario"], whence)
+    if not isinstance(read.manifest["bases"].get(row["base"]), dict):
+        raise UserError(f"{whence}: has no base {row['base']!r}, which cell {row['cell']} builds on")
+    return from_dump(read.manifest["bases"][row["base"]], f"{whence}, base {row['base']}", row["settings"] or [])
+
+
+# --- what came out ---------------------------------------------------------------------------------------------------
+
+
+def _print(console: Console, read: Results, row: dict[str, Any], outcome: Outcome) -> bool:
+    """Both side by side; whether they are the same run, to the last span."""
+    again = results.row(outcome)
+    settings = [f"--set {setting}" for setting in row.get("settings") or []]
+    named = " ".join([row.get("base") or outcome.scenario, *settings])
+    shown = tell.plain_table(["", "in the table", "made again"])
+    tell.add_row(shown, "outcome", row["outcome"], again["outcome"])
+    for name, unit, unit_ns in (("downtime", "ms", NS_PER_MS), ("total", "s", NS_PER_S)):
+        pair = (each.get(f"{name}_ns") for each in (row, again))
+        tell.add_row(shown, f"{name}, {unit}", *("" if ns is None else f"{ns / unit_ns:.3f}" for ns in pair))
+    tell.add_row(shown, "digest", *((each["digest"] or "")[:16] for each in (row, again)))
+    tell.print_table(console, f"{named}, {row['protocol']}, seed {row['seed']}", shown)
+    say(console, f"Digest in the table: {row['digest'] or 'none: the run broke'}")
+    say(console, f"Digest made again:   {again['digest']}")
+    same = bool(row["digest"] == again["digest"])
+    if same:
+        say(console, "The same run, to the last span.")
+    else:
+        here = results.git_revision()
+        say(console, f"Not the same run: the table was made by revision {read.revision}, and this is {here}.")
+    return same

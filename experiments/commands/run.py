@@ -1,0 +1,199 @@
+"""`proto-v3 run`: the runs of experiments, made where they are missing; then the answer, the figures, the manifest."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from experiments import INTERRUPTED
+from experiments.commands.compare import say
+from experiments.runs import table as results
+from experiments.runs.cluster import on_cluster
+from experiments.runs.folder import ResultFolder
+from experiments.runs.pool import in_processes, progress_bar
+from experiments.runs.resume import Store
+from experiments.study import tables as tell
+from experiments.study.experiment import NAMES, Answer, Experiment, Planned, find
+from proto_v3.errors import UserError
+from sim.scenario.file import load
+
+KEPT = "runs.sqlite"
+"""Beside the results, until all runs are done."""
+
+
+def run_experiments(
+    names: Sequence[str],
+    *,
+    quick: bool,
+    resume: bool,
+    jobs: int | None,
+    scheduler: str | None,
+    out: str | None,
+) -> int:
+    """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
+    chosen = [find(name) for name in (NAMES if "all" in names else dict.fromkeys(names))]
+    root = Path(out) if out else Path("results/quick" if quick else "results")
+    planned = [experiment.planned(quick) for experiment in chosen]
+    sweeps = [
+        _Sweep(experiment, runs, ResultFolder(root / experiment.name), jobs, scheduler)
+        for experiment, runs in zip(chosen, planned, strict=True)
+    ]
+    for sweep in sweeps if resume else ():
+        sweep.check()
+    console, status = tell.console(), 0
+    with progress_bar() as progress:
+        whole = progress.add_task("all", total=sum(map(len, planned)), visible=len(chosen) > 1)
+        for sweep in sweeps:
+            try:
+                frame = sweep.rows(resume, progress, whole)
+            except KeyboardInterrupt:
+                progress.stop()
+                say(Console(stderr=True), f"interrupted: what was done is kept in {root}; go on with --resume")
+                return INTERRUPTED
+            answer, figures = write(sweep.experiment, frame, sweep.folder, quick=quick)
+            sweep.forget()
+            _print(console, sweep.experiment, answer, frame, figures)
+            status = max(status, int((frame["digest"] == "").any()))
+    return status
+
+
+class _Sweep:
+    def __init__(
+        self,
+        experiment: Experiment,
+        planned: Sequence[Planned],
+        folder: ResultFolder,
+        jobs: int | None,
+        scheduler: str | None,
+    ) -> None:
+        self.experiment = experiment
+        self.folder = folder
+        self._planned = list({each.key: each for each in planned}.values())
+        self._kept = folder.folder / KEPT
+        self._jobs = jobs
+        self._scheduler = scheduler
+
+    def rows(self, resume: bool, progress: Progress, whole: TaskID) -> pl.DataFrame:
+        """All rows, in the grid's order; with `resume`, those that are there already are not made again."""
+        if not resume:
+            self.forget()
+        revision = results.git_revision()
+        with Store(self._kept, revision) as store:
+            done = self._done(store, revision) if resume else {}
+            if not store.fits:  # nothing in it is wanted, or _done() would have refused it
+                store.begin_anew()
+            missing = [each for each in self._planned if each.key not in done]
+            cells = [each.cell for each in missing]
+            bar = progress.add_task(self.experiment.name, total=len(self._planned), completed=len(done))
+            progress.advance(whole, len(done))
+            made = on_cluster(cells, self._scheduler) if self._scheduler else in_processes(cells, self._jobs)
+            for at, outcome in made:
+                row = results.row(outcome) | missing[at].columns()
+                store.add(missing[at].key, row)
+                done[missing[at].key] = row
+                progress.advance(bar)
+                progress.advance(whole)
+            progress.remove_task(bar)
+        return pl.DataFrame([done[each.key] for each in self._planned], infer_schema_length=None)
+
+    def check(self) -> None:
+        """UserError if what is kept cannot be gone on with: before the sweeps that come first are run."""
+        if self._kept.exists():
+            revision = results.git_revision()
+            with Store(self._kept, revision) as store:
+                self._done(store, revision)
+
+    def _done(self, store: Store, revision: str) -> dict[str, dict[str, Any]]:
+        keys = {each.key for each in self._planned}
+        done = store.rows(keys)
+        if done and not store.fits:
+            raise UserError(
+                f"--resume: the runs in {self._kept} were made by another version ({store.made_by}); "
+                "leave --resume out to make all anew"
+            )
+        return _finished(self.folder.folder, keys, revision) | done
+
+    def forget(self) -> None:
+        """There is nothing to go on with."""
+        self._kept.unlink(missing_ok=True)
+
+
+def _finished(folder: Path, keys: set[str], revision: str) -> dict[str, dict[str, Any]]:
+    """The runs of a sweep that came to its end, if it was made by this version."""
+    try:
+        if json.loads((folder / "manifest.json").read_text())["git_revision"] != revision:
+            return {}
+        frame = pl.read_parquet(folder / "runs.parquet")
+        return {row["cell"]: row for row in frame.iter_rows(named=True) if row["cell"] in keys}
+    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError):
+        return {}
+
+
+def write(
+    experiment: Experiment, frame: pl.DataFrame, folder: ResultFolder, *, quick: bool
+) -> tuple[Answer, list[Path]]:
+    """The table of runs, the answer with its table, the figures, the manifest.
+
+    The command that they tell is the one that makes this experiment's alone, whatever else was run with it.
+    """
+    command = ["proto-v3", "run", experiment.name, *(["--quick"] if quick else [])]
+    folder.write_table(frame, "runs", "parquet")
+    folder.write_json(manifest(experiment, frame, command, quick=quick), "manifest")
+    answer = experiment.answer(frame)
+    folder.write_table(answer.table, "effects", "parquet")
+    figures = experiment.figures(frame, shlex.join(command))
+    folder.write_json(answer_told(experiment, answer, list(figures)), "answer")
+    return answer, [path for name, figure in figures.items() for path in folder.write_figure(figure, name)]
+
+
+def answer_told(experiment: Experiment, answer: Answer, figures: Sequence[str]) -> dict[str, Any]:
+    """The answer as JSON, with the names of its figures, the one that says most first."""
+    return {
+        "experiment": experiment.name,
+        "question": experiment.question,
+        "answer": answer.answer,
+        "limit": answer.limit,
+        "details": list(answer.details),
+        "findings": [asdict(finding) for finding in answer.findings],
+        "figures": list(figures),
+    }
+
+
+def manifest(experiment: Experiment, frame: pl.DataFrame, command: Sequence[str], *, quick: bool) -> dict[str, Any]:
+    """How the runs were made: with it, each row can be made again."""
+    return results.manifest_of_sweep(
+        {
+            "experiment": experiment.name,
+            "question": experiment.question,
+            "quick": quick,
+            "bases": {base: load(base).model_dump(mode="json") for base in frame["base"].unique(maintain_order=True)},
+        },
+        frame,
+        command,
+    )
+
+
+def _print(
+    console: Console, experiment: Experiment, answer: Answer, frame: pl.DataFrame, figures: Sequence[Path]
+) -> None:
+    say(console, f"\n{experiment.name}: {experiment.question}")
+    counts: Mapping[str, int] = dict(frame["outcome"].value_counts(sort=True).iter_rows())
+    say(console, f"{frame.height} runs: {', '.join(f'{count} {kind}' for kind, count in counts.items())}")
+    for sentence in (answer.answer, f"Limit: {answer.limit}", *answer.details):
+        say(console, f"- {sentence}")
+    for finding in answer.findings:
+        say(console, f"- {finding.claim} {finding.verdict}: {finding.why}")
+    broken = frame.filter(pl.col("digest") == "")
+    for row in broken.head(3).iter_rows(named=True):
+        say(console, f"a run broke (cell {row['cell']}): {row['reason'].strip().splitlines()[-1]}")
+    for path in figures:
+        if path.suffix == ".png":
+            say(console, f"Figure: {path} (and .svg)")

@@ -1,0 +1,45 @@
+"""What scenarios there are, and what they assume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sim.scenario.file import bases, load, shipped
+from sim.scenario.scenario import parameters
+
+
+def list_scenarios() -> None:
+    """Print names and descriptions."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("name", no_wrap=True)
+    table.add_column("what")
+    for name, path in shipped().items():
+        table.add_row(name, Text(load(str(path)).description))
+    Console().print(table)
+
+
+def show_scenario(name: str, settings: Sequence[str] = ()) -> None:
+    """Print every parameter that the scenario or a KEY=VALUE of `settings` sets, with its source."""
+    scenario = load(name, settings)
+    console = Console()
+    console.print(Text(f"{scenario.name}: {scenario.description}\n", style="bold"))
+    if extended := bases(name):
+        console.print(Text(f"Extends {', which extends '.join(path.stem for path in extended)}.\n"))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("parameter", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("source")
+    for key, value in parameters(scenario).items():
+        table.add_row(key, told(value), Text(scenario.sources.get(key, "not stated"), overflow="fold"))
+    console.print(table)
+
+
+def told(value: object) -> str:
+    """A parameter's value in a table."""
+    if isinstance(value, list):
+        return " ".join(str(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

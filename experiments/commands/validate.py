@@ -1,0 +1,212 @@
+"""The published migrations, simulated: how far off is each figure, and what had to differ from case to case?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+
+from experiments import INTERRUPTED
+from experiments.commands.compare import say
+from experiments.commands.scenarios import told
+from experiments.runs import table as results
+from experiments.runs.folder import ResultFolder
+from experiments.runs.pool import Cell, run_cells
+from experiments.study import tables as tell
+from experiments.study.tables import Held
+from proto_v3.errors import UserError
+from proto_v3.vmm.migration import OutcomeKind
+from sim.outcome import Outcome
+from sim.scenario.file import bases, changes, load, shipped
+from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import Scenario
+
+BANDS = (0.10, 0.15)
+"""Errors within the first are small, beyond the second too large."""
+HELD_CONSTANT = ("firmware", "driver", "device", "host", "link", "vmm")
+"""The tables that describe a machine: a case that has to differ in them from its base is the weaker for it."""
+COLUMNS = {
+    "scenario": pl.String,
+    "case": pl.String,
+    "protocol": pl.String,
+    "figure": pl.String,
+    "published_ms": pl.Float64,
+    "simulated_ms": pl.Float64,
+    "error": pl.Float64,
+    "fitted": pl.Boolean,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A published figure, against the mean of the runs."""
+
+    scenario: str
+    case: str
+    """What the measurement is called: as the scenario, if it does not say otherwise."""
+    protocol: str
+    held: Held
+
+    def within(self, band: float) -> bool:
+        """Whether the error is at most `band`; a figure that was not simulated never is."""
+        return self.held.error is not None and abs(self.held.error) <= band
+
+
+def run_validate(names: Sequence[str], seeds: Sequence[int], out: str, jobs: int | None, command: Sequence[str]) -> int:
+    """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
+    cases = _cases(names)
+    if not out:
+        raise UserError("--out '': must be the name of a folder")
+    folder = ResultFolder(Path(out))
+    cells = [
+        Cell(scenario, Protocol.parse(protocol, scenario), seed)
+        for scenario in cases.values()
+        for protocol in _protocols(scenario)
+        for seed in seeds
+    ]
+    outcomes, interrupted = run_cells(cells, jobs)
+    console = tell.console()
+    if interrupted:
+        say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done; nothing was written")
+        return INTERRUPTED
+    frames = {
+        scenario.name: results.table([outcome for outcome in outcomes if outcome.scenario == scenario.name])
+        for scenario in cases.values()
+    }
+    rows = [row for scenario in cases.values() for row in _rows(scenario, frames[scenario.name])]
+    frame = tidy(rows)
+    figures = _write(folder, frame, results.manifest_of_cases(cases, command, outcomes, len(cells)))
+    for name, scenario in cases.items():
+        _print_case(console, scenario, frames[scenario.name], [row for row in rows if row.scenario == scenario.name])
+        _print_differences(console, name, scenario)
+    _print_summary(console, rows)
+    say(console, f"\nFigure: {figures[0]} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
+    say(console, f"Table and manifest: {folder.folder / 'validate.parquet'}, {folder.folder / 'manifest.json'}")
+    return 1 if _failed(outcomes) or not all(row.within(BANDS[-1]) for row in rows) else 0
+
+
+def _cases(names: Sequence[str]) -> dict[str, Scenario]:
+    """The scenarios by the name or file that was given, or by the published case's; without one, all that have any."""
+    by_case: dict[str, list[str]] = {}
+    if set(names) - set(shipped()):
+        for name in shipped():
+            for published in load(name).published:
+                by_case.setdefault(published.case or name, []).append(name)
+    chosen = dict.fromkeys(each for name in names or shipped() for each in by_case.get(name, [name]))
+    cases = {name: load(name) for name in chosen}
+    if not names:
+        cases = {name: scenario for name, scenario in cases.items() if _protocols(scenario)}
+    without = [name for name, scenario in cases.items() if not _protocols(scenario)]
+    if without:
+        raise UserError(f"{', '.join(without)}: no published figures to hold the runs against ([[published]])")
+    called = [scenario.name for scenario in cases.values()]
+    if len(set(names)) < len(names) or len(set(called)) < len(called):
+        raise UserError(f"{', '.join(names)}: two cases have the same name")
+    return cases
+
+
+def _protocols(scenario: Scenario) -> list[str]:
+    """The protocols that there are published figures of."""
+    return list(dict.fromkeys(published.protocol for published in scenario.published if published.figures()))
+
+
+def _rows(scenario: Scenario, frame: pl.DataFrame) -> Iterator[Row]:
+    for published in scenario.published:
+        for held in tell.held_against(published, frame):
+            yield Row(scenario.name, published.case or scenario.name, published.protocol, held)
+
+
+def _failed(outcomes: Sequence[Outcome]) -> bool:
+    return any(outcome.kind is OutcomeKind.FAILED for outcome in outcomes)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def tidy(rows: Sequence[Row]) -> pl.DataFrame:
+    """One row a figure; what was not simulated is null."""
+    held = [row.held for row in rows]
+    values = {
+        "scenario": [row.scenario for row in rows],
+        "case": [row.case for row in rows],
+        "protocol": [row.protocol for row in rows],
+        "figure": [one.figure for one in held],
+        "published_ms": [one.published_ms for one in held],
+        "simulated_ms": [one.simulated_ms for one in held],
+        "error": [one.error for one in held],
+        "fitted": [one.fitted for one in held],
+    }
+    return pl.DataFrame(values, schema=COLUMNS)
+
+
+def _write(folder: ResultFolder, frame: pl.DataFrame, manifest: dict[str, Any]) -> list[Path]:
+    """Write all files; returns the figure's, none if there is nothing to draw."""
+    folder.write_table(frame, "validate", "parquet")
+    folder.write_json(manifest, "manifest")
+    if frame["simulated_ms"].is_null().all():
+        folder.remove("validate.png", "validate.svg")
+        return []
+    from experiments.draw import validate as figures_validate
+
+    figure = figures_validate.published_against_simulated(frame, BANDS, len(manifest["seeds"]), manifest["command"])
+    return folder.write_figure(figure, "validate")
+
+
+# --- what is told ----------------------------------------------------------------------------------------------------
+
+
+def _print_case(console: Console, scenario: Scenario, frame: pl.DataFrame, rows: Sequence[Row]) -> None:
+    table = tell.plain_table(["what, ms", "protocol", "published", "simulated", "error", "used to fit", "outside"])
+    for row in rows:
+        what, *numbers = tell.cells(row.held)
+        tell.add_row(table, what, row.protocol, *numbers, _outside(row))
+    tell.print_table(console, f"{scenario.name}: {scenario.description}", table)
+    for published in scenario.published:
+        say(console, f"Published ({published.case or scenario.name}, {published.protocol}): {published.citation}")
+    if frame.filter(~tell.COMPLETED).height:
+        tell.print_table(console, f"{scenario.name}: not all runs were completed", tell.outcomes_table(frame))
+
+
+def _outside(row: Row) -> str:
+    """The widest band that a figure is outside of."""
+    left = [band for band in BANDS if not row.within(band)]
+    return f"{100 * left[-1]:.0f} %" if left else ""
+
+
+def _print_differences(console: Console, name: str, scenario: Scenario) -> None:
+    """What the case changes of the set of parameters at the bottom of what it extends."""
+    extended = bases(name)
+    if not extended:
+        say(console, f"{scenario.name} extends nothing: all parameters are its own.")
+        return
+    table = tell.plain_table(["parameter", "base", "here", "source"])
+    for key, (there, here) in changes(name).items():
+        if key.partition(".")[0] in HELD_CONSTANT and there is not None:
+            tell.add_row(table, key, told(there), told(here), scenario.sources.get(key, "not stated"))
+    if table.row_count:
+        tell.print_table(console, f"{scenario.name}: what had to differ from {extended[-1].stem}", table)
+    else:
+        say(console, f"{scenario.name}: nothing had to differ from {extended[-1].stem}.")
+
+
+def _print_summary(console: Console, rows: Sequence[Row]) -> None:
+    table = tell.plain_table(["downtime, ms", "protocol", "published", "simulated", "error", "used to fit", "outside"])
+    for row in rows:
+        if row.held.figure == "downtime_ms":
+            _, *numbers = tell.cells(row.held)
+            tell.add_row(table, row.scenario, row.protocol, *numbers, _outside(row))
+    if table.row_count:
+        tell.print_table(console, "The downtimes of all cases", table)
+    table = tell.plain_table(["", "figures", *[f"within {100 * band:.0f} %" for band in BANDS]])
+    for kind, some in (
+        ("predicted", [row for row in rows if not row.held.fitted]),
+        ("fitted", [row for row in rows if row.held.fitted]),
+        ("all", rows),
+    ):
+        within = [sum(row.within(band) for row in some) for band in BANDS]
+        tell.add_row(table, kind, str(len(some)), *map(str, within))
+    tell.print_table(console, "How many of the published figures come out", table)

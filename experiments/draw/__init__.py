@@ -1,0 +1,1 @@
+"""Figures: the one style, panels, and the figures of the commands. Imports study and runs."""

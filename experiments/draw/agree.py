@@ -1,0 +1,103 @@
+"""The figure of `proto-v3 agree`: phases in virtual time and live, and the ratio of every figure."""
+
+from __future__ import annotations
+
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from experiments.draw import style
+from experiments.draw.downtime import say_how_made
+from experiments.study.tables import COMPLETED, ms, number, protocols
+from proto_v3.timeline import PHASES
+
+PHASE_LOOKS = {
+    "stop": ("#BBBBBB", ""),
+    "drain": ("#E69F00", "//"),
+    "transfer": ("#56B4E9", ".."),
+    "load": ("#D55E00", "xx"),
+    "config": ("#777777", ""),
+    "resume": ("#DDDDDD", "\\\\"),
+}
+FARTHEST = 0.5
+"""Ratios beyond are drawn here; each has its number beside it."""
+
+
+def agreement(scenario: str, frame: pl.DataFrame, compared: pl.DataFrame, aim: float, command: str) -> Figure:
+    """`frame` has one row a run, of both clocks; `compared` one row a protocol and figure
+    (experiments.commands.agree)."""
+    named = protocols(compared)
+    shown = compared.filter(pl.col("ratio").is_not_null())
+    figures = list(shown["figure"].unique(maintain_order=True))
+    figure = Figure(figsize=(12, max(4.2, 0.27 * len(figures) + 0.4 * len(named) + 2)), layout="constrained")
+    bars, ratios = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1]})
+    _bars(bars, frame.filter(COMPLETED), named)
+    _ratios(ratios, shown, figures, named, aim)
+    runs = frame.filter(pl.col("clock") == "live")["seed"].n_unique()
+    figure.suptitle(f"Does a live run take what the simulation says? {scenario}, medians of {runs} run(s)", fontsize=12)
+    say_how_made(figure, command)
+    return figure
+
+
+def _bars(axis: Axes, completed: pl.DataFrame, named: list[str]) -> None:
+    labels = []
+    for at, (name, clock) in enumerate((name, clock) for name in named for clock in ("virtual", "live")):
+        runs = completed.filter((pl.col("protocol") == name) & (pl.col("clock") == clock))
+        labels.append(f"{name}, {clock}")
+        begin = 0.0
+        for phase in PHASES:
+            colour, hatch = PHASE_LOOKS[phase]
+            median = ms(runs[f"phase_{phase}_ns"].median())
+            axis.barh(at, median, left=begin, height=0.7, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
+            begin += median
+        downtime = runs["downtime_ns"]
+        least, middle, most = ms(downtime.min()), ms(downtime.median()), ms(downtime.max())
+        axis.plot([least, most], [at, at], color="black", linewidth=1.4)
+        place = (max(begin, most), at)
+        axis.annotate(f"{middle:.0f}", place, xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
+    axis.set_xlim(0, ms(completed["downtime_ns"].max()) * 1.1)
+    axis.set_xlabel("ms; number: median downtime; black line: least to most")
+    axis.set_title("phases of the downtime", loc="left", fontsize=9.5, fontweight="bold")
+    axis.spines[["top", "right"]].set_visible(False)
+    handles = [
+        Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=phase)
+        for phase, (colour, hatch) in PHASE_LOOKS.items()
+    ]
+    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=6, fontsize=8, frameon=False)
+
+
+def _ratios(axis: Axes, shown: pl.DataFrame, figures: list[str], named: list[str], aim: float) -> None:
+    axis.axvspan(1 - aim, 1 + aim, color="#E4E4E4", linewidth=0)
+    axis.axvline(1, color="#666666", linewidth=0.8)
+    for place, name in enumerate(named):
+        look = style.protocol(name)
+        rows = shown.filter(pl.col("protocol") == name)
+        for row in rows.iter_rows(named=True):
+            at = figures.index(row["figure"]) + 0.24 * (place - (len(named) - 1) / 2)
+            ratio = number(row["ratio"])
+            x = 1 + max(-FARTHEST, min(ratio - 1, FARTHEST))
+            axis.plot([x], [at], look.marker, color=look.colour, markersize=6)
+            if x != ratio:
+                away, side = (-7, "right") if ratio > 1 else (7, "left")
+                axis.annotate(
+                    f"{ratio:.2f}",
+                    (x, at),
+                    xytext=(away, 0),
+                    textcoords="offset points",
+                    ha=side,
+                    fontsize=7.5,
+                    va="center",
+                )
+        axis.plot([], [], look.marker, color=look.colour, label=name)
+    axis.set_yticks(range(len(figures)), figures, fontsize=8)
+    axis.set_ylim(len(figures) - 0.4, -0.6)
+    axis.set_xlim(1 - FARTHEST - 0.04, 1 + FARTHEST + 0.04)
+    axis.set_xlabel("live / virtual")
+    title = f"ratio of every figure; grey: within {100 * aim:.0f} %"
+    axis.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8, frameon=False)
+    axis.grid(axis="y", color="#EEEEEE", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)

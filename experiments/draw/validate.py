@@ -1,0 +1,96 @@
+"""The figure of `proto-v3 validate`: published against simulated, and how far off each figure is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from experiments.draw.downtime import say_how_made
+from experiments.study.tables import number, words
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vP"
+"""A scenario has a colour (Okabe and Ito's) and a marker: 42 pairs before the first comes again."""
+BAND_COLOURS = ("#D5D5D5", "#EBEBEB")
+FARTHEST = 0.4
+"""Errors beyond are drawn here; each has its number beside it."""
+
+Looks = Mapping[str, tuple[str, str]]
+
+
+def published_against_simulated(frame: pl.DataFrame, bands: Sequence[float], seeds: int, command: str) -> Figure:
+    """Published against simulated figures on log axes, and their errors one by one.
+
+    `frame` has one row a figure (experiments.commands.validate.tidy), at least one of them simulated; `bands` are
+    two errors, the smaller one first. Hollow is what parameters were fitted to, filled what is predicted.
+    """
+    scenarios = frame["scenario"].unique(maintain_order=True)
+    looks = {name: (COLOURS[at % len(COLOURS)], MARKERS[at % len(MARKERS)]) for at, name in enumerate(scenarios)}
+    figure = Figure(figsize=(12.5, max(6.8, 0.19 * frame.height + 1.6)), layout="constrained")
+    against, errors = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1, 0.8]})
+    _against(against, frame.filter(pl.col("simulated_ms").is_not_null()), bands, looks)
+    _errors(errors, frame, bands, looks)
+    figure.suptitle(f"Does the simulation give what was published? Means over {seeds} seed(s)", fontsize=12)
+    say_how_made(figure, command)
+    return figure
+
+
+def _against(axis: Axes, simulated: pl.DataFrame, bands: Sequence[float], looks: Looks) -> None:
+    both = pl.concat([simulated["published_ms"], simulated["simulated_ms"]])
+    ends = [number(both.min()) / 1.5, number(both.max()) * 1.5]
+    for band, colour in zip(reversed(bands), reversed(BAND_COLOURS), strict=True):
+        axis.fill_between(ends, [(1 - band) * end for end in ends], [(1 + band) * end for end in ends], color=colour)
+    axis.plot(ends, ends, color="#666666", linewidth=0.8)
+    for row in simulated.iter_rows(named=True):
+        _point(axis, row["published_ms"], row["simulated_ms"], row, looks)
+        if abs(row["error"]) > bands[-1]:
+            place = (row["published_ms"], row["simulated_ms"])
+            away, side = (-7, "right") if row["error"] > 0 else (7, "left")
+            name = f"{row['scenario']}: {words(row['figure'])}"
+            axis.annotate(name, place, xytext=(away, 0), textcoords="offset points", fontsize=7.5, ha=side, va="center")
+    axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="published, ms", ylabel="simulated, ms")
+    axis.set_box_aspect(1)
+    axis.set_anchor("N")
+    told = " and ".join(f"{100 * band:.0f} %" for band in bands)
+    axis.set_title(f"grey: within {told}; named: what is outside", loc="left", fontsize=9.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linestyle="", label=name)
+        for name, (colour, marker) in looks.items()
+    ]
+    handles.append(Line2D([], [], color="#444444", marker="o", linestyle="", label="predicted"))
+    handles.append(
+        Line2D([], [], color="#444444", markerfacecolor="white", marker="o", linestyle="", label="used to fit")
+    )
+    axis.legend(handles=handles, loc="upper left", fontsize=8.5, frameon=False)
+
+
+def _errors(axis: Axes, frame: pl.DataFrame, bands: Sequence[float], looks: Looks) -> None:
+    for band, colour in zip(reversed(bands), reversed(BAND_COLOURS), strict=True):
+        axis.axvspan(-100 * band, 100 * band, color=colour, linewidth=0)
+    axis.axvline(0, color="#666666", linewidth=0.8)
+    labels = []
+    for at, row in enumerate(frame.iter_rows(named=True)):
+        labels.append(f"{row['scenario']}, {row['protocol']}: {words(row['figure'])}")
+        told = "not simulated"
+        if row["error"] is not None:
+            _point(axis, 100 * max(-FARTHEST, min(row["error"], FARTHEST)), at, row, looks)
+            told = f"{100 * row['error']:+.1f} %"
+        axis.annotate(told, (1, at), xycoords=("axes fraction", "data"), fontsize=7.5, ha="right", va="center")
+    axis.set_yticks(range(frame.height), labels, fontsize=7.5)
+    axis.set_ylim(frame.height - 0.4, -0.6)
+    axis.set_xlim(-100 * FARTHEST - 3, 100 * FARTHEST + 18)
+    axis.set_xlabel("error, % of the published figure")
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+
+
+def _point(axis: Axes, x: float, y: float, row: Mapping[str, Any], looks: Looks) -> None:
+    colour, marker = looks[row["scenario"]]
+    face = "white" if row["fitted"] else colour
+    axis.plot([x], [y], marker=marker, markersize=5.5, markerfacecolor=face, markeredgecolor=colour, clip_on=False)

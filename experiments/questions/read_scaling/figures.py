@@ -1,0 +1,235 @@
+"""What read_scaling shows: throughput against N, what a read() waits for, and what binds where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from experiments.draw import panels as charts
+from experiments.draw import style
+from experiments.questions.read_scaling.grid import (
+    LOOKS,
+    PARTS,
+    V2,
+    Place,
+    engines,
+    fitted,
+    largest,
+    shares,
+    throughput,
+    with_parts,
+)
+from experiments.study.statistics import interval
+from experiments.study.tables import COMPLETED
+from proto_v3.timeline import Resource
+
+OF_A_READ = (
+    ("read_firmware_ns", style.RESOURCES[Resource.FIRMWARE], "waits for SAVE"),
+    ("read_lock_ns", style.RESOURCES[Resource.LOCK], "waits for the lock"),
+    ("read_copy_ns", style.RESOURCES[Resource.COPY], "copies"),
+)
+MARKERS = "osD^v"
+
+
+def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
+    """By file name."""
+    frame = with_parts(frame)
+    seeds = frame["seed"].n_unique()
+    return {
+        "bottleneck": _bottleneck(frame, command, seeds),
+        "scaling": _scaling(frame, command, seeds),
+        "read_latency": _latency(frame, command, seeds),
+    }
+
+
+# --- throughput -------------------------------------------------------------------------------------------------------
+
+
+def _scaling(frame: pl.DataFrame, command: str, seeds: int) -> Figure:
+    figure, axes = charts.sheet(
+        "Does a stopped device move faster with N streams? Its state over the stop-copy time",
+        f"{seeds} seeds, 95 % intervals. Else 16 engines, a lock a fd, copy 8 GiB/s, link 400 Gbit/s. Dotted: least of "
+        "the rates of SAVE, read(), link; thin: scaling law. A curve that is not seen lies under another",
+        command,
+        (2, 3),
+        (13, 8.2),
+    )
+    all_engines = sorted(frame["engines"].unique())
+    last = all_engines[-1]
+    for axis, many in zip(axes, (all_engines[0], 4.0 if 4.0 in all_engines else last, last), strict=False):
+        for lock, look in LOOKS.items():
+            _curve(axis, Place(lock, many), frame, look, law=many == last, expected=lock in ("per_fd", "global"))
+        charts.dress(axis, f"{engines(many)}, by lock", "dirty streams N", "GiB/s")
+    _v2_lines(axes[0], frame)
+    for lock in ("none", "per_fd"):
+        _curve(axes[3], Place(lock), frame, LOOKS[lock], kind="v3-blocks")
+    charts.dress(axes[3], "one fd of blocks, N readers", "reading threads N", "GiB/s")
+    copies = sorted(frame["copy_gib_per_s"].unique())
+    _family(axes[4], frame, [Place("global", copy_gib_per_s=copy) for copy in copies], [f"{c:g}" for c in copies])
+    charts.dress(axes[4], "one lock for all; copy GiB/s a thread", "dirty streams N", "GiB/s")
+    links = sorted(frame["link_gbit_per_s"].unique())
+    _family(axes[5], frame, [Place(link_gbit_per_s=link) for link in links], [f"{link:g}" for link in links])
+    charts.dress(axes[5], "a lock a fd; link Gbit/s", "dirty streams N", "GiB/s")
+    for axis in axes:
+        ns = sorted(frame["streams"].unique())
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ns, [str(n) for n in ns])
+        axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
+    looks = [*LOOKS.values(), *(style.protocol(name) for name in V2)]
+    charts.handles_below(figure, [charts.handle(look) for look in looks], 6)
+    return figure
+
+
+def _curve(
+    axis: Axes,
+    place: Place,
+    frame: pl.DataFrame,
+    look: style.Look,
+    *,
+    kind: str = "v3",
+    law: bool = False,
+    expected: bool = False,
+) -> None:
+    runs = throughput(place.of(frame, kind))
+    charts.curve(axis, runs, "streams", "gib_per_s", look)
+    if runs.filter(COMPLETED).is_empty():
+        return
+    ns = np.geomspace(runs["streams"].min(), runs["streams"].max(), 50)  # type: ignore[arg-type]
+    if expected:
+        least = [min(place.bounds_gib_per_s(n).values()) for n in ns]
+        axis.plot(ns, least, color=look.colour, linestyle=":", linewidth=1)
+    if law and (told := fitted(runs)) is not None:
+        axis.plot(ns, told.at(ns), color=look.colour, linewidth=0.6)
+
+
+def _v2_lines(axis: Axes, frame: pl.DataFrame) -> None:
+    """v2 has one stream, whatever N."""
+    for name in V2:
+        runs = throughput(Place(engines=1.0).of(frame, name)).filter(COMPLETED)
+        if not runs.is_empty():
+            look = style.protocol(name)
+            axis.axhline(interval(runs["gib_per_s"].to_numpy()).mean, color=look.colour, linestyle=look.line, lw=1)
+
+
+def _family(axis: Axes, frame: pl.DataFrame, places: Sequence[Place], labels: Sequence[str]) -> None:
+    """Curves from light to dark, each with what it stands for."""
+    looks = []
+    for at, (place, label) in enumerate(zip(places, labels, strict=True)):
+        shade = str(0.75 - 0.75 * at / max(1, len(places) - 1))
+        look = style.Look(shade, "", label, MARKERS[at % len(MARKERS)])
+        _curve(axis, place, frame, look, expected=True)
+        looks.append(look)
+    axis.legend(handles=[charts.handle(look) for look in looks], fontsize=7.5, frameon=False, loc="upper left")
+
+
+# --- where a read() is ------------------------------------------------------------------------------------------------
+
+
+def _latency(frame: pl.DataFrame, command: str, seeds: int) -> Figure:
+    figure, axes = charts.sheet(
+        "What does a read() of 1 MiB wait for?",
+        f"Means over all reads that gave data, {seeds} seeds; intervals (95 %) of the sum; copy 8 GiB/s a thread, "
+        "link 400 Gbit/s; each panel has a scale of its own",
+        command,
+        (2, 3),
+        (13, 8.2),
+    )
+    shown = [
+        (Place("per_fd", 1.0), "v3", "1 engine, a lock a fd"),
+        (Place("per_fd"), "v3", "16 engines, a lock a fd"),
+        (Place("none"), "v3-blocks", "16 engines, blocks, no lock"),
+        (Place("global", 1.0), "v3", "1 engine, one lock for all"),
+        (Place("global"), "v3", "16 engines, one lock for all"),
+        (Place("per_fd"), "v3-blocks", "16 engines, blocks, a lock a fd"),
+    ]
+    for axis, (place, kind, title) in zip(axes, shown, strict=True):
+        _stack(axis, place.of(frame, kind).filter(COMPLETED))
+        what = "reading threads N" if kind == "v3-blocks" else "dirty streams N"
+        charts.dress(axis, title, what, "ms a read()")
+    handles = [
+        Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="white", label=label) for _, look, label in OF_A_READ
+    ]
+    charts.handles_below(figure, handles, 3)
+    return figure
+
+
+def _stack(axis: Axes, runs: pl.DataFrame) -> None:
+    if runs.is_empty():
+        axis.text(0.5, 0.5, "no run was completed", transform=axis.transAxes, ha="center")
+        return
+    ns = sorted(runs["streams"].unique())
+    bottom = np.zeros(len(ns))
+    for column, look, _ in OF_A_READ:
+        each = [_a_read_ms(runs.filter(pl.col("streams") == n), column) for n in ns]
+        means = np.array([one.mean() for one in each])
+        axis.bar(
+            range(len(ns)), means, bottom=bottom, color=look.colour, hatch=look.hatch, edgecolor="white", width=0.7
+        )
+        bottom += means
+    for at, n in enumerate(ns):
+        some = runs.filter(pl.col("streams") == n)
+        told = interval(np.sum([_a_read_ms(some, column) for column, _, _ in OF_A_READ], axis=0))
+        axis.plot([at, at], [told.low, told.high], color="#555555", linewidth=1.5)
+        axis.text(at, told.high, f"{told.mean:.2g}", ha="center", va="bottom", fontsize=7.5)
+    axis.set_xticks(range(len(ns)), [str(n) for n in ns])
+    axis.margins(y=0.12)
+
+
+def _a_read_ms(runs: pl.DataFrame, column: str) -> np.ndarray:
+    """One value a run."""
+    return (runs[column] / runs["reads"]).to_numpy() / 1e6
+
+
+# --- what binds -------------------------------------------------------------------------------------------------------
+
+
+def _bottleneck(frame: pl.DataFrame, command: str, seeds: int) -> Figure:
+    figure, axes = charts.sheet(
+        "Is read() the bottleneck?",
+        "Colour and number: copy and lock, % of the critical path of moving the state; word: its largest part. "
+        f"{seeds} seeds, completed runs; white: not looked at, or none completed. Fixed costs and the end of the load "
+        "are left out",
+        command,
+        (2, 3),
+        (13, 8.2),
+    )
+    streams = frame.filter(pl.col("kind") == "v3")
+    ns = sorted(streams["streams"].unique())
+    all_engines, copies = sorted(frame["engines"].unique()), sorted(frame["copy_gib_per_s"].unique())
+    few = sorted(streams.filter(pl.col("copy_gib_per_s") != Place().copy_gib_per_s)["streams"].unique()) or ns
+    for row, lock in enumerate(("per_fd", "global")):
+        label = LOOKS[lock].label
+        by_engines = [(f"{many:g}", Place(lock, many)) for many in all_engines]
+        by_engines = [(told, place) for told, place in by_engines if not place.of(frame).is_empty()]
+        _map(axes[3 * row], frame, by_engines, ns, f"{label}, copy 8 GiB/s", "firmware engines")
+        for at, many in enumerate((all_engines[0], all_engines[-1]), 1):
+            by_copy = [(f"{copy:g}", Place(lock, many, copy)) for copy in copies]
+            title = f"{label}, {engines(many)}"
+            image = _map(axes[3 * row + at], frame, by_copy, few, title, "copy GiB/s a thread")
+    bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.01)  # type: ignore[arg-type]
+    bar.set_label("copy and lock, %", fontsize=8.5)
+    bar.ax.tick_params(labelsize=8)
+    charts.handles_below(figure, [Patch(visible=False, label=f"{name}: {told}") for name, told in PARTS.items()], 4)
+    return figure
+
+
+def _map(
+    axis: Axes, frame: pl.DataFrame, rows: Sequence[tuple[str, Place]], ns: Sequence[int], title: str, y: str
+) -> object:
+    values = np.full((len(rows), len(ns)), np.nan)
+    text = [["" for _ in ns] for _ in rows]
+    for at, (_, place) in enumerate(rows):
+        of_place = place.of(frame)
+        for column, n in enumerate(ns):
+            if told := shares(of_place.filter(pl.col("streams") == n)):
+                values[at, column] = 100 * told["read"]
+                text[at][column] = f"{largest(told)}\n{100 * told['read']:.0f}"
+    image = charts.heat(axis, values, [str(n) for n in ns], [label for label, _ in rows], least=0, most=100, text=text)
+    charts.dress(axis, title, "dirty streams N", y)
+    axis.grid(visible=False)
+    return image

@@ -1,0 +1,196 @@
+"""The grid of read_scaling: what stays and what changes, and what is to be expected of each place by its rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import polars as pl
+
+from experiments.draw import style
+from experiments.study.experiment import Point, places
+from experiments.study.statistics import Usl, usl
+from experiments.study.tables import COMPLETED, number
+from sim.scenario.file import load
+from sim.scenario.scenario import Scenario
+from sim.scenario.units import BYTES_PER_S_PER_GBIT, GIB, MIB, NS_PER_S
+
+BASE = "stop-only"
+STREAMS = (1, 2, 4, 8, 16, 32)
+QUICK_STREAMS = (1, 4, 16)
+FEW_STREAMS = (1, 4, 16)
+"""Where something beside lock and engines changes."""
+ENGINES = (1.0, 2.5, 4.0, 8.0, 16.0)
+"""2.5 is what mlx5's published figures were fitted with; the others are assumed."""
+QUICK_ENGINES = (1.0, 16.0)
+GLOBAL_ENGINES = (1.0, 2.5, 4.0, 16.0)
+COPY_GIB_PER_S = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""From below what one engine saves (0.75 GiB/s) to several times that."""
+QUICK_COPY_GIB_PER_S = (0.5,)
+LINK_GBIT_PER_S = (10.0, 25.0, 50.0, 100.0)
+READ_MIB = (0.5, 4.0)
+MOST_A_CONNECTION_GBIT_PER_S = 100.0
+LEAST_N = 4
+"""To fit a law to."""
+V2 = ("v2", "v2-multifd")
+
+PLACE = ("lock", "engines", "copy_gib_per_s", "link_gbit_per_s", "read_mib")
+
+PARTS = {
+    "read": "copy and lock",
+    "SAVE": "firmware at the source",
+    "link": "the network",
+    "LOAD": "firmware at the target",
+}
+"""Of the critical path: what may bind while the state moves."""
+LOOKS = {
+    "none": style.Look("#999999", "", "no lock", "o", ":"),
+    "per_fd": style.Look("#332288", "", "a lock a fd", "s", "-"),
+    "device": style.Look("#E69F00", "", "a lock a device", "^", "--"),
+    "global": style.Look("#000000", "", "one lock for all", "D", "-"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a run is made with, beside N. The defaults are the base point."""
+
+    lock: str = "per_fd"
+    engines: float = 16.0
+    copy_gib_per_s: float = 8.0
+    link_gbit_per_s: float = 400.0
+    read_mib: float = 1.0
+
+    def point(self, protocol: str) -> Point:
+        """A run of it."""
+        connection = min(self.link_gbit_per_s, MOST_A_CONNECTION_GBIT_PER_S)
+        settings = (
+            f"driver.lock={self.lock}",
+            f"firmware.engines={self.engines:g}",
+            f"host.copy_gib_per_s={self.copy_gib_per_s:g}",
+            f"link.gbit_per_s={self.link_gbit_per_s:g}",
+            f"link.per_connection_gbit_per_s={connection:g}",
+            f"vmm.read_mib={self.read_mib:g}",
+        )
+        kind, _, n = protocol.rpartition("-n")
+        kind, streams = (kind, int(n)) if n.isdecimal() else (protocol, 1)
+        factors = {name: getattr(self, name) for name in PLACE}
+        return Point(BASE, protocol, settings, {"kind": kind, "streams": streams, **factors})
+
+    def of(self, frame: pl.DataFrame, kind: str = "v3") -> pl.DataFrame:
+        """Its runs."""
+        return frame.filter(pl.col("kind") == kind, *[pl.col(name) == getattr(self, name) for name in PLACE])
+
+    @property
+    def named(self) -> str:
+        """In words."""
+        return (
+            f"{LOOKS[self.lock].label}, {engines(self.engines)}, copy {self.copy_gib_per_s:g} GiB/s, "
+            f"link {self.link_gbit_per_s:g} Gbit/s, reads of {self.read_mib:g} MiB"
+        )
+
+    def bounds_gib_per_s(self, streams: int) -> dict[str, float]:
+        """What firmware, read() and link each carry with so many streams: the least of them is what is to be expected
+        of the whole, were all of them busy from the first byte to the last."""
+        of = scenario()
+        chunk, firmware = of.driver.chunk_mib, of.firmware
+        save_s = firmware.save_command_us * 1e-6 + chunk / firmware.save_mib_per_s
+        call_s, read_gib = of.driver.call_us * 1e-6, self.read_mib * MIB / GIB
+        copy = read_gib / (call_s + read_gib / self.copy_gib_per_s)
+        threads = streams if self.lock in ("none", "per_fd") else 1
+        connections = min(self.link_gbit_per_s, streams * MOST_A_CONNECTION_GBIT_PER_S)
+        return {
+            "SAVE": min(streams, self.engines) * chunk * MIB / GIB / save_s,
+            "read": min(threads * copy, of.host.memory_gib_per_s),
+            "link": connections * BYTES_PER_S_PER_GBIT / GIB,
+        }
+
+    def bound(self, streams: int) -> str:
+        """What binds by these rates."""
+        bounds = self.bounds_gib_per_s(streams)
+        return min(bounds, key=lambda name: bounds[name])
+
+
+def engines(count: float) -> str:
+    """In words."""
+    return f"{count:g} engine{'' if count == 1 else 's'}"
+
+
+@lru_cache
+def scenario() -> Scenario:
+    """The base."""
+    return load(BASE)
+
+
+def points(quick: bool) -> list[Point]:
+    """Lock x engines x N; around the base point: copy rate, link, read size, blocks; and v2."""
+    streams, few = (QUICK_STREAMS, QUICK_STREAMS) if quick else (STREAMS, FEW_STREAMS)
+    many = QUICK_ENGINES if quick else ENGINES
+    grid = [(Place(lock="per_fd", engines=each), n) for each in many for n in streams]
+    grid += [(Place(lock="global", engines=each), n) for each in many if each in GLOBAL_ENGINES for n in streams]
+    grid += [(Place(lock=lock), n) for lock in ("none", "device") for n in streams]
+    copies = QUICK_COPY_GIB_PER_S if quick else COPY_GIB_PER_S
+    locks, ends = ("per_fd", "global"), (ENGINES[0], ENGINES[-1])
+    grid += [(Place(lock, each, copy), n) for copy in copies for lock in locks for each in ends for n in few]
+    grid += [(Place(link_gbit_per_s=link), n) for link in LINK_GBIT_PER_S[: 1 if quick else None] for n in few]
+    if not quick:
+        grid += [(Place(lock, read_mib=size), n) for size in READ_MIB for lock in locks for n in (1, 16)]
+    told = [place.point(f"v3-n{n}") for place, n in grid]
+    told += [Place(lock=lock).point(f"v3-blocks-n{n}") for lock in ("none", "per_fd") for n in streams]
+    told += [Place(engines=each).point(name) for each in ends for name in V2]
+    return told
+
+
+def v3_places(frame: pl.DataFrame) -> Iterator[tuple[Place, int, pl.DataFrame]]:
+    """All with dirty streams: what they are, N, and their runs."""
+    for at, runs in places(frame.filter(pl.col("kind") == "v3"), [*PLACE, "streams"]):
+        yield Place(**{name: at[name] for name in PLACE}), at["streams"], runs
+
+
+def with_parts(frame: pl.DataFrame) -> pl.DataFrame:
+    """With the stop-copy time, and the parts of the critical path that move the state (PARTS).
+
+    Fixed costs are left out, and so is what finishing the load takes, which is the same however the state came.
+    """
+    finish_ns = round(scenario().firmware.load_finish_ms * 1e6)
+    parts = {
+        "read": pl.col("path_copy_ns") + pl.col("path_lock_ns"),
+        "SAVE": pl.col("path_firmware_ns"),
+        "link": pl.col("path_link_ns"),
+        "LOAD": (pl.col("path_load_ns") - finish_ns).clip(lower_bound=0),
+    }
+    named = [part.alias(part_column(name)) for name, part in parts.items()]
+    return frame.with_columns((pl.col("phase_drain_ns") + pl.col("phase_transfer_ns")).alias("stop_copy_ns"), *named)
+
+
+def part_column(name: str) -> str:
+    """Of a part, in nanoseconds."""
+    return f"part_{name.lower()}_ns"
+
+
+def shares(runs: pl.DataFrame) -> dict[str, float]:
+    """Each part's share of them all, over the completed runs."""
+    done = runs.filter(COMPLETED)
+    parts = {name: number(done[part_column(name)].sum()) for name in PARTS} if done.height else {}
+    whole = sum(parts.values())
+    return {name: part / whole for name, part in parts.items()} if whole else {}
+
+
+def largest(parts: Mapping[str, float]) -> str:
+    """The name of the largest."""
+    return max(parts, key=lambda name: parts[name])
+
+
+def throughput(runs: pl.DataFrame) -> pl.DataFrame:
+    """With `gib_per_s`: the state over the stop-copy time."""
+    gib = scenario().device[0].state_mib * MIB / GIB
+    return runs.with_columns(gib_per_s=gib * NS_PER_S / pl.col("stop_copy_ns"))
+
+
+def fitted(runs: pl.DataFrame) -> Usl | None:
+    """The scaling law over all completed runs of a place; None for too few N: it has three parameters."""
+    done = throughput(runs).filter(COMPLETED)
+    if done["streams"].n_unique() < LEAST_N:
+        return None
+    return usl(done["streams"].to_numpy(), done["gib_per_s"].to_numpy())

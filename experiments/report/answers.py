@@ -1,0 +1,130 @@
+"""The answers that are in a results folder, read back: for the report, and for the page that a reader sees first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from experiments.study.experiment import CLAIMS, NAMES, Finding, Verdict
+from proto_v3.errors import UserError
+
+BEGIN = "<!-- answers: written by `proto-v3 report`, from the tables -->"
+END = "<!-- end of the answers -->"
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What one experiment left behind."""
+
+    name: str
+    question: str
+    answer: str
+    limit: str
+    details: Sequence[str]
+    findings: Sequence[Finding]
+    effects: pl.DataFrame
+    manifest: Mapping[str, Any]
+    figures: Sequence[Path]
+    """The PNGs, the one that says most first; each has an SVG beside it."""
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """How many runs ended in which way."""
+        counts: dict[str, int] = {}
+        for of_protocol in self.manifest["outcomes"].values():
+            for kind, runs in of_protocol.items():
+                counts[kind] = counts.get(kind, 0) + runs
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def read(results: Path) -> list[Told]:
+    """All that there are, in the experiments' order. UserError for a folder that is none, or that is damaged."""
+    if not results.is_dir():
+        raise UserError(f"{results}: no such folder; make results with: proto-v3 run all")
+    return [_read(results / name) for name in NAMES if (results / name / "answer.json").exists()]
+
+
+def _read(folder: Path) -> Told:
+    try:
+        told = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        figures = [folder / f"{name}.png" for name in told["figures"]]
+        for figure in figures:
+            figure.with_suffix(".svg").stat()
+        findings = [Finding(**finding) for finding in told["findings"]]
+        if unknown := {finding.claim for finding in findings} - CLAIMS.keys():
+            raise ValueError(f"there is no claim {', '.join(sorted(unknown))}")
+        for key in ("outcomes", "runs", "seeds", "command", "git_revision", "made"):
+            manifest[key]
+        return Told(
+            name=told["experiment"],
+            question=told["question"],
+            answer=told["answer"],
+            limit=told["limit"],
+            details=told["details"],
+            findings=findings,
+            effects=pl.read_parquet(folder / "effects.parquet"),
+            manifest=manifest,
+            figures=figures,
+        )
+    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"{folder}: cannot be read ({error}); make it anew with: proto-v3 run {folder.name}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A claim, and what all experiments together say of it."""
+
+    name: str
+    text: str
+    verdict: str
+    """`not tested` if no experiment said anything."""
+    findings: Sequence[tuple[str, Finding]]
+    """Beside each, the experiment's name."""
+
+
+def claims(told: Sequence[Told]) -> list[Claim]:
+    """Each claim with its verdict: what all experiments agree on, or `under conditions`."""
+    found: dict[str, list[tuple[str, Finding]]] = {name: [] for name in CLAIMS}
+    for each in told:
+        for finding in each.findings:
+            found[finding.claim].append((each.name, finding))
+    return [
+        Claim(name, text, _together([finding.verdict for _, finding in found[name]]), found[name])
+        for name, text in CLAIMS.items()
+    ]
+
+
+def _together(verdicts: Sequence[Verdict]) -> str:
+    return "not tested" if not verdicts else verdicts[0] if len(set(verdicts)) == 1 else "under conditions"
+
+
+# --- the page that a reader sees first --------------------------------------------------------------------------------
+
+
+def page(told: Sequence[Told]) -> str:
+    """Questions and answers in Markdown, with the figures, as seen from the results folder."""
+    lines = []
+    for claim in claims(told):
+        lines.append(f"- **{claim.name}, {claim.verdict}:** {claim.text}")
+        lines += [f"  - [{name}](#{name}), {finding.verdict}: {finding.why}" for name, finding in claim.findings]
+    for each in told:
+        lines += ["", f"### {each.name}", "", f"**{each.question}** {each.answer}", "", f"*Limit:* {each.limit}", ""]
+        lines += [f"![{each.question}]({each.name}/{figure.name})" for figure in each.figures[:1]]
+        others = ", ".join(f"[{figure.stem}]({each.name}/{figure.name})" for figure in each.figures[1:])
+        lines += ["", f"More: {others}"] if others else []
+    return "\n".join(lines) + "\n"
+
+
+def put_in(readme: str, told: Sequence[Told]) -> str:
+    """The page with its answers replaced. UserError if it has no place for them."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise UserError(f"README.md of the results: has no place for the answers: the lines {BEGIN} and {END}")
+    return f"{before}{begin}\n\n{page(told)}\n{end}{after}"

@@ -1,0 +1,1 @@
+"""How many runs are made, kept and written. Imports sim only."""

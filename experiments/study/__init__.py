@@ -1,0 +1,1 @@
+"""How a question is judged: experiments, claims, effects, statistics. Imports runs."""

@@ -1,0 +1,1 @@
+"""A run as tracks, samples and a Perfetto file. Imports sim only."""

@@ -1,0 +1,183 @@
+"""Tracks and counters as a Perfetto trace, which ui.perfetto.dev opens.
+
+Every lane is a track of its own to Perfetto, for on one of its tracks slices must nest; lanes have the name of their
+track, by which the UI draws them as one. What a span waited for is told by flows: arrows from the cause to it. The same
+run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as pb  # type: ignore[import-untyped]
+from perfetto.trace_builder.proto_builder import StreamingTraceProtoBuilder  # type: ignore[import-untyped]
+
+from experiments.trace.tracks import Counter, Group, Slice, Track, Unit
+
+SEQUENCE = 1
+"""All packets come from one writer."""
+SPAN_IID = 1
+"""Stands for the name of the annotation that tells a span's number."""
+
+
+class _Edge(NamedTuple):
+    """The start or the end of a slice. In the order of the fields a lane's slices come one after the other."""
+
+    at_ns: int
+    number: int
+    """Of the slice, in order of start and end: its start comes before its end, and its end before the next start."""
+    is_end: bool
+    track: int
+    drawn: Slice
+
+
+class _Value(NamedTuple):
+    """A counter's, from then on."""
+
+    at_ns: int
+    track: int
+    value: int
+
+
+def write_trace(
+    path: Path, title: str, description: str, drawn: Sequence[Track | Counter], causes: Mapping[int, int]
+) -> None:
+    """Write a run's trace. `causes` tells for a span what it waited for; both by number."""
+    slices = [each for track in drawn if isinstance(track, Track) for lane in track.lanes for each in lane]
+    with path.open("wb") as file:
+        writer = _Writer(StreamingTraceProtoBuilder(file), slices, Flows(slices, causes))
+        uuids: dict[Group, int] = {(): writer.track(title, None, 0, description=description)}
+        lanes: list[tuple[int, list[Slice]]] = []
+        values: list[_Value] = []
+        for rank, each in enumerate(drawn):
+            for depth in range(1, len(each.group) + 1):
+                group = each.group[:depth]
+                if group not in uuids:
+                    uuids[group] = writer.track(group[-1], uuids[group[:-1]], rank)
+            inside = uuids[each.group]
+            if isinstance(each, Counter):
+                values += _values(each, writer.track(each.name, inside, rank, unit=each.unit))
+            else:
+                lanes += [(writer.track(each.name, inside, rank), lane) for lane in each.lanes]
+        moments: list[_Edge | _Value] = [*values, *_edges(lanes)]
+        for told in sorted(moments, key=lambda moment: moment.at_ns):  # it keeps the edges' order
+            if isinstance(told, _Edge):
+                writer.edge(told)
+            else:
+                writer.value(told)
+
+
+def _edges(lanes: Sequence[tuple[int, list[Slice]]]) -> list[_Edge]:
+    """Starts and ends of all slices, in order of time."""
+    slices = [(drawn, uuid) for uuid, lane in lanes for drawn in lane]
+    slices.sort(key=lambda each: (each[0].start_ns, each[0].end_ns, -1 if each[0].span is None else each[0].span))
+    edges = []
+    for number, (drawn, uuid) in enumerate(slices):
+        edges.append(_Edge(drawn.start_ns, number, False, uuid, drawn))
+        edges.append(_Edge(drawn.end_ns, number, True, uuid, drawn))
+    edges.sort(key=lambda edge: edge[:3])
+    return edges
+
+
+def _values(counter: Counter, track: int) -> Iterator[_Value]:
+    """Where they change, and the last one."""
+    before = None
+    last = len(counter.at_ns) - 1
+    for at, (at_ns, value) in enumerate(zip(counter.at_ns.tolist(), counter.values.tolist(), strict=True)):
+        if value != before or at == last:
+            yield _Value(at_ns, track, value)
+        before = value
+
+
+class Flows:
+    """Arrows from a cause to its effect, each named by the number of the effect."""
+
+    def __init__(self, slices: Sequence[Slice], causes: Mapping[int, int]) -> None:
+        self._effects: dict[int, list[int]] = {}
+        self._caused: set[int] = set()
+        drawn = {each.span: (each.start_ns, each.end_ns, each.span) for each in slices if each.whole}
+        for effect, cause in causes.items():
+            if drawn[cause] < drawn[effect]:  # an arrow leads forward in time only
+                self._effects.setdefault(cause, []).append(effect)
+                self._caused.add(effect)
+
+    def out(self, span: int) -> list[int]:
+        """The arrows that start at a span."""
+        return [1 + effect for effect in self._effects.get(span, ())]
+
+    def into(self, span: int) -> list[int]:
+        """The arrow that ends there, if any."""
+        return [1 + span] if span in self._caused else []
+
+
+class _Writer:
+    def __init__(self, builder: Any, slices: Sequence[Slice], flows: Flows) -> None:
+        self._builder = builder
+        self._flows = flows
+        self._last_uuid = 0
+        self._names = {name: 1 + at for at, name in enumerate(dict.fromkeys(each.name for each in slices))}
+        self._categories = {name: 1 + at for at, name in enumerate(dict.fromkeys(each.category for each in slices))}
+        packet = self._packet()
+        packet.sequence_flags = pb.TracePacket.SEQ_INCREMENTAL_STATE_CLEARED
+        for name, number in self._names.items():
+            packet.interned_data.event_names.add(iid=number, name=name)
+        for name, number in self._categories.items():
+            packet.interned_data.event_categories.add(iid=number, name=name)
+        packet.interned_data.debug_annotation_names.add(iid=SPAN_IID, name="span")
+        builder.write_packet(packet)
+
+    def _packet(self, at_ns: int | None = None) -> Any:
+        packet = self._builder.create_packet()
+        packet.trusted_packet_sequence_id = SEQUENCE
+        if at_ns is not None:
+            packet.timestamp = at_ns
+            packet.sequence_flags = pb.TracePacket.SEQ_NEEDS_INCREMENTAL_STATE
+        return packet
+
+    def track(
+        self, name: str, parent: int | None, rank: int, *, description: str = "", unit: Unit | None = None
+    ) -> int:
+        """Describe a track; returns its uuid."""
+        self._last_uuid += 1
+        packet = self._packet()
+        track = packet.track_descriptor
+        track.uuid = self._last_uuid
+        track.name = name
+        if parent is not None:
+            track.parent_uuid = parent
+        track.sibling_order_rank = rank
+        track.child_ordering = pb.TrackDescriptor.EXPLICIT
+        if description:
+            track.description = description
+        if unit is Unit.BYTES:
+            track.counter.unit = pb.CounterDescriptor.UNIT_SIZE_BYTES
+        elif unit is not None:
+            track.counter.unit_name = unit.value
+        self._builder.write_packet(packet)
+        return self._last_uuid
+
+    def edge(self, edge: _Edge) -> None:
+        """The start or the end of a slice."""
+        packet = self._packet(edge.at_ns)
+        told, drawn = packet.track_event, edge.drawn
+        told.track_uuid = edge.track
+        told.type = pb.TrackEvent.TYPE_SLICE_END if edge.is_end else pb.TrackEvent.TYPE_SLICE_BEGIN
+        if not edge.is_end:
+            told.name_iid = self._names[drawn.name]
+            told.category_iids.append(self._categories[drawn.category])
+            if drawn.span is not None:
+                told.debug_annotations.add(name_iid=SPAN_IID, int_value=drawn.span)
+            if drawn.span is not None and drawn.whole:
+                told.flow_ids.extend(self._flows.out(drawn.span))
+                told.terminating_flow_ids.extend(self._flows.into(drawn.span))
+        self._builder.write_packet(packet)
+
+    def value(self, value: _Value) -> None:
+        """A counter's value."""
+        packet = self._packet(value.at_ns)
+        packet.track_event.type = pb.TrackEvent.TYPE_COUNTER
+        packet.track_event.track_uuid = value.track
+        packet.track_event.counter_value = value.value
+        self._builder.write_packet(packet)

@@ -1,0 +1,163 @@
+"""The migration state machine: one table of arcs, and the path from a state to a target.
+
+The kernel's table gives the *next hop* from a state toward a target, for a device that has every feature. Two rules
+make the path:
+
+1. Take the next hop; if the device lacks the feature that the hop's state needs, take the table again from that hop
+   (so the state is passed over, never entered).
+2. Repeat until the target is reached. A hop of ERROR means that there is no way: EINVAL.
+
+Source: Linux `drivers/vfio/vfio_main.c`, vfio_mig_get_next_state().
+"""
+
+from __future__ import annotations
+
+import errno
+
+from proto_v3.errors import ProtoV3Error
+from proto_v3.vfio.uapi import MigrationFlags, State
+
+ERROR, STOP, RUNNING, STOP_COPY = State.ERROR, State.STOP, State.RUNNING, State.STOP_COPY
+RESUMING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = State.RESUMING, State.RUNNING_P2P, State.PRE_COPY, State.PRE_COPY_P2P
+STATES = frozenset(State)
+
+# NEXT_HOP[current][target]
+NEXT_HOP: dict[State, dict[State, State]] = {
+    STOP: {
+        STOP: STOP,
+        RUNNING: RUNNING_P2P,
+        STOP_COPY: STOP_COPY,
+        RESUMING: RESUMING,
+        RUNNING_P2P: RUNNING_P2P,
+        PRE_COPY: RUNNING_P2P,
+        PRE_COPY_P2P: RUNNING_P2P,
+    },
+    RUNNING: {
+        STOP: RUNNING_P2P,
+        RUNNING: RUNNING,
+        STOP_COPY: RUNNING_P2P,
+        RESUMING: RUNNING_P2P,
+        RUNNING_P2P: RUNNING_P2P,
+        PRE_COPY: PRE_COPY,
+        PRE_COPY_P2P: RUNNING_P2P,
+    },
+    PRE_COPY: {
+        STOP: RUNNING,
+        RUNNING: RUNNING,
+        STOP_COPY: PRE_COPY_P2P,
+        RESUMING: RUNNING,
+        RUNNING_P2P: RUNNING,
+        PRE_COPY: PRE_COPY,
+        PRE_COPY_P2P: PRE_COPY_P2P,
+    },
+    PRE_COPY_P2P: {
+        STOP: RUNNING_P2P,
+        RUNNING: RUNNING_P2P,
+        STOP_COPY: STOP_COPY,
+        RESUMING: RUNNING_P2P,
+        RUNNING_P2P: RUNNING_P2P,
+        PRE_COPY: PRE_COPY,
+        PRE_COPY_P2P: PRE_COPY_P2P,
+    },
+    STOP_COPY: {
+        STOP: STOP,
+        RUNNING: STOP,
+        STOP_COPY: STOP_COPY,
+        RESUMING: STOP,
+        RUNNING_P2P: STOP,
+        # One session must not go back to pre-copy; before the fix of June 2026 the kernel looped for ever here.
+        PRE_COPY: ERROR,
+        PRE_COPY_P2P: ERROR,
+    },
+    RESUMING: {
+        STOP: STOP,
+        RUNNING: STOP,
+        STOP_COPY: STOP,
+        RESUMING: RESUMING,
+        RUNNING_P2P: STOP,
+        PRE_COPY: STOP,
+        PRE_COPY_P2P: STOP,
+    },
+    RUNNING_P2P: {
+        STOP: STOP,
+        RUNNING: RUNNING,
+        STOP_COPY: STOP,
+        RESUMING: STOP,
+        RUNNING_P2P: RUNNING_P2P,
+        PRE_COPY: RUNNING,
+        PRE_COPY_P2P: PRE_COPY_P2P,
+    },
+}
+
+# What a device must have beside STOP_COPY for a state to exist.
+REQUIRED: dict[State, MigrationFlags] = {
+    RUNNING_P2P: MigrationFlags.P2P,
+    PRE_COPY: MigrationFlags.PRE_COPY,
+    PRE_COPY_P2P: MigrationFlags.PRE_COPY | MigrationFlags.P2P,
+}
+
+# The arcs that begin a session, each answered with a new data fd: to save, or (into RESUMING) to load. Source: vfio.h,
+# the text above enum vfio_device_mig_state.
+BEGINS_SESSION = frozenset({(RUNNING, PRE_COPY), (RUNNING_P2P, PRE_COPY_P2P), (STOP, STOP_COPY), (STOP, RESUMING)})
+
+
+class InvalidTransitionError(ProtoV3Error, OSError):
+    """The state machine has no way to the target. `errno` is EINVAL, as SET_STATE would answer."""
+
+    def __init__(self, current: int, target: int, why: str) -> None:
+        super().__init__(errno.EINVAL, f"{_name(current)} -> {_name(target)}: {why}")
+
+
+def _name(state: int) -> str:
+    return State(state).name if state in STATES else str(state)
+
+
+def supports(features: MigrationFlags, state: State) -> bool:
+    """Whether a device with these features has the state. One without STOP_COPY does not migrate, and has none."""
+    needed = MigrationFlags.STOP_COPY | REQUIRED.get(state, MigrationFlags(0))
+    return features & needed == needed
+
+
+def path(current: int, target: int, features: MigrationFlags) -> list[State]:
+    """The states that SET_STATE passes through, the target last; empty when already there.
+
+    States may be given as the kernel's numbers. Raises InvalidTransitionError (EINVAL) for a number that is no state,
+    for ERROR as start or target, for a state that the device does not have, and where the table refuses.
+    """
+    for state in (current, target):
+        if state not in STATES:
+            raise InvalidTransitionError(current, target, f"there is no state {state}")
+        if state == ERROR:
+            raise InvalidTransitionError(current, target, "ERROR cannot be asked for, and only a reset leaves it")
+        if not supports(features, State(state)):
+            raise InvalidTransitionError(current, target, f"this device has no {State(state).name}")
+    steps: list[State] = []
+    hop, end = State(current), State(target)
+    while hop is not end:
+        hop = NEXT_HOP[hop][end]
+        if hop is ERROR:
+            raise InvalidTransitionError(current, target, "refused by the state machine")
+        if supports(features, hop):
+            steps.append(hop)
+    return steps
+
+
+FEATURE_SETS = [
+    MigrationFlags.STOP_COPY | p2p | pre_copy
+    for p2p in (MigrationFlags(0), MigrationFlags.P2P)
+    for pre_copy in (MigrationFlags(0), MigrationFlags.PRE_COPY)
+]
+"""What v2 devices there are."""
+
+
+def arcs(features: MigrationFlags) -> list[tuple[State, State]]:
+    """The steps that a device with these features takes at once: what its driver implements."""
+    states = [state for state in NEXT_HOP if supports(features, state)]
+    return [(a, b) for a in states for b in states if _is_arc(a, b, features)]
+
+
+def _is_arc(current: State, target: State, features: MigrationFlags) -> bool:
+    try:
+        return len(path(current, target, features)) == 1
+    except InvalidTransitionError:
+        return False

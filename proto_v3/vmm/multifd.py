@@ -1,0 +1,287 @@
+"""Multifd: RAM and the devices' stop-copy data over a pool of channels (QEMU migration/multifd.c,
+hw/vfio/migration-multifd.c, since QEMU 10.0).
+
+Source: each channel has a thread that sends one packet at a time; whoever has a packet hands it to the next channel
+that is free. A device's save thread reads its one fd to the end, 1 MiB at a time, and numbers the packets. Target: each
+channel has a thread that receives; a device's load thread puts the packets back in order and write()s them, then loads
+the device's config, one device at a time. So the parallelism is that of devices: their fds, not the channels.
+
+Packets that are early wait in memory, without a bound (QEMU's default); the most that waited is counted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from proto_v3.errors import PeerProtocolError
+from proto_v3.notify import Bell
+from proto_v3.timeline import Join, Mark
+from proto_v3.vfio.device import DataFd
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind, Payload
+
+if TYPE_CHECKING:
+    from proto_v3.vmm.migration import Source, Target
+
+Work = tuple[Coroutine[Any, Any, None], str]
+"""What a thread does, and the track it is drawn on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Multifd:
+    """A VMM's multifd settings, the same at both sides."""
+
+    channels: int
+    device_state: bool
+    """Stop-copy data of devices takes the channels too; else the main channel, as before QEMU 10.0."""
+    dedicated: int
+    """So many of the channels carry device state only; 0: all carry both. (Tried in the RFC of April 2024,
+    cover.1713269378.git.maciej.szmigiero@oracle.com, and objected to.)"""
+    coupled: bool
+    """A channel's thread waits until what it received is loaded. (Tried for comparison,
+    6240036b-f8b8-4592-8f80-21ee6d3eaa1e@maciej.szmigiero.name.)"""
+    load_threads: int
+    """At most so many devices load at once; 0: all."""
+    max_queued_bytes: int | None = None
+    """Of a device, at the target: more fails the migration; None: any amount may wait. (QEMU's
+    x-migration-max-queued-buffers-size, which has no limit by default.)"""
+
+
+class _Sender:
+    """One channel's thread at the source."""
+
+    def __init__(self, channel: Channel, pool: Pool) -> None:
+        self._channel = channel
+        self._pool = pool
+        self._packet: Frame | None = None
+        self._bell = Bell()
+        self.sync_due = False
+        """It is to say that no RAM follows, once the packet that it has is sent."""
+
+    def give(self, packet: Frame) -> None:
+        self._packet = packet
+        self._bell.ring()
+
+    def ask_sync(self) -> None:
+        self.sync_due = True
+        self._bell.ring()
+
+    async def work(self) -> None:
+        while True:
+            while self._packet is None and not self.sync_due:
+                await self._bell.wait()
+            if self._packet is not None:
+                await self._channel.send(self._packet)
+                self._packet = None
+                self._pool.free(self)
+            elif self.sync_due:
+                await self._channel.tell(Kind.SYNC)
+                self.sync_due = False
+                self._pool.synced()
+
+
+class Pool:
+    """Channels that take whatever comes next, in the order in which they became free."""
+
+    def __init__(self, channels: Sequence[Channel]) -> None:
+        self.senders = [_Sender(channel, self) for channel in channels]
+        self._free = deque(self.senders)
+        self._bell = Bell()
+
+    def free(self, sender: _Sender) -> None:
+        """A sender is through with its packet."""
+        self._free.append(sender)
+        self._bell.ring()
+
+    async def send(self, packet: Frame) -> None:
+        """Hand a packet to a channel's thread; waits while all are busy."""
+        while not self._free:
+            await self._bell.wait()
+        self._free.popleft().give(packet)
+
+    async def sync(self) -> None:
+        """Each channel says that no RAM follows, behind what it has; other packets may (multifd_send_sync_main)."""
+        for sender in self.senders:
+            sender.ask_sync()
+        while any(sender.sync_due for sender in self.senders):
+            await self._bell.wait()
+
+    def synced(self) -> None:
+        """A sender has said it."""
+        self._bell.ring()
+
+
+class Senders:
+    """The source's half."""
+
+    def __init__(self, settings: Multifd, channels: Sequence[Channel]) -> None:
+        self._ram = Pool(channels[settings.dedicated :])
+        self._devices = Pool(channels[: settings.dedicated]) if settings.dedicated else self._ram
+
+    def work(self) -> list[Work]:
+        """A thread a channel; they run until they are cancelled."""
+        pools = [self._ram] if self._devices is self._ram else [self._devices, self._ram]
+        senders = [sender for pool in pools for sender in pool.senders]
+        return [(sender.work(), f"source multifd {at}") for at, sender in enumerate(senders)]
+
+    async def send_pages(self, pages: Payload) -> None:
+        """Send pages of RAM."""
+        await self._ram.send(Frame(Kind.RAM, payload=pages))
+
+    async def sync(self) -> None:
+        """Tell every channel that carries RAM that none follows."""
+        await self._ram.sync()
+
+    async def save_device(self, source: Source, index: int, read_bytes: int) -> None:
+        """A device's save thread: its data to the end, then its config."""
+        start = source.now_ns
+        fd = await source.ready_to_drain(index)
+        number = 0
+        while len(data := await fd.read(read_bytes)):
+            await self._devices.send(Frame(Kind.PACKET, index, value=number, payload=data))
+            number += 1
+        await self._devices.send(Frame(Kind.CONFIG, index, value=number))
+        source.side.timeline.stage("device_save", start, index)
+
+
+class _Loader:
+    """One device's load thread at the target."""
+
+    def __init__(self, index: int, target: Target, max_queued_bytes: int | None) -> None:
+        self.index = index
+        self._max_queued_bytes = max_queued_bytes
+        self.waiting: dict[int, Frame] = {}
+        """Packets that came, by their place; early ones, and those that are not written yet."""
+        self.done = False
+        self._target = target
+        self._next = 0
+        self._writes = False
+        self._bell = Bell()
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Of packets that came and are not written yet."""
+        return sum(len(packet.payload) for packet in self.waiting.values())
+
+    def put(self, packet: Frame) -> None:
+        """A packet came. PeerProtocolError if one with this number came before, or if too much waits."""
+        if packet.value < self._next or packet.value in self.waiting:
+            raise PeerProtocolError(f"device {self.index}: packet {packet.value} came twice")
+        waits = self.waiting_bytes + len(packet.payload)
+        if self._max_queued_bytes is not None and waits > self._max_queued_bytes:
+            raise PeerProtocolError(
+                f"device {self.index}: {waits} bytes of it wait to be written, and vmm.multifd_max_queued_mib allows "
+                f"{self._max_queued_bytes}: data comes faster than it is loaded"
+            )
+        self.waiting[packet.value] = packet
+        self._bell.ring()
+
+    async def starved(self) -> None:
+        """Wait until it can do nothing more with what came."""
+        while not self.done and (self._writes or self._next in self.waiting):
+            await self._bell.wait()
+
+    async def load(self, fd: DataFd) -> None:
+        """Write the packets in order, then load the config."""
+        timeline = self._target.side.timeline
+        began, writing = -1, 0
+        while True:
+            while self._next not in self.waiting:
+                await self._bell.wait()
+            packet = self.waiting.pop(self._next)
+            self._next += 1
+            if packet.kind is Kind.CONFIG:
+                break
+            start = timeline.now_ns()
+            began = start if began < 0 else began
+            self._writes = True
+            # One write() a packet; the channel's thread does not cut it in pieces (vfio_load_state_buffer_write).
+            await fd.write(packet.payload, max(1, len(packet.payload)))
+            self._writes = False
+            writing += timeline.now_ns() - start
+            self._bell.ring()
+            del packet
+        now = timeline.now_ns()
+        began = now if began < 0 else began
+        timeline.stage("load_total", began, self.index)
+        timeline.stage("load_writing", now - writing, self.index)
+        timeline.stage("load_waiting", began + writing, self.index)
+        timeline.mark(Mark.LOADED)
+        await self._target.load_config(self.index)
+        self.done = True
+        self._bell.ring()
+
+
+class Receivers:
+    """The target's half."""
+
+    def __init__(self, settings: Multifd, channels: Sequence[Channel], target: Target) -> None:
+        self._settings = settings
+        self._channels = channels
+        self._target = target
+        devices = range(len(target.side.devices))
+        self._loaders = [_Loader(index, target, settings.max_queued_bytes) for index in devices]
+        self._fds: Sequence[DataFd] = []
+        self._synced = 0
+        self._bell = Bell()
+
+    def work(self) -> list[Work]:
+        """A thread a channel and the devices' load threads; to be cancelled when all is loaded."""
+        receiving = [(self._receive(channel), f"target multifd {at}") for at, channel in enumerate(self._channels)]
+        return [*receiving, (self._load_devices(), "target loads")]
+
+    def start_loading(self, fds: Sequence[DataFd]) -> None:
+        """The switchover began: the devices' load threads start (vfio_multifd_switchover_start)."""
+        self._fds = fds
+        self._bell.ring()
+
+    async def synced(self) -> None:
+        """Until every channel that carries RAM said that none follows."""
+        while self._synced < len(self._channels) - self._settings.dedicated:
+            await self._bell.wait()
+
+    async def loaded(self) -> None:
+        """Until every device that takes this way is loaded, config and all."""
+        while self._settings.device_state and not all(loader.done for loader in self._loaders):
+            await self._bell.wait()
+
+    async def _receive(self, channel: Channel) -> None:
+        target = self._target
+        while True:
+            frame = await channel.recv()
+            match frame.kind:
+                case Kind.RAM:
+                    await target.side.machine.ram.load(frame.payload)
+                case Kind.SYNC:
+                    self._synced += 1
+                    self._bell.ring()
+                case Kind.PACKET | Kind.CONFIG if self._settings.device_state:
+                    loader = self._loaders[target.device(frame)]
+                    target.side.timeline.mark(Mark.TRANSFERRED)
+                    loader.put(frame)
+                    target.note_reorder_bytes(sum(each.waiting_bytes for each in self._loaders))
+                    if self._settings.coupled:
+                        await loader.starved()
+                case _:
+                    raise PeerProtocolError(f"{frame.kind.name} does not belong on a multifd channel")
+            del frame  # its payload's memory is free once it is loaded
+
+    async def _load_devices(self) -> None:
+        while not self._fds:
+            await self._bell.wait()
+        if not self._settings.device_state:
+            return
+        left = deque(self._loaders)
+        threads = self._settings.load_threads or len(left)
+        async with Join() as loads:
+            for at in range(min(threads, len(left))):
+                loads.start(self._load_thread(left), f"target load thread {at}")
+
+    async def _load_thread(self, left: deque[_Loader]) -> None:
+        while left:
+            loader = left.popleft()
+            await loader.load(self._fds[loader.index])
+            self._bell.ring()

@@ -1,0 +1,207 @@
+"""Before anything is touched: the two VMMs say what they know, and agree on N, or on v2, or not at all.
+
+The source asks with a HELLO, the target answers with one. A target that knows v2 only says so, and the source falls
+back. A target that cannot do what was asked for is refused by the source, before it touches its guest. A side that
+fails says so, as later: CANCEL, or FAILED.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from reprlib import repr as short
+from typing import Any
+
+import msgpack
+
+from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error
+from proto_v3.vfio.device import MigrationDevice
+from proto_v3.vfio.uapi import MigrationFlags, StreamFlags
+from proto_v3.vmm.migration import Side, Source, Target, UnsupportedError
+from proto_v3.vmm.v2 import V2Options, V2Source, V2Target
+from proto_v3.vmm.v3 import V3Options
+from proto_v3.vmm.v3_source import V3Source
+from proto_v3.vmm.v3_target import V3Target
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind
+from proto_v3.wire.streams import Wire
+
+VERSION = 3
+MAX_HELLO_BYTES = 1024
+MAX_LANES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a VMM says of itself: the source what it wants, the target the most that it has."""
+
+    version: int
+    """2 or 3; the target answers with what it knows of what was asked for."""
+    dirty_streams: int = 0
+    """Of each device; at the target, of the one that has the fewest."""
+    lanes: int = 0
+    """Dirty lanes of each device on the wire."""
+    blocks: bool = False
+    wire: str = ""
+    connections: int = 0
+    critical_credit_bytes: int = 0
+    """The target's to say: its memory is at stake."""
+    dirty_credit_bytes: int = 0
+
+    def frame(self) -> Frame:
+        """As it goes over the wire."""
+        return Frame(Kind.HELLO, payload=memoryview(msgpack.packb(asdict(self))))
+
+    @classmethod
+    def of(cls, frame: Frame) -> Hello:
+        """PeerProtocolError if it is none, PeerFailedError if the peer says that it failed."""
+        told = _unpacked(frame)
+        due = {name: type(value) for name, value in asdict(cls(3)).items()}
+        if set(told) != set(due):
+            raise PeerProtocolError(f"HELLO has the keys {sorted(map(str, told))}; {sorted(due)} were due")
+        for name, kind in due.items():
+            value = told[name]
+            if type(value) is not kind or (isinstance(value, int) and value < 0):
+                raise PeerProtocolError(f"HELLO: {name} = {short(value)} must be {kind.__name__}, not negative")
+        return cls(**told)
+
+
+def _unpacked(frame: Frame) -> dict[str, Any]:
+    if frame.kind is Kind.FAILED:
+        raise PeerFailedError("the target failed")
+    if frame.kind is not Kind.HELLO:
+        raise PeerProtocolError(f"{frame.kind.name} came where HELLO was due")
+    payload = frame.payload
+    if not isinstance(payload, (bytes, bytearray, memoryview)) or len(payload) > MAX_HELLO_BYTES:
+        raise PeerProtocolError(f"HELLO of {len(payload)} bytes; at most {MAX_HELLO_BYTES} are allowed")
+    try:
+        told = msgpack.unpackb(payload)
+    except Exception as error:  # msgpack raises several unrelated types on bad input
+        raise PeerProtocolError(f"HELLO is not msgpack: {error}") from error
+    if not isinstance(told, dict):
+        raise PeerProtocolError(f"HELLO is not a map: {short(told)}")
+    return told
+
+
+async def _able(devices: Sequence[MigrationDevice], blocks: bool) -> int:
+    """How many dirty streams all of the devices have; 0 if one of them knows v2 only, or has no blocks to give."""
+    most = []
+    for device in devices:
+        if MigrationFlags.MULTI_STREAM not in await device.migration_flags():
+            return 0
+        able = await device.streams()
+        if blocks and StreamFlags.BLOCKS not in able.flags:
+            return 0
+        most.append(able.dirty_streams)
+    return min(most)
+
+
+async def negotiated_source(
+    side: Side, channels: Sequence[Channel], v3: V3Options, v2: V2Options
+) -> tuple[Source, str]:
+    """The source that both sides can do, and what there is to say of it: nothing, or why it is v2's.
+
+    Raises UnsupportedError if they cannot agree; OSError, PeerProtocolError or PeerFailedError if the target cannot be
+    asked. The target was told then, and no device was touched.
+    """
+    try:
+        return await _agreed(side, channels, v3, v2)
+    except (OSError, ProtoV3Error):
+        with contextlib.suppress(OSError):
+            await channels[0].tell(Kind.CANCEL)
+        raise
+
+
+async def _agreed(side: Side, channels: Sequence[Channel], v3: V3Options, v2: V2Options) -> tuple[Source, str]:
+    main = channels[0]
+    for device in side.devices:
+        if not (has := await _able([device], v3.blocks)) or has < v3.dirty_streams:
+            what = "no addressable blocks" if v3.blocks and not has else f"{has} dirty streams"
+            raise UnsupportedError(f"{device.name} has {what}; {v3.asked} were asked for")
+    await main.send(_wanted(v3).frame())
+    answer = Hello.of(await main.recv())
+    if answer.version == 2:
+        return V2Source(side, channels, v2), "the target knows v2 only: fell back to it"
+    agreed = (answer.version, answer.lanes, answer.wire, answer.connections)
+    if agreed != (VERSION, v3.lanes, str(v3.wire), v3.pool_connections):
+        raise PeerProtocolError(f"HELLO answers (version, lanes, wire, connections) = {agreed}, not what was asked for")
+    if answer.dirty_streams < v3.dirty_streams or answer.blocks != v3.blocks:
+        has_there = f"{answer.dirty_streams} dirty streams" if answer.blocks == v3.blocks else "no addressable blocks"
+        raise UnsupportedError(f"the target has {has_there}; {v3.asked} were asked for")
+    credits = (answer.critical_credit_bytes, answer.dirty_credit_bytes)
+    if not all(credits):
+        raise PeerProtocolError("HELLO gives no credit")
+    return V3Source(side, channels, v3.with_credits(*credits)), ""
+
+
+def _wanted(v3: V3Options) -> Hello:
+    return Hello(VERSION, v3.dirty_streams, v3.lanes, v3.blocks, str(v3.wire), v3.pool_connections)
+
+
+async def negotiated_target(
+    side: Side, channels: Sequence[Channel], v3: V3Options | None, v2: V2Options
+) -> Target | None:
+    """The target that the source asks for; without `v3` it knows v2 only. None if the source gave up.
+
+    Of `v3`, what is the target's own counts: the credits. OSError and PeerProtocolError if the source cannot be heard,
+    or be answered; it was told then.
+    """
+    try:
+        return await _as_asked(side, channels, v3, v2)
+    except (OSError, ProtoV3Error):
+        with contextlib.suppress(OSError):
+            await channels[0].tell(Kind.FAILED)
+        raise
+
+
+async def _as_asked(side: Side, channels: Sequence[Channel], v3: V3Options | None, v2: V2Options) -> Target | None:
+    main = channels[0]
+    frame = await main.recv()
+    if frame.kind is Kind.CANCEL:
+        return None
+    if frame.kind is Kind.SETUP:  # a source that knows v2 only says no HELLO; its SETUP tells nothing more
+        return V2Target(side, channels, v2)
+    wanted = Hello.of(frame)
+    if v3 is None:
+        await main.send(Hello(2).frame())
+        return V2Target(side, channels, v2)
+    options = _as_wanted(v3, wanted, len(side.devices), len(channels))
+    able = await _able(side.devices, wanted.blocks)
+    credits = v3.credits
+    answer = replace(
+        wanted,
+        version=VERSION,
+        dirty_streams=able,
+        blocks=wanted.blocks and able > 0,
+        critical_credit_bytes=credits.critical_bytes,
+        dirty_credit_bytes=credits.dirty_bytes,
+    )
+    await main.send(answer.frame())
+    if not 1 <= wanted.dirty_streams <= able:
+        await main.expect(Kind.CANCEL)
+        return None
+    return V3Target(side, channels, options)
+
+
+def _as_wanted(v3: V3Options, wanted: Hello, devices: int, connections: int) -> V3Options:
+    """PeerProtocolError for what makes no sense."""
+    if wanted.version < VERSION or wanted.wire not in list(Wire):
+        raise PeerProtocolError(f"HELLO asks for version {wanted.version}, wire {wanted.wire!r}")
+    if not 1 <= wanted.lanes <= MAX_LANES:
+        raise PeerProtocolError(f"HELLO asks for {wanted.lanes} dirty lanes a device; 1 to {MAX_LANES} are allowed")
+    if wanted.dirty_streams != (1 if wanted.blocks else wanted.lanes):
+        of = "blocks" if wanted.blocks else "streams"
+        raise PeerProtocolError(f"HELLO asks for {wanted.dirty_streams} {of} on {wanted.lanes} dirty lanes")
+    if wanted.wire == Wire.POOL and not wanted.connections:
+        raise PeerProtocolError("HELLO asks for a pool of no connections")
+    options = replace(
+        v3,
+        lanes=wanted.lanes,
+        blocks=wanted.blocks,
+        wire=Wire(wanted.wire),
+        pool_connections=wanted.connections,
+    )
+    if options.connections(devices) > connections:
+        raise PeerProtocolError(f"HELLO needs {options.connections(devices)} connections; there are {connections}")
+    return options

@@ -1,0 +1,158 @@
+"""v3's target: a task a lane writes what comes; the driver holds dirty records back until their epoch is loaded.
+
+When a device's streams are all at their ends its config is loaded. The devices leave RESUMING, which checks them; then
+LOADED, COMMIT from the source, and the guest runs: at most one side ever runs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from proto_v3.errors import PeerProtocolError
+from proto_v3.notify import Bell
+from proto_v3.timeline import Join, Mark
+from proto_v3.vfio.device import DataFd
+from proto_v3.vfio.uapi import State
+from proto_v3.vmm.migration import Side, Target
+from proto_v3.vmm.v3 import V3Options, opt_out
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind
+from proto_v3.wire.streams import InLane, InLanes, OwnInLanes, SharedInLanes, Wire
+
+
+class V3Target(Target):
+    """The receiving VMM."""
+
+    def __init__(self, side: Side, channels: Sequence[Channel], options: V3Options) -> None:
+        super().__init__(side, channels)
+        self._options = options
+        self._control = channels[0]
+        lanes = 1 + options.lanes
+        self._lanes: InLanes
+        if options.wire is Wire.STREAMS:
+            self._lanes = OwnInLanes(channels, lanes, self._hold)
+        else:
+            shared = channels[:1] if options.wire is Wire.ONE else channels[1:]
+            devices = len(side.devices)
+            self._lanes = SharedInLanes(channels[0], shared, devices, lanes, options.credits, self._hold)
+        self._held_bytes = 0
+        self._loading: list[asyncio.Task[None]] = []
+        self._ram_sent = self._loaded = self._committed = self._cancelled = False
+        self._bell = Bell()
+
+    async def receive(self) -> bool:
+        """See proto_v3.vmm.migration.Target."""
+        async with Join() as beside:
+            beside.start(self._listen(), "target RAM")
+            carrying = [beside.start(work, track) for work, track in self._lanes.work()]
+            async with Join() as parts:
+                for index in range(len(self.side.devices)):
+                    self._loading.append(parts.start(self._load_device(index), f"target device {index}"))
+                self._loading.append(parts.start(self._load_others(), "target other devices"))
+            for task in carrying:  # all has come: if their connections are lost now, nothing is
+                task.cancel()
+            if not self._cancelled:
+                # The drivers check here that all is there: while the source may still run its guest.
+                for device in self.side.devices:
+                    await device.set_state(State.STOP)
+                self._loaded = True
+                await self._control.tell(Kind.LOADED)
+            while not (self._committed or self._cancelled):
+                await self._bell.wait()
+        if self._cancelled:
+            return await self.cancelled()
+        await self.resume_guest()
+        await opt_out(self.side.devices)  # before it is said: that may fail, and the guest runs all the same
+        await self._control.tell(Kind.RESUMED)
+        return True
+
+    async def cancelled(self) -> bool:
+        """See proto_v3.vmm.migration.Target; the devices are v2's again."""
+        await super().cancelled()
+        await opt_out(self.side.devices)
+        return False
+
+    async def _load_others(self) -> None:
+        """All other devices of the guest, once RAM is here."""
+        while not self._ram_sent:
+            await self._bell.wait()
+        await self.side.machine.load_other_devices()
+
+    async def _listen(self) -> None:
+        """What comes on the first connection, until the source commits or cancels. It never waits for a driver."""
+        began = 0
+        while True:
+            frame = await self._control.recv()
+            match frame.kind:
+                case _ if self._lanes.arrived(frame):
+                    pass
+                case Kind.SETUP:
+                    if frame.value != len(self.side.devices):
+                        raise PeerProtocolError(
+                            f"the source has {frame.value} devices, here are {len(self.side.devices)}"
+                        )
+                case Kind.RAM:
+                    await self.side.machine.ram.load(frame.payload)
+                case Kind.RAM_BEGIN:
+                    began = self.side.timeline.now_ns()
+                case Kind.RAM_END:
+                    self.side.timeline.stage("ram_load", began)
+                    self.side.timeline.mark(Mark.TRANSFERRED)
+                    self._ram_sent = True
+                    self._bell.ring()
+                case Kind.COMMIT if self._loaded:
+                    self._committed = True
+                    self._bell.ring()
+                    return
+                case Kind.CANCEL:
+                    self._cancelled = True
+                    for task in self._loading:
+                        task.cancel()
+                    self._bell.ring()
+                    return
+                case _:
+                    raise PeerProtocolError(f"{frame.kind.name} came on the first connection, where it is not due")
+
+    async def _load_device(self, index: int) -> None:
+        """A device's streams to their ends, then its config."""
+        device = self.side.devices[index]
+        await device.set_streams(self._options.dirty_streams, self._options.flags)
+        critical = await self.resuming(device)
+        fds = [await critical.get_stream(at) for at in range(self._options.dirty_streams)]
+        if self._options.blocks:
+            fds *= self._options.lanes
+        last: list[Frame] = []
+        async with Join() as lanes:
+            for at, fd in enumerate([critical, *fds]):
+                work = self._load_lane(self._lanes.lane(index, at), index, at, fd, last)
+                lanes.start(work, f"target {device.name} stream {at}")
+        if self._options.blocks:
+            for frame in last:
+                await self.write(fds[0], frame.payload, len(frame.payload))
+            await fds[0].close()
+        self.side.timeline.mark(Mark.LOADED)
+        await self.load_config(index)
+
+    async def _load_lane(self, lane: InLane, index: int, at: int, fd: DataFd, last: list[Frame]) -> None:
+        while True:
+            frame = await lane.recv()
+            match frame.kind:
+                case Kind.DATA:
+                    await self.write(fd, frame.payload, max(1, len(frame.payload)))  # from where it was received
+                case Kind.LAST if self._options.blocks and at and not last:
+                    last.append(frame)
+                case Kind.EPOCH_SENT if at == 0:
+                    await self._control.tell(Kind.EPOCH_LOADED, index, 0, frame.value)
+                case Kind.STREAM_END:
+                    if at == 0 or not self._options.blocks:
+                        await fd.close()
+                    return
+                case _:
+                    raise PeerProtocolError(f"{frame.kind.name} does not belong on stream {at}")
+            await lane.done(frame)
+            del frame  # its payload's memory is free while the next one comes
+
+    def _hold(self, size: int) -> None:
+        self._held_bytes += size
+        self.note_reorder_bytes(self._held_bytes)

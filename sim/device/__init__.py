@@ -1,0 +1,2 @@
+"""One device: its state, guest, firmware and driver, and the data fds that save and load it. Imports scenario,
+clock, resource."""

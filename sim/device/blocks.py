@@ -1,0 +1,250 @@
+"""v3's fd of blocks: any block by number, by any thread, in any order; the newest version wins.
+
+At the source a bitmap tells which blocks changed since it was last fetched; each read_blocks() is a SAVE of its own.
+At the target what comes is a record with a version a block: an older one than what is there is dropped. The END record
+tells a digest over the versions of all blocks, as they are in STOP_COPY. Critical data, epochs and what they make
+invalid are as with streams.
+"""
+
+from __future__ import annotations
+
+import errno
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proto_v3.vfio import uapi
+from proto_v3.vfio.device import DirtyBlocks, Ready
+from proto_v3.vfio.uapi import BlockRange, StreamInfo
+from proto_v3.wire.frames import EMPTY, Payload
+from sim.clock.virtual import now_ns
+from sim.device.guest import Int32
+from sim.device.load_v3 import V3LoadedFd, V3LoadSession
+from sim.device.record import V3_HEADER_BYTES, Extent, Part, Record, Tally
+from sim.device.state import DeviceState
+from sim.device.stream import DriverLock, SavedFd, Session, fails
+
+VERSION_BYTES = 8
+"""In a BLOCKS record, of each block."""
+
+
+def tally(version: Int32) -> Tally:
+    """What the END tells: of all blocks, as they are."""
+    return Tally(len(version), 0, crc32(version.tobytes()))
+
+
+class SaveBlocks(SavedFd):
+    """The fd to read from (proto_v3.vfio.device.BlocksFd)."""
+
+    def __init__(self, device: DeviceState, session: Session, fd_lock: DriverLock) -> None:
+        super().__init__(session)
+        self._device = device
+        self._fd_lock = fd_lock
+        self._told = np.full(len(device.version), -1, np.int32)
+        """By block: the version as of the last bitmap that had it."""
+        self._suspended = False
+        self._final = False
+        self._end_told = False
+        self._in_flight = 0  # SAVEs
+        self._reading = 0  # calls of read_blocks()
+        self._sequence = 0
+
+    @property
+    def suspended(self) -> bool:
+        """The device is in PRE_COPY_P2P: no SAVE can be made."""
+        return self._suspended
+
+    @suspended.setter
+    def suspended(self, suspended: bool) -> None:
+        self._suspended = suspended
+        self._bell.ring()
+
+    def start_precopy(self) -> None:
+        """The session starts in pre-copy: nothing is saved before it is asked for."""
+
+    def finish(self) -> None:
+        """The device is stopped."""
+        self._final, self._suspended = True, False
+        self._bell.ring()
+
+    async def settle(self) -> None:
+        """Wait for the SAVEs in flight: the device is suspended only after them."""
+        while self._in_flight and not self._closed:
+            await self._bell.wait()
+
+    def invalidate(self, blocks: BlockRange) -> None:
+        """They are dirty again, whatever the VMM was told."""
+        self._told[blocks.slice] = -1
+
+    @property
+    def _readable(self) -> int:
+        """How many blocks, from the first, can be read now."""
+        device = self._device
+        return len(device.version) - (0 if self._final else device.spec.stop_only_blocks)
+
+    async def geometry(self) -> tuple[int, int]:
+        """See proto_v3.vfio.device.BlocksFd."""
+        self._check_open()
+        return self._device.block_bytes, len(self._device.version)
+
+    async def dirty_blocks(self) -> DirtyBlocks:
+        """See proto_v3.vfio.device.BlocksFd."""
+        await self._call()
+        self._check_open()
+        device = self._device
+        device.advance(now_ns())
+        changed = device.version != self._told
+        changed[self._readable :] = False
+        self._told[changed] = device.version[changed]
+        return DirtyBlocks(device.block_bytes, len(changed), np.packbits(changed, bitorder="little").tobytes())
+
+    async def read_blocks(self, first: int, count: int) -> Payload:
+        """See proto_v3.vfio.device.BlocksFd."""
+        self._check_open()
+        if first < 0 or count < 1 or first + count > self._readable:
+            raise fails(errno.EINVAL)
+        self._reading += 1
+        try:
+            return await self._read(first, count)
+        finally:
+            self._reading -= 1
+
+    async def _read(self, first: int, count: int) -> Payload:
+        asked_ns = now_ns()
+        while self._suspended:
+            await self._bell.wait()
+            self.reads.wakeups += 1
+            self._check_open()
+        device = self._device
+        device.advance(now_ns())
+        blocks = np.arange(first, first + count)
+        payload_bytes = uapi.RecordBlocks.SIZE + count * (VERSION_BYTES + device.block_bytes)
+        record = Record(1, device.epoch, payload_bytes, blocks=blocks, header_bytes=V3_HEADER_BYTES, by_number=True)
+        record.sequence, self._sequence = self._sequence, self._sequence + 1
+        record.block_versions = device.save_blocks(blocks)
+        self._in_flight += 1
+        try:
+            await self._around.firmware.save(record.size_bytes)
+        finally:
+            self._in_flight -= 1
+            self._bell.ring()
+        self._check_open()
+        if self._session.faults.of_command("SAVE") is not None:
+            self._session.fail()
+            self._check_open()
+        return await self._copy(record, asked_ns)
+
+    async def read(self, max_bytes: int) -> Payload:
+        """See proto_v3.vfio.device.BlocksFd."""
+        self._check_open()
+        if max_bytes < 1:
+            raise fails(errno.EINVAL)
+        if not self._final or self._reading or self.pending_bytes():
+            await self._call()
+            raise fails(errno.ENOMSG)
+        if self._end_told:
+            await self._call()
+            return EMPTY
+        end = Record(1, self._device.epoch, uapi.RecordEnd.SIZE, end=True, header_bytes=V3_HEADER_BYTES)
+        end.sequence, end.tally = self._sequence, tally(self._device.version)
+        if max_bytes < end.size_bytes:
+            raise fails(errno.EINVAL)
+        self._end_told = True
+        return await self._copy(end, now_ns())
+
+    async def _copy(self, record: Record, asked_ns: int) -> Payload:
+        ready_ns = now_ns()
+        async with self._fd_lock:
+            locked_ns = now_ns()
+            await self._around.memory.copy(record.size_bytes, self._around.call_ns, "read")
+            self._check_open()
+        self.reads.add(record.size_bytes, asked_ns, ready_ns, locked_ns)
+        self.reads.wakeups += 1  # the caller slept while the device saved
+        return Extent([Part(record, 0, record.size_bytes)])
+
+    def pending_bytes(self) -> int:
+        """Of the blocks that can be read and were not, as they are now."""
+        return self._bytes(int(np.count_nonzero(self._unread()[: self._readable])))
+
+    def left_bytes(self) -> int:
+        """All that would still be read, were the device stopped now; the END is not counted."""
+        self._device.advance(now_ns())
+        return self._bytes(int(np.count_nonzero(self._unread())))
+
+    def _unread(self) -> NDArray[np.bool_]:
+        unread: NDArray[np.bool_] = self._device.version != self._device.saved
+        return unread
+
+    def _bytes(self, blocks: int) -> int:
+        """With their versions, and a header for what one chunk holds."""
+        size = blocks * (VERSION_BYTES + self._device.block_bytes)
+        chunk_blocks = self._session.driver.chunk_bytes // self._device.block_bytes
+        return size + -(-blocks // chunk_blocks) * (V3_HEADER_BYTES + uapi.RecordBlocks.SIZE)
+
+    async def stream_info(self) -> StreamInfo:
+        """See proto_v3.vfio.device.DataFd."""
+        await self._call()
+        self._check_open()
+        self._device.advance(now_ns())
+        return StreamInfo(self._device.epoch, self.pending_bytes())
+
+    async def poll(self, timeout_ns: int | None = None) -> Ready:
+        """Blocks can be read at any time."""
+        return Ready.READABLE
+
+
+class BlocksLoadSession(V3LoadSession):
+    """See sim.device.load.LoadSession."""
+
+    async def _end_stream(self, record: Record) -> None:
+        if record.stream and record.tally != tally(self.image.version):
+            raise self.refuse(errno.EBADMSG, "blocks: the END's digest is not that of the versions that came")
+        await super()._end_stream(record)
+
+    def _put(self, record: Record, valid: NDArray[np.bool_]) -> None:
+        newer = valid & (record.block_versions >= self.image.version[record.blocks])
+        self.counts.stale_bytes += int((valid & ~newer).sum()) * self._block_bytes
+        super()._put(record, newer)
+
+
+class LoadBlocks(V3LoadedFd):
+    """The fd to write to: one whole record a write, from any number of threads."""
+
+    what = "blocks"
+
+    async def write(self, payload: Payload, piece_bytes: int) -> None:
+        """See proto_v3.vfio.device.DataFd."""
+        session = self._session
+        session.check_open()
+        if piece_bytes < 1:
+            raise fails(errno.EINVAL)
+        whole = isinstance(payload, Extent) and len(payload.parts) == 1
+        if not isinstance(payload, Extent) or not whole or len(payload) != payload.parts[0].record.size_bytes:
+            raise session.refuse(errno.EPROTO, "blocks: a write must be one whole record")
+        record = payload.parts[0].record
+        around = session.around
+        await around.memory.copy(len(payload), -(-len(payload) // piece_bytes) * around.call_ns, "write")
+        session.check_open()
+        if record.stream != 1:
+            raise session.refuse(errno.EXDEV, f"blocks: a record of stream {record.stream} came")
+        if len(record.objects) or record.epoch_complete or not (record.by_number or record.end):
+            raise session.refuse(errno.EPROTO, f"blocks: a {record.record_class.name} record does not belong there")
+        if self._ended:
+            raise session.refuse(errno.EPROTO, "blocks: a record came after the END")
+        self._ended = record.end
+        session.take(record.size_bytes)
+        await session.load(record)
+        session.take(-record.size_bytes)
+
+    async def geometry(self) -> tuple[int, int]:
+        """Not for a session that is loaded: EBADF."""
+        raise fails(errno.EBADF)
+
+    async def dirty_blocks(self) -> DirtyBlocks:
+        """Not for a session that is loaded: EBADF."""
+        raise fails(errno.EBADF)
+
+    async def read_blocks(self, first: int, count: int) -> Payload:
+        """Not for a session that is loaded: EBADF."""
+        raise fails(errno.EBADF)

@@ -1,0 +1,131 @@
+"""What the guest does to its devices, made from the seed before the run and equal for every protocol.
+
+Writes come at a constant rate, one whole block each, and are kept as an array of block numbers: the k-th write is at
+(k + 1) / rate. Nothing happens when one falls due: `DeviceState` applies them up to the moment of asking.
+Reconfigurations are times and, for each, the critical objects that it makes new: neighbours, from one drawn at random.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.scenario.tables import Device, Writes
+from sim.scenario.units import MIB, NS_PER_S, ns
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """One device's share of the guest's activity, up to the horizon.
+
+    `write_blocks`: int32 (writes,), block numbers in order of time. `writes_per_s`: their rate.
+    `reconfiguration_ns`: int64 (events,), ascending. `reconfiguration_objects`: int32 (events, objects each).
+    """
+
+    write_blocks: Int32
+    writes_per_s: float
+    reconfiguration_ns: Int64
+    reconfiguration_objects: Int32
+    during_stop_ns: Int64
+    """Reconfigurations at times counted from the order to stop the vCPUs, ascending."""
+    during_stop_objects: Int32
+    reconfiguration_blocks: Int64
+    """int64 (events, 2): for each the first of the blocks, and how many, whose earlier data it makes invalid where the
+    driver says so."""
+    during_stop_blocks: Int64
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is any."""
+        return bool(len(self.write_blocks) or len(self.reconfiguration_ns) or len(self.during_stop_ns))
+
+    def writes_until(self, at_ns: int) -> int:
+        """How many writes have happened at a time."""
+        return min(len(self.write_blocks), int(at_ns * self.writes_per_s // NS_PER_S))
+
+    def reconfigurations_until(self, at_ns: int) -> int:
+        """How many reconfigurations have happened at a time."""
+        return int(np.searchsorted(self.reconfiguration_ns, at_ns, side="right"))
+
+    def with_events_during_stop(self, ordered_ns: int) -> Activity:
+        """The same, with the reconfigurations of a stop that was ordered at a time put in among the others."""
+        times = np.concatenate([self.reconfiguration_ns, ordered_ns + self.during_stop_ns])
+        objects = np.concatenate([self.reconfiguration_objects, self.during_stop_objects])
+        order = np.argsort(times, kind="stable")
+        blocks = np.concatenate([self.reconfiguration_blocks, self.during_stop_blocks])
+        return replace(
+            self,
+            reconfiguration_ns=times[order],
+            reconfiguration_objects=objects[order],
+            reconfiguration_blocks=blocks[order],
+        )
+
+
+def make_activity(device: Device, horizon_ns: int, rng: np.random.Generator) -> Activity:
+    """Draw a device's activity up to the horizon."""
+    writable = device.blocks - device.stop_only_blocks
+    # Apart, so that adding reconfigurations leaves the writes as they were.
+    writes_rng, events_rng, ranges_rng = rng.spawn(3)
+    blocks, per_s = _writes(device.writes, writable, device.block_bytes, horizon_ns, writes_rng)
+    times, objects = _reconfigurations(device, horizon_ns, events_rng)
+    plan = device.reconfigurations
+    late = np.array(sorted(ns(at) for at in plan.during_stop_ms) if plan else [], np.int64)
+    late_objects = _objects(device, len(late), events_rng)
+    touched = _ranges(device, len(times), ranges_rng)
+    late_touched = _ranges(device, len(late), ranges_rng)
+    return Activity(blocks, per_s, times, objects, late, late_objects, touched, late_touched)
+
+
+def _writes(
+    writes: Writes | None, blocks: int, block_bytes: int, horizon_ns: int, rng: np.random.Generator
+) -> tuple[Int32, float]:
+    if writes is None:
+        return np.empty(0, np.int32), 0.0
+    per_s = writes.mib_per_s * MIB / block_bytes
+    count = int(per_s * horizon_ns // NS_PER_S)
+    if writes.pattern == "sequential":
+        first = int(rng.integers(blocks))
+        return ((first + np.arange(count, dtype=np.int64)) % blocks).astype(np.int32), per_s
+    if writes.pattern == "uniform":
+        return rng.integers(blocks, size=count, dtype=np.int32), per_s
+    hot_blocks = max(1, round(blocks * writes.hot_fraction))
+    hot = rng.random(count) < writes.hot_share
+    chosen = rng.integers(blocks, size=count, dtype=np.int32)
+    chosen[hot] = rng.integers(hot_blocks, size=int(hot.sum()), dtype=np.int32)
+    return chosen, per_s
+
+
+def _reconfigurations(device: Device, horizon_ns: int, rng: np.random.Generator) -> tuple[Int64, Int32]:
+    plan = device.reconfigurations
+    if plan is None:
+        return np.empty(0, np.int64), _objects(device, 0, rng)
+    if plan.at_s:
+        given = (round(at * NS_PER_S) for at in plan.at_s)
+        times = np.array(sorted(at for at in given if at < horizon_ns), np.int64)
+    else:
+        count = rng.poisson(plan.poisson_per_s * horizon_ns / NS_PER_S)
+        times = np.sort(rng.integers(horizon_ns, size=count, dtype=np.int64))
+    return times, _objects(device, len(times), rng)
+
+
+def _objects(device: Device, events: int, rng: np.random.Generator) -> Int32:
+    """int32 (events, objects each): neighbours, from one drawn at random."""
+    plan = device.reconfigurations
+    if plan is None:
+        return np.empty((0, 1), np.int32)
+    first = rng.integers(device.critical.objects, size=(events, 1))
+    objects = (first + np.arange(plan.objects_each)) % device.critical.objects
+    return objects.astype(np.int32)
+
+
+def _ranges(device: Device, events: int, rng: np.random.Generator) -> Int64:
+    """int64 (events, 2): first block and count, the range anywhere among the blocks."""
+    share = device.reconfigurations.invalidates_share if device.reconfigurations else 0.0
+    count = round(device.blocks * share)
+    first = rng.integers(device.blocks - count + 1, size=events)
+    return np.stack([first, np.full(events, count)], axis=1)

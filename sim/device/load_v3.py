@@ -1,0 +1,159 @@
+"""v3's data fds that are loaded: dirty records wait for their epoch's critical data, critical ones for nothing.
+
+No stream's write holds the device's state mutex: a dirty one that waits for its epoch would keep out the critical data
+that it waits for. The driver holds no more of a stream than the record that is coming in.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proto_v3.vfio.device import DataFd
+from proto_v3.vfio.uapi import PrecopyInfo, StreamInfo
+from sim.device.load import LoadedFd, LoadSession, LoadStream
+from sim.device.record import Record
+from sim.device.state import Image
+from sim.device.stream import DriverLock, Session, fails
+from sim.scenario.tables import Device
+
+
+class V3LoadSession(LoadSession):
+    """See sim.device.load.LoadSession."""
+
+    def __init__(self, image: Image, spec: Device, session: Session, setup_ns: int, streams: int) -> None:
+        super().__init__(image, session, setup_ns, streams)
+        self._name = spec.name
+        self._block_bytes = spec.block_bytes
+        self._epoch_loaded = 0
+        self._last_epoch = 0  # that an END told of
+        self._critical_ended = False
+        self._valid_from = np.zeros(spec.blocks, np.int32)
+        """By block: data of earlier epochs is invalid."""
+
+    def check_whole(self) -> None:
+        """Leaving RESUMING: ENODATA unless every END and the newest epoch's critical data are there."""
+        if self._closed:
+            raise fails(self._closed)
+        if self._open_streams:
+            raise OSError(errno.ENODATA, f"{self._name}: {self._open_streams} of its streams did not come to their END")
+        if self._epoch_loaded < self._last_epoch:
+            why = f"{self._name}: critical data of epoch {self._last_epoch} is not there, only up to epoch"
+            raise OSError(errno.ENODATA, f"{why} {self._epoch_loaded}")
+
+    def refuse(self, code: int, why: str) -> OSError:
+        """What came cannot be the source's stream: an errno of its own, and the device is in ERROR."""
+        self.session.fail()
+        return OSError(code, f"{self._name} {why}")
+
+    def load_failed(self) -> None:
+        """See sim.device.load.LoadSession."""
+        self.session.fail()
+
+    async def load(self, record: Record) -> None:
+        """See sim.device.load.LoadSession; a dirty record waits for its epoch first."""
+        self._check_there(record)
+        if record.end or not len(record.blocks):
+            await super().load(record)
+            return
+        while self._epoch_loaded < record.epoch:
+            if self._critical_ended:
+                what = f"stream {record.stream}: record {record.sequence} waits for epoch {record.epoch}"
+                raise self.refuse(errno.EPROTO, f"{what}, which never came: {self._epoch_loaded} was the last")
+            await self._bell.wait()
+            self.check_open()
+        valid = self._valid(record)
+        self.counts.overtaken_bytes += (len(record.blocks) - int(valid.sum())) * self._block_bytes
+        if not valid.any():
+            return
+        await self._load_command(record.size_bytes)
+        still = self._valid(record)  # an epoch may have come in the meantime
+        self.counts.undone_bytes += int((valid & ~still).sum()) * self._block_bytes
+        self._put(record, still)
+
+    def _check_there(self, record: Record) -> None:
+        """EPROTO for a block or an object that the device does not have."""
+        of_device = ((record.blocks, self.image.version), (record.objects, self.image.object_version))
+        for numbers, there in of_device:
+            if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(there):
+                what = f"stream {record.stream}: record {record.sequence} has {numbers.min()} to {numbers.max()}"
+                raise self.refuse(errno.EPROTO, f"{what}; the device has 0 to {len(there) - 1}")
+
+    def _put(self, record: Record, valid: NDArray[np.bool_]) -> None:
+        self.image.version[record.blocks[valid]] = record.block_versions[valid]
+        if record.data is not None and self.image.place is not None:
+            self.image.place(record.blocks, record.data, valid)
+
+    def _valid(self, record: Record) -> NDArray[np.bool_]:
+        """Which of a record's blocks no later epoch made invalid."""
+        return self._valid_from[record.blocks] <= record.epoch
+
+    async def _set_up(self, record: Record, start_ns: int) -> None:
+        await super()._set_up(record, start_ns)
+        if not record.epoch_complete:
+            return
+        for each in record.invalidates:
+            undone = int(np.count_nonzero(self.image.version[each.slice] >= 0))
+            self.counts.undone_bytes += undone * self._block_bytes
+            self.image.version[each.slice] = -1
+            self._valid_from[each.slice] = each.epoch
+        self._epoch_loaded = max(self._epoch_loaded, record.epoch)
+        self._bell.ring()
+
+    async def _end_stream(self, record: Record) -> None:
+        self._last_epoch = max(self._last_epoch, record.epoch)
+        if record.stream == 0:
+            self._critical_ended = True
+            self._bell.ring()
+        await super()._end_stream(record)
+
+
+class V3LoadedFd(LoadedFd):
+    """What v3's kinds share."""
+
+    what: str
+    """In words, for errors."""
+
+    async def precopy_info(self) -> PrecopyInfo:
+        """v2's."""
+        raise fails(errno.ENOTTY)
+
+    async def stream_info(self) -> StreamInfo:
+        """Not in RESUMING: EINVAL."""
+        self._session.check_open()
+        raise fails(errno.EINVAL)
+
+    async def close(self) -> None:
+        """See proto_v3.vfio.device.DataFd."""
+        if not self._ended:
+            self._session.check_open()
+            raise self._session.refuse(errno.ENODATA, f"{self.what}: was closed before its END")
+
+
+class V3LoadStream(V3LoadedFd, LoadStream):
+    """See sim.device.load.LoadStream; stream 0 is the critical one."""
+
+    def __init__(self, index: int, session: V3LoadSession, fd_lock: DriverLock) -> None:
+        LoadStream.__init__(self, index, session, fd_lock)
+        self.what = f"stream {index}"
+        self.dirty: Sequence[DataFd] = ()
+        """Of the critical stream: the session's other fds."""
+
+    async def _complete(self, record: Record) -> None:
+        strange = len(record.blocks) > 0 if self._index == 0 else len(record.objects) > 0 or record.epoch_complete
+        if strange:
+            why = f"stream {self._index}: a {record.record_class.name} record does not belong there"
+            raise self._session.refuse(errno.EPROTO, why)
+        await super()._complete(record)
+
+    async def get_stream(self, index: int) -> DataFd:
+        """See proto_v3.vfio.device.DataFd."""
+        self._session.check_open()
+        if self._index:
+            raise fails(errno.ENOTTY)
+        if not 0 <= index < len(self.dirty):
+            raise fails(errno.EINVAL)
+        return self.dirty[index]

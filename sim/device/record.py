@@ -1,0 +1,164 @@
+"""What the driver's stream is made of, in virtual time: records, and runs of their bytes.
+
+A record stands for a header and a payload of so many bytes. To the VMM its bytes are opaque: it sees an `Extent`,
+which has a length and can be cut, as a memoryview has. The target driver sees which bytes of which record came, in
+what order.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from zlib import crc32
+
+import numpy as np
+
+from proto_v3.vfio import uapi
+from proto_v3.vfio.uapi import BlockRange, RecordClass
+from proto_v3.wire.frames import Payload
+from sim.device.guest import Int32
+from sim.device.state import Indices
+
+HEADER_BYTES = 16
+"""v2: struct mlx5_vf_migration_header: u64 record_size, u32 flags, u32 tag (Linux drivers/vfio/pci/mlx5/cmd.h)."""
+STOP_COPY_SIZE_BYTES = 8
+"""struct mlx5_vf_migration_tag_stop_copy_data: u64 stop_copy_size, so that the target can allocate (the same file)."""
+V3_HEADER_BYTES = uapi.RecordHeader.SIZE
+TABLE = struct.Struct("<QQIII")
+"""A table's fixed part: epoch, sequence, flags, objects, blocks; their numbers and versions follow, 32 bits each."""
+TALLY = struct.Struct("<QQQ")
+"""In the table of v2's END: records, bytes, digest."""
+
+NO_INDICES: Indices = np.empty(0, np.intp)
+NO_VERSIONS: Int32 = np.empty(0, np.int32)
+
+
+def ranges_bytes(invalidates: tuple[BlockRange, ...]) -> int:
+    """What the ranges take in a critical record's payload."""
+    return uapi.RecordRanges.SIZE + len(invalidates) * BlockRange.SIZE if invalidates else 0
+
+
+def table_bytes(record: Record) -> int:
+    """What tells a reader of a record which blocks and objects it holds (sim/live/fd/codec.py)."""
+    if record.header_bytes == V3_HEADER_BYTES and (record.end or record.by_number):
+        return 0  # their payloads say it (uapi.RecordEnd, uapi.RecordBlocks)
+    return TABLE.size + 8 * (len(record.objects) + len(record.blocks)) + (TALLY.size if record.end else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What a stream carried up to its END: how many records, how many bytes, and a digest of what they said."""
+
+    records: int = 0
+    bytes: int = 0
+    digest: int = 0
+
+    def add(self, record: Record) -> Tally:
+        """With one more record."""
+        return Tally(self.records + 1, self.bytes + record.size_bytes, record.digest(self.digest))
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """One record of one stream: some blocks, some critical objects, or both, with the versions that were saved."""
+
+    stream: int
+    epoch: int
+    payload_bytes: int
+    sequence: int = -1
+    """Its place in the stream, from 0; given when its first byte is read, for until then it may be dropped."""
+    blocks: Indices = field(default_factory=lambda: NO_INDICES)
+    block_versions: Int32 = field(default_factory=lambda: NO_VERSIONS)
+    objects: Indices = field(default_factory=lambda: NO_INDICES)
+    object_versions: Int32 = field(default_factory=lambda: NO_VERSIONS)
+    initial: bool = False
+    """Its bytes count as v2's initial_bytes."""
+    header_bytes: int = HEADER_BYTES
+    table_bytes: int = 0
+    """Behind the header: which blocks and objects these are. In live mode, where somebody has to be told."""
+    by_number: bool = False
+    """v3, blocks: it was asked for by number."""
+    chunk: bool = False
+    """It takes one of the stream's chunks until it is read."""
+    epoch_complete: bool = False
+    """The last record of its epoch's critical data."""
+    invalidates: tuple[BlockRange, ...] = ()
+    """v3: what the epochs since the last that was told make invalid of the dirty data before them."""
+    end: bool = False
+    """The stream's END record."""
+    data: memoryview | None = None
+    """Live, blocks: the bytes of its blocks, until it is known which of them are wanted."""
+    tally: Tally | None = None
+    """In the END record, once it is being read: what came before it."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in the stream, the header included."""
+        return self.header_bytes + self.table_bytes + self.payload_bytes
+
+    @property
+    def record_class(self) -> RecordClass:
+        """v3: what its header says that it is."""
+        if self.end:
+            return RecordClass.END
+        if self.by_number:
+            return RecordClass.BLOCKS
+        return RecordClass.DIRTY if len(self.blocks) else RecordClass.CRITICAL
+
+    def digest(self, before: int) -> int:
+        """A digest of the records before and of this one: it stands for one of the bytes, which are not made."""
+        told = repr((self.stream, self.sequence, self.epoch, self.payload_bytes, self.epoch_complete, self.invalidates))
+        before = crc32(told.encode(), before)
+        for column in (self.blocks, self.block_versions, self.objects, self.object_versions):
+            before = crc32(column.tobytes(), before)
+        return before
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes [start, stop) of a record."""
+
+    record: Record
+    start: int
+    stop: int
+
+
+class Extent:
+    """A run of stream bytes: parts of records, in order."""
+
+    __slots__ = ("_bytes", "parts")
+
+    def __init__(self, parts: list[Part]) -> None:
+        self.parts = parts
+        self._bytes = sum(part.stop - part.start for part in parts)
+
+    def __len__(self) -> int:
+        return self._bytes
+
+    def __getitem__(self, piece: slice, /) -> Extent:
+        begin, end, step = piece.indices(self._bytes)
+        if step != 1:
+            raise ValueError("a run of bytes is cut with step 1")
+        parts, at = [], 0
+        for part in self.parts:
+            size = part.stop - part.start
+            first, last = max(begin - at, 0), min(end - at, size)
+            if first < last:
+                parts.append(Part(part.record, part.start + first, part.start + last))
+            at += size
+        return Extent(parts)
+
+
+class Bulk:
+    """So many bytes of which only the number matters: pages of guest RAM."""
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self, size_bytes: int) -> None:
+        self._bytes = size_bytes
+
+    def __len__(self) -> int:
+        return self._bytes
+
+    def __getitem__(self, piece: slice, /) -> Payload:
+        return Bulk(len(range(*piece.indices(self._bytes))))

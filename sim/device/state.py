@@ -1,0 +1,189 @@
+"""The device's state, and nothing else: blocks and critical objects with versions, and the epoch. The truth of a run.
+
+At the source, `version` counts the writes to a block, `saved` is the version that was last handed to an image (-1:
+none), and a block is dirty while the two differ. At the target, `Image` holds the versions that were loaded; when all
+is done it must equal the source's, block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proto_v3.vfio.uapi import BlockRange
+from sim.device.guest import Activity, Int32
+from sim.scenario.tables import Device
+from sim.scenario.units import KIB
+
+Indices = NDArray[np.intp]
+
+
+class Content(Protocol):
+    """A device's state as bytes."""
+
+    def write_blocks(self, written: Int32, version: Int32) -> None:
+        """The guest wrote these blocks, some of them more than once; `version` has the newest of all blocks."""
+
+    def write_objects(self, made_new: Int32, version: Int32) -> None:
+        """The guest made these critical objects new, in the same way."""
+
+
+class DeviceState:
+    """A device at the source, written to by its guest until that is stopped."""
+
+    def __init__(self, device: Device, activity: Activity) -> None:
+        self.spec = device
+        self.block_bytes = device.block_bytes
+        self.object_bytes = round(device.critical.object_kib * KIB)
+        self.version: Int32 = np.zeros(device.blocks, np.int32)
+        self.saved: Int32 = np.full(device.blocks, -1, np.int32)
+        self.object_version: Int32 = np.zeros(device.critical.objects, np.int32)
+        self.object_saved: Int32 = np.full(device.critical.objects, -1, np.int32)
+        self.activity = activity
+        self.epoch = 1
+        self.on_new_events: Callable[[], None] | None = None
+        """Called when reconfigurations are put in that were not foreseen."""
+        self.on_epochs: Callable[[int, int], None] | None = None
+        """Called when epochs began, with the first and the last of them."""
+        self.content: Content | None = None
+        """The bytes themselves, where there are any: in live mode."""
+        self._writes = 0
+        self._reconfigurations = 0
+        self._stopped_ns: int | None = None
+        self._stop_orders = 0
+
+    def advance(self, now_ns: int) -> None:
+        """Apply what the guest did up to now, or up to when it was stopped."""
+        if self._stopped_ns is not None:
+            now_ns = min(now_ns, self._stopped_ns)
+        writes = self.activity.writes_until(now_ns)
+        if writes > self._writes:
+            written = self.activity.write_blocks[self._writes : writes]
+            np.add.at(self.version, written, 1)
+            if self.content is not None:
+                self.content.write_blocks(written, self.version)
+            self._writes = writes
+        events = self.activity.reconfigurations_until(now_ns)
+        if events > self._reconfigurations:
+            made_new = self.activity.reconfiguration_objects[self._reconfigurations : events]
+            np.add.at(self.object_version, made_new, 1)
+            if self.content is not None:
+                self.content.write_objects(made_new, self.object_version)
+            first = self.epoch + 1
+            self.epoch += events - self._reconfigurations
+            self._reconfigurations = events
+            if self.on_epochs is not None:
+                self.on_epochs(first, self.epoch)
+
+    @property
+    def written_bytes(self) -> int:
+        """What the guest wrote so far, each write a whole block."""
+        return self._writes * self.block_bytes
+
+    def touched_blocks(self, epoch: int) -> BlockRange:
+        """The blocks whose earlier data the reconfiguration that began an epoch made invalid."""
+        first, count = self.activity.reconfiguration_blocks[epoch - 2]  # the device starts in epoch 1
+        return BlockRange(int(first), int(count), epoch)
+
+    def invalidate(self, blocks: BlockRange) -> None:
+        """What was ever saved of these blocks counts no more: they are dirty again."""
+        self.saved[blocks.slice] = -1
+
+    def next_reconfiguration_ns(self) -> int | None:
+        """When the guest reconfigures the device next; None if it does not any more."""
+        times = self.activity.reconfiguration_ns
+        if self._reconfigurations >= len(times):
+            return None
+        at = int(times[self._reconfigurations])
+        return None if self._stopped_ns is not None and at > self._stopped_ns else at
+
+    def order_stop(self, now_ns: int) -> None:
+        """The vCPUs are about to be stopped: what the scenario has the guest do until they are."""
+        self.advance(now_ns)  # those that are put in come after what was applied
+        self._stop_orders += 1
+        plan = self.spec.reconfigurations
+        if plan is not None and plan.during_stop_ms and self._stop_orders <= plan.during_stops:
+            self.activity = self.activity.with_events_during_stop(now_ns)
+            if self.on_new_events is not None:
+                self.on_new_events()
+
+    def stop(self, now_ns: int) -> None:
+        """The vCPUs are stopped: nothing changes any more."""
+        self.advance(now_ns)
+        if self._stopped_ns is None:
+            self._stopped_ns = now_ns
+
+    def start(self) -> None:
+        """The vCPUs run again, for the migration failed. What the plan held for the time in between did happen late."""
+        self._stopped_ns = None
+
+    def dirty_blocks(self, home: slice, stopped: bool) -> Indices:
+        """Numbers of the blocks of a home that have to be saved (again); the stop-only ones once it is stopped."""
+        last = len(self.version) if stopped else len(self.version) - self.spec.stop_only_blocks
+        inside = slice(home.start, last, home.step)
+        first, step = home.start or 0, home.step or 1
+        return np.flatnonzero(self.version[inside] != self.saved[inside]) * step + first
+
+    def dirty_objects(self) -> Indices:
+        """Numbers of the critical objects that have to be saved (again)."""
+        return np.flatnonzero(self.object_version != self.object_saved)
+
+    def save_blocks(self, blocks: Indices) -> Int32:
+        """Take the blocks' versions for an image."""
+        versions = self.version[blocks]
+        self.saved[blocks] = versions
+        return versions
+
+    def forget_saves(self, home: slice = slice(None), *, objects: bool = True) -> None:
+        """All of a home is to be saved again, whatever was saved of it: for a new session, or a driver that rereads."""
+        self.saved[home] = -1
+        if objects:
+            self.object_saved.fill(-1)
+
+    def unsave(self, blocks: Indices, objects: Indices) -> None:
+        """What was saved of these was dropped before anybody read it: they are dirty again."""
+        self.saved[blocks] = -1
+        self.object_saved[objects] = -1
+
+    def save_objects(self, objects: Indices) -> Int32:
+        """Take the critical objects' versions for an image."""
+        versions = self.object_version[objects]
+        self.object_saved[objects] = versions
+        return versions
+
+
+Place = Callable[[Indices, memoryview, NDArray[np.bool_]], None]
+"""Takes blocks by number, the bytes of all of them, and which of them are wanted."""
+
+
+class Image:
+    """A device's state at the target, as far as it is loaded."""
+
+    def __init__(self, device: Device) -> None:
+        self.version: Int32 = np.full(device.blocks, -1, np.int32)
+        self.object_version: Int32 = np.full(device.critical.objects, -1, np.int32)
+        self.object_bytes = round(device.critical.object_kib * KIB)
+        self.place: Place | None = None
+        """Live, blocks: puts the bytes of those that are wanted where they belong."""
+
+    def differences(self, source: DeviceState) -> Difference:
+        """How it differs from the source's state as of the stop."""
+        return Difference(
+            blocks=int(np.count_nonzero(self.version != source.version)),
+            objects=int(np.count_nonzero(self.object_version != source.object_version)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How many blocks and critical objects have not the source's version."""
+
+    blocks: int
+    objects: int
+
+    def __bool__(self) -> bool:
+        return bool(self.blocks or self.objects)

@@ -1,0 +1,1 @@
+"""One host and the network between two: link, machine, VMMs. Imports device and what that imports."""

@@ -1,0 +1,94 @@
+"""One of the two hosts: its firmware, copies, and locks, and the devices that a scenario has there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from proto_v3.timeline import Timeline
+from sim.device.driver import SimDriver
+from sim.device.firmware import FirmwareModel
+from sim.device.guest import make_activity
+from sim.device.state import DeviceState, Image
+from sim.device.stream import CopyModel, DriverLock, Surroundings
+from sim.host.vmms import target_device
+from sim.resource import Lock, Memory
+from sim.scenario.scenario import Scenario
+from sim.scenario.units import GIB
+
+
+class Host:
+    """What all devices of a host share."""
+
+    def __init__(self, scenario: Scenario, seed: np.random.SeedSequence, timeline: Timeline) -> None:
+        self.timeline = timeline
+        pfs = sorted({device.pf for device in scenario.devices})
+        self._firmware = {
+            pf: FirmwareModel(scenario.firmware, np.random.default_rng(child), timeline)
+            for pf, child in zip(pfs, seed.spawn(len(pfs)), strict=True)
+        }
+        self._memory: CopyModel = Memory(
+            scenario.host.copy_gib_per_s * GIB, scenario.host.memory_gib_per_s * GIB, timeline
+        )
+        self._call_ns = round(scenario.driver.call_us * 1_000)
+        self.global_lock: DriverLock = Lock(timeline)
+
+    def around(self, pf: int) -> Surroundings:
+        """What the streams of a PF's devices use."""
+        return Surroundings(self._firmware[pf], self._memory, self.timeline, self._call_ns)
+
+
+class LiveHost(Host):
+    """In live mode: copies and calls take what they take, wherever they are made; locks are real."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        seed: np.random.SeedSequence,
+        timeline: Timeline,
+        new_lock: Callable[[Timeline], DriverLock],
+    ) -> None:
+        super().__init__(scenario, seed, timeline)
+        self._memory = _Elsewhere()
+        self._new_lock = new_lock
+        self.global_lock = new_lock(timeline)
+
+    def around(self, pf: int) -> Surroundings:
+        """See Host."""
+        firmware = self._firmware[pf]
+        return Surroundings(firmware, self._memory, self.timeline, 0, self._new_lock, locks_in_read=False, tables=True)
+
+
+class _Elsewhere:
+    """The copies are made, and take their time, outside of the model (sim.live.fd.copy)."""
+
+    async def copy(self, size_bytes: int, call_ns: int, what: str) -> None:
+        """See sim.device.stream.CopyModel."""
+
+
+def seeds(seed: int) -> list[np.random.SeedSequence]:
+    """Of the guest, of the source host and of the target host: the same for every protocol and clock."""
+    return np.random.SeedSequence(seed).spawn(3)
+
+
+def devices_at_source(
+    scenario: Scenario, guest_seed: np.random.SeedSequence, host: Host
+) -> list[tuple[SimDriver, DeviceState]]:
+    """The devices that the guest uses, each with its state."""
+    devices = []
+    for spec, child in zip(scenario.devices, guest_seed.spawn(len(scenario.devices)), strict=True):
+        state = DeviceState(spec, make_activity(spec, scenario.horizon_ns, np.random.default_rng(child)))
+        around = host.around(spec.pf)
+        devices.append((SimDriver(spec, scenario.driver, around, host.global_lock, state=state), state))
+    return devices
+
+
+def devices_at_target(scenario: Scenario, host: Host) -> list[tuple[SimDriver, Image]]:
+    """The devices that are loaded, each with what is loaded of it."""
+    devices = []
+    for spec in scenario.devices:
+        image = Image(spec)
+        there = target_device(scenario, spec)
+        devices.append((SimDriver(there, scenario.driver, host.around(spec.pf), host.global_lock, image=image), image))
+    return devices

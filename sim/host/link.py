@@ -1,0 +1,164 @@
+"""The network between the two hosts: connections with a bounded buffer, each with a rate limit, on one shared link.
+
+Both directions have the link's full bandwidth. A frame takes its place on its connection and on the link when it is
+sent, is through when both are, and arrives half a round trip later. The buffer (TCP's send and receive buffers
+together) counts the bytes that are sent and not yet received by the application; its room comes back half a round
+trip after that.
+
+A connection can be cut, as by a TCP reset, which both ends learn of at once: what was not received is lost. When a side
+ends, all are closed: what was sent still arrives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections import deque
+
+from proto_v3.notify import Bell
+from proto_v3.timeline import NO_CAUSE, Resource, Timeline, cause, caused_by
+from proto_v3.wire.frames import Payload
+from sim.clock.virtual import VirtualLoop, now_ns
+from sim.resource import Pipe
+from sim.scenario.tables import Link
+from sim.scenario.units import BYTES_PER_S_PER_GBIT, MIB
+
+
+class ClosedError(ConnectionResetError):
+    """A side has ended, and closed its connections."""
+
+
+class _OneWay:
+    """One direction of a connection."""
+
+    def __init__(self, settings: Link, link: Pipe, loop: VirtualLoop, timeline: Timeline, name: str) -> None:
+        self._link = link
+        self._loop = loop
+        self._connection = Pipe(settings.per_connection_gbit_per_s * BYTES_PER_S_PER_GBIT)
+        self._buffer_bytes = round(settings.socket_buffer_mib * MIB)
+        self._latency_ns = round(settings.round_trip_us * 500)
+        self._timeline = timeline
+        self._name = name
+        self._in_flight_bytes = 0
+        self._arrived: deque[tuple[bytes, Payload]] = deque()
+        self._room = Bell()
+        self._turn = asyncio.Lock()
+        self._turn_given_by = NO_CAUSE
+        self._arrival = Bell()
+        self._gone: ConnectionResetError | None = None
+        self.last_arrival_ns = 0
+        self.wakeups = 0
+        """Calls of send() or recv() that had to wait, and were woken."""
+
+    async def send(self, header: bytes, payload: Payload) -> None:
+        size = len(header) + len(payload)
+        # A frame that is larger than the buffer goes when the connection is empty.
+        asked = now_ns()
+        async with self._turn:  # a small frame does not overtake a large one that waits for room
+            if now_ns() > asked:
+                caused_by(self._turn_given_by)
+            self._check_there()
+            while self._in_flight_bytes and self._in_flight_bytes + size > self._buffer_bytes:
+                await self._room.wait()
+                self.wakeups += 1
+                self._check_there()
+            self._in_flight_bytes += size
+            self._turn_given_by = cause()
+        start = now_ns()
+        if start > asked:
+            self._timeline.blocked(asked)
+        through = max(self._connection.book(size, start)[1], self._link.book(size, start)[1])
+        arrival = through + self._latency_ns
+        span = self._timeline.span(Resource.LINK, "frame", start, arrival, track=self._name)
+        self._loop.call_at_ns(arrival, self._arrive, header, payload, span)
+        self.last_arrival_ns = arrival
+
+    def _arrive(self, header: bytes, payload: Payload, span: int) -> None:
+        if self._gone is None:
+            self._arrived.append((header, payload))
+            self._arrival.ring(by=span)
+
+    async def recv(self) -> tuple[bytes, Payload]:
+        while not self._arrived:
+            self._check_there()
+            await self._arrival.wait()
+            self.wakeups += 1
+        header, payload = self._arrived.popleft()
+        self._loop.call_later_ns(self._latency_ns, self._give_room, len(header) + len(payload))
+        return header, payload
+
+    def _give_room(self, size: int) -> None:
+        self._in_flight_bytes -= size
+        if self._room.waited_for:
+            # A timer runs in the context of who set it: the span's cause is what the receiver did last.
+            now = now_ns()
+            span = self._timeline.span(Resource.LINK, "window update", now - self._latency_ns, now, track=self._name)
+            self._room.ring(by=span)
+
+    def go(self, error: ConnectionResetError, *, lost: bool) -> None:
+        """Nothing can be sent any more; what has arrived can be received, if it is not `lost`."""
+        if lost:
+            self._arrived.clear()
+        self._gone = self._gone or error
+        self._room.ring()
+        self._arrival.ring()
+
+    def _check_there(self) -> None:
+        if self._gone is not None:
+            raise type(self._gone)(*self._gone.args)
+
+
+class End:
+    """One end of a connection (proto_v3.wire.channel.Transport): sends one way, receives the other."""
+
+    def __init__(self, name: str, out: _OneWay, into: _OneWay) -> None:
+        self.name = name
+        self.send = out.send
+        self.recv = into.recv
+        self._ways = (out, into)
+
+    def cut(self) -> None:
+        """Reset the connection, both ends at once: what is on its way or not received yet is lost.
+
+        Every send() and recv() that waits, or comes later, raises ConnectionResetError.
+        """
+        for way in self._ways:
+            way.go(ConnectionResetError(errno.ECONNRESET, f"{self.name} was cut"), lost=True)
+
+
+class NetworkLink:
+    """The link; connections are made over it."""
+
+    def __init__(self, settings: Link, loop: VirtualLoop, timeline: Timeline) -> None:
+        self._settings = settings
+        self._loop = loop
+        self._timeline = timeline
+        bytes_per_s = settings.gbit_per_s * BYTES_PER_S_PER_GBIT
+        self._there, self._back = Pipe(bytes_per_s), Pipe(bytes_per_s)
+        self._ways: list[_OneWay] = []
+
+    @property
+    def connections(self) -> int:
+        """How many were made."""
+        return len(self._ways) // 2
+
+    @property
+    def wakeups(self) -> int:
+        """Of both hosts, by the network."""
+        return sum(way.wakeups for way in self._ways)
+
+    def connect(self, name: str) -> tuple[End, End]:
+        """A new connection; returns the source's end and the target's."""
+        there = _OneWay(self._settings, self._there, self._loop, self._timeline, name)
+        back = _OneWay(self._settings, self._back, self._loop, self._timeline, f"{name} back")
+        self._ways += [there, back]
+        return End(name, there, back), End(name, back, there)
+
+    def close(self) -> None:
+        """A side has ended, and with it all connections; the other learns of it once all that was sent has arrived."""
+        latest_ns = max((way.last_arrival_ns for way in self._ways), default=0)
+        self._loop.call_at_ns(max(latest_ns, now_ns()), self._closed)
+
+    def _closed(self) -> None:
+        for way in self._ways:
+            way.go(ClosedError(errno.ECONNRESET, "the other side closed the connection"), lost=False)

@@ -1,0 +1,207 @@
+"""A VMM's guest without its VFIO devices: vCPUs, RAM, device config (proto_v3.vmm.machine).
+
+RAM is a fluid, not an array: what is dirty grows toward the working set as W x (1 - exp(-rate x time / W)), the
+expected number of distinct bytes hit by writes spread evenly over W. It shares the link and the downtime with the
+devices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from proto_v3.timeline import Resource, Timeline
+from proto_v3.wire.frames import Payload
+from sim.clock.virtual import now_ns, sleep_ns
+from sim.device.record import Bulk
+from sim.device.state import DeviceState
+from sim.resource import duration_ns
+from sim.scenario.scenario import Scenario
+from sim.scenario.tables import Ram
+from sim.scenario.units import GIB, MIB, NS_PER_S, PAGE_BYTES, ns
+
+ZERO_PAGE_BYTES = 9
+"""A page of zeros on the wire: 8 bytes of offset and flags, 1 of fill (QEMU migration/ram.c, RAM_SAVE_FLAG_ZERO)."""
+
+
+class RamModel:
+    """Guest RAM: pages of zeros are scanned, others copied; a first pass over all, then what was dirtied."""
+
+    def __init__(self, settings: Ram, timeline: Timeline, pages: Callable[[int], Payload] = Bulk) -> None:
+        self._settings = settings
+        self._pages = pages
+        self._timeline = timeline
+        self._zero_bytes = round((settings.size_gib - settings.nonzero_gib) * GIB)
+        self._dirty_bytes = round(settings.nonzero_gib * GIB)
+        self._scan_bytes_per_s = settings.scan_gib_per_s * GIB
+        self._send_bytes_per_s = settings.send_gib_per_s * GIB
+        self._synced_ns = 0
+        self._stopped_ns: int | None = None
+
+    def pending_bytes(self) -> int:
+        """See proto_v3.vmm.machine.Ram."""
+        return self._zero_bytes + self._dirty_bytes
+
+    def stop(self) -> None:
+        """The vCPUs are stopped: nothing is dirtied any more."""
+        self._stopped_ns = now_ns()
+
+    def start(self) -> None:
+        """The vCPUs run again; while they stood still nothing was dirtied."""
+        if self._stopped_ns is not None:
+            self._synced_ns += now_ns() - max(self._stopped_ns, self._synced_ns)
+            self._stopped_ns = None
+
+    async def sync(self) -> None:
+        """See proto_v3.vmm.machine.Ram."""
+        await self._fixed(self._settings.sync_ms, "RAM sync")
+        self._collect()
+
+    async def final_sync(self) -> None:
+        """See proto_v3.vmm.machine.Ram."""
+        await self._fixed(self._settings.final_sync_ms, "last RAM sync")
+        self._collect()
+
+    async def final_scan(self) -> None:
+        """See proto_v3.vmm.machine.Ram."""
+        await self._fixed(self._settings.final_scan_ms, "last RAM scan")
+
+    async def take(self, budget_ns: int) -> Payload | None:
+        """See proto_v3.vmm.machine.Ram."""
+        start = now_ns()
+        if self._zero_bytes:
+            scanned = min(self._zero_bytes, max(PAGE_BYTES, int(self._scan_bytes_per_s * budget_ns / NS_PER_S)))
+            await sleep_ns(duration_ns(scanned, self._scan_bytes_per_s))
+            self._zero_bytes -= scanned
+            self._timeline.work(Resource.RAM, "RAM scan", start)
+            return self._pages(-(-scanned // PAGE_BYTES) * ZERO_PAGE_BYTES)
+        if self._dirty_bytes:
+            size = min(self._dirty_bytes, round(self._settings.frame_mib * MIB))
+            await sleep_ns(duration_ns(size, self._send_bytes_per_s))
+            self._dirty_bytes -= size
+            self._timeline.work(Resource.RAM, "RAM pages", start)
+            return self._pages(size)
+        return None
+
+    async def load(self, payload: Payload) -> None:
+        """Pages are put in place as they come: the target's thread is no slower than the source's, which scans too."""
+
+    def _collect(self) -> None:
+        until = now_ns() if self._stopped_ns is None else self._stopped_ns
+        elapsed_s = max(0, until - self._synced_ns) / NS_PER_S
+        self._synced_ns = until
+        working_set = self._settings.working_set_mib * MIB
+        written = self._settings.dirty_mib_per_s * MIB * elapsed_s
+        self._dirty_bytes += round(working_set * -math.expm1(-written / working_set))
+
+    async def _fixed(self, cost_ms: float, what: str) -> None:
+        start = now_ns()
+        await sleep_ns(ns(cost_ms))
+        self._timeline.work(Resource.FIXED, what, start)
+
+
+class Guest(Protocol):
+    """What the guest does to its devices, wherever they are."""
+
+    async def order_stop(self) -> None:
+        """The vCPUs are about to be stopped."""
+
+    async def stop(self) -> None:
+        """They are stopped: nothing writes to a device any more."""
+
+    async def start(self) -> None:
+        """They run."""
+
+
+class GuestHere:
+    """A guest whose devices are in this process."""
+
+    def __init__(self, devices: Sequence[DeviceState]) -> None:
+        """`devices` are those that the guest writes to: none where it does not run yet."""
+        self._devices = devices
+
+    async def order_stop(self) -> None:
+        """See Guest."""
+        for device in self._devices:
+            device.order_stop(now_ns())
+
+    async def stop(self) -> None:
+        """See Guest."""
+        for device in self._devices:
+            device.stop(now_ns())
+
+    async def start(self) -> None:
+        """See Guest."""
+        for device in self._devices:
+            device.start()
+
+
+class MachineModel:
+    """One VMM's guest."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        guest: Guest,
+        timeline: Timeline,
+        *,
+        running: bool,
+        pages: Callable[[int], Payload] = Bulk,
+    ) -> None:
+        """`pages` makes what stands for so many bytes of RAM."""
+        self.running = running
+        self.ram = RamModel(scenario.ram, timeline, pages)
+        self._vmm = scenario.vmm
+        self._config_load_ns = [ns(device.config_load_ms) for device in scenario.devices]
+        self._guest = guest
+        self._config_lock = asyncio.Lock()
+        self._timeline = timeline
+
+    async def set_up(self) -> None:
+        """See proto_v3.vmm.machine.Machine."""
+        await self._fixed(ns(self._vmm.setup_ms), "migration set-up")
+
+    async def stop_vcpus(self) -> None:
+        """See proto_v3.vmm.machine.Machine."""
+        await self._guest.order_stop()
+        await self._fixed(ns(self._vmm.vcpu_stop_ms), "vCPUs stop")
+        self.ram.stop()
+        await self._guest.stop()
+        self.running = False
+
+    async def buffer_device_data(self, size_bytes: int) -> None:
+        """See proto_v3.vmm.machine.Machine."""
+        if self._vmm.device_buffer_gib_per_s is not None:
+            start = now_ns()
+            await sleep_ns(duration_ns(size_bytes, self._vmm.device_buffer_gib_per_s * GIB))
+            self._timeline.work(Resource.COPY, "VMM buffers", start)
+
+    async def load_other_devices(self) -> None:
+        """See proto_v3.vmm.machine.Machine."""
+        if self._vmm.other_load_ms:
+            start = now_ns()
+            async with self._config_lock:  # QEMU's big lock; to wait for it is to wait for a config, a fixed cost too
+                await sleep_ns(ns(self._vmm.other_load_ms))
+                self._timeline.work(Resource.FIXED, "other devices", start)
+
+    async def load_config(self, device: int) -> None:
+        """See proto_v3.vmm.machine.Machine."""
+        start = now_ns()
+        async with self._config_lock:  # waiting for it is waiting for another device's config: the same fixed cost
+            await sleep_ns(self._config_load_ns[device])
+            self._timeline.work(Resource.FIXED, "config load", start)
+
+    async def start_vcpus(self) -> None:
+        """See proto_v3.vmm.machine.Machine."""
+        await self._fixed(ns(self._vmm.vcpu_start_ms), "vCPUs start")
+        self.running = True
+        self.ram.start()
+        await self._guest.start()
+
+    async def _fixed(self, cost_ns: int, what: str) -> None:
+        if cost_ns:
+            start = now_ns()
+            await sleep_ns(cost_ns)
+            self._timeline.work(Resource.FIXED, what, start)

@@ -1,0 +1,56 @@
+"""The two VMMs' sides of a migration, made from a scenario and a protocol, whichever clock and transport they get.
+
+The scenario is the one with what the protocol's name changes (Protocol.applied).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from proto_v3.vmm.migration import Side, Source, Target
+from proto_v3.vmm.negotiate import negotiated_source, negotiated_target
+from proto_v3.vmm.v2 import V2Source, V2Target
+from proto_v3.wire.channel import Channel
+from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import Scenario
+from sim.scenario.tables import Device
+
+
+def target_device(scenario: Scenario, device: Device) -> Device:
+    """The target's device: the same, but for how many streams it may have."""
+    most = scenario.v3.target_max_dirty_streams
+    return device if most is None else device.model_copy(update={"max_dirty_streams": most})
+
+
+def connections(scenario: Scenario, protocol: Protocol) -> int:
+    """How many connections the source makes, the main channel's included: v2's too, if it may fall back to that."""
+    count = scenario.v2_options().channels
+    if protocol.version != 3:
+        return count
+    needed = scenario.v3_options().connections(len(scenario.devices))
+    return max(count, needed) if scenario.v3.target_knows == "v2" else needed
+
+
+async def make_source(
+    side: Side, channels: Sequence[Channel], scenario: Scenario, protocol: Protocol
+) -> tuple[Source, str]:
+    """The source, ready to run, and what there is to note of how it came about (as that it fell back to v2).
+
+    v3 agrees with the target on the protocol first. Errors as of proto_v3.vmm.negotiate.negotiated_source.
+    """
+    v2 = scenario.v2_options()
+    if protocol.version == 3:
+        return await negotiated_source(side, channels, scenario.v3_options(), v2)
+    return V2Source(side, channels, v2), ""
+
+
+async def make_target(side: Side, channels: Sequence[Channel], scenario: Scenario, protocol: Protocol) -> Target | None:
+    """The target, ready to run; None if the source gave up before there was anything to run.
+
+    Errors as of proto_v3.vmm.negotiate.negotiated_target.
+    """
+    v2 = scenario.v2_options()
+    if protocol.version == 3:
+        v3 = scenario.v3_options() if scenario.v3.target_knows == "v3" else None
+        return await negotiated_target(side, channels, v3, v2)
+    return V2Target(side, channels, v2)

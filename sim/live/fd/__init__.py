@@ -1,0 +1,1 @@
+"""Data fds and calls between a VMM process and its device process. Imports sim.device and the root of sim.live."""

@@ -1,0 +1,262 @@
+"""Calls between a VMM and its device process, on a UNIX socket: what ioctls on a VFIO device would be.
+
+A message is its length and a msgpack array; file descriptors go with it (SCM_RIGHTS). Calls are answered in any order,
+so that one may wait (for a stream to be drained, for an epoch) while others go on. When the other process is gone, all
+that wait are told, with ENODEV: to a VMM, its device is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from proto_v3.errors import ProtoV3Error
+from proto_v3.timeline import Resource
+from sim.live.io import look
+from sim.live.merge_timelines import Part
+
+MAX_MESSAGE_BYTES = 512 << 20
+"""Digests of 4 GiB in the smallest blocks, and timelines, are far below."""
+READ_BYTES = 1 << 18
+MAX_FDS = 64
+LONG_AGO_NS = -(10**12)
+"""A call waits for nobody until it is made: whoever answers it is caused by the caller, from then on."""
+_LENGTH = struct.Struct("<I")
+CALL, ANSWER, ERROR, NOTE = range(4)
+
+
+class CallsError(ProtoV3Error):
+    """The other process broke the rules of these messages."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a call gave: a map, and file descriptors that now belong to the caller."""
+
+    body: dict[str, Any] = field(default_factory=dict)
+    fds: Sequence[int] = ()
+    number: int = 0
+    """Of all answers of that process so far."""
+
+
+Handler = Callable[[str, dict[str, Any]], Awaitable[Answer]]
+"""Answers a call by its name; OSError goes to the caller as it is."""
+
+
+class Calls:
+    """One end of the socket."""
+
+    def __init__(self, sock: socket.socket, peer: str, handler: Handler | None = None) -> None:
+        """To be made in a running loop; `peer` is who is at the other end, for errors."""
+        sock.setblocking(False)
+        self._sock = sock
+        self._peer = peer
+        self._handler = handler
+        self._loop = asyncio.get_running_loop()
+        self._waiting: dict[int, asyncio.Future[Answer]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._number = self._answers = 0
+        self._in = bytearray()
+        self._fds: deque[int] = deque()
+        self._out: deque[tuple[memoryview, Sequence[int]]] = deque()
+        self._why = "is gone"
+        self.gone: asyncio.Future[None] = self._loop.create_future()
+        """Done when the other process is gone, or this end is closed."""
+        self._timeline: Part | None = None
+        self._edge = ""
+        self._loop.add_reader(sock.fileno(), self._readable)
+
+    def trace(self, timeline: Part, side: str) -> None:
+        """Tell the timeline of calls and answers from now on."""
+        self._timeline, self._edge = timeline, side
+
+    # --- calling ------------------------------------------------------------------------------------------------------
+
+    async def call(self, name: str, **body: Any) -> Answer:
+        """Call the other process. OSError as it answers, or ENODEV if it is gone."""
+        start_ns = 0 if self._timeline is None else self._timeline.now_ns()
+        answer = await self.begin(name, **body)
+        if self._timeline is not None:
+            self._timeline.got(Resource.COPY, f"{name} call", f"{self._edge} answer", answer.number, start_ns)
+        return answer
+
+    def begin(self, name: str, **body: Any) -> asyncio.Future[Answer]:
+        """Call, and leave it to the caller when to wait for the answer."""
+        done: asyncio.Future[Answer] = self._loop.create_future()
+        done.add_done_callback(look)
+        if self.gone.done():
+            done.set_exception(self._gone_error())
+            return done
+        self._number += 1
+        if self._timeline is not None:
+            self._timeline.gave(f"{self._edge} call", self._number)
+        self._waiting[self._number] = done
+        self._send([self._number, CALL, name, body], ())
+        return done
+
+    def note(self, name: str, **body: Any) -> None:
+        """Tell the other process something that it does not answer."""
+        if not self.gone.done():
+            self._send([0, NOTE, name, body], ())
+
+    async def told(self, name: str, **body: Any) -> None:
+        """The same, and return when all that was to be sent is, or the other process is gone."""
+        self.note(name, **body)
+        while self._out and not self.gone.done():
+            await asyncio.sleep(0.001)
+
+    def _gone_error(self) -> OSError:
+        return OSError(errno.ENODEV, f"the {self._peer} {self._why}")
+
+    # --- sending ------------------------------------------------------------------------------------------------------
+
+    def _send(self, message: list[Any], fds: Sequence[int]) -> None:
+        if self.gone.done():
+            _close_all(fds)
+            return
+        packed = msgpack.packb([*message, len(fds)])
+        self._out.append((memoryview(_LENGTH.pack(len(packed)) + packed), fds))
+        if len(self._out) == 1:
+            self._writable()
+
+    def _writable(self) -> None:
+        while self._out:
+            data, fds = self._out[0]
+            try:
+                sent = socket.send_fds(self._sock, [data], list(fds)) if fds else self._sock.send(data)
+            except BlockingIOError:
+                self._loop.add_writer(self._sock.fileno(), self._writable)
+                return
+            except OSError:
+                self.close()
+                return
+            _close_all(fds)  # they are the other process's now
+            if sent < len(data):
+                self._out[0] = (data[sent:], ())
+            else:
+                self._out.popleft()
+        self._loop.remove_writer(self._sock.fileno())
+
+    # --- receiving ----------------------------------------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        try:
+            data, fds, _, _ = socket.recv_fds(self._sock, READ_BYTES, MAX_FDS)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, fds = b"", []
+        for fd in fds:
+            os.set_inheritable(fd, False)  # recv_fds() ignores MSG_CMSG_CLOEXEC
+        self._fds += fds
+        if not data:
+            self.close()
+            return
+        self._in += data
+        try:
+            self._take_messages()
+        except (CallsError, ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+            self.close(f"broke the rules of these calls: {error}")
+
+    def _take_messages(self) -> None:
+        at = 0
+        while len(self._in) - at >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(self._in, at)
+            if size > MAX_MESSAGE_BYTES:
+                raise CallsError(f"a message of {size} bytes from the {self._peer}")
+            if len(self._in) - at - _LENGTH.size < size:
+                break
+            at += _LENGTH.size
+            message = msgpack.unpackb(memoryview(self._in)[at : at + size], max_bin_len=size, strict_map_key=False)
+            at += size
+            self._take(*self._checked(message))
+            if self.gone.done():
+                return
+        del self._in[:at]
+
+    def _checked(self, message: Any) -> tuple[int, int, Any, Any, list[int]]:
+        """A message's parts, with the descriptors that came with it. CallsError if it is none."""
+        if not isinstance(message, list) or len(message) != 5:
+            raise CallsError("a message that is none")
+        number, kind, what, body, fds = message
+        kinds = {CALL: (str, dict), NOTE: (str, dict), ANSWER: (int, dict), ERROR: (int, str)}
+        if type(number) is not int or type(kind) is not int or kind not in kinds or type(fds) is not int:
+            raise CallsError("a message that is none")
+        if not isinstance(what, kinds[kind][0]) or not isinstance(body, kinds[kind][1]):
+            raise CallsError("a message that is none")
+        if kind in (CALL, NOTE) and (self._handler is None or fds):
+            raise CallsError(f"a call of {what!r}, which nobody answers here")
+        if not 0 <= fds <= len(self._fds):
+            raise CallsError(f"{fds} descriptors are said to come, {len(self._fds)} came")
+        return number, kind, what, body, [self._fds.popleft() for _ in range(fds)]
+
+    def _take(self, number: int, kind: int, what: Any, body: Any, fds: list[int]) -> None:
+        if kind in (CALL, NOTE):
+            task = self._loop.create_task(self._handle(number, kind, what, body))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return
+        done = self._waiting.pop(number, None)
+        if done is None or done.done():
+            _close_all(fds)
+        elif kind == ANSWER:
+            done.set_result(Answer(body, fds, what))
+        else:
+            done.set_exception(OSError(what, body))
+
+    async def _handle(self, number: int, kind: int, name: str, body: dict[str, Any]) -> None:
+        assert self._handler is not None
+        if self._timeline is not None and kind == CALL:
+            self._timeline.got(Resource.COPY, f"{name} call", f"{self._edge} call", number, LONG_AGO_NS)
+        try:
+            answer = await self._handler(name, body)
+        except OSError as error:
+            if kind == CALL:
+                self._send([number, ERROR, error.errno or errno.EIO, str(error.strerror or error)], ())
+            return
+        except Exception as error:  # a bug: to be seen here, and not waited for there
+            if kind == CALL:
+                self._send([number, ERROR, errno.EPROTO, f"{name}: {error!r}"], ())
+            raise
+        if kind == CALL:
+            self._answers += 1
+            if self._timeline is not None:
+                self._timeline.gave(f"{self._edge} answer", self._answers)
+            self._send([number, ANSWER, self._answers, answer.body], answer.fds)
+
+    def close(self, why: str = "is gone") -> None:
+        """The socket is closed: nobody is answered any more; `why` is what those are told who wait."""
+        if self.gone.done():
+            return
+        self._why = why
+        self.gone.set_result(None)
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_writer(self._sock.fileno())
+        self._sock.close()
+        _close_all(self._fds)
+        self._fds.clear()
+        for _, fds in self._out:
+            _close_all(fds)
+        self._out.clear()
+        for done in self._waiting.values():
+            if not done.done():
+                done.set_exception(self._gone_error())
+        self._waiting.clear()
+        for task in self._tasks:
+            task.cancel()
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)

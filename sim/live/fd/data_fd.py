@@ -1,0 +1,260 @@
+"""The VMM's end of a data fd: real read(), write() and poll(), in threads or as the loop says (see sim.live.io)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import select
+from collections.abc import Callable
+from typing import Protocol
+
+from sim.device.stream import fails
+from sim.live.io import Worker, set_done, stop_all
+
+WOKEN = -1
+"""What read() and readable() give when wake() ended the wait."""
+
+
+class Descriptor(Protocol):
+    """A data fd, for one reader and one writer at a time."""
+
+    number: int
+
+    async def read(self, view: memoryview) -> int:
+        """read(): how many bytes came, 0 at the end, or WOKEN if wake() was called and there is nothing.
+
+        If the caller is cancelled, nothing is lost: what came is for the next one.
+        """
+
+    async def readable(self) -> int:
+        """poll() for reading: 1 if there are bytes, or the end; or WOKEN, as above."""
+
+    def readable_now(self) -> bool:
+        """The same without waiting."""
+
+    async def write(self, view: memoryview, piece_bytes: int) -> None:
+        """write() all of it, at most so many bytes a call. OSError as write() gives it."""
+
+    def wake(self) -> None:
+        """End a read() or readable() that waits, or the next one that would."""
+
+    def close(self) -> None:
+        """Close it; whoever waits gets ENODEV. May be called again."""
+
+
+class ThreadDescriptor:
+    """See Descriptor: a thread a direction blocks."""
+
+    def __init__(self, number: int, name: str) -> None:
+        os.set_blocking(number, False)  # so that poll() is what blocks, and close() can end it
+        self.number = number
+        self._name = name
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._closing = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._in = select.poll()
+        self._out = select.poll()
+        for waits, what in ((self._in, select.POLLIN), (self._out, select.POLLOUT)):
+            waits.register(number, what)
+            waits.register(self._closing, select.POLLIN)
+        self._in.register(self._wake, select.POLLIN)
+        self._reader: Worker | None = None
+        self._writer: Worker | None = None
+        self._given_up: tuple[asyncio.Future[int], memoryview] | None = None
+        """A read that nobody waits for any more, until it has ended."""
+        self._left = memoryview(b"")  # of what it got
+        self._closed = False
+
+    async def read(self, view: memoryview) -> int:
+        """See Descriptor."""
+        await self._end_given_up()
+        if len(self._left):
+            got = min(len(view), len(self._left))
+            view[:got], self._left = self._left[:got], self._left[got:]
+            return got
+        return await self._read_in_thread(lambda: self._read(view), view)
+
+    async def readable(self) -> int:
+        """See Descriptor."""
+        await self._end_given_up()
+        if len(self._left):
+            return 1
+        return await self._read_in_thread(lambda: 1 if self._wait_in() else WOKEN, memoryview(b""))
+
+    def readable_now(self) -> bool:
+        """See Descriptor."""
+        return bool(len(self._left)) or _readable_now(self.number, closed=self._closed)
+
+    async def write(self, view: memoryview, piece_bytes: int) -> None:
+        """See Descriptor."""
+        self._check_open()
+        if self._writer is None:
+            self._writer = Worker(f"{self._name} write")
+        await self._writer.start(lambda: self._write(view, piece_bytes))
+
+    async def _read_in_thread(self, job: Callable[[], int], view: memoryview) -> int:
+        self._check_open()
+        if self._reader is None:
+            self._reader = Worker(f"{self._name} read")
+        reading = self._reader.start(job)
+        try:
+            return await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            self._given_up = reading, view
+            self.wake()
+            raise
+
+    async def _end_given_up(self) -> None:
+        """See to the end of a read that was given up: it would take what the next one is to have, wake() included."""
+        if self._given_up is not None:
+            reading, view = self._given_up
+            await asyncio.wait([reading])
+            if self._given_up is not None:
+                self._given_up = None
+                if reading.exception() is None and len(view):
+                    self._left = view[: max(0, reading.result())]
+                self.wake()  # it may have been told what was meant for the next one
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise fails(errno.ENODEV)
+
+    def wake(self) -> None:
+        """See Descriptor."""
+        if not self._closed:
+            os.eventfd_write(self._wake, 1)
+
+    def close(self) -> None:
+        """See Descriptor."""
+        if self._closed:
+            return
+        self._closed = True
+        os.eventfd_write(self._closing, 1)
+        stop_all((self._reader, self._writer), self._release)
+
+    def _release(self) -> None:
+        for number in (self.number, self._wake, self._closing):
+            os.close(number)
+
+    def _read(self, view: memoryview) -> int:
+        while True:
+            try:
+                return os.readv(self.number, [view])
+            except BlockingIOError:
+                if not self._wait_in():
+                    return WOKEN
+
+    def _wait_in(self) -> bool:
+        """Wait for bytes, or the end; False if it was woken before."""
+        ready = {fd for fd, _ in self._in.poll()}
+        if self._closing in ready:
+            raise fails(errno.ENODEV)
+        if self.number in ready:
+            return True
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        return False
+
+    def _write(self, view: memoryview, piece_bytes: int) -> None:
+        while len(view):
+            try:
+                view = view[os.write(self.number, view[:piece_bytes]) :]
+            except BlockingIOError:
+                if self._closing in {fd for fd, _ in self._out.poll()}:
+                    raise fails(errno.ENODEV) from None
+
+
+def _readable_now(number: int, *, closed: bool) -> bool:
+    now = select.poll()
+    if not closed:
+        now.register(number, select.POLLIN)
+    return bool(now.poll(0))
+
+
+class LoopDescriptor:
+    """See Descriptor: when the loop says that it is ready; copies are made in the loop's thread."""
+
+    def __init__(self, number: int) -> None:
+        os.set_blocking(number, False)
+        self.number = number
+        self._loop = asyncio.get_running_loop()
+        self._woken = self._closed = False
+        self._reading: asyncio.Future[None] | None = None
+        self._writing: asyncio.Future[None] | None = None
+
+    async def read(self, view: memoryview) -> int:
+        """See Descriptor."""
+        while True:
+            self._check_open()
+            try:
+                return os.readv(self.number, [view])
+            except BlockingIOError:
+                if not await self._wait_in():
+                    return WOKEN
+
+    async def readable(self) -> int:
+        """See Descriptor."""
+        self._check_open()
+        return 1 if await self._wait_in() else WOKEN
+
+    def readable_now(self) -> bool:
+        """See Descriptor."""
+        return _readable_now(self.number, closed=self._closed)
+
+    async def _wait_in(self) -> bool:
+        if not self._woken:
+            self._reading = self._loop.create_future()
+            self._loop.add_reader(self.number, set_done, self._reading)
+            try:
+                await self._reading
+            finally:
+                self._reading = None
+                if not self._closed:
+                    self._loop.remove_reader(self.number)
+            self._check_open()
+        woken, self._woken = self._woken, False
+        return not woken
+
+    async def write(self, view: memoryview, piece_bytes: int) -> None:
+        """See Descriptor."""
+        while len(view):
+            self._check_open()
+            try:
+                view = view[os.write(self.number, view[:piece_bytes]) :]
+            except BlockingIOError:
+                self._writing = self._loop.create_future()
+                self._loop.add_writer(self.number, set_done, self._writing)
+                try:
+                    await self._writing
+                finally:
+                    self._writing = None
+                    if not self._closed:
+                        self._loop.remove_writer(self.number)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise fails(errno.ENODEV)
+
+    def wake(self) -> None:
+        """See Descriptor."""
+        self._woken = True
+        if self._reading is not None:
+            set_done(self._reading)
+
+    def close(self) -> None:
+        """See Descriptor."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self.number)
+        self._loop.remove_writer(self.number)
+        os.close(self.number)
+        for waiter in (self._reading, self._writing):
+            if waiter is not None:
+                set_done(waiter)
+
+
+def descriptor(number: int, name: str, io: str) -> Descriptor:
+    """A data fd that was passed, read and written in the way that `io` names (sim.live.io.IO)."""
+    return ThreadDescriptor(number, name) if io == "threads" else LoopDescriptor(number)

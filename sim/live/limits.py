@@ -1,0 +1,75 @@
+"""What of a scenario a live run cannot give: delays shorter than timers are late, and what is the machine's own.
+
+Delays that are too short do not add up (sim.live.real_time), but each of them is as long as the timer makes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from sim.clock import virtual as clock
+from sim.live.real_time import RealTime
+from sim.scenario.scenario import Scenario
+from sim.scenario.units import GIB, MIB, NS_PER_MS, NS_PER_S
+
+NS_PER_US = 1_000
+TRIES = 50
+TRIED_NS = 200_000
+
+THE_MACHINES_OWN = {
+    "driver.call_us": "a call costs what it costs",
+    "host.memory_gib_per_s": "all copies together are as fast as they are; one thread's copy_gib_per_s is kept to",
+    "link.gbit_per_s": "the network is what it is; per_connection_gbit_per_s is asked of the kernel's pacing",
+    "link.round_trip_us": "the network's own",
+}
+"""Keys of a scenario that a live run does not emulate, and what there is in their place."""
+
+
+async def timer_lateness_ns() -> int:
+    """How late a timer is on this machine now, as a median of some."""
+    time = RealTime()
+    try:
+        clock.use(time)
+        for _ in range(TRIES):
+            await clock.sleep_ns(TRIED_NS)
+        return time.delays().late_median_ns
+    finally:
+        time.close()
+
+
+def measured_lateness_ns() -> int:
+    """The same, for who has no loop."""
+    return asyncio.run(timer_lateness_ns())
+
+
+def delays_ns(scenario: Scenario) -> dict[str, float]:
+    """What a live run sleeps for, by key; nothing for what takes no time."""
+    vmm, firmware, ram = scenario.vmm, scenario.firmware, scenario.ram
+    asked = {
+        "firmware.save_command_us": firmware.save_command_us * NS_PER_US,
+        "firmware.load_command_us": firmware.load_command_us * NS_PER_US,
+        "firmware.load_finish_ms": firmware.load_finish_ms * NS_PER_MS,
+        "ram.sync_ms": ram.sync_ms * NS_PER_MS,
+        "ram.final_sync_ms": ram.final_sync_ms * NS_PER_MS,
+        "ram.final_scan_ms": ram.final_scan_ms * NS_PER_MS,
+        "ram.send_gib_per_s": ram.frame_mib * MIB / (ram.send_gib_per_s * GIB) * NS_PER_S,
+        "vmm.setup_ms": vmm.setup_ms * NS_PER_MS,
+        "vmm.vcpu_stop_ms": vmm.vcpu_stop_ms * NS_PER_MS,
+        "vmm.vcpu_start_ms": vmm.vcpu_start_ms * NS_PER_MS,
+        "vmm.other_load_ms": vmm.other_load_ms * NS_PER_MS,
+    }
+    if vmm.device_buffer_gib_per_s is not None:
+        asked["vmm.device_buffer_gib_per_s"] = vmm.read_mib * MIB / (vmm.device_buffer_gib_per_s * GIB) * NS_PER_S
+    for at, device in enumerate(scenario.device):
+        key = f"device.{at}"
+        asked[f"{key}.suspend_ms"] = device.suspend_ms * NS_PER_MS
+        asked[f"{key}.quiesce_ms"] = device.quiesce_ms * NS_PER_MS
+        asked[f"{key}.resume_ms"] = device.resume_ms * NS_PER_MS
+        asked[f"{key}.config_load_ms"] = device.config_load_ms * NS_PER_MS
+        asked[f"{key}.critical.setup_us"] = device.critical.setup_us * NS_PER_US
+    return {key: value for key, value in asked.items() if value > 0}
+
+
+def too_short(scenario: Scenario, lateness_ns: int) -> dict[str, float]:
+    """The delays that are shorter than a timer is late: key, nanoseconds."""
+    return {key: asked_ns for key, asked_ns in delays_ns(scenario).items() if asked_ns < lateness_ns}

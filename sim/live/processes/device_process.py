@@ -1,0 +1,364 @@
+"""The device process: all devices of one host, on the real clock, with their state as bytes.
+
+It runs the drivers of `sim` as they are. A VMM reaches them by calls (`sim.live.fd.calls`), of which those that are
+ioctls carry the kernel's structures; data fds are passed to it. At the source the guest lives here, too: it writes
+to the devices at the scenario's rate, until the VMM stops it. The process ends when its VMM does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import Any
+
+from proto_v3.vfio import ioctl
+from proto_v3.vfio.device import DataFd, Ready
+from proto_v3.vfio.uapi import FEATURE_MASK, DeviceFeature, Feature, FeatureOp
+from sim.clock import virtual as clock
+from sim.device.blocks import LoadBlocks, SaveBlocks
+from sim.device.driver import SimDriver, tell_of_bug
+from sim.device.load import LoadStream
+from sim.device.save import SaveStream
+from sim.device.save_v3 import CriticalStream
+from sim.device.state import DeviceState, Image
+from sim.device.stream import fails
+from sim.host.host import LiveHost, devices_at_source, devices_at_target, seeds
+from sim.live.fd.blocks import BlocksData
+from sim.live.fd.calls import Answer, Calls
+from sim.live.fd.codec import Decoder
+from sim.live.fd.copy import Copier
+from sim.live.fd.load import LoadedBlocks, LoadedData, placer
+from sim.live.fd.lock import RealLock
+from sim.live.fd.save import SavedData
+from sim.live.fd.store import Store
+from sim.live.merge_timelines import Part
+from sim.live.real_time import RealTime
+from sim.scenario.scenario import Scenario
+from sim.scenario.units import GIB, MIB
+
+GUEST_TICK_NS = 2_000_000
+"""How often the guest catches up with what it should have written: short beside all that is asked of a device."""
+
+Data = SavedData | LoadedData | LoadedBlocks | BlocksData
+
+
+class DeviceProcess:
+    """Answers the VMM's calls."""
+
+    def __init__(self, side: str) -> None:
+        self.side = side
+        self._calls: Calls | None = None
+        self._data: dict[int, Data] = {}
+        self._ended: set[int] = set()
+        """Numbers of those of which nothing is left."""
+        self._devices: list[_Device] = []
+        self._guest: asyncio.Task[None] | None = None
+        self._time: RealTime | None = None
+        self._handlers: dict[str, Callable[[dict[str, Any]], Awaitable[Answer]]] = {
+            "init": self._init,
+            "start": self._start,
+            "ping": self._ping,
+            "feature": self._feature,
+            "reset": self._reset,
+            "precopy_info": self._precopy_info,
+            "stream_info": self._stream_info,
+            "get_stream": self._get_stream,
+            "idle": self._idle,
+            "new_epoch": self._new_epoch,
+            "close": self._close,
+            "dirty_blocks": self._dirty_blocks,
+            "read_blocks": self._read_blocks,
+            "read_end": self._read_end,
+            "guest": self._guest_does,
+            "digests": self._digests,
+            "progress": self._progress,
+            "collect": self._collect,
+        }
+
+    async def serve(self, control: socket.socket) -> None:
+        """Answer calls until the VMM is gone; nothing goes on then."""
+        self._calls = Calls(control, "VMM", self._handle)
+        try:
+            await self._calls.gone
+        finally:
+            if self._guest is not None:
+                self._guest.cancel()
+            for device in self._devices:
+                await device.driver.reset()
+            await self._end_what_is_over()
+            if self._time is not None:
+                self._time.close()
+
+    async def _handle(self, name: str, body: dict[str, Any]) -> Answer:
+        handler = self._handlers.get(name)
+        if handler is None:
+            raise OSError(errno.ENOTTY, f"there is no call {name!r}")
+        return await handler(body)
+
+    # --- set-up -------------------------------------------------------------------------------------------------------
+
+    async def _init(self, body: dict[str, Any]) -> Answer:
+        """Make the devices. The time begins later, with `start`."""
+        scenario = Scenario.model_validate_json(body["scenario"])
+        stores = [await asyncio.to_thread(Store, device, filled=self.side == "source") for device in scenario.devices]
+        self._scenario, self._stores, self._seed = scenario, stores, body["seed"]
+        return Answer()
+
+    async def _start(self, body: dict[str, Any]) -> Answer:
+        """Time 0 is at `zero_ns` of perf_counter_ns(); the guest runs from then on."""
+        self._time = time = RealTime(body["zero_ns"])
+        clock.use(time)
+        self.timeline = Part(time.now_ns)
+        assert self._calls is not None
+        self._calls.trace(self.timeline, self.side)
+        guest_seed, source_seed, target_seed = seeds(self._seed)
+        host_seed = source_seed if self.side == "source" else target_seed
+        host = LiveHost(self._scenario, host_seed, self.timeline, RealLock)
+        made: list[tuple[SimDriver, Any]] = []
+        if self.side == "source":
+            made += devices_at_source(self._scenario, guest_seed, host)
+        else:
+            made += devices_at_target(self._scenario, host)
+        self._devices = [_Device(*each, store) for each, store in zip(made, self._stores, strict=True)]
+        if self.side == "source":
+            self._guest = asyncio.create_task(self._run_guest(), name="guest")
+            self._guest.add_done_callback(tell_of_bug)
+        return Answer()
+
+    async def _run_guest(self) -> None:
+        """Write what is due, again and again: a driver that asks (DeviceState.advance) has it written at once."""
+        written_to = [device for device in self._devices if device.busy]
+        while written_to:
+            await clock.sleep_ns(GUEST_TICK_NS)
+            for device in written_to:
+                device.advance()
+
+    async def _ping(self, body: dict[str, Any]) -> Answer:
+        return Answer()
+
+    # --- the device fd ------------------------------------------------------------------------------------------------
+
+    async def _feature(self, body: dict[str, Any]) -> Answer:
+        """VFIO_DEVICE_FEATURE."""
+        device = self._devices[body["device"]]
+        buffer = bytearray(body["buffer"])
+        installed: list[int] = []
+
+        def install(fd: DataFd) -> int:
+            installed.append(self._install(device, fd))
+            return installed[-1]
+
+        try:
+            await ioctl.device_feature(device.driver, buffer, install)
+        finally:
+            await self._end_what_is_over()
+        header = DeviceFeature.unpack(buffer)
+        done = header.flags & FeatureOp.SET and not header.flags & FeatureOp.PROBE
+        if header.flags & FEATURE_MASK == Feature.MIG_PRECOPY_INFOV2 and done:
+            device.opted_in = True
+        return Answer({"buffer": bytes(buffer)}, [fd for number in installed for fd in self._data[number].fds()])
+
+    async def _reset(self, body: dict[str, Any]) -> Answer:
+        await self._devices[body["device"]].driver.reset()
+        await self._end_what_is_over()
+        return Answer()
+
+    def _install(self, device: _Device, fd: DataFd) -> int:
+        """A data fd gets its socket, and a number."""
+        number = len(self._data) + 1
+        name = f"{self.side} {device.driver.name} fd {number}"
+        scenario = self._scenario
+        lock = device.driver.lock_for_a_copy()
+        mutex = lock.mutex if isinstance(lock, RealLock) else None
+        rate = scenario.host.copy_gib_per_s * GIB
+        v3 = device.driver.dirty_streams > 0
+        room_bytes = scenario.driver.chunk_bytes  # the socket is the end of the driver's chunks
+        data: Data
+        if isinstance(fd, SaveStream):
+            copier, piece_bytes = Copier(mutex, rate), round(scenario.vmm.read_mib * MIB)
+            data = SavedData(
+                fd, device.store, copier, self.timeline, name, room_bytes=room_bytes, piece_bytes=piece_bytes
+            )
+        elif isinstance(fd, SaveBlocks):
+            data = BlocksData(fd, device.store, mutex, rate, self.timeline)
+        else:
+            assert isinstance(fd, LoadStream | LoadBlocks)
+            kind = LoadedBlocks if isinstance(fd, LoadBlocks) else LoadedData
+
+            def decoder() -> Decoder:
+                return Decoder(device.driver.spec, v3)
+
+            data = kind(fd, decoder, device.store, Copier(None, rate), self.timeline, name, room_bytes=room_bytes)
+        self._data[number] = data
+        return number
+
+    async def _end_what_is_over(self) -> None:
+        """Of sessions that are over nothing is left to be read, and nothing goes on into the device's state."""
+        for number, data in list(self._data.items()):
+            if data.stream.over and number not in self._ended:
+                await data.ended()
+                self._ended.add(number)
+
+    # --- data fds -----------------------------------------------------------------------------------------------------
+
+    def _of(self, body: dict[str, Any]) -> Any:
+        return self._data[body["fd"]]
+
+    async def _precopy_info(self, body: dict[str, Any]) -> Answer:
+        buffer = bytearray(body["buffer"])
+        opted_in = self._devices[body["device"]].opted_in
+        await ioctl.get_precopy_info(self._of(body).stream, buffer, opted_in=opted_in)
+        return Answer({"buffer": bytes(buffer)})
+
+    async def _stream_info(self, body: dict[str, Any]) -> Answer:
+        buffer = bytearray(body["buffer"])
+        await ioctl.get_stream_info(self._of(body).stream, buffer)
+        return Answer({"buffer": bytes(buffer)})
+
+    async def _get_stream(self, body: dict[str, Any]) -> Answer:
+        device = self._devices[body["device"]]
+        buffer = bytearray(body["buffer"])
+        installed: list[int] = []
+
+        def install(fd: DataFd) -> int:
+            """One that the VMM has already keeps its number, and is not passed again."""
+            for number, data in self._data.items():
+                if data.stream is fd:
+                    return number
+            installed.append(self._install(device, fd))
+            return installed[-1]
+
+        await ioctl.get_stream(self._of(body).stream, buffer, install)
+        passed = [self._data[number] for number in installed]
+        blocks = any(isinstance(data, BlocksData | LoadedBlocks) for data in passed)
+        return Answer({"buffer": bytes(buffer), "blocks": blocks}, [fd for data in passed for fd in data.fds()])
+
+    async def _idle(self, body: dict[str, Any]) -> Answer:
+        data = self._of(body)
+        if not isinstance(data, SavedData):
+            raise fails(errno.EBADF)
+        what, code, text, sent = await data.idle()
+        return Answer({"what": what, "errno": code, "text": text, "sent": sent})
+
+    async def _new_epoch(self, body: dict[str, Any]) -> Answer:
+        """Whether there is one; it is waited for, if so asked."""
+        stream = self._of(body).stream
+        if not isinstance(stream, CriticalStream):
+            raise fails(errno.ENOTTY)
+        if body["wait"]:
+            await stream.new_epoch()
+        return Answer({"new": bool(stream._ready() & Ready.NEW_EPOCH)})
+
+    async def _close(self, body: dict[str, Any]) -> Answer:
+        await self._of(body).stream.close()
+        return Answer()
+
+    async def _dirty_blocks(self, body: dict[str, Any]) -> Answer:
+        buffer, bitmap = bytearray(body["buffer"]), bytearray(body["bitmap_bytes"])
+        try:
+            await ioctl.get_dirty_blocks(self._of(body).stream, buffer, bitmap)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # which tells how many bits it takes
+                raise
+            bitmap.clear()
+        return Answer({"buffer": bytes(buffer), "bitmap": bytes(bitmap)})
+
+    async def _read_blocks(self, body: dict[str, Any]) -> Answer:
+        data = self._of(body)
+        if not isinstance(data, BlocksData):
+            raise fails(errno.EBADF)
+        offset, size = await data.read_blocks(body["first"], body["count"], body["free"])
+        return Answer({"offset": offset, "size": size})
+
+    async def _read_end(self, body: dict[str, Any]) -> Answer:
+        return Answer({"data": await self._of(body).read(body["max_bytes"])})
+
+    # --- the guest, and what is left in the end -----------------------------------------------------------------------
+
+    async def _guest_does(self, body: dict[str, Any]) -> Answer:
+        for device in self._devices:
+            device.guest_does(body["what"])
+        return Answer()
+
+    async def _digests(self, body: dict[str, Any]) -> Answer:
+        """Of the state as it is; the guest must be stopped."""
+        told = [await asyncio.to_thread(device.store.digests) for device in self._devices]
+        return Answer({"digests": told})
+
+    async def _progress(self, body: dict[str, Any]) -> Answer:
+        """For who watches: what is left, and what the guest wrote so far. Bytes."""
+        left = [await device.driver.stop_copy_bytes() for device in self._devices]
+        return Answer({"left_bytes": sum(left), "written_bytes": sum(device.written_bytes for device in self._devices)})
+
+    async def _collect(self, body: dict[str, Any]) -> Answer:
+        for data in self._data.values():
+            if isinstance(data, SavedData | BlocksData):
+                counts = data.stream.reads
+                counts.lock_ns, counts.copy_ns = data.lock_ns, data.copy_ns
+        assert self._time is not None
+        delays = asdict(self._time.delays())
+        devices = [device.told() for device in self._devices]
+        cpu_ns = self._time.cpu_ns
+        return Answer({"timeline": self.timeline.export(), "devices": devices, "delays": delays, "cpu_ns": cpu_ns})
+
+
+class _Device:
+    """A driver, and the state behind it."""
+
+    def __init__(self, driver: SimDriver, state: DeviceState | Image, store: Store) -> None:
+        self.driver = driver
+        self.store = store
+        self.opted_in = False
+        """To PRECOPY_INFOv2."""
+        self._state = state
+        if isinstance(state, DeviceState):
+            state.content = store
+        else:
+            state.place = placer(store)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the guest does anything to it, ever."""
+        return isinstance(self._state, DeviceState) and self._state.activity.busy
+
+    def advance(self) -> None:
+        """Write what the guest should have written by now."""
+        if isinstance(self._state, DeviceState):
+            self._state.advance(clock.now_ns())
+
+    @property
+    def written_bytes(self) -> int:
+        """What the guest wrote so far."""
+        return self._state.written_bytes if isinstance(self._state, DeviceState) else 0
+
+    def guest_does(self, what: str) -> None:
+        """The guest is about to stop, stops, or starts."""
+        if not isinstance(self._state, DeviceState):
+            return  # at the target nothing is left to do for it
+        match what:
+            case "order_stop":
+                self._state.order_stop(clock.now_ns())
+            case "stop":
+                self._state.stop(clock.now_ns())
+            case "start":
+                self._state.start()
+            case _:
+                raise fails(errno.EINVAL)
+
+    def told(self) -> dict[str, Any]:
+        """What is left of it to be told (sim.outcome.DeviceMeasured)."""
+        state, driver = self._state, self.driver
+        told: dict[str, Any] = {
+            "name": driver.name,
+            "reads": [asdict(counts) for counts in driver.read_counts],
+            "loads": [asdict(counts) for counts in driver.load_counts],
+            "critical_loads": [asdict(load) for load in driver.critical_loads],
+            "needed_bytes": len(self.store.view),
+            "blocks": self.store.blocks,
+        }
+        if isinstance(state, DeviceState):
+            told["reconfigurations_ns"] = state.activity.reconfiguration_ns[: state.epoch - 1].tolist()
+        return told

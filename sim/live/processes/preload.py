@@ -1,0 +1,17 @@
+"""What the server that starts processes does before it forks: its children share these pages with it, as long as none
+of them writes to one. So what each would set up for itself is set up here, and the collector, which writes to every
+object that it looks at, is told to leave these alone."""
+
+import encodings.idna  # noqa: F401 - of a socket's connect()
+import gc
+
+import numpy.ma
+import numpy.random  # noqa: F401 - of the guest; numpy.ma is of numpy.unique()
+import uvloop  # noqa: F401
+
+import sim.live.processes.children  # noqa: F401
+from sim.scenario.file import load
+
+load("live-paced")
+gc.collect()
+gc.freeze()

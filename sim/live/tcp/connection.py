@@ -1,0 +1,246 @@
+"""A data connection: frames over TCP, in both directions.
+
+    u16 magic | u16 header bytes | u32 payload bytes | header | payload      (big endian)
+
+A frame leaves in one call, from where its payload lies. It comes in two: the first takes what is before the payload
+and a little of it, the second the rest, right into the buffer that is handed out. Nothing else copies a payload, and
+nothing looks into it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from typing import Protocol
+
+from proto_v3.errors import LocalProtocolError, PeerProtocolError
+from proto_v3.timeline import Resource
+from proto_v3.wire.frames import MAX_HEADER_BYTES, Payload
+from sim.live.fd.buffers import Buffers, as_view
+from sim.live.io import Pipe
+from sim.live.merge_timelines import LATEST
+from sim.live.tcp.sockets import Granted, reason
+
+FRAME_MAGIC = 0x5633
+_PREFIX = struct.Struct("!HHI")
+PREFIX_BYTES = _PREFIX.size
+AHEAD_BYTES = 4096
+"""What the first call takes at most: a few of the frames that have no payload."""
+SMALL_BYTES = 64 << 10
+"""Payloads up to this get memory of their own; beyond it, a buffer of the pool."""
+HELD_UP_NS = 1_000_000
+"""A send that took longer had to wait for the other side."""
+
+Received = tuple[bytes, memoryview]
+
+
+class Trace(Protocol):
+    """What a connection tells a timeline: see sim.live.merge_timelines.Part."""
+
+    def now_ns(self) -> int:
+        """The clock of it all."""
+
+    def gave(self, edge: str, count: int, /) -> None:
+        """The task is about to send the frame of this number, from 1; or to make room, by taking it."""
+
+    def got(self, resource: Resource, what: str, edge: str, count: int, start_ns: int, /) -> None:
+        """The task waited since `start_ns` for the frame of this number; or for room, LATEST."""
+
+    def blocked(self, start_ns: int, /) -> None:
+        """The task was held up since then by a full connection."""
+
+
+class Frames:
+    """What came on a connection, cut into frames. It says where the next bytes are to go; no I/O is done here."""
+
+    def __init__(self, pool: Buffers) -> None:
+        self._pool = pool
+        self._ahead = memoryview(bytearray(AHEAD_BYTES))
+        self._start = 0
+        self._stop = 0
+        self._header = b""
+        self._payload: memoryview | None = None
+        """Of the frame that has begun, once its length is known."""
+        self._here = 0
+        """How much of that payload came."""
+
+    def take(self) -> Received | None:
+        """The next frame; None if it is not all there. PeerProtocolError if what came is no frame."""
+        payload = self._begun()
+        if payload is None or self._here < len(payload):
+            return None
+        self._payload = None
+        return self._header, payload
+
+    def room(self) -> memoryview:
+        """Where the next bytes are to go."""
+        if self._payload is not None:
+            return self._payload[self._here :]
+        here = self._stop - self._start
+        if here == 0 or self._start + PREFIX_BYTES + MAX_HEADER_BYTES > AHEAD_BYTES:
+            self._ahead[:here] = self._ahead[self._start : self._stop]
+            self._start, self._stop = 0, here
+        return self._ahead[self._stop :]
+
+    def came(self, got: int) -> memoryview | None:
+        """So many bytes came there: where the next ones go, or None if a frame is there. 0 is the end of it all."""
+        if not got:
+            inside = " in the middle of a frame" if self._payload is not None or self._start < self._stop else ""
+            raise ConnectionResetError(f"the other side closed the connection{inside}")
+        if self._payload is not None:
+            self._here += got
+        else:
+            self._stop += got
+        payload = self._begun()
+        return None if payload is not None and self._here == len(payload) else self.room()
+
+    def _begun(self) -> memoryview | None:
+        """The payload of the frame that has begun, some of it still to come; None while its length is not known."""
+        here = self._stop - self._start
+        if self._payload is not None or here < PREFIX_BYTES:
+            return self._payload
+        magic, header_bytes, payload_bytes = _PREFIX.unpack_from(self._ahead, self._start)
+        if magic != FRAME_MAGIC:
+            raise PeerProtocolError(f"a frame begins with {FRAME_MAGIC:#06x}, not with {magic:#06x}")
+        if not 1 <= header_bytes <= MAX_HEADER_BYTES:
+            raise PeerProtocolError(f"a header of {header_bytes} bytes; 1 to {MAX_HEADER_BYTES} are allowed")
+        if payload_bytes > self._pool.size_bytes:
+            raise PeerProtocolError(
+                f"a payload of {payload_bytes} bytes; at most {self._pool.size_bytes} were agreed on"
+            )
+        if here < PREFIX_BYTES + header_bytes:
+            return None
+        at = self._start + PREFIX_BYTES
+        self._header = bytes(self._ahead[at : at + header_bytes])
+        at += header_bytes
+        if payload_bytes > SMALL_BYTES:
+            payload = self._pool.take().view[:payload_bytes]
+        else:
+            payload = memoryview(bytearray(payload_bytes))
+        self._here = min(payload_bytes, self._stop - at)
+        payload[: self._here] = self._ahead[at : at + self._here]
+        self._start = at + self._here
+        self._payload = payload
+        return payload
+
+
+class Connection:
+    """One of a session's data connections: a proto_v3.wire.channel.Transport, for one task a direction at a time.
+
+    Whoever is cancelled, the stream of frames stays whole: a frame that is being sent is sent to its end, before any
+    other; one that is being received is the next recv()'s.
+    """
+
+    def __init__(self, pipe: Pipe, index: int, at_source: bool, granted: Granted, pool: Buffers) -> None:
+        self.pipe = pipe
+        self.granted = granted
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self.trace: Trace | None = None
+        self.cause: Exception | None = None
+        """Why the session ended it, if it did."""
+        self._name = f"data connection {index}"
+        self._out, self._in = f"to target {index}", f"to source {index}"
+        if not at_source:
+            self._out, self._in = self._in, self._out
+        self._pool = pool
+        self._sent = 0
+        self._received = 0
+        self._frames = Frames(pool)
+        self._receiving: asyncio.Future[None] | None = None
+        self._in_turn = asyncio.Lock()
+        self._wrong: PeerProtocolError | None = None
+
+    # --- sending ------------------------------------------------------------------------------------------------------
+
+    async def send(self, header: bytes, payload: Payload) -> None:
+        """See Transport. Returns when the kernel took all of it."""
+        view = as_view(payload)
+        if not 1 <= len(header) <= MAX_HEADER_BYTES or len(view) > self._pool.size_bytes:
+            allowed = f"at most {MAX_HEADER_BYTES} + {self._pool.size_bytes} are allowed"
+            raise LocalProtocolError(f"{self._name}: a frame of {len(header)} + {len(view)} bytes; {allowed}")
+        if self._wrong is not None:
+            raise ConnectionAbortedError(f"given up: {self._wrong}")
+        head = memoryview(_PREFIX.pack(FRAME_MAGIC, len(header), len(view)) + header)
+        self._sent += 1
+        self.sent_bytes += len(head) + len(view)
+        trace, start_ns = self.trace, 0
+        if trace is not None:
+            start_ns = trace.now_ns()
+            trace.gave(self._out, self._sent)
+        try:
+            await self.pipe.send_all([head, view] if len(view) else [head])
+        except OSError as error:
+            raise self._ended(error) from error
+        if trace is not None and trace.now_ns() - start_ns > HELD_UP_NS:
+            trace.blocked(start_ns)
+            trace.got(Resource.LINK, "room in connection", f"{self._out} room", LATEST, start_ns)
+
+    def _ended(self, error: OSError) -> ConnectionError:
+        if self.cause is not None:
+            return connection_error(self.cause)
+        return ConnectionResetError(f"{self._name}: {reason(error)}")
+
+    # --- receiving ----------------------------------------------------------------------------------------------------
+
+    async def recv(self) -> tuple[bytes, Payload]:
+        """See Transport. PeerProtocolError if what comes is no frame; the connection is closed then."""
+        trace = self.trace
+        start_ns = 0
+        if trace is not None:
+            start_ns = trace.now_ns()
+            trace.gave(f"{self._in} room", self._received + 1)
+        async with self._in_turn:
+            header, payload = await self._next()
+            self._received += 1
+            count = self._received
+        self.received_bytes += PREFIX_BYTES + len(header) + len(payload)
+        if trace is not None:
+            trace.got(Resource.LINK, "frame", self._in, count, start_ns)
+        return header, payload
+
+    async def _next(self) -> Received:
+        try:
+            if self._wrong is not None:
+                raise PeerProtocolError(str(self._wrong))
+            while self._receiving is not None or (frame := self._frames.take()) is None:
+                await self._fed()
+        except OSError as error:
+            raise self._ended(error) from error
+        except PeerProtocolError as error:
+            if self._wrong is None:
+                self._wrong = PeerProtocolError(f"{self._name}: {error}")
+                self.pipe.close()
+            raise PeerProtocolError(str(self._wrong)) from None
+        return frame
+
+    async def _fed(self) -> None:
+        """Until the frame that has begun, or is to come, is there. Whoever is cancelled, it still comes."""
+        if self._receiving is None:
+            self._receiving = self.pipe.feed(self._frames.room(), self._frames.came)
+        try:
+            if self._receiving.done():
+                await asyncio.sleep(0)  # others are to have their turn
+            await asyncio.shield(self._receiving)
+        finally:
+            if self._receiving.done():
+                self._receiving = None
+
+    # --- its end ------------------------------------------------------------------------------------------------------
+
+    def end(self, cause: Exception) -> None:
+        """The session ends it; whoever waits gets ConnectionError with this reason."""
+        if self.cause is None:
+            self.cause = cause
+        self.pipe.close()
+
+    async def wait_closed(self) -> None:
+        """Until nothing is left of it, after its end."""
+        await self.pipe.wait_closed()
+
+
+def connection_error(cause: Exception) -> ConnectionError:
+    """A new error of the same words, for one of several that wait."""
+    if isinstance(cause, ConnectionError):
+        return type(cause)(*cause.args)
+    return ConnectionAbortedError(f"given up: {cause}")

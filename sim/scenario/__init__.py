@@ -1,0 +1,1 @@
+"""What is simulated: scenario files, their tables and units, and protocols by name. Imports proto_v3 only."""

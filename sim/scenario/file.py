@@ -1,0 +1,341 @@
+"""Reading scenarios: files and shipped names, files that build on others, and what is said when one is wrong.
+
+`extends = "NAME_OR_FILE"` at the top of a file: what the base says holds, except where this file says something else.
+Tables are merged key by key; lists of tables by position, the first `[[device]]` with the first, and what is over is
+appended; any other value replaces the base's. Three things are a file's own and never inherited: its name, its
+description, and what was published. A source of the base speaks of the base's value: a key with another value has the
+source that this file gives it, or none.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from proto_v3.errors import UserError
+from sim.scenario import toml as tables
+from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import Scenario
+from sim.scenario.units import did_you_mean, short
+
+FOLDER = Path(__file__).resolve().parents[2] / "scenarios"
+OWN = ("name", "description", "published")
+NO_PARAMETERS = (*OWN, "sources", "extends")
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A file's tables as they stand in it."""
+
+    file: str
+    tables: dict[str, Any]
+
+
+def shipped() -> dict[str, Path]:
+    """The scenarios that come with the project, by name."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
+
+
+def shipped_bases() -> dict[str, Path]:
+    """What a file can extend by name: the scenarios, and sets of parameters that are no scenario by themselves."""
+    return {path.stem: path for path in sorted((FOLDER / "base").glob("*.toml"))} | shipped()
+
+
+def find(name_or_path: str) -> Path:
+    """The file of a shipped scenario's name or of a path. UserError if there is none."""
+    return _find(name_or_path, shipped(), Path())
+
+
+def _find(named: str, known: Mapping[str, Path], beside: Path) -> Path:
+    """By name, else as a path from the folder `beside`."""
+    if named in known:
+        return known[named]
+    path = beside / named
+    if named and os.path.isdir(path):
+        raise UserError(f"{named} is a folder; a scenario is a TOML file")
+    if named and os.path.exists(path):  # of os.path, as it says no to a name that is too long, where Path raises
+        return path
+    raise UserError(
+        f"no scenario {short(named)}: neither a file nor one of {', '.join(known)}{did_you_mean(named, known)}"
+    )
+
+
+def load(name_or_path: str, settings: Sequence[str] = ()) -> Scenario:
+    """Read and validate a scenario, with `--set`'s KEY=VALUE put in.
+
+    UserError names the file, and key, value and what would be right per problem.
+    """
+    path = find(name_or_path)
+    return parse(_read(path), str(path), settings)
+
+
+def parse(text: str, file: str, settings: Sequence[str] = ()) -> Scenario:
+    """Validate a scenario's text; `file` is what its errors call it, and what it extends is looked for beside that."""
+    try:
+        layers = _layers(Layer(file, _parsed(text, file)))
+        return _validated(_with_settings(_merged(layers), settings), _told([layer.file for layer in layers], settings))
+    except RecursionError as error:  # a table's name may have any number of dots
+        raise UserError(f"{file}: nested too deeply") from error
+
+
+def from_dump(dump: Mapping[str, Any], whence: str, settings: Sequence[str] = ()) -> Scenario:
+    """Validate a scenario as Scenario.model_dump gives it and a manifest holds it, with `--set`'s KEY=VALUE put in.
+
+    `whence` is what errors call it, which are those of `load`.
+    """
+    try:
+        whole = _as_in_a_file(dump, Scenario, dump.get("sources") or ())
+        return _validated(_with_settings(whole, settings), _told([whence], settings))
+    except RecursionError as error:
+        raise UserError(f"{whence}: nested too deeply") from error
+
+
+def bases(name_or_path: str) -> list[Path]:
+    """The files that a scenario builds on, from the one that it extends itself to the bottom."""
+    return [Path(layer.file) for layer in _layers_of(name_or_path)[1:]]
+
+
+def changes(name_or_path: str) -> dict[str, tuple[object, object]]:
+    """In which parameters a scenario differs from the file at the bottom: dotted key -> (value there, value here).
+
+    None stands for a value that is not given. Empty if the scenario extends nothing. UserError as for `load`.
+    """
+    layers = _layers_of(name_or_path)
+    differences = tables.differences(layers[-1].tables, _merged(layers))
+    return {key: (base, own) for key, base, own in differences if key.partition(".")[0] not in NO_PARAMETERS}
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+
+
+def _parsed(text: str, file: str) -> dict[str, Any]:
+    try:
+        parsed = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, a number of 5000 digits, endless brackets
+        raise UserError(f"{file}: not valid TOML: {error}") from error
+    if not parsed:
+        raise UserError(f"{file}: empty; a scenario needs the tables {', '.join(_required())}")
+    return parsed
+
+
+def _layers_of(name_or_path: str) -> list[Layer]:
+    path = find(name_or_path)
+    return _layers(Layer(str(path), _parsed(_read(path), str(path))))
+
+
+def _layers(top: Layer) -> list[Layer]:
+    """A file, the one that it extends, and so on to the bottom."""
+    layers = [top]
+    while "extends" in layers[-1].tables:
+        above = layers[-1]
+        base = _base(above)
+        files = [layer.file for layer in layers]
+        if base.resolve() in [Path(file).resolve() for file in files]:
+            raise UserError(f"{top.file}: extends leads in a circle: {' -> '.join([*files, str(base)])}")
+        try:
+            layers.append(Layer(str(base), _parsed(_read(base), str(base))))
+        except UserError as error:
+            raise UserError(f"{error}; {above.file} extends it") from error
+    return layers
+
+
+def _base(layer: Layer) -> Path:
+    named = layer.tables["extends"]
+    if not isinstance(named, str):
+        raise UserError(f"{layer.file}: extends = {short(named)}: must be the name of a scenario or of a file")
+    try:
+        return _find(named, shipped_bases(), Path(layer.file).parent)
+    except UserError as error:
+        raise UserError(f"{layer.file}: extends: {error}") from error
+
+
+# --- tables over tables ----------------------------------------------------------------------------------------------
+
+
+def _merged(layers: Sequence[Layer]) -> dict[str, Any]:
+    """What holds when all files have said what they say."""
+    whole: dict[str, Any] = {}
+    for layer in reversed(layers):
+        inherited = {key: value for key, value in whole.items() if key not in OWN}
+        own = {key: value for key, value in layer.tables.items() if key != "extends"}
+        whole = _without_stale_sources(inherited, tables.merged(inherited, own), own.get("sources", ()))
+    return whole
+
+
+def _with_settings(whole: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """The tables with every KEY=VALUE of --set put in."""
+    if settings:  # what was published is of the machine that was measured, not of one that was changed
+        whole = {key: value for key, value in whole.items() if key != "published"}
+    for setting in settings:
+        whole = _set(whole, setting)
+    return whole
+
+
+def _as_in_a_file(dump: Any, model: type[pydantic.BaseModel], sourced: Collection[str], key: str = "") -> Any:
+    """A dump has every key; a file leaves out those that have their default, for some go with others only.
+
+    `sourced` are the dotted keys that have a source: these the file sets.
+    """
+    if isinstance(dump, list):
+        return [_as_in_a_file(item, model, sourced, f"{key}{at}.") for at, item in enumerate(dump)]
+    if not isinstance(dump, Mapping):
+        return dump
+    given = {}
+    for name, value in dump.items():
+        field, own = model.model_fields.get(name), f"{key}{name}"
+        if field is None:  # it is told when the scenario is validated
+            given[name] = value
+        elif (
+            field.is_required()
+            or value != _dumped(field.default)
+            or any(each == own or each.startswith(f"{own}.") for each in sourced)
+        ):
+            inner = _model_in(field.annotation)
+            given[name] = value if inner is None else _as_in_a_file(value, inner, sourced, f"{own}.")
+    return given
+
+
+def _dumped(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, pydantic.BaseModel) else value
+
+
+def _set(before: dict[str, Any], setting: str) -> dict[str, Any]:
+    """The tables with one KEY=VALUE of --set put in, which is the source of what it changes."""
+    key, equals, text = setting.partition("=")
+    if not equals:
+        raise UserError(f"--set {setting}: must be KEY=VALUE, as in --set device.0.count=4")
+    way = key.strip().split(".")
+    if way[0] in NO_PARAMETERS:
+        raise UserError(f"--set {setting}: {way[0]} is no parameter; a file of its own can say it, and extend this one")
+    try:
+        after: dict[str, Any] = tables.put(before, way, tables.value(text.strip()))
+    except ValueError as error:
+        raise UserError(f"--set {setting}: {error}") from None
+    changed = {name: "assumed: --set" for name, _, own in tables.differences(before, after) if own is not None}
+    if isinstance(sources := after.get("sources", {}), dict):
+        after = after | {"sources": sources | changed}
+    return _without_stale_sources(before, after, changed)
+
+
+def _without_stale_sources(before: dict[str, Any], after: dict[str, Any], anew: Collection[str]) -> dict[str, Any]:
+    """`after` without the sources that its changes make untrue; those of `anew` are given anew."""
+    sources = after.get("sources")
+    if not isinstance(sources, dict):  # it is told when the scenario is validated
+        return after
+    changed = {key for key, _, _ in tables.differences(before, after)}
+    return after | {"sources": {key: told for key, told in sources.items() if key in anew or key not in changed}}
+
+
+# --- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+def _told(files: Sequence[str], settings: Sequence[str]) -> str:
+    """What errors call a scenario: the file, what it extends, what was set."""
+    told = ", which extends ".join(files)
+    return f"{told}, with --set {', '.join(map(short, settings))}" if settings else told
+
+
+def _validated(whole: dict[str, Any], told: str) -> Scenario:
+    try:
+        scenario = Scenario.model_validate(whole)
+        problems = list(_unknown_protocols(scenario))
+    except pydantic.ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+    if problems:
+        raise UserError("\n  ".join([f"{told}: {len(problems)} problem(s)", *problems]))
+    return scenario
+
+
+def _unknown_protocols(scenario: Scenario) -> Iterator[str]:
+    """The names under which runs are told apart are those of `Protocol`: of `v3`, the one with the number."""
+    for at, published in enumerate(scenario.published):
+        name = published.protocol
+        try:
+            known = Protocol.parse(name, scenario).name
+        except UserError as error:
+            yield f"published.{at}.protocol = {short(name)}: {error}"
+        else:
+            if known != name:
+                yield f"published.{at}.protocol = {short(name)}: must be the whole name, {known}"
+
+
+def _required() -> list[str]:
+    return [name for name, field in Scenario.model_fields.items() if field.is_required()]
+
+
+def _explain(problem: Any) -> str:
+    """One line: key, value, what would be right."""
+    key = ".".join(str(part) for part in problem["loc"])
+    kind, value = problem["type"], problem["input"]
+    if kind == "missing":
+        return f"{key}: missing; it is required{_unit_hint(key)}"
+    if kind == "extra_forbidden":
+        return (
+            f"{key} = {short(value)}: unknown key{did_you_mean(key.rpartition('.')[2], _keys_beside(problem['loc']))}"
+        )
+    if kind == "value_error":
+        return f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+    if kind in ("model_type", "dict_type"):
+        return f"{key} = {short(value)}: must be a table"
+    if kind == "list_type" and isinstance(value, dict):
+        return f"{key} = {short(value)}: must be a list of tables, each under [[{key}]]"
+    message = problem["msg"].replace("Input should be", "must be")
+    return f"{key} = {short(value)}: {message[0].lower()}{message[1:]}"
+
+
+UNITS = {
+    "_gbit_per_s": "Gbit/s",
+    "_gib_per_s": "GiB/s",
+    "_mib_per_s": "MiB/s",
+    "_per_s": "a second",
+    "_ms": "milliseconds",
+    "_us": "microseconds",
+    "_s": "seconds",
+    "_kib": "KiB",
+    "_mib": "MiB",
+    "_gib": "GiB",
+}
+"""What the end of a key says; the first that fits."""
+
+
+def _unit_hint(key: str) -> str:
+    unit = next((unit for end, unit in UNITS.items() if f"_{key.rpartition('.')[2]}".endswith(end)), None)
+    return f" ({unit})" if unit else ""
+
+
+def _keys_beside(loc: tuple[Any, ...]) -> list[str]:
+    """The keys that are allowed in the table in which `loc` stands."""
+    model: type[pydantic.BaseModel] = Scenario
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        inner = _model_in(annotation)
+        if inner is None:
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[pydantic.BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if (found := _model_in(argument)) is not None:
+            return found
+    return None

@@ -1,0 +1,110 @@
+"""Protocols by name: `v2` and `v3`, with what their users and drivers differ in.
+
+`v2` alone is v2 as the scenario sets it up, and so is `v3`. A suffix changes one setting: `v2-multifd`,
+`v2-reinit-invalidate-ack-reusable-polls`, `v3-n4`, `v3-blocks-n8-pool`. So one scenario can be run in all ways that are
+to be compared.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from proto_v3.errors import UserError
+from sim.scenario.scenario import Scenario
+from sim.scenario.tables import MAX_STREAMS
+from sim.scenario.units import did_you_mean
+
+Changes = dict[str, dict[str, Any]]
+"""Table, key, value."""
+
+V2_SUFFIXES: dict[str, Changes] = {
+    "multifd": {"vmm": {"multifd": True, "multifd_device_state": True}},
+    "single": {"vmm": {"multifd_device_state": False}},
+    "reinit-flush": {"vmm": {"reinit": True}, "driver": {"reinit": "flush"}},
+    "reinit-invalidate": {"vmm": {"reinit": True}, "driver": {"reinit": "invalidate"}},
+    "no-reinit": {"vmm": {"reinit": False}},
+    "ack-reusable": {"vmm": {"switchover_ack": "reusable"}},
+    "no-ack": {"vmm": {"switchover_ack": "off"}},
+    "ack": {"vmm": {"switchover_ack": "one_shot"}},
+    "polls": {"vmm": {"precopy_user": "polls"}},
+    "deduces": {"vmm": {"precopy_user": "deduces"}},
+}
+V3_SUFFIXES: dict[str, Changes] = {
+    "blocks": {"v3": {"blocks": True}},
+    **{f"n{n}": {"v3": {"dirty_streams": n}} for n in range(1, MAX_STREAMS + 1)},
+    "streams": {"v3": {"wire": "streams"}},
+    "pool": {"v3": {"wire": "pool"}},
+    "one": {"v3": {"wire": "one"}},
+    "keep": {"driver": {"epochs": "keep"}},
+    "invalidate": {"driver": {"epochs": "invalidate"}},
+    "retry": {"v3": {"late_epoch": "retry"}},
+    "proceed": {"v3": {"late_epoch": "proceed"}},
+}
+SUFFIXES = {"v2": V2_SUFFIXES, "v3": V3_SUFFIXES}
+"""What may follow a protocol's name; the longer ones first where one begins like another."""
+
+
+def _told(version: str) -> str:
+    """The suffixes in words; those of N as one."""
+    names = [name for name in SUFFIXES[version] if not re.fullmatch(r"n\d+", name)]
+    numbers = [f"-n1 to -n{MAX_STREAMS}"] if version == "v3" else []
+    return ", ".join([*numbers, *(f"-{name}" for name in names)])
+
+
+HELP = f"v2, with any of {_told('v2')}; v3, with any of {_told('v3')}"
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """A protocol by its name."""
+
+    name: str
+    version: int
+    """2 or 3."""
+    changes: Changes
+    """What the name sets otherwise than the scenario."""
+
+    @classmethod
+    def parse(cls, name: str, scenario: Scenario) -> Protocol:
+        """UserError for a name that is none, or that the scenario cannot be run with."""
+        version = name[:2]
+        if version not in SUFFIXES or name[2:3] not in ("", "-"):
+            raise UserError(f"unknown protocol {name!r}; there are {HELP}{did_you_mean(name, list(SUFFIXES))}")
+        if name == "v3":
+            name = f"v3-n{scenario.v3.dirty_streams}"
+        protocol = cls(name, int(version[1]), _changes(name, version))
+        protocol.applied(scenario)
+        return protocol
+
+    def applied(self, scenario: Scenario) -> Scenario:
+        """The scenario with what the name changes. UserError if it does not allow that."""
+        tables = {table: getattr(scenario, table).model_dump() | keys for table, keys in self.changes.items()}
+        if "vmm" in tables and tables["vmm"]["switchover_ack"] == "reusable" and not tables["vmm"]["reinit"]:
+            raise UserError(
+                f"protocol {self.name!r}: a reusable ack goes with REINIT only: add -reinit-flush or -reinit-invalidate"
+            )
+        return scenario.model_copy(
+            update={table: type(getattr(scenario, table)).model_validate(keys) for table, keys in tables.items()}
+        )
+
+
+def _changes(name: str, version: str) -> Changes:
+    changes: Changes = {}
+    used: set[str] = set()
+    suffixes = SUFFIXES[version]
+    rest = name.removeprefix(version)
+    while rest:
+        suffix = next((each for each in suffixes if re.match(rf"-{each}(-|$)", rest)), None)
+        if suffix is None:
+            raise UserError(f"unknown protocol {name!r}: {rest!r} is none of {_told(version)}")
+        if suffix in used:
+            raise UserError(f"protocol {name!r}: -{suffix} is there twice")
+        used.add(suffix)
+        rest = rest.removeprefix(f"-{suffix}")
+        for table, keys in suffixes[suffix].items():
+            for key, value in keys.items():
+                if changes.setdefault(table, {}).setdefault(key, value) != value:
+                    raise UserError(f"protocol {name!r}: -{suffix} contradicts what comes before it")
+    return changes

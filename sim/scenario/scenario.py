@@ -1,0 +1,195 @@
+"""Scenarios: TOML files, validated, with units in the key names.
+
+Every assumption of the model is a key here, none is a constant in the code. `[sources]` says for a key where its value
+comes from: `published`, `kernel`, `qemu`, `fitted`, `derived` or `assumed`, a colon, and the words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from proto_v3.vmm.multifd import Multifd
+from proto_v3.vmm.switchover import SwitchoverSettings
+from proto_v3.vmm.v2 import Ack, V2Options
+from proto_v3.vmm.v3 import V3Options
+from proto_v3.wire.streams import Credits, Wire
+from sim.scenario.tables import MAX_BLOCKS, MAX_WRITES, V3, Device, Driver, Firmware, Host, Link, Published, Ram, Vmm
+from sim.scenario.units import BYTES_PER_S_PER_GBIT, KIB, MIB, NS_PER_S, Section, did_you_mean, ns, short
+
+SOURCE_KINDS = ("published", "kernel", "qemu", "fitted", "derived", "assumed")
+
+
+class Scenario(Section):
+    """Everything that a run is made from, but the protocol and the seed."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    description: str
+    ram: Ram
+    device: Annotated[list[Device], Field(min_length=1)]
+    firmware: Firmware
+    driver: Driver
+    host: Host
+    link: Link
+    vmm: Vmm
+    v3: V3 = V3()
+    published: list[Published] = []
+    sources: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        names = [device.name for device in self.device]
+        if len(set(names)) != len(names):
+            raise ValueError(f"device.name = {names}: must differ from table to table; count makes several alike")
+        unfolded = [device.name for device in self.devices]
+        if len(set(unfolded)) != len(unfolded):
+            raise ValueError(f"device.name = {names}: must differ also where count adds a number: {unfolded}")
+        if len(self.devices) > 64:
+            raise ValueError(f"device.count: makes {len(self.devices)} devices; must make at most 64")
+        for at, device in enumerate(self.device):
+            where = f"device.{at}"
+            chunk = self.driver.chunk_bytes
+            if chunk % device.block_bytes:
+                raise ValueError(
+                    f"{where}.block_kib = {device.block_kib}: must divide driver.chunk_mib, {chunk // KIB} KiB"
+                )
+            if device.writes and device.stop_only_blocks == device.blocks:
+                raise ValueError(
+                    f"{where}.stop_only_mib = {device.stop_only_mib:g}: must leave something for writes to dirty"
+                )
+            if device.reconfigurations and device.reconfigurations.poisson_per_s * self.vmm.give_up_s > 1e6:
+                raise ValueError(
+                    f"{where}.reconfigurations.poisson_per_s = {device.reconfigurations.poisson_per_s:g}: must make at "
+                    "most 1e6 events within vmm.give_up_s"
+                )
+        blocks = sum(device.blocks for device in self.devices)
+        if blocks > MAX_BLOCKS:
+            raise ValueError(f"device.block_kib: makes {blocks} blocks in all; must make at most {MAX_BLOCKS}")
+        writes = 0.0
+        for at, device in enumerate(self.device):
+            if device.writes:
+                writes += device.count * device.writes.mib_per_s * MIB / device.block_bytes * self.vmm.give_up_s
+                if writes > MAX_WRITES:
+                    raise ValueError(
+                        f"device.{at}.writes.mib_per_s = {device.writes.mib_per_s:g}: makes {writes:.3g} writes within "
+                        f"vmm.give_up_s; must make at most {MAX_WRITES:.3g}: take larger blocks or give up earlier"
+                    )
+        for at, published in enumerate(self.published):
+            for key, value in published:
+                if isinstance(value, list) and key != "fitted" and len(value) not in (0, len(self.devices)):
+                    raise ValueError(
+                        f"published.{at}.{key} = {value}: must have one value a device, {len(self.devices)}"
+                    )
+        if self.link.per_connection_gbit_per_s > self.link.gbit_per_s:
+            raise ValueError(
+                f"link.per_connection_gbit_per_s = {self.link.per_connection_gbit_per_s:g}: must be at most "
+                f"link.gbit_per_s = {self.link.gbit_per_s:g}"
+            )
+        if self.link.socket_buffer_mib < self.vmm.read_mib:
+            raise ValueError(
+                f"link.socket_buffer_mib = {self.link.socket_buffer_mib:g}: must be at least one read, "
+                f"vmm.read_mib = {self.vmm.read_mib:g}"
+            )
+        for key in ("critical_credit_mib", "dirty_credit_mib"):
+            if getattr(self.v3, key) < self.vmm.read_mib:
+                raise ValueError(
+                    f"v3.{key} = {getattr(self.v3, key):g}: must be at least one read, "
+                    f"vmm.read_mib = {self.vmm.read_mib:g}"
+                )
+        known = set(parameters(self))
+        for key, source in self.sources.items():
+            if key not in known:
+                raise ValueError(
+                    f"sources.{key} = {short(source)}: must be a key that the file sets{did_you_mean(key, known)}"
+                )
+            kind, colon, _ = source.partition(":")
+            if not colon or kind not in SOURCE_KINDS:
+                raise ValueError(
+                    f"sources.{key} = {short(source)}: must begin with {', '.join(SOURCE_KINDS)}, and a colon"
+                )
+        return self
+
+    def told(self) -> str:
+        """As JSON that Scenario.model_validate_json() reads: what is set, as it is."""
+        return self.model_dump_json(exclude_unset=True)
+
+    @property
+    def devices(self) -> list[Device]:
+        """One entry a device, `count` unfolded; names get a number where there are several alike."""
+        unfolded = []
+        for device in self.device:
+            if device.count == 1:
+                unfolded.append(device)
+            else:
+                unfolded += [device.model_copy(update={"name": f"{device.name}{i}"}) for i in range(device.count)]
+        return unfolded
+
+    @property
+    def horizon_ns(self) -> int:
+        """How far the guest's activity is made up: a migration that lasts longer is given up."""
+        return round((self.vmm.give_up_s + 1) * NS_PER_S) + ns(self.vmm.vcpu_stop_ms + self.vmm.setup_ms)
+
+    def switchover_settings(self) -> SwitchoverSettings:
+        """The VMM's settings, in nanoseconds and bytes."""
+        vmm = self.vmm
+        given = vmm.bandwidth_gbit_per_s
+        return SwitchoverSettings(
+            downtime_limit_ns=ns(vmm.downtime_limit_ms),
+            bandwidth_window_ns=ns(vmm.bandwidth_window_ms),
+            decision_interval_ns=ns(vmm.decision_interval_ms),
+            give_up_ns=round(vmm.give_up_s * NS_PER_S),
+            read_bytes=round(vmm.read_mib * MIB),
+            write_bytes=vmm.write_kib * KIB,
+            ram_budget_ns=ns(vmm.ram_budget_ms),
+            cancel_ns=None if vmm.cancel_after_s is None else round(vmm.cancel_after_s * NS_PER_S),
+            given_bandwidth_bytes_per_s=None if given is None else given * BYTES_PER_S_PER_GBIT,
+        )
+
+    def v2_options(self) -> V2Options:
+        """How the VMM uses v2."""
+        vmm = self.vmm
+        multifd = Multifd(
+            channels=vmm.multifd_channels,
+            device_state=vmm.multifd_device_state,
+            dedicated=vmm.multifd_dedicated if vmm.multifd_device_state else 0,
+            coupled=vmm.multifd_load == "channel_threads",
+            load_threads=vmm.multifd_load_threads,
+            max_queued_bytes=None if vmm.multifd_max_queued_mib is None else round(vmm.multifd_max_queued_mib * MIB),
+        )
+        return V2Options(
+            reinit=vmm.reinit,
+            ack=Ack(vmm.switchover_ack),
+            polls=vmm.precopy_user == "polls",
+            multifd=multifd if vmm.multifd else None,
+        )
+
+    def v3_options(self) -> V3Options:
+        """How the VMM uses v3."""
+        v3 = self.v3
+        return V3Options(
+            lanes=v3.dirty_streams,
+            blocks=v3.blocks,
+            wire=Wire(v3.wire),
+            pool_connections=v3.pool_connections,
+            credits=Credits(round(v3.critical_credit_mib * MIB), round(v3.dirty_credit_mib * MIB)),
+            max_retries=v3.max_retries if v3.late_epoch == "retry" else 0,
+        )
+
+
+def parameters(scenario: Scenario) -> dict[str, Any]:
+    """The model's parameters that the file sets, as dotted keys (`device.0.state_mib`)."""
+    tables = scenario.model_dump(exclude_unset=True, exclude={"name", "description", "published", "sources"})
+    return dict(_leaves(tables, ""))
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for at, inner in enumerate(value):
+            yield from _leaves(inner, f"{key}.{at}")
+    else:
+        yield key, value

@@ -1,0 +1,408 @@
+"""The tables of a scenario file, each with what it allows.
+
+Units stand in the key names. A default is what the named driver, kernel or VMM does.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from proto_v3.vfio.fsm import FEATURE_SETS, arcs
+from proto_v3.vfio.uapi import MigrationFlags
+from sim.scenario.units import KIB, MIB, PAGE_BYTES, Fraction, NonNegative, Positive, PositiveMs, Section
+
+MAX_STREAMS = 64
+MAX_BLOCKS = 1 << 24
+MAX_WRITES = 1 << 26
+"""Blocks and writes are NumPy arrays; more than these would not fit the memory that a run is meant to take."""
+ARCS = sorted({f"{a.name} -> {b.name}" for features in FEATURE_SETS for a, b in arcs(features)})
+"""Every step that some device takes at once; one without P2P goes from RUNNING to STOP."""
+
+
+class Ram(Section):
+    """Guest RAM. Pages of zeros come first in the first pass and cost a scan, not a copy."""
+
+    size_gib: Annotated[float, Field(gt=0, le=65536)]
+    nonzero_gib: NonNegative
+    scan_gib_per_s: Positive
+    send_gib_per_s: Positive
+    dirty_mib_per_s: NonNegative
+    working_set_mib: Positive
+    sync_ms: NonNegative
+    final_sync_ms: NonNegative
+    final_scan_ms: NonNegative
+    frame_mib: Annotated[float, Field(ge=PAGE_BYTES / MIB, le=1024)] = 1.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.nonzero_gib > self.size_gib:
+            raise ValueError(f"nonzero_gib = {self.nonzero_gib:g}: must be at most size_gib = {self.size_gib:g}")
+        if self.working_set_mib > self.size_gib * 1024:
+            raise ValueError(
+                f"working_set_mib = {self.working_set_mib:g}: must be at most size_gib, {self.size_gib * 1024:g} MiB"
+            )
+        return self
+
+
+class Writes(Section):
+    """What the guest dirties in a device's state, as bytes a second in whole blocks.
+
+    `hotspot`: `hot_share` of the writes go to the first `hot_fraction` of the blocks, the others to all blocks alike.
+    """
+
+    pattern: Literal["uniform", "hotspot", "sequential"]
+    mib_per_s: Positive
+    hot_share: Fraction = 0.9
+    hot_fraction: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _keys_of_pattern(self) -> Self:
+        if self.pattern != "hotspot" and {"hot_share", "hot_fraction"} & self.model_fields_set:
+            raise ValueError(f'pattern = "{self.pattern}": hot_share and hot_fraction go with "hotspot" only')
+        return self
+
+
+class Reconfigurations(Section):
+    """When the guest reconfigures the device, which makes critical objects new."""
+
+    at_s: list[NonNegative] = []
+    poisson_per_s: NonNegative = 0.0
+    during_stop_ms: list[NonNegative] = []
+    """So long after the order to stop the vCPUs, while they still run: the VMM has decided, and asked for the last
+    time."""
+    objects_each: Annotated[int, Field(ge=1)] = 1
+    during_stops: Annotated[int, Field(ge=1)] = 1
+    """At so many of the orders to stop, from the first, `during_stop_ms` happens: v3's `retry` gives several."""
+    invalidates_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Of the device's blocks, a range anywhere, whose earlier dirty data a reconfiguration makes invalid; of use with
+    driver.epochs = "invalidate" only."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.at_s and self.poisson_per_s:
+            raise ValueError(f"poisson_per_s = {self.poisson_per_s:g}: must be left out where at_s gives the times")
+        return self
+
+
+class Critical(Section):
+    """The objects that the target must set up before the device can run: queues, contexts, memory."""
+
+    objects: Annotated[int, Field(ge=0, le=1_000_000)]
+    object_kib: Annotated[float, Field(ge=1 / KIB, le=1 << 30)]
+    setup_us: NonNegative
+
+
+class Fault(Section):
+    """An arc of a device's state machine that fails: SET_STATE gives `errno`, and leaves the device where it says."""
+
+    side: Literal["source", "target"]
+    arc: Annotated[str, Field(pattern=r"^[A-Z0-9_]+ -> [A-Z0-9_]+$")] | None = None
+    command: Literal["SAVE", "LOAD"] | None = None
+    """In place of an arc: a command of the firmware fails, and with it the session that it is for."""
+    after: Annotated[int, Field(ge=0)] | None = None
+    """So many of these commands work before."""
+    errno: Literal["EIO", "EINVAL", "ENOMEM", "ENODEV", "ETIMEDOUT", "EBUSY"] = "EIO"
+    leaves: Literal["before", "ERROR"] = "before"
+    """Before the arc, wherever on the path that is; or in ERROR, which only a reset leaves (vfio.h)."""
+    times: Annotated[int, Field(ge=1)] = 1
+    """The arc works after that."""
+
+    @model_validator(mode="after")
+    def _an_arc(self) -> Self:
+        if (self.arc is None) is (self.command is None):
+            raise ValueError("arc, command: must be one of the two, not both and not neither")
+        if self.arc is not None and self.arc not in ARCS:
+            raise ValueError(f"arc = {self.arc!r}: must be one of {', '.join(ARCS)}")
+        if self.arc is not None and self.after is not None:
+            raise ValueError(f"after = {self.after}: goes with command only")
+        if self.command is not None and self.leaves != "before":
+            raise ValueError(f'leaves = "{self.leaves}": goes with arc only')
+        if (self.command, self.side) in (("SAVE", "target"), ("LOAD", "source")):
+            raise ValueError(f'command = "{self.command}": must be SAVE at the source, LOAD at the target')
+        return self
+
+
+class Device(Section):
+    """One VFIO device, or `count` like it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,31}$")]
+    count: Annotated[int, Field(ge=1, le=64)] = 1
+    pf: Annotated[int, Field(ge=0, le=63)] = 0
+    features: list[Literal["STOP_COPY", "P2P", "PRE_COPY"]]
+    max_dirty_streams: Annotated[int, Field(ge=0, le=64)]
+    state_mib: Annotated[float, Field(gt=0, le=1 << 20)]
+    stop_only_mib: NonNegative
+    block_kib: Annotated[int, Field(ge=1, le=1 << 20)]
+    suspend_ms: NonNegative
+    quiesce_ms: NonNegative
+    resume_ms: NonNegative = 0.0
+    config_load_ms: NonNegative
+    critical: Critical
+    writes: Writes | None = None
+    reconfigurations: Reconfigurations | None = None
+    faults: list[Fault] = []
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if "STOP_COPY" not in self.features:
+            raise ValueError(
+                f'features = {self.features}: must have "STOP_COPY", as every device that can migrate does'
+            )
+        if len(set(self.features)) != len(self.features):
+            raise ValueError(f"features = {self.features}: must name each once")
+        if self.stop_only_mib > self.state_mib:
+            raise ValueError(f"stop_only_mib = {self.stop_only_mib:g}: must be at most state_mib = {self.state_mib:g}")
+        if self.blocks < 1:
+            raise ValueError(f"state_mib = {self.state_mib:g}: must be at least one byte")
+        if self.blocks > MAX_BLOCKS:
+            raise ValueError(
+                f"block_kib = {self.block_kib}: makes {self.blocks} blocks; must make at most {MAX_BLOCKS}"
+            )
+        own = [f"{a.name} -> {b.name}" for a, b in arcs(self.flags)]
+        for at, fault in enumerate(self.faults):
+            if fault.arc is not None and fault.arc not in own:
+                raise ValueError(
+                    f"faults.{at}.arc = {fault.arc!r}: must be one that a device with these features takes: "
+                    f"{', '.join(own)}"
+                )
+        if self.reconfigurations and self.reconfigurations.objects_each > self.critical.objects:
+            raise ValueError(
+                f"reconfigurations.objects_each = {self.reconfigurations.objects_each}: must be at most "
+                f"critical.objects = {self.critical.objects}"
+            )
+        return self
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return self.block_kib * KIB
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the state; the last may be partly used, and is counted whole."""
+        return -(-round(self.state_mib * MIB) // self.block_bytes)
+
+    @property
+    def stop_only_blocks(self) -> int:
+        """Blocks that can be saved only once the device is stopped; the last ones."""
+        return -(-round(self.stop_only_mib * MIB) // self.block_bytes)
+
+    @property
+    def flags(self) -> MigrationFlags:
+        """VFIO_DEVICE_FEATURE_MIGRATION's answer."""
+        flags = MigrationFlags(0)
+        for feature in self.features:
+            flags |= MigrationFlags[feature]
+        return flags | MigrationFlags.MULTI_STREAM if self.max_dirty_streams else flags
+
+
+class Firmware(Section):
+    """A PF's firmware: shared by its VFs. The same at the source and at the target."""
+
+    engines: Annotated[float, Field(ge=1, le=256)]
+    save_mib_per_s: Positive
+    save_command_us: NonNegative
+    load_mib_per_s: Positive
+    load_command_us: NonNegative
+    load_finish_ms: NonNegative
+    service_cv: Annotated[float, Field(ge=0, le=2)]
+
+    @model_validator(mode="after")
+    def _varies_or_not(self) -> Self:
+        if 0 < self.service_cv < 1e-3:
+            raise ValueError(f"service_cv = {self.service_cv:g}: must be 0, or at least 0.001")
+        return self
+
+
+class Driver(Section):
+    """The kernel driver. The defaults are what mlx5 does (Linux 7.1, drivers/vfio/pci/mlx5)."""
+
+    chunk_mib: Annotated[int, Field(ge=1, le=1024)]
+    chunks: Annotated[int, Field(ge=1, le=64)]
+    lock: Literal["none", "per_fd", "device", "global"]
+    call_us: NonNegative
+    precopy: Literal["incremental", "reread", "check"] = "incremental"
+    """`incremental`: what became dirty (mlx5). `reread`: the whole context again, at most once each `reread_ms`
+    (virtio). `check`: a few bytes by which the target sees whether it fits, the state itself only when stopped
+    (hisi_acc, qat)."""
+    precopy_image: Literal["whole", "chunks"] = "whole"
+    """One SAVE an image before the stop, as mlx5; or in chunks, as after it."""
+    initial: Literal["image", "critical"] = "image"
+    """What counts as initial_bytes: the whole first image (mlx5), or the critical objects in it."""
+    reinit: Literal["flush", "invalidate", "none"] = "flush"
+    """On new critical data, for a user who opted in: unread bytes become initial and the new ones follow (mlx5);
+    unread dirty bytes are dropped and dirty again; or the driver never reports any."""
+    precopy_end: Literal["ENOMSG", "0"] = "ENOMSG"
+    """What read() gives at the temporary end: by the header ENOMSG; mtty and qat give 0."""
+    epochs: Literal["keep", "invalidate"] = "keep"
+    """v3: whether a new epoch leaves earlier dirty data valid, or not."""
+    reread_ms: PositiveMs = 1000.0
+    check_bytes: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk."""
+        return self.chunk_mib * MIB
+
+
+class Host(Section):
+    """Memory: what one thread copies, and what all of them together."""
+
+    copy_gib_per_s: Positive
+    memory_gib_per_s: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.copy_gib_per_s > self.memory_gib_per_s:
+            raise ValueError(
+                f"copy_gib_per_s = {self.copy_gib_per_s:g} (one thread): must be at most "
+                f"memory_gib_per_s = {self.memory_gib_per_s:g} (all of them)"
+            )
+        return self
+
+
+class Link(Section):
+    """The network between the hosts."""
+
+    gbit_per_s: Positive
+    per_connection_gbit_per_s: Positive
+    round_trip_us: NonNegative
+    socket_buffer_mib: Annotated[float, Field(gt=0, le=4096)]
+
+
+class Vmm(Section):
+    """The VMM's costs and settings."""
+
+    read_mib: Annotated[float, Field(ge=1 / KIB, le=1024)] = 1.0
+    write_kib: Annotated[int, Field(ge=1, le=1 << 20)] = 32
+    setup_ms: NonNegative
+    vcpu_stop_ms: NonNegative
+    vcpu_start_ms: NonNegative
+    downtime_limit_ms: Positive = 300.0
+    bandwidth_window_ms: PositiveMs = 100.0
+    bandwidth_gbit_per_s: Positive | None = None
+    decision_interval_ms: Annotated[float, Field(ge=0.1, le=1e9)]
+    ram_budget_ms: PositiveMs
+    give_up_s: Annotated[float, Field(gt=0, le=86400)]
+    cancel_after_s: Positive | None = None
+    """The user cancels the migration then, if the guest is not stopped yet."""
+    other_load_ms: NonNegative = 0.0
+    """The state of all other devices, loaded before the VFIO devices' config."""
+    device_buffer_gib_per_s: Positive | None = None
+    """What one thread of QEMU moves of device data through the main channel's buffers of 32 KiB; without it, that is
+    free. Multifd and v3 send from where read() put the data."""
+    precopy_user: Literal["deduces", "polls"] = "deduces"
+    """Asks for PRECOPY_INFO only when what is left seems to fit, and takes off what it read until then (QEMU); or asks
+    in every round."""
+    reinit: bool = False
+    """Opts in to PRECOPY_INFOv2."""
+    switchover_ack: Literal["off", "one_shot", "reusable"] = "off"
+    """The target must have loaded the initial data before the guest is stopped: QEMU 8.1's, or 11.1's, which can be
+    asked for again after a REINIT."""
+    multifd: bool = False
+    """RAM over `multifd_channels` connections of their own."""
+    multifd_channels: Annotated[int, Field(ge=1, le=256)] = 2
+    multifd_device_state: bool = True
+    """With multifd, stop-copy data of the devices takes them too, a save and a load thread a device (QEMU 10.0)."""
+    multifd_dedicated: Annotated[int, Field(ge=0, le=255)] = 0
+    """So many of the channels carry nothing but device state; 0: all are shared with RAM."""
+    multifd_load: Literal["device_threads", "channel_threads"] = "device_threads"
+    """Who write()s at the target: a thread a device, or the thread that received the packet."""
+    multifd_load_threads: Annotated[int, Field(ge=0, le=64)] = 0
+    """At most so many devices are loaded at once; 0: as many as there are."""
+    multifd_max_queued_mib: Annotated[float, Field(gt=0, le=1 << 20)] | None = None
+    """So much of a device's state may wait at the target to be written, or the migration fails; if left out, any amount
+    may, as by QEMU's default (its x-migration-max-queued-buffers-size)."""
+
+    @model_validator(mode="after")
+    def _channels_for_ram(self) -> Self:
+        if self.multifd_dedicated >= self.multifd_channels:
+            raise ValueError(
+                f"multifd_dedicated = {self.multifd_dedicated}: must leave channels for RAM, "
+                f"multifd_channels = {self.multifd_channels}"
+            )
+        if self.multifd_load == "channel_threads" and self.multifd_load_threads:
+            raise ValueError(
+                f"multifd_load_threads = {self.multifd_load_threads}: must be left out where channel threads load"
+            )
+        if self.switchover_ack == "reusable" and not self.reinit:
+            raise ValueError(
+                'switchover_ack = "reusable": goes with reinit = true only, which is what asks for it again'
+            )
+        return self
+
+
+class V3(Section):
+    """How the VMMs use v3, unless the protocol's name says otherwise (`v3-n8-pool`)."""
+
+    dirty_streams: Annotated[int, Field(ge=1, le=MAX_STREAMS)] = 4
+    """With blocks: so many threads read them."""
+    blocks: bool = False
+    """One fd of addressable blocks in place of the dirty streams."""
+    wire: Literal["streams", "pool", "one"] = "streams"
+    """A connection a stream; one pool of connections for all streams; or one connection for everything."""
+    pool_connections: Annotated[int, Field(ge=1, le=256)] = 4
+    critical_credit_mib: Annotated[float, Field(gt=0, le=4096)] = 4.0
+    """With shared connections: what a device's critical stream may have at the target that its driver has not taken."""
+    dirty_credit_mib: Annotated[float, Field(gt=0, le=4096)] = 64.0
+    """The same for all dirty streams of a device together."""
+    late_epoch: Literal["retry", "proceed"] = "proceed"
+    """When the last look, vCPUs stopped, finds a new epoch: resume the guest and try again, or go on with the stop."""
+    max_retries: Annotated[int, Field(ge=0, le=1000)] = 3
+    """After so many it goes on with the stop."""
+    target_knows: Literal["v3", "v2"] = "v3"
+    """The target's VMM; if that is v2 only, the source falls back."""
+    target_max_dirty_streams: Annotated[int, Field(ge=0, le=MAX_STREAMS)] | None = None
+    """Of the target's devices; as the source's if it is left out."""
+
+
+NO_FIGURES = {"citation", "case", "protocol", "fitted"}
+"""What a published entry says beside its figures."""
+
+
+class Published(Section):
+    """What a source measured, to hold the runs of a protocol against. Milliseconds; in lists one value a device."""
+
+    citation: str
+    case: str | None = None
+    """What the measurement is called, if not as the scenario is."""
+    protocol: str = "v2"
+    fitted: list[str] = []
+    """Which of the figures below parameters were fitted to; `key` or `key.index`. The others are predictions."""
+    stop_ms: Positive | None = None
+    ram_save_ms: Positive | None = None
+    device_save_ms: list[Positive] = []
+    ram_load_ms: Positive | None = None
+    device_load_ms: list[Positive] = []
+    load_total_ms: list[Positive] = []
+    """With multifd, how long a device's load thread lives; it waits for data, and writes it."""
+    load_waiting_ms: list[Positive] = []
+    load_waiting_mean_ms: Positive | None = None
+    """Over the devices, for a source that tells them apart where the simulation has them alike."""
+    load_writing_ms: list[Positive] = []
+    src_saved_to_dst_loaded_ms: Positive | None = None
+    """From the source's last byte to the end of the last config."""
+    config_load_ms: list[Positive] = []
+    announce_and_start_ms: Positive | None = None
+    downtime_ms: Positive | None = None
+    total_ms: Positive | None = None
+    setup_ms: Positive | None = None
+
+    def figures(self) -> dict[str, float]:
+        """What is given, by key, in lists `key.index`."""
+        figures: dict[str, float] = {}
+        for key, value in self.model_dump(exclude=NO_FIGURES, exclude_none=True).items():
+            if isinstance(value, list):
+                figures |= {f"{key}.{index}": one for index, one in enumerate(value)}
+            else:
+                figures[key] = value
+        return figures
+
+    @model_validator(mode="after")
+    def _fitted_is_given(self) -> Self:
+        for key in self.fitted:
+            if key not in self.figures():
+                raise ValueError(f"fitted = {key!r}: must be one of {', '.join(self.figures())}")
+        return self

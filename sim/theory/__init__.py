@@ -1,0 +1,1 @@
+"""Closed forms that a run is held against. Imports scenario and device."""

@@ -1,0 +1,251 @@
+"""A small migration under watch, in which one thing is done at one event: a call fails, a connection is cut, a side is
+killed.
+
+An *event* is each callback of the virtual loop, before it runs, and each call over a port (device, data fd, machine,
+RAM, transport), when it starts and when it returns. Events are numbered from 1, alike in each run up to the one at
+which something is done. What is done:
+
+    fail          the call fails, before it does anything or after it did it all: EIO, or a transport's reset
+    cut N         connection N is cut, as by a TCP reset: what is on its way is lost, both ends learn of it
+    cut all       all connections at once
+    kill source   as by SIGKILL: all its connections are cut, and no call of it does anything, or returns, any more
+    kill target   the same for the target
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import functools
+import inspect
+import os
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from proto_v3.timeline import Timeline
+from proto_v3.vmm.migration import OutcomeKind, Side
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Kind, decode
+from sim.clock import virtual as clock
+from sim.device.driver import SimDriver
+from sim.outcome import Measured, Outcome, ended
+from sim.run import _Run
+from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import Scenario
+from sim.scenario.units import ns
+
+HAND_OVER = {Kind.COMMIT, Kind.END}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Where a run is."""
+
+    when: str
+    """`callback`, `starts` or `returns`."""
+    side: str = ""
+    port: str = ""
+    call: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.side}: {self.port}.{self.call}() {self.when}" if self.call else self.when
+
+
+CALLBACK = Event("callback")
+NOT_YET = Event("not yet")
+
+
+@functools.cache
+def _start_and_return(side: str, port: str, call: str) -> tuple[Event, Event]:
+    return Event("starts", side, port, call), Event("returns", side, port, call)
+
+
+class Callbacks(deque[Any]):
+    """The loop's callbacks that are ready; the run is told before each one."""
+
+    run: Disturbed | None = None
+
+    def popleft(self) -> Any:
+        if self.run is not None:
+            self.run.event(CALLBACK)
+        return super().popleft()
+
+
+class Loop(clock.VirtualLoop):
+    def __init__(self, limit_ns: int | None = None) -> None:
+        super().__init__(limit_ns)
+        self._ready = Callbacks()
+
+
+class Port:
+    """What a side has a device, an fd, a machine, RAM or a transport as: each call of it is two events."""
+
+    def __init__(self, run: Disturbed, side: str, name: str, inner: Any) -> None:
+        self._run, self._side, self._name, self._inner = run, side, name, inner
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        if name == "ram":
+            value = Port(self._run, self._side, "ram", value)
+        elif inspect.iscoroutinefunction(value):
+            value = functools.partial(self._call, value, *_start_and_return(self._side, self._name, name))
+        else:
+            return value
+        setattr(self, name, value)
+        return value
+
+    async def _call(self, method: Callable[..., Any], starts: Event, returns: Event, *args: Any) -> Any:
+        run = self._run
+        run.event(starts, args)
+        try:
+            result = await method(*args)
+        except Exception:
+            run.check_alive(self._side)
+            raise
+        run.event(returns, result)
+        if hasattr(result, "poll"):
+            return Port(run, self._side, f"{self._name}'s fd", result)
+        return result
+
+
+class Disturbed(_Run):
+    """A run; `done` is done at event number `at`, if that is not 0."""
+
+    def __init__(self, scenario: Scenario, protocol: Protocol, at: int = 0, done: str = "") -> None:
+        super().__init__(protocol.applied(scenario), protocol, 1, None)
+        self.at = at
+        self.done = done.split()
+        self.count = 0
+        self.events: list[Event] = []
+        """All of them, where nothing is done."""
+        self.hit: Event = NOT_YET
+        """At which it was done."""
+        self.hit_told: Any = None
+        """The call's arguments, or its result."""
+        self.dead = ""
+        self.said: dict[str, list[Kind]] = {"source": [], "target": []}
+        """In frames without payload."""
+        self.heard: dict[str, list[Kind]] = {"source": [], "target": []}
+        self.source_resets = 0
+        self.wrong: list[str] = []
+        self.ended_ns = 0
+        self.failures: list[Exception] = []
+        self._tasks: dict[str, asyncio.Task[Any] | None] = {}
+
+    def go(self) -> Outcome:
+        """The run, from its start to its end."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(clock, "VirtualLoop", Loop)
+            return clock.run(self._watched_outcome(), limit_ns=ns(60_000))
+
+    def guest_runs_at(self) -> list[str]:
+        """On which sides that live."""
+        return [side for side, machine in self.machines.items() if machine.running and side != self.dead]
+
+    def drivers_of(self, side: str) -> list[SimDriver]:
+        return self.drivers if side == "source" else self.drivers_at_target
+
+    # --- the run, with ports between each side and the world --------------------------------------------------------
+
+    async def _watched_outcome(self) -> Outcome:
+        ready = asyncio.get_running_loop()._ready
+        ready.run = self
+        outcome = await self.outcome()
+        ready.run = None
+        return outcome
+
+    async def _run_source(self, side: Side, channels: Sequence[Channel]) -> OutcomeKind:
+        return await super()._run_source(self._watched("source", side, channels), channels)
+
+    async def _run_target(self, side: Side, channels: Sequence[Channel]) -> bool:
+        return await super()._run_target(self._watched("target", side, channels), channels)
+
+    def _watched(self, name: str, side: Side, channels: Sequence[Channel]) -> Side:
+        self._tasks[name] = asyncio.current_task()
+        for channel in channels:
+            channel._transport = Port(self, name, channel._transport.name, channel._transport)
+        devices = [Port(self, name, device.name, device) for device in side.devices]
+        return replace(side, machine=Port(self, name, "machine", side.machine), devices=devices)
+
+    async def _both(
+        self, source: Coroutine[Any, Any, OutcomeKind], target: Coroutine[Any, Any, bool]
+    ) -> tuple[OutcomeKind | None, list[Exception]]:
+        outcome, self.failures = await super()._both(source, target)
+        self.ended_ns = clock.now_ns()
+        if outcome is None and not self.failures:
+            self.failures = [ConnectionResetError("the source was killed, and the target did not fail")]
+        return outcome, self.failures
+
+    def _outcome(self, kind: OutcomeKind | None, failures: Sequence[Exception]) -> Outcome:
+        if kind is OutcomeKind.COMPLETED and not failures:
+            return ended(self._measured(), kind)
+        return super()._outcome(kind, failures)
+
+    def _measured(self) -> Measured:
+        # No figures: they take time.
+        return Measured(self._scenario.name, self._protocol.name, 1, Timeline(clock.now_ns), 0)
+
+    # --- events -----------------------------------------------------------------------------------------------------
+
+    def event(self, event: Event, told: Any = None) -> None:
+        """Something happens: `told` are a call's arguments, or its result."""
+        if event is not CALLBACK:
+            self.check_alive(event.side)
+            self._look(event, told)
+        self.count += 1
+        if not self.at:
+            self.events.append(event)
+        if self.count == self.at:
+            self.hit, self.hit_told = event, told
+            self._disturb(event)
+            self.check_alive(event.side)
+
+    def check_alive(self, side: str) -> None:
+        """One that was killed does nothing any more."""
+        if side and side == self.dead:
+            raise asyncio.CancelledError
+
+    def _look(self, event: Event, told: Any) -> None:
+        match event.call, event.when:
+            case "send", "starts" if not len(told[1]):
+                self.said[event.side].append(decode(*told).kind)
+            case "recv", "returns" if not len(told[1]):
+                self.heard[event.side].append(decode(*told).kind)
+            case "reset", "starts":
+                self.source_resets += event.side == "source"
+            case "start_vcpus", "starts":
+                self._look_who_starts(event.side)
+            case "start_vcpus", "returns":
+                if len(self.guest_runs_at()) > 1:
+                    self.wrong.append("both sides run the guest")
+
+    def _look_who_starts(self, side: str) -> None:
+        """By what it said and heard, be the other one quick or slow."""
+        if side == "target" and HAND_OVER.isdisjoint(self.heard["target"]):
+            self.wrong.append("the target starts the guest without COMMIT or END")
+        handed_over = not HAND_OVER.isdisjoint(self.said["source"]) and Kind.FAILED not in self.heard["source"]
+        if side == "source" and handed_over:
+            self.wrong.append("the source starts the guest after it said COMMIT or END")
+
+    def _disturb(self, event: Event) -> None:
+        match self.done:
+            case ["fail"] if event.call in ("send", "recv"):
+                raise ConnectionResetError(errno.ECONNRESET, "made to fail")
+            case ["fail"]:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            case ["cut", which]:
+                self._cut(which)
+            case ["kill", side]:
+                self.dead = side
+                self._cut("all")
+                task = self._tasks.get(side)  # none, if it has not begun: its first call is its last
+                if task is not None:
+                    task.cancel()
+
+    def _cut(self, which: str) -> None:
+        for channel in self.channels if which == "all" else [self.channels[int(which)]]:
+            channel._transport.cut()

@@ -1,0 +1,460 @@
+"""The command line as a user meets it: in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from proto_v3.timeline import PHASES
+from sim.scenario.file import load
+from tests.build.scenario import small_text
+
+CLI = [sys.executable, "-m", "experiments.cli"]
+
+COMPARED = ("v2", "v2-multifd", "v3-n1", "v3-n4")
+"""What `compare` runs if nothing else is said."""
+
+
+def proto_v3(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a folder of the test's, to its end."""
+    env = os.environ | environment
+    return subprocess.run([*CLI, *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+def write_scenario(folder: Path, changes: dict[str, Any] | None = None) -> str:
+    (folder / "mine.toml").write_text(small_text(changes), encoding="utf-8")
+    return "mine.toml"
+
+
+# --- help and lists --------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from experiments.cli import main\n"
+        "main(['--help'], standalone_mode=False)\n"
+        "print('heavy:', {'numpy', 'matplotlib', 'polars', 'pydantic', 'rich', 'asyncio'} & sys.modules.keys())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in ("compare", "validate", "scenarios"):
+        assert command in done.stdout
+    assert done.stdout.endswith("heavy: set()\n")
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_of_compare_names_every_option_and_the_exit_statuses(tmp_path: Path, option: str) -> None:
+    done = proto_v3(tmp_path, "compare", option)
+    assert done.returncode == 0
+    for word in ("--protocols", "--seeds", "--out", "--format", "--jobs", "130"):
+        assert word in done.stdout
+
+
+def test_version(tmp_path: Path) -> None:
+    done = proto_v3(tmp_path, "--version")
+    assert done.returncode == 0
+    assert done.stdout.startswith("proto-v3, version ")
+
+
+def test_scenarios_are_listed(tmp_path: Path) -> None:
+    done = proto_v3(tmp_path, "scenarios")
+    assert done.returncode == 0
+    for name in ("mlx5-2vf", "nic-reconfig", "vgpu-32g"):
+        assert name in done.stdout
+
+
+def test_a_scenarios_parameters_are_shown_with_their_sources(tmp_path: Path) -> None:
+    done = proto_v3(tmp_path, "scenarios", "mlx5-2vf", COLUMNS="200")
+    assert done.returncode == 0
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("device.0.state_mib"))
+    assert line.split(maxsplit=2)[1] == "102.25"
+    assert "published: vfio device transferred 209431 kB" in line
+
+
+# --- compare ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One comparison of the published machine, looked at from several sides."""
+    folder = tmp_path_factory.mktemp("compared")
+    return folder, proto_v3(folder, "compare", "mlx5-2vf", "--seeds", "2")
+
+
+def test_compare_prints_what_it_found(compared: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    _, done = compared
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for title in ("Downtime and its phases, ms", "Critical path", "Time and bytes", "Published against simulated"):
+        assert title in done.stdout
+    assert "results/mlx5-2vf/compare.png" in done.stdout
+    assert "results/mlx5-2vf/manifest.json" in done.stdout
+    assert "nan" not in done.stdout.lower()
+
+
+def test_compare_writes_a_row_a_run_whose_phases_are_the_downtime(
+    compared: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    table = pl.read_parquet(compared[0] / "results/mlx5-2vf/runs.parquet")
+    assert table.select("protocol", "seed").rows() == [(protocol, seed) for seed in (1, 2) for protocol in COMPARED]
+    assert set(table["outcome"]) == {"COMPLETED"}
+    assert table.select(f"phase_{name}_ns" for name in PHASES).sum_horizontal().equals(table["downtime_ns"])
+    paths = [name for name in table.columns if name.startswith("path_")]
+    assert table.select(paths).sum_horizontal().equals(table["downtime_ns"])
+    assert table["path_unexplained_ns"].sum() == 0
+    assert table["digest"].n_unique() == 8
+
+
+def test_compare_writes_how_it_was_made(compared: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    manifest = json.loads((compared[0] / "results/mlx5-2vf/manifest.json").read_text())
+    assert manifest["command"] == "proto-v3 compare mlx5-2vf --seeds 2"
+    assert manifest["complete"] is True
+    assert manifest["runs"] == manifest["runs_planned"] == 8
+    assert manifest["seeds"] == [1, 2]
+    assert manifest["protocols"] == list(COMPARED)
+    assert manifest["outcomes"] == {name: {"COMPLETED": 2} for name in COMPARED}
+    assert manifest["scenario"] == load("mlx5-2vf").model_dump(mode="json")
+    assert manifest["versions"].keys() >= {"python", "proto-v3", "numpy", "polars", "matplotlib", "msgpack"}
+    assert manifest["git_revision"]
+
+
+def test_compare_draws_the_figure(compared: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder = compared[0] / "results/mlx5-2vf"
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert "</svg>" in (folder / "compare.svg").read_text()
+    written = {"compare.png", "compare.svg", "manifest.json", "runs.parquet"}
+    assert {path.name for path in folder.iterdir()} == written, "nothing half written is left"
+
+
+def test_csv_a_path_and_an_odd_folder(tmp_path: Path) -> None:
+    scenario = write_scenario(tmp_path)
+    done = proto_v3(tmp_path, "compare", scenario, "--protocols", "v3-n2, v2", "--seeds", "2", "--first-seed", "5",
+                    "--format", "csv", "--out", "deep er/größer ✓", "--jobs", "1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "deep er/größer ✓"
+    assert not (folder / "runs.parquet").exists()
+    table = pl.read_csv(folder / "runs.csv")
+    assert table.select("protocol", "seed").rows() == [("v3-n2", 5), ("v2", 5), ("v3-n2", 6), ("v2", 6)]
+    assert table.select(f"phase_{name}_ns" for name in PHASES).sum_horizontal().equals(table["downtime_ns"])
+    assert json.loads((folder / "manifest.json").read_text())["scenario_file"] == scenario
+
+
+def test_a_folder_with_brackets_in_its_name_is_told_as_it_is(tmp_path: Path) -> None:
+    done = proto_v3(tmp_path, "compare", write_scenario(tmp_path), "--seeds", "1", "--out", "a[bold]b[/red]")
+    assert done.returncode == 0, done.stderr
+    assert "a[bold]b[/red]/compare.png" in done.stdout
+
+
+def test_tables_are_whole_where_there_is_no_terminal(tmp_path: Path) -> None:
+    done = proto_v3(tmp_path, "compare", write_scenario(tmp_path), "--seeds", "1", COLUMNS="40")
+    assert done.returncode == 0, done.stderr
+    assert "set-up in downtime ms" in done.stdout
+    assert "…" not in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path: Path) -> None:
+    write_scenario(tmp_path)
+    command = [*CLI, "compare", "mine.toml", "--seeds", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+    process.wait()
+
+
+def test_set_changes_what_is_run_and_stands_in_the_manifest(tmp_path: Path) -> None:
+    scenario = write_scenario(tmp_path)
+    changed = ["device.0.count=2", "driver.lock=device", 'device.0.features=["STOP_COPY", "PRE_COPY"]']
+    settings = [word for setting in changed for word in ("--set", setting)]
+    done = proto_v3(tmp_path, "compare", scenario, "--protocols", "v2", "--seeds", "1", *settings)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "results/small/manifest.json").read_text())
+    (device,) = manifest["scenario"]["device"]
+    assert (device["count"], device["features"]) == (2, ["STOP_COPY", "PRE_COPY"])
+    assert manifest["scenario"]["driver"]["lock"] == "device"
+    assert manifest["scenario"]["sources"]["driver.lock"] == "assumed: --set"
+    assert shlex.split(manifest["command"])[-len(settings) :] == settings
+    assert "stage_device_save_1_ns" in pl.read_parquet(tmp_path / "results/small/runs.parquet").columns
+
+
+def test_set_is_shown_with_the_parameters(tmp_path: Path) -> None:
+    (tmp_path / "more.toml").write_text('extends = "mine.toml"\nname = "more"\ndescription = "x"\n')
+    write_scenario(tmp_path)
+    done = proto_v3(tmp_path, "scenarios", "more.toml", "--set", "vmm.read_mib=0.25")
+    assert done.returncode == 0, done.stderr
+    assert "Extends mine." in done.stdout
+    assert ["vmm.read_mib", "0.25", "assumed:", "--set"] in [line.split() for line in done.stdout.splitlines()]
+
+
+# --- outcomes other than COMPLETED -----------------------------------------------------------------------------------
+
+# 8 MiB that can only be saved when the device is stopped; 0.1 Gbit/s sends a quarter of one within the limit.
+TOO_MUCH = {"device.0.stop_only_mib": 8.0, "vmm.bandwidth_gbit_per_s": 0.1}
+
+
+def test_migrations_that_do_not_converge_are_told_and_drawn_nowhere(tmp_path: Path) -> None:
+    done = proto_v3(tmp_path, "compare", write_scenario(tmp_path, TOO_MUCH), "--seeds", "2", "--format", "csv")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("DID_NOT_CONVERGE") == 4
+    assert "No run was completed: nothing to draw." in done.stdout
+    folder = tmp_path / "results/small"
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", "runs.csv"}
+    everything = done.stdout + done.stderr + (folder / "runs.csv").read_text() + (folder / "manifest.json").read_text()
+    assert "nan" not in everything.lower()
+    assert "none" not in (done.stdout + (folder / "runs.csv").read_text()).lower()
+    counts = json.loads((folder / "manifest.json").read_text())["outcomes"]
+    assert counts == {name: {"DID_NOT_CONVERGE": 2} for name in COMPARED}
+
+
+def test_a_table_of_runs_without_a_downtime_keeps_its_columns(tmp_path: Path) -> None:
+    done = proto_v3(tmp_path, "compare", write_scenario(tmp_path, TOO_MUCH), "--seeds", "1")
+    assert done.returncode == 0, done.stderr
+    table = pl.read_parquet(tmp_path / "results/small/runs.parquet")
+    assert table["downtime_ns"].null_count() == table.height == 4
+    assert {f"phase_{name}_ns" for name in PHASES} <= set(table.columns)
+
+
+def test_an_unsupported_protocol_does_not_keep_the_others_from_their_figure(tmp_path: Path) -> None:
+    scenario = write_scenario(tmp_path, {"device.0.max_dirty_streams": 2})
+    done = proto_v3(tmp_path, "compare", scenario, "--seeds", "2")
+    assert done.returncode == 0, done.stderr
+    assert "dev has 2 dirty streams; 4 were asked for" in done.stdout
+    assert "UNSUPPORTED" in done.stdout
+    assert (tmp_path / "results/small/compare.png").exists()
+    assert "nan" not in done.stdout.lower()
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def check_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit status 2, one message on stderr that has the words, no traceback."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("protocols", "message"),
+    [
+        ("v4", "unknown protocol 'v4'; there are v2, "),
+        ("", "unknown protocol ''"),
+        ("v2,", "unknown protocol ''"),
+        ("v2,v3-n65", "unknown protocol 'v3-n65'"),
+        ("v2,v3-n1,v2", "named twice"),
+        ("v3,v3-n4", "named twice"),  # v3 is v3-n4 here
+    ],
+)
+def test_bad_protocols_are_refused_before_anything_is_written(tmp_path: Path, protocols: str, message: str) -> None:
+    done = proto_v3(tmp_path, "compare", "mlx5-2vf", "--protocols", protocols)
+    check_refused(done, "proto-v3: error: ", message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--seeds", "0"), ("--seeds", "-3"), ("--seeds", "many"), ("--jobs", "0"), ("--first-seed", "-1"),
+     ("--format", "xlsx"), ("--speed", "9")],
+)  # fmt: skip
+def test_bad_options_are_refused(tmp_path: Path, option: str, value: str) -> None:
+    check_refused(proto_v3(tmp_path, "compare", "mlx5-2vf", option, value), option)
+
+
+def test_a_missing_scenario_and_one_too_many_are_refused(tmp_path: Path) -> None:
+    check_refused(proto_v3(tmp_path, "compare"), "SCENARIO")
+    check_refused(proto_v3(tmp_path, "compare", "mlx5-2vf", "vgpu-32g"), "vgpu-32g")
+
+
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        ("", ["mine.toml: empty", "ram", "device", "link"]),
+        ("# nothing\n", ["mine.toml: empty"]),
+        ("name = \n", ["mine.toml: not valid TOML", "line 1"]),
+        ("{}", ["mine.toml: not valid TOML"]),
+        ("name = 'x'\n", ["mine.toml: ", "ram: missing", "firmware: missing"]),
+        ("a = " + 10_000 * "[", ["mine.toml: not valid TOML"]),
+        (small_text({"link.gbit_per_s": -1.0}), ["link.gbit_per_s = -1.0: must be greater than or equal to 0.000001"]),
+        (small_text({"link.gbit_per_s": "fast"}), ["link.gbit_per_s = 'fast': must be a valid number"]),
+        (small_text({"link.gbit_per_sec": 1.0}), ["link.gbit_per_sec = 1.0: unknown key; did you mean gbit_per_s?"]),
+        (small_text({"link.round_trip_us": None}), ["link.round_trip_us: missing", "microseconds"]),
+        (small_text({"device": []}), ["device = []: "]),
+        (small_text({"driver.lock": "big"}), ["driver.lock = 'big': must be 'none', 'per_fd', 'device' or 'global'"]),
+        (small_text({"ram.size_gib": float("nan")}), ["ram.size_gib = nan: "]),
+        (small_text({"vmm.give_up_s": float("inf")}), ["vmm.give_up_s = inf: "]),
+        (small_text({"device.0.stop_only_mib": 9.0}), ["device.0.stop_only_mib = 9: must be at most state_mib = 8"]),
+        (small_text({"link.gbit_per_s": 0.0, "device.0.count": 65}), ["link.gbit_per_s = 0.0", "device.0.count = 65"]),
+    ],
+    ids=["empty", "comment", "cut", "json", "bare", "deep", "negative", "text", "unknown", "missing", "no-device",
+         "lock", "nan", "inf", "stop-only", "two-problems"],
+)  # fmt: skip
+def test_bad_scenarios_are_refused_with_file_key_value_and_what_would_be_right(
+    tmp_path: Path, text: str, messages: list[str]
+) -> None:
+    (tmp_path / "mine.toml").write_text(text, encoding="utf-8")
+    check_refused(proto_v3(tmp_path, "compare", "mine.toml", "--seeds", "1"), "proto-v3: error: mine.toml: ", *messages)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
+
+
+@pytest.mark.parametrize("command", ["compare", "scenarios"])
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("driver.lock=mutex", ["mine.toml, with --set 'driver.lock=mutex': ", "must be 'none', 'per_fd', 'device' or"]),
+        ("driver.locks=none", ["--set 'driver.locks=none'", "driver.locks = 'none': unknown key; did you mean lock?"]),
+        ("driver.lock", ["--set driver.lock: must be KEY=VALUE"]),
+    ],
+)
+def test_bad_settings_are_refused_and_told_to_come_from_set(
+    tmp_path: Path, command: str, setting: str, words: list[str]
+) -> None:
+    write_scenario(tmp_path)
+    check_refused(proto_v3(tmp_path, command, "mine.toml", "--set", setting), "proto-v3: error: ", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_set_needs_a_scenario(tmp_path: Path) -> None:
+    check_refused(proto_v3(tmp_path, "scenarios", "--set", "driver.chunks=3"), "--set changes a scenario: name one")
+
+
+def test_a_scenario_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes(b'name = "\xff"')
+    check_refused(proto_v3(tmp_path, "compare", "mine.toml"), "mine.toml: not UTF-8 text")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mlx5-2fv", "; did you mean mlx5-2vf?"),
+        ("none.toml", "no scenario 'none.toml'"),
+        (".", ". is a folder; a scenario is a TOML file"),
+        ("", "no scenario ''"),
+        (300 * "x", "no scenario 'xxx"),
+        ("/dev/null", "/dev/null"),
+    ],
+    ids=["typo", "no-file", "folder", "nothing", "long", "device"],
+)
+@pytest.mark.parametrize("command", ["compare", "scenarios"])
+def test_scenarios_that_are_not_there_are_refused(tmp_path: Path, command: str, name: str, message: str) -> None:
+    check_refused(proto_v3(tmp_path, command, name), "proto-v3: error: ", message)
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "/proc/nothing/here", 300 * "x"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_runs(tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").write_text("kept")
+    done = proto_v3(tmp_path, "compare", "vgpu-32g", "--seeds", "1000", "--out", out)
+    check_refused(done, f"proto-v3: error: --out {out}: cannot be written: ")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+HUNG_S = 60
+"""Longer than anything takes here, to fail instead of waiting for ever. Nothing is judged by its speed."""
+
+
+def cpu_s(pid: int) -> float:
+    """What a process has computed so far, from the kernel's books (proc(5), utime and stime); 0 if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        return 0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def workers(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start the command in a process group of its own, which is gone after the test whatever happens."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen([*CLI, *arguments], cwd=tmp_path, start_new_session=True, **pipes))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        if is_alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize("everybody", [True, False], ids=["group", "parent"])
+def test_ctrl_c_keeps_the_runs_that_were_done(tmp_path: Path, start: Any, everybody: bool) -> None:
+    """A terminal's Ctrl-C goes to the whole process group; `kill -INT` to one process."""
+    process = start("compare", write_scenario(tmp_path), "--seeds", "3000", "--jobs", "2")
+    # One run takes about 20 ms: by then some are done, however slow or busy the machine.
+    while process.poll() is None and sum(map(cpu_s, workers(process.pid))) < 2:
+        time.sleep(0.05)
+    (os.killpg if everybody else os.kill)(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=HUNG_S)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stdout + stderr
+    assert not is_alive(process.pid), "worker processes are left"
+    manifest = json.loads((tmp_path / "results/small/manifest.json").read_text())
+    table = pl.read_parquet(tmp_path / "results/small/runs.parquet")
+    assert manifest["complete"] is False
+    assert 0 < manifest["runs"] == table.height < manifest["runs_planned"] == 12000
+    assert f"interrupted: {table.height} of 12000 runs were done" in stdout
+    assert set(table["outcome"]) == {"COMPLETED"}
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_ctrl_c_before_the_first_run_is_done_leaves_nothing(tmp_path: Path, start: Any, jobs: str) -> None:
+    # A run of minutes: the VMM waits for half an hour for state that can only be saved when it is stopped.
+    patient = {"device.0.stop_only_mib": 8.0, "vmm.bandwidth_gbit_per_s": 0.1, "vmm.give_up_s": 1800.0}
+    process = start("compare", write_scenario(tmp_path, patient), "--seeds", "2", "--jobs", jobs)
+    while process.poll() is None and not (tmp_path / "results/small").exists():
+        time.sleep(0.05)
+    before = cpu_s(process.pid)
+    while process.poll() is None and sum(map(cpu_s, workers(process.pid))) + cpu_s(process.pid) - before < 1:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=HUNG_S)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stdout + stderr
+    assert "interrupted before the first run was done; nothing was written" in stdout
+    assert list((tmp_path / "results/small").iterdir()) == []
+    assert not is_alive(process.pid), "worker processes are left"
+
+
+def test_ctrl_c_ends_a_validation_that_writes_nothing(tmp_path: Path, start: Any) -> None:
+    scenario = write_scenario(tmp_path, {"published": [{"citation": "nobody", "downtime_ms": 5.0}]})
+    process = start("validate", scenario, "--seeds", "3000", "--jobs", "2")
+    while process.poll() is None and sum(map(cpu_s, workers(process.pid))) < 2:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=HUNG_S)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stdout + stderr
+    assert re.fullmatch(r"interrupted: \d+ of 3000 runs were done; nothing was written\n", stdout)
+    assert list((tmp_path / "results/validate").iterdir()) == []
+    assert not is_alive(process.pid), "worker processes are left"

@@ -1,0 +1,266 @@
+"""The comparison's parts: cells and processes, tables, files, and sentences whose numbers come from the runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from rich.console import Console
+
+from experiments.commands import compare
+from experiments.runs import pool as runs
+from experiments.runs import table as results
+from experiments.runs.folder import ResultFolder
+from experiments.runs.pool import Cell, run_cell, run_cells
+from experiments.study import tables as tell
+from proto_v3.errors import UserError
+from proto_v3.timeline import PHASES, Resource
+from proto_v3.vmm.migration import OutcomeKind
+from sim.outcome import Outcome
+from sim.run import simulate
+from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import Scenario
+from sim.scenario.tables import Published
+from tests.build.scenario import small_scenario, small_text
+
+SCENARIO = small_scenario({"firmware.service_cv": 0.2})
+
+
+@cache
+def outcomes() -> tuple[Outcome, ...]:
+    names = ("v2", "v3-n1", "v3-n4")
+    return tuple(simulate(SCENARIO, Protocol.parse(n, SCENARIO), seed) for seed in (1, 2, 3) for n in names)
+
+
+def given_up(outcome: Outcome) -> Outcome:
+    """As if it had not converged."""
+    return replace(
+        outcome, kind=OutcomeKind.DID_NOT_CONVERGE, downtime_ns=None, phases_ns={}, critical_path_ns={}, stages=()
+    )
+
+
+def printed(scenario: Scenario, runs: Sequence[Outcome], width: int = 120) -> str:
+    """What is shown on a terminal of this width."""
+    console = Console(width=width, file=io.StringIO())
+    tell.print_tables(console, scenario, results.table(runs))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_breaks_is_recorded_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks_at_2(scenario: Scenario, protocol: Protocol, seed: int) -> Outcome:
+        if seed == 2:
+            raise RuntimeError("a bug")
+        return simulate(scenario, protocol, seed)
+
+    monkeypatch.setattr(runs, "simulate", breaks_at_2)
+    done, interrupted = run_cells([Cell(SCENARIO, Protocol("v2", 2, {}), seed) for seed in (1, 2, 3)], jobs=1)
+    assert not interrupted
+    assert [outcome.kind.value for outcome in done] == ["COMPLETED", "FAILED", "COMPLETED"]
+    assert "a bug" in done[1].reason
+    assert (done[1].scenario, done[1].protocol, done[1].seed) == ("small", "v2", 2)
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_ctrl_c_gives_what_was_done(monkeypatch: pytest.MonkeyPatch, before: int) -> None:
+    cells = [Cell(SCENARIO, Protocol("v2", 2, {}), seed) for seed in range(4)]
+
+    def interrupted_after(cells: Sequence[Cell], jobs: int | None) -> Iterator[tuple[int, Outcome]]:
+        yield from ((at, run_cell(cells[at])) for at in reversed(range(before)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "in_processes", interrupted_after)
+    done, interrupted = run_cells(cells, jobs=None)
+    assert interrupted
+    assert [outcome.seed for outcome in done] == list(range(before)), "in the order of the cells"
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_tells_all_of_an_outcome_and_nothing_else() -> None:
+    outcome = outcomes()[0]
+    row = results.row(outcome)
+    assert {row[f"phase_{name}_ns"] for name in PHASES} == set(outcome.phases_ns.values())
+    assert sum(row[f"path_{resource.name.lower()}_ns"] for resource in Resource) == outcome.downtime_ns
+    assert row["path_unexplained_ns"] == 0
+    assert row["stage_device_save_0_ns"] > 0
+    for name in ("protocol", "seed", "downtime_ns", "total_ns", "wire_bytes", "device_bytes", "reads", "digest"):
+        assert row[name] == getattr(outcome, name)
+    assert not any("ms" in name.split("_") for name in row), "times are whole nanoseconds"
+
+
+def test_a_table_survives_parquet_and_csv(tmp_path: Path) -> None:
+    frame = results.table([*outcomes(), given_up(outcomes()[0])])
+    folder = ResultFolder(tmp_path)
+    assert pl.read_parquet(folder.write_table(frame, "runs", "parquet")).equals(frame, null_equal=True)
+    csv = folder.write_table(frame, "runs", "csv")
+    assert pl.read_csv(csv, schema=frame.schema).equals(frame, null_equal=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs.csv", "runs.parquet"]
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = ResultFolder(tmp_path)
+    folder.write_json({"kept": True}, "manifest")
+    with pytest.raises(TypeError):
+        folder.write_json({"bad": object()}, "manifest")
+    assert json.loads((tmp_path / "manifest.json").read_text()) == {"kept": True}
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
+    class Full:
+        def savefig(self, *_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"compare\.png: cannot be written: No space left on device"):
+        ResultFolder(tmp_path).write_figure(Full(), "compare")
+
+
+def test_a_manifest_makes_the_scenario_again() -> None:
+    manifest = json.loads(json.dumps(results.manifest(SCENARIO, "small.toml", ["proto-v3"], outcomes(), 9)))
+    assert Scenario.model_validate(manifest["scenario"]) == SCENARIO
+    assert manifest["complete"] is True
+    assert results.manifest(SCENARIO, "small.toml", [], outcomes()[:4], 9)["complete"] is False
+
+
+# --- what is told ----------------------------------------------------------------------------------------------------
+
+
+def test_path_shares_are_the_whole_downtime() -> None:
+    shares = tell.path_shares(results.table(outcomes()), "v3-n1")
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares[Resource.FIXED] > 0.2
+
+
+def test_means_are_over_the_completed_runs_only() -> None:
+    alone = printed(SCENARIO, outcomes())
+    mixed = printed(SCENARIO, [*outcomes(), *(replace(given_up(o), seed=o.seed + 10) for o in outcomes()[:3])])
+    assert [line for line in alone.splitlines() if line.startswith("v3-n4")][1:] == [
+        line for line in mixed.splitlines() if line.startswith("v3-n4")
+    ][2:]
+    assert "DID_NOT_CONVERGE" in mixed
+    assert "nan" not in mixed.lower()
+
+
+def test_no_completed_run_leaves_only_the_outcomes() -> None:
+    text = printed(SCENARIO, [given_up(outcome) for outcome in outcomes()])
+    assert text.count("DID_NOT_CONVERGE") == 3
+    assert "Downtime" not in text
+
+
+def test_findings_compare_protocols_seed_by_seed() -> None:
+    completed = results.table(outcomes())
+    v2 = completed.filter(protocol="v2")["downtime_ns"]
+    v3 = completed.filter(protocol="v3-n1")["downtime_ns"]
+    (sentence,) = (s for s in tell.findings(completed) if s.startswith("v3-n1 against v2"))
+    difference = (v3 - v2).mean()
+    assert isinstance(difference, float)
+    assert f"downtime {abs(difference) / 1e6:.1f} ms {'shorter' if difference < 0 else 'longer'}" in sentence
+    assert "over 3 seed(s)" in sentence
+
+
+def test_a_difference_has_an_interval_that_the_seeds_allow_for() -> None:
+    assert tell._interval(np.full(9, 1.0)) == "", "too few seeds"
+    assert tell._interval(np.full(10, -2.0)) == "; 95 % interval of the mean -2.0 to -2.0 ms"
+    drawn = np.random.default_rng(1).normal(0.0, 100.0, 400)
+    least, most = map(float, re.findall(r"[+-]\d+\.\d", tell._interval(drawn)))
+    assert -30 < least < 0 < most < 30
+    assert "no difference is shown" in tell._interval(drawn)
+    assert "no difference is shown" not in tell._interval(drawn + 100.0)
+
+
+def test_the_pauses_of_a_retry_are_told_beside_its_downtime() -> None:
+    late = {"objects_each": 4, "during_stop_ms": [0.5]}
+    scenario = small_scenario({"device.0.reconfigurations": late, "device.0.critical.setup_us": 2000.0})
+    runs = [simulate(scenario, Protocol.parse(name, scenario), 1) for name in ("v3-n1-retry", "v3-n1-proceed")]
+    assert [run.retries for run in runs] == [1, 0]
+    retry, proceed, *_ = tell.findings(tell.completed_runs(results.table(runs)))
+    assert f"the guest stood still for {runs[0].retries_stopped_ns / 1e6:.1f} ms" in retry
+    assert "stood still" not in proceed
+
+
+def test_what_late_critical_data_costs_is_drawn_where_the_guest_reconfigures_a_device(tmp_path: Path) -> None:
+    reconfigured = {"device.0.reconfigurations": {"poisson_per_s": 200.0, "objects_each": 2}}
+    file = tmp_path / "s.toml"
+    for changes, drawn in ((reconfigured, True), ({}, False)):
+        file.write_text(small_text(changes))
+        names = ["v2", "v3-n2", "v3-n2-invalidate", "v3-blocks-n2-pool"]
+        assert compare.run_compare(str(file), names, [1, 2], str(tmp_path / "out"), "csv", 1, ["proto-v3"]) == 0
+        for kind in ("png", "svg"):
+            assert (tmp_path / "out" / f"critical.{kind}").exists() == drawn
+            assert (tmp_path / "out" / f"compare.{kind}").exists()
+    table = pl.read_csv(tmp_path / "out" / "runs.csv")
+    assert {"device_bytes_vain", "retries", "connections", "messages", "wakeups", "late_looks"} <= set(table.columns)
+
+
+def test_findings_say_so_where_no_seed_completed_under_both() -> None:
+    runs = [outcome for outcome in outcomes() if (outcome.protocol, outcome.seed) in {("v2", 1), ("v3-n1", 2)}]
+    assert "v3-n1 against v2: no seed completed under both." in tell.findings(results.table(runs))
+
+
+@pytest.mark.parametrize(
+    "published",
+    [{"device_save_ms": [1.0, 2.0, 3.0]}, {"stop_ms": 0.0}, {}],  # there is one device; nothing relates to zero
+    ids=["too-many", "zero", "nothing"],
+)
+def test_odd_published_figures_are_refused_or_shown_but_do_not_cost_the_runs(published: dict[str, Any]) -> None:
+    with contextlib.suppress(UserError):
+        text = printed(small_scenario({"published": [{"citation": "nobody", **published}]}), outcomes())
+        assert "Downtime and its phases" in text
+        assert "nan" not in text.lower()
+
+
+def test_published_figures_are_held_against_the_means() -> None:
+    published = Published(citation="somebody", fitted=["stop_ms"], stop_ms=8.0, downtime_ms=10.0)
+    stop, downtime = tell.held_against(published, results.table(outcomes()))
+    assert (stop.what, stop.published_ms, stop.simulated_ms, stop.fitted) == ("stop", 8.0, 4.0, True)
+    assert stop.error == pytest.approx(-0.5)
+    mean = sum(o.downtime_ns or 0 for o in outcomes() if o.protocol == "v2") / 3e6
+    assert downtime.simulated_ms == pytest.approx(mean)
+    assert not downtime.fitted
+
+
+def test_protocols_keep_the_order_in_which_they_were_asked_for() -> None:
+    runs = sorted(outcomes(), key=lambda outcome: outcome.protocol, reverse=True)
+    assert tell.protocols(results.table(runs)) == ["v3-n4", "v3-n1", "v2"]
+
+
+def test_reasons_are_shown_as_they_are() -> None:
+    """A traceback has brackets, which are no markup."""
+    reason = "[Errno 5] no [bold] end [/red]"
+    failed = replace(given_up(outcomes()[0]), kind=OutcomeKind.FAILED, reason=reason)
+    assert reason in printed(SCENARIO, [failed])
+
+
+def test_numbers_are_whole_on_a_terminal_of_80_columns() -> None:
+    text = printed(SCENARIO, outcomes(), width=80)
+    assert "…" not in text
+
+
+def test_what_an_earlier_run_left_does_not_stay_beside_new_results(tmp_path: Path) -> None:
+    for name in ("compare.png", "compare.svg", "runs.csv", "notes.txt"):
+        (tmp_path / name).write_text("old", encoding="utf-8")
+    never = small_text({"device.0.stop_only_mib": 8.0, "vmm.bandwidth_gbit_per_s": 0.1, "vmm.give_up_s": 0.05})
+    (tmp_path / "never.toml").write_text(never, encoding="utf-8")
+    names, out = ["v2"], str(tmp_path)
+    assert compare.run_compare(str(tmp_path / "never.toml"), names, [1], out, "parquet", 1, ["proto-v3"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "manifest.json",
+        "never.toml",
+        "notes.txt",
+        "runs.parquet",
+    ]

@@ -1,0 +1,207 @@
+"""The report: one page with nothing beside itself, whose answers are those of the tables."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import polars as pl
+import pytest
+from click.testing import CliRunner
+from matplotlib.figure import Figure
+
+from experiments.cli import main
+from experiments.commands import run as sweep
+from experiments.report import answers
+from experiments.runs.folder import ResultFolder
+from experiments.study.experiment import CLAIMS, Answer, Experiment, Finding, Point, Verdict
+from proto_v3.errors import UserError
+from tests.build.grids import table_of
+
+SETTINGS = ("ram.size_gib=1", "ram.nonzero_gib=0.01", "ram.working_set_mib=1", "vmm.bandwidth_gbit_per_s=25")
+
+
+def figure() -> Figure:
+    made = Figure(figsize=(2, 1))
+    made.subplots().plot([0, 1], [0, 1])
+    return made
+
+
+def experiment(name: str, verdict: Verdict, question: str = "What is <asked> & why?") -> Experiment:
+    points = [Point("mlx5-2vf", protocol, SETTINGS, {"size": 1}) for protocol in ("v2", "v3-n2")]
+
+    def answer(frame: pl.DataFrame) -> Answer:
+        told = f"{frame.height} runs | of {name}"
+        return Answer(
+            told, "hardly anything.", ["a <b>detail</b>"], [Finding("C1", verdict, "so it is")], frame.head(1)
+        )
+
+    return Experiment(
+        name, question, ("C1",), lambda quick: points, answer, lambda frame, command: {name: figure()}, 1, 1
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two experiments with what `proto-v3 run` leaves of them."""
+    folder = tmp_path_factory.mktemp("results")
+    for each in (experiment("reconfiguration", "supported"), experiment("channels", "refuted")):
+        planned = each.planned(True)
+        frame = table_of(planned)
+        sweep.write(each, frame, ResultFolder(folder / each.name), quick=True)
+    (folder / "README.md").write_text(f"# Before\n\n{answers.BEGIN}\nold\n{answers.END}\n\n# After\n")
+    return folder
+
+
+class Page(HTMLParser):
+    """What a page loads, and which of its tags are not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        told = dict(attributes)
+        self.sources += [told["src"] or ""] if "src" in told else []
+        self.links += [told["href"] or ""] if "href" in told else []
+        self.ids |= {told["id"] or ""} if "id" in told else set()
+        if tag not in ("meta", "img", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def made(results: Path, *arguments: str) -> str:
+    done = CliRunner().invoke(main, ["report", "--results", str(results), *arguments])
+    assert done.exit_code == 0, done.output
+    return (results / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_needs_nothing_beside_itself(results: Path) -> None:
+    text = made(results)
+    page = Page(text)
+    assert page.open == []
+    assert len(page.sources) == 2
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
+    assert not re.search(r"<(script|link)|@import|url\(", text)
+    assert {link.removeprefix("#") for link in page.links} <= page.ids
+
+
+def test_it_says_questions_answers_limits_and_how_they_were_made(results: Path) -> None:
+    text = made(results)
+    for told in ("2 runs | of reconfiguration", "hardly anything.", "proto-v3 run channels", "2 COMPLETED"):
+        assert told in text
+    assert "What is &lt;asked&gt; &amp; why?" in text
+    assert "a &lt;b&gt;detail&lt;/b&gt;" in text
+    assert "Not run yet: read_scaling" in text
+    assert "firmware.save_mib_per_s" in text  # the parameters, with their sources
+    assert "fitted: to the first VF&#39;s save" in text
+    assert "TCP: no losses, no slow start" in text  # the limits
+
+
+def test_the_readme_gets_the_answers_and_keeps_the_rest(results: Path) -> None:
+    made(results)
+    text = (results / "README.md").read_text()
+    assert text.startswith("# Before\n")
+    assert text.endswith("\n# After\n")
+    assert "old" not in text
+    assert "![What is <asked> & why?](reconfiguration/reconfiguration.png)" in text
+    assert "2 runs | of channels" in text
+    again = text
+    made(results)
+    assert (results / "README.md").read_text() == again
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "together"),
+    [
+        ([], "not tested"),
+        (["supported", "supported"], "supported"),
+        (["refuted"], "refuted"),
+        (["supported", "refuted"], "under conditions"),
+        (["supported", "under conditions"], "under conditions"),
+    ],
+)
+def test_a_claim_has_the_verdict_that_all_agree_on(verdicts: list[Verdict], together: str) -> None:
+    told = [
+        answers.Told("x", "", "", "", [], [Finding("C5", verdict, "")], pl.DataFrame(), {}, []) for verdict in verdicts
+    ]
+    found = {claim.name: claim for claim in answers.claims(told)}
+    assert found.keys() == CLAIMS.keys()
+    assert found["C5"].verdict == together
+    assert found["C1"].verdict == "not tested"
+
+
+def test_a_folder_that_is_none_is_one_line(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["report", "--results", str(tmp_path / "none")])
+    assert done.exit_code == 2
+    assert done.output.count("\n") == 1
+    assert "no such folder; make results with: proto-v3 run all" in done.output
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("answer.json", ""),
+        ("answer.json", "{}"),
+        ("manifest.json", "[]"),
+        ("manifest.json", "{}"),
+        ("effects.parquet", "no table"),
+        ("channels.svg", None),
+    ],
+)
+def test_a_damaged_result_is_one_line(results: Path, tmp_path: Path, file: str, text: str | None) -> None:
+    shutil.copytree(results, tmp_path, dirs_exist_ok=True)
+    if text is None:
+        (tmp_path / "channels" / file).unlink()
+    else:
+        (tmp_path / "channels" / file).write_text(text)
+    done = CliRunner().invoke(main, ["report", "--results", str(tmp_path)])
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit), done.output
+    assert "make it anew with: proto-v3 run channels" in done.output.replace("\n", " ")
+
+
+def test_a_finding_of_a_claim_that_there_is_not_is_refused(results: Path, tmp_path: Path) -> None:
+    shutil.copytree(results, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "channels" / "answer.json"
+    file.write_text(file.read_text().replace('"C1"', '"C9"'))
+    with pytest.raises(UserError, match="there is no claim C9"):
+        answers.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_a_damaged_folder_beside_the_experiments_is_one_line(results: Path, tmp_path: Path, text: str) -> None:
+    shutil.copytree(results, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "validate").mkdir()
+    for name in ("validate.png", "validate.svg"):
+        (tmp_path / "validate" / name).write_text("<svg/>")
+    (tmp_path / "validate" / "manifest.json").write_text(text)
+    done = CliRunner().invoke(main, ["report", "--results", str(tmp_path)])
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit), done.output
+    assert "validate: cannot be read" in done.output
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"experiment": 1'])
+def test_a_damaged_answer_names_its_folder(tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "channels"
+    folder.mkdir()
+    (folder / "answer.json").write_text(text)
+    (folder / "manifest.json").write_text(json.dumps({"outcomes": {}}))
+    with pytest.raises(UserError, match=r"channels: cannot be read .*make it anew with: proto-v3 run channels"):
+        answers.read(tmp_path)
+
+
+def test_a_readme_without_a_place_for_the_answers_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# Mine\n")
+    done = CliRunner().invoke(main, ["report", "--results", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "has no place for the answers" in done.output
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"

@@ -1,0 +1,506 @@
+"""`proto-v3 run`: the same table however the runs are made, and nothing lost whatever ends them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import polars as pl
+import pytest
+from click.testing import CliRunner, Result
+from matplotlib.figure import Figure
+
+from experiments.cli import main
+from experiments.commands import run as sweep
+from experiments.runs import cluster
+from experiments.runs import pool as runs
+from experiments.runs import table as results
+from experiments.runs.pool import Cell, Done
+from experiments.runs.resume import Store
+from experiments.study import experiment
+from experiments.study.experiment import CLAIMS, NAMES, Answer, Experiment, Finding, Planned, Point, effect_row, find
+from experiments.study.statistics import effect
+from proto_v3.errors import UserError
+from sim.outcome import Outcome
+from sim.run import simulate
+from sim.scenario.file import load
+from sim.scenario.scenario import Scenario
+
+NAME = "tiny"
+BASE = "mlx5-2vf"
+SMALL = (
+    *("ram.size_gib=1", "ram.nonzero_gib=0.25", "ram.frame_mib=16", "device.0.block_kib=1024", "vmm.setup_ms=50"),
+    *("device.0.state_mib=8", "device.0.stop_only_mib=8", "vmm.give_up_s=5"),
+)
+COUNTS = (1, 2)
+PROTOCOLS = ("v2", "v3-n2")
+SEEDS = 3
+RUNS = len(COUNTS) * len(PROTOCOLS) * SEEDS
+WAITS_S = 60
+
+
+def points(quick: bool) -> list[Point]:
+    return [
+        Point(BASE, protocol, (*SMALL, f"device.0.count={count}"), {"devices": count})
+        for count in COUNTS
+        for protocol in PROTOCOLS
+    ]
+
+
+def answer(frame: pl.DataFrame) -> Answer:
+    told = effect(frame.filter(pl.col("devices") == COUNTS[0]), "downtime_ns", *PROTOCOLS)
+    table = pl.DataFrame([effect_row(told, *PROTOCOLS, 1e6, "ms")])
+    return Answer(f"{frame.height} runs.", "Nothing.", ["A detail."], [Finding("C3", "refuted", "why")], table)
+
+
+def figures(frame: pl.DataFrame, command: str) -> dict[str, Figure]:
+    figure = Figure()
+    figure.subplots().plot(frame["seed"].to_numpy(), frame["devices"].to_numpy())
+    return {NAME: figure}
+
+
+TINY = Experiment(NAME, "Is it small?", ("C3",), points, answer, figures, repeats=SEEDS, quick_repeats=1)
+
+
+def register(monkeypatch: pytest.MonkeyPatch, told: Experiment = TINY) -> None:
+    module = ModuleType(f"experiments.questions.{told.name}")
+    module.EXPERIMENT = told  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(experiment, "NAMES", (*experiment.NAMES, told.name))
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An experiment of 12 small runs; and a revision that stays, whatever is edited meanwhile."""
+    register(monkeypatch)
+    monkeypatch.setattr(results, "git_revision", lambda: "abc123")
+
+
+def run(folder: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(main, ["run", NAME, "--out", str(folder), *arguments])
+
+
+def table(folder: Path) -> pl.DataFrame:
+    return pl.read_parquet(folder / NAME / "runs.parquet")
+
+
+def kept(folder: Path) -> int:
+    """Rows that wait for --resume."""
+    with Store(folder / NAME / sweep.KEPT, "abc123") as store:
+        keys = {each.key for each in TINY.planned(False)}
+        return len(store.rows(keys))
+
+
+class Counted:
+    """simulate(), with the seeds that it was called for."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+
+    def __call__(self, scenario: Scenario, protocol: Any, seed: int) -> Outcome:
+        self.calls.append((protocol.name, seed))
+        return simulate(scenario, protocol, seed)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    told = Counted()
+    monkeypatch.setattr(runs, "simulate", told)
+    return told
+
+
+def cut_after(count: int) -> Any:
+    """in_processes() that Ctrl-C ends after so many runs."""
+
+    def in_processes(cells: Sequence[Cell], jobs: int | None) -> Done:
+        for at, told in enumerate(runs.in_processes(cells, 1)):
+            if at == count:
+                raise KeyboardInterrupt
+            yield told
+
+    return in_processes
+
+
+def interrupt(folder: Path, count: int, *arguments: str) -> Result:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "in_processes", cut_after(count))
+        return run(folder, *arguments)
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs, in this process."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        register(patch)
+        patch.setattr(results, "git_revision", lambda: "abc123")
+        done = run(folder, "--jobs", "1")
+    assert done.exit_code == 0, done.output
+    (folder / "printed").write_text(done.output)
+    return folder
+
+
+def test_everything_is_written_and_nothing_is_left_over(made: Path) -> None:
+    assert sorted(path.name for path in (made / NAME).iterdir()) == [
+        *("answer.json", "effects.parquet", "manifest.json", "runs.parquet", f"{NAME}.png", f"{NAME}.svg"),
+    ]
+    told = json.loads((made / NAME / "answer.json").read_text())
+    assert told == {
+        "experiment": NAME,
+        "question": "Is it small?",
+        "answer": f"{RUNS} runs.",
+        "limit": "Nothing.",
+        "details": ["A detail."],
+        "findings": [{"claim": "C3", "verdict": "refuted", "why": "why"}],
+        "figures": ["tiny"],
+    }
+    assert pl.read_parquet(made / NAME / "effects.parquet")["pairs"].item() == SEEDS
+
+
+def test_what_was_found_is_printed(made: Path) -> None:
+    printed = (made / "printed").read_text()
+    for words in (f"{RUNS} runs: {RUNS} COMPLETED", "- Limit: Nothing.", "- C3 refuted: why", f"{NAME}.png"):
+        assert words in printed
+
+
+def test_the_rows_are_in_the_grids_order_with_their_factors_and_paired_seeds(made: Path) -> None:
+    told = table(made).select("seed", "devices", "protocol").rows()
+    assert told == [
+        (seed, count, protocol) for seed in range(1, SEEDS + 1) for count in COUNTS for protocol in PROTOCOLS
+    ]
+    assert table(made)["cell"].n_unique() == RUNS
+
+
+def test_each_row_can_be_made_again_from_the_row_and_the_manifest(made: Path) -> None:
+    told = json.loads((made / NAME / "manifest.json").read_text())
+    assert told["git_revision"] == "abc123"
+    assert told["complete"]
+    assert told["runs"] == told["runs_planned"] == RUNS
+    assert told["seeds"] == list(range(1, SEEDS + 1))
+    assert told["outcomes"] == {protocol: {"COMPLETED": RUNS // 2} for protocol in PROTOCOLS}
+    assert told["bases"].keys() == {BASE}
+    assert Scenario.model_validate(told["bases"][BASE]) == load(BASE)
+    for row in table(made).sample(4, seed=1).iter_rows(named=True):
+        again = Planned.of(
+            Point(row["base"], row["protocol"], tuple(row["settings"]), {"devices": row["devices"]}), row["seed"]
+        )
+        assert again.key == row["cell"]
+        cell = again.cell
+        assert simulate(cell.scenario, cell.protocol, cell.seed).digest == row["digest"]
+
+
+def test_the_table_is_the_same_for_any_number_of_processes(made: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, "--jobs", "2").exit_code == 0
+    for name in ("runs.parquet", "effects.parquet", "answer.json"):
+        assert (tmp_path / NAME / name).read_bytes() == (made / NAME / name).read_bytes(), name
+
+
+def test_a_quick_run_has_fewer_repeats(tmp_path: Path) -> None:
+    assert run(tmp_path, "--quick", "--jobs", "1").exit_code == 0
+    assert table(tmp_path)["seed"].unique().to_list() == [1]
+    assert json.loads((tmp_path / NAME / "manifest.json").read_text())["quick"] is True
+
+
+def test_a_place_may_have_fewer_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    def some(quick: bool) -> list[Point]:
+        return [Point(BASE, "v2", SMALL, {}, 2), Point(BASE, "v3-n2", SMALL)]
+
+    planned = Experiment(NAME, "?", (), some, answer, figures, repeats=4).planned(False)
+    assert [(each.point.protocol, each.cell.seed) for each in planned] == [
+        *(("v2", 1), ("v3-n2", 1), ("v2", 2), ("v3-n2", 2), ("v3-n2", 3), ("v3-n2", 4)),
+    ]
+
+
+def test_a_run_that_two_places_share_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    twice = Experiment(NAME, "?", (), lambda quick: points(quick) * 2, answer, figures, repeats=1)
+    monkeypatch.setattr(sys.modules[f"experiments.questions.{NAME}"], "EXPERIMENT", twice)
+    assert run(tmp_path, "--jobs", "1").exit_code == 0
+    assert table(tmp_path).height == len(points(True))
+
+
+# --- cut short, and gone on with -------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_keeps_what_was_done_and_resume_makes_the_rest(made: Path, tmp_path: Path, counted: Counted) -> None:
+    done = interrupt(tmp_path, 5)
+    assert done.exit_code == 130
+    assert "--resume" in done.stderr
+    assert kept(tmp_path) == len(counted.calls) - 1 == 5  # the run that Ctrl-C came after was not taken
+    assert not (tmp_path / NAME / "runs.parquet").exists()
+    counted.calls.clear()
+    assert run(tmp_path, "--jobs", "1", "--resume").exit_code == 0
+    assert len(counted.calls) == RUNS - 5
+    assert table(tmp_path).equals(table(made))
+    assert (tmp_path / NAME / "runs.parquet").read_bytes() == (made / NAME / "runs.parquet").read_bytes()
+    assert not (tmp_path / NAME / sweep.KEPT).exists()
+
+
+def test_interrupted_twice_both_parts_are_kept(tmp_path: Path, counted: Counted) -> None:
+    interrupt(tmp_path, 3)
+    assert interrupt(tmp_path, 4, "--resume").exit_code == 130
+    assert kept(tmp_path) == 7
+
+
+def test_without_resume_all_runs_are_made_anew(tmp_path: Path, counted: Counted) -> None:
+    interrupt(tmp_path, 5)
+    counted.calls.clear()
+    assert run(tmp_path, "--jobs", "1").exit_code == 0
+    assert len(counted.calls) == RUNS
+
+
+def test_resume_of_a_whole_sweep_makes_nothing(made: Path, tmp_path: Path, counted: Counted) -> None:
+    assert run(tmp_path, "--jobs", "1").exit_code == 0
+    before = (tmp_path / NAME / "runs.parquet").read_bytes()
+    counted.calls.clear()
+    assert run(tmp_path, "--jobs", "1", "--resume").exit_code == 0
+    assert counted.calls == []
+    assert (tmp_path / NAME / "runs.parquet").read_bytes() == before
+
+
+def test_resume_goes_on_from_a_whole_sweep_of_fewer_repeats(tmp_path: Path, counted: Counted) -> None:
+    assert run(tmp_path, "--quick", "--jobs", "1").exit_code == 0
+    counted.calls.clear()
+    assert run(tmp_path, "--jobs", "1", "--resume").exit_code == 0
+    assert len(counted.calls) == RUNS - len(points(True))
+    assert table(tmp_path).height == RUNS
+
+
+def test_resume_of_runs_of_another_revision_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(tmp_path, 5)
+    monkeypatch.setattr(results, "git_revision", lambda: "def456")
+    done = run(tmp_path, "--jobs", "1", "--resume")
+    assert done.exit_code == 2
+    assert "another version (abc123 schema" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    monkeypatch.setattr(results, "git_revision", lambda: "abc123")
+    assert kept(tmp_path) == 5
+
+
+def test_a_whole_sweep_of_another_revision_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Counted
+) -> None:
+    assert run(tmp_path, "--jobs", "1").exit_code == 0
+    monkeypatch.setattr(results, "git_revision", lambda: "def456")
+    counted.calls.clear()
+    assert run(tmp_path, "--jobs", "1", "--resume").exit_code == 0
+    assert len(counted.calls) == RUNS
+
+
+def test_what_was_kept_of_nothing_belongs_to_who_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C before the first run; another revision goes on, is cut too, and can be gone on with by that one alone."""
+    interrupt(tmp_path, 0)
+    monkeypatch.setattr(results, "git_revision", lambda: "def456")
+    assert interrupt(tmp_path, 3, "--resume").exit_code == 130
+    assert run(tmp_path, "--jobs", "1", "--resume").exit_code == 0
+
+
+def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
+    (tmp_path / NAME).mkdir()
+    (tmp_path / NAME / sweep.KEPT).write_text("not a database, but long enough to be taken for one " * 20)
+    done = run(tmp_path, "--resume")
+    assert done.exit_code == 2
+    assert "cannot be used to keep runs in" in done.stderr
+
+
+@pytest.mark.parametrize("statement", ["update runs set row = 'no row'", "drop table runs; create table runs (x)"])
+def test_a_store_that_is_damaged_is_told_of_in_one_line(tmp_path: Path, statement: str) -> None:
+    interrupt(tmp_path, 3)
+    with sqlite3.connect(tmp_path / NAME / sweep.KEPT) as db:
+        db.executescript(statement)
+    done = run(tmp_path, "--resume")
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit)
+    assert "is damaged" in done.stderr
+
+
+@pytest.mark.parametrize("damage", ["manifest", "table"])
+def test_a_whole_sweep_that_is_damaged_is_made_anew(tmp_path: Path, counted: Counted, damage: str) -> None:
+    assert run(tmp_path, "--jobs", "1").exit_code == 0
+    if damage == "manifest":
+        (tmp_path / NAME / "manifest.json").write_text("[]")
+    else:
+        table(tmp_path).drop("cell").write_parquet(tmp_path / NAME / "runs.parquet")
+    counted.calls.clear()
+    assert run(tmp_path, "--jobs", "1", "--resume").exit_code == 0
+    assert len(counted.calls) == RUNS
+
+
+# --- runs that break -------------------------------------------------------------------------------------------------
+
+
+def is_victim(scenario: Scenario, protocol: Any, seed: int) -> bool:
+    return (len(scenario.devices), protocol.name, seed) == (2, "v3-n2", 2)
+
+
+def breaks(scenario: Scenario, protocol: Any, seed: int) -> Outcome:
+    if is_victim(scenario, protocol, seed):
+        raise RuntimeError("a bug of ours")
+    return simulate(scenario, protocol, seed)
+
+
+def dies(scenario: Scenario, protocol: Any, seed: int) -> Outcome:
+    if is_victim(scenario, protocol, seed):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return simulate(scenario, protocol, seed)
+
+
+def others(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.filter(~((pl.col("devices") == 2) & (pl.col("protocol") == "v3-n2") & (pl.col("seed") == 2)))
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_run_that_raises_is_told_with_its_traceback_and_costs_no_other(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: str
+) -> None:
+    monkeypatch.setattr(runs, "simulate", breaks)  # worker processes are forked
+    done = run(tmp_path, "--jobs", jobs)
+    assert done.exit_code == 1
+    (row,) = table(tmp_path).filter(pl.col("digest") == "").iter_rows(named=True)
+    assert (row["devices"], row["protocol"], row["seed"], row["outcome"]) == (2, "v3-n2", 2, "FAILED")
+    assert row["reason"].startswith("Traceback")
+    assert "a bug of ours" in row["reason"]
+    assert f"a run broke (cell {row['cell']}): RuntimeError: a bug of ours" in done.output
+    same = [name for name in table(made).columns if name in table(tmp_path).columns]
+    assert others(table(tmp_path)).select(same).equals(others(table(made)).select(same))
+
+
+def test_a_worker_that_is_killed_costs_only_its_run(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "simulate", dies)
+    assert run(tmp_path, "--jobs", "2").exit_code == 1
+    (row,) = table(tmp_path).filter(pl.col("digest") == "").iter_rows(named=True)
+    assert (row["devices"], row["protocol"], row["seed"], row["outcome"]) == (2, "v3-n2", 2, "FAILED")
+    assert "the process that made this run died" in row["reason"]
+    same = [name for name in table(made).columns if name in table(tmp_path).columns]
+    assert others(table(tmp_path)).select(same).equals(others(table(made)).select(same))
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def refused(*arguments: str) -> str:
+    done = CliRunner().invoke(main, ["run", *arguments])
+    assert done.exit_code == 2
+    assert "Traceback" not in done.output
+    return done.stderr
+
+
+def test_an_unknown_name_is_refused_in_one_line_before_anything_is_made(tmp_path: Path) -> None:
+    told = refused(NAME, "tinny", "--out", str(tmp_path / "none"))
+    assert len(told.strip().splitlines()) == 1
+    assert "no experiment 'tinny'" in told
+    assert "tiny" in told
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("arguments", [("--jobs", "0"), ("--jobs", "many"), ("--no-such-option",)])
+def test_a_bad_option_is_refused(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    told = refused(NAME, "--out", str(tmp_path / "none"), *arguments)
+    assert "Error:" in told.strip().splitlines()[-1]
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_name_is_needed() -> None:
+    assert "Missing argument" in refused()
+
+
+def test_a_grid_that_cannot_be_run_is_refused_before_anything_is_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, counted: Counted
+) -> None:
+    wrong = [*points(True), Point(BASE, "v2", ("firmware.engines=many",))]
+    told = Experiment(NAME, "?", (), lambda quick: wrong, answer, figures)
+    monkeypatch.setattr(sys.modules[f"experiments.questions.{NAME}"], "EXPERIMENT", told)
+    assert "firmware.engines" in refused(NAME, "--out", str(tmp_path))
+    assert counted.calls == []
+
+
+def test_each_experiment_names_claims_that_there_are() -> None:
+    assert set(TINY.claims) <= CLAIMS.keys()
+
+
+OWN_QUICK_GRID = ("state_and_dirty_rate", "reorder_memory", "many_devices")
+"""Experiments whose quick grid has sizes of its own."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_place_of_a_grid_can_be_run_and_is_there_once(name: str) -> None:
+    quick, whole = ([Planned.of(point, 1).key for point in find(name).points(quick)] for quick in (True, False))
+    for keys in (quick, whole):
+        assert len(set(keys)) == len(keys) > 0
+    assert len(quick) < len(whole)
+    assert set(quick) <= set(whole) or name in OWN_QUICK_GRID
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_protocols_are_compared_over_thirty_paired_seeds(name: str) -> None:
+    experiment = find(name)
+    assert experiment.repeats >= 30
+    fewer = [point for point in experiment.points(False) if point.repeats is not None]
+    assert not fewer or name == "state_and_dirty_rate", "whether a run converges is all but settled by the rates there"
+
+
+# --- a cluster -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def local_cluster() -> Iterator[Any]:
+    import distributed
+
+    make: Any = distributed.LocalCluster
+    with make(n_workers=3, processes=True, threads_per_worker=1, dashboard_address=None) as running:
+        yield running
+
+
+def test_a_cluster_that_loses_a_worker_gives_the_same_table(
+    made: Path, tmp_path: Path, local_cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim: int = next(iter(local_cluster.workers.values())).pid
+    add, rows = Store.add, []
+
+    def kill_on_the_way(self: Store, cell: str, row: dict[str, Any]) -> None:
+        add(self, cell, row)
+        rows.append(cell)
+        if len(rows) == 2:
+            os.kill(victim, signal.SIGKILL)
+
+    monkeypatch.setattr(Store, "add", kill_on_the_way)
+    done = run(tmp_path, "--scheduler", local_cluster.scheduler_address)
+    assert done.exit_code == 0, done.output
+    assert len(rows) == RUNS
+    assert (tmp_path / NAME / "runs.parquet").read_bytes() == (made / NAME / "runs.parquet").read_bytes()
+
+
+def test_an_error_of_the_cluster_itself_is_one_line(
+    tmp_path: Path, local_cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_there(cell: Cell) -> Outcome:
+        raise ModuleNotFoundError("No module named 'experiments'")
+
+    monkeypatch.setattr(cluster, "run_cell", not_there)
+    done = run(tmp_path, "--scheduler", local_cluster.scheduler_address)
+    assert done.exit_code == 2
+    assert "No module named 'experiments'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_scheduler_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "CONNECTS_WITHIN_S", 1)
+    done = run(tmp_path, "--scheduler", "tcp://127.0.0.1:9")
+    assert done.exit_code == 2
+    assert "no Dask scheduler answers there" in done.stderr
+
+
+def test_a_cluster_without_dask_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UserError, match=r"install proto-v3\[distributed\]"):
+        next(cluster.on_cluster([], "tcp://127.0.0.1:9"))

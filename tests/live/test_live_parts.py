@@ -1,0 +1,688 @@
+"""The timelines of several processes become one: whom a wait was for, clocks that differ, malformed parts."""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proto_v3.errors import LocalProtocolError, PeerProtocolError
+from proto_v3.timeline import NO_CAUSE, Mark, PathStep, Resource, Stage, Timeline, cause, caused_by, on_track
+from sim.live import merge_timelines as parts
+from sim.live.merge_timelines import MAX_NAME_CHARS, MAX_NAMES, MAX_ROWS, MAX_STAGES, MAX_TIME_NS, Part, merge
+
+Told = dict[str, Any]
+SOURCE, SOURCE_DEVICE, TARGET, TARGET_DEVICE = NAMES = ("source", "source device", "target", "target device")
+
+
+class Process:
+    """A process with one task; what it does is told with the moment at which it is over, on the true clock."""
+
+    def __init__(self, name: str, ahead_ns: int = 0) -> None:
+        self.ahead_ns = ahead_ns
+        self.now = 0
+        self.part = Part(lambda: self.now + ahead_ns)
+        self._context = contextvars.copy_context()
+        self._do(caused_by, NO_CAUSE)
+        self._do(on_track, name)
+
+    def _do(self, what: Callable[..., Any], *told: Any) -> Any:
+        return self._context.run(what, *told)
+
+    def at(self, now: int) -> Process:
+        self.now = now
+        return self
+
+    def work(self, resource: Resource, what: str, start: int, end: int) -> int:
+        self.at(end)._do(self.part.work, resource, what, start + self.ahead_ns)
+        return self.cause
+
+    def gave(self, edge: str, count: int, at: int) -> None:
+        self.at(at)._do(self.part.gave, edge, count)
+
+    def got(self, resource: Resource, what: str, edge: str, count: int, start: int, end: int) -> int:
+        self.at(end)._do(self.part.got, resource, what, edge, count, start + self.ahead_ns)
+        return self.cause
+
+    def mark(self, mark: Mark, at: int) -> None:
+        self.at(at)._do(self.part.mark, mark)
+
+    @property
+    def cause(self) -> int:
+        return int(self._do(cause))
+
+    def told(self) -> tuple[Told, int]:
+        return self.part.export(), -self.ahead_ns
+
+
+def path(timeline: Timeline) -> list[tuple[str, str, int, int]]:
+    return [(step.track, step.what, step.start_ns, step.end_ns) for step in timeline.critical_path()]
+
+
+def spans(timeline: Timeline) -> list[tuple[str, int, int, int]]:
+    told = timeline.recorded()
+    columns = (told.spans[name].tolist() for name in ("what", "start_ns", "end_ns", "cause"))
+    return [(told.names[what], *rest) for what, *rest in zip(*columns, strict=True)]
+
+
+def walks_end(timeline: Timeline) -> bool:
+    """Whether following the causes ends, from any span: by leaps that double in length."""
+    after = timeline.recorded().spans["cause"]
+    for _ in range(len(after).bit_length() + 1):
+        after = np.where(after >= 0, after[after], NO_CAUSE) if len(after) else after
+    return bool((after == NO_CAUSE).all())
+
+
+# --- a small migration -----------------------------------------------------------------------------------------------
+
+
+def migration(*ahead_ns: int, start: int = 0) -> list[Process]:
+    """Stopped at 100; the device's 1000 bytes go through all four processes; the guest runs at the target at 230."""
+    source, device, target, target_device = processes = [
+        Process(name, ahead) for name, ahead in zip(NAMES, ahead_ns or (0, 0, 0, 0), strict=True)
+    ]
+    t = start
+    source.mark(Mark.STOP_ORDERED, t + 100)
+    source.work(Resource.FIXED, "stop", t + 100, t + 110)
+    source.mark(Mark.STOPPED, t + 110)
+    source.gave("calls 0", 1, t + 110)
+    device.got(Resource.COPY, "call", "calls 0", 1, t, t + 112)
+    device.work(Resource.FIRMWARE, "SAVE", t + 112, t + 150)
+    device.gave("data 0", 1000, t + 150)
+    source.got(Resource.COPY, "read", "data 0", 1000, t + 111, t + 153)
+    source.mark(Mark.DRAINED, t + 153)
+    source.work(Resource.COPY, "buffers", t + 153, t + 155)
+    source.gave("connection 0", 1, t + 155)
+    target.got(Resource.LINK, "frame", "connection 0", 1, t + 5, t + 170)
+    target.mark(Mark.TRANSFERRED, t + 170)
+    target.work(Resource.COPY, "write", t + 170, t + 172)
+    target.gave("data 0 there", 1000, t + 172)
+    target_device.got(Resource.COPY, "taken", "data 0 there", 1000, t + 6, t + 175)
+    target_device.work(Resource.LOAD, "LOAD", t + 175, t + 220)
+    target_device.gave("answers 0 there", 1, t + 220)
+    target.got(Resource.COPY, "answer", "answers 0 there", 1, t + 173, t + 223)
+    for mark in (Mark.LOADED, Mark.CONFIGURED):
+        target.mark(mark, t + 223)
+    target.work(Resource.FIXED, "resume", t + 223, t + 230)
+    target.mark(Mark.RESUMED, t + 230)
+    return processes
+
+
+PATH = [
+    ("source", "stop", 100, 110),
+    ("source device", "call", 110, 112),
+    ("source device", "SAVE", 112, 150),
+    ("source", "read", 150, 153),
+    ("source", "buffers", 153, 155),
+    ("target", "frame", 155, 170),
+    ("target", "write", 170, 172),
+    ("target device", "taken", 172, 175),
+    ("target device", "LOAD", 175, 220),
+    ("target", "answer", 220, 223),
+    ("target", "resume", 223, 230),
+]
+
+
+def test_the_critical_path_leads_through_all_processes() -> None:
+    merged = merge([process.told() for process in migration()], 0)
+    assert path(merged) == PATH
+    assert merged.critical_path()[5] == PathStep(Resource.LINK, "frame", "target", 155, 170)
+    shares = {name: share for name, share in merged.critical_path_ns().items() if share}
+    assert shares == {"firmware": 38, "copy": 15, "link": 15, "load": 45, "fixed": 17}
+    assert sum(shares.values()) == merged.downtime_ns == 130
+
+
+def test_the_phases_of_a_migration_tile_its_downtime() -> None:
+    merged = merge([process.told() for process in migration()], 0)
+    assert merged.phases_ns() == {"stop": 10, "drain": 43, "transfer": 17, "load": 53, "config": 0, "resume": 7}
+    assert sum(merged.phases_ns().values()) == merged.downtime_ns
+
+
+def test_what_no_process_tells_of_is_unexplained() -> None:
+    """Between two spans of a task a process may not have run."""
+    source, target = Process("source"), Process("target")
+    source.mark(Mark.STOP_ORDERED, 0)
+    source.work(Resource.FIXED, "stop", 2, 10)
+    source.gave("connection 0", 1, 13)
+    target.got(Resource.LINK, "frame", "connection 0", 1, 0, 20)
+    target.work(Resource.LOAD, "LOAD", 21, 30)
+    target.mark(Mark.RESUMED, 30)
+    shares = merge([source.told(), target.told()], 0).critical_path_ns()
+    assert {name: share for name, share in shares.items() if share} == {
+        "fixed": 8,
+        "link": 7,
+        "load": 9,
+        "unexplained": 2 + 3 + 1,
+    }
+
+
+@pytest.mark.parametrize("ahead_ns", [(0, 5, 7, 9), (10**15, 10**15, -(10**12), -(10**12) + 3), (-1000, 0, 500, -3)])
+def test_clocks_that_differ_make_no_difference(ahead_ns: tuple[int, ...]) -> None:
+    true = merge([process.told() for process in migration()], 100)
+    processes = migration(*ahead_ns)
+    first = processes[0].ahead_ns
+    merged = merge([(process.part.export(), first - process.ahead_ns) for process in processes], 100 + first)
+    assert merged.digest() == true.digest()
+    assert merged.marks[Mark.STOP_ORDERED] == 0
+    assert merged.marks[Mark.RESUMED] == 130
+
+
+def test_what_was_before_the_start_is_below_zero() -> None:
+    merged = merge([process.told() for process in migration()], 105)
+    assert merged.marks[Mark.STOP_ORDERED] == -5
+    assert spans(merged)[0] == ("stop", -5, 5, NO_CAUSE)
+    assert [step[2:] for step in path(merged)] == [(start - 105, end - 105) for _, _, start, end in PATH]
+
+
+def test_the_order_of_the_parts_makes_no_difference_to_the_path() -> None:
+    told = [process.told() for process in migration()]
+    assert path(merge(told[::-1], 0)) == PATH
+    assert path(merge([told[2], told[0], told[3], told[1]], 0)) == PATH
+
+
+def test_msgpack_carries_a_part() -> None:
+    told = [process.told() for process in migration()]
+    carried = [(msgpack.unpackb(msgpack.packb(part)), offset) for part, offset in told]
+    assert [part for part, _ in carried] == [part for part, _ in told]
+    assert merge(carried, 0).digest() == merge(told, 0).digest()
+
+
+def test_a_part_alone_stays_as_it_was_recorded() -> None:
+    part = migration()[0].part
+    part.blocked(3)
+    part.stage("device_save", 4, 2)
+    assert merge([(part.export(), 0)], 0).digest() == part.digest()
+
+
+def test_a_timeline_of_what_another_one_recorded_is_the_same() -> None:
+    part = migration()[2].part
+    part.blocked(3)
+    part.stage("device_load", 4, 1)
+    assert Timeline.of(part.recorded(), lambda: 0).digest() == part.digest()
+
+
+def test_no_part_and_parts_in_which_nothing_happened() -> None:
+    assert len(merge([], 0)) == 0
+    merged = merge([(Part().export(), 0), migration()[0].told(), (Part().export(), 0)], 0)
+    assert len(merged) == len(migration()[0].part)
+
+
+def test_a_part_is_on_the_real_clock() -> None:
+    part = Part()
+    before = part.now_ns()
+    part.gave("calls 0", 1)
+    told = part.export()["gave"]
+    assert before <= int.from_bytes(told["at_ns"], "little") <= part.now_ns()
+
+
+def test_nothing_can_be_recorded_in_a_merged_timeline() -> None:
+    with pytest.raises(LocalProtocolError):
+        merge([], 0).mark(Mark.RESUMED)
+
+
+# --- marks, stages, blocked ------------------------------------------------------------------------------------------
+
+
+def test_a_mark_of_several_parts_is_the_latest_of_them_with_its_cause() -> None:
+    early, late = Process("early"), Process("late", ahead_ns=-50)
+    early.mark(Mark.STOP_ORDERED, 0)
+    early.work(Resource.LOAD, "early", 0, 20)
+    early.mark(Mark.RESUMED, 20)
+    late.work(Resource.LOAD, "late", 5, 30)
+    late.mark(Mark.RESUMED, 30)
+    for told in ([early.told(), late.told()], [late.told(), early.told()]):
+        merged = merge(told, 0)
+        assert merged.marks == {Mark.STOP_ORDERED: 0, Mark.RESUMED: 30}
+        assert path(merged) == [("late", "late", 5, 30)]
+
+
+def test_stages_are_united_in_the_order_in_which_they_ended() -> None:
+    source, target = Process("source"), Process("target", ahead_ns=1000)
+    target.at(40).part.stage("device_load", 1020, 1)
+    source.at(30).part.stage("device_save", 10, 0)
+    merged = merge([target.told(), source.told()], 5)
+    assert merged.stages == [Stage("device_save", 0, 5, 25), Stage("device_load", 1, 15, 35)]
+
+
+def test_sends_that_were_held_up_are_united() -> None:
+    source, target = Process("source"), Process("target", ahead_ns=1000)
+    source.mark(Mark.STOP_ORDERED, 10)
+    source.at(30).part.blocked(5)
+    target.at(60).part.blocked(1040)
+    target.mark(Mark.RESUMED, 50)
+    assert merge([source.told(), target.told()], 0).blocked_in_downtime_ns() == 20 + 10
+
+
+# --- whom a wait was for ---------------------------------------------------------------------------------------------
+
+
+def pair() -> tuple[Process, Process]:
+    """A giver that has worked until 20, and a taker that has until 5."""
+    giver, taker = Process("giver"), Process("taker")
+    giver.work(Resource.FIRMWARE, "SAVE", 0, 20)
+    taker.work(Resource.COPY, "before", 0, 5)
+    return giver, taker
+
+
+def taken(giver: Process, taker: Process, *others: Process) -> list[tuple[str, int, int, int]]:
+    """The taker's spans, with the numbers of the giver's after its own."""
+    return spans(merge([process.told() for process in (taker, giver, *others)], 0))[: len(taker.part)]
+
+
+def test_what_was_there_already_is_the_takers_own_time() -> None:
+    giver, taker = pair()
+    giver.gave("data", 10, 25)
+    taker.got(Resource.COPY, "read", "data", 10, 25, 40)
+    assert taken(giver, taker)[1] == ("read", 25, 40, 0)
+
+
+def test_a_wait_for_what_was_given_starts_when_it_was() -> None:
+    giver, taker = pair()
+    giver.gave("data", 10, 26)
+    taker.got(Resource.COPY, "read", "data", 10, 25, 40)
+    assert taken(giver, taker)[1] == ("read", 26, 40, 2)
+
+
+def test_a_wait_that_nobody_ended_stays_as_it_is() -> None:
+    giver, taker = pair()
+    giver.gave("data", 9, 25)
+    giver.gave("other data", 10, 25)
+    taker.gave("data", 10, 25)
+    taker.got(Resource.COPY, "read", "data", 10, 10, 40)
+    assert taken(giver, taker)[1] == ("read", 10, 40, 0)
+
+
+def test_the_first_that_reached_the_count_gave_it() -> None:
+    giver, taker = pair()
+    for count, at in ((3, 21), (8, 22), (12, 23), (15, 24)):
+        giver.work(Resource.COPY, "write", at - 1, at)
+        giver.gave("data", count, at)
+    for count in (3, 4, 8, 9, 12, 15):
+        taker.got(Resource.COPY, "read", "data", count, 10, 40)
+    assert [(start, by - len(taker.part)) for _, start, _, by in taken(giver, taker)[1:]] == [
+        (21, 1),
+        (22, 2),
+        (22, 2),
+        (23, 3),
+        (23, 3),
+        (24, 4),
+    ]
+
+
+def test_what_two_gave_was_given_by_the_first() -> None:
+    giver, taker = pair()
+    other = Process("other")
+    other.work(Resource.RAM, "pages", 0, 15)
+    giver.gave("data", 10, 25)
+    other.gave("data", 10, 24)
+    taker.got(Resource.COPY, "read", "data", 10, 10, 40)
+    assert taken(giver, taker, other)[1] == ("read", 24, 40, len(taker.part) + len(giver.part))
+    assert taken(other, taker, giver)[1] == ("read", 24, 40, len(taker.part))
+
+
+def test_a_count_that_was_reached_before_is_nothing_new() -> None:
+    giver, taker = pair()
+    giver.gave("data", 10, 25)
+    giver.work(Resource.FIRMWARE, "SAVE", 25, 30)
+    for count in (10, 7):
+        giver.gave("data", count, 30)
+    taker.got(Resource.COPY, "read", "data", 7, 10, 40)
+    assert giver.part.export()["gave"]["count"] == (10).to_bytes(8, "little")
+    assert taken(giver, taker)[1] == ("read", 25, 40, 2)
+
+
+def test_what_was_told_too_late_is_a_wait_without_length() -> None:
+    """The giver was not run between giving and saying so."""
+    giver, taker = pair()
+    giver.gave("data", 10, 60)
+    taker.got(Resource.COPY, "read", "data", 10, 10, 40)
+    assert taken(giver, taker)[1] == ("read", 40, 40, 2)
+
+
+def test_a_giver_that_ended_after_the_wait_is_not_its_cause_but_what_it_did_before() -> None:
+    giver, taker = pair()
+    giver.work(Resource.LINK, "send", 20, 41)
+    giver.gave("data", 10, 41)
+    taker.got(Resource.COPY, "read", "data", 10, 10, 40)
+    assert taken(giver, taker)[1] == ("read", 40, 40, 2)
+
+
+def test_a_giver_that_did_all_after_the_wait_is_not_its_cause() -> None:
+    """A clock that is far off: better a path that misses something than one that goes round."""
+    giver, taker = pair()
+    giver.gave("data", 10, 21)
+    taker.got(Resource.COPY, "read", "data", 10, 6, 19)
+    assert taken(giver, taker)[1] == ("read", 6, 19, 0)
+
+
+def test_a_giver_that_nothing_caused_tells_the_time_only() -> None:
+    _, taker = pair()
+    giver = Process("giver")
+    giver.gave("data", 10, 25)
+    taker.got(Resource.COPY, "read", "data", 10, 10, 40)
+    assert taken(giver, taker)[1] == ("read", 25, 40, 0)
+
+
+def test_a_sender_that_waits_for_room_waits_for_the_receiver() -> None:
+    source, target = Process("source"), Process("target")
+    source.mark(Mark.STOP_ORDERED, 0)
+    source.gave("connection 0", 1, 0)
+    target.got(Resource.LINK, "frame", "connection 0", 1, 0, 3)
+    target.work(Resource.LOAD, "LOAD", 3, 50)
+    target.gave("room of connection 0", 1, 50)
+    source.got(Resource.LINK, "room", "room of connection 0", 1, 1, 52)
+    source.work(Resource.COPY, "send", 52, 60)
+    source.mark(Mark.RESUMED, 60)
+    assert path(merge([source.told(), target.told()], 0)) == [
+        ("target", "frame", 0, 3),
+        ("target", "LOAD", 3, 50),
+        ("source", "room", 50, 52),
+        ("source", "send", 52, 60),
+    ]
+
+
+def test_a_cause_may_end_in_the_nanosecond_in_which_the_wait_does() -> None:
+    giver, taker = pair()
+    giver.gave("data", 10, 20)
+    taker.got(Resource.COPY, "read", "data", 10, 10, 20)
+    assert taken(giver, taker)[1] == ("read", 20, 20, 2)
+
+
+def test_two_that_wait_for_each_other_at_the_same_moment_do_not_make_a_circle() -> None:
+    one, other = Process("one"), Process("other")
+    one.got(Resource.LINK, "frame", "there", 1, 0, 10)
+    other.got(Resource.LINK, "frame", "back", 1, 0, 10)
+    one.gave("back", 1, 10)
+    other.gave("there", 1, 10)
+    assert walks_end(merge([one.told(), other.told()], 0))
+
+
+# What a process does: works, gives to an edge, or waits for one; for how long; on which of three edges; and how much.
+DEEDS = st.lists(
+    st.tuples(st.sampled_from(["work", "gave", "got"]), st.integers(0, 4), st.integers(0, 2), st.integers(0, 6)),
+    max_size=30,
+)
+
+
+@given(st.lists(st.tuples(DEEDS, st.integers(-4, 4)), min_size=1, max_size=4))
+def test_whatever_the_clocks_say_walking_ends_and_the_shares_sum_up(
+    told: list[tuple[list[tuple[str, int, int, int]], int]],
+) -> None:
+    processes = []
+    for number, (deeds, off_ns) in enumerate(told):
+        process = Process(f"process {number}")
+        for deed, length, edge, count in deeds:
+            now = process.now + length
+            if deed == "work":
+                process.work(Resource.COPY, "work", process.now, now)
+            elif deed == "gave":
+                process.gave(f"edge {edge}", count, now)
+            else:
+                process.got(Resource.LINK, "wait", f"edge {edge}", count, process.now, now)
+        process.mark(Mark.RESUMED, process.now)
+        processes.append((process, off_ns))
+    processes[0][0].at(0)._do(processes[0][0].part.mark, Mark.STOP_ORDERED)
+    merged = merge([(process.part.export(), off_ns) for process, off_ns in processes], 0)
+    assert walks_end(merged)
+    assert all(start <= end for _, start, end, _ in spans(merged))
+    shares = merged.critical_path_ns()
+    assert sum(shares.values()) == merged.downtime_ns
+    assert all(share >= 0 for name, share in shares.items() if name != "unexplained" or merged.downtime_ns >= 0)
+
+
+# --- malformed parts -------------------------------------------------------------------------------------------------
+
+WRONG: list[object] = [None, True, -2, 1.5, 2**70, "x", "\n", b"", b"x", [], [0], [[]], {}, {"x": 0}, {0: 0}]
+
+
+def whole() -> Told:
+    """A part that has something of everything."""
+    processes = migration()
+    part = processes[2].at(230).part
+    part.stage("device_load", 170, 1)
+    part.blocked(200)
+    return processes[2].told()[0]
+
+
+def places(told: object, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """All places in it, the whole one first."""
+    yield at
+    within = told.items() if isinstance(told, dict) else enumerate(told) if isinstance(told, list) else ()
+    for key, value in within:
+        yield from places(value, (*at, key))
+
+
+def put(told: Told, place: tuple[Any, ...], value: object) -> Any:
+    """A copy with something else in that place; `...` for nothing at all."""
+    if not place:
+        return value
+    changed = inside = copy.deepcopy(told)
+    for key in place[:-1]:
+        inside = inside[key]
+    if value is ...:
+        del inside[place[-1]]
+    else:
+        inside[place[-1]] = value
+    return changed
+
+
+def column(told: Told, table: str, name: str, row: int, value: int) -> Told:
+    """A copy with another number in a column."""
+    size = len(told[table][name]) // told[table]["rows"]
+    data = bytearray(told[table][name])
+    data[row * size : (row + 1) * size] = value.to_bytes(size, "little", signed=True)
+    changed: Told = put(told, (table, name), bytes(data))
+    return changed
+
+
+def refused(told: object) -> bool:
+    """Whether it is; one that is not must be as good as any. Any other error than PeerProtocolError goes through."""
+    others = [process.told() for process in migration()[:2]]
+    try:
+        merged = merge([*others, (told, 0)], 0)  # type: ignore[list-item]
+    except PeerProtocolError:
+        return True
+    assert walks_end(merged)
+    if Mark.RESUMED in merged.marks:
+        assert sum(merged.critical_path_ns().values()) == merged.downtime_ns
+    merged.digest()
+    return False
+
+
+def test_the_part_that_is_mutated_is_right_as_it_is() -> None:
+    assert not refused(whole())
+    assert all(table["rows"] for table in whole().values() if isinstance(table, dict) and "rows" in table)
+
+
+PLACES = list(places(whole()))
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place], ids=repr)
+def test_a_part_from_which_something_is_missing_is_refused(place: tuple[Any, ...]) -> None:
+    left_out = put(whole(), place, ...)
+    # a mark, a stage and an edge that nothing uses may be missing
+    assert refused(left_out) or place[0] in ("marks", "stages")
+
+
+@pytest.mark.parametrize("place", PLACES, ids=repr)
+def test_a_part_with_something_of_a_wrong_kind_is_refused(place: tuple[Any, ...]) -> None:
+    told = whole()
+    before: Any = told
+    for key in place:
+        before = before[key]
+    for wrong in WRONG:
+        none_of_them = place in (("marks",), ("stages",)) and not wrong
+        another_name = place[:1] in (("names",), ("edges",), ("stages",)) and wrong == "x"
+        a_time = (place[:1] == ("marks",) and place[2:] == (0,)) or place == ("stages", 0, 2)
+        allowed = type(wrong) is type(before) and (none_of_them or another_name or (a_time and wrong == -2))
+        assert refused(put(told, place, wrong)) != allowed, wrong
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place], ids=repr)
+def test_a_part_with_something_more_is_refused(place: tuple[Any, ...]) -> None:
+    told = whole()
+    inside: Any = told
+    for key in place:
+        inside = inside[key]
+    if isinstance(inside, dict):
+        assert refused(put(told, (*place, "more"), 0))
+    elif isinstance(inside, bytes):
+        for wrong in (inside + b"\0", inside + inside, inside[:-1], inside[: len(inside) // 2]):
+            assert refused(put(told, place, wrong))
+    elif isinstance(inside, list) and place[0] not in ("names", "edges") and len(place) == 2:
+        assert refused(put(told, place, [*inside, 0]))
+
+
+def test_a_key_more_is_refused() -> None:
+    assert refused({**whole(), "more": 0})
+    assert refused(put(whole(), (0,), 0))
+
+
+LAST = len(migration()[2].part)
+
+OUT_OF_RANGE = [
+    *[("spans", "resource", 0, value) for value in (-1, len(Resource), 127, -128)],
+    *[("spans", name, 0, value) for name in ("what", "track") for value in (-1, len(whole()["names"]), 2**15 - 1)],
+    *[("spans", "cause", 0, value) for value in (-2, 0, 1, LAST, 2**62, -(2**63))],
+    *[("spans", "cause", 2, value) for value in (2, 3)],
+    *[("spans", name, 0, value) for name in ("start_ns", "end_ns") for value in (2**63 - 1, -(2**63), MAX_TIME_NS)],
+    ("spans", "end_ns", 0, 4),
+    ("blocked", "end_ns", 0, 199),
+    ("blocked", "start_ns", 0, -MAX_TIME_NS - 1),
+    *[("gave", "edge", 0, value) for value in (-1, len(whole()["edges"]))],
+    *[("got", "edge", 0, value) for value in (-1, len(whole()["edges"]))],
+    *[(table, "count", 0, -1) for table in ("gave", "got")],
+    ("gave", "at_ns", 0, MAX_TIME_NS),
+    *[("gave", "by", 0, value) for value in (-2, LAST, 2**62)],
+    *[("got", "span", 0, value) for value in (-1, LAST, LAST - 1, 2**62)],
+]
+
+
+@pytest.mark.parametrize(("table", "name", "row", "value"), OUT_OF_RANGE)
+def test_a_number_out_of_range_is_refused(table: str, name: str, row: int, value: int) -> None:
+    assert refused(column(whole(), table, name, row, value))
+
+
+@pytest.mark.parametrize("at", [MAX_TIME_NS + 1, -MAX_TIME_NS - 1, 2**64])
+def test_marks_and_stages_at_absurd_times_are_refused(at: int) -> None:
+    told = whole()
+    assert refused(put(told, ("marks", "resumed", 0), at))
+    assert refused(put(told, ("stages", 0, 2), at))
+    assert refused(put(told, ("stages", 0, 3), at))
+
+
+def test_a_mark_that_no_span_caused_is_refused() -> None:
+    assert refused(put(whole(), ("marks", "resumed", 1), LAST))
+    assert not refused(put(whole(), ("marks", "resumed", 1), NO_CAUSE))
+
+
+def test_a_counter_that_shrinks_is_refused() -> None:
+    giver = Process("giver")
+    for count in (5, 6, 7):
+        giver.gave("data", count, count)
+        giver.gave("other data", 10 - count, count)
+    told = giver.told()[0]
+    assert not refused(told)
+    assert refused(column(told, "gave", "count", 3, 4))
+
+
+@pytest.mark.parametrize("span", [0, 1])
+def test_waits_that_are_not_in_the_order_of_their_spans_are_refused(span: int) -> None:
+    taker = Process("taker")
+    for now in (5, 6):
+        taker.got(Resource.COPY, "read", "data", now, 0, now)
+    told = taker.told()[0]
+    assert not refused(told)
+    assert refused(column(column(told, "got", "span", 0, span), "got", "span", 1, 0))
+
+
+def test_names_are_few_and_short_and_differ() -> None:
+    for key in ("names", "edges"):
+        told = whole()
+        there = told[key]
+        for more in (["x" * (MAX_NAME_CHARS + 1)], ["a\x1b[2J"], [there[0]], [f"name {n}" for n in range(MAX_NAMES)]):
+            assert refused({**told, key: [*there, *more]})
+        for more in (["x" * MAX_NAME_CHARS], [f"name {n}" for n in range(MAX_NAMES - len(there))]):
+            assert not refused({**told, key: [*there, *more]})
+    assert refused(put(whole(), ("stages", 0, 0), "x" * (MAX_NAME_CHARS + 1)))
+
+
+def test_parts_with_more_names_than_a_timeline_can_have_are_refused() -> None:
+    told = [{**Part().export(), "names": [f"{part}.{n}" for n in range(MAX_NAMES)]} for part in range(5)]
+    assert len(merge([(part, 0) for part in told[:4]], 0)) == 0
+    with pytest.raises(PeerProtocolError, match="number of names"):
+        merge([(part, 0) for part in told], 0)
+
+
+def test_too_many_stages_are_refused() -> None:
+    assert refused({**whole(), "stages": whole()["stages"] * (MAX_STAGES + 1)})
+
+
+def test_absurd_counts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in parts.TABLES:
+        assert refused(put(whole(), (table, "rows"), MAX_ROWS + 1))
+    monkeypatch.setattr(parts, "MAX_ROWS", LAST)
+    assert not refused(whole())
+    monkeypatch.setattr(parts, "MAX_ROWS", LAST - 1)
+    assert refused(whole())
+
+
+@pytest.mark.parametrize("offset", [MAX_TIME_NS + 1, -MAX_TIME_NS - 1, 2**80])
+def test_a_clock_that_is_absurdly_off_is_refused(offset: int) -> None:
+    with pytest.raises(PeerProtocolError):
+        merge([(whole(), offset)], 0)
+
+
+@given(st.data())
+def test_bytes_that_changed_on_the_way_are_refused_or_do_no_harm(data: st.DataObject) -> None:
+    told = whole()
+    for _ in range(data.draw(st.integers(1, 4))):
+        table = data.draw(st.sampled_from(sorted(parts.TABLES)))
+        name = data.draw(st.sampled_from(sorted(parts.TABLES[table])))
+        changed = bytearray(told[table][name])
+        changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+        told[table][name] = bytes(changed)
+    refused(told)
+
+
+# --- size ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_run_is_merged() -> None:
+    """Two processes that hand 50,000 pieces on, one after the other: 200,000 spans in columns."""
+    source, target = Process("source"), Process("target")
+    source.mark(Mark.STOP_ORDERED, 0)
+    rounds = 50_000
+    for number in range(1, rounds + 1):
+        now = source.now
+        source.work(Resource.COPY, "read", now, now + 3)
+        source.gave("connection 0", number, now + 3)
+        target.got(Resource.LINK, "frame", "connection 0", number, now, now + 5)
+        target.work(Resource.LOAD, "LOAD", now + 5, now + 9)
+        target.gave("room of connection 0", number, now + 9)
+        source.got(Resource.LINK, "room", "room of connection 0", number, now + 3, now + 10)
+    target.mark(Mark.RESUMED, target.now)
+    told = [source.told(), target.told()]
+    assert sum(sys.getsizeof(data) for part, _ in told for data in part["spans"].values()) < 29 * 200_000 + 10_000
+    tracemalloc.start()
+    merged = merge(told, 0)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 10 * 29 * 200_000
+    assert len(merged) == 4 * rounds
+    assert walks_end(merged)
+    shares = merged.critical_path_ns()
+    assert {name: share for name, share in shares.items() if share} == {
+        "copy": 3 * rounds,
+        "link": 3 * rounds - 1,
+        "load": 4 * rounds,
+    }

@@ -1,0 +1,671 @@
+"""Sessions over real TCP: what is sent comes, in order and whole, whoever is cancelled; both sides know who is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proto_v3.errors import LocalProtocolError, PeerFailedError, PeerProtocolError, UserError
+from proto_v3.timeline import Resource
+from proto_v3.vmm.negotiate import Hello
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind
+from sim.device.record import Bulk
+from sim.live.fd.buffers import Buffers, Lent, as_view
+from sim.live.io import IO
+from sim.live.merge_timelines import LATEST, Part, merge
+from sim.live.tcp import messages, wire_source
+from sim.live.tcp.connection import SMALL_BYTES
+from sim.live.tcp.sockets import Granted
+from sim.live.tcp.wire import Limits, Session, SocketSettings, accept, connect, listen
+from tests.build.wires import (
+    LOCAL,
+    PATIENT,
+    WAYS,
+    Peer,
+    TargetPeer,
+    agree,
+    listening,
+    message,
+    outcome,
+    pair,
+    run,
+)  # fmt: skip
+
+both_ways = pytest.mark.parametrize(("loop", "io"), WAYS, ids=lambda name: name)
+SIZES = [0, 1, 71, 4000, 4096, 4097, 65_535, SMALL_BYTES, SMALL_BYTES + 1, 300_000, 1 << 20]
+
+
+def content(number: int, size: int) -> memoryview:
+    return memoryview(random.Random(number).randbytes(size))
+
+
+# --- frames -----------------------------------------------------------------------------------------------------------
+
+
+@both_ways
+def test_frames_of_all_sizes_come_as_they_were_sent_both_ways_on_all_connections(loop: str, io: str) -> None:
+    async def send(session: Session, index: int) -> None:
+        for size in SIZES:
+            await session.channels[index].send(b"%d" % size, content(size + index, size))
+
+    async def receive(session: Session, index: int) -> None:
+        for size in SIZES:
+            header, payload = await session.channels[index].recv()
+            assert header == b"%d" % size
+            assert len(payload) == size
+            assert as_view(payload) == content(size + index, size)
+
+    async def main() -> None:
+        async with pair(io, 3) as (source, target):
+            async with asyncio.TaskGroup() as group:
+                for session in (source, target):
+                    for index in range(3):
+                        group.create_task(send(session, index))
+                        group.create_task(receive(session, index))
+            sent = 3 * sum(8 + len(b"%d" % size) + size for size in SIZES)
+            for session in (source, target):
+                assert (session.bytes.sent, session.bytes.received) == (sent, sent)
+
+    run(loop, main)
+
+
+@both_ways
+def test_a_stream_of_frames_stays_whole_whoever_is_cancelled(loop: str, io: str) -> None:
+    rng = random.Random(5)
+    begun: list[int] = []
+    came: list[int] = []
+
+    async def send_one(session: Session, number: int) -> None:
+        begun.append(number)
+        size = random.Random(number).choice([0, 5, 3000, 70_000, 200_000])
+        await session.channels[0].send(b"%d" % number, content(number, size))
+
+    async def pestered(task: asyncio.Task[Any]) -> Any:
+        for _ in range(rng.choice([0, 1, 1, 2, 3, 5, 9])):
+            await asyncio.sleep(0)
+        if rng.random() < 0.6:
+            task.cancel()
+        return (await asyncio.gather(task, return_exceptions=True))[0]
+
+    async def send_all(session: Session) -> None:
+        for number in range(200):
+            await pestered(asyncio.create_task(send_one(session, number)))
+        await session.channels[0].send(b"end", memoryview(b""))
+
+    async def main() -> None:
+        settings = SocketSettings(buffer_bytes=20_000)
+        async with pair(io, 1, sockets=settings) as (source, target):
+            sending = asyncio.create_task(send_all(source))
+            while True:
+                got = await pestered(asyncio.create_task(target.channels[0].recv()))
+                if isinstance(got, asyncio.CancelledError):
+                    continue
+                header, payload = got
+                if header == b"end":
+                    break
+                assert as_view(payload) == content(int(header), len(payload))
+                came.append(int(header))
+            await sending
+
+    run(loop, main)
+    assert came == begun
+    assert len(came) > 100
+
+
+@both_ways
+def test_whole_channels_run_over_it_hello_included(loop: str, io: str) -> None:
+    async def main() -> None:
+        async with pair(io, 1) as (source, target):
+            here, there = Channel(source.channels[0]), Channel(target.channels[0])
+            await here.send(Hello(3, 4, 4, wire="pool", connections=2).frame())
+            assert Hello.of(await there.recv()) == Hello(3, 4, 4, wire="pool", connections=2)
+            await there.send(Frame(Kind.DATA, 1, 2, 3, content(1, 200_000)))
+            frame = await here.recv()
+            assert (frame.kind, as_view(frame.payload)) == (Kind.DATA, content(1, 200_000))
+
+    run(loop, main)
+
+
+@both_ways
+def test_a_payload_that_is_kept_does_not_change_and_a_dropped_ones_buffer_is_used_again(loop: str, io: str) -> None:
+    async def main() -> None:
+        async with pair(io, 1) as (source, target):
+
+            async def next_one(number: int) -> memoryview:
+                sending = asyncio.create_task(source.channels[0].send(b"h", content(number, 500_000)))
+                _, payload = await target.channels[0].recv()
+                await sending
+                return as_view(payload)
+
+            kept = (await next_one(0))[100:200]
+            places = set()
+            for number in range(1, 8):
+                payload = await next_one(number)
+                places.add(np.frombuffer(payload, np.uint8).ctypes.data)
+                assert payload == content(number, 500_000)
+                del payload
+            assert kept == content(0, 500_000)[100:200]
+            assert np.frombuffer(kept, np.uint8).ctypes.data not in {place + 100 for place in places}
+            assert len(places) <= 2
+
+    run(loop, main)
+
+
+@both_ways
+def test_what_a_connection_cannot_carry_is_refused_before_it_is_sent(loop: str, io: str) -> None:
+    async def main() -> None:
+        async with pair(io, 1, Limits(60, 60, frame_bytes=1000)) as (source, target):
+            channel = source.channels[0]
+            for header, payload in ((b"", b""), (b"h" * 65, b""), (b"h", bytes(1001))):
+                with pytest.raises(LocalProtocolError, match=r"at most 64 \+ 1000 are allowed"):
+                    await channel.send(header, memoryview(payload))
+            with pytest.raises(LocalProtocolError, match="Bulk has no bytes"):
+                await channel.send(b"h", Bulk(5))
+            await channel.send(b"h", np.arange(9, dtype=np.int32).data)
+            assert as_view((await target.channels[0].recv())[1]).nbytes == 36
+
+    run(loop, main)
+
+
+# --- buffers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_buffer_is_free_again_when_no_view_of_it_is_left() -> None:
+    buffers = Buffers(1000, keep=1)
+    lent = buffers.take()
+    assert (len(lent), len(lent[10:20]), buffers.free) == (1000, 10, 0)
+    lent.view[:3] = b"abc"
+    piece = lent[1:3]
+    del lent
+    assert buffers.free == 0
+    smaller = piece[:1]
+    del piece
+    assert buffers.free == 0
+    assert bytes(smaller) == b"b"
+    del smaller
+    assert buffers.free == 1
+    assert bytes(buffers.take()[:3]) == b"abc"
+
+
+def test_no_more_buffers_are_kept_than_asked_for() -> None:
+    buffers = Buffers(10, keep=2)
+    lent: list[Lent] = [buffers.take() for _ in range(5)]
+    del lent
+    assert buffers.free == 2
+
+
+def test_a_view_of_whatever_has_bytes() -> None:
+    lent = Buffers(10, 1).take()
+    assert as_view(lent).obj is lent.view.obj
+    for payload in (b"ab", bytearray(b"ab"), memoryview(b"ab"), np.array([[97], [98]], np.uint8).data):
+        assert as_view(payload).tobytes() == b"ab"
+    with pytest.raises(LocalProtocolError, match="not contiguous"):
+        as_view(memoryview(b"abcd")[::2])
+
+
+# --- the handshake ----------------------------------------------------------------------------------------------------
+
+
+@both_ways
+def test_both_sides_know_what_was_agreed_on(loop: str, io: str) -> None:
+    async def judge(run: dict[str, Any]) -> dict[str, Any]:
+        return {"got": run["scenario"]}
+
+    async def main() -> None:
+        settings = SocketSettings(buffer_bytes=40_000, max_rate_bytes_per_s=10**9)
+        more = {"judge": judge, "capabilities": ("b", "c"), "source_capabilities": ("a", "b")}
+        async with pair(io, 5, PATIENT, sockets=settings, run={"scenario": "mlx5"}, **more) as (source, target):
+            for session in (source, target):
+                assert session.run == {"scenario": "mlx5"}
+                assert session.answer == {"got": "mlx5"}
+                assert session.capabilities == ("b",)
+                assert session.frame_bytes == 1 << 20
+                assert len(session.channels) == 5
+                assert (session.peer_offset_ns, session.uncertainty_ns) == (0, 0)
+                assert all(granted.max_rate_bytes_per_s == 10**9 for granted in session.sockets)
+                assert all(40_000 <= granted.send_buffer_bytes <= 80_000 for granted in session.sockets)
+            assert target.peer.startswith("127.0.0.1:")
+
+    run(loop, main)
+
+
+def test_without_settings_the_kernel_paces_nothing() -> None:
+    async def main() -> None:
+        async with pair("loop", 1) as (source, _):
+            assert isinstance(source.sockets[0], Granted)
+            assert source.sockets[0].max_rate_bytes_per_s is None
+
+    run("asyncio", main)
+
+
+@both_ways
+def test_the_largest_number_of_connections_comes_together(loop: str, io: str) -> None:
+    count = 300 if io == "loop" else 100  # a thread and two descriptors each
+
+    async def main() -> None:
+        async with pair(io, count) as (source, target):
+            await asyncio.gather(*(channel.send(b"h", content(at, 9)) for at, channel in enumerate(source.channels)))
+            for at, channel in enumerate(target.channels):
+                assert as_view((await channel.recv())[1]) == content(at, 9)
+
+    run(loop, main)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "connections", "words"),
+    [
+        (Limits(60, 60, connections=3), 4, "4 data connections are offered; 1 to 3 are allowed here"),
+        (Limits(60, 60, frame_bytes=999), 1, "frames of up to 1048576 bytes are offered; up to 999 are allowed here"),
+    ],
+)
+def test_an_offer_beyond_the_targets_limits_is_refused_in_the_same_words_at_both_sides(
+    theirs: Limits, connections: int, words: str
+) -> None:
+    async def main() -> None:
+        async with listening() as (listener, address):
+            accepting = asyncio.create_task(outcome(accept(listener, agree, io=IO["loop"](), limits=theirs)))
+            told = await outcome(connect(address, {}, connections, io=IO["loop"](), limits=PATIENT))
+            refused = await accepting
+        assert isinstance(told, PeerFailedError)
+        assert isinstance(refused, PeerProtocolError)
+        assert str(refused) == words
+        assert f"refuses: {words}" in str(told)
+
+    run("asyncio", main)
+
+
+@both_ways
+@pytest.mark.parametrize("error", [UserError("no device has this size"), OSError(12, "Cannot allocate memory")])
+def test_what_the_judge_says_is_the_refusal(loop: str, io: str, error: Exception) -> None:
+    async def judge(_: dict[str, Any]) -> dict[str, Any]:
+        raise error
+
+    async def main() -> None:
+        async with listening() as (listener, address):
+            accepting = asyncio.create_task(outcome(accept(listener, judge, io=IO[io](), limits=PATIENT)))
+            told = await outcome(connect(address, {}, 2, io=IO[io](), limits=PATIENT))
+            assert await accepting is error
+        assert isinstance(told, PeerFailedError)
+        assert str(told).endswith(f"refuses: {error}")
+
+    run(loop, main)
+
+
+def test_a_bug_in_the_judge_is_no_secret_here_but_there() -> None:
+    async def judge(_: dict[str, Any]) -> dict[str, Any]:
+        raise ZeroDivisionError("a secret")
+
+    async def main() -> None:
+        async with listening() as (listener, address):
+            accepting = asyncio.create_task(outcome(accept(listener, judge, io=IO["loop"](), limits=PATIENT)))
+            told = await outcome(connect(address, {}, 2, io=IO["loop"](), limits=PATIENT))
+            assert isinstance(await accepting, ZeroDivisionError)
+        assert str(told).endswith("refuses: an error of its own")
+
+    run("asyncio", main)
+
+
+@both_ways
+def test_a_caller_who_gives_up_leaves_nothing_behind(loop: str, io: str) -> None:
+    async def never(_: dict[str, Any]) -> dict[str, Any]:
+        await asyncio.Event().wait()
+        return {}
+
+    async def main() -> None:
+        rng = random.Random(3)
+        for judge in (agree, never):
+            for _ in range(15):
+                async with listening() as (listener, address):
+                    both = [
+                        asyncio.create_task(accept(listener, judge, io=IO[io](), limits=PATIENT)),
+                        asyncio.create_task(connect(address, {}, 3, io=IO[io](), limits=PATIENT)),
+                    ]
+                    for _ in range(rng.randrange(80)):
+                        await asyncio.sleep(0)
+                    for task in rng.sample(both, 2):
+                        task.cancel()
+                    for session in await asyncio.gather(*both, return_exceptions=True):
+                        if isinstance(session, Session):
+                            await session.close()
+
+    run(loop, main)
+
+
+def test_what_makes_no_sense_is_the_users_error() -> None:
+    async def main() -> None:
+        io = IO["loop"]()
+        for address in (("127.0.0.1", 70_000), ("a" * 70 + ".example", 1), ("a\0b", 1)):
+            assert isinstance(await outcome(connect(address, {}, 1, io=io)), (UserError, OSError))
+        for connections in (0, 1025):
+            with pytest.raises(UserError, match="from 1 to 1024"):
+                await connect(LOCAL, {}, connections, io=io)
+        with pytest.raises(UserError, match="capabilities"):
+            await connect(LOCAL, {}, 1, io=io, capabilities=["x" * 65])
+        async with listening() as (listener, address):
+            with pytest.raises(UserError, match="cannot listen"):
+                listen(address, SocketSettings())
+            del listener
+        refused = await outcome(connect(address, {}, 1, io=io))
+        assert isinstance(refused, ConnectionRefusedError)
+        assert f"127.0.0.1:{address[1]}" in str(refused)
+
+    run("asyncio", main)
+    for wrong in ({"handshake_s": 0}, {"silent_s": float("nan")}, {"frame_bytes": 0}, {"connections": 1025}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            Limits(**wrong)
+    for settings in ({"buffer_bytes": 0}, {"max_rate_bytes_per_s": 2**64}):
+        with pytest.raises(UserError, match=next(iter(settings))):
+            SocketSettings(**settings)
+
+
+# --- clocks -----------------------------------------------------------------------------------------------------------
+
+
+def test_on_two_hosts_the_clocks_offset_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire_source, "boot_id", lambda: "another host")
+
+    async def main() -> None:
+        async with pair("loop", 1) as (source, target):
+            assert 0 < source.uncertainty_ns == target.uncertainty_ns
+            assert abs(source.peer_offset_ns) <= source.uncertainty_ns  # it is the same clock, after all
+            assert target.peer_offset_ns == -source.peer_offset_ns
+
+    run("asyncio", main)
+
+
+def test_two_hosts_with_the_same_boot_id_are_found_out() -> None:
+    """A virtual machine that was copied while it ran has the original's boot_id, and another clock."""
+    heard: list[tuple[int, int]] = []
+
+    async def main() -> None:
+        async with listening() as (listener, address):
+            peer = TargetPeer(lambda _, data: data)
+            peer.at_ns = time.perf_counter_ns() + 10**15
+            following = asyncio.create_task(peer.follow(peer.script(listener), asyncio.Event()))
+            session = await connect(address, {}, 2, io=IO["loop"](), limits=PATIENT)
+            heard.append((session.peer_offset_ns, session.uncertainty_ns))
+            await session.close()
+            await following
+
+    run("asyncio", main)
+    offset, uncertainty = heard[0]
+    assert uncertainty > 0
+    assert abs(offset - 10**15) < 10**12
+
+
+# --- talking ----------------------------------------------------------------------------------------------------------
+
+
+@both_ways
+def test_messages_come_in_order_and_a_wrong_one_is_the_peers_error(loop: str, io: str) -> None:
+    async def main() -> None:
+        async with pair(io, 1) as (source, target):
+            column = os.urandom(3 << 20)
+            await source.tell("result", column=column, marks={"a": [1, -2, 2.5, None]})
+            await source.tell("more")
+            cancelled = asyncio.create_task(target.hear("x"))
+            cancelled.cancel()
+            assert await target.hear("other", "result") == {
+                "kind": "result", "column": column, "marks": {"a": [1, -2, 2.5, None]},
+            }  # fmt: skip
+            with pytest.raises(PeerProtocolError, match="'more' came where result or end was due"):
+                await target.hear("result", "end")
+            await target.tell("failed", why="the device\x1b[2J is gone")
+            with pytest.raises(PeerFailedError, match=r"the target at .* failed: the device\?\[2J is gone"):
+                await source.hear("result")
+
+    run(loop, main)
+
+
+def test_what_cannot_be_told_is_this_sides_error() -> None:
+    async def main() -> None:
+        async with pair("loop", 1) as (source, target):
+            for kind, fields in (
+                ("x", {"a": object()}),
+                ("x", {"a": 2**65}),
+                ("x", {"a": bytes(messages.MAX_MESSAGE_BYTES)}),
+                ("x", {"a": list(range(messages.MAX_MESSAGE_ITEMS))}),
+                ("ping", {}),
+                ("", {}),
+                ("k" * 33, {}),
+            ):
+                with pytest.raises(LocalProtocolError):
+                    await source.tell(kind, **fields)
+            await source.tell("x", a=1)
+            assert (await target.hear("x"))["a"] == 1
+
+    run("asyncio", main)
+
+
+def test_a_peer_that_says_more_than_anybody_asks_for_is_given_up() -> None:
+    async def main() -> None:
+        async with pair("loop", 1) as (source, target):
+            for number in range(300):
+                if isinstance(await outcome(source.tell("more", number=number)), ConnectionError):
+                    break
+            with pytest.raises(ConnectionAbortedError, match="says more than anybody asked for"):
+                await target.channels[0].recv()
+            assert (await target.hear("more"))["number"] == 0
+            while not isinstance(told := await outcome(target.hear("more")), Exception):
+                pass
+            assert isinstance(told, PeerProtocolError)
+
+    run("asyncio", main)
+
+
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+))  # fmt: skip
+def test_a_message_comes_back_as_it_was_told(value: Any) -> None:
+    told = {"kind": "x", "value": value}
+    assert messages.unpacked(messages.packed(told)[4:], messages.MAX_MESSAGE_ITEMS) == told
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+@both_ways
+def test_what_was_sent_before_the_end_still_comes_and_the_end_says_which_connection(loop: str, io: str) -> None:
+    async def main() -> None:
+        async with pair(io, 2) as (source, target):
+            await source.channels[1].send(b"last", content(1, 100_000))
+            await source.tell("bye")
+            await source.close()
+            assert (await target.hear("bye"))["kind"] == "bye"
+            with pytest.raises(
+                ConnectionResetError, match=r"session with the source at 127\.0\.0\.1:\d+: the other side"
+            ):
+                await target.hear("more")
+            assert as_view((await target.channels[1].recv())[1]) == content(1, 100_000)
+            for _ in range(2):
+                with pytest.raises(ConnectionResetError, match="data connection 1: the other side closed"):
+                    await target.channels[1].recv()
+            with pytest.raises(ConnectionError, match="session with the source"):
+                await target.tell("x")
+            while not isinstance(gone := await outcome(target.channels[0].send(b"h", content(0, 99_999))), Exception):
+                pass
+            assert isinstance(gone, ConnectionResetError)
+            assert str(gone).startswith("data connection 0: ")
+
+    run(loop, main)
+
+
+@both_ways
+def test_whoever_waits_is_told_when_this_side_closes(loop: str, io: str) -> None:
+    async def main() -> None:
+        async with pair(io, 2, sockets=SocketSettings(buffer_bytes=10_000)) as (source, _):
+            waiting = [
+                asyncio.create_task(outcome(work))
+                for work in (
+                    source.channels[0].recv(), source.channels[1].recv(), source.hear("x"),
+                    source.channels[0].send(b"h", content(0, 1 << 20)), source.channels[0].send(b"h", content(0, 9)),
+                )
+            ]  # fmt: skip
+            for _ in range(20):
+                await asyncio.sleep(0)
+            await asyncio.gather(source.close(), source.close())
+            for told in await asyncio.gather(*waiting):
+                assert isinstance(told, ConnectionAbortedError)
+                assert str(told) == "this side closed the session"
+            with pytest.raises(ConnectionAbortedError):
+                await source.channels[0].send(b"h", content(0, 9))
+
+    run(loop, main)
+
+
+@both_ways
+def test_sessions_that_say_nothing_live_by_their_pings(loop: str, io: str) -> None:
+    async def main() -> None:
+        async with pair(io, 1, Limits(60, 1.0)) as (source, target):
+            talk = target._talk
+            until = talk.heard_bytes + 6 * len(message("ping"))
+            while talk.heard_bytes < until:  # more than the beats that may be missed
+                await asyncio.sleep(0.01)
+            await source.tell("still here")
+            assert await target.hear("still here")
+
+    run(loop, main)
+
+
+@both_ways
+def test_when_the_peer_is_silent_everybody_who_waits_is_told(loop: str, io: str) -> None:
+    """A target that takes part in the handshake, and then neither reads nor says anything."""
+    found: list[Any] = []
+
+    async def main() -> None:
+        async with listening(SocketSettings(buffer_bytes=10_000)) as (listener, address):
+            over = asyncio.Event()
+            peer: Peer = TargetPeer(lambda stage, data: None if stage == "ping" else data)
+            following = asyncio.create_task(peer.follow(peer.script(listener), over))  # type: ignore[attr-defined]
+            session = await connect(address, {}, 2, io=IO[io](), limits=Limits(60, 0.2))
+            found.extend(
+                await asyncio.gather(
+                    outcome(session.hear("x")),
+                    outcome(session.channels[0].recv()),
+                    outcome(_send_for_ever(session)),
+                )
+            )
+            found.append(await outcome(session.tell("x")))
+            await session.close()
+            over.set()
+            await following
+
+    run(loop, main)
+    for told in found:
+        assert isinstance(told, ConnectionError)
+        assert str(told) == "the other side said nothing for 0.2 s"
+
+
+async def _send_for_ever(session: Session) -> None:
+    while True:
+        await session.channels[1].send(b"h", content(0, 1 << 20))
+
+
+# --- the timeline -----------------------------------------------------------------------------------------------------
+
+
+class Notes:
+    """A timeline that notes what it is told; its clock stands still unless it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000
+        self.noted: list[tuple[Any, ...]] = []
+
+    def now_ns(self) -> int:
+        return self.now
+
+    def gave(self, edge: str, count: int, /) -> None:
+        self.noted.append(("gave", edge, count))
+
+    def got(self, resource: Resource, what: str, edge: str, count: int, start_ns: int, /) -> None:
+        self.noted.append(("got", resource, what, edge, count, start_ns))
+
+    def blocked(self, start_ns: int, /) -> None:
+        self.noted.append(("blocked", start_ns))
+
+
+@both_ways
+def test_frames_are_noted_where_they_are_given_and_where_they_come(loop: str, io: str) -> None:
+    here, there = Notes(), Notes()
+
+    async def main() -> None:
+        async with pair(io, 2) as (source, target):
+            await source.channels[1].send(b"before", content(0, 5))
+            await target.channels[1].recv()
+            source.trace(here)
+            target.trace(there)
+            await source.channels[1].send(b"h", content(0, 5))
+            waiting = asyncio.create_task(source.channels[0].recv())
+            await asyncio.sleep(0)
+            here.now = 3000
+            await target.channels[0].send(b"h", content(0, 5))
+            await waiting
+            await target.channels[1].recv()
+            source.trace(None)
+            await source.channels[1].send(b"h", content(0, 5))
+
+    run(loop, main)
+    assert here.noted == [
+        ("gave", "to target 1", 2),
+        ("gave", "to source 0 room", 1),
+        ("got", Resource.LINK, "frame", "to source 0", 1, 1000),
+    ]
+    assert there.noted == [
+        ("gave", "to source 0", 1),
+        ("gave", "to target 1 room", 2),
+        ("got", Resource.LINK, "frame", "to target 1", 2, 1000),
+    ]
+
+
+@both_ways
+def test_a_send_that_was_held_up_is_noted(loop: str, io: str) -> None:
+    notes = Notes()
+
+    async def main() -> None:
+        async with pair(io, 1, sockets=SocketSettings(buffer_bytes=10_000)) as (source, target):
+            source.trace(notes)
+            sending = asyncio.create_task(source.channels[0].send(b"h", content(0, 1 << 20)))
+            await asyncio.sleep(0)
+            notes.now += 1_000_001
+            await target.channels[0].recv()
+            await sending
+
+    run(loop, main)
+    assert notes.noted == [
+        ("gave", "to target 0", 1),
+        ("blocked", 1000),
+        ("got", Resource.LINK, "room in connection", "to target 0 room", LATEST, 1000),
+    ]
+
+
+@both_ways
+def test_a_send_that_was_held_up_waited_for_what_the_receiver_did(loop: str, io: str) -> None:
+    here, there = Part(), Part()
+
+    async def main() -> None:
+        async with pair(io, 1, sockets=SocketSettings(buffer_bytes=10_000)) as (source, target):
+            source.trace(here)
+            target.trace(there)
+            sending = asyncio.create_task(source.channels[0].send(b"h", content(0, 1 << 20)))
+            start_ns = there.now_ns()
+            await asyncio.sleep(0.02)
+            there.work(Resource.LOAD, "LOAD", start_ns)
+            await target.channels[0].recv()
+            await sending
+
+    run(loop, main)
+    told = merge([(here.export(), 0), (there.export(), 0)], 0).recorded()
+    what = [told.names[number] for number in told.spans["what"]]
+    room, load = what.index("room in connection"), what.index("LOAD")
+    assert told.spans["cause"][room] == load
+    assert told.spans["start_ns"][room] >= told.spans["end_ns"][load]

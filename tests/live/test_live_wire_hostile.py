@@ -1,0 +1,472 @@
+"""Whatever a peer sends, or does not: an error of the allowed kinds, soon, with little memory, and nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import tracemalloc
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proto_v3.errors import PeerFailedError, PeerProtocolError
+from sim.live.fd.buffers import Buffers
+from sim.live.io import IO
+from sim.live.tcp import listener as door
+from sim.live.tcp.connection import Frames
+from sim.live.tcp.handshake import Accept, Offer
+from sim.live.tcp.messages import MAX_HANDSHAKE_ITEMS, unpacked
+from sim.live.tcp.sockets import NO_TOKEN, Preamble, Role
+from sim.live.tcp.wire import Limits, accept, connect
+from tests.build.wires import (
+    ACCEPT,
+    ALLOWED,
+    OFFER,
+    PATIENT,
+    SOURCE_STAGES,
+    TARGET_STAGES,
+    WAYS,
+    Change,
+    SourcePeer,
+    agree,
+    damaged,
+    frame,
+    listening,
+    message,
+    met_by_source,
+    met_by_target,
+    pair,
+    run,
+)  # fmt: skip
+
+both_ways = pytest.mark.parametrize(("loop", "io"), WAYS, ids=lambda name: name)
+SHORT = Limits(handshake_s=0.25, silent_s=0.25, frame_bytes=1 << 16)
+MAX_PEAK_BYTES = 16 << 20
+"""Of six meetings at once."""
+
+
+def honest(_: str, data: bytes) -> bytes:
+    return data
+
+
+def damages(seed: int, stages: list[str]) -> Change:
+    """One stage of the script, damaged."""
+    rng = random.Random(seed)
+    chosen = stages[seed % len(stages)]
+    return lambda stage, data: damaged(rng, data) if stage == chosen else data
+
+
+def check(found: list[Any]) -> None:
+    for told in found:
+        assert isinstance(told, ALLOWED), repr(told)
+
+
+# --- peers that break off anywhere ------------------------------------------------------------------------------------
+
+
+@both_ways
+def test_the_scripts_are_good_as_long_as_nothing_is_changed(loop: str, io: str) -> None:
+    found: list[Any] = []
+
+    async def main() -> None:
+        found.extend(await met_by_target(io, honest, PATIENT))
+        found.extend(await met_by_source(io, honest, PATIENT))
+
+    run(loop, main)
+    assert [type(told) for told in found] == [ConnectionResetError] * 6
+    assert sum("data connection" in str(told) for told in found) == 4
+
+
+@pytest.mark.parametrize("start", range(0, 1200, 100))
+def test_a_target_stands_whatever_a_source_damages(start: int) -> None:
+    loop, io = WAYS[start // 100 % len(WAYS)]
+
+    async def main() -> None:
+        for batch in range(start, start + 100, 50):  # some wait until they are given up: together
+            seeds = range(batch, batch + 50)
+            for told in await asyncio.gather(
+                *(met_by_target(io, damages(seed, SOURCE_STAGES), SHORT) for seed in seeds)
+            ):
+                check(told)
+
+    run(loop, main)
+
+
+@pytest.mark.parametrize("start", range(0, 1200, 100))
+def test_a_source_stands_whatever_a_target_damages(start: int) -> None:
+    loop, io = WAYS[start // 100 % len(WAYS)]
+
+    async def main() -> None:
+        for batch in range(start, start + 100, 50):
+            seeds = range(batch, batch + 50)
+            for told in await asyncio.gather(
+                *(met_by_source(io, damages(seed, TARGET_STAGES), SHORT) for seed in seeds)
+            ):
+                check(told)
+
+    run(loop, main)
+
+
+@pytest.mark.parametrize(("loop", "io"), WAYS[::3], ids=lambda name: name)
+def test_a_peer_that_falls_silent_anywhere_is_given_up_in_time(loop: str, io: str) -> None:
+    found: dict[str, list[Any]] = {}
+    limits = Limits(handshake_s=3, silent_s=0.5, frame_bytes=1 << 16)
+
+    async def main() -> None:
+        async def one(name: str, meeting: Any) -> None:
+            found[name] = await meeting
+
+        async with asyncio.TaskGroup() as group:
+            for stage in SOURCE_STAGES[1:]:
+                group.create_task(one(f"source {stage}", met_by_target(io, silent_at(stage), limits)))
+            for stage in TARGET_STAGES:
+                group.create_task(one(f"target {stage}", met_by_source(io, silent_at(stage), limits)))
+
+    run(loop, main)
+    for name, told in found.items():
+        check(told)
+        for error in told:
+            assert "3 s" in str(error) or "0.5 s" in str(error) or "refuses" in str(error), (name, error)
+    assert "waited for the offer of the source at 127.0.0.1" in str(found["source offer"])
+    assert "waited for data connections 1 of 2 of the source" in str(found["source data preamble 1"])
+    assert "waited for the clock of the source" in str(found["source clock"])
+    assert "waited for the answer of the target at 127.0.0.1" in str(found["target accept"])
+    assert "to have all data connections" in str(found["target ready"])
+    assert "waited for the clock of the target" in str(found["target clock"])
+    assert "the other side said nothing for 0.5 s" in str(found["target ping"])
+
+
+def silent_at(silent: str) -> Change:
+    return lambda stage, data: None if stage == silent else data
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_little_memory_is_taken_whatever_is_promised(side: str) -> None:
+    """A length is believed only as far as bytes come; a list of lists is not made before it is counted."""
+    deep = (1 << 20).to_bytes(4, "big") + b"\x82\xa4kind\xa5offer\xa3run" + b"\xdd\x00\x0f\xff\xff" * 200_000
+    promises = [
+        b"\x00\x0f\xff\xff", b"\x03\xff\xff\xff", b"\xff\xff\xff\xff", deep[: 4 + (1 << 20)],
+        frame(b"h", bytes(1 << 16))[:20], b"\x56\x33\x00\x40\x7f\xff\xff\xff",
+    ]  # fmt: skip
+
+    async def meeting(stage: str, promise: bytes) -> None:
+        def change(at: str, data: bytes) -> bytes:
+            return promise if at == stage else data
+
+        if side == "source":
+            check(await met_by_target("loop", change, SHORT))
+        else:
+            check(await met_by_source("loop", change, SHORT))
+
+    async def main() -> None:
+        begin = ["offer", "clock", "begin"] if side == "source" else ["accept", "ready", "clock"]
+        for promise in promises:
+            await asyncio.gather(*(meeting(stage, promise) for stage in [*begin, "ping", "frame 0 0", "result"]))
+
+    tracemalloc.start()
+    try:
+        run("asyncio", main)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < MAX_PEAK_BYTES
+
+
+# --- strangers at the door --------------------------------------------------------------------------------------------
+
+STRANGERS = {
+    b"GET / HTTP/1.1\r\n\r\n": "begin with b'PROTO-V3'",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03": "begin with b'PROTO-V3'",
+    b"PROTO": "closed the connection",
+    b"": "closed the connection",
+    b"PROTO-V3" + bytes(24): "wire version 0 was asked for; 1 is known here",
+    Preamble(Role.SESSION, version=2).pack(): "wire version 2 was asked for; 1 is known here",
+    Preamble(Role.DATA, 0).pack(): "before any session",
+    Preamble(Role.SESSION, 1).pack(): "a session has no index and no token",
+    b"PROTO-V3\x00\x01\x00\x07" + bytes(20): "role 7",
+}
+
+
+@both_ways
+def test_strangers_are_turned_away_and_the_source_is_let_in(loop: str, io: str) -> None:
+    rejected: list[str] = []
+
+    async def main() -> None:
+        async with listening() as (listener, address):
+            accepting = asyncio.create_task(
+                accept(listener, agree, io=IO[io](), limits=PATIENT, rejected=rejected.append)
+            )
+            for number, data in enumerate(STRANGERS):
+                reader, writer = await asyncio.open_connection(*address)
+                writer.write(data)
+                if len(data) < 8:
+                    writer.write_eof()
+                with contextlib.suppress(ConnectionError):
+                    said = await reader.read()  # until it is closed
+                    assert (b"refuse" in said) == ("wire version" in STRANGERS[data])
+                writer.close()
+                while len(rejected) <= number:
+                    await asyncio.sleep(0)
+            source = await connect(address, {}, 2, io=IO[io](), limits=PATIENT)
+            await (await accepting).close()
+            await source.close()
+
+    run(loop, main)
+    for told, words in zip(rejected, STRANGERS.values(), strict=True):
+        assert told.startswith("127.0.0.1:")
+        assert words in told
+
+
+@both_ways
+def test_those_who_say_nothing_keep_nobody_out(loop: str, io: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "PATIENCE_S", 0.01)
+    rejected: list[str] = []
+
+    async def main() -> None:
+        async with listening() as (listener, address):
+            accepting = asyncio.create_task(
+                accept(listener, agree, io=IO[io](), limits=PATIENT, rejected=rejected.append)
+            )
+            strangers = [await asyncio.open_connection(*address) for _ in range(door.MAX_WAITING + 30)]
+            source = await connect(address, {}, 3, io=IO[io](), limits=PATIENT)
+            await (await accepting).close()
+            await source.close()
+            for _, writer in strangers:
+                writer.close()
+
+    run(loop, main)
+    assert rejected
+    assert all("said nothing yet, and had to make room for others" in told for told in rejected)
+
+
+@both_ways
+def test_a_stranger_has_only_so_long_to_say_what_it_is(loop: str, io: str) -> None:
+    rejected: list[str] = []
+
+    async def main() -> None:
+        async with listening() as (listener, address):
+            accepting = asyncio.create_task(
+                accept(listener, agree, io=IO[io](), limits=Limits(0.05), rejected=rejected.append)
+            )
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(b"PROTO-V3")
+            assert await reader.read() == b""
+            writer.close()
+            accepting.cancel()
+            await asyncio.wait({accepting})
+
+    run(loop, main)
+    assert "said nothing that a connection begins with for 0.05 s" in rejected[0]
+
+
+@both_ways
+def test_strangers_among_the_data_connections_do_not_end_the_session(loop: str, io: str) -> None:
+    """They come between the session's own: without its token, too many, or as another source."""
+    rejected: list[str] = []
+    strangers: list[asyncio.StreamWriter] = []
+    said: list[bytes] = []
+
+    async def stranger(address: tuple[str, int], data: bytes) -> None:
+        reader, writer = await asyncio.open_connection(*address)
+        strangers.append(writer)
+        writer.write(data)
+        with contextlib.suppress(ConnectionError):
+            said.append(await reader.read(1000))
+
+    class Busy(SourcePeer):
+        async def _dial(self, address: tuple[str, int]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            if self.writers:
+                others = [asyncio.open_connection(*address) for _ in range(3)]  # they say nothing at all
+                strangers.extend([writer for _, writer in await asyncio.gather(*others)])
+                await stranger(address, Preamble(Role.DATA, len(self.writers) - 1, NO_TOKEN).pack())
+                await stranger(address, Preamble(Role.DATA, 0, b"almost the token").pack())
+                await stranger(address, Preamble(Role.SESSION).pack() + message("offer", **OFFER))
+                await stranger(address, b"rubbish" * 100)
+                if len(self.writers) == 2:
+                    for index in (0, 2, 2**32 - 1):
+                        await stranger(address, Preamble(Role.DATA, index, self.token).pack())
+            return await super()._dial(address)
+
+        token = NO_TOKEN
+
+        async def send(self, stage: str, writer: asyncio.StreamWriter, data: bytes) -> None:
+            if stage == "data preamble 0":
+                self.token = Preamble.of(data).token
+            await super().send(stage, writer, data)
+            if stage == "data preamble 0":
+                await asyncio.sleep(0.05)  # it is to be there before the second one of its index
+
+    async def main() -> None:
+        async with listening() as (listener, address):
+            peer = Busy(honest)
+            following = asyncio.create_task(peer.follow(peer.script(address), asyncio.Event()))
+            session = await accept(listener, agree, io=IO[io](), limits=PATIENT, rejected=rejected.append)
+            assert (await session.hear("result"))["told"]["rows"] == [1, 2]
+            assert (await session.channels[1].recv())[0] == b"h"
+            await session.close()
+            await following
+            for writer in strangers:
+                writer.close()
+
+    run(loop, main)
+    words = [told.split(": ", 1)[1] for told in rejected]
+    assert sum("without the session's token" in told for told in words) == 4
+    assert words.count("another source is being served") == 2
+    assert words.count("data connection 0 a second time") == 1
+    assert words.count("data connection 2; there are 2, counted from 0") == 1
+    assert len(words) == 2 * 4 + 3
+    assert sum(b"another source is being served" in each for each in said) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"versions": [2, 3]}, r"wire versions \[2, 3\] are offered; 1 is known here"),
+        ({"versions": []}, "OFFER: versions"),
+        ({"versions": ["1"]}, "versions must be numbers"),
+        ({"connections": 0}, "0 data connections are offered; 1 to 1024 are allowed here"),
+        ({"connections": 1025}, "1025 data connections are offered; 1 to 1024 are allowed here"),
+        ({"frame_bytes": 1 << 21}, "frames of up to 2097152 bytes are offered; up to 1048576 are allowed here"),
+        ({"frame_bytes": True}, "frame_bytes = True must be int"),
+        ({"capabilities": ["x" * 65]}, "capabilities must be names of at most 64 characters"),
+        ({"capabilities": ["x"] * 65}, "capabilities = .* must be of a length from 0 to 64"),
+        ({"boot_id": "x" * 65}, "boot_id = .* must be of a length from 0 to 64"),
+        ({"run": []}, r"run = \[\] must be dict"),
+        ({"kind": "\x1b[2J"}, r"\?\[2J came where OFFER was due"),
+    ],
+)
+def test_an_offer_that_cannot_be_is_refused_with_the_reason(changes: dict[str, Any], words: str) -> None:
+    told: list[Any] = []
+
+    class Curious(SourcePeer):
+        async def script(self, address: tuple[str, int]) -> None:
+            reader, writer = await self._dial(address)
+            writer.write(Preamble(Role.SESSION).pack() + message(**{"kind": "offer", **OFFER, **changes}))
+            told.append(msgpack.unpackb((await reader.read())[4:]))
+
+    async def main() -> None:
+        async with listening() as (listener, address):
+            peer = Curious(honest)
+            following = asyncio.create_task(peer.follow(peer.script(address), asyncio.Event()))
+            with pytest.raises(PeerProtocolError, match=words) as error:
+                await accept(listener, agree, io=IO["loop"](), limits=PATIENT)
+            await following
+            assert told == [{"kind": "refuse", "why": str(error.value)}]
+
+    run("asyncio", main)
+
+
+def test_a_source_that_gives_up_says_why() -> None:
+    def change(stage: str, data: bytes) -> bytes:
+        return message("accept", **{**ACCEPT, "version": 9}) if stage == "accept" else data
+
+    found: list[Any] = []
+
+    async def main() -> None:
+        found.extend(await met_by_source("loop", change, PATIENT))
+        found.extend(
+            await met_by_target(
+                "loop", lambda stage, data: message("refuse", why="no") if stage == "clock" else data, PATIENT
+            )
+        )
+
+    run("asyncio", main)
+    assert isinstance(found[0], PeerProtocolError)
+    assert "which was not offered" in str(found[0])
+    assert isinstance(found[1], PeerFailedError)
+    assert str(found[1]).endswith("refuses: no")
+
+
+@both_ways
+def test_a_frame_that_is_none_ends_its_connection_alone(loop: str, io: str) -> None:
+    async def main() -> None:
+        async with pair(io, 2) as (source, target):
+            pipe = source._connections[0].pipe
+            await pipe.send_all([memoryview(frame(b"h", b"payload") + b"GET / HTTP")])
+            assert (await target.channels[0].recv())[0] == b"h"
+            for _ in range(2):
+                with pytest.raises(
+                    PeerProtocolError, match="data connection 0: a frame begins with 0x5633, not with 0x4745"
+                ):
+                    await target.channels[0].recv()
+            with pytest.raises(ConnectionAbortedError, match="given up: data connection 0"):
+                await target.channels[0].send(b"h", memoryview(b""))
+            with pytest.raises(ConnectionError):
+                await source.channels[0].recv()
+            await source.channels[1].send(b"other", memoryview(b""))
+            assert (await target.channels[1].recv())[0] == b"other"
+
+    run(loop, main)
+
+
+# --- without a network ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=1000)
+@given(
+    st.binary(max_size=200)
+    | st.builds(lambda seed: damaged(random.Random(seed), message("offer", **OFFER))[4:], st.integers(0, 2**32))
+)
+def test_any_bytes_are_a_message_or_the_peers_error(body: bytes) -> None:
+    with contextlib.suppress(PeerProtocolError):
+        Offer.of(unpacked(body, MAX_HANDSHAKE_ITEMS)).objection(PATIENT)
+    with contextlib.suppress(PeerProtocolError):
+        Accept.of(unpacked(body, MAX_HANDSHAKE_ITEMS), Offer([1], [], 5, 1, "", {}))
+
+
+def test_more_values_than_allowed_are_the_peers_error_before_they_are_made() -> None:
+    for body in (b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xdc\xff\xff" * 50, b"\x91" * 20_000):
+        with pytest.raises(PeerProtocolError, match=r"more than 10000 values|ends too early"):
+            unpacked(body, MAX_HANDSHAKE_ITEMS)
+    with pytest.raises(PeerProtocolError, match="not msgpack"):
+        unpacked(b"\x91" * 5000 + b"\xc0", MAX_HANDSHAKE_ITEMS)
+
+
+def feed(data: bytes, cuts: random.Random, size: int = 1 << 17) -> list[tuple[bytes, bytes]]:
+    """The frames in some bytes that come in pieces of any size; raises what the connection would."""
+    frames, found, at = Frames(Buffers(size, 2)), [], 0
+    while True:
+        while (whole := frames.take()) is not None:
+            found.append((whole[0], bytes(whole[1])))
+        room: memoryview | None = frames.room()
+        while room is not None:
+            got = min(len(room), cuts.choice([1, 7, 8, 9, 100, 5000, 1 << 20, 1 << 20]), len(data) - at)
+            if not got and at == len(data) and frames.room() is not None:
+                with contextlib.suppress(ConnectionResetError):
+                    frames.came(0)
+                return found
+            room[:got] = data[at : at + got]
+            at += got
+            room = frames.came(got)
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(1, 64), st.sampled_from([0, 1, 4000, 65_536, 65_537, 1 << 17])), max_size=8),
+    st.integers(0, 2**32),
+)
+def test_frames_come_out_however_their_bytes_come_in(shapes: list[tuple[int, int]], seed: int) -> None:
+    rng = random.Random(seed)
+    sent = [(rng.randbytes(header), rng.randbytes(payload)) for header, payload in shapes]
+    assert feed(b"".join(frame(*each) for each in sent), rng) == sent
+
+
+@settings(max_examples=1000)
+@given(st.integers(0, 2**32))
+def test_damaged_frames_are_frames_or_the_peers_error(seed: int) -> None:
+    rng = random.Random(seed)
+    good = b"".join(frame(rng.randbytes(rng.randint(1, 64)), rng.randbytes(rng.choice([0, 10, 500]))) for _ in range(4))
+    with contextlib.suppress(PeerProtocolError):
+        feed(damaged(rng, good), rng, 1000)
+
+
+@settings(max_examples=500)
+@given(st.binary(min_size=32, max_size=32) | st.binary(min_size=24, max_size=24).map(lambda rest: b"PROTO-V3" + rest))
+def test_any_32_bytes_are_a_preamble_or_the_peers_error(data: bytes) -> None:
+    with contextlib.suppress(PeerProtocolError):
+        preamble = Preamble.of(data)
+        assert preamble.version != 1 or preamble.pack() == data

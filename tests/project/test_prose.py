@@ -1,0 +1,239 @@
+"""README.md, "What comes out", and results/README.md, "In two minutes", are written by hand: every number that results
+give there is held against the kept tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from sim.scenario.file import load
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results"
+NIC_CASES = ("nic-reconfig", "nic-much", "nic-much-left-alone")
+ALL_OF_V2 = "v2-multifd-reinit-flush-ack-reusable"
+
+
+def section(path: str, title: str) -> str:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return " ".join(text.partition(f"\n## {title}\n")[2].partition("\n## ")[0].split())
+
+
+def table(name: str, of: str) -> pl.DataFrame:
+    return pl.read_parquet(RESULTS / name / f"{of}.parquet")
+
+
+def answer(name: str) -> str:
+    told = json.loads((RESULTS / name / "answer.json").read_text(encoding="utf-8"))
+    return " ".join([told["answer"], *told["details"], *(each["why"] for each in told["findings"])])
+
+
+def found(name: str, pattern: str) -> tuple[str, ...]:
+    """What an answer says where it says this."""
+    match = re.search(pattern, answer(name))
+    assert match is not None, f"{name} says nothing like {pattern!r} any more"
+    return match.groups()
+
+
+def effect_ms(**where: str) -> float:
+    """What a step of the ablation, or one protocol against another, changes in the mean."""
+    return float(table("ablation", "effects").filter(**where)["difference_mean_ms"].item())
+
+
+def step_ms(case: str, step: str) -> float:
+    return effect_ms(case=case, step=step, measure="downtime")
+
+
+def mean(case: str, protocol: str, column: str) -> float:
+    """Of the runs that both all of v2 and v3 completed, where they are compared."""
+    runs = table("ablation", "runs").filter(case=case, outcome="COMPLETED")
+    pairs = runs.filter(protocol=ALL_OF_V2)["seed"]
+    return float(runs.filter(pl.col("seed").is_in(pairs.implode()), protocol=protocol)[column].to_numpy().mean())
+
+
+def share_of_read() -> str:
+    one, sixteen = found("read_scaling", r"with N = 1 it has ([\d.]+) %.*?with N = 16 it has ([\d.]+) %")
+    return f"Copy and lock are {one} % of what moves a stopped device on one stream, and {float(sixteen):.0f} % on 16"
+
+
+def calls() -> str:
+    call_us, from_size = found("buffer_and_chunk", r"binds, (\d+) us a call, it does not come out.*?\((\d+ MiB) to")
+    assert from_size == "1 MiB"
+    times = float(call_us) / load("mlx5-2vf").driver.call_us
+    return f"Larger reads than QEMU's 1 MiB bring nothing, but where a call costs {times:.0f} times what is assumed"
+
+
+def multifd() -> str:
+    whole = mean("mlx5-2vf", "v2", "downtime_ns") / 1e6
+    return f"{-step_ms('mlx5-2vf', '+ multifd (QEMU 10)'):.0f} of {whole:.0f} ms of the published migration"
+
+
+def streams() -> str:
+    one, four = step_ms("mlx5-2vf", "+ second fd: v3, N = 1"), step_ms("mlx5-2vf", "+ N = 4")
+    return f"v3 with one dirty stream takes off {-one:.0f} ms more, and four streams another {-four:.0f} ms"
+
+
+def ack() -> str:
+    saved_s = [-step_ms(case, "+ reusable ack") / 1e3 for case in NIC_CASES]
+    return f"{min(saved_s):.1f} to {max(saved_s):.1f} s, by QEMU's REINIT with a re-usable ack"
+
+
+def against_all_of_v2() -> str:
+    shorter = -effect_ms(case="nic-reconfig", base=ALL_OF_V2, other="v3-n4", measure="downtime")
+    there = mean("nic-reconfig", ALL_OF_V2, "downtime_ns") / 1e6
+    assert round(there / 10) == 35
+    lag = {name: mean("nic-reconfig", name, "critical_lag_max_ns") / 1e9 for name in (ALL_OF_V2, "v3-n4")}
+    return (
+        f"v3's downtime is {shorter:.0f} ms shorter (of some 350), and the data is at the target after "
+        f"{lag['v3-n4']:.0f} s instead of {lag[ALL_OF_V2]:.1f}"
+    )
+
+
+def given_up() -> str:
+    runs, gives_up = found("reconfiguration", r"of (\d+) runs it completes \d+ .*? and gives (\d+) up")
+    return f"makes v2 give the migration up ({gives_up} of {runs})"
+
+
+def not_for() -> str:
+    told = answer("sensitivity")
+    of_multifd = re.search(r"less than 5 % over v2-multifd, mlx5-2vf, [^:]*MiB 12[^:]*: (.*?)(?= v3-n4 )", told)
+    assert of_multifd is not None
+    everywhere = [place.split(" engine")[0] for place in of_multifd[1].split("; ") if "everywhere" in place]
+    assert everywhere == ["1", "1.5"]
+    state_mib, _ = found("sensitivity", r"a device's state, MiB = ([\d.]+): ([\d.]+) %")
+    return (
+        "Do not build v3 for a device with one or one and a half engines, or with "
+        f"{float(state_mib):.0f} MiB of state**: it brings less than 5 % over multifd there"
+    )
+
+
+def large_states() -> str:
+    effects = table("state_and_dirty_rate", "effects")
+    slower = [
+        (ratio - 1) * 100
+        for size_gib in (16, 64)
+        for ratio in effects.filter(
+            state_mib=size_gib * 1024, dirty_of_link=0.15, base="v2", other="v3-n4", machine="map"
+        )["ratio_mean"]
+    ]
+    return f"its downtime is {min(slower):.0f} to {max(slower):.0f} % longer at 16 and 64 GiB"
+
+
+def compared(scenario: str, protocol: str, column: str = "downtime_ns", unit: float = 1e6) -> float:
+    """The mean of the runs that completed; a time in ms."""
+    runs = pl.read_parquet(RESULTS / scenario / "runs.parquet").filter(protocol=protocol, outcome="COMPLETED")
+    return float(runs[column].to_numpy().mean() / unit)
+
+
+def validated(**only: object) -> list[float]:
+    """Errors of simulated against published figures, in %."""
+    return [abs(error) * 100 for error in table("validate", "validate").filter(**only)["error"]]
+
+
+def published() -> str:
+    phases = table("validate", "validate").filter(scenario="mlx5-2vf", protocol="v2")
+    errors = dict(zip(phases["figure"], phases["error"].abs() * 100, strict=True))
+    of_downtime = math.ceil(errors.pop("downtime_ms"))
+    return (
+        f"gives the published downtime within {of_downtime} %, and each published phase within "
+        f"{math.ceil(max(errors.values()))} %"
+    )
+
+
+def v3_takes_off() -> str:
+    v2, v3 = (compared("mlx5-2vf", name) for name in ("v2", "v3-n1"))
+    return f"v3 takes {v2 - v3:.0f} ms ({100 * (1 - v3 / v2):.0f} %) off"
+
+
+def multifd_takes_off() -> str:
+    v2, multifd = (compared("mlx5-2vf", name) for name in ("v2", "v2-multifd"))
+    return f"multifd takes off {v2 - multifd:.0f} ms with v2 as it is"
+
+
+def four_streams() -> str:
+    one, four = (compared("mlx5-2vf", name) for name in ("v3-n1", "v3-n4"))
+    return f"Four dirty streams a device bring another {one - four:.0f} ms"
+
+
+def held_against() -> str:
+    return f"`make validate` holds {len(validated())} published figures"
+
+
+def baseline() -> str:
+    errors, unfitted = validated(), validated(fitted=False)
+    assert max(errors) <= 15
+    return (
+        f"all are within 15 %, {sum(each <= 10 for each in errors)} within 10 %; of the {len(unfitted)} that "
+        f"nothing was fitted to, {sum(each <= 10 for each in unfitted)} are within 10 %"
+    )
+
+
+def late_data() -> str:
+    names = ("v2-reinit-flush-ack-reusable", "v3-n1", "v3-n4", "v2")
+    ack, one, four, none = (f"{compared('nic-reconfig', name):.0f}" for name in names)
+    return (
+        f"{ack} ms of downtime against {one} with one dirty stream and {four} with four, where QEMU without an ack "
+        f"takes {none}"
+    )
+
+
+def sooner() -> str:
+    v2, v3 = "v2-reinit-flush-ack-reusable", "v3-n4"
+    lags = [compared("nic-reconfig", name, "critical_lag_max_ns", 1e9) for name in (v3, v2)]
+    assert [round(each) for each in lags] == [1, 9]
+    long, short = (compared("nic-reconfig", name, "total_ns", 1e9) for name in (v2, v3))
+    assert 0.45 < short / long < 0.55
+    return f"after one second and not after nine, that the migration takes half as long ({short:.1f} s)"
+
+
+def in_vain() -> str:
+    sent = compared("nic-reconfig", "v3-n4-invalidate", "device_bytes_vain", 2**20)
+    downtime = compared("nic-reconfig", "v3-n4-invalidate")
+    return f"{sent:.0f} MiB of a device of 512 are sent in vain, and the downtime is {downtime:.0f} ms"
+
+
+def nothing_gained() -> str:
+    v2, one, four, eight = (f"{compared('favours-v2', name):.0f}" for name in ("v2", "v3-n1", "v3-n4", "v3-n8"))
+    own, pool = (compared("favours-v2", name, "messages", 100) for name in ("v3-n4", "v3-n4-pool"))
+    return (
+        f"v2 takes {v2} ms, v3 {one} with one dirty stream, {four} with four, {eight} with eight; shared connections "
+        f"cost {pool - own:.0f}00 messages more"
+    )
+
+
+TWO_MINUTES = section("results/README.md", "In two minutes")
+IN_TWO_MINUTES = [share_of_read, calls, multifd, streams, ack, against_all_of_v2, given_up, not_for, large_states]
+WHAT_COMES_OUT = [
+    published, v3_takes_off, multifd_takes_off, four_streams, held_against, baseline, late_data, sooner, in_vain,
+    nothing_gained,
+]  # fmt: skip
+Claim = Callable[[], str]
+
+
+def name_of(claim: Claim) -> str:
+    return claim.__name__
+
+
+@pytest.mark.parametrize("claim", IN_TWO_MINUTES, ids=name_of)
+def test_what_is_said_in_two_minutes_is_what_the_tables_say(claim: Claim) -> None:
+    assert claim() in TWO_MINUTES
+
+
+@pytest.mark.parametrize("claim", WHAT_COMES_OUT, ids=name_of)
+def test_what_the_readme_says_comes_out_is_what_the_tables_say(claim: Claim) -> None:
+    assert claim() in section("README.md", "What comes out")
+
+
+def test_every_number_in_two_minutes_is_held_against_something() -> None:
+    """What is left when the claims are taken out has no numbers but names and links."""
+    left = TWO_MINUTES
+    for claim in IN_TWO_MINUTES:
+        left = left.replace(claim(), "")
+    left = re.sub(r"\(#\w+\)|\bv[23]\b|\bN = 4\b|mlx5", "", left)
+    assert not re.findall(r"[^.]*\d[^.]*", left)

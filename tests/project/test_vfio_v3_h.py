@@ -1,0 +1,191 @@
+"""docs/vfio_v3.h against proto_v3.vfio.uapi: as a C compiler lays it out, with nothing missing on either side."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from proto_v3.vfio import uapi
+from proto_v3.vfio.uapi import (
+    CType,
+    Feature,
+    MigrationFlags,
+    RecordClass,
+    RecordFlags,
+    StreamFlags,
+    Structure,
+    offset_of,
+)
+
+HEADER = Path(__file__).parents[2] / "docs" / "vfio_v3.h"
+TEXT = HEADER.read_text()
+STRICT = ("-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{HEADER.parent}")
+
+OF_VFIO_H = {
+    uapi.DeviceFeature,
+    uapi.FeatureMigration,
+    uapi.FeatureMigState,
+    uapi.FeatureMigDataSize,
+    uapi.DmaLoggingControl,
+    uapi.DmaLoggingRange,
+    uapi.DmaLoggingReport,
+    uapi.PrecopyInfo,
+}
+"""v2's: the kernel's own header has them."""
+STRUCTURES: dict[str, type[Structure]] = {
+    "vfio_device_feature_mig_streams": uapi.FeatureMigStreams,
+    "vfio_mig_get_stream": uapi.GetStream,
+    "vfio_mig_stream_info": uapi.StreamInfo,
+    "vfio_mig_dirty_blocks": uapi.GetDirtyBlocks,
+    "vfio_mig_record": uapi.RecordHeader,
+    "vfio_mig_record_end": uapi.RecordEnd,
+    "vfio_mig_record_ranges": uapi.RecordRanges,
+    "vfio_mig_block_range": uapi.BlockRange,
+    "vfio_mig_record_blocks": uapi.RecordBlocks,
+}
+NUMBERS = {
+    "VFIO_MIGRATION_MULTI_STREAM": int(MigrationFlags.MULTI_STREAM),
+    "VFIO_DEVICE_FEATURE_MIG_STREAMS": int(Feature.MIG_STREAMS),
+    "VFIO_MIG_GET_STREAM": uapi.VFIO_MIG_GET_STREAM,
+    "VFIO_MIG_GET_STREAM_INFO": uapi.VFIO_MIG_GET_STREAM_INFO,
+    "VFIO_MIG_GET_DIRTY_BLOCKS": uapi.VFIO_MIG_GET_DIRTY_BLOCKS,
+    **{f"VFIO_MIG_STREAMS_{flag.name}": int(flag) for flag in StreamFlags},
+    **{f"VFIO_MIG_RECORD_{kind.name}": int(kind) for kind in RecordClass},
+    **{f"VFIO_MIG_RECORD_F_{flag.name}": int(flag) for flag in RecordFlags},
+}
+VFIO_HS_OWN = {"VFIO_TYPE": ord(";"), "VFIO_BASE": 100}
+"""Defined only where vfio.h is not included."""
+C_TYPES = {"__u16": CType.U16, "__u32": CType.U32, "__s32": CType.S32, "__aligned_u64": CType.U64}
+
+
+# --- by its text, for which no compiler is needed ---------------------------------------------------------------------
+
+
+def members_of(name: str) -> list[tuple[str, CType]]:
+    """What the header's text says of a structure: its members in order."""
+    body = re.search(rf"^struct {name} {{\n(.*?)^}};$", TEXT, re.MULTILINE | re.DOTALL)
+    assert body is not None
+    declarations = [line for line in body[1].splitlines() if not line.startswith("#define")]
+    found = [re.fullmatch(r"\t(\w+)\t(\w+);", line) for line in declarations]
+    assert all(found), declarations
+    return [(match[2], C_TYPES[match[1]]) for match in found if match]
+
+
+def test_every_structure_of_v3_is_in_the_header_and_none_else() -> None:
+    known = {s for s in vars(uapi).values() if isinstance(s, type) and issubclass(s, Structure)}
+    assert known - {Structure} - OF_VFIO_H == set(STRUCTURES.values())
+    assert re.findall(r"^struct (\w+) {", TEXT, re.MULTILINE) == list(STRUCTURES)
+
+
+def test_every_number_of_the_header_is_known_and_every_known_one_is_there() -> None:
+    defined = re.findall(r"^#define (VFIO_\w+)", TEXT, re.MULTILINE)
+    assert sorted(defined) == sorted({**NUMBERS, **VFIO_HS_OWN})
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_members_and_their_types_are_the_same(name: str) -> None:
+    assert members_of(name) == list(STRUCTURES[name].LAYOUT.items())
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_pythons_structure_names_cs(name: str) -> None:
+    doc = STRUCTURES[name].__doc__
+    assert doc is not None
+    assert f"`struct {name}`" in doc
+
+
+def test_it_says_what_it_is() -> None:
+    assert TEXT.startswith("/* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note */\n")
+    assert "EXPERIMENTAL. No kernel has any of this." in TEXT
+
+
+# --- by a compiler ----------------------------------------------------------------------------------------------------
+
+
+def compiled(compiler: str, source: Path, *arguments: str | Path) -> None:
+    """Fails with what the compiler said."""
+    done = subprocess.run([compiler, *STRICT, *arguments, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def is_usable(compiler: str) -> bool:
+    """Whether it has the kernel's headers for user space."""
+    asked = "#include <linux/types.h>\n#include <linux/ioctl.h>\n"
+    return subprocess.run([compiler, "-E", "-x", "c", "-"], input=asked, text=True, capture_output=True).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def cc() -> str:
+    """A C compiler, which `make test` installs where it may; where there is none the test is skipped, and says so."""
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name) and is_usable(name):
+            return name
+    reason = "no C compiler with the kernel's headers; on Debian: apt-get install gcc libc6-dev linux-libc-dev"
+    pytest.skip(reason)
+
+
+def program() -> str:
+    """C that prints a line for each number and structure, and for each member its offset and size."""
+    lines = [f'\tprintf("{name} %llu\\n", (unsigned long long)({name}));' for name in {**NUMBERS, **VFIO_HS_OWN}]
+    for name, structure in STRUCTURES.items():
+        lines.append(f'\tprintf("{name} %zu\\n", sizeof(struct {name}));')
+        lines += [
+            f'\tprintf("{name}.{member} %zu %zu\\n", offsetof(struct {name}, {member}), '
+            f"sizeof(((struct {name} *)0)->{member}));"
+            for member in structure.LAYOUT
+        ]
+    includes = '#include <stddef.h>\n#include <stdio.h>\n#include "vfio_v3.h"\n'
+    return includes + "int main(void)\n{\n" + "\n".join(lines) + "\n\treturn 0;\n}\n"
+
+
+def expected() -> list[str]:
+    """What program() prints if C and Python agree."""
+    lines = [f"{name} {value}" for name, value in {**NUMBERS, **VFIO_HS_OWN}.items()]
+    for name, structure in STRUCTURES.items():
+        lines.append(f"{name} {structure.SIZE}")
+        members = list(structure.LAYOUT)
+        ends = [offset_of(structure, member) for member in members[1:]] + [structure.SIZE]
+        for member, end in zip(members, ends, strict=True):
+            at = offset_of(structure, member)
+            lines.append(f"{name}.{member} {at} {end - at}")
+    return lines
+
+
+def test_c_lays_it_out_as_python_does(cc: str, tmp_path: Path) -> None:
+    source = tmp_path / "layout.c"
+    source.write_text(program())
+    compiled(cc, source, "-std=c11", "-o", tmp_path / "layout")
+    printed = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines() == expected()
+
+
+INCLUDES = {
+    "alone": ["vfio_v3.h"],
+    "twice": ["vfio_v3.h", "vfio_v3.h"],
+    "before vfio.h": ["vfio_v3.h", "linux/vfio.h"],
+    "after vfio.h": ["linux/vfio.h", "vfio_v3.h"],
+}
+
+
+def including(headers: list[str]) -> str:
+    return "".join(f"#include <{header}>\n" for header in headers) + "int main(void) { return VFIO_BASE != 100; }\n"
+
+
+@pytest.mark.parametrize("headers", INCLUDES.values(), ids=INCLUDES.keys())
+def test_it_compiles_as_c(cc: str, headers: list[str], tmp_path: Path) -> None:
+    source = tmp_path / "includes.c"
+    source.write_text(including(headers))
+    compiled(cc, source, "-std=c11", "-fsyntax-only")
+
+
+@pytest.mark.parametrize("headers", INCLUDES.values(), ids=INCLUDES.keys())
+def test_it_compiles_as_cpp(cc: str, headers: list[str], tmp_path: Path) -> None:
+    if not shutil.which("c++"):
+        pytest.skip("no C++ compiler")
+    source = tmp_path / "includes.cc"
+    source.write_text(including(headers))
+    compiled("c++", source, "-std=c++11", "-fsyntax-only")

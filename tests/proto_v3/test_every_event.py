@@ -1,0 +1,392 @@
+"""Whatever fails, is cut or is killed, at every event of a small migration: never two run the guest, never a device is
+lost, always an end.
+
+What is exhaustive (`disturbed` says what an event is, and what is done at one), in each of `MIGRATIONS`: each call
+fails, at its start and at its return. Each connection is cut, all of them are, and each side is killed: before every
+callback of the loop, and between the calls in it, where it says every="event"; at the start and the return of every
+call in the others. One thing is done a run.
+
+Left out: reset() and start_vcpus() do not fail, for no protocol has a way out of that. A device that refuses to be
+opted out of streams stays so; its guest runs all the same.
+
+The guest runs at one side at the end, but for two cases. What is said last may be lost with the first connection, and
+then nobody can know: the source stays stopped, its devices keep their state, the outcome says so. And a side that was
+killed took its guest with it, if that was its to run. No run ends because a peer counts as lost (10 s): a side that
+fails says so, and its connections are closed when it ends.
+
+What v2 cannot do: END does not say that all was loaded. With multifd it even overtakes what is on other connections: if
+one of them is lost then, a target that has END fails, or the source does after it said END, and stays stopped though
+the first connection is whole. v3's target has all when COMMIT comes, and runs whatever happens to the connections.
+
+To run one case alone: python tests/test_every_event.py NAME EVENT WHAT, as in `v3-n2 137 "cut 1"`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from proto_v3.errors import LostAfterCommitError
+from proto_v3.vfio.uapi import State
+from proto_v3.vmm.migration import OutcomeKind, ReturnPath, Source, Target
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Kind
+from sim.outcome import Outcome
+from sim.run import simulate
+from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import Scenario
+from sim.scenario.units import ns
+from tests.build.disturbed import CALLBACK, HAND_OVER, NOT_YET, Disturbed, Event
+from tests.build.scenario import small_scenario
+
+SMALL: dict[str, Any] = {
+    "ram.size_gib": 0.002,
+    "ram.nonzero_gib": 0.0005,
+    "ram.dirty_mib_per_s": 10.0,
+    "device.0.state_mib": 0.25,
+    "device.0.suspend_ms": 0.02,
+    "device.0.critical.objects": 2,
+    "device.0.writes": {"pattern": "sequential", "mib_per_s": 20.0},
+    "device.0.reconfigurations": {"at_s": [0.0015], "during_stop_ms": [0.95]},
+    "vmm.bandwidth_gbit_per_s": 10.0,
+    "vmm.downtime_limit_ms": 60.0,
+    "vmm.give_up_s": 0.2,
+    "vmm.read_mib": 0.125,
+    "link.socket_buffer_mib": 0.125,
+    "v3.critical_credit_mib": 0.125,
+    "v3.dirty_credit_mib": 0.125,
+    "v3.pool_connections": 2,
+}
+"""Four blocks, a reconfiguration in pre-copy and one while the vCPUs stop; so little room that sends wait for it."""
+CREDIT = {"v3.dirty_credit_mib": 1.0}
+"""For more than one connection can hold: the next one takes it."""
+NO_LATE_ONE = {"device.0.reconfigurations": {"at_s": [0.0015]}}
+SECOND = {"name": "second", "features": ["STOP_COPY", "P2P"]}
+TWO = {"device.1": small_scenario(SMALL).device[0].model_dump(exclude_unset=True) | SECOND}
+"""The second one has no pre-copy: its session begins when the first one's is being drained."""
+CANCELLED = {"vmm.bandwidth_gbit_per_s": 1e-5, "vmm.cancel_after_s": 0.004}
+
+
+@dataclass(frozen=True)
+class Migration:
+    """A migration that is small, and how it ends where nothing is done to it."""
+
+    protocol: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    connections: int = 1
+    """That it uses."""
+    ends: OutcomeKind = OutcomeKind.COMPLETED
+    every: str = "call"
+    """Its connections are cut, and its sides are killed, at every `event`, or at every `call`: start and return."""
+
+    @functools.cached_property
+    def scenario(self) -> Scenario:
+        return small_scenario(SMALL | self.changes)
+
+    def run(self, at: int = 0, done: str = "") -> Disturbed:
+        return Disturbed(self.scenario, Protocol.parse(self.protocol, self.scenario), at, done)
+
+    @functools.cached_property
+    def events(self) -> list[Event]:
+        """From 1: there is none at 0."""
+        run = self.run()
+        run.go()
+        return [Event("none"), *run.events]
+
+    @property
+    def all_done(self) -> list[str]:
+        """What is done to it."""
+        cuts = [f"cut {at}" for at in range(self.connections)]
+        return ["fail", "kill source", "kill target", *cuts, *(["cut all"] if self.connections > 1 else [])]
+
+    def numbers(self, done: str) -> list[int]:
+        """Of the events at which this is done; not where it would be the same at the event before."""
+        numbered = list(zip(range(1, len(self.events)), self.events[1:], self.events, strict=False))
+        if done == "fail":
+            return [at for at, event, _ in numbered if event.call and event.call not in ("reset", "start_vcpus")]
+        if self.every == "call":
+            return [at for at, event, before in numbered if event.call and not begins_at_once(event, before)]
+        return [at for at, event, before in numbered if event == CALLBACK or begins_at_once(event, before)]
+
+
+def begins_at_once(event: Event, before: Event) -> bool:
+    """The call begins in the callback in which another one returned, and not where the callback begins."""
+    return event.when == "starts" and before.when == "returns"
+
+
+MIGRATIONS: dict[str, Migration] = {
+    "v2": Migration("v2", every="event"),
+    "v2-multifd": Migration("v2-multifd", connections=3, every="event"),
+    "v2-ack": Migration("v2-reinit-flush-ack-reusable", NO_LATE_ONE),
+    "v2-late-ack": Migration("v2-reinit-flush-ack-reusable", ends=OutcomeKind.FAILED),
+    "v2-cancelled": Migration("v2", CANCELLED, ends=OutcomeKind.CANCELLED),
+    "v2-two": Migration("v2", TWO),
+    "v2-multifd-two": Migration("v2-multifd", TWO, connections=3),
+    "v3-n2": Migration("v3-n2", connections=4, every="event"),
+    "v3-n2-pool": Migration("v3-n2-pool", CREDIT, connections=3),
+    "v3-n2-one": Migration("v3-n2-one"),
+    "v3-n1-retry": Migration("v3-n1-retry", connections=3),
+    "v3-blocks-n2": Migration("v3-blocks-n2", connections=4),
+    "v3-n2-invalidate": Migration("v3-n2-invalidate", connections=4),
+    "v3-n2-cancelled": Migration("v3-n2", CANCELLED, connections=4, ends=OutcomeKind.CANCELLED),
+    "v3-n1-one-two": Migration("v3-n1-one", TWO),
+    "fallback": Migration("v3-n2", {"v3.target_knows": "v2"}, every="event"),
+}
+CASES = [(name, done) for name, migration in MIGRATIONS.items() for done in migration.all_done]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collected_by_hand() -> Iterator[None]:
+    """Runs leave cycles; to look at all that was imported each time that they are collected takes a quarter longer."""
+    gc.freeze()
+    gc.disable()
+    yield
+    gc.enable()
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize(("name", "done"), CASES)
+def test_never_two_run_never_a_device_is_lost_always_an_end(name: str, done: str) -> None:
+    migration = MIGRATIONS[name]
+    ends: Counter[str] = Counter()
+    wrong: list[str] = []
+    for count, at in enumerate(migration.numbers(done)):
+        if count % 32 == 0:
+            gc.collect()
+        where, complaints = judged(migration, at, done)
+        ends[where] += 1
+        wrong += [f'{name} {at} "{done}", at {migration.events[at]}: {complaint}' for complaint in complaints]
+    if wrong:
+        pytest.fail(
+            "\n".join([f"{len(wrong)} complaints about {sum(ends.values())} runs:", *wrong[:20]]), pytrace=False
+        )
+    assert set(ends) - {"nowhere"} == may_run_at(migration, done), f"not all of the ends were seen: {ends}"
+    assert "nowhere" in ends or done != "kill source"
+
+
+def may_run_at(migration: Migration, done: str) -> set[str]:
+    """Where the guest runs at the end of some of the runs."""
+    sides = {"source", "target"} if migration.ends is OutcomeKind.COMPLETED else {"source"}
+    return sides - {done.removeprefix("kill ")}
+
+
+# --- what must hold of a run -----------------------------------------------------------------------------------------
+
+
+def judged(migration: Migration, at: int, done: str) -> tuple[str, list[str]]:
+    """Where the guest runs at the end, and what is wrong."""
+    run = migration.run(at, done)
+    try:
+        outcome = run.go()
+    except (Exception, BaseExceptionGroup) as error:
+        return "nowhere", [*run.wrong, f"{type(error).__name__}: {error}"]
+    where = " and ".join(run.guest_runs_at()) or "nowhere"
+    return where, [*run.wrong, *complaints(run, outcome, where)]
+
+
+def complaints(run: Disturbed, outcome: Outcome, where: str) -> Iterator[str]:
+    if run.hit is NOT_YET:
+        yield "there was no such event"
+        return
+    if run.ended_ns > ns(1000):
+        yield f"it ended after {run.ended_ns} ns: a peer counted as lost"
+    yield from about_the_reason(run, outcome)
+    for side in ("source", "target"):
+        for driver in run.drivers_of(side):
+            if driver._state is State.ERROR and side != run.dead:
+                yield f"{side}'s {driver.name} is left in ERROR"
+    if where == "source":
+        yield from about_a_guest_at_the_source(run, outcome)
+    elif where == "target":
+        yield from about_a_guest_at_the_target(run, outcome)
+    else:
+        yield from about_a_guest_that_does_not_run(run, outcome)
+
+
+def about_the_reason(run: Disturbed, outcome: Outcome) -> Iterator[str]:
+    """It tells what was done, and not only that the peer failed."""
+    told = {
+        "fail": ("Input/output error", "made to fail", "was cut"),
+        "cut": ("was cut",),
+        "kill": ("was cut", "killed"),
+    }
+    due = ("its ack comes too late", *told[run.done[0]])
+    if outcome.kind is OutcomeKind.FAILED and not any(each in outcome.reason for each in due):
+        yield f"the reason is {outcome.reason!r}"
+
+
+def about_a_guest_at_the_source(run: Disturbed, outcome: Outcome) -> Iterator[str]:
+    if outcome.kind is OutcomeKind.COMPLETED:
+        yield "COMPLETED, but the guest runs at the source"
+    yield from about_devices_that_go_on(run, "source")
+    if run.source_resets and run.hit.call != "set_state":
+        yield "a device of the source was reset: its state is lost"
+    if any(state._stopped_ns is not None for state in run.states):
+        yield "the guest runs, but its devices are stopped"
+    if not run.dead:
+        yield from about_devices_that_go_on(run, "target")
+
+
+def about_a_guest_at_the_target(run: Disturbed, outcome: Outcome) -> Iterator[str]:
+    if not run.dead and Kind.RESUMED not in run.heard["source"] and not is_lost_and_told(run, outcome):
+        yield f"the source does not know that the target may run: {outcome.reason!r}"
+    yield from about_devices_that_go_on(run, "target")
+    for driver, image, state in zip(run.drivers, run.images, run.states, strict=True):
+        if image.differences(state):
+            yield f"{driver.name} is not as it was when it stopped: {image.differences(state)}"
+
+
+def about_a_guest_that_does_not_run(run: Disturbed, outcome: Outcome) -> Iterator[str]:
+    if run.dead != "target":
+        yield from about_devices_that_go_on(run, "target")
+        if not HAND_OVER.isdisjoint(run.heard["target"]) and run.done != ["fail"] and not hands_over_early(run):
+            yield "the target had COMMIT or END, and does not run"
+    if run.dead == "source":
+        return
+    if outcome.kind is OutcomeKind.COMPLETED:
+        if run.dead != "target" or Kind.RESUMED not in run.heard["source"]:
+            yield "COMPLETED, but the guest runs nowhere"
+        return
+    cut_off = run.done[0] == "kill" or run.done in (["cut", "0"], ["cut", "all"]) or run.hit.port == "connection 0"
+    if not cut_off and not hands_over_early(run):
+        yield "the guest runs nowhere, though the two can talk"
+    if not is_lost_and_told(run, outcome):
+        yield f"the guest runs nowhere, and the source says only {outcome.reason!r}"
+    for driver in run.drivers:
+        if driver._state not in (State.STOP_COPY, State.STOP) or run.source_resets:
+            yield f"the source's {driver.name} has lost its state: it is in {driver._state.name}"
+
+
+def hands_over_early(run: Disturbed) -> bool:
+    """END comes before all that the target needs."""
+    return run._protocol.name == "v2-multifd"
+
+
+def is_lost_and_told(run: Disturbed, outcome: Outcome) -> bool:
+    lost = any(isinstance(failure, LostAfterCommitError) for failure in run.failures)
+    told = "the target may run the guest" in outcome.reason
+    return lost and told and not HAND_OVER.isdisjoint(run.said["source"])
+
+
+def about_devices_that_go_on(run: Disturbed, side: str) -> Iterator[str]:
+    """As they were before the migration: running, no session open, users of v2."""
+    cannot_opt_out = run.done == ["fail"] and (run.hit.call, run.hit_told) == ("set_streams", (0,))
+    for driver in run.drivers_of(side):
+        if driver._state is not State.RUNNING:
+            yield f"{side}'s {driver.name} is left in {driver._state.name}"
+        if driver._saving or driver._loading:
+            yield f"{side}'s {driver.name} has a session open"
+        if (driver._dirty_streams or driver._stream_flags) and not cannot_opt_out:
+            yield f"{side}'s {driver.name} is opted in to streams"
+
+
+# --- that the watch sees what it should ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MIGRATIONS)
+def test_a_run_is_the_same_when_it_is_watched(name: str) -> None:
+    migration = MIGRATIONS[name]
+    run = migration.run()
+    outcome = run.go()
+    unwatched = simulate(migration.scenario, Protocol.parse(migration.protocol, migration.scenario), 1)
+    assert run.timeline.digest() == unwatched.digest
+    assert (outcome.kind, outcome.reason) == (unwatched.kind, unwatched.reason)
+    assert outcome.kind is migration.ends
+    assert not run.wrong
+
+
+@pytest.mark.parametrize("name", MIGRATIONS)
+def test_the_events_are_those_of_a_whole_migration(name: str) -> None:
+    migration = MIGRATIONS[name]
+    run = migration.run()
+    run.go()
+    epochs = 3 - (name == "v2-ack" or migration.ends is OutcomeKind.CANCELLED)
+    assert {state.epoch for state in run.states} == {epochs}
+    assert sum(int(state.version.sum()) for state in run.states) > 0, "there were no writes"
+    assert run.source is not None
+    assert run.source.retries == ("retry" in name)
+    assert 140 < len(run.events) < 1000
+    assert sum(event == CALLBACK for event in run.events) > len(run.events) / 3
+    assert {(event.side, event.call) for event in run.events} > CALLS
+    assert len(run.timeline._blocked_start_ns) > 0 or name == "v3-blocks-n2", "no send waited for room"
+    for side, call in (("source", "send"), ("target", "recv")):
+        used = {event.port for event in run.events if (event.side, event.call) == (side, call)}
+        assert len(used) == migration.connections
+
+
+CALLS = {
+    *(("source", call) for call in ("send", "set_state", "set_up", "take", "read", "stop_copy_bytes")),
+    *(("target", call) for call in ("recv", "set_state", "load", "write")),
+}
+
+
+async def does_nothing(*_: Any) -> None:
+    """In place of what a side should do."""
+
+
+async def resets(source: Source) -> None:
+    """In place of Source.recover."""
+    for device in source.side.devices:
+        await device.reset()
+    await source.side.machine.start_vcpus()
+
+
+async def waits(*_: Any) -> None:
+    """In place of what should end."""
+    await asyncio.Event().wait()
+
+
+TELL = Channel.tell
+
+
+async def tells_no_failure(channel: Channel, kind: Kind, *more: int, **named: int) -> None:
+    """In place of Channel.tell."""
+    if kind is not Kind.FAILED:
+        await TELL(channel, kind, *more, **named)
+
+
+WRONG: list[tuple[type, str, Any, str, str]] = [
+    (Source, "handed_over", False, "cut 0", "both sides run the guest"),
+    (Source, "handed_over", False, "cut 0", "the source starts the guest after it said COMMIT or END"),
+    (Source, "recover", does_nothing, "cut 0", "the guest runs nowhere, and the source says only"),
+    (Source, "recover", resets, "kill target", "its state is lost"),
+    (Source, "recover", waits, "cut 0", "a peer counted as lost"),
+    (ReturnPath, "wait_for", waits, "cut all", "DeadlockError"),
+    (Target, "cancelled", does_nothing, "cut 0", "left in RESUMING"),
+    (Target, "resume_guest", does_nothing, "kill source", "the target had COMMIT or END, and does not run"),
+    (Channel, "tell", tells_no_failure, "fail", "the guest runs nowhere, though the two can talk"),
+]
+
+
+@pytest.mark.parametrize("name", ["v2", "v3-n2-one"])
+@pytest.mark.parametrize(("where", "what", "instead", "done", "due"), WRONG)
+def test_code_that_is_wrong_is_complained_about(
+    name: str, where: type, what: str, instead: Any, done: str, due: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migration = MIGRATIONS[name]
+    events = migration.numbers(done)
+    monkeypatch.setattr(where, what, instead)
+    assert any(due in each for at in reversed(events) for each in judged(migration, at, done)[1])
+
+
+def main() -> None:
+    """One case, and what is wrong with it."""
+    name, at, done = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    migration = MIGRATIONS[name]
+    print(f"{name}: {done!r} at event {at} of {len(migration.events) - 1}, {migration.events[at]}")
+    run = migration.run(at, done)
+    print(run.go())
+    print("the guest runs at", run.guest_runs_at(), "at the end, after", run.ended_ns, "ns")
+    print("\n".join(judged(migration, at, done)[1]) or "nothing is wrong")
+
+
+if __name__ == "__main__":
+    main()

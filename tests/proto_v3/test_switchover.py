@@ -1,0 +1,177 @@
+"""When to stop: the threshold, the window of the measurement, and a bandwidth that is given."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proto_v3.vmm.switchover import Backlog, RamBacklog, StreamBacklog, Switchover, SwitchoverSettings
+
+MS = 1_000_000
+SETTINGS = SwitchoverSettings(
+    downtime_limit_ns=300 * MS,
+    bandwidth_window_ns=100 * MS,
+    decision_interval_ns=10 * MS,
+    give_up_ns=60_000 * MS,
+    read_bytes=1 << 20,
+    write_bytes=32 << 10,
+    ram_budget_ns=50 * MS,
+)
+
+
+def test_the_threshold_is_bandwidth_times_downtime_limit() -> None:
+    switchover = Switchover(SETTINGS, 0)
+    switchover.sample(100 * MS, 1_000_000)
+    assert switchover.bandwidth_bytes_per_s == 10_000_000
+    assert switchover.threshold_bytes == 3_000_000
+
+
+def test_what_is_left_fits_below_the_threshold_and_not_at_it() -> None:
+    switchover = Switchover(SETTINGS, 0)
+    switchover.sample(100 * MS, 1_000_000)
+    assert switchover.fits(2_999_999)
+    assert not switchover.fits(3_000_000)
+
+
+def test_before_the_first_window_only_nothing_fits() -> None:
+    switchover = Switchover(SETTINGS, 0)
+    switchover.sample(100 * MS - 1, 1_000_000)
+    assert switchover.threshold_bytes == 0
+    assert not switchover.fits(1)
+    assert switchover.fits(0)
+
+
+def test_a_window_counts_from_the_start_that_is_given() -> None:
+    switchover = Switchover(SETTINGS, 5_000 * MS)
+    switchover.sample(5_099 * MS, 1_000_000)
+    assert switchover.bandwidth_bytes_per_s == 0
+    switchover.sample(5_100 * MS, 1_000_000)
+    assert switchover.bandwidth_bytes_per_s == 10_000_000
+
+
+def test_each_window_counts_its_own_bytes_and_time() -> None:
+    switchover = Switchover(SETTINGS, 0)
+    switchover.sample(100 * MS, 1_000_000)
+    switchover.sample(150 * MS, 9_000_000)  # within the second window: changes nothing yet
+    assert switchover.bandwidth_bytes_per_s == 10_000_000
+    switchover.sample(350 * MS, 1_500_000)
+    assert switchover.bandwidth_bytes_per_s == 500_000 / 0.25
+
+
+def test_a_window_in_which_nothing_was_sent_leaves_no_bandwidth() -> None:
+    switchover = Switchover(SETTINGS, 0)
+    switchover.sample(100 * MS, 1_000_000)
+    switchover.sample(200 * MS, 1_000_000)
+    assert switchover.threshold_bytes == 0
+
+
+def test_a_given_bandwidth_holds_from_the_start_and_is_never_measured_over() -> None:
+    switchover = Switchover(replace(SETTINGS, given_bandwidth_bytes_per_s=2e6), 0)
+    assert switchover.threshold_bytes == 600_000
+    switchover.sample(100 * MS, 99_000_000)
+    assert switchover.threshold_bytes == 600_000
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 80 * MS), st.integers(0, 1 << 30)), min_size=1, max_size=30),
+    st.integers(0, 1 << 40),
+)
+def test_the_bandwidth_is_the_mean_over_the_last_closed_window(steps: list[tuple[int, int]], start: int) -> None:
+    switchover = Switchover(SETTINGS, start)
+    now, sent = start, 0
+    opened, opened_sent, expected = start, 0, 0.0
+    for elapsed, size in steps:
+        now, sent = now + elapsed, sent + size
+        switchover.sample(now, sent)
+        if now - opened >= SETTINGS.bandwidth_window_ns:
+            expected = (sent - opened_sent) / ((now - opened) / 1e9)
+            opened, opened_sent = now, sent
+        assert switchover.bandwidth_bytes_per_s == pytest.approx(expected)
+
+
+# --- one part by itself ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [RamBacklog, StreamBacklog])
+def test_a_part_that_did_nothing_yet_does_not_fit_unless_nothing_is_left(kind: type[Backlog]) -> None:
+    part = kind(SETTINGS, 0)
+    assert part.fits(0)
+    assert not part.fits(1)
+    part.sample(50 * MS, 1_000, 5_000)
+    assert not part.fits(1), "half a window tells nothing"
+
+
+def test_ram_must_fit_at_the_rate_of_the_last_window_in_which_it_had_something_left() -> None:
+    part = RamBacklog(SETTINGS, 0)
+    part.sample(100 * MS, 1_000, 5_000)
+    assert part.fits(2_999)
+    assert not part.fits(3_000)
+    part.sample(150 * MS, 90_000, 5_000)
+    assert not part.fits(3_000), "this window is not over"
+    part.sample(250 * MS, 201_000, 5_000)
+    assert part.fits(399_999)
+    assert not part.fits(400_000), "200 kB in 150 ms, and a limit of 300 ms"
+
+
+def test_ram_that_ran_dry_is_not_judged_until_it_has_something_left_for_a_whole_window() -> None:
+    part = RamBacklog(SETTINGS, 0)
+    part.sample(100 * MS, 10, 5_000)
+    assert not part.fits(5_000)
+    part.sample(120 * MS, 5_010, 0)
+    assert part.fits(1 << 40)
+    part.sample(219 * MS, 5_020, 7_000)
+    assert part.fits(1 << 40)
+    part.sample(220 * MS, 5_030, 7_000)
+    assert part.fits(59)
+    assert not part.fits(60)
+
+
+def test_a_stream_must_fit_at_the_rate_of_its_round_the_time_before_anything_came_included() -> None:
+    part = StreamBacklog(SETTINGS, 0)
+    for at in range(10, 400, 10):  # it is being saved
+        part.sample(at * MS, 0, 5_000)
+    assert not part.fits(1)
+    part.sample(400 * MS, 2_000, 3_000)
+    assert part.fits(1_499)
+    assert not part.fits(1_500), "2 kB in 400 ms, and a limit of 300 ms"
+    part.sample(500 * MS, 5_000, 0)
+    assert part.fits(0)
+    assert part.fits(2_999)
+    assert not part.fits(3_000), "5 kB in half a second"
+    part.sample(5_000 * MS, 5_000, 0)
+    assert part.fits(2_999)
+    assert not part.fits(3_000), "the time in which there was nothing to carry does not count"
+
+
+def test_a_new_round_of_a_stream_stands_for_itself_once_it_is_a_window_old() -> None:
+    part = StreamBacklog(SETTINGS, 0)
+    part.sample(200 * MS, 2_000, 0)
+    part.sample(300 * MS, 2_000, 50_000)
+    part.sample(399 * MS, 11_900, 40_100)
+    assert not part.fits(3_000), "still at the last round's 10 kB a second"
+    part.sample(400 * MS, 12_000, 40_000)
+    assert part.fits(29_999)
+    assert not part.fits(30_000), "10 kB in 100 ms"
+
+
+def test_a_stream_that_never_carried_anything_is_not_judged_once_it_ran_dry() -> None:
+    part = StreamBacklog(SETTINGS, 0)
+    part.sample(10 * MS, 0, 0)
+    assert part.fits(1 << 40)
+
+
+def test_what_runs_dry_between_two_decisions_is_not_judged_by_less_than_that_time() -> None:
+    part = StreamBacklog(replace(SETTINGS, downtime_limit_ns=1 * MS, decision_interval_ns=10 * MS), 0)
+    part.sample(10 * MS, 5_000, 0)
+    assert part.fits(4_999)
+    assert not part.fits(5_000)
+
+
+@pytest.mark.parametrize("kind", [RamBacklog, StreamBacklog])
+def test_a_given_bandwidth_stands_for_all_parts(kind: type[Backlog]) -> None:
+    part = kind(replace(SETTINGS, given_bandwidth_bytes_per_s=1.0), 0)
+    part.sample(100 * MS, 10, 5_000)
+    assert part.fits(1 << 40)
