@@ -7,10 +7,10 @@ import asyncio
 from proto_v3.timeline import cause, caused_by
 
 
-class Bell:
+class Notify:
     """Wakes all who wait for a change; what rang it becomes the cause of their going on.
 
-    To be used as `while not there_is_something: await bell.wait()`.
+    To be used as `while not there_is_something: await notify.wait()`.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Bell:
         """Whether anybody waits."""
         return any(not waiter.done() for waiter in self._waiters)
 
-    def ring(self, by: int | None = None) -> None:
+    def notify(self, by: int | None = None) -> None:
         """Wake all. `by` is the span that is the cause; the current task's cursor if it is left out."""
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:

@@ -9,7 +9,7 @@ from proto_v3.errors import PeerFailedError
 from proto_v3.timeline import Mark, Resource, Stage, Timeline
 from proto_v3.vmm.migration import OutcomeKind, UnsupportedError
 from sim.device.stream import CriticalLoad, LoadCounts, ReadCounts
-from sim.theory.downtime_bound import Bound
+from sim.theory.downtime_bound import DowntimeBound
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Outcome:
     """Read from the devices beyond one copy of their state: what was dirtied again, and the records' headers."""
     device_bytes_dropped: int = 0
     """Saved by the devices, and dropped before anybody read them (REINIT or an epoch, policy `invalidate`)."""
-    device_bytes_vain: int = 0
+    device_bytes_wasted: int = 0
     """v3: sent in vain: of blocks that the target's driver dropped, or had loaded already, when an epoch made them
     invalid; with addressable blocks, of those, too, that came after a newer version."""
     late_critical_objects: int | None = None
@@ -58,7 +58,7 @@ class Outcome:
     """Orders to stop the guest that were taken back, for a new epoch slipped in."""
     retries_stopped_ns: int = 0
     """How long the guest stood still for them; the downtime counts from the last order."""
-    late_looks: int = 0
+    late_final_checks: int = 0
     """v3: devices that the last look found to have an epoch that is not loaded, at all orders to stop."""
     connections: int = 0
     messages: int = 0
@@ -121,7 +121,7 @@ class Measured:
     note: str = ""
     retries: int = 0
     retries_stopped_ns: int = 0
-    late_looks: int = 0
+    late_final_checks: int = 0
     guest_runs_at: str = ""
 
 
@@ -146,12 +146,12 @@ def ended(measured: Measured, kind: OutcomeKind, reason: str = "") -> Outcome:
         read_lock_ns=sum(counts.lock_ns for counts in reads),
         read_copy_ns=sum(counts.copy_ns for counts in reads),
         device_bytes_dropped=sum(counts.dropped_bytes for counts in reads),
-        device_bytes_vain=sum(counts.overtaken_bytes + counts.undone_bytes + counts.stale_bytes for counts in loads),
+        device_bytes_wasted=sum(counts.overtaken_bytes + counts.undone_bytes + counts.stale_bytes for counts in loads),
         peak_reorder_bytes=measured.peak_reorder_bytes,
         peak_held_bytes=max((counts.peak_held_bytes for counts in loads), default=0),
         note=measured.note,
         retries=measured.retries,
-        late_looks=measured.late_looks,
+        late_final_checks=measured.late_final_checks,
         retries_stopped_ns=measured.retries_stopped_ns,
         connections=measured.connections,
         messages=measured.messages,
@@ -211,7 +211,7 @@ def completed(measured: Measured) -> Outcome:
     )
 
 
-def with_bound(outcome: Outcome, bound: Bound) -> Outcome:
+def with_bound(outcome: Outcome, bound: DowntimeBound) -> Outcome:
     """The same, with the bound of its scenario and protocol; only a completed migration has one."""
     if outcome.kind is not OutcomeKind.COMPLETED:
         return outcome

@@ -1,8 +1,8 @@
 """Servers with a rate, and locks that account for waiting.
 
 A pipe is first come, first served, so its end times are known when work is handed in: one timer a job, however long the
-queue. Engines share what they have among all commands in progress. Rates are bytes/s; times are nanoseconds of virtual
-time.
+queue. The firmware shares what it has among all commands in progress. Rates are bytes/s; times are nanoseconds of
+virtual time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def duration_ns(size_bytes: int, bytes_per_s: float) -> int:
     return round(size_bytes * NS_PER_S / bytes_per_s)
 
 
-class Pipe:
+class FifoServer:
     """One server, in order of arrival: memory, a link, a connection."""
 
     def __init__(self, bytes_per_s: float) -> None:
@@ -47,7 +47,7 @@ class _Command(NamedTuple):
     task: asyncio.Task[Any] | None
 
 
-class Engines:
+class CommandSlots:
     """The firmware's engines: commands in progress share them, none waits for another to end.
 
     Each command runs at full speed while there are no more commands than engines, and all slow down alike beyond that
@@ -118,7 +118,7 @@ class Memory:
 
     def __init__(self, copy_bytes_per_s: float, memory_bytes_per_s: float, timeline: Timeline) -> None:
         self._copy_bytes_per_s = copy_bytes_per_s
-        self._memory = Pipe(memory_bytes_per_s)
+        self._memory = FifoServer(memory_bytes_per_s)
         self._timeline = timeline
 
     async def copy(self, size_bytes: int, call_ns: int, what: str) -> None:

@@ -16,7 +16,7 @@ from proto_v3.wire.channel import Channel
 from sim.clock import virtual as clock
 from sim.device.driver import SimDriver
 from sim.device.state import DeviceState, Image
-from sim.host.host import Host, devices_at_source, devices_at_target, seeds
+from sim.host.host import HostResources, devices_at_source, devices_at_target, seeds
 from sim.host.link import ClosedError, NetworkLink
 from sim.host.machine import GuestHere, MachineModel
 from sim.host.vmms import connections, make_source, make_target
@@ -87,8 +87,8 @@ class _Run:
         scenario = self._scenario
         self.timeline = timeline = Timeline(clock.now_ns)
         guest_seed, source_seed, target_seed = seeds(self._seed)
-        here = devices_at_source(scenario, guest_seed, Host(scenario, source_seed, timeline))
-        there = devices_at_target(scenario, Host(scenario, target_seed, timeline))
+        here = devices_at_source(scenario, guest_seed, HostResources(scenario, source_seed, timeline))
+        there = devices_at_target(scenario, HostResources(scenario, target_seed, timeline))
         self.drivers, self.states = [driver for driver, _ in here], [state for _, state in here]
         self.drivers_at_target, self.images = [driver for driver, _ in there], [image for _, image in there]
         settings = scenario.switchover_settings()
@@ -184,7 +184,7 @@ class _Run:
             note=self.note,
             retries=self.source.retries if self.source else 0,
             retries_stopped_ns=self.source.retries_stopped_ns if self.source else 0,
-            late_looks=self.source.late_looks if self.source else 0,
+            late_final_checks=self.source.late_final_checks if self.source else 0,
             guest_runs_at=", ".join(side for side, machine in self.machines.items() if machine.running),
         )
 

@@ -19,7 +19,7 @@ from experiments.runs import table as results
 from experiments.runs.cluster import on_cluster
 from experiments.runs.folder import ResultFolder
 from experiments.runs.pool import in_processes, progress_bar
-from experiments.runs.resume import Store
+from experiments.runs.resume import RunStore
 from experiments.study import tables as tell
 from experiments.study.experiment import NAMES, Answer, Experiment, Planned, find
 from proto_v3.errors import UserError
@@ -86,7 +86,7 @@ class _Sweep:
         if not resume:
             self.forget()
         revision = results.git_revision()
-        with Store(self._kept, revision) as store:
+        with RunStore(self._kept, revision) as store:
             done = self._done(store, revision) if resume else {}
             if not store.fits:  # nothing in it is wanted, or _done() would have refused it
                 store.begin_anew()
@@ -108,10 +108,10 @@ class _Sweep:
         """UserError if what is kept cannot be gone on with: before the sweeps that come first are run."""
         if self._kept.exists():
             revision = results.git_revision()
-            with Store(self._kept, revision) as store:
+            with RunStore(self._kept, revision) as store:
                 self._done(store, revision)
 
-    def _done(self, store: Store, revision: str) -> dict[str, dict[str, Any]]:
+    def _done(self, store: RunStore, revision: str) -> dict[str, dict[str, Any]]:
         keys = {each.key for each in self._planned}
         done = store.rows(keys)
         if done and not store.fits:

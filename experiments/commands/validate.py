@@ -17,7 +17,7 @@ from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
 from experiments.runs.pool import Cell, run_cells
 from experiments.study import tables as tell
-from experiments.study.tables import Held
+from experiments.study.tables import PublishedFigure
 from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
 from sim.outcome import Outcome
@@ -49,7 +49,7 @@ class Row:
     case: str
     """What the measurement is called: as the scenario, if it does not say otherwise."""
     protocol: str
-    held: Held
+    held: PublishedFigure
 
     def within(self, band: float) -> bool:
         """Whether the error is at most `band`; a figure that was not simulated never is."""

@@ -74,7 +74,7 @@ CRITICAL = {
     "downtime": ("downtime_ns", 1e6, "ms"),
     "longest critical lag": ("critical_lag_max_ns", 1e9, "s"),
     "late critical data": ("late_critical_objects", 1, "objects"),
-    "sent in vain": ("device_bytes_vain", MIB, "MiB"),
+    "sent in vain": ("device_bytes_wasted", MIB, "MiB"),
 }
 """Panel, column, what it is divided by, unit."""
 

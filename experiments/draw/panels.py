@@ -54,7 +54,7 @@ def curves(
 
 
 def curve(
-    axis: Axes, runs: pl.DataFrame, x: str, y: str, look: style.Look, *, scale: float = 1.0, width: float = 1.5
+    axis: Axes, runs: pl.DataFrame, x: str, y: str, look: style.Style, *, scale: float = 1.0, width: float = 1.5
 ) -> None:
     """One curve, in a look of its own."""
     places = []
@@ -75,7 +75,7 @@ def completed(axis: Axes, frame: pl.DataFrame, x: str, protocols: Sequence[str])
         _drawn(axis, places, style.protocol(name), 1.5)
 
 
-def _drawn(axis: Axes, places: list[tuple[float, Interval, bool]], look: style.Look, width: float) -> None:
+def _drawn(axis: Axes, places: list[tuple[float, Interval, bool]], look: style.Style, width: float) -> None:
     """Where, what was found there, and whether some runs of it were not completed."""
     places.sort(key=lambda place: place[0])
     if not places:
@@ -93,7 +93,7 @@ def legend(figure: Figure, protocols: Sequence[str], columns: int = 5) -> None:
     handles_below(figure, [handle(style.protocol(name)) for name in protocols], columns)
 
 
-def handle(look: style.Look) -> Line2D:
+def handle(look: style.Style) -> Line2D:
     """A curve in a legend."""
     return Line2D([], [], color=look.colour, linestyle=look.line, marker=look.marker, markersize=5, label=look.label)
 

@@ -14,7 +14,7 @@ from proto_v3.timeline import Resource
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Style:
     """A fill colour, a hatch, and a label; a marker and a line where it is a curve."""
 
     colour: str
@@ -25,19 +25,19 @@ class Look:
     """What matplotlib takes: a name, or lengths of dashes."""
 
 
-RESOURCES: dict[Resource, Look] = {
-    Resource.FIRMWARE: Look("#E69F00", "", "firmware SAVE"),
-    Resource.LOCK: Look("#000000", "", "lock wait"),
-    Resource.COPY: Look("#CC79A7", "xx", "copy (read, write)"),
-    Resource.LINK: Look("#56B4E9", "..", "link"),
-    Resource.LOAD: Look("#D55E00", "//", "firmware LOAD"),
-    Resource.SETUP: Look("#F0E442", "\\\\", "critical set-up"),
-    Resource.RAM: Look("#009E73", "--", "guest RAM"),
-    Resource.FIXED: Look("#BBBBBB", "", "fixed (stop, RAM sync, config, resume)"),
+RESOURCES: dict[Resource, Style] = {
+    Resource.FIRMWARE: Style("#E69F00", "", "firmware SAVE"),
+    Resource.LOCK: Style("#000000", "", "lock wait"),
+    Resource.COPY: Style("#CC79A7", "xx", "copy (read, write)"),
+    Resource.LINK: Style("#56B4E9", "..", "link"),
+    Resource.LOAD: Style("#D55E00", "//", "firmware LOAD"),
+    Resource.SETUP: Style("#F0E442", "\\\\", "critical set-up"),
+    Resource.RAM: Style("#009E73", "--", "guest RAM"),
+    Resource.FIXED: Style("#BBBBBB", "", "fixed (stop, RAM sync, config, resume)"),
 }
 
 
-UNEXPLAINED = Look("#FFFFFF", "///", "unexplained: scheduler, interpreter")
+UNEXPLAINED = Style("#FFFFFF", "///", "unexplained: scheduler, interpreter")
 """What a live run's critical path does not cover; in virtual time there is none."""
 
 V3_SHADES = {1: "#A6CBE3", 2: "#6BAED6", 4: "#2171B5", 8: "#084594", 16: "#042A5C", 32: "#02142C"}
@@ -67,7 +67,7 @@ PALER = 0.4
 """So much white is in the colour of one whose epochs, or whose REINIT, make earlier data void."""
 
 
-def protocol(name: str) -> Look:
+def protocol(name: str) -> Style:
     """The look of a protocol, the same in every figure.
 
     v2 is wine red, of other colours with a switchover-ack; v3 is blue, with addressable blocks green, darker with the
@@ -82,7 +82,7 @@ def protocol(name: str) -> Look:
         colour, marker = _first(V2_COLOURS, name, "#882255"), _first(V2_MARKERS, name, "o")
         lines, hatches = V2_LINES, V2_HATCHES
     hatch = "".join(hatch for suffix, hatch in hatches.items() if suffix in name)
-    return Look(
+    return Style(
         _paler(colour) if "-invalidate" in name else colour,
         hatch or ("" if name.startswith("v3") else "//"),
         name,
@@ -91,7 +91,7 @@ def protocol(name: str) -> Look:
     )
 
 
-def wire(suffix: str, label: str) -> Look:
+def wire(suffix: str, label: str) -> Style:
     """The look of v3 where N is on an axis: colour and line of N = 4, the marker tells the wire.
 
     `suffix` is `-pool` or `-one`, nothing for a connection a stream, or `-blocks`.

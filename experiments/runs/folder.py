@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import polars as pl
     from matplotlib.figure import Figure
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Of the table of runs; grows when a column changes its meaning."""
 
 

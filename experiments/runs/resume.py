@@ -18,7 +18,7 @@ from proto_v3.errors import UserError
 MADE_BY = "made by"
 
 
-class Store:
+class RunStore:
     """The rows of a sweep, by the cell's key."""
 
     def __init__(self, path: Path, revision: str) -> None:

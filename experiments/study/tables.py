@@ -28,7 +28,7 @@ WORDS = ("outcome", "reason", "note", "protocol", "source")
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class PublishedFigure:
     """A published figure against the mean of the runs. Milliseconds."""
 
     figure: str
@@ -82,11 +82,11 @@ def completed_runs(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.filter(COMPLETED).sort(pl.col("protocol").cast(order), maintain_order=True)
 
 
-def held_against(published: Published, frame: pl.DataFrame) -> list[Held]:
+def held_against(published: Published, frame: pl.DataFrame) -> list[PublishedFigure]:
     """The published figures against the means of its protocol's completed runs."""
     runs = frame.filter(COMPLETED & (pl.col("protocol") == published.protocol))
     return [
-        Held(figure, expected, _mean_ms(runs, figure), figure in published.fitted)
+        PublishedFigure(figure, expected, _mean_ms(runs, figure), figure in published.fitted)
         for figure, expected in published.figures().items()
     ]
 
@@ -211,7 +211,7 @@ def _critical(completed: pl.DataFrame) -> Table:
             f"{ms(runs['critical_lag_mean_ns'].mean()):.0f}",
             f"{ms(runs['critical_lag_max_ns'].mean()):.0f}",
             f"{number(runs['device_bytes_dropped'].mean()) / MIB:.1f}",
-            f"{number(runs['device_bytes_vain'].mean()) / MIB:.1f}",
+            f"{number(runs['device_bytes_wasted'].mean()) / MIB:.1f}",
             f"{number(runs['retries'].mean()):.2f}",
             f"{ms(runs['retries_stopped_ns'].mean()):.1f}",
         )
@@ -243,14 +243,14 @@ def _reads(completed: pl.DataFrame) -> Table:
     return table
 
 
-def _held(held: Sequence[Held]) -> Table:
+def _held(held: Sequence[PublishedFigure]) -> Table:
     table = plain_table(["what", "published", "simulated", "error", "used to fit"])
     for one in held:
         add_row(table, *cells(one))
     return table
 
 
-def cells(held: Held) -> tuple[str, str, str, str, str]:
+def cells(held: PublishedFigure) -> tuple[str, str, str, str, str]:
     """The cells of a table: what, published, simulated, error, whether used to fit."""
     simulated, error = "not simulated", ""
     if held.simulated_ms is not None and held.error is not None:

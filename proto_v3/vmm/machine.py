@@ -10,7 +10,7 @@ from typing import Protocol
 from proto_v3.wire.frames import Payload
 
 
-class Ram(Protocol):
+class GuestRam(Protocol):
     """Guest RAM with its dirty bitmap."""
 
     def pending_bytes(self) -> int:
@@ -36,7 +36,7 @@ class Machine(Protocol):
     """One VMM's guest, without its VFIO devices."""
 
     @property
-    def ram(self) -> Ram:
+    def ram(self) -> GuestRam:
         """Its RAM."""
 
     @property

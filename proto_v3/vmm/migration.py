@@ -23,7 +23,7 @@ from proto_v3.errors import (
     ProtoV3Error,
     leaves,
 )
-from proto_v3.notify import Bell
+from proto_v3.notify import Notify
 from proto_v3.timeline import Mark, Timeline
 from proto_v3.vfio.device import DataFd, MigrationDevice
 from proto_v3.vfio.uapi import MigrationFlags, State
@@ -64,7 +64,7 @@ class ReturnPath:
         """`own` takes a frame that only one protocol has; False if it is not due."""
         self._channel = channel
         self._own = own
-        self._bell = Bell()
+        self._notify = Notify()
         self.acked = [0] * devices
         """By device: the newest request for a switchover-ack that was answered."""
         self.all_acked = False
@@ -90,7 +90,7 @@ class ReturnPath:
                     raise PeerFailedError("the target failed")
                 case _ if not self._own(frame):
                     raise PeerProtocolError(f"{frame.kind.name} came on the return path, where it is not due")
-            self._bell.ring()
+            self._notify.notify()
 
     @property
     def resumed(self) -> bool:
@@ -100,7 +100,7 @@ class ReturnPath:
     async def wait_for(self, kind: Kind) -> None:
         """Until this was heard."""
         while kind not in self._heard:
-            await self._bell.wait()
+            await self._notify.wait()
 
 
 class Source(abc.ABC):
@@ -117,7 +117,7 @@ class Source(abc.ABC):
         """Orders to stop the guest that were taken back."""
         self.retries_stopped_ns = 0
         """How long the guest stood still for them, in all."""
-        self.late_looks = 0
+        self.late_final_checks = 0
         """v3: devices that the last look found to have an epoch that is not loaded, at all orders to stop."""
 
     @property
@@ -146,7 +146,7 @@ class Source(abc.ABC):
                 await self.recover()
             finally:
                 with contextlib.suppress(OSError):  # last of all: it waits for room, if the target reads no more
-                    await self.channels[0].tell(Kind.CANCEL)
+                    await self.channels[0].send_control(Kind.CANCEL)
             raise
 
     @abc.abstractmethod
@@ -208,7 +208,7 @@ class Source(abc.ABC):
         timeline.mark(Mark.STOP_ORDERED)
         start = timeline.now_ns()
         await self.side.machine.stop_vcpus()
-        await self.last_look()
+        await self.final_check()
         for index, device in enumerate(self.side.devices):
             if MigrationFlags.P2P in await device.migration_flags():
                 await device.set_state(State.PRE_COPY_P2P if index in self.fds else State.RUNNING_P2P)
@@ -244,7 +244,7 @@ class Source(abc.ABC):
             await self._enter(index, State.STOP_COPY)
         return self.fds[index]
 
-    async def last_look(self) -> None:  # noqa: B027  (a protocol may have nothing to do here)
+    async def final_check(self) -> None:  # noqa: B027  (a protocol may have nothing to do here)
         """The vCPUs are stopped, the devices not yet: what a protocol may want to ask them before they are."""
 
     async def _enter(self, index: int, state: State) -> None:
@@ -259,7 +259,7 @@ class Source(abc.ABC):
         """End a migration in pre-copy; the guest goes on and never noticed."""
         for device in self.side.devices:
             await _set_or_reset(device, State.RUNNING)
-        await self.channels[0].tell(Kind.CANCEL)
+        await self.channels[0].send_control(Kind.CANCEL)
 
     async def end_sessions(self) -> None:
         """STOP_COPY -> STOP, left for after the hand-over, as it takes time and holds nothing up (QEMU)."""
@@ -271,7 +271,7 @@ class Source(abc.ABC):
         timeline, ram = self.side.timeline, self.side.machine.ram
         start = timeline.now_ns()
         await ram.final_sync()
-        await self.channels[0].tell(Kind.RAM_BEGIN)
+        await self.channels[0].send_control(Kind.RAM_BEGIN)
         await ram.final_scan()
         while (pages := await ram.take(self.side.settings.ram_budget_ns)) is not None:
             await self.send_pages(pages)
@@ -284,7 +284,7 @@ class Source(abc.ABC):
 
     async def end_ram(self) -> None:
         """All pages were sent."""
-        await self.channels[0].tell(Kind.RAM_END)
+        await self.channels[0].send_control(Kind.RAM_END)
 
     def switchover(self) -> Switchover:
         """A fresh measurement of the bandwidth."""
@@ -315,7 +315,7 @@ class Target(abc.ABC):
         except (OSError, ProtoV3Error, ExceptionGroup):
             if not self.side.machine.running:
                 with contextlib.suppress(OSError):
-                    await self.channels[0].tell(Kind.FAILED)
+                    await self.channels[0].send_control(Kind.FAILED)
                 await self.cancelled()
             raise
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from proto_v3.errors import PeerProtocolError
-from proto_v3.notify import Bell
+from proto_v3.notify import Notify
 from proto_v3.timeline import Join, Mark
 from proto_v3.vfio.device import DataFd
 from proto_v3.wire.channel import Channel
@@ -57,28 +57,28 @@ class _Sender:
         self._channel = channel
         self._pool = pool
         self._packet: Frame | None = None
-        self._bell = Bell()
+        self._notify = Notify()
         self.sync_due = False
         """It is to say that no RAM follows, once the packet that it has is sent."""
 
     def give(self, packet: Frame) -> None:
         self._packet = packet
-        self._bell.ring()
+        self._notify.notify()
 
     def ask_sync(self) -> None:
         self.sync_due = True
-        self._bell.ring()
+        self._notify.notify()
 
     async def work(self) -> None:
         while True:
             while self._packet is None and not self.sync_due:
-                await self._bell.wait()
+                await self._notify.wait()
             if self._packet is not None:
                 await self._channel.send(self._packet)
                 self._packet = None
                 self._pool.free(self)
             elif self.sync_due:
-                await self._channel.tell(Kind.SYNC)
+                await self._channel.send_control(Kind.SYNC)
                 self.sync_due = False
                 self._pool.synced()
 
@@ -89,17 +89,17 @@ class Pool:
     def __init__(self, channels: Sequence[Channel]) -> None:
         self.senders = [_Sender(channel, self) for channel in channels]
         self._free = deque(self.senders)
-        self._bell = Bell()
+        self._notify = Notify()
 
     def free(self, sender: _Sender) -> None:
         """A sender is through with its packet."""
         self._free.append(sender)
-        self._bell.ring()
+        self._notify.notify()
 
     async def send(self, packet: Frame) -> None:
         """Hand a packet to a channel's thread; waits while all are busy."""
         while not self._free:
-            await self._bell.wait()
+            await self._notify.wait()
         self._free.popleft().give(packet)
 
     async def sync(self) -> None:
@@ -107,11 +107,11 @@ class Pool:
         for sender in self.senders:
             sender.ask_sync()
         while any(sender.sync_due for sender in self.senders):
-            await self._bell.wait()
+            await self._notify.wait()
 
     def synced(self) -> None:
         """A sender has said it."""
-        self._bell.ring()
+        self._notify.notify()
 
 
 class Senders:
@@ -159,7 +159,7 @@ class _Loader:
         self._target = target
         self._next = 0
         self._writes = False
-        self._bell = Bell()
+        self._notify = Notify()
 
     @property
     def waiting_bytes(self) -> int:
@@ -177,12 +177,12 @@ class _Loader:
                 f"{self._max_queued_bytes}: data comes faster than it is loaded"
             )
         self.waiting[packet.value] = packet
-        self._bell.ring()
+        self._notify.notify()
 
     async def starved(self) -> None:
         """Wait until it can do nothing more with what came."""
         while not self.done and (self._writes or self._next in self.waiting):
-            await self._bell.wait()
+            await self._notify.wait()
 
     async def load(self, fd: DataFd) -> None:
         """Write the packets in order, then load the config."""
@@ -190,7 +190,7 @@ class _Loader:
         began, writing = -1, 0
         while True:
             while self._next not in self.waiting:
-                await self._bell.wait()
+                await self._notify.wait()
             packet = self.waiting.pop(self._next)
             self._next += 1
             if packet.kind is Kind.CONFIG:
@@ -202,7 +202,7 @@ class _Loader:
             await fd.write(packet.payload, max(1, len(packet.payload)))
             self._writes = False
             writing += timeline.now_ns() - start
-            self._bell.ring()
+            self._notify.notify()
             del packet
         now = timeline.now_ns()
         began = now if began < 0 else began
@@ -212,7 +212,7 @@ class _Loader:
         timeline.mark(Mark.LOADED)
         await self._target.load_config(self.index)
         self.done = True
-        self._bell.ring()
+        self._notify.notify()
 
 
 class Receivers:
@@ -226,7 +226,7 @@ class Receivers:
         self._loaders = [_Loader(index, target, settings.max_queued_bytes) for index in devices]
         self._fds: Sequence[DataFd] = []
         self._synced = 0
-        self._bell = Bell()
+        self._notify = Notify()
 
     def work(self) -> list[Work]:
         """A thread a channel and the devices' load threads; to be cancelled when all is loaded."""
@@ -236,17 +236,17 @@ class Receivers:
     def start_loading(self, fds: Sequence[DataFd]) -> None:
         """The switchover began: the devices' load threads start (vfio_multifd_switchover_start)."""
         self._fds = fds
-        self._bell.ring()
+        self._notify.notify()
 
     async def synced(self) -> None:
         """Until every channel that carries RAM said that none follows."""
         while self._synced < len(self._channels) - self._settings.dedicated:
-            await self._bell.wait()
+            await self._notify.wait()
 
     async def loaded(self) -> None:
         """Until every device that takes this way is loaded, config and all."""
         while self._settings.device_state and not all(loader.done for loader in self._loaders):
-            await self._bell.wait()
+            await self._notify.wait()
 
     async def _receive(self, channel: Channel) -> None:
         target = self._target
@@ -257,7 +257,7 @@ class Receivers:
                     await target.side.machine.ram.load(frame.payload)
                 case Kind.SYNC:
                     self._synced += 1
-                    self._bell.ring()
+                    self._notify.notify()
                 case Kind.PACKET | Kind.CONFIG if self._settings.device_state:
                     loader = self._loaders[target.device(frame)]
                     target.side.timeline.mark(Mark.TRANSFERRED)
@@ -271,7 +271,7 @@ class Receivers:
 
     async def _load_devices(self) -> None:
         while not self._fds:
-            await self._bell.wait()
+            await self._notify.wait()
         if not self._settings.device_state:
             return
         left = deque(self._loaders)
@@ -284,4 +284,4 @@ class Receivers:
         while left:
             loader = left.popleft()
             await loader.load(self._fds[loader.index])
-            self._bell.ring()
+            self._notify.notify()

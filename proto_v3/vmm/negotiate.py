@@ -109,7 +109,7 @@ async def negotiated_source(
         return await _agreed(side, channels, v3, v2)
     except (OSError, ProtoV3Error):
         with contextlib.suppress(OSError):
-            await channels[0].tell(Kind.CANCEL)
+            await channels[0].send_control(Kind.CANCEL)
         raise
 
 
@@ -151,7 +151,7 @@ async def negotiated_target(
         return await _as_asked(side, channels, v3, v2)
     except (OSError, ProtoV3Error):
         with contextlib.suppress(OSError):
-            await channels[0].tell(Kind.FAILED)
+            await channels[0].send_control(Kind.FAILED)
         raise
 
 

@@ -109,7 +109,7 @@ class V2Source(Source):
         """See proto_v3.vmm.migration.Source."""
         start = self.now_ns
         await self.side.machine.set_up()
-        await self._main.tell(Kind.SETUP, value=len(self.side.devices))
+        await self._main.send_control(Kind.SETUP, value=len(self.side.devices))
         self.side.timeline.stage("setup", start)
         async with Join() as beside:
             listening = beside.start(self.back.listen(), "source return path")
@@ -121,7 +121,7 @@ class V2Source(Source):
                 await self._drain()
                 self.side.timeline.mark(Mark.DRAINED)
                 self.back.may_resume = True
-                await self._main.tell(Kind.END)
+                await self._main.send_control(Kind.END)
                 await self.back.wait_for(Kind.RESUMED)
             else:
                 await self.give_up()
@@ -177,7 +177,7 @@ class V2Source(Source):
                 known.drained()
             if self._options.ack is not Ack.OFF and known.initial_bytes == 0 and not known.sent:
                 known.sent = True
-                await self._main.tell(Kind.INIT_DATA_SENT, index, value=known.requests)
+                await self._main.send_control(Kind.INIT_DATA_SENT, index, value=known.requests)
 
     def _estimate(self) -> int:
         """What is left as far as the VMM knows without asking (QEMU's state_pending_estimate)."""
@@ -221,7 +221,7 @@ class V2Source(Source):
             case _:
                 return True
 
-    async def last_look(self) -> None:
+    async def final_check(self) -> None:
         """QEMU 11.1: REINIT is checked during the switchover ("vfio/migration: Check VFIO_PRECOPY_INFO_REINIT during
         switchover"). With the vCPUs stopped the answer is final; it must be asked for before PRE_COPY_P2P, where mlx5
         reports none. That QEMU asks at just this point is inferred."""
@@ -237,7 +237,7 @@ class V2Source(Source):
         """RAM and every device to their ends, then the devices' config."""
         devices = range(len(self.side.devices))
         if self._senders is not None and self._options.devices_by_multifd:
-            await self._main.tell(Kind.SWITCHOVER_START)
+            await self._main.send_control(Kind.SWITCHOVER_START)
             async with Join() as saving:
                 for index in devices:
                     track = f"source {self.side.devices[index].name} save"
@@ -247,14 +247,14 @@ class V2Source(Source):
         await self.save_last_ram()
         for index in devices:
             start = self.now_ns
-            await self._main.tell(Kind.DEVICE_BEGIN, index)
+            await self._main.send_control(Kind.DEVICE_BEGIN, index)
             fd = await self.ready_to_drain(index)
             while len(data := await fd.read(self._read_bytes[index])):
                 await self._send_device_data(index, data)
-            await self._main.tell(Kind.STREAM_END, index)
+            await self._main.send_control(Kind.STREAM_END, index)
             self.side.timeline.stage("device_save", start, index)
         for index in devices:
-            await self._main.tell(Kind.CONFIG, index)
+            await self._main.send_control(Kind.CONFIG, index)
 
     async def _send_device_data(self, index: int, data: Payload) -> None:
         await self.side.machine.buffer_device_data(len(data))
@@ -291,7 +291,7 @@ class V2Target(Target):
         for device in self.side.devices:  # those that will say when their initial data was sent
             self._acks_due += MigrationFlags.PRE_COPY in await device.migration_flags()
         if self._options.ack is Ack.ONE_SHOT and not self._acks_due:
-            await self._main.tell(Kind.SWITCHOVER_ACK)
+            await self._main.send_control(Kind.SWITCHOVER_ACK)
         async with Join() as beside:
             receiving = [beside.start(work, track) for work, track in self._receivers.work()] if self._receivers else []
             whole = await self._load()
@@ -302,7 +302,7 @@ class V2Target(Target):
         if not whole:
             return await self.cancelled()
         await self.resume_guest()
-        await self._main.tell(Kind.RESUMED)
+        await self._main.send_control(Kind.RESUMED)
         return True
 
     async def _load(self) -> bool:
@@ -356,8 +356,8 @@ class V2Target(Target):
             case Ack.ONE_SHOT:
                 self._acks_due -= 1
                 if self._acks_due == 0:
-                    await self._main.tell(Kind.SWITCHOVER_ACK)
+                    await self._main.send_control(Kind.SWITCHOVER_ACK)
             case Ack.REUSABLE:
-                await self._main.tell(Kind.SWITCHOVER_ACK, frame.device, value=frame.value)
+                await self._main.send_control(Kind.SWITCHOVER_ACK, frame.device, value=frame.value)
             case _:
                 raise PeerProtocolError("INIT_DATA_SENT came, but switchover-ack is not used")

@@ -12,18 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proto_v3.errors import LocalProtocolError
-from proto_v3.notify import Bell
+from proto_v3.notify import Notify
 from proto_v3.timeline import Join
 from proto_v3.vfio.device import BlocksFd
 from proto_v3.vmm.migration import read_some
 from proto_v3.wire.frames import Frame, Kind
-from proto_v3.wire.streams import OutLane
+from proto_v3.wire.streams import OutStream
 
 
 class BlockReaders:
     """Reads one device's blocks."""
 
-    def __init__(self, fd: BlocksFd, lanes: Sequence[OutLane], device: int, read_bytes: int) -> None:
+    def __init__(self, fd: BlocksFd, lanes: Sequence[OutStream], device: int, read_bytes: int) -> None:
         self._fd = fd
         self._lanes = lanes
         self.device = device
@@ -37,7 +37,7 @@ class BlockReaders:
         self._run_blocks = 1
         self._block_bytes = 0
         self._final = False
-        self._bell = Bell()
+        self._notify = Notify()
 
     @property
     def unread_bytes(self) -> int:
@@ -54,13 +54,13 @@ class BlockReaders:
             self._wanted = np.zeros(dirty.blocks, np.bool_)
         self._wanted |= bits.astype(np.bool_)
         self._left = int(np.count_nonzero(self._wanted))
-        self._bell.ring()
+        self._notify.notify()
 
     async def finish(self) -> None:
         """The device is in STOP_COPY: what is dirty now is the last of it."""
         await self.ask()
         self._final = True
-        self._bell.ring()
+        self._notify.notify()
 
     async def work(self, name: str) -> None:
         """Read and send until all is read; then the END."""
@@ -74,10 +74,10 @@ class BlockReaders:
         for at, lane in enumerate(self._lanes, 1):
             await lane.send(Frame(Kind.STREAM_END, self.device, at))
 
-    async def _read(self, lane: OutLane, at: int) -> None:
+    async def _read(self, lane: OutStream, at: int) -> None:
         while self._left or not self._final:
             if not self._left:
-                await self._bell.wait()
+                await self._notify.wait()
                 continue
             first, count = self._next_run()
             data = await self._fd.read_blocks(first, count)

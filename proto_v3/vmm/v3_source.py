@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 
-from proto_v3.notify import Bell
+from proto_v3.notify import Notify
 from proto_v3.timeline import Join, Mark
 from proto_v3.vfio.device import BlocksFd, DataFd, Ready
 from proto_v3.vmm.migration import OutcomeKind, ReturnPath, Side, Source, pause, read_some
@@ -25,7 +25,7 @@ from proto_v3.vmm.v3 import V3Options, opt_out
 from proto_v3.vmm.v3_blocks import BlockReaders
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
-from proto_v3.wire.streams import OutLane, OutLanes, OwnOutLanes, SharedOutLanes, Wire
+from proto_v3.wire.streams import OutStream, OutStreams, OwnOutStreams, SharedOutStreams, Wire
 
 
 class _Critical:
@@ -48,7 +48,7 @@ class _Critical:
 class _Stream:
     """A data fd and the lane that its bytes take."""
 
-    def __init__(self, fd: DataFd, lane: OutLane, device: int, index: int) -> None:
+    def __init__(self, fd: DataFd, lane: OutStream, device: int, index: int) -> None:
         self.fd = fd
         self.lane = lane
         self.device = device
@@ -81,23 +81,23 @@ class V3Source(Source):
         self._options = options
         self._control = channels[0]
         devices = len(side.devices)
-        self._lanes: OutLanes
+        self._lanes: OutStreams
         if options.wire is Wire.STREAMS:
-            self._lanes = OwnOutLanes(channels, 1 + options.lanes)
+            self._lanes = OwnOutStreams(channels, 1 + options.lanes)
         else:
             shared = channels[:1] if options.wire is Wire.ONE else channels[1:]
-            self._lanes = SharedOutLanes(shared, devices, options.credits)
+            self._lanes = SharedOutStreams(shared, devices, options.credits)
         self._critical = [_Critical() for _ in side.devices]
         self._readers: list[BlockReaders] = []
         self._backlogs: list[tuple[_Stream | BlockReaders, StreamBacklog]] = []
         """Of each dirty stream, and of the readers of each device's blocks."""
         self._sending: list[asyncio.Task[None]] = []
-        self._news = Bell()
+        self._news = Notify()
         """Whether a device is ready may have changed."""
         self._whole = self.switchover()
         self._ram = RamBacklog(side.settings, self.now_ns)
         self._ram_bytes_sent = 0
-        self._ram_bell = Bell()
+        self._ram_bell = Notify()
         self._ram_goes_on = True
         """Not while the guest is being stopped."""
         self.back = ReturnPath(channels[0], devices, self._heard)
@@ -110,7 +110,7 @@ class V3Source(Source):
             await device.set_streams(self._options.dirty_streams, self._options.flags)
         start = self.now_ns
         await self.side.machine.set_up()
-        await self._control.tell(Kind.SETUP, value=len(self.side.devices))
+        await self._control.send_control(Kind.SETUP, value=len(self.side.devices))
         self.side.timeline.stage("setup", start)
         async with Join() as beside:
             listening = beside.start(self.back.listen(), "source return path")
@@ -120,7 +120,7 @@ class V3Source(Source):
                 self.side.timeline.mark(Mark.DRAINED)
                 await self.back.wait_for(Kind.LOADED)
                 self.back.may_resume = True
-                await self._control.tell(Kind.COMMIT)
+                await self._control.send_control(Kind.COMMIT)
                 await self.back.wait_for(Kind.RESUMED)
             else:
                 listening.cancel()
@@ -167,7 +167,7 @@ class V3Source(Source):
 
     def _end_precopy(self, *, stopped: bool) -> None:
         self._stopped.set_result(stopped)
-        self._ram_bell.ring()
+        self._ram_bell.notify()
 
     async def _start_streams(self, tasks: Join, device: int) -> None:
         name = self.side.devices[device].name
@@ -219,7 +219,7 @@ class V3Source(Source):
                 if known.drained and info.epoch > known.sent_epoch:
                     known.sent_epoch = info.epoch
                     await stream.say(Kind.EPOCH_SENT, info.epoch)
-                self._news.ring()
+                self._news.notify()
                 news = await stream.fd.poll()
                 known.drained = False
                 if news & Ready.NEW_EPOCH:
@@ -255,7 +255,7 @@ class V3Source(Source):
         if not critical.loaded_epoch < frame.value <= critical.sent_epoch:
             return False
         critical.loaded_epoch = frame.value
-        self._news.ring()
+        self._news.notify()
         return True
 
     # --- when to stop -------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ class V3Source(Source):
             if await self.stop_guest():
                 return None
             self._ram_goes_on = True
-            self._ram_bell.ring()
+            self._ram_bell.notify()
         return outcome
 
     async def _converge(self, start_ns: int) -> OutcomeKind | None:
@@ -341,5 +341,5 @@ class V3Source(Source):
         for device, fd in self.fds.items():
             info = await fd.stream_info()
             late += info.epoch != self._critical[device].loaded_epoch or info.pending_bytes > 0
-        self.late_looks += late
+        self.late_final_checks += late
         return not late or self.retries >= self._options.max_retries

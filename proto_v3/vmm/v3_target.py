@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Sequence
 
 from proto_v3.errors import PeerProtocolError
-from proto_v3.notify import Bell
+from proto_v3.notify import Notify
 from proto_v3.timeline import Join, Mark
 from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.uapi import State
@@ -18,7 +18,7 @@ from proto_v3.vmm.migration import Side, Target
 from proto_v3.vmm.v3 import V3Options, opt_out
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
-from proto_v3.wire.streams import InLane, InLanes, OwnInLanes, SharedInLanes, Wire
+from proto_v3.wire.streams import InStream, InStreams, OwnInStreams, SharedInStreams, Wire
 
 
 class V3Target(Target):
@@ -29,17 +29,17 @@ class V3Target(Target):
         self._options = options
         self._control = channels[0]
         lanes = 1 + options.lanes
-        self._lanes: InLanes
+        self._lanes: InStreams
         if options.wire is Wire.STREAMS:
-            self._lanes = OwnInLanes(channels, lanes, self._hold)
+            self._lanes = OwnInStreams(channels, lanes, self._hold)
         else:
             shared = channels[:1] if options.wire is Wire.ONE else channels[1:]
             devices = len(side.devices)
-            self._lanes = SharedInLanes(channels[0], shared, devices, lanes, options.credits, self._hold)
+            self._lanes = SharedInStreams(channels[0], shared, devices, lanes, options.credits, self._hold)
         self._held_bytes = 0
         self._loading: list[asyncio.Task[None]] = []
         self._ram_sent = self._loaded = self._committed = self._cancelled = False
-        self._bell = Bell()
+        self._notify = Notify()
 
     async def receive(self) -> bool:
         """See proto_v3.vmm.migration.Target."""
@@ -57,14 +57,14 @@ class V3Target(Target):
                 for device in self.side.devices:
                     await device.set_state(State.STOP)
                 self._loaded = True
-                await self._control.tell(Kind.LOADED)
+                await self._control.send_control(Kind.LOADED)
             while not (self._committed or self._cancelled):
-                await self._bell.wait()
+                await self._notify.wait()
         if self._cancelled:
             return await self.cancelled()
         await self.resume_guest()
         await opt_out(self.side.devices)  # before it is said: that may fail, and the guest runs all the same
-        await self._control.tell(Kind.RESUMED)
+        await self._control.send_control(Kind.RESUMED)
         return True
 
     async def cancelled(self) -> bool:
@@ -76,7 +76,7 @@ class V3Target(Target):
     async def _load_others(self) -> None:
         """All other devices of the guest, once RAM is here."""
         while not self._ram_sent:
-            await self._bell.wait()
+            await self._notify.wait()
         await self.side.machine.load_other_devices()
 
     async def _listen(self) -> None:
@@ -100,16 +100,16 @@ class V3Target(Target):
                     self.side.timeline.stage("ram_load", began)
                     self.side.timeline.mark(Mark.TRANSFERRED)
                     self._ram_sent = True
-                    self._bell.ring()
+                    self._notify.notify()
                 case Kind.COMMIT if self._loaded:
                     self._committed = True
-                    self._bell.ring()
+                    self._notify.notify()
                     return
                 case Kind.CANCEL:
                     self._cancelled = True
                     for task in self._loading:
                         task.cancel()
-                    self._bell.ring()
+                    self._notify.notify()
                     return
                 case _:
                     raise PeerProtocolError(f"{frame.kind.name} came on the first connection, where it is not due")
@@ -134,7 +134,7 @@ class V3Target(Target):
         self.side.timeline.mark(Mark.LOADED)
         await self.load_config(index)
 
-    async def _load_lane(self, lane: InLane, index: int, at: int, fd: DataFd, last: list[Frame]) -> None:
+    async def _load_lane(self, lane: InStream, index: int, at: int, fd: DataFd, last: list[Frame]) -> None:
         while True:
             frame = await lane.recv()
             match frame.kind:
@@ -143,7 +143,7 @@ class V3Target(Target):
                 case Kind.LAST if self._options.blocks and at and not last:
                     last.append(frame)
                 case Kind.EPOCH_SENT if at == 0:
-                    await self._control.tell(Kind.EPOCH_LOADED, index, 0, frame.value)
+                    await self._control.send_control(Kind.EPOCH_LOADED, index, 0, frame.value)
                 case Kind.STREAM_END:
                     if at == 0 or not self._options.blocks:
                         await fd.close()

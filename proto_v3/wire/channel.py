@@ -40,7 +40,7 @@ class Channel:
         self.messages_sent += not len(frame.payload)
         await self._transport.send(header, frame.payload)
 
-    async def tell(self, kind: Kind, device: int = 0, stream: int = 0, value: int = 0) -> None:
+    async def send_control(self, kind: Kind, device: int = 0, stream: int = 0, value: int = 0) -> None:
         """Send a frame without payload."""
         await self.send(Frame(kind, device, stream, value))
 

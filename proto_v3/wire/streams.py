@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from proto_v3.errors import PeerProtocolError
-from proto_v3.notify import Bell
+from proto_v3.notify import Notify
 from proto_v3.timeline import cause, caused_by
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
@@ -50,14 +50,14 @@ class Credits:
         return self.dirty_bytes if lane else self.critical_bytes
 
 
-class OutLane(Protocol):
+class OutStream(Protocol):
     """A lane at the source."""
 
     async def send(self, frame: Frame) -> None:
         """Return when a connection took it; waits for room, and for credit where there is one."""
 
 
-class InLane(Protocol):
+class InStream(Protocol):
     """A lane at the target."""
 
     async def recv(self) -> Frame:
@@ -67,10 +67,10 @@ class InLane(Protocol):
         """The driver took what the frame brought."""
 
 
-class OutLanes(Protocol):
+class OutStreams(Protocol):
     """All lanes at the source."""
 
-    def lane(self, device: int, lane: int) -> OutLane:
+    def lane(self, device: int, lane: int) -> OutStream:
         """One of them."""
 
     def work(self) -> list[Work]:
@@ -80,10 +80,10 @@ class OutLanes(Protocol):
         """A CREDIT came; False if there are none here."""
 
 
-class InLanes(Protocol):
+class InStreams(Protocol):
     """All lanes at the target."""
 
-    def lane(self, device: int, lane: int) -> InLane:
+    def lane(self, device: int, lane: int) -> InStream:
         """One of them."""
 
     def work(self) -> list[Work]:
@@ -133,11 +133,11 @@ class OwnConnections:
         return []
 
 
-class OwnOutLanes(OwnConnections):
-    """See OutLanes."""
+class OwnOutStreams(OwnConnections):
+    """See OutStreams."""
 
-    def lane(self, device: int, lane: int) -> OutLane:
-        """See OutLanes."""
+    def lane(self, device: int, lane: int) -> OutStream:
+        """See OutStreams."""
         return _OwnOut(self._channel(device, lane))
 
     def credited(self, frame: Frame) -> bool:
@@ -145,15 +145,15 @@ class OwnOutLanes(OwnConnections):
         return False
 
 
-class OwnInLanes(OwnConnections):
-    """See InLanes."""
+class OwnInStreams(OwnConnections):
+    """See InStreams."""
 
     def __init__(self, channels: Sequence[Channel], lanes: int, hold: Hold) -> None:
         super().__init__(channels, lanes)
         self._hold = hold
 
-    def lane(self, device: int, lane: int) -> InLane:
-        """See InLanes."""
+    def lane(self, device: int, lane: int) -> InStream:
+        """See InStreams."""
         return _OwnIn(self._channel(device, lane), device, lane, self._hold)
 
     def arrived(self, frame: Frame) -> bool:
@@ -169,23 +169,23 @@ class _Credit:
 
     def __init__(self, size: int) -> None:
         self._all = self._left = size
-        self._bell = Bell()
+        self._notify = Notify()
 
     async def take(self, size: int) -> None:
         """Wait for so much; a frame that is larger than all of it goes when nothing else is out."""
         while self._left < min(size, self._all):
-            await self._bell.wait()
+            await self._notify.wait()
         self._left -= size
 
     def give(self, size: int) -> None:
         if self._left + size > self._all:
             raise PeerProtocolError(f"{size} bytes of credit came back, {self._all - self._left} were out")
         self._left += size
-        self._bell.ring()
+        self._notify.notify()
 
 
 class _SharedOut:
-    def __init__(self, lanes: SharedOutLanes, credit: _Credit, critical: bool) -> None:
+    def __init__(self, lanes: SharedOutStreams, credit: _Credit, critical: bool) -> None:
         self._lanes = lanes
         self._credit = credit
         self._critical = critical
@@ -201,8 +201,8 @@ _Carried = tuple[Frame, asyncio.Future[int]]
 """A frame, and who is told when a connection took it."""
 
 
-class SharedOutLanes:
-    """See OutLanes: a connection that is free takes what comes next, critical frames first.
+class SharedOutStreams:
+    """See OutStreams: a connection that is free takes what comes next, critical frames first.
 
     Of several that are free, the one that has been for longest: else one socket would be filled before the next gets
     anything, and a bounded credit would keep a few of many connections busy.
@@ -216,8 +216,8 @@ class SharedOutLanes:
         self._free: deque[asyncio.Future[tuple[_Carried, int]]] = deque()
         """Of the senders that wait for a frame, in the order in which they came to; with it comes what caused it."""
 
-    def lane(self, device: int, lane: int) -> OutLane:
-        """See OutLanes."""
+    def lane(self, device: int, lane: int) -> OutStream:
+        """See OutStreams."""
         return _SharedOut(self, self._credits[device][lane > 0], critical=lane == 0)
 
     def work(self) -> list[Work]:
@@ -253,7 +253,7 @@ class SharedOutLanes:
                 sent.set_result(cause())
 
     def credited(self, frame: Frame) -> bool:
-        """See OutLanes."""
+        """See OutStreams."""
         if frame.device >= len(self._credits) or frame.stream > 1:
             return False
         self._credits[frame.device][frame.stream].give(frame.value)
@@ -294,21 +294,21 @@ class _Room:
 
 
 class _SharedIn:
-    def __init__(self, lanes: SharedInLanes) -> None:
+    def __init__(self, lanes: SharedInStreams) -> None:
         self._lanes = lanes
         self._early: dict[int, Frame] = {}
         self._due = 1
-        self._bell = Bell()
+        self._notify = Notify()
 
     def put(self, frame: Frame) -> None:
         if frame.place < self._due or frame.place in self._early:
             raise PeerProtocolError(f"frame {frame.place} of device {frame.device} stream {frame.stream} came again")
         self._early[frame.place] = frame
-        self._bell.ring()
+        self._notify.notify()
 
     async def recv(self) -> Frame:
         while self._due not in self._early:
-            await self._bell.wait()
+            await self._notify.wait()
         self._due += 1
         return self._early.pop(self._due - 1)
 
@@ -316,8 +316,8 @@ class _SharedIn:
         await self._lanes.took(frame)
 
 
-class SharedInLanes:
-    """See InLanes. `first` is the first connection, on which credit goes back."""
+class SharedInStreams:
+    """See InStreams. `first` is the first connection, on which credit goes back."""
 
     def __init__(
         self, first: Channel, channels: Sequence[Channel], devices: int, lanes: int, credits: Credits, hold: Hold
@@ -328,8 +328,8 @@ class SharedInLanes:
         self._rooms = [[_Room(credits.of(lane)) for lane in (0, 1)] for _ in range(devices)]
         self._lanes = [[_SharedIn(self) for _ in range(lanes)] for _ in range(devices)]
 
-    def lane(self, device: int, lane: int) -> InLane:
-        """See InLanes."""
+    def lane(self, device: int, lane: int) -> InStream:
+        """See InStreams."""
         return self._lanes[device][lane]
 
     def work(self) -> list[Work]:
@@ -345,7 +345,7 @@ class SharedInLanes:
             del frame  # its payload's memory is free once it is loaded
 
     def arrived(self, frame: Frame) -> bool:
-        """See InLanes."""
+        """See InStreams."""
         if not frame.place:
             return False
         if frame.device >= len(self._lanes) or frame.stream >= len(self._lanes[frame.device]):
@@ -361,4 +361,4 @@ class SharedInLanes:
         critical_or_dirty = int(frame.stream > 0)
         back = self._rooms[frame.device][critical_or_dirty].take(len(frame.payload))
         if back:
-            await self._first.tell(Kind.CREDIT, frame.device, critical_or_dirty, back)
+            await self._first.send_control(Kind.CREDIT, frame.device, critical_or_dirty, back)

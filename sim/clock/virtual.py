@@ -69,7 +69,7 @@ class RealIOError(ClockError):
     """The program called a method of the loop that would let the real world in; the message names it."""
 
 
-class Place(NamedTuple):
+class CodePlace(NamedTuple):
     """A line of code that waits."""
 
     function: str
@@ -84,7 +84,7 @@ class WaitingTask(NamedTuple):
     """An unfinished task: its name, its awaits from the innermost out, the name of the task it waits for, if any."""
 
     name: str
-    places: tuple[Place, ...]
+    places: tuple[CodePlace, ...]
     awaits: str | None
 
     def __str__(self) -> str:
@@ -640,7 +640,7 @@ def _to_ns(seconds: float) -> int:
         return _NEVER if seconds > 0 else 0
 
 
-def _await_chain(awaited: object) -> tuple[Place, ...]:
+def _await_chain(awaited: object) -> tuple[CodePlace, ...]:
     """Where a suspended coroutine stands, from its innermost await out."""
     places = []
     while awaited is not None:
@@ -648,7 +648,7 @@ def _await_chain(awaited: object) -> tuple[Place, ...]:
             if hasattr(awaited, frame_name):
                 frame, awaited = getattr(awaited, frame_name), getattr(awaited, next_name)
                 if frame is not None:
-                    places.append(Place(frame.f_code.co_qualname, frame.f_code.co_filename, frame.f_lineno))
+                    places.append(CodePlace(frame.f_code.co_qualname, frame.f_code.co_filename, frame.f_lineno))
                 break
         else:
             # What `async for` and `__await__` put in between does not tell what it drives; the garbage collector does.

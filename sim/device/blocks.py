@@ -21,9 +21,9 @@ from proto_v3.wire.frames import EMPTY, Payload
 from sim.clock.virtual import now_ns
 from sim.device.guest import Int32
 from sim.device.load_v3 import V3LoadedFd, V3LoadSession
-from sim.device.record import V3_HEADER_BYTES, Extent, Part, Record, Tally
+from sim.device.record import V3_HEADER_BYTES, Extent, Record, RecordSlice, Tally
 from sim.device.state import DeviceState
-from sim.device.stream import DriverLock, SavedFd, Session, fails
+from sim.device.stream import DriverLock, MigrationSession, SavedFd, fails
 
 VERSION_BYTES = 8
 """In a BLOCKS record, of each block."""
@@ -37,7 +37,7 @@ def tally(version: Int32) -> Tally:
 class SaveBlocks(SavedFd):
     """The fd to read from (proto_v3.vfio.device.BlocksFd)."""
 
-    def __init__(self, device: DeviceState, session: Session, fd_lock: DriverLock) -> None:
+    def __init__(self, device: DeviceState, session: MigrationSession, fd_lock: DriverLock) -> None:
         super().__init__(session)
         self._device = device
         self._fd_lock = fd_lock
@@ -58,7 +58,7 @@ class SaveBlocks(SavedFd):
     @suspended.setter
     def suspended(self, suspended: bool) -> None:
         self._suspended = suspended
-        self._bell.ring()
+        self._notify.notify()
 
     def start_precopy(self) -> None:
         """The session starts in pre-copy: nothing is saved before it is asked for."""
@@ -66,12 +66,12 @@ class SaveBlocks(SavedFd):
     def finish(self) -> None:
         """The device is stopped."""
         self._final, self._suspended = True, False
-        self._bell.ring()
+        self._notify.notify()
 
     async def settle(self) -> None:
         """Wait for the SAVEs in flight: the device is suspended only after them."""
         while self._in_flight and not self._closed:
-            await self._bell.wait()
+            await self._notify.wait()
 
     def invalidate(self, blocks: BlockRange) -> None:
         """They are dirty again, whatever the VMM was told."""
@@ -113,7 +113,7 @@ class SaveBlocks(SavedFd):
     async def _read(self, first: int, count: int) -> Payload:
         asked_ns = now_ns()
         while self._suspended:
-            await self._bell.wait()
+            await self._notify.wait()
             self.reads.wakeups += 1
             self._check_open()
         device = self._device
@@ -128,7 +128,7 @@ class SaveBlocks(SavedFd):
             await self._around.firmware.save(record.size_bytes)
         finally:
             self._in_flight -= 1
-            self._bell.ring()
+            self._notify.notify()
         self._check_open()
         if self._session.faults.of_command("SAVE") is not None:
             self._session.fail()
@@ -161,7 +161,7 @@ class SaveBlocks(SavedFd):
             self._check_open()
         self.reads.add(record.size_bytes, asked_ns, ready_ns, locked_ns)
         self.reads.wakeups += 1  # the caller slept while the device saved
-        return Extent([Part(record, 0, record.size_bytes)])
+        return Extent([RecordSlice(record, 0, record.size_bytes)])
 
     def pending_bytes(self) -> int:
         """Of the blocks that can be read and were not, as they are now."""

@@ -1,8 +1,9 @@
 """The kernel driver of one device: its migration states, the cost of its arcs, and its sessions.
 
 One driver has both faces. Without MIG_STREAMS it is v2: one stream that carries everything, critical objects first.
-With it, the session has a critical stream and N dirty ones; a block's home is the dirty stream of its number modulo N,
-so that order per stream gives order per block. Or, with BLOCKS, a critical stream and one fd of addressable blocks.
+With it, the session has a critical stream and N dirty ones; a block's stripe is the dirty stream of its number
+modulo N, so that order per stream gives order per block. Or, with BLOCKS, a critical stream and one fd of
+addressable blocks.
 
 In v3 an error on any stream puts the device in ERROR, and every stream answers EIO from then on.
 
@@ -29,7 +30,16 @@ from sim.device.save import image_bytes
 from sim.device.save_v2 import V2Stream
 from sim.device.save_v3 import CriticalStream, DirtyStream
 from sim.device.state import DeviceState, Image
-from sim.device.stream import CriticalLoad, DriverLock, Faults, LoadCounts, ReadCounts, Session, Surroundings, fails
+from sim.device.stream import (
+    CriticalLoad,
+    DriverContext,
+    DriverLock,
+    Faults,
+    LoadCounts,
+    MigrationSession,
+    ReadCounts,
+    fails,
+)
 from sim.scenario.tables import Device, Driver
 from sim.scenario.units import ns
 
@@ -50,7 +60,7 @@ class SimDriver:
         self,
         spec: Device,
         settings: Driver,
-        around: Surroundings,
+        around: DriverContext,
         global_lock: DriverLock,
         *,
         state: DeviceState | None = None,
@@ -213,8 +223,8 @@ class SimDriver:
             self._end_saving()
         return None
 
-    def _session(self) -> Session:
-        return Session(self._around, self._settings, self._state_lock, self._faults, self._fail)
+    def _session(self) -> MigrationSession:
+        return MigrationSession(self._around, self._settings, self._state_lock, self._faults, self._fail)
 
     def _fail(self) -> None:
         """v3: something failed on a stream, and so everything has."""
@@ -244,8 +254,8 @@ class SimDriver:
             dirty = [SaveBlocks(device, session, self._read_lock())]
         else:
             count = self._dirty_streams
-            homes = [slice(i, None, count) for i in range(count)]
-            dirty = [DirtyStream(1 + i, device, session, self._read_lock(), home) for i, home in enumerate(homes)]
+            stripes = [slice(i, None, count) for i in range(count)]
+            dirty = [DirtyStream(1 + i, device, session, self._read_lock(), stripe) for i, stripe in enumerate(stripes)]
         critical = CriticalStream(device, session, self._read_lock())
         critical.dirty = dirty
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from proto_v3.timeline import Resource, Timeline
 from sim.clock.virtual import now_ns
-from sim.resource import Engines, duration_ns
+from sim.resource import CommandSlots, duration_ns
 from sim.scenario.tables import Firmware
 from sim.scenario.units import MIB, ns
 
@@ -31,7 +31,7 @@ class FirmwareModel:
 
     def __init__(self, settings: Firmware, rng: np.random.Generator, timeline: Timeline) -> None:
         self._settings = settings
-        self._engines = Engines(settings.engines)
+        self._engines = CommandSlots(settings.engines)
         self._factors = service_factors(settings.service_cv, rng)
         self._commands = 0
         self._timeline = timeline

@@ -14,21 +14,21 @@ from contextlib import AsyncExitStack
 
 import numpy as np
 
-from proto_v3.notify import Bell
+from proto_v3.notify import Notify
 from proto_v3.timeline import Resource
 from proto_v3.vfio.device import DataFd, Ready
 from proto_v3.vfio.uapi import PrecopyInfo, StreamInfo
 from proto_v3.wire.frames import Payload
 from sim.clock.virtual import now_ns, sleep_ns
-from sim.device.record import Extent, Part, Record, Tally
+from sim.device.record import Extent, Record, RecordSlice, Tally
 from sim.device.state import Image
-from sim.device.stream import CriticalLoad, DriverLock, LoadCounts, Session, fails
+from sim.device.stream import CriticalLoad, DriverLock, LoadCounts, MigrationSession, fails
 
 
 class LoadSession:
     """What the streams of one device's load share: the image, and what is loaded of it so far."""
 
-    def __init__(self, image: Image, session: Session, setup_ns: int, streams: int) -> None:
+    def __init__(self, image: Image, session: MigrationSession, setup_ns: int, streams: int) -> None:
         self.image = image
         self.session = session
         self.around = session.around
@@ -38,7 +38,7 @@ class LoadSession:
         self._open_streams = streams
         self._closed = 0  # the errno that every call gets, if any
         self._held_bytes = 0
-        self._bell = Bell()
+        self._notify = Notify()
 
     @property
     def whole(self) -> bool:
@@ -53,7 +53,7 @@ class LoadSession:
     def end(self, code: int = errno.ENODEV) -> None:
         """The session is over: every call gets this error, whoever waits too."""
         self._closed = self._closed or code
-        self._bell.ring()
+        self._notify.notify()
 
     @property
     def over(self) -> bool:
@@ -202,7 +202,7 @@ class LoadStream(LoadedFd):
                     await self._complete(part.record)
                     self._session.take(-part.record.size_bytes)
 
-    def _check_order(self, part: Part) -> None:
+    def _check_order(self, part: RecordSlice) -> None:
         """The next bytes of the stream must be these; anything else is a stream that was cut, altered or reordered."""
         record = part.record
         if (record.stream, record.sequence, part.start) == (self._index, self._sequence, self._offset):

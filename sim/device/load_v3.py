@@ -17,14 +17,14 @@ from proto_v3.vfio.uapi import PrecopyInfo, StreamInfo
 from sim.device.load import LoadedFd, LoadSession, LoadStream
 from sim.device.record import Record
 from sim.device.state import Image
-from sim.device.stream import DriverLock, Session, fails
+from sim.device.stream import DriverLock, MigrationSession, fails
 from sim.scenario.tables import Device
 
 
 class V3LoadSession(LoadSession):
     """See sim.device.load.LoadSession."""
 
-    def __init__(self, image: Image, spec: Device, session: Session, setup_ns: int, streams: int) -> None:
+    def __init__(self, image: Image, spec: Device, session: MigrationSession, setup_ns: int, streams: int) -> None:
         super().__init__(image, session, setup_ns, streams)
         self._name = spec.name
         self._block_bytes = spec.block_bytes
@@ -63,7 +63,7 @@ class V3LoadSession(LoadSession):
             if self._critical_ended:
                 what = f"stream {record.stream}: record {record.sequence} waits for epoch {record.epoch}"
                 raise self.refuse(errno.EPROTO, f"{what}, which never came: {self._epoch_loaded} was the last")
-            await self._bell.wait()
+            await self._notify.wait()
             self.check_open()
         valid = self._valid(record)
         self.counts.overtaken_bytes += (len(record.blocks) - int(valid.sum())) * self._block_bytes
@@ -101,13 +101,13 @@ class V3LoadSession(LoadSession):
             self.image.version[each.slice] = -1
             self._valid_from[each.slice] = each.epoch
         self._epoch_loaded = max(self._epoch_loaded, record.epoch)
-        self._bell.ring()
+        self._notify.notify()
 
     async def _end_stream(self, record: Record) -> None:
         self._last_epoch = max(self._last_epoch, record.epoch)
         if record.stream == 0:
             self._critical_ended = True
-            self._bell.ring()
+            self._notify.notify()
         await super()._end_stream(record)
 
 

@@ -115,7 +115,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RecordSlice:
     """Bytes [start, stop) of a record."""
 
     record: Record
@@ -128,7 +128,7 @@ class Extent:
 
     __slots__ = ("_bytes", "parts")
 
-    def __init__(self, parts: list[Part]) -> None:
+    def __init__(self, parts: list[RecordSlice]) -> None:
         self.parts = parts
         self._bytes = sum(part.stop - part.start for part in parts)
 
@@ -144,7 +144,7 @@ class Extent:
             size = part.stop - part.start
             first, last = max(begin - at, 0), min(end - at, size)
             if first < last:
-                parts.append(Part(part.record, part.start + first, part.start + last))
+                parts.append(RecordSlice(part.record, part.start + first, part.start + last))
             at += size
         return Extent(parts)
 

@@ -19,9 +19,9 @@ from proto_v3.timeline import on_track
 from proto_v3.vfio.device import Ready
 from proto_v3.wire.frames import EMPTY, Payload
 from sim.clock.virtual import now_ns
-from sim.device.record import HEADER_BYTES, NO_INDICES, Extent, Part, Record, Tally, ranges_bytes, table_bytes
+from sim.device.record import HEADER_BYTES, NO_INDICES, Extent, Record, RecordSlice, Tally, ranges_bytes, table_bytes
 from sim.device.state import DeviceState, Indices
-from sim.device.stream import DriverLock, SavedFd, Session, fails
+from sim.device.stream import DriverLock, MigrationSession, SavedFd, fails
 from sim.scenario.tables import Device, Driver
 from sim.scenario.units import KIB, ns
 
@@ -35,7 +35,8 @@ def image_bytes(spec: Device, driver: Driver, objects: int, blocks: int, header_
 
 
 class SaveStream(SavedFd):
-    """A stream of `home`, which are its blocks (None: it has none), and of the critical objects if `objects` is set."""
+    """A stream of `stripe`, which are its blocks (None: it has none), and of the critical objects if `objects` is
+    set."""
 
     header_bytes = HEADER_BYTES
     end_bytes = 0
@@ -45,10 +46,10 @@ class SaveStream(SavedFd):
         self,
         index: int,
         device: DeviceState,
-        session: Session,
+        session: MigrationSession,
         fd_lock: DriverLock,
         *,
-        home: slice | None,
+        stripe: slice | None,
         objects: bool,
     ) -> None:
         super().__init__(session)
@@ -58,7 +59,7 @@ class SaveStream(SavedFd):
         self._device = device
         self._driver = session.driver
         self._fd_lock = fd_lock
-        self._home = home
+        self._stripe = stripe
         self._carries_objects = objects
         self._chunk_bytes = self._driver.chunk_bytes
         self._free_chunks = self._driver.chunks
@@ -84,7 +85,7 @@ class SaveStream(SavedFd):
         on_track(f"source {self._device.spec.name} producer {self._index}")
         while not self._ended:
             while not self._can_save():
-                await self._bell.wait()
+                await self._notify.wait()
             record = self._next_record()
             if not record.end:  # that one is the driver's own
                 self._saving = record
@@ -95,7 +96,7 @@ class SaveStream(SavedFd):
                     return
             self._append(record)
             self._planned = self._has_plan()
-            self._bell.ring()
+            self._notify.notify()
 
     def _can_save(self) -> bool:
         room = not self._in_chunks or self._free_chunks > 0 or not self._holds_data()
@@ -108,7 +109,7 @@ class SaveStream(SavedFd):
         while (saving is not None and self._saving is saving) or (self._planned and not self._in_chunks):
             if self._closed:
                 return
-            await self._bell.wait()
+            await self._notify.wait()
 
     def _save_failed(self) -> None:
         """A SAVE failed: nothing more comes (mlx5: MLX5_MIGF_STATE_ERROR, for which read() answers ENODEV)."""
@@ -120,13 +121,13 @@ class SaveStream(SavedFd):
             self.plan_all(initial=True)
             return
         self._append(self._new_record(payload_bytes=self._driver.check_bytes, initial=True))
-        self._bell.ring()
+        self._notify.notify()
 
     def plan_all(self, *, initial: bool = False) -> None:
         """Plan what is dirty: everything at first, later what was written to or reconfigured since it was saved."""
         self._device.advance(now_ns())
         if self._driver.precopy == "reread":
-            self._device.forget_saves(self._home or slice(0), objects=self._carries_objects)
+            self._device.forget_saves(self._stripe or slice(0), objects=self._carries_objects)
         self._plan_initial = initial
         self._plan(self._dirty_objects(), self._dirty_blocks(stopped=self._final))
 
@@ -139,13 +140,13 @@ class SaveStream(SavedFd):
         self._plan_objects, self._plan_blocks = objects, blocks
         self._planned_ns = now_ns()
         self._planned = self._has_plan()
-        self._bell.ring()
+        self._notify.notify()
 
     def _dirty_objects(self) -> Indices:
         return self._device.dirty_objects() if self._carries_objects else NO_INDICES
 
     def _dirty_blocks(self, *, stopped: bool) -> Indices:
-        return NO_INDICES if self._home is None else self._device.dirty_blocks(self._home, stopped=stopped)
+        return NO_INDICES if self._stripe is None else self._device.dirty_blocks(self._stripe, stopped=stopped)
 
     def _new_epoch(self) -> bool:
         """An epoch is to be told of, be there anything to save or not: v3's critical stream does it."""
@@ -236,7 +237,7 @@ class SaveStream(SavedFd):
                 self._check_open()
                 if chunks:
                     self._free_chunks += chunks
-                    self._bell.ring()
+                    self._notify.notify()
             self.reads.add(len(data), asked_ns, ready_ns, locked_ns)
             return data
         return EMPTY
@@ -252,7 +253,7 @@ class SaveStream(SavedFd):
             if self._unread_bytes:
                 return True
             if self._planned:
-                await self._bell.wait()
+                await self._notify.wait()
                 self.reads.wakeups += 1
                 continue
             await self._call()
@@ -275,7 +276,7 @@ class SaveStream(SavedFd):
             record = self._records[0]
             if record.sequence < 0:
                 self._number(record)
-            part = Part(record, self._offset, min(record.size_bytes, self._offset + size))
+            part = RecordSlice(record, self._offset, min(record.size_bytes, self._offset + size))
             parts.append(part)
             size -= part.stop - part.start
             taken += part.stop - part.start
@@ -304,7 +305,7 @@ class SaveStream(SavedFd):
             try:
                 async with asyncio.timeout(None if timeout_ns is None else timeout_ns / 1e9):
                     while not self._ready():
-                        await self._bell.wait()
+                        await self._notify.wait()
                     self.reads.wakeups += 1
             except TimeoutError:
                 pass
@@ -367,9 +368,9 @@ class SaveStream(SavedFd):
         device = self._device
         objects, blocks = len(self._dirty_objects()), len(self._dirty_blocks(stopped=True))
         if self._driver.precopy == "reread" and not self._final:
-            home = slice(0) if self._home is None else self._home
+            stripe = slice(0) if self._stripe is None else self._stripe
             objects = len(device.object_version) if self._carries_objects else 0
-            blocks = len(device.version[home])
+            blocks = len(device.version[stripe])
         planned = 0
         if not self._in_chunks:  # what is planned by now is still one image, the rest will come in chunks
             planned = self._planned_bytes(self._plan_objects, self._plan_blocks)

@@ -14,14 +14,16 @@ from sim.clock.virtual import now_ns
 from sim.device.record import NO_INDICES, STOP_COPY_SIZE_BYTES
 from sim.device.save import SaveStream
 from sim.device.state import DeviceState, Indices
-from sim.device.stream import DriverLock, Session, fails
+from sim.device.stream import DriverLock, MigrationSession, fails
 
 
 class V2Stream(SaveStream):
     """The whole state in one stream."""
 
-    def __init__(self, device: DeviceState, session: Session, fd_lock: DriverLock, *, reports_reinit: bool) -> None:
-        super().__init__(0, device, session, fd_lock, home=slice(None), objects=True)
+    def __init__(
+        self, device: DeviceState, session: MigrationSession, fd_lock: DriverLock, *, reports_reinit: bool
+    ) -> None:
+        super().__init__(0, device, session, fd_lock, stripe=slice(None), objects=True)
         self.reports_reinit = reports_reinit
         """The user opted in to PRECOPY_INFOv2."""
 
@@ -53,7 +55,7 @@ class V2Stream(SaveStream):
             if self.suspended:  # no SAVE can be made, so what could be saved is not asked for either
                 return self._told(PrecopyFlags(0))
             while self._saving is not None:
-                await self._bell.wait()
+                await self._notify.wait()
                 self._check_open()
             self._device.advance(now_ns())
             if self._reports_reinit_now():

@@ -20,7 +20,7 @@ from sim.clock.virtual import now_ns
 from sim.device.record import V3_HEADER_BYTES, Record
 from sim.device.save import SaveStream
 from sim.device.state import DeviceState
-from sim.device.stream import DriverLock, Session, fails
+from sim.device.stream import DriverLock, MigrationSession, fails
 
 
 class V3Stream(SaveStream):
@@ -37,7 +37,7 @@ class V3Stream(SaveStream):
         await self._call()
         self._check_open()
         self._device.advance(now_ns())
-        if self._home is not None and not self.suspended:  # critical data is saved as soon as it is there
+        if self._stripe is not None and not self.suspended:  # critical data is saved as soon as it is there
             self._refill_if_drained()
         return StreamInfo(self._epoch, self.pending_bytes())
 
@@ -55,8 +55,8 @@ class V3Stream(SaveStream):
 class CriticalStream(V3Stream):
     """The critical objects, and all that there is to tell of epochs."""
 
-    def __init__(self, device: DeviceState, session: Session, fd_lock: DriverLock) -> None:
-        super().__init__(0, device, session, fd_lock, home=None, objects=True)
+    def __init__(self, device: DeviceState, session: MigrationSession, fd_lock: DriverLock) -> None:
+        super().__init__(0, device, session, fd_lock, stripe=None, objects=True)
         self.dirty: Sequence[DataFd] = ()
         """The session's other fds."""
         self._seen_epoch = 0
@@ -84,7 +84,7 @@ class CriticalStream(V3Stream):
     async def new_epoch(self) -> None:
         """Wait until the epoch grew since the last stream_info(), or the session is over."""
         while not (self._epoch > self._seen_epoch or self._closed):
-            await self._bell.wait()
+            await self._notify.wait()
 
     async def stream_info(self) -> StreamInfo:
         """See proto_v3.vfio.device.DataFd."""
@@ -101,10 +101,12 @@ class CriticalStream(V3Stream):
 
 
 class DirtyStream(V3Stream):
-    """The blocks of one home."""
+    """The blocks of one stripe."""
 
-    def __init__(self, index: int, device: DeviceState, session: Session, fd_lock: DriverLock, home: slice) -> None:
-        super().__init__(index, device, session, fd_lock, home=home, objects=False)
+    def __init__(
+        self, index: int, device: DeviceState, session: MigrationSession, fd_lock: DriverLock, stripe: slice
+    ) -> None:
+        super().__init__(index, device, session, fd_lock, stripe=stripe, objects=False)
 
     def start_precopy(self) -> None:
         """See sim.device.save.SaveStream; the bytes by which the target is checked are critical."""
@@ -119,4 +121,4 @@ class DirtyStream(V3Stream):
                 len(record.blocks) > 0 and bool(np.all((record.blocks >= blocks.first_block) & (record.blocks < last)))
             )
         )
-        self._bell.ring()
+        self._notify.notify()

@@ -121,11 +121,11 @@ class DeviceState:
         """The vCPUs run again, for the migration failed. What the plan held for the time in between did happen late."""
         self._stopped_ns = None
 
-    def dirty_blocks(self, home: slice, stopped: bool) -> Indices:
-        """Numbers of the blocks of a home that have to be saved (again); the stop-only ones once it is stopped."""
+    def dirty_blocks(self, stripe: slice, stopped: bool) -> Indices:
+        """Numbers of the blocks of a stripe that have to be saved (again); the stop-only ones once it is stopped."""
         last = len(self.version) if stopped else len(self.version) - self.spec.stop_only_blocks
-        inside = slice(home.start, last, home.step)
-        first, step = home.start or 0, home.step or 1
+        inside = slice(stripe.start, last, stripe.step)
+        first, step = stripe.start or 0, stripe.step or 1
         return np.flatnonzero(self.version[inside] != self.saved[inside]) * step + first
 
     def dirty_objects(self) -> Indices:
@@ -138,9 +138,10 @@ class DeviceState:
         self.saved[blocks] = versions
         return versions
 
-    def forget_saves(self, home: slice = slice(None), *, objects: bool = True) -> None:
-        """All of a home is to be saved again, whatever was saved of it: for a new session, or a driver that rereads."""
-        self.saved[home] = -1
+    def forget_saves(self, stripe: slice = slice(None), *, objects: bool = True) -> None:
+        """All of a stripe is to be saved again, whatever was saved of it: for a new session, or a driver that
+        rereads."""
+        self.saved[stripe] = -1
         if objects:
             self.object_saved.fill(-1)
 

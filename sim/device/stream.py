@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from proto_v3.notify import Bell
+from proto_v3.notify import Notify
 from proto_v3.timeline import Resource, Timeline
 from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.uapi import PrecopyInfo, StreamInfo
@@ -36,7 +36,7 @@ def fails(code: int) -> OSError:
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class DriverContext:
     """What every stream of a device uses."""
 
     firmware: FirmwareModel
@@ -77,10 +77,10 @@ class Faults:
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
+class MigrationSession:
     """What the streams of one migration session share."""
 
-    around: Surroundings
+    around: DriverContext
     driver: Driver
     state_lock: DriverLock
     faults: Faults
@@ -111,7 +111,7 @@ class ReadCounts:
         self.copy_ns += now_ns() - locked_ns
 
 
-class Outlet:
+class FdBuffer:
     """What was taken from a stream, and is not read yet: nothing, if whoever takes it reads it.
 
     In live mode it is what is in the data fd's socket (sim.live.fd.save).
@@ -131,18 +131,18 @@ class Outlet:
 class SavedFd:
     """A data fd that is read from: what all kinds share. Calls that a kind does not have answer as the kernel would."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: MigrationSession) -> None:
         self.reads = ReadCounts()
-        self.outlet = Outlet()
+        self.outlet = FdBuffer()
         self._session = session
         self._around = session.around
         self._closed = 0  # the errno that every call gets, if any
-        self._bell = Bell()
+        self._notify = Notify()
 
     def end_session(self, code: int = errno.ENODEV) -> None:
         """The session is over: every call gets this error, whoever waits too."""
         self._closed = self._closed or code
-        self._bell.ring()
+        self._notify.notify()
 
     @property
     def over(self) -> bool:

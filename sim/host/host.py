@@ -11,14 +11,14 @@ from sim.device.driver import SimDriver
 from sim.device.firmware import FirmwareModel
 from sim.device.guest import make_activity
 from sim.device.state import DeviceState, Image
-from sim.device.stream import CopyModel, DriverLock, Surroundings
+from sim.device.stream import CopyModel, DriverContext, DriverLock
 from sim.host.vmms import target_device
 from sim.resource import Lock, Memory
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import GIB
 
 
-class Host:
+class HostResources:
     """What all devices of a host share."""
 
     def __init__(self, scenario: Scenario, seed: np.random.SeedSequence, timeline: Timeline) -> None:
@@ -34,12 +34,12 @@ class Host:
         self._call_ns = round(scenario.driver.call_us * 1_000)
         self.global_lock: DriverLock = Lock(timeline)
 
-    def around(self, pf: int) -> Surroundings:
+    def context(self, pf: int) -> DriverContext:
         """What the streams of a PF's devices use."""
-        return Surroundings(self._firmware[pf], self._memory, self.timeline, self._call_ns)
+        return DriverContext(self._firmware[pf], self._memory, self.timeline, self._call_ns)
 
 
-class LiveHost(Host):
+class LiveHost(HostResources):
     """In live mode: copies and calls take what they take, wherever they are made; locks are real."""
 
     def __init__(
@@ -54,10 +54,10 @@ class LiveHost(Host):
         self._new_lock = new_lock
         self.global_lock = new_lock(timeline)
 
-    def around(self, pf: int) -> Surroundings:
-        """See Host."""
+    def context(self, pf: int) -> DriverContext:
+        """See HostResources."""
         firmware = self._firmware[pf]
-        return Surroundings(firmware, self._memory, self.timeline, 0, self._new_lock, locks_in_read=False, tables=True)
+        return DriverContext(firmware, self._memory, self.timeline, 0, self._new_lock, locks_in_read=False, tables=True)
 
 
 class _Elsewhere:
@@ -73,22 +73,22 @@ def seeds(seed: int) -> list[np.random.SeedSequence]:
 
 
 def devices_at_source(
-    scenario: Scenario, guest_seed: np.random.SeedSequence, host: Host
+    scenario: Scenario, guest_seed: np.random.SeedSequence, host: HostResources
 ) -> list[tuple[SimDriver, DeviceState]]:
     """The devices that the guest uses, each with its state."""
     devices = []
     for spec, child in zip(scenario.devices, guest_seed.spawn(len(scenario.devices)), strict=True):
         state = DeviceState(spec, make_activity(spec, scenario.horizon_ns, np.random.default_rng(child)))
-        around = host.around(spec.pf)
+        around = host.context(spec.pf)
         devices.append((SimDriver(spec, scenario.driver, around, host.global_lock, state=state), state))
     return devices
 
 
-def devices_at_target(scenario: Scenario, host: Host) -> list[tuple[SimDriver, Image]]:
+def devices_at_target(scenario: Scenario, host: HostResources) -> list[tuple[SimDriver, Image]]:
     """The devices that are loaded, each with what is loaded of it."""
     devices = []
     for spec in scenario.devices:
         image = Image(spec)
         there = target_device(scenario, spec)
-        devices.append((SimDriver(there, scenario.driver, host.around(spec.pf), host.global_lock, image=image), image))
+        devices.append((SimDriver(there, scenario.driver, host.context(spec.pf), host.global_lock, image=image), image))
     return devices

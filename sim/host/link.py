@@ -15,11 +15,11 @@ import asyncio
 import errno
 from collections import deque
 
-from proto_v3.notify import Bell
+from proto_v3.notify import Notify
 from proto_v3.timeline import NO_CAUSE, Resource, Timeline, cause, caused_by
 from proto_v3.wire.frames import Payload
 from sim.clock.virtual import VirtualLoop, now_ns
-from sim.resource import Pipe
+from sim.resource import FifoServer
 from sim.scenario.tables import Link
 from sim.scenario.units import BYTES_PER_S_PER_GBIT, MIB
 
@@ -31,20 +31,20 @@ class ClosedError(ConnectionResetError):
 class _OneWay:
     """One direction of a connection."""
 
-    def __init__(self, settings: Link, link: Pipe, loop: VirtualLoop, timeline: Timeline, name: str) -> None:
+    def __init__(self, settings: Link, link: FifoServer, loop: VirtualLoop, timeline: Timeline, name: str) -> None:
         self._link = link
         self._loop = loop
-        self._connection = Pipe(settings.per_connection_gbit_per_s * BYTES_PER_S_PER_GBIT)
+        self._connection = FifoServer(settings.per_connection_gbit_per_s * BYTES_PER_S_PER_GBIT)
         self._buffer_bytes = round(settings.socket_buffer_mib * MIB)
         self._latency_ns = round(settings.round_trip_us * 500)
         self._timeline = timeline
         self._name = name
         self._in_flight_bytes = 0
         self._arrived: deque[tuple[bytes, Payload]] = deque()
-        self._room = Bell()
+        self._room = Notify()
         self._turn = asyncio.Lock()
         self._turn_given_by = NO_CAUSE
-        self._arrival = Bell()
+        self._arrival = Notify()
         self._gone: ConnectionResetError | None = None
         self.last_arrival_ns = 0
         self.wakeups = 0
@@ -76,7 +76,7 @@ class _OneWay:
     def _arrive(self, header: bytes, payload: Payload, span: int) -> None:
         if self._gone is None:
             self._arrived.append((header, payload))
-            self._arrival.ring(by=span)
+            self._arrival.notify(by=span)
 
     async def recv(self) -> tuple[bytes, Payload]:
         while not self._arrived:
@@ -93,22 +93,22 @@ class _OneWay:
             # A timer runs in the context of who set it: the span's cause is what the receiver did last.
             now = now_ns()
             span = self._timeline.span(Resource.LINK, "window update", now - self._latency_ns, now, track=self._name)
-            self._room.ring(by=span)
+            self._room.notify(by=span)
 
     def go(self, error: ConnectionResetError, *, lost: bool) -> None:
         """Nothing can be sent any more; what has arrived can be received, if it is not `lost`."""
         if lost:
             self._arrived.clear()
         self._gone = self._gone or error
-        self._room.ring()
-        self._arrival.ring()
+        self._room.notify()
+        self._arrival.notify()
 
     def _check_there(self) -> None:
         if self._gone is not None:
             raise type(self._gone)(*self._gone.args)
 
 
-class End:
+class ConnectionEnd:
     """One end of a connection (proto_v3.wire.channel.Transport): sends one way, receives the other."""
 
     def __init__(self, name: str, out: _OneWay, into: _OneWay) -> None:
@@ -134,7 +134,7 @@ class NetworkLink:
         self._loop = loop
         self._timeline = timeline
         bytes_per_s = settings.gbit_per_s * BYTES_PER_S_PER_GBIT
-        self._there, self._back = Pipe(bytes_per_s), Pipe(bytes_per_s)
+        self._there, self._back = FifoServer(bytes_per_s), FifoServer(bytes_per_s)
         self._ways: list[_OneWay] = []
 
     @property
@@ -147,12 +147,12 @@ class NetworkLink:
         """Of both hosts, by the network."""
         return sum(way.wakeups for way in self._ways)
 
-    def connect(self, name: str) -> tuple[End, End]:
+    def connect(self, name: str) -> tuple[ConnectionEnd, ConnectionEnd]:
         """A new connection; returns the source's end and the target's."""
         there = _OneWay(self._settings, self._there, self._loop, self._timeline, name)
         back = _OneWay(self._settings, self._back, self._loop, self._timeline, f"{name} back")
         self._ways += [there, back]
-        return End(name, there, back), End(name, back, there)
+        return ConnectionEnd(name, there, back), ConnectionEnd(name, back, there)
 
     def close(self) -> None:
         """A side has ended, and with it all connections; the other learns of it once all that was sent has arrived."""

@@ -41,7 +41,7 @@ class RamModel:
         self._stopped_ns: int | None = None
 
     def pending_bytes(self) -> int:
-        """See proto_v3.vmm.machine.Ram."""
+        """See proto_v3.vmm.machine.GuestRam."""
         return self._zero_bytes + self._dirty_bytes
 
     def stop(self) -> None:
@@ -55,21 +55,21 @@ class RamModel:
             self._stopped_ns = None
 
     async def sync(self) -> None:
-        """See proto_v3.vmm.machine.Ram."""
+        """See proto_v3.vmm.machine.GuestRam."""
         await self._fixed(self._settings.sync_ms, "RAM sync")
         self._collect()
 
     async def final_sync(self) -> None:
-        """See proto_v3.vmm.machine.Ram."""
+        """See proto_v3.vmm.machine.GuestRam."""
         await self._fixed(self._settings.final_sync_ms, "last RAM sync")
         self._collect()
 
     async def final_scan(self) -> None:
-        """See proto_v3.vmm.machine.Ram."""
+        """See proto_v3.vmm.machine.GuestRam."""
         await self._fixed(self._settings.final_scan_ms, "last RAM scan")
 
     async def take(self, budget_ns: int) -> Payload | None:
-        """See proto_v3.vmm.machine.Ram."""
+        """See proto_v3.vmm.machine.GuestRam."""
         start = now_ns()
         if self._zero_bytes:
             scanned = min(self._zero_bytes, max(PAGE_BYTES, int(self._scan_bytes_per_s * budget_ns / NS_PER_S)))

@@ -1,11 +1,11 @@
 """The timelines of several processes, each on its own clock, become one.
 
-A process records in a `Part`. What goes from one process to another is an *edge*: a named counter that only grows
-(bytes given on a data fd, frames sent on a connection, calls made on a control socket, room made for a sender). The
-giver says when the edge reached a count, and which span made it; the taker, that it waited for a count. `merge` finds
-for each wait who ended it: the wait then starts when what it waited for was given, and its cause is the giver's span.
-So the chain of causes leads through all processes. A wait for what was there already is the taker's own time, and
-stays as it is.
+A process records in a `ProcessTimeline`. What goes from one process to another is an *edge*: a named counter that
+only grows (bytes given on a data fd, frames sent on a connection, calls made on a control socket, room made for a
+sender). The giver says when the edge reached a count, and which span made it; the taker, that it waited for a
+count. `merge` finds for each wait who ended it: the wait then starts when what it waited for was given, and its
+cause is the giver's span. So the chain of causes leads through all processes. A wait for what was there already is
+the taker's own time, and stays as it is.
 
 Why following the causes ends, whatever the clocks say. Call the latest end of a part's spans so far a span's `latest`.
 A cause in the same part was recorded before, so its `latest` is not larger. A wait is given a cause in another part
@@ -67,7 +67,7 @@ LATEST = 0
 """For `got`: not a certain count, but what was given last before the wait ended. For room that others made."""
 
 
-class Part(Timeline):
+class ProcessTimeline(Timeline):
     """The timeline of one process, on its own clock."""
 
     def __init__(self, now_ns: Callable[[], int] = time.perf_counter_ns) -> None:
@@ -133,7 +133,8 @@ class Part(Timeline):
 
 
 def merge(parts: Sequence[tuple[dict[str, Any], int]], start_ns: int) -> Timeline:
-    """One timeline of several parts, as `Part.export` gave them, in nanoseconds since `start_ns` of the first's clock.
+    """One timeline of several parts, as `ProcessTimeline.export` gave them, in nanoseconds since `start_ns` of the
+    first's clock.
 
     Beside each part: the nanoseconds to add to its times to get to the first one's clock. What was before the start
     has times below zero. A mark that several parts have is the latest of them. Nothing can be recorded any more.

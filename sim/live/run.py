@@ -332,7 +332,7 @@ def _measured(
         note=source["note"],
         retries=source.get("retries", 0),
         retries_stopped_ns=source.get("retries_stopped_ns", 0),
-        late_looks=source.get("late_looks", 0),
+        late_final_checks=source.get("late_final_checks", 0),
     )
     return measured, timeline
 

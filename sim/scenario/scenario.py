@@ -17,12 +17,12 @@ from proto_v3.vmm.v2 import Ack, V2Options
 from proto_v3.vmm.v3 import V3Options
 from proto_v3.wire.streams import Credits, Wire
 from sim.scenario.tables import MAX_BLOCKS, MAX_WRITES, V3, Device, Driver, Firmware, Host, Link, Published, Ram, Vmm
-from sim.scenario.units import BYTES_PER_S_PER_GBIT, KIB, MIB, NS_PER_S, Section, did_you_mean, ns, short
+from sim.scenario.units import BYTES_PER_S_PER_GBIT, KIB, MIB, NS_PER_S, Table, did_you_mean, ns, short
 
 SOURCE_KINDS = ("published", "kernel", "qemu", "fitted", "derived", "assumed")
 
 
-class Scenario(Section):
+class Scenario(Table):
     """Everything that a run is made from, but the protocol and the seed."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]

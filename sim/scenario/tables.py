@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from proto_v3.vfio.fsm import FEATURE_SETS, arcs
 from proto_v3.vfio.uapi import MigrationFlags
-from sim.scenario.units import KIB, MIB, PAGE_BYTES, Fraction, NonNegative, Positive, PositiveMs, Section
+from sim.scenario.units import KIB, MIB, PAGE_BYTES, Fraction, NonNegative, Positive, PositiveMs, Table
 
 MAX_STREAMS = 64
 MAX_BLOCKS = 1 << 24
@@ -21,7 +21,7 @@ ARCS = sorted({f"{a.name} -> {b.name}" for features in FEATURE_SETS for a, b in 
 """Every step that some device takes at once; one without P2P goes from RUNNING to STOP."""
 
 
-class Ram(Section):
+class Ram(Table):
     """Guest RAM. Pages of zeros come first in the first pass and cost a scan, not a copy."""
 
     size_gib: Annotated[float, Field(gt=0, le=65536)]
@@ -46,7 +46,7 @@ class Ram(Section):
         return self
 
 
-class Writes(Section):
+class Writes(Table):
     """What the guest dirties in a device's state, as bytes a second in whole blocks.
 
     `hotspot`: `hot_share` of the writes go to the first `hot_fraction` of the blocks, the others to all blocks alike.
@@ -64,7 +64,7 @@ class Writes(Section):
         return self
 
 
-class Reconfigurations(Section):
+class Reconfigurations(Table):
     """When the guest reconfigures the device, which makes critical objects new."""
 
     at_s: list[NonNegative] = []
@@ -86,7 +86,7 @@ class Reconfigurations(Section):
         return self
 
 
-class Critical(Section):
+class Critical(Table):
     """The objects that the target must set up before the device can run: queues, contexts, memory."""
 
     objects: Annotated[int, Field(ge=0, le=1_000_000)]
@@ -94,7 +94,7 @@ class Critical(Section):
     setup_us: NonNegative
 
 
-class Fault(Section):
+class Fault(Table):
     """An arc of a device's state machine that fails: SET_STATE gives `errno`, and leaves the device where it says."""
 
     side: Literal["source", "target"]
@@ -124,7 +124,7 @@ class Fault(Section):
         return self
 
 
-class Device(Section):
+class Device(Table):
     """One VFIO device, or `count` like it."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,31}$")]
@@ -198,7 +198,7 @@ class Device(Section):
         return flags | MigrationFlags.MULTI_STREAM if self.max_dirty_streams else flags
 
 
-class Firmware(Section):
+class Firmware(Table):
     """A PF's firmware: shared by its VFs. The same at the source and at the target."""
 
     engines: Annotated[float, Field(ge=1, le=256)]
@@ -216,7 +216,7 @@ class Firmware(Section):
         return self
 
 
-class Driver(Section):
+class Driver(Table):
     """The kernel driver. The defaults are what mlx5 does (Linux 7.1, drivers/vfio/pci/mlx5)."""
 
     chunk_mib: Annotated[int, Field(ge=1, le=1024)]
@@ -247,7 +247,7 @@ class Driver(Section):
         return self.chunk_mib * MIB
 
 
-class Host(Section):
+class Host(Table):
     """Memory: what one thread copies, and what all of them together."""
 
     copy_gib_per_s: Positive
@@ -263,7 +263,7 @@ class Host(Section):
         return self
 
 
-class Link(Section):
+class Link(Table):
     """The network between the hosts."""
 
     gbit_per_s: Positive
@@ -272,7 +272,7 @@ class Link(Section):
     socket_buffer_mib: Annotated[float, Field(gt=0, le=4096)]
 
 
-class Vmm(Section):
+class Vmm(Table):
     """The VMM's costs and settings."""
 
     read_mib: Annotated[float, Field(ge=1 / KIB, le=1024)] = 1.0
@@ -334,7 +334,7 @@ class Vmm(Section):
         return self
 
 
-class V3(Section):
+class V3(Table):
     """How the VMMs use v3, unless the protocol's name says otherwise (`v3-n8-pool`)."""
 
     dirty_streams: Annotated[int, Field(ge=1, le=MAX_STREAMS)] = 4
@@ -362,7 +362,7 @@ NO_FIGURES = {"citation", "case", "protocol", "fitted"}
 """What a published entry says beside its figures."""
 
 
-class Published(Section):
+class Published(Table):
     """What a source measured, to hold the runs of a protocol against. Milliseconds; in lists one value a device."""
 
     citation: str

@@ -26,7 +26,7 @@ def ns(ms: float) -> int:
     return round(ms * NS_PER_MS)
 
 
-class Section(pydantic.BaseModel):
+class Table(pydantic.BaseModel):
     """A table of the file: no unknown keys, no strings taken for numbers, never changed after loading."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)

@@ -31,7 +31,7 @@ ROUNDED_NS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
+class DowntimeBound:
     """The least downtime, and the resource that sets it."""
 
     total_ns: int
@@ -40,11 +40,11 @@ class Bound:
     """What each resource would allow: firmware, copy, lock, link, load, ram, config."""
 
 
-def lower_bound(scenario: Scenario, protocol: Protocol) -> Bound:
+def lower_bound(scenario: Scenario, protocol: Protocol) -> DowntimeBound:
     """The least downtime of a run that completes. `scenario` is as the protocol changes it (Protocol.applied)."""
     by_resource_ns = _Reckoning(scenario, protocol).by_resource_ns()
     resource = max(by_resource_ns, key=by_resource_ns.__getitem__)
-    return Bound(by_resource_ns[resource], resource, by_resource_ns)
+    return DowntimeBound(by_resource_ns[resource], resource, by_resource_ns)
 
 
 def stops_ns(devices: Sequence[Device], vcpu_stop_ns: int) -> list[int]:

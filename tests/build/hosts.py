@@ -18,9 +18,9 @@ from sim.clock.virtual import now_ns, sleep_ns
 from sim.device.driver import SimDriver
 from sim.device.firmware import FirmwareModel
 from sim.device.guest import make_activity
-from sim.device.record import HEADER_BYTES, STOP_COPY_SIZE_BYTES, V3_HEADER_BYTES, Extent, Part, Record
+from sim.device.record import HEADER_BYTES, STOP_COPY_SIZE_BYTES, V3_HEADER_BYTES, Extent, Record, RecordSlice
 from sim.device.state import DeviceState, Image
-from sim.device.stream import Surroundings
+from sim.device.stream import DriverContext
 from sim.resource import Lock, Memory
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import GIB, KIB, MIB
@@ -99,11 +99,11 @@ class Hosts:
         )
         """A device that can be saved and loaded, as a real one can."""
 
-    def _around(self, scenario: Scenario) -> Surroundings:
+    def _around(self, scenario: Scenario) -> DriverContext:
         firmware = FirmwareModel(scenario.firmware, np.random.default_rng(1), self.timeline)
         host = scenario.host
         memory = Memory(host.copy_gib_per_s * GIB, host.memory_gib_per_s * GIB, self.timeline)
-        return Surroundings(firmware, memory, self.timeline, round(scenario.driver.call_us * US))
+        return DriverContext(firmware, memory, self.timeline, round(scenario.driver.call_us * US))
 
     async def stop(self) -> None:
         """Stop vCPUs and devices, as a VMM does."""
@@ -135,35 +135,35 @@ async def read(fd: DataFd, max_bytes: int = ALL) -> Extent:
     return data
 
 
-async def read_all(fd: DataFd, max_bytes: int = ALL) -> list[Part]:
+async def read_all(fd: DataFd, max_bytes: int = ALL) -> list[RecordSlice]:
     """Read to the end, be it temporary or not."""
-    parts: list[Part] = []
+    parts: list[RecordSlice] = []
     while (data := await read_some(fd, max_bytes)) is not None and len(data):
         assert isinstance(data, Extent)
         parts += data.parts
     return parts
 
 
-async def saved(hosts: Hosts, dirty_streams: int = 0) -> list[list[Part]]:
+async def saved(hosts: Hosts, dirty_streams: int = 0) -> list[list[RecordSlice]]:
     """The whole stream of an idle device, per fd."""
     fds = await session(hosts.source, State.STOP_COPY, dirty_streams)
     return [await read_all(fd) for fd in fds]
 
 
-def records(parts: Iterable[Part]) -> list[Record]:
+def records(parts: Iterable[RecordSlice]) -> list[Record]:
     """The records that the parts complete."""
     return [part.record for part in parts if part.stop == part.record.size_bytes]
 
 
-def blocks(parts: Iterable[Part]) -> list[int]:
+def blocks(parts: Iterable[RecordSlice]) -> list[int]:
     return [block for record in records(parts) for block in record.blocks.tolist()]
 
 
-def objects(parts: Iterable[Part]) -> list[int]:
+def objects(parts: Iterable[RecordSlice]) -> list[int]:
     return [number for record in records(parts) for number in record.objects.tolist()]
 
 
-def size(parts: Iterable[Part]) -> int:
+def size(parts: Iterable[RecordSlice]) -> int:
     return sum(part.stop - part.start for part in parts)
 
 

@@ -28,15 +28,15 @@ from proto_v3.wire.frames import Payload
 from sim.clock import virtual as clock
 from sim.clock.virtual import now_ns
 from sim.device.driver import SimDriver
-from sim.device.record import Extent, Part
+from sim.device.record import Extent, RecordSlice
 from sim.device.state import DeviceState, Image
-from sim.device.stream import Surroundings
+from sim.device.stream import DriverContext
 from sim.live.fd.calls import Calls
 from sim.live.fd.remote import Devices, RemoteDevice
 from sim.live.fd.save import Layout, SavedData
-from sim.live.fd.store import DIGEST_BYTES, Store
+from sim.live.fd.store import DIGEST_BYTES, StateStore
 from sim.live.io import IO
-from sim.live.merge_timelines import Part as Timeline
+from sim.live.merge_timelines import ProcessTimeline as Timeline
 from sim.live.processes.device_process import DeviceProcess
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import MIB
@@ -132,7 +132,7 @@ class Live:
         self.device = RemoteDevice(index, scenario.devices[index].name, devices)
         inside = process._devices[index]
         self.driver: SimDriver = inside.driver
-        self.store: Store = inside.store
+        self.store: StateStore = inside.store
         self._state = inside._state
 
     def of(self, index: int) -> Live:
@@ -155,12 +155,12 @@ class Live:
             if isinstance(data, SavedData):
                 await data.idle()
 
-    async def write(self, fd: DataFd, parts: Sequence[Part], piece_bytes: int = 1 << 20) -> None:
+    async def write(self, fd: DataFd, parts: Sequence[RecordSlice], piece_bytes: int = 1 << 20) -> None:
         await fd.write(self.bytes_of(parts), piece_bytes)
 
-    def bytes_of(self, parts: Sequence[Part]) -> memoryview:
+    def bytes_of(self, parts: Sequence[RecordSlice]) -> memoryview:
         """A run of a stream, with the bytes of a store that is filled."""
-        filled = Store(self.scenario.devices[self._index], filled=True)
+        filled = StateStore(self.scenario.devices[self._index], filled=True)
         return memoryview(b"".join(Layout(filled).pieces(Extent(list(parts)))))
 
     async def digests(self) -> bytes:
@@ -201,14 +201,14 @@ class Virtual:
         """See Live."""
         await clock.sleep_ns(1_000_000_000)
 
-    async def write(self, fd: DataFd, parts: Sequence[Part], piece_bytes: int = 1 << 20) -> None:
+    async def write(self, fd: DataFd, parts: Sequence[RecordSlice], piece_bytes: int = 1 << 20) -> None:
         await fd.write(Extent(list(parts)), piece_bytes)
 
 
 class _WithTables(Hosts):
     """Records are as long as in live mode."""
 
-    def _around(self, scenario: Scenario) -> Surroundings:
+    def _around(self, scenario: Scenario) -> DriverContext:
         return replace(super()._around(scenario), tables=True)
 
 

@@ -15,7 +15,7 @@ from proto_v3.vfio.uapi import State, StreamFlags
 from sim.device.driver import SimDriver
 from sim.device.guest import Int32
 from sim.device.load_v3 import V3LoadSession
-from sim.device.record import Extent, Part, Record
+from sim.device.record import Extent, Record, RecordSlice
 from sim.device.state import DeviceState, Image
 from sim.scenario.units import KIB
 from tests.build.hosts import ALL, Hosts, read_all, size
@@ -41,34 +41,34 @@ async def opened_blocks(driver: SimDriver, state: State) -> tuple[DataFd, Blocks
     return critical, blocks
 
 
-async def saved_streams(hosts: Hosts, dirty_streams: int) -> list[list[Part]]:
+async def saved_streams(hosts: Hosts, dirty_streams: int) -> list[list[RecordSlice]]:
     """All streams of an idle device, the critical one first."""
     return [await read_all(fd) for fd in await opened(hosts.source, State.STOP_COPY, dirty_streams)]
 
 
-async def write(fd: DataFd, parts: Sequence[Part]) -> None:
+async def write(fd: DataFd, parts: Sequence[RecordSlice]) -> None:
     await fd.write(Extent(list(parts)), PIECE)
 
 
-def whole(record: Record) -> Part:
+def whole(record: Record) -> RecordSlice:
     """All bytes of a record."""
-    return Part(record, 0, record.size_bytes)
+    return RecordSlice(record, 0, record.size_bytes)
 
 
-def cut(parts: Sequence[Part], start: int, stop: int = ALL) -> list[Part]:
+def cut(parts: Sequence[RecordSlice], start: int, stop: int = ALL) -> list[RecordSlice]:
     """Bytes [start, stop) of a stream."""
     return Extent(list(parts))[start : min(stop, size(parts))].parts
 
 
-def altered(part: Part, **changes: Any) -> Part:
+def altered(part: RecordSlice, **changes: Any) -> RecordSlice:
     """The same bytes of a record that says something else; its columns may be given as lists."""
     columns: dict[str, Any] = {
         key: np.array(value) if isinstance(value, list) else value for key, value in changes.items()
     }
     record = replace(part.record, **columns)
     if part.stop == part.record.size_bytes:
-        return Part(record, part.start, record.size_bytes)
-    return Part(record, part.start, part.stop)
+        return RecordSlice(record, part.start, record.size_bytes)
+    return RecordSlice(record, part.start, part.stop)
 
 
 def reconfigure(state: DeviceState, events: dict[int, tuple[int, int]], objects: Sequence[int] = (0,)) -> None:

@@ -204,7 +204,9 @@ def test_what_late_critical_data_costs_is_drawn_where_the_guest_reconfigures_a_d
             assert (tmp_path / "out" / f"critical.{kind}").exists() == drawn
             assert (tmp_path / "out" / f"compare.{kind}").exists()
     table = pl.read_csv(tmp_path / "out" / "runs.csv")
-    assert {"device_bytes_vain", "retries", "connections", "messages", "wakeups", "late_looks"} <= set(table.columns)
+    assert {"device_bytes_wasted", "retries", "connections", "messages", "wakeups", "late_final_checks"} <= set(
+        table.columns
+    )
 
 
 def test_findings_say_so_where_no_seed_completed_under_both() -> None:

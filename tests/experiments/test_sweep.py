@@ -23,7 +23,7 @@ from experiments.runs import cluster
 from experiments.runs import pool as runs
 from experiments.runs import table as results
 from experiments.runs.pool import Cell, Done
-from experiments.runs.resume import Store
+from experiments.runs.resume import RunStore
 from experiments.study import experiment
 from experiments.study.experiment import CLAIMS, NAMES, Answer, Experiment, Finding, Planned, Point, effect_row, find
 from experiments.study.statistics import effect
@@ -93,7 +93,7 @@ def table(folder: Path) -> pl.DataFrame:
 
 def kept(folder: Path) -> int:
     """Rows that wait for --resume."""
-    with Store(folder / NAME / sweep.KEPT, "abc123") as store:
+    with RunStore(folder / NAME / sweep.KEPT, "abc123") as store:
         keys = {each.key for each in TINY.planned(False)}
         return len(store.rows(keys))
 
@@ -465,15 +465,15 @@ def test_a_cluster_that_loses_a_worker_gives_the_same_table(
     made: Path, tmp_path: Path, local_cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     victim: int = next(iter(local_cluster.workers.values())).pid
-    add, rows = Store.add, []
+    add, rows = RunStore.add, []
 
-    def kill_on_the_way(self: Store, cell: str, row: dict[str, Any]) -> None:
+    def kill_on_the_way(self: RunStore, cell: str, row: dict[str, Any]) -> None:
         add(self, cell, row)
         rows.append(cell)
         if len(rows) == 2:
             os.kill(victim, signal.SIGKILL)
 
-    monkeypatch.setattr(Store, "add", kill_on_the_way)
+    monkeypatch.setattr(RunStore, "add", kill_on_the_way)
     done = run(tmp_path, "--scheduler", local_cluster.scheduler_address)
     assert done.exit_code == 0, done.output
     assert len(rows) == RUNS

@@ -20,7 +20,7 @@ from experiments.runs import pool as made_runs
 from experiments.runs import table as results
 from experiments.runs.pool import run_cell
 from experiments.study import tables as tell
-from experiments.study.tables import Held, held_against
+from experiments.study.tables import PublishedFigure, held_against
 from proto_v3.errors import UserError
 from sim.outcome import Outcome
 from sim.run import simulate
@@ -322,10 +322,10 @@ def test_the_manifest_tells_how_it_was_made(write: Write, tmp_path: Path) -> Non
 
 def test_the_figure_tells_fitted_from_predicted_and_names_every_figure() -> None:
     rows = [
-        Row("one", "one", "v2", Held("downtime_ms", 100.0, 105.0, False)),
-        Row("one", "one", "v2", Held("device_save_ms.1", 10.0, 9.0, True)),
-        Row("two", "two", "v3-n4", Held("downtime_ms", 100.0, 250.0, False)),
-        Row("two", "two", "v3-n4", Held("load_total_ms.0", 100.0, None, False)),
+        Row("one", "one", "v2", PublishedFigure("downtime_ms", 100.0, 105.0, False)),
+        Row("one", "one", "v2", PublishedFigure("device_save_ms.1", 10.0, 9.0, True)),
+        Row("two", "two", "v3-n4", PublishedFigure("downtime_ms", 100.0, 250.0, False)),
+        Row("two", "two", "v3-n4", PublishedFigure("load_total_ms.0", 100.0, None, False)),
     ]
     figure = published_against_simulated(tidy(rows), (0.1, 0.15), 3, "proto-v3 validate one two")
     against, errors = figure.axes

@@ -16,14 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim.live.fd.calls import ANSWER, CALL, ERROR, MAX_FDS, MAX_MESSAGE_BYTES, NOTE, Answer, Calls
+from sim.live.fd.calls import ANSWER, CALL, ERROR, MAX_FDS, MAX_MESSAGE_BYTES, NOTE, Calls, Reply
 from tests.build.live_hosts import LOOPS, code_of, open_fds, run
 
-Handle = Callable[[str, dict[str, Any]], Awaitable[Answer]]
+Handle = Callable[[str, dict[str, Any]], Awaitable[Reply]]
 
 
-async def echo(name: str, body: dict[str, Any]) -> Answer:
-    return Answer({"name": name, **body})
+async def echo(name: str, body: dict[str, Any]) -> Reply:
+    return Reply({"name": name, **body})
 
 
 @asynccontextmanager
@@ -78,10 +78,10 @@ def test_a_call_is_answered_with_what_the_handler_gives(loop: str) -> None:
 def test_answers_come_in_any_order_and_one_that_waits_holds_up_no_other(loop: str) -> None:
     released = {at: asyncio.Event() for at in range(3)}
 
-    async def handle(name: str, body: dict[str, Any]) -> Answer:
+    async def handle(name: str, body: dict[str, Any]) -> Reply:
         if name == "wait":
             await released[body["at"]].wait()
-        return Answer(body)
+        return Reply(body)
 
     @on(loop)
     async def _() -> None:
@@ -100,8 +100,8 @@ def test_answers_come_in_any_order_and_one_that_waits_holds_up_no_other(loop: st
 def test_an_answer_that_is_larger_than_any_socket_comes_whole_and_others_come_too(loop: str) -> None:
     size = 24 << 20
 
-    async def handle(name: str, body: dict[str, Any]) -> Answer:
-        return Answer({"digests": bytes(range(256)) * (size >> 8)} if name == "digests" else body)
+    async def handle(name: str, body: dict[str, Any]) -> Reply:
+        return Reply({"digests": bytes(range(256)) * (size >> 8)} if name == "digests" else body)
 
     @on(loop)
     async def _() -> None:
@@ -115,7 +115,7 @@ def test_an_answer_that_is_larger_than_any_socket_comes_whole_and_others_come_to
 
 
 def test_errors_come_as_they_are() -> None:
-    async def handle(name: str, body: dict[str, Any]) -> Answer:
+    async def handle(name: str, body: dict[str, Any]) -> Reply:
         raise OSError(errno.EILSEQ, "stream 1: too early") if name == "v3" else OSError("no number")
 
     async def main() -> None:
@@ -131,8 +131,8 @@ def test_errors_come_as_they_are() -> None:
 
 
 def test_a_bug_in_a_handler_is_answered_and_complained_of_and_others_go_on() -> None:
-    async def handle(name: str, body: dict[str, Any]) -> Answer:
-        return Answer({"at": 1 // body["at"]})
+    async def handle(name: str, body: dict[str, Any]) -> Reply:
+        return Reply({"at": 1 // body["at"]})
 
     async def main() -> None:
         complaints: list[Any] = []
@@ -151,7 +151,7 @@ def test_a_note_is_not_answered_and_told_returns_when_it_is_on_its_way() -> None
     heard: list[tuple[str, dict[str, Any]]] = []
     all_heard = asyncio.Event()
 
-    async def handle(name: str, body: dict[str, Any]) -> Answer:
+    async def handle(name: str, body: dict[str, Any]) -> Reply:
         heard.append((name, body))
         if name == "last":
             all_heard.set()
@@ -173,13 +173,13 @@ def test_who_gives_a_call_up_is_not_bothered_by_its_answer() -> None:
     released = asyncio.Event()
     passed: list[int] = []
 
-    async def handle(name: str, body: dict[str, Any]) -> Answer:
+    async def handle(name: str, body: dict[str, Any]) -> Reply:
         if name == "wait":
             await released.wait()
             reads, writes = pipes(2)
             passed.extend(writes)
-            return Answer({}, reads)
-        return Answer(body)
+            return Reply({}, reads)
+        return Reply(body)
 
     async def main() -> None:
         async with pair(handle) as (calls, _):
@@ -204,10 +204,10 @@ def test_who_gives_a_call_up_is_not_bothered_by_its_answer() -> None:
 def test_descriptors_are_passed_and_then_belong_to_the_caller_alone(loop: str) -> None:
     writes: list[int] = []
 
-    async def handle(name: str, body: dict[str, Any]) -> Answer:
+    async def handle(name: str, body: dict[str, Any]) -> Reply:
         reads, mine = pipes(body["count"])
         writes.extend(mine)
-        return Answer({"pad": bytes(body["pad"])}, reads)
+        return Reply({"pad": bytes(body["pad"])}, reads)
 
     @on(loop)
     async def _() -> None:
@@ -230,11 +230,11 @@ def test_descriptors_are_passed_and_then_belong_to_the_caller_alone(loop: str) -
 
 
 def test_each_of_many_answers_at_once_has_its_own_descriptors() -> None:
-    async def handle(name: str, body: dict[str, Any]) -> Answer:
+    async def handle(name: str, body: dict[str, Any]) -> Reply:
         (read,), (write,) = pipes(1)
         os.write(write, str(body["at"]).encode())
         os.close(write)
-        return Answer({"pad": bytes(body["at"] * 997 % 5000)}, [read])
+        return Reply({"pad": bytes(body["at"] * 997 % 5000)}, [read])
 
     async def main() -> None:
         async with pair(handle) as (calls, _):
@@ -249,11 +249,11 @@ def test_each_of_many_answers_at_once_has_its_own_descriptors() -> None:
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_descriptors_that_could_not_be_sent_or_taken_are_closed(loop: str) -> None:
-    async def handle(name: str, body: dict[str, Any]) -> Answer:
+    async def handle(name: str, body: dict[str, Any]) -> Reply:
         reads, writes = pipes(2)
         for fd in writes:
             os.close(fd)
-        return Answer({"pad": bytes(16 << 20)}, reads)
+        return Reply({"pad": bytes(16 << 20)}, reads)
 
     @on(loop)
     async def _() -> None:
@@ -319,7 +319,7 @@ def test_handlers_that_wait_end_with_the_caller() -> None:
     begun: list[str] = []
     ended: list[str] = []
 
-    async def handle(name: str, body: dict[str, Any]) -> Answer:
+    async def handle(name: str, body: dict[str, Any]) -> Reply:
         begun.append(name)
         try:
             await asyncio.get_running_loop().create_future()
@@ -457,9 +457,9 @@ def test_messages_come_whole_however_the_bytes_are_cut(data: st.DataObject) -> N
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=6)))
     heard: list[str] = []
 
-    async def handle(name: str, body: dict[str, Any]) -> Answer:
+    async def handle(name: str, body: dict[str, Any]) -> Reply:
         heard.append(name)
-        return Answer()
+        return Reply()
 
     async def main() -> None:
         async with against(handle) as (_, peer):

@@ -26,7 +26,7 @@ from sim.clock.virtual import now_ns, sleep_ns
 from sim.live import real_time as live_clock
 from sim.live.fd.lock import Mutex, RealLock
 from sim.live.real_time import Delays, RealTime
-from sim.resource import Engines
+from sim.resource import CommandSlots
 from tests.build.live_hosts import LOOPS, run
 
 US, MS, SECOND = 1_000, 1_000_000, 1_000_000_000
@@ -269,7 +269,7 @@ def test_after_close_nothing_fires_and_nothing_is_set() -> None:
 def test_commands_one_after_the_other_do_not_drift(service: list[int], lateness: list[int]) -> None:
     async def work(made: Kernel, real: RealTime) -> None:
         late = iter(lateness)
-        engines = Engines(1)
+        engines = CommandSlots(1)
 
         async def commands() -> None:
             for each in service:
@@ -287,7 +287,7 @@ def test_commands_that_share_engines_end_when_they_would_in_virtual_time() -> No
         return await shared([1 * MS, 2 * MS, 3 * MS])
 
     async def shared(service: list[int]) -> list[int]:
-        engines, ends = Engines(1.5), []
+        engines, ends = CommandSlots(1.5), []
 
         async def command(ns: int) -> None:
             await engines.run(ns)

@@ -22,7 +22,7 @@ from proto_v3.vfio.device import Ready
 from proto_v3.vfio.uapi import DeviceFeature, Feature, FeatureOp, State, StreamFlags
 from proto_v3.vmm.migration import read_some
 from sim.clock import virtual as clock
-from sim.device.record import HEADER_BYTES, NO_INDICES, V3_HEADER_BYTES, Extent, Part
+from sim.device.record import HEADER_BYTES, NO_INDICES, V3_HEADER_BYTES, Extent, RecordSlice
 from sim.live.fd.blocks import BlocksData
 from sim.live.fd.codec import Decoder
 from sim.live.fd.copy import Copier, data_fd, unread_bytes
@@ -824,19 +824,19 @@ def test_bytes_that_were_changed_on_the_way_are_noticed() -> None:
 
 # --- streams that are not the source's --------------------------------------------------------------------------------
 
-Writes = list[tuple[int, list[Part]]]
+Writes = list[tuple[int, list[RecordSlice]]]
 """Of each: the data fd, and what is written to it."""
 
 
 @functools.cache
-def saved(streams: int, *, blocks: bool = False) -> tuple[tuple[tuple[Part, ...], ...], ...]:
+def saved(streams: int, *, blocks: bool = False) -> tuple[tuple[tuple[RecordSlice, ...], ...], ...]:
     """The records of a migration with three epochs, by data fd; each of them as a write()."""
     told: list[Any] = []
 
     async def main() -> None:
         rig = Virtual("source", EVENTS)
         fds = await opened(rig, PRECOPY, streams, blocks=blocks)
-        out: list[list[Part]] = [[] for _ in fds]
+        out: list[list[RecordSlice]] = [[] for _ in fds]
 
         async def read() -> None:
             for fd, parts in zip(fds, out, strict=True):
@@ -862,14 +862,14 @@ def saved(streams: int, *, blocks: bool = False) -> tuple[tuple[tuple[Part, ...]
         await read()
         if blocks:
             out[1] += (await fds[1].read(1 << 20)).parts
-        records: list[list[tuple[Part, ...]]] = []
+        records: list[list[tuple[RecordSlice, ...]]] = []
         for parts in out:
             whole = list(dict.fromkeys(part.record for part in parts))
-            records.append([(Part(record, 0, record.size_bytes),) for record in whole])
+            records.append([(RecordSlice(record, 0, record.size_bytes),) for record in whole])
         told.append(tuple(map(tuple, records)))
 
     clock.run(main())
-    result: tuple[tuple[tuple[Part, ...], ...], ...] = told[0]
+    result: tuple[tuple[tuple[RecordSlice, ...], ...], ...] = told[0]
     return result
 
 
@@ -878,15 +878,15 @@ def stream_of(streams: int, *, blocks: bool = False) -> Writes:
     return [(at, list(parts)) for at, stream in enumerate(saved(streams, blocks=blocks)) for parts in stream]
 
 
-def told_otherwise(part: Part, **changes: Any) -> Part:
+def told_otherwise(part: RecordSlice, **changes: Any) -> RecordSlice:
     record = replace(part.record, **changes)
-    return Part(record, 0, record.size_bytes)
+    return RecordSlice(record, 0, record.size_bytes)
 
 
 Tamper = Callable[[Writes, int], Writes]
 
 
-def _one(change: Callable[[Part], list[Part]]) -> Tamper:
+def _one(change: Callable[[RecordSlice], list[RecordSlice]]) -> Tamper:
     def tamper(writes: Writes, at: int) -> Writes:
         stream, (part,) = writes[at]
         return [*writes[:at], (stream, change(part)), *writes[at + 1 :]]
@@ -894,12 +894,12 @@ def _one(change: Callable[[Part], list[Part]]) -> Tamper:
     return tamper
 
 
-def _versions(part: Part) -> list[Part]:
+def _versions(part: RecordSlice) -> list[RecordSlice]:
     of_blocks, of_objects = part.record.block_versions + np.int32(1), part.record.object_versions + np.int32(1)
     return [told_otherwise(part, block_versions=of_blocks, object_versions=of_objects)]
 
 
-def _end(part: Part, **changes: Any) -> list[Part]:
+def _end(part: RecordSlice, **changes: Any) -> list[RecordSlice]:
     tally = part.record.tally
     return [told_otherwise(part, tally=replace(tally, **changes)) if tally else part]
 
@@ -910,7 +910,7 @@ def _another(writes: Writes, at: int) -> int:
 
 def _without_end(writes: Writes, at: int) -> Writes:
     stream, (part,) = writes[at]
-    cut = (stream, [Part(part.record, 0, part.record.size_bytes - 1)])
+    cut = (stream, [RecordSlice(part.record, 0, part.record.size_bytes - 1)])
     return [*writes[:at], cut, *[each for each in writes[at + 1 :] if each[0] != stream]]
 
 
@@ -977,9 +977,9 @@ def test_a_stream_that_was_tampered_with_is_refused_as_in_virtual_time(streams: 
 
 NOT_OF_BLOCKS = ["on another stream", "its end is missing, and nothing behind it"]
 BLOCK_TAMPERS: dict[str, Tamper] = {name: TAMPERS[name] for name in TAMPERS if name not in NOT_OF_BLOCKS} | {
-    "half a record": _one(lambda part: [Part(part.record, 0, part.record.size_bytes // 2)]),
-    "the other half": _one(lambda part: [Part(part.record, part.record.size_bytes // 2, part.record.size_bytes)]),
-    "two records at once": lambda writes, at: [
+    "half a record": _one(lambda part: [RecordSlice(part.record, 0, part.record.size_bytes // 2)]),
+    "the other half": _one(lambda part: [RecordSlice(part.record, part.record.size_bytes // 2,
+    part.record.size_bytes)]), "two records at once": lambda writes, at: [
         *writes[:at], (writes[at][0], [*writes[at][1], *writes[at][1]]), *writes[at + 1 :],
     ],
 }  # fmt: skip

@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 from proto_v3.errors import LocalProtocolError, PeerProtocolError
 from proto_v3.timeline import NO_CAUSE, Mark, PathStep, Resource, Stage, Timeline, cause, caused_by, on_track
 from sim.live import merge_timelines as parts
-from sim.live.merge_timelines import MAX_NAME_CHARS, MAX_NAMES, MAX_ROWS, MAX_STAGES, MAX_TIME_NS, Part, merge
+from sim.live.merge_timelines import (
+    MAX_NAME_CHARS,
+    MAX_NAMES,
+    MAX_ROWS,
+    MAX_STAGES,
+    MAX_TIME_NS,
+    ProcessTimeline,
+    merge,
+)
 
 Told = dict[str, Any]
 SOURCE, SOURCE_DEVICE, TARGET, TARGET_DEVICE = NAMES = ("source", "source device", "target", "target device")
@@ -30,7 +38,7 @@ class Process:
     def __init__(self, name: str, ahead_ns: int = 0) -> None:
         self.ahead_ns = ahead_ns
         self.now = 0
-        self.part = Part(lambda: self.now + ahead_ns)
+        self.part = ProcessTimeline(lambda: self.now + ahead_ns)
         self._context = contextvars.copy_context()
         self._do(caused_by, NO_CAUSE)
         self._do(on_track, name)
@@ -212,12 +220,12 @@ def test_a_timeline_of_what_another_one_recorded_is_the_same() -> None:
 
 def test_no_part_and_parts_in_which_nothing_happened() -> None:
     assert len(merge([], 0)) == 0
-    merged = merge([(Part().export(), 0), migration()[0].told(), (Part().export(), 0)], 0)
+    merged = merge([(ProcessTimeline().export(), 0), migration()[0].told(), (ProcessTimeline().export(), 0)], 0)
     assert len(merged) == len(migration()[0].part)
 
 
 def test_a_part_is_on_the_real_clock() -> None:
-    part = Part()
+    part = ProcessTimeline()
     before = part.now_ns()
     part.gave("calls 0", 1)
     told = part.export()["gave"]
@@ -617,7 +625,7 @@ def test_names_are_few_and_short_and_differ() -> None:
 
 
 def test_parts_with_more_names_than_a_timeline_can_have_are_refused() -> None:
-    told = [{**Part().export(), "names": [f"{part}.{n}" for n in range(MAX_NAMES)]} for part in range(5)]
+    told = [{**ProcessTimeline().export(), "names": [f"{part}.{n}" for n in range(MAX_NAMES)]} for part in range(5)]
     assert len(merge([(part, 0) for part in told[:4]], 0)) == 0
     with pytest.raises(PeerProtocolError, match="number of names"):
         merge([(part, 0) for part in told], 0)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from proto_v3.vfio.uapi import BlockRange
 from sim.device.guest import Int32
-from sim.device.record import V3_HEADER_BYTES, Extent, Part, Record, Tally, ranges_bytes, table_bytes
+from sim.device.record import V3_HEADER_BYTES, Extent, Record, RecordSlice, Tally, ranges_bytes, table_bytes
 from sim.live.fd import codec
 from sim.live.fd.load import placer
 from sim.live.fd.save import Layout
-from sim.live.fd.store import DIGEST_BYTES, Store, differences
+from sim.live.fd.store import DIGEST_BYTES, StateStore, differences
 from sim.scenario.tables import Device
 from sim.scenario.units import KIB
 from tests.build.live_hosts import differing
@@ -44,9 +44,9 @@ def versions(of: Device, told: dict[int, int], count: int = -1) -> Int32:
     return made
 
 
-def store_of(of: Device, blocks: Int32, objects: Int32) -> Store:
+def store_of(of: Device, blocks: Int32, objects: Int32) -> StateStore:
     """A device whose blocks and objects have these versions."""
-    store = Store(of, filled=True)
+    store = StateStore(of, filled=True)
     written, made_new = np.flatnonzero(blocks).astype(np.int32), np.flatnonzero(objects).astype(np.int32)
     store.write_blocks(written, blocks)
     store.write_objects(made_new, objects)
@@ -74,7 +74,7 @@ def test_no_two_blocks_or_objects_of_any_version_are_alike(block_kib: int, objec
 @given(st.lists(st.tuples(st.integers(0, 15), st.integers(0, 3)), max_size=30))
 def test_the_bytes_are_those_of_the_versions_however_they_came_about(writes: list[tuple[int, int]]) -> None:
     of = device(1, 0.3)
-    step_by_step = Store(of, filled=True)
+    step_by_step = StateStore(of, filled=True)
     blocks, objects = versions(of, {}), versions(of, {}, of.critical.objects)
     for block, made_new in writes:
         blocks[block] += 1
@@ -86,13 +86,13 @@ def test_the_bytes_are_those_of_the_versions_however_they_came_about(writes: lis
 
 def test_a_store_that_was_not_filled_differs_everywhere() -> None:
     of = device()
-    assert len(differing(Store(of, filled=True).digests(), Store(of, filled=False).digests())) == 16 + 4
+    assert len(differing(StateStore(of, filled=True).digests(), StateStore(of, filled=False).digests())) == 16 + 4
 
 
-def copied(of: Device) -> tuple[Store, Store]:
+def copied(of: Device) -> tuple[StateStore, StateStore]:
     """A device, and a true copy of it."""
     source = store_of(of, versions(of, {3: 7, 5: 1}), versions(of, {1: 2}, of.critical.objects))
-    target = Store(of, filled=False)
+    target = StateStore(of, filled=False)
     target.view[:] = source.view
     assert differences(source.digests(), target.digests(), of.blocks) == ""
     return source, target
@@ -103,26 +103,26 @@ def test_a_copy_that_is_wrong_in_any_way_is_noticed(block_kib: int, object_kib: 
     of = device(block_kib, object_kib)
     size, object_bytes = of.block_bytes, round(object_kib * KIB)
 
-    def stale(target: Store) -> None:
+    def stale(target: StateStore) -> None:
         target.write_blocks(np.array([3], np.int32), versions(of, {3: 6}))
 
-    def torn(target: Store) -> None:
+    def torn(target: StateStore) -> None:
         whole = bytes(target.view[3 * size : 4 * size])
         stale(target)
         target.view[3 * size : 3 * size + size // 2] = whole[: size // 2]
 
-    def torn_in_the_last_word(target: Store) -> None:
+    def torn_in_the_last_word(target: StateStore) -> None:
         whole = bytes(target.view[3 * size : 4 * size])
         stale(target)
         target.view[3 * size : 4 * size - 8] = whole[:-8]
 
-    def shifted_by_a_word(target: Store) -> None:
+    def shifted_by_a_word(target: StateStore) -> None:
         target.view[3 * size + 8 : 4 * size] = bytes(target.view[3 * size : 4 * size - 8])
 
-    def one_bit(target: Store) -> None:
+    def one_bit(target: StateStore) -> None:
         target.view[4 * size - 1] ^= 1
 
-    def neighbour(target: Store) -> None:
+    def neighbour(target: StateStore) -> None:
         target.view[3 * size : 4 * size] = target.view[4 * size : 5 * size]
 
     for damage in (stale, torn, torn_in_the_last_word, shifted_by_a_word, one_bit, neighbour):
@@ -132,10 +132,10 @@ def test_a_copy_that_is_wrong_in_any_way_is_noticed(block_kib: int, object_kib: 
         told = differences(source.digests(), target.digests(), of.blocks)
         assert told == "1 blocks and 0 critical objects differ in their bytes"
 
-    def stale_object(target: Store) -> None:
+    def stale_object(target: StateStore) -> None:
         target.write_objects(np.array([1], np.int32), versions(of, {1: 1}, 4))
 
-    def shifted_object(target: Store) -> None:
+    def shifted_object(target: StateStore) -> None:
         view = target.object_at(1)
         view[8:] = bytes(view[:-8])
 
@@ -150,7 +150,7 @@ def test_a_copy_that_is_wrong_in_any_way_is_noticed(block_kib: int, object_kib: 
 
 
 def test_digests_of_another_number_are_told_as_such() -> None:
-    told = differences(Store(device(), filled=True).digests(), b"\0" * 8, 16)
+    told = differences(StateStore(device(), filled=True).digests(), b"\0" * 8, 16)
     assert told == "20 digests at the source, 1 at the target"
 
 
@@ -160,7 +160,7 @@ def test_digests_of_another_number_are_told_as_such() -> None:
 @given(st.lists(st.integers(0, 15), unique=True, min_size=1).map(sorted), st.lists(st.integers(0, 3), unique=True))
 def test_pieces_are_the_bytes_in_order_and_neighbours_are_one(blocks: list[int], objects: list[int]) -> None:
     of = device(1, 0.3)
-    store = Store(of, filled=True)
+    store = StateStore(of, filled=True)
     pieces = list(store.block_pieces(np.array(blocks, np.intp)))
     assert b"".join(pieces) == b"".join(store.view[at * KIB : (at + 1) * KIB] for at in blocks)
     assert len(pieces) == 1 + sum(b - a != 1 for a, b in pairwise(blocks))
@@ -169,7 +169,7 @@ def test_pieces_are_the_bytes_in_order_and_neighbours_are_one(blocks: list[int],
 
 
 def test_pieces_are_views_and_not_copies() -> None:
-    store = Store(device(), filled=True)
+    store = StateStore(device(), filled=True)
     (piece,) = store.block_pieces(np.array([3]))
     store.view[3 * 4 * KIB] ^= 0xFF
     assert piece[0] == store.view[3 * 4 * KIB]
@@ -177,7 +177,7 @@ def test_pieces_are_views_and_not_copies() -> None:
 
 def test_only_wanted_blocks_are_put_in_their_place() -> None:
     of = device(1)
-    store = Store(of, filled=False)
+    store = StateStore(of, filled=False)
     data = memoryview(b"".join(bytes([at]) * KIB for at in (1, 2, 3)))
     placer(store)(np.array([7, 0, 15]), data, np.array([True, False, True]))
     there = [at for at in range(of.blocks) if any(store.view[at * KIB : (at + 1) * KIB])]
@@ -217,9 +217,9 @@ def _run_of_records(of: Device) -> list[Record]:
 @given(st.data())
 def test_a_run_of_a_stream_has_the_same_bytes_however_it_is_cut(data: st.DataObject) -> None:
     of = device(1, 0.3)
-    store = Store(of, filled=True)
+    store = StateStore(of, filled=True)
     run = _run_of_records(of)
-    whole = Extent([Part(record, 0, record.size_bytes) for record in run])
+    whole = Extent([RecordSlice(record, 0, record.size_bytes) for record in run])
     expected = b"".join(
         b"".join([codec.head(each), *store.object_pieces(each.objects), *store.block_pieces(each.blocks)])
         for each in run

@@ -21,7 +21,7 @@ from proto_v3.wire.frames import Frame, Kind
 from sim.device.record import Bulk
 from sim.live.fd.buffers import Buffers, Lent, as_view
 from sim.live.io import IO
-from sim.live.merge_timelines import LATEST, Part, merge
+from sim.live.merge_timelines import LATEST, ProcessTimeline, merge
 from sim.live.tcp import messages, wire_source
 from sim.live.tcp.connection import SMALL_BYTES
 from sim.live.tcp.sockets import Granted
@@ -650,7 +650,7 @@ def test_a_send_that_was_held_up_is_noted(loop: str, io: str) -> None:
 
 @both_ways
 def test_a_send_that_was_held_up_waited_for_what_the_receiver_did(loop: str, io: str) -> None:
-    here, there = Part(), Part()
+    here, there = ProcessTimeline(), ProcessTimeline()
 
     async def main() -> None:
         async with pair(io, 1, sockets=SocketSettings(buffer_bytes=10_000)) as (source, target):

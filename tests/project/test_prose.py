@@ -193,7 +193,7 @@ def sooner() -> str:
 
 
 def in_vain() -> str:
-    sent = compared("nic-reconfig", "v3-n4-invalidate", "device_bytes_vain", 2**20)
+    sent = compared("nic-reconfig", "v3-n4-invalidate", "device_bytes_wasted", 2**20)
     downtime = compared("nic-reconfig", "v3-n4-invalidate")
     return f"{sent:.0f} MiB of a device of 512 are sent in vain, and the downtime is {downtime:.0f} ms"
 

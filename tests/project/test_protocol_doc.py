@@ -24,7 +24,7 @@ from sim.device.load import LoadStream
 from sim.device.load_v3 import V3LoadStream
 from sim.device.save import SaveStream
 from sim.device.save_v3 import CriticalStream, V3Stream
-from sim.host.link import End
+from sim.host.link import ConnectionEnd
 from sim.outcome import Outcome
 from sim.run import _Run
 from sim.scenario.file import load
@@ -140,7 +140,7 @@ class Watched:
 
     def _cut_first(self) -> None:
         end = self.run.channels[0]._transport
-        assert isinstance(end, End)
+        assert isinstance(end, ConnectionEnd)
         end.cut()
 
     def _watch_calls(self, patch: pytest.MonkeyPatch) -> None:

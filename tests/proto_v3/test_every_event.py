@@ -344,11 +344,11 @@ async def waits(*_: Any) -> None:
     await asyncio.Event().wait()
 
 
-TELL = Channel.tell
+TELL = Channel.send_control
 
 
 async def tells_no_failure(channel: Channel, kind: Kind, *more: int, **named: int) -> None:
-    """In place of Channel.tell."""
+    """In place of Channel.send_control."""
     if kind is not Kind.FAILED:
         await TELL(channel, kind, *more, **named)
 
@@ -362,7 +362,7 @@ WRONG: list[tuple[type, str, Any, str, str]] = [
     (ReturnPath, "wait_for", waits, "cut all", "DeadlockError"),
     (Target, "cancelled", does_nothing, "cut 0", "left in RESUMING"),
     (Target, "resume_guest", does_nothing, "kill source", "the target had COMMIT or END, and does not run"),
-    (Channel, "tell", tells_no_failure, "fail", "the guest runs nowhere, though the two can talk"),
+    (Channel, "send_control", tells_no_failure, "fail", "the guest runs nowhere, though the two can talk"),
 ]
 
 

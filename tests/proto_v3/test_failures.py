@@ -448,13 +448,13 @@ def test_what_failed_is_told_and_not_that_the_peer_said_so(name: str) -> None:
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_a_target_that_fails_says_so_once_and_the_source_cancels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Kind] = []
-    original = Channel.tell
+    original = Channel.send_control
 
-    async def tell(self: Channel, kind: Kind, device: int = 0, stream: int = 0, value: int = 0) -> None:
+    async def send_control(self: Channel, kind: Kind, device: int = 0, stream: int = 0, value: int = 0) -> None:
         told.append(kind)
         await original(self, kind, device, stream, value)
 
-    monkeypatch.setattr(Channel, "tell", tell)
+    monkeypatch.setattr(Channel, "send_control", send_control)
     fault = {"side": "target", "arc": "STOP -> RESUMING"}
     Watched(two_devices("all", {0: [fault]}), name).outcome()
     assert (told.count(Kind.FAILED), told.count(Kind.CANCEL)) == (1, 1)

@@ -371,7 +371,7 @@ class Out:
         await sleep_ns(self._send_ns)
         self.sent.append(frame)
 
-    async def tell(self, kind: Kind) -> None:
+    async def send_control(self, kind: Kind) -> None:
         await self.send(Frame(kind))
 
 

@@ -10,7 +10,7 @@ import pytest
 from proto_v3.errors import PeerProtocolError
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
-from proto_v3.wire.streams import LEAST_BYTES, MIN_FRAMES, Credits, SharedInLanes, SharedOutLanes
+from proto_v3.wire.streams import LEAST_BYTES, MIN_FRAMES, Credits, SharedInStreams, SharedOutStreams
 from sim.clock.virtual import sleep_ns
 from tests.build.scenario import virtual
 
@@ -30,7 +30,7 @@ async def carried(connections: int, frames: int) -> list[list[Frame]]:
     """What each connection took, of frames that come one after the other, each when the one before is gone."""
     wires = [Wire() for _ in range(connections)]
     channels: list[Channel] = list(wires)  # type: ignore[arg-type]
-    lanes = SharedOutLanes(channels, 1, Credits(1 << 20, 1 << 20))
+    lanes = SharedOutStreams(channels, 1, Credits(1 << 20, 1 << 20))
     senders = [asyncio.create_task(work) for work, _ in lanes.work()]
     await sleep_ns(1)
     for at in range(frames):
@@ -61,7 +61,7 @@ async def test_frames_that_come_together_are_dealt_out() -> None:
     """Many readers hand in at once: the first connection must not take all of it."""
     wires = [Wire() for _ in range(4)]
     channels: list[Channel] = list(wires)  # type: ignore[arg-type]
-    lanes = SharedOutLanes(channels, 1, Credits(1 << 20, 1 << 20))
+    lanes = SharedOutStreams(channels, 1, Credits(1 << 20, 1 << 20))
     senders = [asyncio.create_task(work) for work, _ in lanes.work()]
     await sleep_ns(1)
     await asyncio.gather(*(lanes.carry(Frame(Kind.DATA, value=at), critical=False) for at in range(4)))
@@ -75,7 +75,7 @@ async def test_frames_that_come_together_are_dealt_out() -> None:
 async def test_what_waits_at_the_target_is_bounded_in_frames_too() -> None:
     """Frames without payload cost no credit, and a peer may send any number of them ahead of the one that is due."""
     credit = 64 * LEAST_BYTES
-    lanes = SharedInLanes(Wire(), [], 1, 2, Credits(credit, credit), lambda size: None)  # type: ignore[arg-type]
+    lanes = SharedInStreams(Wire(), [], 1, 2, Credits(credit, credit), lambda size: None)  # type: ignore[arg-type]
     most = MIN_FRAMES + 64
     for place in range(2, 2 + most):
         assert lanes.arrived(Frame(Kind.DATA, 0, 1, place=place))

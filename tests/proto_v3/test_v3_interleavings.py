@@ -23,7 +23,7 @@ from proto_v3.vfio.device import BlocksFd, DataFd
 from proto_v3.vfio.uapi import State
 from proto_v3.vmm.migration import OutcomeKind, read_some
 from proto_v3.wire.frames import MAX_HEADER_BYTES, Frame, Kind, Payload, decode
-from proto_v3.wire.streams import OutLane, OwnOutLanes, SharedOutLanes, Wire
+from proto_v3.wire.streams import OutStream, OwnOutStreams, SharedOutStreams, Wire
 from sim.clock import virtual as clock
 from sim.clock.virtual import now_ns, sleep_ns
 from sim.device.guest import Activity
@@ -592,7 +592,7 @@ class Postmark:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.sent: dict[int, list[int]] = defaultdict(list)
         self.came: dict[int, dict[int, int]] = defaultdict(dict)
-        for kind in (OwnOutLanes, SharedOutLanes):
+        for kind in (OwnOutStreams, SharedOutStreams):
             patch.setattr(kind, "lane", self.lane_of(kind.lane))
         arrive = _OneWay._arrive
 
@@ -606,7 +606,7 @@ class Postmark:
         patch.setattr(_OneWay, "_arrive", arrived)
 
     def lane_of(self, original: Any) -> Any:
-        def lane(lanes: Any, device: int, number: int) -> OutLane:
+        def lane(lanes: Any, device: int, number: int) -> OutStream:
             out: Any = original(lanes, device, number)
             if number:
                 return out  # type: ignore[no-any-return]

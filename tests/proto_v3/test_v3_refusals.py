@@ -24,7 +24,7 @@ from proto_v3.errors import PeerProtocolError
 from proto_v3.vmm.migration import OutcomeKind
 from proto_v3.vmm.negotiate import MAX_HELLO_BYTES, Hello
 from proto_v3.wire.frames import EMPTY, Frame, Kind, Payload, decode
-from sim.device.record import Bulk, Extent, Part, Record, Tally
+from sim.device.record import Bulk, Extent, Record, RecordSlice, Tally
 from sim.outcome import Outcome
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import MIB, ns
@@ -146,12 +146,12 @@ def kind(doing: Doing) -> Doing:
     return doing
 
 
-def parts_of(frame: Frame) -> list[Part]:
+def parts_of(frame: Frame) -> list[RecordSlice]:
     assert isinstance(frame.payload, Extent)
     return frame.payload.parts
 
 
-def with_parts(frame: Frame, parts: Sequence[Part]) -> Frame:
+def with_parts(frame: Frame, parts: Sequence[RecordSlice]) -> Frame:
     return replace(frame, payload=Extent(list(parts)))
 
 
@@ -262,7 +262,7 @@ def reorders_pieces(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> li
     first, *rest = parts_of(frame)
     middle = (first.start + first.stop) // 2
     tamperer.tampers(errno.EPROTO)
-    halves = [Part(first.record, middle, first.stop), Part(first.record, first.start, middle)]
+    halves = [RecordSlice(first.record, middle, first.stop), RecordSlice(first.record, first.start, middle)]
     return [with_parts(frame, [*halves, *rest])]
 
 
@@ -281,7 +281,7 @@ def repeats_a_piece(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> li
         return [frame]
     parts = parts_of(frame)
     tamperer.tampers(errno.EALREADY if ends_record(frame) else errno.EPROTO)
-    return [with_parts(frame, [*parts, Part(parts[-1].record, parts[-1].stop - 1, parts[-1].stop)])]
+    return [with_parts(frame, [*parts, RecordSlice(parts[-1].record, parts[-1].stop - 1, parts[-1].stop)])]
 
 
 @kind
@@ -290,7 +290,7 @@ def repeats_a_record(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> l
         return [frame]
     record = parts_of(frame)[-1].record
     tamperer.tampers(errno.EALREADY)
-    return [with_parts(frame, [*parts_of(frame), Part(record, 0, record.size_bytes)])]
+    return [with_parts(frame, [*parts_of(frame), RecordSlice(record, 0, record.size_bytes)])]
 
 
 @kind
@@ -404,7 +404,7 @@ def altering(alter: Callable[[Record], Change]) -> Doing:
                 if "sequence" in fields and part.start:
                     continue
                 tamperer.tampers(code)
-                altered = Part(replace(part.record, **fields), part.start, part.stop)
+                altered = RecordSlice(replace(part.record, **fields), part.start, part.stop)
                 return [with_parts(frame, [*parts[:place], altered, *parts[place + 1 :]])]
         return [frame]
 

@@ -15,7 +15,7 @@ from sim.run import simulate
 from sim.scenario.file import load, shipped
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
-from sim.theory.downtime_bound import Bound, _queue, lower_bound, stops_ns
+from sim.theory.downtime_bound import DowntimeBound, _queue, lower_bound, stops_ns
 from tests.build.scenario import small_scenario
 
 MS = 1_000_000
@@ -31,7 +31,7 @@ FEW_OF = ("late-reconfig", "nic-reconfig", "vgpu-32g", "szmigiero-4vf-", "vmware
 """Slow to run, or with all else like another one when the state is cut."""
 
 
-def bound_of(scenario: Scenario, protocol: str) -> Bound:
+def bound_of(scenario: Scenario, protocol: str) -> DowntimeBound:
     parsed = Protocol.parse(protocol, scenario)
     return lower_bound(parsed.applied(scenario), parsed)
 

@@ -16,7 +16,7 @@ from proto_v3.wire.channel import Channel, Transport
 from proto_v3.wire.frames import Frame, Kind, encode_header
 from sim.clock.virtual import VirtualLoop, now_ns, sleep_ns, sleep_until_ns
 from sim.device.record import Bulk
-from sim.host.link import ClosedError, End, NetworkLink
+from sim.host.link import ClosedError, ConnectionEnd, NetworkLink
 from sim.scenario.units import MIB
 from tests.build.scenario import small_scenario, virtual
 
@@ -36,7 +36,7 @@ class Network:
         self._link = NetworkLink(small_scenario(changes).link, loop, self.timeline)
         self._made = 0
 
-    def connect(self) -> tuple[End, End]:
+    def connect(self) -> tuple[ConnectionEnd, ConnectionEnd]:
         self._made += 1
         return self._link.connect(f"connection {self._made}")
 

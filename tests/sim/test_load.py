@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from proto_v3.vfio.uapi import State
 from sim.clock.virtual import now_ns, sleep_ns, sleep_until_ns
-from sim.device.record import HEADER_BYTES, Bulk, Extent, Part, Record, Tally
+from sim.device.record import HEADER_BYTES, Bulk, Extent, Record, RecordSlice, Tally
 from sim.scenario.units import KIB, MIB
 from tests.build.hosts import (
     ALL,
@@ -160,12 +160,12 @@ async def test_writing_nothing_changes_nothing() -> None:
 # --- a stream that is not as it was saved ----------------------------------------------------------------------------
 
 
-def numbered(record: Record, sequence: int) -> Part:
+def numbered(record: Record, sequence: int) -> RecordSlice:
     """All of a copy of it that has another place in the stream."""
-    return Part(replace(record, sequence=sequence), 0, record.size_bytes)
+    return RecordSlice(replace(record, sequence=sequence), 0, record.size_bytes)
 
 
-REORDERED: dict[str, Callable[[list[Part]], list[Part]]] = {
+REORDERED: dict[str, Callable[[list[RecordSlice]], list[RecordSlice]]] = {
     "a record is missing": lambda p: [p[0], *p[2:]],
     "the first record is missing": lambda p: p[1:],
     "the last record before the end is missing": lambda p: [*p[:-2], p[-1]],
@@ -186,13 +186,13 @@ REORDERED: dict[str, Callable[[list[Part]], list[Part]]] = {
 }
 
 
-async def written(hosts: Hosts, parts: list[Part]) -> None:
+async def written(hosts: Hosts, parts: list[RecordSlice]) -> None:
     """Write it to a target in RESUMING, as one write."""
     (fd,) = await session(hosts.target, State.RESUMING)
     await fd.write(Extent(parts), 32 * KIB)
 
 
-async def cannot_be_left_but_by_a_reset(hosts: Hosts, parts: list[Part]) -> None:
+async def cannot_be_left_but_by_a_reset(hosts: Hosts, parts: list[RecordSlice]) -> None:
     """What the target does after a stream that it did not take, and that it then takes the right one."""
     await fails_with(errno.EIO, hosts.target.set_state(State.RUNNING))
     assert await hosts.target.state() is State.ERROR
@@ -226,7 +226,7 @@ async def test_what_comes_behind_a_hole_is_not_loaded() -> None:
     assert (hosts.image.version[16:] == -1).all()
 
 
-SHORT: dict[str, Callable[[list[Part]], list[Part]]] = {
+SHORT: dict[str, Callable[[list[RecordSlice]], list[RecordSlice]]] = {
     "nothing came": lambda p: [],
     "one byte came": lambda p: [replace(p[0], stop=1)],
     "one record came": lambda p: p[:1],
@@ -266,7 +266,7 @@ async def test_a_record_that_was_altered_is_noticed_at_the_end(what: str) -> Non
     (parts,) = await saved(hosts)
     changed = ALTERED[what](parts[4].record)
     (fd,) = await session(hosts.target, State.RESUMING)
-    await fd.write(Extent([*parts[:4], Part(changed, 0, changed.size_bytes), *parts[5:-1]]), 32 * KIB)
+    await fd.write(Extent([*parts[:4], RecordSlice(changed, 0, changed.size_bytes), *parts[5:-1]]), 32 * KIB)
     await fails_with(errno.EINVAL, fd.write(Extent(parts[-1:]), 32 * KIB))
     await cannot_be_left_but_by_a_reset(hosts, parts)
 
@@ -278,7 +278,7 @@ async def test_altered_critical_objects_are_noticed_at_the_end(column: str) -> N
     (parts,) = await saved(hosts)
     record = parts[0].record
     changed = replace(record, **{column: getattr(record, column)[::-1] + 1 - 1 * (column == "objects")})
-    await fails_with(errno.EINVAL, written(hosts, [Part(changed, 0, changed.size_bytes), *parts[1:]]))
+    await fails_with(errno.EINVAL, written(hosts, [RecordSlice(changed, 0, changed.size_bytes), *parts[1:]]))
     await cannot_be_left_but_by_a_reset(hosts, parts)
 
 
@@ -288,7 +288,9 @@ async def test_a_record_of_another_length_is_noticed_at_the_end(by: int) -> None
     hosts = Hosts()
     (parts,) = await saved(hosts)
     changed = replace(parts[2].record, payload_bytes=parts[2].record.payload_bytes + by)
-    await fails_with(errno.EINVAL, written(hosts, [*parts[:2], Part(changed, 0, changed.size_bytes), *parts[3:]]))
+    await fails_with(
+        errno.EINVAL, written(hosts, [*parts[:2], RecordSlice(changed, 0, changed.size_bytes), *parts[3:]])
+    )
     await cannot_be_left_but_by_a_reset(hosts, parts)
 
 
@@ -307,7 +309,7 @@ async def test_an_end_that_tells_of_another_stream_is_refused(tally: Any) -> Non
         case "another digest":
             tally = replace(right, digest=right.digest ^ 1)
     end = replace(parts[-1].record, tally=tally)
-    await fails_with(errno.EINVAL, written(hosts, [*parts[:-1], Part(end, 0, end.size_bytes)]))
+    await fails_with(errno.EINVAL, written(hosts, [*parts[:-1], RecordSlice(end, 0, end.size_bytes)]))
     await cannot_be_left_but_by_a_reset(hosts, parts)
 
 

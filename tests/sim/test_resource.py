@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from proto_v3.timeline import Mark, PathStep, Resource, Timeline
 from sim.clock.virtual import now_ns, run, sleep_ns, sleep_until_ns
-from sim.resource import Engines, Lock, Memory, Pipe, duration_ns
+from sim.resource import CommandSlots, FifoServer, Lock, Memory, duration_ns
 
 SECOND = 1_000_000_000
 JOBS = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 80)), max_size=40)
@@ -29,7 +29,7 @@ JOBS = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 80)), max_size=40)
 
 @given(JOBS)
 def test_a_pipe_is_one_server_at_a_rate_in_order_of_arrival(jobs: list[tuple[int, int]]) -> None:
-    pipe = Pipe(bytes_per_s=SECOND / 4)
+    pipe = FifoServer(bytes_per_s=SECOND / 4)
     now, free, spans, expected = 0, 0, [], []
     for gap, size in jobs:
         now += gap
@@ -53,7 +53,7 @@ def ends(
     """When each command is through. `cancelled`: when the caller of some of them gives up; those end then."""
 
     async def main() -> list[int]:
-        firmware = Engines(engines)
+        firmware = CommandSlots(engines)
 
         async def command(at: int, service: int) -> int:
             await sleep_until_ns(at)
@@ -143,7 +143,7 @@ def test_what_ran_long_before_costs_no_precision() -> None:
 
 def test_those_that_end_at_the_same_time_go_on_in_the_order_in_which_they_came() -> None:
     async def main() -> list[int]:
-        engines, order = Engines(1), []
+        engines, order = CommandSlots(1), []
 
         async def command(number: int) -> None:
             await engines.run(100)
@@ -221,7 +221,7 @@ def test_a_pipe_waits_as_pollaczek_and_khinchine_say(load: float, cv: float) -> 
     service = 1_000_000
     factors = np.random.default_rng(1).gamma(1 / cv**2, cv**2, CUSTOMERS) if cv else np.ones(CUSTOMERS)
     sizes = np.rint(service * factors).astype(int).tolist()
-    pipe = Pipe(bytes_per_s=SECOND)
+    pipe = FifoServer(bytes_per_s=SECOND)
     arrivals = arrivals_at(load * SECOND / service, CUSTOMERS)
     mean, error = mean_and_error([pipe.book(size, now)[0] - now for now, size in zip(arrivals, sizes, strict=True)])
     expected = load / (1 - load) * (1 + cv**2) / 2 * service

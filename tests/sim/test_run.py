@@ -217,7 +217,7 @@ def test_a_target_that_breaks_the_protocol_fails_the_run(monkeypatch: pytest.Mon
     original = V3Target.load_config
 
     async def impatient(self: V3Target, device: int) -> None:
-        await self.channels[0].tell(Kind.RESUMED)
+        await self.channels[0].send_control(Kind.RESUMED)
         await original(self, device)
 
     monkeypatch.setattr(V3Target, "load_config", impatient)

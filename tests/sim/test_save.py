@@ -19,7 +19,7 @@ from proto_v3.vfio.device import DataFd, Ready
 from proto_v3.vfio.uapi import MigrationFlags, State
 from proto_v3.vmm.migration import read_some
 from sim.clock.virtual import now_ns, sleep_ns, sleep_until_ns
-from sim.device.record import HEADER_BYTES, V3_HEADER_BYTES, Extent, Part
+from sim.device.record import HEADER_BYTES, V3_HEADER_BYTES, Extent, RecordSlice
 from sim.scenario.units import KIB, MIB
 from tests.build.hosts import (
     ALL,
@@ -95,8 +95,8 @@ async def test_v3_has_critical_objects_on_their_own_and_each_block_once_on_a_dir
 @virtual
 async def test_a_blocks_home_is_its_number_modulo_the_streams(streams: int) -> None:
     _, *dirty = await saved(Hosts(), streams)
-    homes = {block: index for index, parts in enumerate(dirty) for block in blocks(parts)}
-    assert homes == {block: block % streams for block in range(BLOCKS)}
+    stripes = {block: index for index, parts in enumerate(dirty) for block in blocks(parts)}
+    assert stripes == {block: block % streams for block in range(BLOCKS)}
 
 
 @virtual
@@ -107,7 +107,7 @@ async def test_a_block_keeps_its_home_through_the_session() -> None:
     await sleep_ns(50 * MS)
     await hosts.stop()
     last = [set(blocks(await read_all(fd))) for fd in dirty]
-    assert all(again and again <= home for again, home in zip(last, first, strict=True))
+    assert all(again and again <= stripe for again, stripe in zip(last, first, strict=True))
 
 
 @pytest.mark.parametrize("image", [{}, WHOLE], ids=["chunks", "whole images"])
@@ -367,7 +367,7 @@ async def test_what_reading_took_is_told_by_its_parts() -> None:
     hosts = Hosts()
     start = now_ns()
     (fd,) = await session(hosts.source, State.PRE_COPY)
-    parts: list[Part] = []
+    parts: list[RecordSlice] = []
     for _ in range(9):
         parts += (await read(fd)).parts
     (counts,) = hosts.source.read_counts

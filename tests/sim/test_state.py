@@ -1,4 +1,4 @@
-"""The device's state: lazy writes, what is dirty, what is saved, the stop, homes; and the image at the target."""
+"""The device's state: lazy writes, what is dirty, what is saved, the stop, stripes; and the image at the target."""
 
 from __future__ import annotations
 
@@ -133,11 +133,11 @@ def test_saving_takes_the_versions_of_that_moment() -> None:
 
 
 @given(st.integers(1, 200), st.booleans(), TIMES)
-def test_homes_share_the_dirty_blocks_out_without_overlap(homes: int, stopped: bool, at: int) -> None:
+def test_homes_share_the_dirty_blocks_out_without_overlap(stripes: int, stopped: bool, at: int) -> None:
     state = device()
     state.save_blocks(np.arange(0, BLOCKS, 3))
     state.advance(at)
-    parts = [state.dirty_blocks(slice(first, None, homes), stopped) for first in range(homes)]
+    parts = [state.dirty_blocks(slice(first, None, stripes), stopped) for first in range(stripes)]
     together = np.concatenate(parts)
     assert len(set(together.tolist())) == len(together)
     assert sorted(together.tolist()) == state.dirty_blocks(slice(None), stopped).tolist()

@@ -18,7 +18,7 @@ from proto_v3.vmm.migration import OutcomeKind
 from sim.clock.virtual import now_ns, run, sleep_ns, sleep_until_ns
 from sim.device.firmware import FirmwareModel, service_factors
 from sim.device.record import HEADER_BYTES, V3_HEADER_BYTES
-from sim.resource import Engines, Lock, Memory, Pipe
+from sim.resource import CommandSlots, FifoServer, Lock, Memory
 from sim.run import simulate
 from sim.scenario.protocol import Protocol
 from sim.scenario.units import GIB, KIB, MIB
@@ -79,7 +79,7 @@ def test_a_pipe_is_an_m_g_1_queue(utilisation: float, off: float, cv: float) -> 
     rng = np.random.default_rng(11)
     sizes = rng.gamma(1 / cv**2, cv**2 * SERVICE_NS, count) if cv else np.full(count, float(SERVICE_NS))
     sizes = np.rint(sizes)
-    pipe = Pipe(bytes_per_s=SECOND)  # a byte a nanosecond
+    pipe = FifoServer(bytes_per_s=SECOND)  # a byte a nanosecond
     arrivals = poisson_ns(utilisation, count)
     waits = [pipe.book(size, at)[0] - at for at, size in zip(arrivals, sizes.astype(np.int64).tolist(), strict=True)]
     assert np.mean(waits) == pytest.approx(pollaczek_khinchine_ns(utilisation, sizes), rel=off / 2)
@@ -138,7 +138,7 @@ LOOPS = {
 def rounds_per_ns(readers: int, locked_ns: int, save_ns: int, engines: float, copy_ns: int) -> float:
     """The throughput of so many readers that go through lock, firmware and a copy in the memory, and begin anew."""
     timeline = Timeline(now_ns)
-    lock, shared = Lock(timeline), Engines(engines)
+    lock, shared = Lock(timeline), CommandSlots(engines)
     memory = Memory(SECOND, SECOND, timeline)  # a byte a nanosecond, for all of them
 
     async def read() -> None:

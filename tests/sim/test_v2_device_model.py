@@ -22,7 +22,7 @@ from proto_v3.vfio.device import DataFd, Ready
 from proto_v3.vfio.uapi import State
 from sim.clock.virtual import now_ns, run, sleep_ns
 from sim.device.driver import SimDriver
-from sim.device.record import HEADER_BYTES, Extent, Part
+from sim.device.record import HEADER_BYTES, Extent, RecordSlice
 from sim.scenario.units import KIB
 from tests.build.hosts import ALL, KINDS, MS, STATE_BYTES, WHOLE, Hosts, read_all, saved
 from tests.build.hosts import session as begin
@@ -66,7 +66,7 @@ class Session:
     read_any: bool = False
     initial: int | None = None
     events_seen: int = 0
-    parts: list[Part] = field(default_factory=list)
+    parts: list[RecordSlice] = field(default_factory=list)
     # loading
     offset: int = 0
     refused: bool = False

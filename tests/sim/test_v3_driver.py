@@ -16,7 +16,7 @@ from proto_v3.vmm.migration import read_some
 from proto_v3.wire.frames import EMPTY
 from sim.clock.virtual import now_ns, sleep_ns, sleep_until_ns
 from sim.device.driver import SimDriver
-from sim.device.record import V3_HEADER_BYTES, Extent, Part, Record, Tally
+from sim.device.record import V3_HEADER_BYTES, Extent, Record, RecordSlice, Tally
 from sim.scenario.units import KIB, MIB
 from tests.build.hosts import (
     ALL,
@@ -496,7 +496,7 @@ class Halfway:
         self.hosts = Hosts({**slow, "driver.epochs": policy})
         self.range = range_
         self.loaded: list[int] = []
-        self.in_vmm: list[list[Part]] = []
+        self.in_vmm: list[list[RecordSlice]] = []
 
     async def begin(self) -> None:
         hosts, record_bytes = self.hosts, MIB + V3_HEADER_BYTES
@@ -519,7 +519,7 @@ class Halfway:
     def blocks_in_vmm(self) -> list[int]:
         return [block for parts in self.in_vmm for block in blocks(parts)]
 
-    async def rest(self) -> list[list[Part]]:
+    async def rest(self) -> list[list[RecordSlice]]:
         """All that the dirty streams give from now on, until the device is stopped and at their ends."""
         await sleep_ns(20 * MS)
         rest = []
@@ -533,7 +533,7 @@ class Halfway:
             parts += await read_all(fd)
         return rest
 
-    async def check_target(self, rest: list[list[Part]]) -> None:
+    async def check_target(self, rest: list[list[RecordSlice]]) -> None:
         """The new critical data overtakes all dirty data that is on its way; the target drops what is invalid, undoes
         what it loaded of that, and has the device's state at the end."""
         hosts, image = self.hosts, self.hosts.image
@@ -934,7 +934,7 @@ REFUSED: dict[str, tuple[int, list[int]]] = {
 }
 
 
-def tampered(how: str, parts: list[Part], others: list[list[Part]]) -> list[Part]:
+def tampered(how: str, parts: list[RecordSlice], others: list[list[RecordSlice]]) -> list[RecordSlice]:
     first, second, *rest = parts
     match how:
         case "of another stream":
@@ -1236,7 +1236,7 @@ async def test_blocks_what_cannot_be_the_sources_is_refused(how: str) -> None:
     end = (await read(fd)).parts[0]
     await write(to_critical, of_critical)
     first, second, *rest = parts
-    one_by_one: dict[str, list[list[Part]]] = {
+    one_by_one: dict[str, list[list[RecordSlice]]] = {
         "half a record": [cut([first], 0, 1000)],
         "two records": [[first, second]],
         "nothing": [[]],

@@ -34,7 +34,7 @@ WITH_CRITICAL = (RECONFIGURED, BUSY)
 CROSSED = (("downtime", "downtime_ns"), ("set-up in the downtime", "setup_in_downtime_ns"), ("drain", "phase_drain_ns"))
 LINES = (
     (BUSY, (TWO_FDS, N_FDS), style.wire("", "reconfigured, a connection a stream")),
-    (IDLE, (TWO_FDS, N_FDS), style.Look("#777777", "", "never reconfigured", "o", (0, (6, 2)))),
+    (IDLE, (TWO_FDS, N_FDS), style.Style("#777777", "", "never reconfigured", "o", (0, (6, 2)))),
     (
         BUSY,
         (TWO_FDS_ONE_CONNECTION, N_FDS_ONE_CONNECTION),

@@ -44,7 +44,7 @@ HELD_KIB = MLX5_CHUNKS * MLX5_CHUNK_MIB * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class SizeStep:
     """One step up in size, a doubling but for quick runs: what it changes in the time to move."""
 
     protocol: str
@@ -78,7 +78,7 @@ def answer(frame: pl.DataFrame) -> Answer:
     )
 
 
-def _finding(steps: Sequence[Step], regime: str) -> str:
+def _finding(steps: Sequence[SizeStep], regime: str) -> str:
     """Whether a step up from 1 MiB or more gains, where this binds."""
     above = [step for step in steps if step.regime == regime and step.from_kib >= QEMU_KIB and step.told]
     if not above:
@@ -95,13 +95,15 @@ def _finding(steps: Sequence[Step], regime: str) -> str:
 # --- steps up --------------------------------------------------------------------------------------------------------
 
 
-def steps_up(frame: pl.DataFrame) -> Iterator[Step]:
+def steps_up(frame: pl.DataFrame) -> Iterator[SizeStep]:
     """Each size against the next one of the same state, regime and protocol."""
     reads = frame.filter(pl.col("sweep") == "read")
     for at, runs in places(reads, ["regime", "state", "protocol"]):
         sizes = sorted(runs["read_kib"].unique())
         for small, large in itertools.pairwise(sizes):
-            yield Step(at["protocol"], at["regime"], at["state"], small, large, _effect(runs, "read_kib", small, large))
+            yield SizeStep(
+                at["protocol"], at["regime"], at["state"], small, large, _effect(runs, "read_kib", small, large)
+            )
 
 
 def _effect(runs: pl.DataFrame, column: str, base: int, other: int) -> Effect | None:
@@ -110,11 +112,11 @@ def _effect(runs: pl.DataFrame, column: str, base: int, other: int) -> Effect | 
     return paired(named, "moved_ns", str(base), str(other))
 
 
-def _named(step: Step) -> str:
+def _named(step: SizeStep) -> str:
     return f"{step.protocol}, {TOLD[step.regime]}"
 
 
-def _told(step: Step) -> str:
+def _told(step: SizeStep) -> str:
     """What it takes off, with its interval."""
     if step.told is None:
         return NOT_BOTH
@@ -123,7 +125,7 @@ def _told(step: Step) -> str:
     return Interval(mean, low, high, ratio.count).told("%", 2)
 
 
-def knee_kib(steps: Sequence[Step]) -> int | None:
+def knee_kib(steps: Sequence[SizeStep]) -> int | None:
     """The least size from which on no step up gains; of one protocol and regime, both states together. None if there
     is nothing to compare."""
     known = [step for step in steps if step.told]
@@ -132,14 +134,14 @@ def knee_kib(steps: Sequence[Step]) -> int | None:
     return max((step.to_kib for step in known if step.gain >= NO_GAIN), default=min(step.from_kib for step in known))
 
 
-def _by_ladder(steps: Sequence[Step]) -> dict[tuple[str, str], list[Step]]:
-    ladders: dict[tuple[str, str], list[Step]] = {}
+def _by_ladder(steps: Sequence[SizeStep]) -> dict[tuple[str, str], list[SizeStep]]:
+    ladders: dict[tuple[str, str], list[SizeStep]] = {}
     for step in steps:
         ladders.setdefault((step.regime, step.protocol), []).append(step)
     return ladders
 
 
-def _from_where(steps: Sequence[Step]) -> str:
+def _from_where(steps: Sequence[SizeStep]) -> str:
     told = []
     for regime, name in TOLD.items():
         knees = {
@@ -155,7 +157,7 @@ def _from_where(steps: Sequence[Step]) -> str:
     return f"From where on a step up takes off less than {100 * NO_GAIN:.0f} %: {'; '.join(told)}."
 
 
-def _ladders(steps: Sequence[Step]) -> list[str]:
+def _ladders(steps: Sequence[SizeStep]) -> list[str]:
     """What each step up takes off, up to reads of all that a driver holds."""
     told = []
     for (regime, protocol), ladder in _by_ladder(steps).items():
@@ -170,14 +172,14 @@ def _ladders(steps: Sequence[Step]) -> list[str]:
     return told
 
 
-def _short(step: Step) -> str:
+def _short(step: SizeStep) -> str:
     if step.told is None:
         return "(not completed)"
     ratio = step.told.ratio
     return f"{100 * step.gain:.2f} ({100 * (1 - ratio.high):.2f} to {100 * (1 - ratio.low):.2f})"
 
 
-def _costs(steps: Sequence[Step]) -> list[str]:
+def _costs(steps: Sequence[SizeStep]) -> list[str]:
     """Steps up that make it slower."""
     worse = [step for step in steps if step.told and step.gain <= -NO_GAIN]
     if not worse:
@@ -258,7 +260,7 @@ def _change(runs: pl.DataFrame, column: str, base: int, other: int) -> str:
     return f"{100 * (ratio.mean - 1):+.1f} ({100 * (ratio.low - 1):+.1f} to {100 * (ratio.high - 1):+.1f})"
 
 
-def effects(frame: pl.DataFrame, steps: Sequence[Step]) -> pl.DataFrame:
+def effects(frame: pl.DataFrame, steps: Sequence[SizeStep]) -> pl.DataFrame:
     """Each step up; each chunk size and number against mlx5's."""
     rows = []
     for step in steps:

@@ -89,7 +89,7 @@ def _curve(
     axis: Axes,
     place: Place,
     frame: pl.DataFrame,
-    look: style.Look,
+    look: style.Style,
     *,
     kind: str = "v3",
     law: bool = False,
@@ -121,7 +121,7 @@ def _family(axis: Axes, frame: pl.DataFrame, places: Sequence[Place], labels: Se
     looks = []
     for at, (place, label) in enumerate(zip(places, labels, strict=True)):
         shade = str(0.75 - 0.75 * at / max(1, len(places) - 1))
-        look = style.Look(shade, "", label, MARKERS[at % len(MARKERS)])
+        look = style.Style(shade, "", label, MARKERS[at % len(MARKERS)])
         _curve(axis, place, frame, look, expected=True)
         looks.append(look)
     axis.legend(handles=[charts.handle(look) for look in looks], fontsize=7.5, frameon=False, loc="upper left")

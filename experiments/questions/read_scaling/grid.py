@@ -45,10 +45,10 @@ PARTS = {
 }
 """Of the critical path: what may bind while the state moves."""
 LOOKS = {
-    "none": style.Look("#999999", "", "no lock", "o", ":"),
-    "per_fd": style.Look("#332288", "", "a lock a fd", "s", "-"),
-    "device": style.Look("#E69F00", "", "a lock a device", "^", "--"),
-    "global": style.Look("#000000", "", "one lock for all", "D", "-"),
+    "none": style.Style("#999999", "", "no lock", "o", ":"),
+    "per_fd": style.Style("#332288", "", "a lock a fd", "s", "-"),
+    "device": style.Style("#E69F00", "", "a lock a device", "^", "--"),
+    "global": style.Style("#000000", "", "one lock for all", "D", "-"),
 }
 
 

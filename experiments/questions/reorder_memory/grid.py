@@ -86,7 +86,7 @@ PEAKS = {"vmm": "peak_reorder_bytes", "driver": "peak_held_bytes"}
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
+class MemoryBound:
     """The most that a v3 run may hold at the target."""
 
     vmm_bytes: int
@@ -97,7 +97,7 @@ class Bound:
     """What the connections' buffers may hold, of both hosts together: memory too, but neither VMM's nor driver's."""
 
 
-def bound(scenario: Scenario) -> Bound:
+def bound(scenario: Scenario) -> MemoryBound:
     """What docs/protocol-v3.md says, with D devices and L dirty lanes each. `scenario` is as the protocol changes it.
 
         VMM      a connection a stream    D x (read + L x frame)
@@ -123,7 +123,7 @@ def bound(scenario: Scenario) -> Bound:
         of_dirty = options.lanes * frame if options.blocks else sum(dirty)
         driver = max(driver, _critical_record(scenario, device) + of_dirty)
     sockets = options.connections(len(scenario.devices)) * round(scenario.link.socket_buffer_mib * MIB)
-    return Bound(vmm, driver, sockets)
+    return MemoryBound(vmm, driver, sockets)
 
 
 def _blocks_record(device: Device, read_bytes: int) -> int:
@@ -149,7 +149,7 @@ def _dirty_record(scenario: Scenario, device: Device, stream: int, streams: int)
 
 
 @lru_cache(maxsize=1024)
-def bound_of(base: str, settings: tuple[str, ...], protocol: str) -> Bound | None:
+def bound_of(base: str, settings: tuple[str, ...], protocol: str) -> MemoryBound | None:
     """Of a run; None under v2, which has none."""
     scenario = load(base, settings)
     parsed = Protocol.parse(protocol, scenario)

@@ -19,7 +19,7 @@ MULTIFD = CONCLUSIONS[1]
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class RangeEnd:
     """A parameter's end: its value, the effect there, and what was not completed."""
 
     at: str
@@ -47,8 +47,8 @@ class Bar:
 
     parameter: str
     base: Effect | None
-    low: End
-    high: End
+    low: RangeEnd
+    high: RangeEnd
 
     @property
     def swing(self) -> float:
@@ -91,12 +91,12 @@ def bars(frame: pl.DataFrame, conclusion: Conclusion) -> list[Bar]:
     return sorted(told, key=lambda bar: bar.swing, reverse=True)
 
 
-def _end(runs: pl.DataFrame, conclusion: Conclusion) -> End:
+def _end(runs: pl.DataFrame, conclusion: Conclusion) -> RangeEnd:
     of_both = runs.filter(pl.col("protocol").is_in([conclusion.against, V3]))
     left = of_both.filter(~COMPLETED).group_by("protocol", "outcome", maintain_order=True).len("runs")
     words = ", ".join(f"{protocol} {count} {kind}" for protocol, kind, count in left.iter_rows())
     told = _effect(runs, conclusion)
-    return End(str(runs["at"].first()) if runs.height else "", told if _enough(told, runs) else None, words)
+    return RangeEnd(str(runs["at"].first()) if runs.height else "", told if _enough(told, runs) else None, words)
 
 
 def _enough(told: Effect | None, runs: pl.DataFrame) -> bool:

@@ -13,15 +13,15 @@ import os
 import time
 from contextlib import nullcontext
 
-from proto_v3.notify import Bell
+from proto_v3.notify import Notify
 from proto_v3.timeline import Resource
 from sim.device.blocks import SaveBlocks
 from sim.device.record import Extent
 from sim.live.fd.lock import Mutex
 from sim.live.fd.save import UNCONTENDED_NS, Layout
-from sim.live.fd.store import Store
+from sim.live.fd.store import StateStore
 from sim.live.io import Worker
-from sim.live.merge_timelines import Part
+from sim.live.merge_timelines import ProcessTimeline
 from sim.scenario.units import NS_PER_S
 
 
@@ -29,7 +29,7 @@ class BlocksData:
     """The driver's end."""
 
     def __init__(
-        self, stream: SaveBlocks, store: Store, mutex: Mutex | None, bytes_per_s: float, timeline: Part
+        self, stream: SaveBlocks, store: StateStore, mutex: Mutex | None, bytes_per_s: float, timeline: ProcessTimeline
     ) -> None:
         self.stream = stream
         self.lock_ns = self.copy_ns = 0
@@ -44,7 +44,7 @@ class BlocksData:
         self._workers: list[Worker] = []
         """Threads that have nothing to do: as many as copy at once, for as many may read."""
         self._copies = 0
-        self._bell = Bell()
+        self._notify = Notify()
 
     def fds(self) -> list[int]:
         """The memfd, to be passed to the VMM."""
@@ -73,7 +73,7 @@ class BlocksData:
     def _copied(self, worker: Worker) -> None:
         self._copies -= 1
         self._workers.append(worker)
-        self._bell.ring()
+        self._notify.notify()
 
     def _copy(self, buffers: list[memoryview], offset: int) -> tuple[int, int, int]:
         """When the lock was asked for, when it was there, when the copy was done."""
@@ -108,7 +108,7 @@ class BlocksData:
     async def ended(self) -> None:
         """The session is over: return when nothing is copied any more."""
         while self._copies:
-            await self._bell.wait()
+            await self._notify.wait()
         for worker in self._workers:
             worker.stop()
         self._workers.clear()

@@ -23,7 +23,7 @@ import msgpack
 from proto_v3.errors import ProtoV3Error
 from proto_v3.timeline import Resource
 from sim.live.io import look
-from sim.live.merge_timelines import Part
+from sim.live.merge_timelines import ProcessTimeline
 
 MAX_MESSAGE_BYTES = 512 << 20
 """Digests of 4 GiB in the smallest blocks, and timelines, are far below."""
@@ -40,7 +40,7 @@ class CallsError(ProtoV3Error):
 
 
 @dataclass(slots=True)
-class Answer:
+class Reply:
     """What a call gave: a map, and file descriptors that now belong to the caller."""
 
     body: dict[str, Any] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Answer:
     """Of all answers of that process so far."""
 
 
-Handler = Callable[[str, dict[str, Any]], Awaitable[Answer]]
+Handler = Callable[[str, dict[str, Any]], Awaitable[Reply]]
 """Answers a call by its name; OSError goes to the caller as it is."""
 
 
@@ -63,7 +63,7 @@ class Calls:
         self._peer = peer
         self._handler = handler
         self._loop = asyncio.get_running_loop()
-        self._waiting: dict[int, asyncio.Future[Answer]] = {}
+        self._waiting: dict[int, asyncio.Future[Reply]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._number = self._answers = 0
         self._in = bytearray()
@@ -72,17 +72,17 @@ class Calls:
         self._why = "is gone"
         self.gone: asyncio.Future[None] = self._loop.create_future()
         """Done when the other process is gone, or this end is closed."""
-        self._timeline: Part | None = None
+        self._timeline: ProcessTimeline | None = None
         self._edge = ""
         self._loop.add_reader(sock.fileno(), self._readable)
 
-    def trace(self, timeline: Part, side: str) -> None:
+    def trace(self, timeline: ProcessTimeline, side: str) -> None:
         """Tell the timeline of calls and answers from now on."""
         self._timeline, self._edge = timeline, side
 
     # --- calling ------------------------------------------------------------------------------------------------------
 
-    async def call(self, name: str, **body: Any) -> Answer:
+    async def call(self, name: str, **body: Any) -> Reply:
         """Call the other process. OSError as it answers, or ENODEV if it is gone."""
         start_ns = 0 if self._timeline is None else self._timeline.now_ns()
         answer = await self.begin(name, **body)
@@ -90,9 +90,9 @@ class Calls:
             self._timeline.got(Resource.COPY, f"{name} call", f"{self._edge} answer", answer.number, start_ns)
         return answer
 
-    def begin(self, name: str, **body: Any) -> asyncio.Future[Answer]:
+    def begin(self, name: str, **body: Any) -> asyncio.Future[Reply]:
         """Call, and leave it to the caller when to wait for the answer."""
-        done: asyncio.Future[Answer] = self._loop.create_future()
+        done: asyncio.Future[Reply] = self._loop.create_future()
         done.add_done_callback(look)
         if self.gone.done():
             done.set_exception(self._gone_error())
@@ -210,7 +210,7 @@ class Calls:
         if done is None or done.done():
             _close_all(fds)
         elif kind == ANSWER:
-            done.set_result(Answer(body, fds, what))
+            done.set_result(Reply(body, fds, what))
         else:
             done.set_exception(OSError(what, body))
 

@@ -143,7 +143,7 @@ def _wait(waiting: select.poll, closing: int) -> None:
         raise fails(errno.ENODEV)
 
 
-class Promise:
+class AnnouncedBytes:
     """How many bytes a VMM is writing, in all that it ever wrote, in a page that both processes have.
 
     write() tells the driver how much there is; a socket does not. So the driver knows when it has taken all of a

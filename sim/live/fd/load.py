@@ -25,14 +25,13 @@ from numpy.typing import NDArray
 
 from proto_v3.timeline import Resource, on_track
 from sim.device.load import LoadedFd
-from sim.device.record import Extent, Record
-from sim.device.record import Part as RecordPart
+from sim.device.record import Extent, Record, RecordSlice
 from sim.device.state import Indices, Place
 from sim.live.fd.codec import Decoder
-from sim.live.fd.copy import Copier, Promise, data_fd, eventfd
-from sim.live.fd.store import Store
+from sim.live.fd.copy import AnnouncedBytes, Copier, data_fd, eventfd
+from sim.live.fd.store import StateStore
 from sim.live.io import Worker
-from sim.live.merge_timelines import Part
+from sim.live.merge_timelines import ProcessTimeline
 
 TAKEN = struct.Struct("<qIiiH")
 """The driver's answer: bytes taken, its number, errno (0: none), that of later calls, bytes of text; that follows."""
@@ -55,9 +54,9 @@ class LoadedData:
         self,
         stream: LoadedFd,
         decoder: Callable[[], Decoder],
-        store: Store,
+        store: StateStore,
         copier: Copier,
-        timeline: Part,
+        timeline: ProcessTimeline,
         edge: str,
         *,
         room_bytes: int,
@@ -71,7 +70,7 @@ class LoadedData:
         self._timeline = timeline
         self._edge = edge
         self._ours, self._theirs = data_fd(room_bytes)
-        self._promised = Promise()
+        self._promised = AnnouncedBytes()
         self._closing = eventfd()
         self._worker = Worker(f"{edge} copy")
         self._taken = 0
@@ -106,7 +105,7 @@ class LoadedData:
     async def _watch(self) -> None:
         """Until the session is over: nothing more is taken then, of a record that is half there either."""
         while not self.stream.over:
-            await self.stream._session._bell.wait()
+            await self.stream._session._notify.wait()
         os.eventfd_write(self._closing, 1)
 
     def _found_bug(self, error: Exception, taken: int) -> None:
@@ -150,7 +149,7 @@ class LoadedData:
         return True
 
     async def _write(self, record: Record, start: int, stop: int) -> None:
-        await self.stream.write(Extent([RecordPart(record, start, stop)]), max(1, stop - start))
+        await self.stream.write(Extent([RecordSlice(record, start, stop)]), max(1, stop - start))
         self._answer_if_all_taken()
 
     async def _received(self, views: Iterable[memoryview]) -> bool:
@@ -229,7 +228,7 @@ class LoadedBlocks(LoadedData):
 
     async def _load(self, record: Record, end: int) -> None:
         try:
-            await self.stream.write(Extent([RecordPart(record, 0, record.size_bytes)]), record.size_bytes)
+            await self.stream.write(Extent([RecordSlice(record, 0, record.size_bytes)]), record.size_bytes)
         except OSError as error:
             self._answer(end, error)
         except Exception as error:
@@ -249,7 +248,7 @@ class LoadedBlocks(LoadedData):
         """Each record is answered by itself."""
 
 
-def placer(store: Store) -> Place:
+def placer(store: StateStore) -> Place:
     """What puts the wanted ones of a record's blocks in place (sim.device.state.Image.place)."""
 
     def place(blocks: Indices, data: memoryview, wanted: NDArray[np.bool_]) -> None:

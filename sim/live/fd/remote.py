@@ -35,12 +35,12 @@ from proto_v3.vfio.uapi import (
 from proto_v3.wire.frames import EMPTY, Payload
 from sim.device.stream import ReadCounts, fails
 from sim.live.fd.buffers import Buffers, as_view
-from sim.live.fd.calls import Answer, Calls
-from sim.live.fd.copy import Promise
+from sim.live.fd.calls import Calls, Reply
+from sim.live.fd.copy import AnnouncedBytes
 from sim.live.fd.data_fd import WOKEN, Descriptor, descriptor
 from sim.live.fd.load import SIZE, TAKEN
 from sim.live.io import OnLoop, Worker, look
-from sim.live.merge_timelines import Part
+from sim.live.merge_timelines import ProcessTimeline
 
 S = TypeVar("S", bound=Structure)
 ANSWER_BYTES = 4096
@@ -51,7 +51,7 @@ KEPT_BUFFERS = 2
 class Devices:
     """What the data fds of a VMM share: the calls, the way of moving bytes, the timeline."""
 
-    def __init__(self, calls: Calls, side: str, io: str, timeline: Part, read_bytes: int) -> None:
+    def __init__(self, calls: Calls, side: str, io: str, timeline: ProcessTimeline, read_bytes: int) -> None:
         self.calls = calls
         self.side = side
         self.io = io
@@ -78,10 +78,10 @@ class RemoteDevice:
         answer = await self._feature(feature | FeatureOp.GET, bytes(kind.SIZE))
         return kind.unpack(answer.body["buffer"][DeviceFeature.SIZE :])
 
-    async def _set(self, feature: Feature, data: bytes = b"") -> Answer:
+    async def _set(self, feature: Feature, data: bytes = b"") -> Reply:
         return await self._feature(feature | FeatureOp.SET, data)
 
-    async def _feature(self, flags: int, data: bytes) -> Answer:
+    async def _feature(self, flags: int, data: bytes) -> Reply:
         header = DeviceFeature(DeviceFeature.SIZE + len(data), flags).pack()
         return await self._devices.calls.call("feature", device=self._index, buffer=header + data)
 
@@ -141,10 +141,10 @@ class RemoteFd:
         self._calls = devices.calls
         self._timeline = devices.timeline
         self._fd: Descriptor = descriptor(fds[0], self.name, devices.io)
-        self._promise = Promise(fds[1]) if loads else None
+        self._promise = AnnouncedBytes(fds[1]) if loads else None
         self._buffers = Buffers(devices.read_bytes, KEPT_BUFFERS)
-        self._idle: asyncio.Future[Answer] | None = None
-        self._epoch: asyncio.Future[Answer] | None = None
+        self._idle: asyncio.Future[Reply] | None = None
+        self._epoch: asyncio.Future[Reply] | None = None
         self._streams: dict[int, RemoteFd] = {}
         """Of the critical fd: the others that it gave, by number."""
         self._written = 0
@@ -189,13 +189,13 @@ class RemoteFd:
         if self._loads is not loads:
             raise fails(errno.EBADF)
 
-    def _ask(self, name: str, **more: Any) -> asyncio.Future[Answer]:
+    def _ask(self, name: str, **more: Any) -> asyncio.Future[Reply]:
         """A call that is answered when something comes to be; it then wakes whoever waits at the fd."""
         asked = self._calls.begin(name, fd=self._number, **more)
         asked.add_done_callback(lambda _: self._fd.wake())
         return asked
 
-    def _is_end(self, answer: Answer, *, closed: bool) -> bool:
+    def _is_end(self, answer: Reply, *, closed: bool) -> bool:
         """There was nothing to read, and the driver says why: whether it is the end, or its error raised.
 
         False if it is not so any more: there is more in the socket.
@@ -373,7 +373,7 @@ class RemoteFd:
         self._fd.close()
 
 
-def _came(epoch: asyncio.Future[Answer]) -> bool:
+def _came(epoch: asyncio.Future[Reply]) -> bool:
     """Whether a new epoch was told of; a driver that has none to tell of does not answer so."""
     return epoch.done() and epoch.exception() is None and bool(epoch.result().body["new"])
 

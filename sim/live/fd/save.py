@@ -19,16 +19,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from proto_v3.notify import Bell
+from proto_v3.notify import Notify
 from proto_v3.timeline import Resource, on_track
 from sim.device.record import NO_INDICES, Extent, Record
 from sim.device.save import SaveStream
-from sim.device.stream import Outlet
+from sim.device.stream import FdBuffer
 from sim.live.fd import codec
 from sim.live.fd.copy import Copied, Copier, data_fd, eventfd, unread_bytes
-from sim.live.fd.store import Store
+from sim.live.fd.store import StateStore
 from sim.live.io import Worker
-from sim.live.merge_timelines import LATEST, Part
+from sim.live.merge_timelines import LATEST, ProcessTimeline
 
 DRAIN_BYTES = 1 << 20
 """Taken out of a socket at once that nobody reads any more."""
@@ -36,7 +36,7 @@ UNCONTENDED_NS = 20_000
 """Taking a lock that is free, or finding that there is room, takes less."""
 
 
-class SocketOutlet(Outlet):
+class SocketOutlet(FdBuffer):
     """What is in the socket, or about to be."""
 
     def __init__(self, theirs: socket.socket) -> None:
@@ -72,22 +72,22 @@ class SocketOutlet(Outlet):
 
     @property
     def unread_bytes(self) -> int:  # type: ignore[override]
-        """See sim.device.stream.Outlet."""
+        """See sim.device.stream.FdBuffer."""
         return self._taken - self.consumed
 
     @property
     def initial_bytes(self) -> int:  # type: ignore[override]
-        """See sim.device.stream.Outlet."""
+        """See sim.device.stream.FdBuffer."""
         return max(0, self._initial_through - self.consumed)
 
     def took(self, size: int, initial_bytes: int) -> None:
-        """See sim.device.stream.Outlet."""
+        """See sim.device.stream.FdBuffer."""
         if initial_bytes:
             self._initial_through = self._taken + initial_bytes
         self._taken += size
 
     def all_initial(self) -> None:
-        """See sim.device.stream.Outlet."""
+        """See sim.device.stream.FdBuffer."""
         self._initial_through = self._taken
 
 
@@ -97,9 +97,9 @@ class SavedData:
     def __init__(
         self,
         stream: SaveStream,
-        store: Store,
+        store: StateStore,
         copier: Copier,
-        timeline: Part,
+        timeline: ProcessTimeline,
         edge: str,
         *,
         room_bytes: int,
@@ -121,7 +121,7 @@ class SavedData:
         self._worker = Worker(f"{edge} copy")
         self._ended = False  # what was said last is so for good
         self._idle: tuple[str, int, str] | None = None
-        self._bell = Bell()
+        self._notify = Notify()
         self._task = asyncio.create_task(self._run(), name=edge)
         self._watching = asyncio.create_task(self._watch(), name=f"{edge} watch")
 
@@ -136,7 +136,7 @@ class SavedData:
         An `ERROR` is what read() gives whatever is in the socket. `END` may be for now only, where a driver says so.
         """
         while (told := self._told()) is None:
-            await self._bell.wait()
+            await self._notify.wait()
         return *told, self._outlet.sent
 
     def _told(self) -> tuple[str, int, str] | None:
@@ -163,7 +163,7 @@ class SavedData:
         finally:
             await self._watching
             self._close()
-            self._bell.ring()
+            self._notify.notify()
 
     async def _put(self) -> bool:
         """Some of what the driver has, or what read() gives in its place; False at the end of the stream."""
@@ -182,15 +182,15 @@ class SavedData:
                 self._shut()
                 return False
         while not (self._has_more() or self.stream.over):
-            await self.stream._bell.wait()
-            self._bell.ring()  # what was new may have been dropped again
+            await self.stream._notify.wait()
+            self._notify.notify()  # what was new may have been dropped again
         self._idle = None
         return True
 
     async def _watch(self) -> None:
         """Until the session is over: a copy that waits for room then waits for nothing."""
         while not self.stream.over:
-            await self.stream._bell.wait()
+            await self.stream._notify.wait()
         os.eventfd_write(self._closing, 1)
 
     def _fail(self, code: int, text: str) -> None:
@@ -199,7 +199,7 @@ class SavedData:
 
     def _say(self, what: str, code: int, text: str = "") -> None:
         self._idle = (what, code, text)
-        self._bell.ring()
+        self._notify.notify()
 
     def _shut(self) -> None:
         with contextlib.suppress(OSError):
@@ -248,7 +248,7 @@ class SavedData:
 class Layout:
     """Where the bytes of records are: their heads, and the device's state as it is now, without a copy."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: StateStore) -> None:
         self._store = store
         self._record: Record | None = None  # the last one, for it is asked for piece by piece
         self._head = memoryview(b"")

@@ -31,7 +31,7 @@ Runs = tuple[Indices, Indices]
 """Runs of bytes in a store: where each begins, and how many bytes it has."""
 
 
-class Store:
+class StateStore:
     """The bytes of one device (sim.device.state.Content)."""
 
     def __init__(self, device: Device, *, filled: bool) -> None:

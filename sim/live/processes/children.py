@@ -25,9 +25,9 @@ from types import ModuleType
 from typing import Any
 
 from proto_v3.errors import ProtoV3Error, UserError
-from sim.live.fd.calls import Answer, Calls
+from sim.live.fd.calls import Calls, Reply
 from sim.live.processes.device_process import DeviceProcess
-from sim.live.processes.vmm import Run, Settings, Vmm, run_source, run_target, unanswered
+from sim.live.processes.vmm import Run, Settings, VmmProcess, run_source, run_target, unanswered
 
 COMM_CHARS = 15
 """Linux, TASK_COMM_LEN less its end: what `ps -o comm`, `top` and `perf` show."""
@@ -154,13 +154,13 @@ def start(name: str, main: Callable[..., None], heard: Note, *given: Any) -> Chi
     result: asyncio.Future[dict[str, Any]] = loop.create_future()
     ended: asyncio.Future[int] = loop.create_future()
 
-    async def handle(what: str, body: dict[str, Any]) -> Answer:
+    async def handle(what: str, body: dict[str, Any]) -> Reply:
         if what == "result":
             if not result.done():
                 result.set_result(body)
         else:
             heard(what, body)
-        return Answer()
+        return Reply()
 
     lifeline = Calls(ours, name, handle)
     sentinel = process.sentinel
@@ -242,9 +242,9 @@ async def _until_gone(lifeline: Calls, work: Awaitable[None]) -> None:
         task.result()
 
 
-async def _answer(name: str, body: dict[str, Any]) -> Answer:
+async def _answer(name: str, body: dict[str, Any]) -> Reply:
     """What a supervisor asks is whether one lives."""
-    return Answer()
+    return Reply()
 
 
 def device_main(name: str, lifeline: socket.socket, control: socket.socket, side: str, loop: str) -> None:
@@ -264,7 +264,7 @@ def source_main(
 
     async def work() -> None:
         supervisor = Calls(lifeline, "supervisor", _answer)
-        vmm = Vmm("source", settings, Calls(control, "device process"), supervisor)
+        vmm = VmmProcess("source", settings, Calls(control, "device process"), supervisor)
         await _until_gone(supervisor, _tell_result(vmm, run_source(vmm, run, address)))
 
     _be(name, settings.loop, work)
@@ -277,7 +277,7 @@ def target_main(
 
     async def work() -> None:
         supervisor = Calls(lifeline, "supervisor", _answer)
-        vmm = Vmm("target", settings, Calls(control, "device process"), supervisor)
+        vmm = VmmProcess("target", settings, Calls(control, "device process"), supervisor)
 
         def rejected(why: str) -> None:
             supervisor.note("rejected", why=why)
@@ -287,7 +287,7 @@ def target_main(
     _be(name, settings.loop, work)
 
 
-async def _tell_result(vmm: Vmm, work: Awaitable[dict[str, Any]]) -> None:
+async def _tell_result(vmm: VmmProcess, work: Awaitable[dict[str, Any]]) -> None:
     """Tell the supervisor what came of it; an error in words."""
     beating = asyncio.ensure_future(vmm.beat())
     try:

@@ -27,14 +27,14 @@ from sim.device.state import DeviceState, Image
 from sim.device.stream import fails
 from sim.host.host import LiveHost, devices_at_source, devices_at_target, seeds
 from sim.live.fd.blocks import BlocksData
-from sim.live.fd.calls import Answer, Calls
+from sim.live.fd.calls import Calls, Reply
 from sim.live.fd.codec import Decoder
 from sim.live.fd.copy import Copier
 from sim.live.fd.load import LoadedBlocks, LoadedData, placer
 from sim.live.fd.lock import RealLock
 from sim.live.fd.save import SavedData
-from sim.live.fd.store import Store
-from sim.live.merge_timelines import Part
+from sim.live.fd.store import StateStore
+from sim.live.merge_timelines import ProcessTimeline
 from sim.live.real_time import RealTime
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import GIB, MIB
@@ -57,7 +57,7 @@ class DeviceProcess:
         self._devices: list[_Device] = []
         self._guest: asyncio.Task[None] | None = None
         self._time: RealTime | None = None
-        self._handlers: dict[str, Callable[[dict[str, Any]], Awaitable[Answer]]] = {
+        self._handlers: dict[str, Callable[[dict[str, Any]], Awaitable[Reply]]] = {
             "init": self._init,
             "start": self._start,
             "ping": self._ping,
@@ -79,7 +79,7 @@ class DeviceProcess:
         }
 
     async def serve(self, control: socket.socket) -> None:
-        """Answer calls until the VMM is gone; nothing goes on then."""
+        """Reply calls until the VMM is gone; nothing goes on then."""
         self._calls = Calls(control, "VMM", self._handle)
         try:
             await self._calls.gone
@@ -92,7 +92,7 @@ class DeviceProcess:
             if self._time is not None:
                 self._time.close()
 
-    async def _handle(self, name: str, body: dict[str, Any]) -> Answer:
+    async def _handle(self, name: str, body: dict[str, Any]) -> Reply:
         handler = self._handlers.get(name)
         if handler is None:
             raise OSError(errno.ENOTTY, f"there is no call {name!r}")
@@ -100,18 +100,20 @@ class DeviceProcess:
 
     # --- set-up -------------------------------------------------------------------------------------------------------
 
-    async def _init(self, body: dict[str, Any]) -> Answer:
+    async def _init(self, body: dict[str, Any]) -> Reply:
         """Make the devices. The time begins later, with `start`."""
         scenario = Scenario.model_validate_json(body["scenario"])
-        stores = [await asyncio.to_thread(Store, device, filled=self.side == "source") for device in scenario.devices]
+        stores = [
+            await asyncio.to_thread(StateStore, device, filled=self.side == "source") for device in scenario.devices
+        ]
         self._scenario, self._stores, self._seed = scenario, stores, body["seed"]
-        return Answer()
+        return Reply()
 
-    async def _start(self, body: dict[str, Any]) -> Answer:
+    async def _start(self, body: dict[str, Any]) -> Reply:
         """Time 0 is at `zero_ns` of perf_counter_ns(); the guest runs from then on."""
         self._time = time = RealTime(body["zero_ns"])
         clock.use(time)
-        self.timeline = Part(time.now_ns)
+        self.timeline = ProcessTimeline(time.now_ns)
         assert self._calls is not None
         self._calls.trace(self.timeline, self.side)
         guest_seed, source_seed, target_seed = seeds(self._seed)
@@ -126,7 +128,7 @@ class DeviceProcess:
         if self.side == "source":
             self._guest = asyncio.create_task(self._run_guest(), name="guest")
             self._guest.add_done_callback(tell_of_bug)
-        return Answer()
+        return Reply()
 
     async def _run_guest(self) -> None:
         """Write what is due, again and again: a driver that asks (DeviceState.advance) has it written at once."""
@@ -136,12 +138,12 @@ class DeviceProcess:
             for device in written_to:
                 device.advance()
 
-    async def _ping(self, body: dict[str, Any]) -> Answer:
-        return Answer()
+    async def _ping(self, body: dict[str, Any]) -> Reply:
+        return Reply()
 
     # --- the device fd ------------------------------------------------------------------------------------------------
 
-    async def _feature(self, body: dict[str, Any]) -> Answer:
+    async def _feature(self, body: dict[str, Any]) -> Reply:
         """VFIO_DEVICE_FEATURE."""
         device = self._devices[body["device"]]
         buffer = bytearray(body["buffer"])
@@ -159,12 +161,12 @@ class DeviceProcess:
         done = header.flags & FeatureOp.SET and not header.flags & FeatureOp.PROBE
         if header.flags & FEATURE_MASK == Feature.MIG_PRECOPY_INFOV2 and done:
             device.opted_in = True
-        return Answer({"buffer": bytes(buffer)}, [fd for number in installed for fd in self._data[number].fds()])
+        return Reply({"buffer": bytes(buffer)}, [fd for number in installed for fd in self._data[number].fds()])
 
-    async def _reset(self, body: dict[str, Any]) -> Answer:
+    async def _reset(self, body: dict[str, Any]) -> Reply:
         await self._devices[body["device"]].driver.reset()
         await self._end_what_is_over()
-        return Answer()
+        return Reply()
 
     def _install(self, device: _Device, fd: DataFd) -> int:
         """A data fd gets its socket, and a number."""
@@ -207,18 +209,18 @@ class DeviceProcess:
     def _of(self, body: dict[str, Any]) -> Any:
         return self._data[body["fd"]]
 
-    async def _precopy_info(self, body: dict[str, Any]) -> Answer:
+    async def _precopy_info(self, body: dict[str, Any]) -> Reply:
         buffer = bytearray(body["buffer"])
         opted_in = self._devices[body["device"]].opted_in
         await ioctl.get_precopy_info(self._of(body).stream, buffer, opted_in=opted_in)
-        return Answer({"buffer": bytes(buffer)})
+        return Reply({"buffer": bytes(buffer)})
 
-    async def _stream_info(self, body: dict[str, Any]) -> Answer:
+    async def _stream_info(self, body: dict[str, Any]) -> Reply:
         buffer = bytearray(body["buffer"])
         await ioctl.get_stream_info(self._of(body).stream, buffer)
-        return Answer({"buffer": bytes(buffer)})
+        return Reply({"buffer": bytes(buffer)})
 
-    async def _get_stream(self, body: dict[str, Any]) -> Answer:
+    async def _get_stream(self, body: dict[str, Any]) -> Reply:
         device = self._devices[body["device"]]
         buffer = bytearray(body["buffer"])
         installed: list[int] = []
@@ -234,29 +236,29 @@ class DeviceProcess:
         await ioctl.get_stream(self._of(body).stream, buffer, install)
         passed = [self._data[number] for number in installed]
         blocks = any(isinstance(data, BlocksData | LoadedBlocks) for data in passed)
-        return Answer({"buffer": bytes(buffer), "blocks": blocks}, [fd for data in passed for fd in data.fds()])
+        return Reply({"buffer": bytes(buffer), "blocks": blocks}, [fd for data in passed for fd in data.fds()])
 
-    async def _idle(self, body: dict[str, Any]) -> Answer:
+    async def _idle(self, body: dict[str, Any]) -> Reply:
         data = self._of(body)
         if not isinstance(data, SavedData):
             raise fails(errno.EBADF)
         what, code, text, sent = await data.idle()
-        return Answer({"what": what, "errno": code, "text": text, "sent": sent})
+        return Reply({"what": what, "errno": code, "text": text, "sent": sent})
 
-    async def _new_epoch(self, body: dict[str, Any]) -> Answer:
+    async def _new_epoch(self, body: dict[str, Any]) -> Reply:
         """Whether there is one; it is waited for, if so asked."""
         stream = self._of(body).stream
         if not isinstance(stream, CriticalStream):
             raise fails(errno.ENOTTY)
         if body["wait"]:
             await stream.new_epoch()
-        return Answer({"new": bool(stream._ready() & Ready.NEW_EPOCH)})
+        return Reply({"new": bool(stream._ready() & Ready.NEW_EPOCH)})
 
-    async def _close(self, body: dict[str, Any]) -> Answer:
+    async def _close(self, body: dict[str, Any]) -> Reply:
         await self._of(body).stream.close()
-        return Answer()
+        return Reply()
 
-    async def _dirty_blocks(self, body: dict[str, Any]) -> Answer:
+    async def _dirty_blocks(self, body: dict[str, Any]) -> Reply:
         buffer, bitmap = bytearray(body["buffer"]), bytearray(body["bitmap_bytes"])
         try:
             await ioctl.get_dirty_blocks(self._of(body).stream, buffer, bitmap)
@@ -264,36 +266,36 @@ class DeviceProcess:
             if error.errno != errno.EINVAL:  # which tells how many bits it takes
                 raise
             bitmap.clear()
-        return Answer({"buffer": bytes(buffer), "bitmap": bytes(bitmap)})
+        return Reply({"buffer": bytes(buffer), "bitmap": bytes(bitmap)})
 
-    async def _read_blocks(self, body: dict[str, Any]) -> Answer:
+    async def _read_blocks(self, body: dict[str, Any]) -> Reply:
         data = self._of(body)
         if not isinstance(data, BlocksData):
             raise fails(errno.EBADF)
         offset, size = await data.read_blocks(body["first"], body["count"], body["free"])
-        return Answer({"offset": offset, "size": size})
+        return Reply({"offset": offset, "size": size})
 
-    async def _read_end(self, body: dict[str, Any]) -> Answer:
-        return Answer({"data": await self._of(body).read(body["max_bytes"])})
+    async def _read_end(self, body: dict[str, Any]) -> Reply:
+        return Reply({"data": await self._of(body).read(body["max_bytes"])})
 
     # --- the guest, and what is left in the end -----------------------------------------------------------------------
 
-    async def _guest_does(self, body: dict[str, Any]) -> Answer:
+    async def _guest_does(self, body: dict[str, Any]) -> Reply:
         for device in self._devices:
             device.guest_does(body["what"])
-        return Answer()
+        return Reply()
 
-    async def _digests(self, body: dict[str, Any]) -> Answer:
+    async def _digests(self, body: dict[str, Any]) -> Reply:
         """Of the state as it is; the guest must be stopped."""
         told = [await asyncio.to_thread(device.store.digests) for device in self._devices]
-        return Answer({"digests": told})
+        return Reply({"digests": told})
 
-    async def _progress(self, body: dict[str, Any]) -> Answer:
+    async def _progress(self, body: dict[str, Any]) -> Reply:
         """For who watches: what is left, and what the guest wrote so far. Bytes."""
         left = [await device.driver.stop_copy_bytes() for device in self._devices]
-        return Answer({"left_bytes": sum(left), "written_bytes": sum(device.written_bytes for device in self._devices)})
+        return Reply({"left_bytes": sum(left), "written_bytes": sum(device.written_bytes for device in self._devices)})
 
-    async def _collect(self, body: dict[str, Any]) -> Answer:
+    async def _collect(self, body: dict[str, Any]) -> Reply:
         for data in self._data.values():
             if isinstance(data, SavedData | BlocksData):
                 counts = data.stream.reads
@@ -302,13 +304,13 @@ class DeviceProcess:
         delays = asdict(self._time.delays())
         devices = [device.told() for device in self._devices]
         cpu_ns = self._time.cpu_ns
-        return Answer({"timeline": self.timeline.export(), "devices": devices, "delays": delays, "cpu_ns": cpu_ns})
+        return Reply({"timeline": self.timeline.export(), "devices": devices, "delays": delays, "cpu_ns": cpu_ns})
 
 
 class _Device:
     """A driver, and the state behind it."""
 
-    def __init__(self, driver: SimDriver, state: DeviceState | Image, store: Store) -> None:
+    def __init__(self, driver: SimDriver, state: DeviceState | Image, store: StateStore) -> None:
         self.driver = driver
         self.store = store
         self.opted_in = False

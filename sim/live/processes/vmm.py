@@ -30,7 +30,7 @@ from sim.host.vmms import connections, make_source, make_target
 from sim.live.fd.calls import Calls
 from sim.live.fd.remote import Devices, RemoteDevice
 from sim.live.io import IO
-from sim.live.merge_timelines import Part
+from sim.live.merge_timelines import ProcessTimeline
 from sim.live.real_time import RealTime
 from sim.live.tcp.connection import Connection
 from sim.live.tcp.session import Session
@@ -138,7 +138,7 @@ class Pages:
         return self._zeros[:size_bytes]
 
 
-class Vmm:
+class VmmProcess:
     """What both sides are made of."""
 
     def __init__(self, side: str, settings: Settings, device: Calls, supervisor: Calls) -> None:
@@ -162,7 +162,7 @@ class Vmm:
         """Time 0 is fixed: make what runs on it."""
         self.time = RealTime(zero_ns)
         clock.use(self.time)
-        self.timeline = Part(self.time.now_ns)
+        self.timeline = ProcessTimeline(self.time.now_ns)
         session.trace(self.timeline)
         self.device.trace(self.timeline, self.side)
         on_track(self.side)
@@ -300,7 +300,7 @@ def socket_settings(scenario: Scenario) -> SocketSettings:
 # --- the source -------------------------------------------------------------------------------------------------------
 
 
-async def run_source(vmm: Vmm, run: Run, address: tuple[str, int]) -> dict[str, Any]:
+async def run_source(vmm: VmmProcess, run: Run, address: tuple[str, int]) -> dict[str, Any]:
     """Migrate to the target that listens there; what both sides measured, and how it ended."""
     vmm.prepare(run)
     tls = vmm.settings.tls
@@ -325,7 +325,7 @@ def _limits(settings: Settings, largest: int) -> Limits:
     return Limits(handshake_s=settings.handshake_s, silent_s=settings.silent_s, frame_bytes=largest)
 
 
-async def _migrate(vmm: Vmm, session: Session) -> dict[str, Any]:
+async def _migrate(vmm: VmmProcess, session: Session) -> dict[str, Any]:
     await session.hear("ready")  # its device process has the memory
     zero_ns = time.perf_counter_ns() + HEAD_START_NS
     await session.tell("start", zero_ns=zero_ns + session.peer_offset_ns)
@@ -345,7 +345,7 @@ async def _migrate(vmm: Vmm, session: Session) -> dict[str, Any]:
             await _cancel(vmm)
     told = await vmm.collected()
     if source is not None:
-        for name in ("retries", "retries_stopped_ns", "late_looks"):
+        for name in ("retries", "retries_stopped_ns", "late_final_checks"):
             told[name] = getattr(source, name)
     told |= {"note": note, "kind": None if kind is None else str(kind), "failures": failures, "side": "source"}
     told["peer"], told["peer_uncertainty_ns"] = await _of_peer(vmm, session, failures), session.uncertainty_ns
@@ -356,15 +356,15 @@ async def _migrate(vmm: Vmm, session: Session) -> dict[str, Any]:
     return told
 
 
-async def _cancel(vmm: Vmm) -> None:
+async def _cancel(vmm: VmmProcess) -> None:
     """This side failed. Source.run() says so last of all, and not if its own devices cannot be reset; a target that
     hears of it twice does not mind."""
     with contextlib.suppress(OSError, TimeoutError):
         async with asyncio.timeout(vmm.settings.silent_s):
-            await vmm.channels[0].tell(Kind.CANCEL)
+            await vmm.channels[0].send_control(Kind.CANCEL)
 
 
-async def _of_peer(vmm: Vmm, session: Session, failures: Sequence[Any]) -> dict[str, Any] | None:
+async def _of_peer(vmm: VmmProcess, session: Session, failures: Sequence[Any]) -> dict[str, Any] | None:
     """What the target measured; None if it cannot say, or not soon after this side told it that it failed."""
     try:
         async with asyncio.timeout(vmm.settings.silent_s if failures else None):
@@ -374,7 +374,7 @@ async def _of_peer(vmm: Vmm, session: Session, failures: Sequence[Any]) -> dict[
         return None
 
 
-def _source_progress(vmm: Vmm) -> dict[str, Any]:
+def _source_progress(vmm: VmmProcess) -> dict[str, Any]:
     return {
         "phase": _phase(vmm.timeline),
         "wire_bytes": sum(channel.bytes_sent for channel in vmm.channels),
@@ -382,7 +382,7 @@ def _source_progress(vmm: Vmm) -> dict[str, Any]:
     }
 
 
-def _phase(timeline: Part) -> str:
+def _phase(timeline: ProcessTimeline) -> str:
     marks = timeline.marks
     if Mark.DRAINED in marks:
         return "loading"
@@ -394,7 +394,7 @@ def _phase(timeline: Part) -> str:
 # --- the target -------------------------------------------------------------------------------------------------------
 
 
-async def run_target(vmm: Vmm, listener: socket.socket, rejected: Callable[[str], None]) -> dict[str, Any]:
+async def run_target(vmm: VmmProcess, listener: socket.socket, rejected: Callable[[str], None]) -> dict[str, Any]:
     """Take one migration in; what this side measured, and how it ended."""
     tls = vmm.settings.tls
     context: ssl.SSLContext | None = None if tls is None else tls_server(tls.cert, tls.key, tls.ca)
@@ -436,7 +436,7 @@ def _run_of(offer: dict[str, Any]) -> Run:
     return Run(scenario, protocol, seed)
 
 
-async def _take_in(vmm: Vmm, session: Session) -> dict[str, Any]:
+async def _take_in(vmm: VmmProcess, session: Session) -> dict[str, Any]:
     await vmm.device.call("init", scenario=vmm.scenario.told(), seed=vmm.run.seed)
     await session.tell("ready")
     zero_ns = (await session.hear("start"))["zero_ns"]
@@ -483,5 +483,5 @@ def _hang_up(session: Session) -> None:
             channel.end(ConnectionAbortedError("this side failed"))
 
 
-def _target_progress(vmm: Vmm) -> dict[str, Any]:
+def _target_progress(vmm: VmmProcess) -> dict[str, Any]:
     return {"phase": "loading" if Mark.TRANSFERRED in vmm.timeline.marks else "receiving"}

@@ -35,7 +35,7 @@ Received = tuple[bytes, memoryview]
 
 
 class Trace(Protocol):
-    """What a connection tells a timeline: see sim.live.merge_timelines.Part."""
+    """What a connection tells a timeline: see sim.live.merge_timelines.ProcessTimeline."""
 
     def now_ns(self) -> int:
         """The clock of it all."""
