@@ -28,7 +28,8 @@ import simpy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sim.clock.virtual import run, sleep_ns
+from sim.clock.port import sleep_ns
+from sim.clock.virtual import run
 
 PROCESSES, PAIRS, CAPACITY = 100, 50, 8
 NS = 1_000_000_000

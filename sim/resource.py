@@ -13,8 +13,8 @@ import math
 from typing import Any, NamedTuple
 
 from proto_v3.timeline import Resource, Timeline
-from sim.clock import virtual as clock
-from sim.clock.virtual import now_ns, sleep_until_ns
+from sim.clock import port as clock
+from sim.clock.port import now_ns, sleep_until_ns
 from sim.scenario.units import NS_PER_S
 
 ROUNDING_NS = 1e-3

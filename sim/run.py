@@ -13,7 +13,9 @@ from proto_v3.errors import ProtoV3Error, leaves
 from proto_v3.timeline import Timeline, on_track
 from proto_v3.vmm.migration import OutcomeKind, Side, Source, Target
 from proto_v3.wire.channel import Channel
-from sim.clock import virtual as clock
+from sim.clock import virtual
+from sim.clock.port import now_ns
+from sim.clock.virtual import VirtualLoop
 from sim.device.driver import SimDriver
 from sim.device.state import DeviceState, Image
 from sim.host.host import HostResources, devices_at_source, devices_at_target, seeds
@@ -63,12 +65,14 @@ def simulate(
     run is the same with it.
     """
     applied = protocol.applied(scenario)
-    run = _Run(applied, protocol, seed, keep, watch)
-    outcome = Context().run(lambda: clock.run(run.outcome()))  # no cause or track of the caller's gets into it
+    run = VirtualRun(applied, protocol, seed, keep, watch)
+    outcome = Context().run(lambda: virtual.run(run.outcome()))  # no cause or track of the caller's gets into it
     return with_bound(outcome, lower_bound(applied, protocol))
 
 
-class _Run:
+class VirtualRun:
+    """One migration in virtual time. `scenario` has what the protocol's name changes (Protocol.applied)."""
+
     def __init__(
         self,
         scenario: Scenario,
@@ -84,8 +88,9 @@ class _Run:
         self._watch = watch
 
     async def outcome(self) -> Outcome:
+        """Run it to its end."""
         scenario = self._scenario
-        self.timeline = timeline = Timeline(clock.now_ns)
+        self.timeline = timeline = Timeline(now_ns)
         guest_seed, source_seed, target_seed = seeds(self._seed)
         here = devices_at_source(scenario, guest_seed, HostResources(scenario, source_seed, timeline))
         there = devices_at_target(scenario, HostResources(scenario, target_seed, timeline))
@@ -154,7 +159,7 @@ class _Run:
 
     def _connect(self, timeline: Timeline) -> tuple[list[Channel], list[Channel]]:
         loop = asyncio.get_running_loop()
-        assert isinstance(loop, clock.VirtualLoop)
+        assert isinstance(loop, VirtualLoop)
         self.link = link = NetworkLink(self._scenario.link, loop, timeline)
         ends = [link.connect(f"connection {i}") for i in range(connections(self._scenario, self._protocol))]
         self.channels_there = [Channel(there) for _, there in ends]
@@ -174,7 +179,7 @@ class _Run:
             protocol=self._protocol.name,
             seed=self._seed,
             timeline=self.timeline,
-            ended_ns=clock.now_ns(),
+            ended_ns=now_ns(),
             devices=[_device_measured(*each) for each in parts],
             wire_bytes=sum(channel.bytes_sent for channel in self.channels),
             connections=self.link.connections,

@@ -172,7 +172,8 @@ firmware."""
 SETUP_LEFT = 0.02
 """Of the set-up that v2 has in its downtime, in the means: what a protocol that keeps it out may leave there."""
 ACK_COMES_TOO_LATE = "its ack comes too late"
-"""In the reason of a run that the reusable ack gave up (proto_v3.vmm.v2.LateAckError): it was told of the late data."""
+"""In the reason of a run that the reusable ack gave up (proto_v3.vmm.v2_source.LateAckError): it was told of the
+late data."""
 NOT_BOTH = "no seed was completed under both"
 
 

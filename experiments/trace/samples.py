@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.trace.tracks import LINK, Counter, Group, Unit, device_group, vmm_group
 from proto_v3.timeline import Mark
-from sim.clock.virtual import now_ns, sleep_ns
+from sim.clock.port import now_ns, sleep_ns
 from sim.device.driver import SimDriver
 from sim.device.state import DeviceState
 from sim.run import Parts

@@ -19,7 +19,9 @@ from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error
 from proto_v3.vfio.device import MigrationDevice
 from proto_v3.vfio.uapi import MigrationFlags, StreamFlags
 from proto_v3.vmm.migration import Side, Source, Target, UnsupportedError
-from proto_v3.vmm.v2 import V2Options, V2Source, V2Target
+from proto_v3.vmm.v2 import V2Options
+from proto_v3.vmm.v2_source import V2Source
+from proto_v3.vmm.v2_target import V2Target
 from proto_v3.vmm.v3 import V3Options
 from proto_v3.vmm.v3_source import V3Source
 from proto_v3.vmm.v3_target import V3Target

@@ -1,1 +1,1 @@
-"""Time: the virtual clock, on which the model runs. Imports proto_v3.errors only."""
+"""Time: the port that the model sees, and the virtual clock behind it. Imports proto_v3.errors only."""

@@ -45,24 +45,15 @@ from contextvars import Context, copy_context
 from heapq import heapify, heappop, heappush
 from operator import index
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 from weakref import WeakSet, WeakValueDictionary
 
-from proto_v3.errors import ProtoV3Error
+from sim.clock.port import Callback, ClockError, LoopStateError, running
 
 T = TypeVar("T")
-Callback = Callable[..., object]
 
 _NS = 1_000_000_000  # nanoseconds in a second
 _NEVER = 1 << 100  # the deadline of `asyncio.sleep(inf)`
-
-
-class ClockError(ProtoV3Error):
-    """Base of the virtual clock's errors."""
-
-
-class LoopStateError(ClockError, RuntimeError):
-    """The loop is closed, stopped or running when it must not be, or no virtual loop is running."""
 
 
 class RealIOError(ClockError):
@@ -174,51 +165,6 @@ class _Task(asyncio.Task[T]):
 
     def __hash__(self) -> int:
         return self.number
-
-
-class Timer(Protocol):
-    """A callback that is to run at a time."""
-
-    def cancel(self) -> None:
-        """Keep it from running."""
-
-
-class Time(Protocol):
-    """A clock that the model runs on: a VirtualLoop, or the real time of live mode (sim.live.real_time)."""
-
-    @property
-    def _now_ns(self) -> int:
-        """Nanoseconds since the run began."""
-
-    def _wakeup_at(self, when_ns: int) -> asyncio.Future[None]:
-        """A future that is done at that time."""
-
-    def call_at_ns(self, when_ns: int, callback: Callback, *args: Any) -> Timer:
-        """Run the callback at that time."""
-
-    def _take_late_ns(self) -> int:
-        """How late the current task was woken by its last timer, told once: real timers are late, virtual ones never.
-
-        Whoever has a next deadline takes it off, so that what is late does not add up.
-        """
-
-    def _was_late(self, task: asyncio.Task[Any] | None, late_ns: int) -> None:
-        """A task is woken so late."""
-
-
-class _Here(threading.local):
-    """Has the clock of this thread: the virtual loop while one runs, or one that was set by `use`.
-
-    asyncio.get_running_loop would do, but makes a system call on Python 3.11: a tenth of the cost of a `sleep_ns`.
-    """
-
-    loop: Time
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise LoopStateError("no virtual event loop is running in this thread")
-
-
-_here = _Here()
 
 
 def _refusal(name: str) -> Callable[..., NoReturn]:
@@ -409,12 +355,12 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
         old_hooks = sys.get_asyncgen_hooks()
         sys.set_asyncgen_hooks(firstiter=self._asyncgen_started, finalizer=self._asyncgen_dropped)
         asyncio._set_running_loop(self)
-        self._thread, self._running, _here.loop = threading.get_ident(), True, self
+        self._thread, self._running, running.clock = threading.get_ident(), True, self
         try:
             yield
         finally:
             self._running = self._stopping = False
-            del _here.loop
+            del running.clock
             asyncio._set_running_loop(None)
             sys.set_asyncgen_hooks(*old_hooks)
 
@@ -605,32 +551,6 @@ def run(main: Coroutine[Any, Any, T], *, limit_ns: int | None = None, name: str 
     if errors:
         raise BaseExceptionGroup("errors of a run", errors)
     return task.result()
-
-
-def use(time: Time) -> None:
-    """Let the model run on another clock in this thread from now on: live mode does it, once a process."""
-    _here.loop = time
-
-
-def current() -> Time:
-    """The clock of this thread. LoopStateError if there is none."""
-    return _here.loop
-
-
-def now_ns() -> int:
-    """The time in nanoseconds, of the clock that runs."""
-    return _here.loop._now_ns
-
-
-async def sleep_ns(delay_ns: int) -> None:
-    """Wait for `delay_ns` nanoseconds; if 0, until all that is ready has run. ValueError if negative."""
-    loop = _here.loop
-    await loop._wakeup_at(loop._now_ns + delay_ns)
-
-
-async def sleep_until_ns(when_ns: int) -> None:
-    """Wait until the time is `when_ns` nanoseconds. ValueError if that is past."""
-    await _here.loop._wakeup_at(when_ns)
 
 
 def _to_ns(seconds: float) -> int:

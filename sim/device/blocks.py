@@ -18,7 +18,7 @@ from proto_v3.vfio import uapi
 from proto_v3.vfio.device import DirtyBlocks, Ready
 from proto_v3.vfio.uapi import BlockRange, StreamInfo
 from proto_v3.wire.frames import EMPTY, Payload
-from sim.clock.virtual import now_ns
+from sim.clock.port import now_ns
 from sim.device.guest import Int32
 from sim.device.load_v3 import V3LoadedFd, V3LoadSession
 from sim.device.record import V3_HEADER_BYTES, Extent, Record, RecordSlice, Tally

@@ -21,7 +21,7 @@ from proto_v3.timeline import Resource
 from proto_v3.vfio import fsm
 from proto_v3.vfio.device import NO_STREAM_FLAGS, DataFd
 from proto_v3.vfio.uapi import FeatureMigStreams, MigrationFlags, State, StreamFlags
-from sim.clock.virtual import now_ns, sleep_ns
+from sim.clock.port import now_ns, sleep_ns
 from sim.device.blocks import BlocksLoadSession, LoadBlocks, SaveBlocks
 from sim.device.load import LoadSession, LoadStream
 from sim.device.load_v3 import V3LoadSession, V3LoadStream

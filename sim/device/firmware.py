@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proto_v3.timeline import Resource, Timeline
-from sim.clock.virtual import now_ns
+from sim.clock.port import now_ns
 from sim.resource import CommandSlots, duration_ns
 from sim.scenario.tables import Firmware
 from sim.scenario.units import MIB, ns

@@ -19,7 +19,7 @@ from proto_v3.timeline import Resource
 from proto_v3.vfio.device import DataFd, Ready
 from proto_v3.vfio.uapi import PrecopyInfo, StreamInfo
 from proto_v3.wire.frames import Payload
-from sim.clock.virtual import now_ns, sleep_ns
+from sim.clock.port import now_ns, sleep_ns
 from sim.device.record import Extent, Record, RecordSlice, Tally
 from sim.device.state import Image
 from sim.device.stream import CriticalLoad, DriverLock, LoadCounts, MigrationSession, fails

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from proto_v3.timeline import on_track
 from proto_v3.vfio.device import Ready
 from proto_v3.wire.frames import EMPTY, Payload
-from sim.clock.virtual import now_ns
+from sim.clock.port import now_ns
 from sim.device.record import HEADER_BYTES, NO_INDICES, Extent, Record, RecordSlice, Tally, ranges_bytes, table_bytes
 from sim.device.state import DeviceState, Indices
 from sim.device.stream import DriverLock, MigrationSession, SavedFd, fails

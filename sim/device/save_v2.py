@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 
 from proto_v3.vfio.uapi import PrecopyFlags, PrecopyInfo
-from sim.clock.virtual import now_ns
+from sim.clock.port import now_ns
 from sim.device.record import NO_INDICES, STOP_COPY_SIZE_BYTES
 from sim.device.save import SaveStream
 from sim.device.state import DeviceState, Indices

@@ -16,7 +16,7 @@ import numpy as np
 from proto_v3.vfio import uapi
 from proto_v3.vfio.device import DataFd, Ready
 from proto_v3.vfio.uapi import BlockRange, StreamInfo
-from sim.clock.virtual import now_ns
+from sim.clock.port import now_ns
 from sim.device.record import V3_HEADER_BYTES, Record
 from sim.device.save import SaveStream
 from sim.device.state import DeviceState

@@ -15,7 +15,7 @@ from proto_v3.timeline import Resource, Timeline
 from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.uapi import PrecopyInfo, StreamInfo
 from proto_v3.wire.frames import Payload
-from sim.clock.virtual import now_ns, sleep_ns
+from sim.clock.port import now_ns, sleep_ns
 from sim.device.firmware import FirmwareModel
 from sim.resource import Lock
 from sim.scenario.tables import Driver, Fault

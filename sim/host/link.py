@@ -18,7 +18,8 @@ from collections import deque
 from proto_v3.notify import Notify
 from proto_v3.timeline import NO_CAUSE, Resource, Timeline, cause, caused_by
 from proto_v3.wire.frames import Payload
-from sim.clock.virtual import VirtualLoop, now_ns
+from sim.clock.port import now_ns
+from sim.clock.virtual import VirtualLoop
 from sim.resource import FifoServer
 from sim.scenario.tables import Link
 from sim.scenario.units import BYTES_PER_S_PER_GBIT, MIB

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from proto_v3.timeline import Resource, Timeline
 from proto_v3.wire.frames import Payload
-from sim.clock.virtual import now_ns, sleep_ns
+from sim.clock.port import now_ns, sleep_ns
 from sim.device.record import Bulk
 from sim.device.state import DeviceState
 from sim.resource import duration_ns

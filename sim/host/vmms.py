@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from proto_v3.vmm.migration import Side, Source, Target
 from proto_v3.vmm.negotiate import negotiated_source, negotiated_target
-from proto_v3.vmm.v2 import V2Source, V2Target
+from proto_v3.vmm.v2_source import V2Source
+from proto_v3.vmm.v2_target import V2Target
 from proto_v3.wire.channel import Channel
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 
-from sim.clock import virtual as clock
+from sim.clock import port as clock
 from sim.live.real_time import RealTime
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import GIB, MIB, NS_PER_MS, NS_PER_S

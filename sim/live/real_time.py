@@ -55,7 +55,7 @@ def _set(timerfd: int, at_ns: int) -> None:
 
 
 class RealTimer:
-    """See sim.clock.virtual.Timer. `callback` is what is to run, None once it is cancelled; `asked_ns` the delay
+    """See sim.clock.port.Timer. `callback` is what is to run, None once it is cancelled; `asked_ns` the delay
     until then."""
 
     __slots__ = ("asked_ns", "callback")
@@ -65,7 +65,7 @@ class RealTimer:
         self.asked_ns = asked_ns
 
     def cancel(self) -> None:
-        """See sim.clock.virtual.Timer."""
+        """See sim.clock.port.Timer."""
         self.callback = None
 
 
@@ -82,7 +82,7 @@ class Delays:
 
 
 class RealTime:
-    """See sim.clock.virtual.Time: nanoseconds since `zero_ns` of perf_counter_ns()."""
+    """See sim.clock.port.Time: nanoseconds since `zero_ns` of perf_counter_ns()."""
 
     def __init__(self, zero_ns: int | None = None) -> None:
         """To be made in a running loop."""
@@ -107,7 +107,7 @@ class RealTime:
         return time.perf_counter_ns() - self.zero_ns
 
     def call_at_ns(self, when_ns: int, callback: Callable[..., object], *args: Any) -> RealTimer:
-        """See sim.clock.virtual.Time; at once, from the loop, if that is past."""
+        """See sim.clock.port.Time; at once, from the loop, if that is past."""
         timer = RealTimer(lambda: callback(*args), max(0, when_ns - self._now_ns))
         self._number += 1
         heappush(self._timers, (when_ns, self._number, timer))

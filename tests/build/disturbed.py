@@ -30,10 +30,12 @@ from proto_v3.timeline import Timeline
 from proto_v3.vmm.migration import OutcomeKind, Side
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Kind, decode
-from sim.clock import virtual as clock
+from sim.clock import virtual
+from sim.clock.port import now_ns
+from sim.clock.virtual import VirtualLoop
 from sim.device.driver import SimDriver
 from sim.outcome import Measured, Outcome, ended
-from sim.run import _Run
+from sim.run import VirtualRun
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import ns
@@ -75,7 +77,7 @@ class Callbacks(deque[Any]):
         return super().popleft()
 
 
-class Loop(clock.VirtualLoop):
+class Loop(VirtualLoop):
     def __init__(self, limit_ns: int | None = None) -> None:
         super().__init__(limit_ns)
         self._ready = Callbacks()
@@ -112,7 +114,7 @@ class Port:
         return result
 
 
-class Disturbed(_Run):
+class Disturbed(VirtualRun):
     """A run; `done` is done at event number `at`, if that is not 0."""
 
     def __init__(self, scenario: Scenario, protocol: Protocol, at: int = 0, done: str = "") -> None:
@@ -139,8 +141,8 @@ class Disturbed(_Run):
     def go(self) -> Outcome:
         """The run, from its start to its end."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(clock, "VirtualLoop", Loop)
-            return clock.run(self._watched_outcome(), limit_ns=ns(60_000))
+            patch.setattr(virtual, "VirtualLoop", Loop)
+            return virtual.run(self._watched_outcome(), limit_ns=ns(60_000))
 
     def guest_runs_at(self) -> list[str]:
         """On which sides that live."""
@@ -175,7 +177,7 @@ class Disturbed(_Run):
         self, source: Coroutine[Any, Any, OutcomeKind], target: Coroutine[Any, Any, bool]
     ) -> tuple[OutcomeKind | None, list[Exception]]:
         outcome, self.failures = await super()._both(source, target)
-        self.ended_ns = clock.now_ns()
+        self.ended_ns = now_ns()
         if outcome is None and not self.failures:
             self.failures = [ConnectionResetError("the source was killed, and the target did not fail")]
         return outcome, self.failures
@@ -187,7 +189,7 @@ class Disturbed(_Run):
 
     def _measured(self) -> Measured:
         # No figures: they take time.
-        return Measured(self._scenario.name, self._protocol.name, 1, Timeline(clock.now_ns), 0)
+        return Measured(self._scenario.name, self._protocol.name, 1, Timeline(now_ns), 0)
 
     # --- events -----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from proto_v3.timeline import Timeline
 from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.uapi import MigrationFlags, PrecopyInfo, RecordEnd, State
 from proto_v3.vmm.migration import read_some
-from sim.clock.virtual import now_ns, sleep_ns
+from sim.clock.port import now_ns, sleep_ns
 from sim.device.driver import SimDriver
 from sim.device.firmware import FirmwareModel
 from sim.device.guest import make_activity

@@ -25,8 +25,7 @@ from proto_v3.vfio.device import BlocksFd, DataFd
 from proto_v3.vfio.uapi import State, StreamFlags
 from proto_v3.vmm.migration import read_some
 from proto_v3.wire.frames import Payload
-from sim.clock import virtual as clock
-from sim.clock.virtual import now_ns
+from sim.clock.port import now_ns, sleep_ns
 from sim.device.driver import SimDriver
 from sim.device.record import Extent, RecordSlice
 from sim.device.state import DeviceState, Image
@@ -199,7 +198,7 @@ class Virtual:
 
     async def settle(self) -> None:
         """See Live."""
-        await clock.sleep_ns(1_000_000_000)
+        await sleep_ns(1_000_000_000)
 
     async def write(self, fd: DataFd, parts: Sequence[RecordSlice], piece_bytes: int = 1 << 20) -> None:
         await fd.write(Extent(list(parts)), piece_bytes)
@@ -231,7 +230,7 @@ def on_both(
         async with live(side, quick(changes), io) as rig:
             alive.append(await script(rig))
 
-    clock.run(in_virtual_time())
+    virtual.run(in_virtual_time())
     run(in_real_time, loop)
     (there,), (here,) = virtual, alive
     if isinstance(there, list):

@@ -9,9 +9,9 @@ from proto_v3.timeline import Timeline
 from proto_v3.vfio.uapi import State
 from proto_v3.wire.channel import Channel, Transport
 from proto_v3.wire.frames import Frame, Payload, decode, encode_header
-from sim.clock import virtual as clock
+from sim.clock import virtual
 from sim.outcome import Outcome
-from sim.run import _Run
+from sim.run import VirtualRun
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import ns
@@ -53,7 +53,7 @@ class _Tapped:
         return self._due.popleft()
 
 
-class TappedRun(_Run):
+class TappedRun(VirtualRun):
     """A migration with a tap on all connections, both ways."""
 
     def __init__(self, scenario: Scenario, name: str, tap: Tap, seed: int = 1) -> None:
@@ -71,14 +71,14 @@ class TappedRun(_Run):
 
     def end(self) -> Outcome:
         """Run it."""
-        return clock.run(self.outcome(), limit_ns=ns(60_000))
+        return virtual.run(self.outcome(), limit_ns=ns(60_000))
 
     def check_the_guest_goes_on_at_the_source(self, outcome: Outcome) -> None:
         """All devices run, no session is open, those of the target were reset; the guest runs at the source alone."""
         assert outcome.guest_runs_at == "source"
         for driver in (*self.drivers, *self.drivers_at_target):
-            assert clock.run(driver.state()) is State.RUNNING
-            clock.run(driver.set_streams(0))  # EBUSY if a session were open
+            assert virtual.run(driver.state()) is State.RUNNING
+            virtual.run(driver.set_streams(0))  # EBUSY if a session were open
         for driver in self.drivers_at_target:
             assert driver._breaks, "reset"
         for state in self.states:
@@ -92,6 +92,6 @@ class TappedRun(_Run):
         for driver in (*self.drivers, *self.drivers_at_target):
             assert not driver.read_counts
             assert not driver.load_counts
-            assert clock.run(driver.state()) is State.RUNNING
+            assert virtual.run(driver.state()) is State.RUNNING
         assert self.machines["source"].running
         assert not self.machines["target"].running

@@ -21,8 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proto_v3.timeline import NO_CAUSE, Timeline, caused_by
-from sim.clock import virtual as clock
-from sim.clock.virtual import now_ns, sleep_ns
+from sim.clock.port import now_ns, sleep_ns, use
 from sim.live import real_time as live_clock
 from sim.live.fd.lock import Mutex, RealLock
 from sim.live.real_time import Delays, RealTime
@@ -62,7 +61,7 @@ def on_fake_time(work: Callable[[Kernel, RealTime], Coroutine[Any, Any, None]]) 
     async def main() -> None:
         with kernel() as made:
             real = RealTime()
-            clock.use(real)
+            use(real)
             await work(made, real)
             real.close()
 
@@ -298,7 +297,7 @@ def test_commands_that_share_engines_end_when_they_would_in_virtual_time() -> No
                 group.create_task(command(each))
         return ends
 
-    expected = clock.run(virtual())
+    expected = virtual.run(virtual())
 
     async def work(made: Kernel, real: RealTime) -> None:
         task = asyncio.create_task(shared([1 * MS, 2 * MS, 3 * MS]))
@@ -312,7 +311,7 @@ def test_commands_that_share_engines_end_when_they_would_in_virtual_time() -> No
 def test_on_the_real_clock_nobody_wakes_early(loop: str) -> None:
     async def main() -> None:
         real = RealTime()
-        clock.use(real)
+        use(real)
 
         async def sleeper(delay: int) -> None:
             start_ns = now_ns()
@@ -335,7 +334,7 @@ def test_on_the_real_clock_nobody_wakes_early(loop: str) -> None:
 def with_locks(work: Callable[[RealLock], Coroutine[Any, Any, None]], loop: str = "uvloop") -> None:
     async def main() -> None:
         real = RealTime()
-        clock.use(real)
+        use(real)
         caused_by(NO_CAUSE)
         await work(RealLock(Timeline(real.now_ns)))
         real.close()

@@ -21,7 +21,7 @@ from proto_v3.errors import leaves
 from proto_v3.vfio.device import Ready
 from proto_v3.vfio.uapi import DeviceFeature, Feature, FeatureOp, State, StreamFlags
 from proto_v3.vmm.migration import read_some
-from sim.clock import virtual as clock
+from sim.clock import virtual
 from sim.device.record import HEADER_BYTES, NO_INDICES, V3_HEADER_BYTES, Extent, RecordSlice
 from sim.live.fd.blocks import BlocksData
 from sim.live.fd.codec import Decoder
@@ -868,7 +868,7 @@ def saved(streams: int, *, blocks: bool = False) -> tuple[tuple[tuple[RecordSlic
             records.append([(RecordSlice(record, 0, record.size_bytes),) for record in whole])
         told.append(tuple(map(tuple, records)))
 
-    clock.run(main())
+    virtual.run(main())
     result: tuple[tuple[tuple[RecordSlice, ...], ...], ...] = told[0]
     return result
 

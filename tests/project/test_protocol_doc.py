@@ -18,7 +18,7 @@ from proto_v3.vfio.uapi import State
 from proto_v3.vmm.migration import OutcomeKind
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
-from sim.clock import virtual as clock
+from sim.clock import virtual
 from sim.device.driver import SimDriver
 from sim.device.load import LoadStream
 from sim.device.load_v3 import V3LoadStream
@@ -26,7 +26,7 @@ from sim.device.save import SaveStream
 from sim.device.save_v3 import CriticalStream, V3Stream
 from sim.host.link import ConnectionEnd
 from sim.outcome import Outcome
-from sim.run import _Run
+from sim.run import VirtualRun
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
@@ -112,14 +112,14 @@ class Watched:
     def __init__(self, name: str, changes: dict[str, Any] | None = None, cut: Cut | None = None) -> None:
         scenario = small_scenario(changes)
         protocol = Protocol.parse(name, scenario)
-        self.run = _Run(protocol.applied(scenario), protocol, 1, None)
+        self.run = VirtualRun(protocol.applied(scenario), protocol, 1, None)
         self.steps: list[Step] = []
         self._cut = cut
         self._round_trip_s = scenario.link.round_trip_us / 1e6
         with pytest.MonkeyPatch.context() as patch:
             self._watch_frames(patch)
             self._watch_calls(patch)
-            self.outcome: Outcome = clock.run(self.run.outcome())
+            self.outcome: Outcome = virtual.run(self.run.outcome())
 
     def _watch_frames(self, patch: pytest.MonkeyPatch) -> None:
         send = Channel.send
@@ -293,7 +293,7 @@ def test_when_the_connection_is_lost_both_sides_do_as_the_table_says(row: str, c
     (_, source, target, runs_at) = next(each for each in table("the connection is lost") if each[0] == row)
     watched = Watched(name, cut=cut)
     assert watched.outcome.guest_runs_at == runs_at.replace("nowhere", "")
-    state = clock.run(watched.run.drivers[0].state())
+    state = virtual.run(watched.run.drivers[0].state())
     if runs_at == "source":
         assert state is State.RUNNING
     else:

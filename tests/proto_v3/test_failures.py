@@ -22,7 +22,8 @@ from proto_v3.vfio.uapi import MigrationFlags, State
 from proto_v3.vmm.migration import OutcomeKind
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Kind, Payload
-from sim.clock import virtual as clock
+from sim.clock import virtual
+from sim.clock.port import now_ns, sleep_ns
 from sim.device.blocks import SaveBlocks
 from sim.device.driver import SimDriver
 from sim.device.save import SaveStream
@@ -31,7 +32,7 @@ from sim.device.save_v3 import V3Stream
 from sim.device.stream import fails
 from sim.host.machine import MachineModel
 from sim.outcome import Outcome
-from sim.run import _Run
+from sim.run import VirtualRun
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import ns
@@ -64,7 +65,7 @@ class Watched:
     def __init__(self, scenario: Scenario, name: str) -> None:
         protocol = Protocol.parse(name, scenario)
         self.scenario = scenario
-        self.run = _Run(protocol.applied(scenario), protocol, 1, None)
+        self.run = VirtualRun(protocol.applied(scenario), protocol, 1, None)
         self.arcs: dict[str, set[str]] = {"source": set(), "target": set()}
         self.fds: dict[str, list[DataFd]] = {"source": [], "target": []}
         self.most_running = 0
@@ -74,7 +75,7 @@ class Watched:
         with pytest.MonkeyPatch.context() as patch:
             self._watch_vcpus(patch)
             self._watch_arcs(patch)
-            outcome = clock.run(self.run.outcome(), limit_ns=ns(60_000))
+            outcome = virtual.run(self.run.outcome(), limit_ns=ns(60_000))
         assert self.most_running <= 1, "two sides ran the guest"
         return outcome
 
@@ -114,9 +115,9 @@ class Watched:
     def check_the_source_goes_on(self) -> None:
         """Devices run on both sides, no session is open, and the guest writes on at the source."""
         for driver in (*self.run.drivers, *self.run.drivers_at_target):
-            assert clock.run(driver.state()) is State.RUNNING
-            if MigrationFlags.MULTI_STREAM in clock.run(driver.migration_flags()):
-                clock.run(driver.set_streams(0))  # EBUSY if a session were open
+            assert virtual.run(driver.state()) is State.RUNNING
+            if MigrationFlags.MULTI_STREAM in virtual.run(driver.migration_flags()):
+                virtual.run(driver.set_streams(0))  # EBUSY if a session were open
         state = self.run.states[0]
         before = int(state.version.sum())
         state.advance(self.scenario.horizon_ns)
@@ -157,9 +158,9 @@ def test_after_a_cancel_every_fd_is_stale(name: str) -> None:
     watched.outcome()
     (saved,), (loaded,) = watched.fds["source"], watched.fds["target"]
     with pytest.raises(OSError, match=os.strerror(19)):  # ENODEV
-        clock.run(saved.read(1))
+        virtual.run(saved.read(1))
     with pytest.raises(OSError, match=os.strerror(19)):
-        clock.run(loaded.write(b"", 1))
+        virtual.run(loaded.write(b"", 1))
     assert not any(arc.startswith("RESUMING ->") for arc in watched.arcs["target"]), "only a reset leads out of it"
 
 
@@ -199,7 +200,7 @@ def test_a_call_that_times_out_is_a_failure_not_a_cancel(
     name: str, cancels: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def times_out(self: SaveStream) -> None:
-        await clock.sleep_ns(ns(1))
+        await sleep_ns(ns(1))
         raise fails(errno.ETIMEDOUT)  # which Python makes a TimeoutError
 
     if name.startswith("v3"):
@@ -298,7 +299,7 @@ def test_a_session_that_cannot_be_ended_after_the_hand_over_is_reset_and_the_mig
     watched = Watched(two_devices("all", {0: [fault]}), name)
     assert watched.outcome().kind is OutcomeKind.COMPLETED
     for driver in watched.run.drivers:
-        assert clock.run(driver.state()) in (State.STOP, State.RUNNING)
+        assert virtual.run(driver.state()) in (State.STOP, State.RUNNING)
 
 
 @pytest.mark.parametrize("errno", ["EINVAL", "ENOMEM", "ETIMEDOUT", "EBUSY"])
@@ -414,7 +415,7 @@ def test_a_device_that_cannot_be_read_any_more_once_it_is_stopped_gives_the_gues
         async def read(self: SaveStream | SaveBlocks, *asked: int) -> Payload:
             nonlocal reads
             data = await original(self, *asked)
-            if self._final and clock.now_ns() > watched.run.timeline.marks[Mark.STOPPED] + ns(3):
+            if self._final and now_ns() > watched.run.timeline.marks[Mark.STOPPED] + ns(3):
                 reads += 1
                 if reads > after_reads:
                     raise OSError(5, os.strerror(5))

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from proto_v3.timeline import Mark, Timeline
 from proto_v3.vmm.migration import OutcomeKind
-from sim.clock import virtual as clock
+from sim.clock import virtual
 from sim.device.load_v3 import V3LoadSession
 from sim.device.record import HEADER_BYTES, Record
 from sim.outcome import Outcome
-from sim.run import _Run, simulate
+from sim.run import VirtualRun, simulate
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import MIB, ns
@@ -261,7 +261,7 @@ IN_STEP = small_scenario(
 def test_v3_loads_nothing_dirty_before_the_critical_data_of_its_epoch(scenario: Scenario, name: str) -> None:
     """Reckoned from the guest's plan: in epoch e the first e - 1 reconfigurations have happened."""
     protocol = Protocol.parse(name, scenario)
-    run = _Run(protocol.applied(scenario), protocol, 1, None)
+    run = VirtualRun(protocol.applied(scenario), protocol, 1, None)
     original = V3LoadSession.load
     early: list[str] = []
     loaded = 0
@@ -278,7 +278,7 @@ def test_v3_loads_nothing_dirty_before_the_critical_data_of_its_epoch(scenario: 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(V3LoadSession, "load", watched)
-        outcome = clock.run(run.outcome())
+        outcome = virtual.run(run.outcome())
     assert loaded or outcome.kind is not OutcomeKind.COMPLETED
     assert early == []
 

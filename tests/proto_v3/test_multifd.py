@@ -20,9 +20,9 @@ from proto_v3.vmm.multifd import Multifd, Receivers, Senders
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind, Payload
 from sim.clock import virtual as clock
-from sim.clock.virtual import now_ns, sleep_ns
+from sim.clock.port import now_ns, sleep_ns
 from sim.outcome import Outcome
-from sim.run import _Run, simulate
+from sim.run import VirtualRun, simulate
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import MIB, ns
@@ -504,10 +504,10 @@ AT_ONCE = {
 }
 
 
-def migrated(changes: dict[str, Any], name: str = "v2-multifd") -> tuple[Outcome, _Run]:
+def migrated(changes: dict[str, Any], name: str = "v2-multifd") -> tuple[Outcome, VirtualRun]:
     scenario: Scenario = small_scenario(changes)
     protocol = Protocol.parse(name, scenario)
-    kept = _Run(protocol.applied(scenario), protocol, 1, None)
+    kept = VirtualRun(protocol.applied(scenario), protocol, 1, None)
     outcome = clock.run(kept.outcome())
     assert outcome.kind is OutcomeKind.COMPLETED, outcome.reason
     return outcome, kept

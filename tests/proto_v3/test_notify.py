@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from proto_v3.notify import Notify
 from proto_v3.timeline import NO_CAUSE, cause, caused_by
-from sim.clock.virtual import now_ns, run, sleep_ns
+from sim.clock.port import now_ns, sleep_ns
+from sim.clock.virtual import run
 
 
 def rung(ring: Callable[[Notify], None], *, waiters: int = 1) -> list[tuple[int, int]]:

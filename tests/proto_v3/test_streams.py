@@ -11,7 +11,7 @@ from proto_v3.errors import PeerProtocolError
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
 from proto_v3.wire.streams import LEAST_BYTES, MIN_FRAMES, Credits, SharedInStreams, SharedOutStreams
-from sim.clock.virtual import sleep_ns
+from sim.clock.port import sleep_ns
 from tests.build.scenario import virtual
 
 

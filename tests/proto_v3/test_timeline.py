@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proto_v3.timeline import NO_CAUSE, PHASES, Join, Mark, PathStep, Resource, Timeline, cause, caused_by, on_track
-from sim.clock.virtual import now_ns, run, sleep_ns
+from sim.clock.port import now_ns, sleep_ns
+from sim.clock.virtual import run
 
 
 class Recorder:

@@ -18,15 +18,17 @@ from proto_v3.timeline import Mark, Timeline
 from proto_v3.vfio.uapi import MigrationFlags, PrecopyFlags, PrecopyInfo, State
 from proto_v3.vmm.migration import OutcomeKind, Side
 from proto_v3.vmm.switchover import SwitchoverSettings
-from proto_v3.vmm.v2 import UNKNOWN_STOP_COPY_BYTES, Ack, LateAckError, V2Options, V2Source, V2Target
+from proto_v3.vmm.v2 import Ack, V2Options
+from proto_v3.vmm.v2_source import UNKNOWN_STOP_COPY_BYTES, LateAckError, V2Source
+from proto_v3.vmm.v2_target import V2Target
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind, Payload, decode, encode_header
 from sim.clock import virtual as clock
-from sim.clock.virtual import now_ns, sleep_ns
+from sim.clock.port import now_ns, sleep_ns
 from sim.device.record import Bulk
 from sim.device.save_v2 import V2Stream
 from sim.outcome import Outcome
-from sim.run import _Run
+from sim.run import VirtualRun
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import KIB, MIB, ns
@@ -804,10 +806,10 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
     return frames
 
 
-def migrated(changes: dict[str, Any], name: str) -> tuple[Outcome, _Run]:
+def migrated(changes: dict[str, Any], name: str) -> tuple[Outcome, VirtualRun]:
     scenario: Scenario = small_scenario(changes)
     protocol = Protocol.parse(name, scenario)
-    kept = _Run(protocol.applied(scenario), protocol, 1, None)
+    kept = VirtualRun(protocol.applied(scenario), protocol, 1, None)
     return clock.run(kept.outcome()), kept
 
 
@@ -917,7 +919,7 @@ def test_an_object_that_becomes_new_between_two_records_of_one_image_is_told_of_
         "vmm.downtime_limit_ms": 2.0,
     }
     protocol = Protocol.parse("v2-reinit-flush", scenario := small_scenario(changes))
-    kept = _Run(protocol.applied(scenario), protocol, 4, None)
+    kept = VirtualRun(protocol.applied(scenario), protocol, 4, None)
     outcome = clock.run(kept.outcome())
     assert kept.states[0].activity.reconfiguration_objects.tolist() == [[2]], "seed 4; saved with the second record"
     last = kept.drivers_at_target[0].critical_loads[-1]

@@ -24,8 +24,8 @@ from proto_v3.vfio.uapi import State
 from proto_v3.vmm.migration import OutcomeKind, read_some
 from proto_v3.wire.frames import MAX_HEADER_BYTES, Frame, Kind, Payload, decode
 from proto_v3.wire.streams import OutStream, OwnOutStreams, SharedOutStreams, Wire
-from sim.clock import virtual as clock
-from sim.clock.virtual import now_ns, sleep_ns
+from sim.clock import virtual
+from sim.clock.port import now_ns, sleep_ns
 from sim.device.guest import Activity
 from sim.device.record import Extent
 from sim.host.link import _OneWay
@@ -143,7 +143,7 @@ class Carriers:
         with pytest.MonkeyPatch.context() as patch:
             invalidates = self.plan.changes["driver.epochs"] == "invalidate"
             LoadWatch(patch).watch(self.hosts.state, self.hosts.image, invalidates=invalidates)
-            clock.run(self.migration(), limit_ns=ns(20_000))
+            virtual.run(self.migration(), limit_ns=ns(20_000))
 
     async def migration(self) -> None:
         plan, hosts = self.plan, self.hosts

@@ -24,18 +24,8 @@ from typing import Any
 import pytest
 
 from proto_v3.errors import ProtoV3Error
-from sim.clock.virtual import (
-    ClockError,
-    DeadlockError,
-    LoopStateError,
-    RealIOError,
-    TimeLimitError,
-    VirtualLoop,
-    now_ns,
-    run,
-    sleep_ns,
-    sleep_until_ns,
-)
+from sim.clock.port import ClockError, LoopStateError, now_ns, sleep_ns, sleep_until_ns
+from sim.clock.virtual import DeadlockError, RealIOError, TimeLimitError, VirtualLoop, run
 
 SECOND = 1_000_000_000
 DAY = 86_400 * SECOND
@@ -305,7 +295,8 @@ def test_cancelled_timers_are_dropped_long_before_they_are_due() -> None:
 
 PROGRAM = """
 import asyncio, hashlib, random
-from sim.clock.virtual import now_ns, run, sleep_ns
+from sim.clock.port import now_ns, sleep_ns
+from sim.clock.virtual import run
 
 ballast = []
 

@@ -19,7 +19,7 @@ from proto_v3.timeline import Mark
 from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.uapi import FeatureMigStreams, MigrationFlags, State, StreamFlags
 from proto_v3.vmm.migration import read_some
-from sim.clock.virtual import now_ns, sleep_ns
+from sim.clock.port import now_ns, sleep_ns
 from sim.device.driver import SimDriver
 from sim.device.record import Extent
 from sim.scenario.units import KIB, MIB

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from proto_v3.timeline import Mark, PathStep, Resource, Timeline
-from sim.clock.virtual import now_ns, run, sleep_ns
+from sim.clock.port import now_ns, sleep_ns
+from sim.clock.virtual import run
 from sim.device.firmware import FACTORS, FirmwareModel, service_factors
 from sim.scenario.units import MIB
 from tests.build.scenario import small_scenario

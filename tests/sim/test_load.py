@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proto_v3.vfio.uapi import State
-from sim.clock.virtual import now_ns, sleep_ns, sleep_until_ns
+from sim.clock.port import now_ns, sleep_ns, sleep_until_ns
 from sim.device.record import HEADER_BYTES, Bulk, Extent, Record, RecordSlice, Tally
 from sim.scenario.units import KIB, MIB
 from tests.build.hosts import (

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from proto_v3.vfio.device import DataFd, Ready
 from proto_v3.vfio.uapi import State
 from proto_v3.vmm.migration import read_some
-from sim.clock.virtual import now_ns, sleep_ns, sleep_until_ns
+from sim.clock.port import now_ns, sleep_ns, sleep_until_ns
 from sim.device.record import HEADER_BYTES
 from sim.scenario.units import KIB, MIB
 from tests.build.hosts import (

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from proto_v3.timeline import Mark, PathStep, Resource, Timeline
-from sim.clock.virtual import now_ns, run, sleep_ns, sleep_until_ns
+from sim.clock.port import now_ns, sleep_ns, sleep_until_ns
+from sim.clock.virtual import run
 from sim.resource import CommandSlots, FifoServer, Lock, Memory, duration_ns
 
 SECOND = 1_000_000_000

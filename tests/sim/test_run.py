@@ -21,13 +21,14 @@ from proto_v3.vmm.v3_source import V3Source, _Stream
 from proto_v3.vmm.v3_target import V3Target
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind, Payload
-from sim.clock import virtual as clock
+from sim.clock import virtual
+from sim.clock.port import now_ns
 from sim.device.blocks import LoadBlocks
 from sim.device.load import LoadSession, LoadStream
 from sim.device.load_v3 import V3LoadSession
 from sim.device.record import Record
 from sim.outcome import Outcome
-from sim.run import _Run, simulate
+from sim.run import VirtualRun, simulate
 from sim.scenario.file import load, shipped
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
@@ -45,11 +46,11 @@ def run(scenario: Scenario, protocol: str, seed: int = 1) -> Outcome:
     return simulate(scenario, Protocol.parse(protocol, scenario), seed)
 
 
-def kept_run(scenario: Scenario, protocol: str, seed: int = 1) -> tuple[Outcome, _Run]:
+def kept_run(scenario: Scenario, protocol: str, seed: int = 1) -> tuple[Outcome, VirtualRun]:
     """The outcome, and what the run was made of: devices, images, timeline."""
     parsed = Protocol.parse(protocol, scenario)
-    kept = _Run(parsed.applied(scenario), parsed, seed, None)
-    return clock.run(kept.outcome()), kept
+    kept = VirtualRun(parsed.applied(scenario), parsed, seed, None)
+    return virtual.run(kept.outcome()), kept
 
 
 def check_accounts(outcome: Outcome, scenario: Scenario) -> None:
@@ -253,8 +254,8 @@ def test_writes_beyond_the_link_do_not_converge_and_the_guest_goes_on(protocol: 
     assert outcome.total_ns >= scenario.vmm.give_up_s * 1e9
     assert Mark.STOP_ORDERED not in kept.timeline.marks
     for driver, state in zip(kept.drivers, kept.states, strict=True):
-        assert clock.run(driver.state()) is State.RUNNING
-        clock.run(driver.set_streams(0))  # EBUSY if a session were open
+        assert virtual.run(driver.state()) is State.RUNNING
+        virtual.run(driver.set_streams(0))  # EBUSY if a session were open
         before = int(state.version.sum())
         state.advance(scenario.horizon_ns)
         assert int(state.version.sum()) > before
@@ -306,7 +307,7 @@ def test_v3_stops_the_guest_when_critical_data_is_loaded_and_the_rest_fits_by_v2
         }
     )
     parsed = Protocol.parse(protocol, scenario)
-    kept = _Run(parsed.applied(scenario), parsed, 1, None)
+    kept = VirtualRun(parsed.applied(scenario), parsed, 1, None)
     looks: list[tuple[str, int, bool]] = []
     parts: set[int] = set()
     asks: list[tuple[int, int]] = []
@@ -326,7 +327,7 @@ def test_v3_stops_the_guest_when_critical_data_is_loaded_and_the_rest_fits_by_v2
         nonlocal samples, sent_of_devices
         samples += 1
         sent_of_devices = 0
-        assert now_ns == clock.now_ns()
+        assert now_ns == now_ns()
         assert bytes_sent == sum(channel.bytes_sent for channel in kept.channels)
         sample(self, now_ns, bytes_sent)
 
@@ -352,7 +353,7 @@ def test_v3_stops_the_guest_when_critical_data_is_loaded_and_the_rest_fits_by_v2
         result = fits(self, device_bytes)
         each = [self._ram.fits(ram_bytes), *(backlog.fits(part.unread_bytes) for part, backlog in self._backlogs)]
         assert result == (ram_bytes + device_bytes < self._whole.threshold_bytes and all(each))
-        looks.append(("exact" if exact else "estimate", clock.now_ns(), result))
+        looks.append(("exact" if exact else "estimate", now_ns(), result))
         return result
 
     def asking(ask: Callable[[Any], Coroutine[Any, Any, None]]) -> Callable[[Any], Coroutine[Any, Any, None]]:
@@ -381,7 +382,7 @@ def test_v3_stops_the_guest_when_critical_data_is_loaded_and_the_rest_fits_by_v2
     for kind in sample_part:
         monkeypatch.setattr(kind, "sample", sampled_part)
     monkeypatch.setattr(V3Source, "_fits", asked)
-    check_accounts(clock.run(kept.outcome()), scenario)
+    check_accounts(virtual.run(kept.outcome()), scenario)
     assert looks[-1] == ("exact", kept.timeline.marks[Mark.STOP_ORDERED], True)
     assert len(looks) > 10, "many looks before that"
     assert {look[::2] for look in looks} >= {("estimate", False), ("estimate", True), ("exact", True)}
@@ -438,7 +439,7 @@ def test_more_streams_than_the_device_has_are_unsupported(has: int, asked: int) 
     assert outcome.reason == f"dev has {has} dirty streams; {asked} were asked for"
     assert outcome.downtime_ns is None
     assert outcome.device_bytes == 0
-    assert clock.run(kept.drivers[0].state()) is State.RUNNING
+    assert virtual.run(kept.drivers[0].state()) is State.RUNNING
 
 
 def test_one_device_of_several_that_cannot_is_named() -> None:

@@ -18,7 +18,7 @@ from proto_v3.timeline import Mark
 from proto_v3.vfio.device import DataFd, Ready
 from proto_v3.vfio.uapi import MigrationFlags, State
 from proto_v3.vmm.migration import read_some
-from sim.clock.virtual import now_ns, sleep_ns, sleep_until_ns
+from sim.clock.port import now_ns, sleep_ns, sleep_until_ns
 from sim.device.record import HEADER_BYTES, V3_HEADER_BYTES, Extent, RecordSlice
 from sim.scenario.units import KIB, MIB
 from tests.build.hosts import (

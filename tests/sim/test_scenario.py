@@ -15,7 +15,8 @@ from proto_v3.timeline import Timeline
 from proto_v3.vfio.uapi import MigrationFlags
 from proto_v3.vmm.v3 import V3Options
 from proto_v3.wire.streams import Credits, Wire
-from sim.clock.virtual import now_ns, run
+from sim.clock.port import now_ns
+from sim.clock.virtual import run
 from sim.host.machine import RamModel
 from sim.scenario.file import load, parse, shipped
 from sim.scenario.scenario import SOURCE_KINDS, Scenario, parameters

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from proto_v3.timeline import Timeline
 from proto_v3.vmm.migration import OutcomeKind
-from sim.clock.virtual import now_ns, run, sleep_ns, sleep_until_ns
+from sim.clock.port import now_ns, sleep_ns, sleep_until_ns
+from sim.clock.virtual import run
 from sim.device.firmware import FirmwareModel, service_factors
 from sim.device.record import HEADER_BYTES, V3_HEADER_BYTES
 from sim.resource import CommandSlots, FifoServer, Lock, Memory

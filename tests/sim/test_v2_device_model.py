@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from proto_v3.vfio.device import DataFd, Ready
 from proto_v3.vfio.uapi import State
-from sim.clock.virtual import now_ns, run, sleep_ns
+from sim.clock.port import now_ns, sleep_ns
+from sim.clock.virtual import run
 from sim.device.driver import SimDriver
 from sim.device.record import HEADER_BYTES, Extent, RecordSlice
 from sim.scenario.units import KIB

@@ -14,7 +14,7 @@ from proto_v3.vfio.device import BlocksFd, DataFd, Ready
 from proto_v3.vfio.uapi import MigrationFlags, RecordBlocks, RecordEnd, State, StreamFlags
 from proto_v3.vmm.migration import read_some
 from proto_v3.wire.frames import EMPTY
-from sim.clock.virtual import now_ns, sleep_ns, sleep_until_ns
+from sim.clock.port import now_ns, sleep_ns, sleep_until_ns
 from sim.device.driver import SimDriver
 from sim.device.record import V3_HEADER_BYTES, Extent, Record, RecordSlice, Tally
 from sim.scenario.units import KIB, MIB

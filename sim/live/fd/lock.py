@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from proto_v3.timeline import Resource, Timeline
-from sim.clock.virtual import now_ns
+from sim.clock.port import now_ns
 
 
 class Mutex:

@@ -17,7 +17,7 @@ from typing import Any
 from proto_v3.vfio import ioctl
 from proto_v3.vfio.device import DataFd, Ready
 from proto_v3.vfio.uapi import FEATURE_MASK, DeviceFeature, Feature, FeatureOp
-from sim.clock import virtual as clock
+from sim.clock import port as clock
 from sim.device.blocks import LoadBlocks, SaveBlocks
 from sim.device.driver import SimDriver, tell_of_bug
 from sim.device.load import LoadStream

@@ -24,7 +24,7 @@ from proto_v3.timeline import Mark, on_track
 from proto_v3.vmm.migration import Side, Source, Target, UnsupportedError
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Kind
-from sim.clock import virtual as clock
+from sim.clock import port as clock
 from sim.host.machine import MachineModel
 from sim.host.vmms import connections, make_source, make_target
 from sim.live.fd.calls import Calls

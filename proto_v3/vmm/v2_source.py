@@ -1,0 +1,242 @@
+"""v2's source, driven as QEMU drives it.
+
+Source (QEMU hw/vfio/migration.c, migration/migration.c): each round of the migration thread sends RAM for a while, then
+does one read() of at most 1 MiB on each device; then it looks whether what is left fits. Once stopped: RAM, then each
+device to its end, in turn, then their config. With multifd (`proto_v3/vmm/multifd`), RAM and, since QEMU 10.0, the
+devices' stop-copy data take channels of their own.
+
+What a VMM knows of a device in pre-copy is what GET_PRECOPY_INFO said last, less what it read since. Whether that is
+still so, only the next call can tell; between two calls, and between the last call and the stop, the device may have
+been reconfigured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from proto_v3.errors import ProtoV3Error
+from proto_v3.timeline import Join, Mark
+from proto_v3.vfio.device import MigrationDevice
+from proto_v3.vfio.uapi import MigrationFlags
+from proto_v3.vmm.migration import OutcomeKind, Side, Source, pause, read_some
+from proto_v3.vmm.multifd import Senders
+from proto_v3.vmm.v2 import Ack, V2Options
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind, Payload
+
+UNKNOWN_STOP_COPY_BYTES = 100 << 30
+"""Taken when MIG_DATA_SIZE fails, so that the downtime limit is not violated (QEMU, VFIO_MIG_STOP_COPY_SIZE)."""
+
+
+class LateAckError(ProtoV3Error):
+    """A device needs an ack after it was decided to stop: the migration fails, the guest goes on (QEMU 11.1)."""
+
+
+class _Known:
+    """What the source knows of a device in pre-copy."""
+
+    def __init__(self) -> None:
+        self.initial_bytes = 0
+        self.dirty_bytes = 0
+        self.requests = 1
+        """Acks that were needed so far: one for the initial data, one for each REINIT."""
+        self.sent = False
+        """INIT_DATA_SENT was sent for the newest request."""
+
+    def took(self, size: int) -> None:
+        """So many bytes were read: initial data comes first (vfio_update_estimated_pending_data)."""
+        initial = min(self.initial_bytes, size)
+        self.initial_bytes -= initial
+        self.dirty_bytes = max(0, self.dirty_bytes - (size - initial))
+
+    def drained(self) -> None:
+        """Nothing was left to read for now."""
+        self.initial_bytes = self.dirty_bytes = 0
+
+
+async def _size(device: MigrationDevice, otherwise: int) -> int:
+    """MIG_DATA_SIZE, or something else where it fails."""
+    try:
+        return await device.stop_copy_bytes()
+    except OSError:
+        return otherwise
+
+
+class V2Source(Source):
+    """The sending VMM."""
+
+    def __init__(self, side: Side, channels: Sequence[Channel], options: V2Options) -> None:
+        super().__init__(side, channels)
+        self._options = options
+        self._main = channels[0]
+        self._senders = Senders(options.multifd, channels[1:]) if options.multifd else None
+        self._known: dict[int, _Known] = {}
+        self._read_bytes: list[int] = []
+
+    async def migrate(self) -> OutcomeKind:
+        """See proto_v3.vmm.migration.Source."""
+        start = self.now_ns
+        await self.side.machine.set_up()
+        await self._main.send_control(Kind.SETUP, value=len(self.side.devices))
+        self.side.timeline.stage("setup", start)
+        async with Join() as beside:
+            listening = beside.start(self.back.listen(), "source return path")
+            senders = [beside.start(work, track) for work, track in self._senders.work()] if self._senders else []
+            await self._open()
+            outcome = await self.unless_cancelled(start, self._precopy(start))
+            if outcome is None:
+                await self.stop_guest()
+                await self._drain()
+                self.side.timeline.mark(Mark.DRAINED)
+                self.back.may_resume = True
+                await self._main.send_control(Kind.END)
+                await self.back.wait_for(Kind.RESUMED)
+            else:
+                await self.give_up()
+                listening.cancel()
+            for sender in senders:
+                sender.cancel()
+        if outcome is None:
+            await self.end_sessions()
+        return outcome or OutcomeKind.COMPLETED
+
+    async def _open(self) -> None:
+        for device in self.side.devices:  # vfio_save_setup: no larger buffer than the device can fill
+            self._read_bytes.append(max(1, min(self.side.settings.read_bytes, await _size(device, 1 << 62))))
+        for device in self.side.devices:
+            if self._options.reinit and MigrationFlags.PRE_COPY in await device.migration_flags():
+                await device.set_precopy_info_v2()
+        await self.open_sessions()
+        self._known = {index: _Known() for index in self.fds}
+
+    # --- pre-copy -----------------------------------------------------------------------------------------------------
+
+    async def _precopy(self, start_ns: int) -> OutcomeKind | None:
+        """Iterate until the guest can be stopped; or how it ended without that."""
+        settings = self.side.settings
+        switchover = self.switchover()
+        await self._ask_devices()
+        while True:
+            sent = self.bytes_sent()
+            await self._round()
+            switchover.sample(self.now_ns, self.bytes_sent())
+            if self._options.polls:
+                await self._ask_devices()
+            # migration_iteration_run: the exact figure costs, and is asked for only once the cheap one fits
+            if switchover.fits(self._estimate()) and switchover.fits(await self._exact()) and self._can_switch_over():
+                return None
+            if (outcome := self.given_up(start_ns)) is not None:
+                return outcome
+            if self.bytes_sent() == sent:
+                await pause(settings.decision_interval_ns)
+
+    async def _round(self) -> None:
+        settings, ram = self.side.settings, self.side.machine.ram
+        until = self.now_ns + settings.ram_budget_ns
+        while (left_ns := until - self.now_ns) > 0 and (pages := await ram.take(left_ns)) is not None:
+            await self.send_pages(pages)
+        for index, fd in self.fds.items():
+            known = self._known[index]
+            data = await read_some(fd, self._read_bytes[index])
+            if data is not None and len(data):
+                known.took(len(data))
+                await self._send_device_data(index, data)
+            else:  # ENOMSG, or 0 from a driver that gives that instead
+                known.drained()
+            if self._options.ack is not Ack.OFF and known.initial_bytes == 0 and not known.sent:
+                known.sent = True
+                await self._main.send_control(Kind.INIT_DATA_SENT, index, value=known.requests)
+
+    def _estimate(self) -> int:
+        """What is left as far as the VMM knows without asking (QEMU's state_pending_estimate)."""
+        left = sum(known.initial_bytes + known.dirty_bytes for known in self._known.values())
+        return self.side.machine.ram.pending_bytes() + left
+
+    async def _exact(self) -> int:
+        """What is left, asked for: it makes drained devices save what became dirty (QEMU's state_pending_exact).
+
+        A device's share is what MIG_DATA_SIZE says, which has its unread bytes in it. QEMU up to 10.1 adds those of
+        PRECOPY_INFO once more, which counts them twice ("vfio/migration: Fix incorrect reporting for VFIO pending
+        data").
+        """
+        await self.side.machine.ram.sync()
+        await self._ask_devices()
+        left = self.side.machine.ram.pending_bytes()
+        for device in self.side.devices:
+            left += await _size(device, UNKNOWN_STOP_COPY_BYTES)
+        return left
+
+    async def _ask_devices(self) -> None:
+        for index in self.fds:
+            await self._ask(index)
+
+    async def _ask(self, index: int) -> bool:
+        """GET_PRECOPY_INFO; whether it reported REINIT: only once, so it is kept, as a need for a new ack."""
+        info = await self.fds[index].precopy_info()
+        known = self._known[index]
+        known.initial_bytes, known.dirty_bytes = info.initial_bytes, info.dirty_bytes
+        if info.reinit:
+            known.requests += 1
+            known.sent = self._options.ack is Ack.ONE_SHOT and known.sent
+        return info.reinit
+
+    def _can_switch_over(self) -> bool:
+        match self._options.ack:
+            case Ack.ONE_SHOT:
+                return self.back.all_acked
+            case Ack.REUSABLE:
+                return all(self.back.acked[index] == known.requests for index, known in self._known.items())
+            case _:
+                return True
+
+    async def final_check(self) -> None:
+        """QEMU 11.1: REINIT is checked during the switchover ("vfio/migration: Check VFIO_PRECOPY_INFO_REINIT during
+        switchover"). With the vCPUs stopped the answer is final; it must be asked for before PRE_COPY_P2P, where mlx5
+        reports none. That QEMU asks at just this point is inferred."""
+        if self._options.ack is Ack.REUSABLE:
+            for index in self.fds:
+                if await self._ask(index):
+                    name = self.side.devices[index].name
+                    raise LateAckError(f"{name} reported REINIT after it was decided to stop: its ack comes too late")
+
+    # --- stop-copy ----------------------------------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        """RAM and every device to their ends, then the devices' config."""
+        devices = range(len(self.side.devices))
+        if self._senders is not None and self._options.devices_by_multifd:
+            await self._main.send_control(Kind.SWITCHOVER_START)
+            async with Join() as saving:
+                for index in devices:
+                    track = f"source {self.side.devices[index].name} save"
+                    saving.start(self._senders.save_device(self, index, self._read_bytes[index]), track)
+                await self.save_last_ram()
+            return
+        await self.save_last_ram()
+        for index in devices:
+            start = self.now_ns
+            await self._main.send_control(Kind.DEVICE_BEGIN, index)
+            fd = await self.ready_to_drain(index)
+            while len(data := await fd.read(self._read_bytes[index])):
+                await self._send_device_data(index, data)
+            await self._main.send_control(Kind.STREAM_END, index)
+            self.side.timeline.stage("device_save", start, index)
+        for index in devices:
+            await self._main.send_control(Kind.CONFIG, index)
+
+    async def _send_device_data(self, index: int, data: Payload) -> None:
+        await self.side.machine.buffer_device_data(len(data))
+        await self._main.send(Frame(Kind.DATA, index, payload=data))
+
+    async def send_pages(self, pages: Payload) -> None:
+        """See proto_v3.vmm.migration.Source."""
+        if self._senders is None:
+            await super().send_pages(pages)
+        else:
+            await self._senders.send_pages(pages)
+
+    async def end_ram(self) -> None:
+        """See proto_v3.vmm.migration.Source."""
+        if self._senders is not None:
+            await self._senders.sync()
+        await super().end_ram()

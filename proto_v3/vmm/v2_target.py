@@ -1,0 +1,108 @@
+"""v2's target: whatever comes on the main channel, in order, one write() after the other.
+
+While one device loads, nothing else on the channel moves. With multifd (`proto_v3/vmm/multifd`), RAM and, since QEMU
+10.0, the devices' stop-copy data come over channels of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from proto_v3.errors import PeerProtocolError
+from proto_v3.timeline import Join, Mark
+from proto_v3.vfio.device import DataFd
+from proto_v3.vfio.uapi import MigrationFlags
+from proto_v3.vmm.migration import Side, Target
+from proto_v3.vmm.multifd import Receivers
+from proto_v3.vmm.v2 import Ack, V2Options
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind
+
+
+class V2Target(Target):
+    """The receiving VMM."""
+
+    def __init__(self, side: Side, channels: Sequence[Channel], options: V2Options) -> None:
+        super().__init__(side, channels)
+        self._options = options
+        self._main = channels[0]
+        self._fds: list[DataFd] = []
+        self._acks_due = 0
+        self._receivers = Receivers(options.multifd, channels[1:], self) if options.multifd else None
+
+    async def receive(self) -> bool:
+        """See proto_v3.vmm.migration.Target."""
+        self._fds = [await self.resuming(device) for device in self.side.devices]
+        for device in self.side.devices:  # those that will say when their initial data was sent
+            self._acks_due += MigrationFlags.PRE_COPY in await device.migration_flags()
+        if self._options.ack is Ack.ONE_SHOT and not self._acks_due:
+            await self._main.send_control(Kind.SWITCHOVER_ACK)
+        async with Join() as beside:
+            receiving = [beside.start(work, track) for work, track in self._receivers.work()] if self._receivers else []
+            whole = await self._load()
+            if whole and self._receivers:
+                await self._receivers.loaded()
+            for task in receiving:
+                task.cancel()
+        if not whole:
+            return await self.cancelled()
+        await self.resume_guest()
+        await self._main.send_control(Kind.RESUMED)
+        return True
+
+    async def _load(self) -> bool:
+        """What comes on the main channel, to its end; False if the source cancelled."""
+        timeline = self.side.timeline
+        began = 0
+        others_loaded = False
+        while True:
+            frame = await self._main.recv()
+            index = self.device(frame)
+            match frame.kind:
+                case Kind.DATA:
+                    await self.side.machine.buffer_device_data(len(frame.payload))
+                    await self.write(self._fds[index], frame.payload, self.side.settings.write_bytes)
+                case Kind.RAM:
+                    await self.side.machine.ram.load(frame.payload)
+                case Kind.INIT_DATA_SENT:
+                    await self._ack(frame)
+                case Kind.SWITCHOVER_START if self._receivers is not None:
+                    self._receivers.start_loading(self._fds)
+                case Kind.RAM_BEGIN | Kind.DEVICE_BEGIN:
+                    began = timeline.now_ns()
+                case Kind.RAM_END:
+                    if self._receivers is not None:
+                        await self._receivers.synced()
+                    timeline.stage("ram_load", began)
+                    timeline.mark(Mark.TRANSFERRED)
+                case Kind.STREAM_END:
+                    timeline.stage("device_load", began, index)
+                    timeline.mark(Mark.LOADED)
+                case Kind.CONFIG:
+                    if not others_loaded:
+                        await self.side.machine.load_other_devices()
+                    others_loaded = True
+                    await self.load_config(index)
+                case Kind.END:
+                    if not others_loaded:
+                        await self.side.machine.load_other_devices()
+                    return True
+                case Kind.CANCEL:
+                    return False
+                case Kind.SETUP:
+                    pass
+                case _:
+                    raise PeerProtocolError(f"{frame.kind.name} is not a frame of v2's main channel")
+            del frame  # its payload's memory is free while the next one comes
+
+    async def _ack(self, frame: Frame) -> None:
+        """All that came before on this channel is loaded: so the initial data is."""
+        match self._options.ack:
+            case Ack.ONE_SHOT:
+                self._acks_due -= 1
+                if self._acks_due == 0:
+                    await self._main.send_control(Kind.SWITCHOVER_ACK)
+            case Ack.REUSABLE:
+                await self._main.send_control(Kind.SWITCHOVER_ACK, frame.device, value=frame.value)
+            case _:
+                raise PeerProtocolError("INIT_DATA_SENT came, but switchover-ack is not used")
