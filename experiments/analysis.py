@@ -23,10 +23,10 @@ from scipy.optimize import OptimizeWarning
 from experiments.commands.scenarios import told as told_value
 from experiments.report import answers
 from experiments.runs import table as results
+from experiments.runs.frame import COMPLETED, completed_runs, number, path_shares, protocols
 from experiments.runs.pool import Cell, run_cell
 from experiments.study.experiment import CLAIMS, find, places
 from experiments.study.statistics import interval, usl
-from experiments.study.tables import COMPLETED, completed_runs, number, path_shares, protocols
 from proto_v3.errors import UserError
 from proto_v3.timeline import Mark, Resource, Timeline
 from sim.run import simulate

@@ -17,10 +17,11 @@ from rich.table import Table
 
 from experiments import INTERRUPTED
 from experiments.commands.live import Job, live_manifest, prepared, run_jobs, table, warn
+from experiments.report import tables
 from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
+from experiments.runs.frame import COMPLETED, number, protocols
 from experiments.runs.pool import Cell, run_cells
-from experiments.study import tables as tell
 from proto_v3.timeline import PHASES, Resource
 from proto_v3.vmm.migration import OutcomeKind
 from sim.live.processes.vmm import Settings
@@ -109,9 +110,9 @@ def compare(frame: pl.DataFrame) -> pl.DataFrame:
 
     `ratio` is null where a figure is nothing, or too little to tell.
     """
-    completed = frame.filter(tell.COMPLETED)
+    completed = frame.filter(COMPLETED)
     rows = []
-    for protocol in tell.protocols(frame):
+    for protocol in protocols(frame):
         runs = completed.filter(pl.col("protocol") == protocol)
         downtime = [_median(runs, clock, FIGURES[0]) for clock in ("virtual", "live")]
         if None in downtime:
@@ -139,7 +140,7 @@ def compare(frame: pl.DataFrame) -> pl.DataFrame:
 
 def _median(runs: pl.DataFrame, clock: str, figure: Figure, of: str = "median") -> float | None:
     values = runs.filter(pl.col("clock") == clock).select(figure.value.alias("value"))["value"].drop_nulls()
-    return None if values.is_empty() else tell.number(getattr(values, of)())
+    return None if values.is_empty() else number(getattr(values, of)())
 
 
 def within_aim(compared: pl.DataFrame) -> bool:
@@ -156,16 +157,16 @@ def _show(
     compared: pl.DataFrame,
     command: Sequence[str],
 ) -> None:
-    console = tell.console()
+    console = tables.console()
     paths = []
     if not compared.is_empty():
         from experiments.draw import agree as figures_agree
 
         paths = folder.write_figure(figures_agree.agreement(name, frame, compared, AIM, shlex.join(command)), "agree")
-    tell.print_table(console, f"{name}: {description}", _outcomes(frame))
-    for protocol in tell.protocols(compared):
+    tables.print_table(console, f"{name}: {description}", _outcomes(frame))
+    for protocol in protocols(compared):
         rows = compared.filter(pl.col("protocol") == protocol)
-        tell.print_table(console, f"{protocol}: medians, in virtual time and live", _compared(rows))
+        tables.print_table(console, f"{protocol}: medians, in virtual time and live", _compared(rows))
     for sentence in verdicts(compared):
         console.print(f"- {sentence}", highlight=False, markup=False)
     if paths:
@@ -175,29 +176,29 @@ def _show(
 
 
 def _outcomes(frame: pl.DataFrame) -> Table:
-    shown = tell.plain_table(["protocol", "clock", "runs", "outcome", "reason"])
+    shown = tables.plain_table(["protocol", "clock", "runs", "outcome", "reason"])
     counted = frame.group_by("protocol", "clock", "outcome", "reason", maintain_order=True).len()
     for protocol, clock, outcome, reason, runs in counted.iter_rows():
-        tell.add_row(shown, protocol, clock, str(runs), outcome, reason)
+        tables.add_row(shown, protocol, clock, str(runs), outcome, reason)
     return shown
 
 
 def _compared(rows: pl.DataFrame) -> Table:
-    shown = tell.plain_table(["figure", "unit", "virtual", "live", "least", "most", "ratio"])
+    shown = tables.plain_table(["figure", "unit", "virtual", "live", "least", "most", "ratio"])
     for row in rows.iter_rows(named=True):
         numbers = [row["virtual"], row["live"], row["live_least"], row["live_most"]]
         if not any(numbers):
             continue
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
         cells = ["" if value is None else f"{value:.1f}" for value in numbers]
-        tell.add_row(shown, row["figure"], row["unit"], *cells, ratio)
+        tables.add_row(shown, row["figure"], row["unit"], *cells, ratio)
     return shown
 
 
 def verdicts(compared: pl.DataFrame) -> list[str]:
     """For each protocol, whether what is aimed at is met, and what takes most of the difference in the downtime."""
     told = []
-    for protocol in tell.protocols(compared):
+    for protocol in protocols(compared):
         rows = {row["figure"]: row for row in compared.filter(pl.col("protocol") == protocol).iter_rows(named=True)}
         parts = []
         for figure in AIMED_AT:

@@ -13,10 +13,10 @@ import polars as pl
 from rich.console import Console
 
 from experiments import INTERRUPTED
+from experiments.report import findings, tables
 from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
 from experiments.runs.pool import Cell, run_cells
-from experiments.study import tables as tell
 from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
 from sim.scenario.file import load
@@ -44,7 +44,7 @@ def run_compare(
     folder = ResultFolder(Path(out) if out else Path("results") / scenario.name)
     cells = [Cell(scenario, protocol, seed) for seed in seeds for protocol in protocols]
     outcomes, interrupted = run_cells(cells, jobs)
-    console = tell.console()
+    console = tables.console()
     if not outcomes:
         say(console, "interrupted before the first run was done; nothing was written")
         return INTERRUPTED
@@ -62,8 +62,8 @@ def run_compare(
         say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done and are kept in {folder.folder}")
         return INTERRUPTED
     figures = _draw(folder, scenario, frame, command)  # before anything is printed, which may go to `head`
-    tell.print_tables(console, scenario, frame)
-    tell.print_findings(console, frame)
+    tables.print_tables(console, scenario, frame)
+    findings.print_findings(console, frame)
     drawn = ", ".join(str(path) for path in figures if path.suffix == ".png")
     say(console, f"\nFigure: {drawn} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
     say(console, f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")

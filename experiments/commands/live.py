@@ -222,18 +222,19 @@ def _show(
     table_format: str,
 ) -> None:
     from experiments.draw import downtime as figures
-    from experiments.study import tables as tell
+    from experiments.report import tables
+    from experiments.runs.frame import completed_runs
 
-    console = tell.console()
+    console = tables.console()
     figure_paths = []
-    if not tell.completed_runs(frame).is_empty():
+    if not completed_runs(frame).is_empty():
         drawn = figures.downtime(scenario, frame, shlex.join(command), how="live")
         figure_paths = folder.write_figure(drawn, "live")
-    tell.print_tables(console, scenario, frame)
+    tables.print_tables(console, scenario, frame)
     if any(result.streams for result in found):
-        tell.print_table(console, "Streams, of each protocol's first run", streams_table(found))
+        tables.print_table(console, "Streams, of each protocol's first run", streams_table(found))
     if any(result.delays for result in found):
-        tell.print_table(console, "Timers, what was asked for and how late they were; and CPU", delays_table(found))
+        tables.print_table(console, "Timers, what was asked for and how late they were; and CPU", delays_table(found))
     if figure_paths:
         console.print(f"\nFigure: {figure_paths[0]} (and .svg)", markup=False, highlight=False, soft_wrap=True)
     where = f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}"
@@ -242,7 +243,7 @@ def _show(
 
 def streams_table(found: Sequence[LiveResult]) -> Table:
     """What each data fd gave, and how fast: of the first completed run of each protocol."""
-    from experiments.study.tables import add_row, plain_table
+    from experiments.report.tables import add_row, plain_table
 
     shown = plain_table(["protocol", "data fd", "MiB", "read() calls", "us a call", "MiB/s while reading"])
     seen = set()
@@ -261,7 +262,7 @@ def streams_table(found: Sequence[LiveResult]) -> Table:
 
 def delays_table(found: Sequence[LiveResult]) -> Table:
     """By process, over all runs: worst of the runs."""
-    from experiments.study.tables import add_row, plain_table
+    from experiments.report.tables import add_row, plain_table
 
     shown = plain_table(["process", "timers", "asked for s", "late us, median", "99 %", "most", "CPU s a run"])
     for process in dict.fromkeys(name for result in found for name in result.delays):

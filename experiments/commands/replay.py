@@ -18,8 +18,8 @@ from rich.console import Console
 
 from experiments.commands.compare import say
 from experiments.commands.trace import NS_PER_MS, NS_PER_S, OUT, TRACE_SUFFIX, made, place, write
+from experiments.report import tables
 from experiments.runs import table as results
-from experiments.study import tables as tell
 from proto_v3.errors import UserError
 from sim.outcome import Outcome
 from sim.scenario.file import from_dump
@@ -59,7 +59,7 @@ def run_replay(run: str, trace: str | None, spans: str | None) -> int:
     trace_file = place("--trace", trace, OUT / f"{name}{TRACE_SUFFIX}")
     spans_file = place("--spans", spans)
     traced = made(scenario, protocol, row["seed"])
-    console = tell.console()
+    console = tables.console()
     same = _print(console, read, row, traced.outcome)
     write(console, traced, trace_file, spans_file)
     return 0 if same else 1
@@ -157,13 +157,13 @@ def _print(console: Console, read: Results, row: dict[str, Any], outcome: Outcom
     again = results.row(outcome)
     settings = [f"--set {setting}" for setting in row.get("settings") or []]
     named = " ".join([row.get("base") or outcome.scenario, *settings])
-    shown = tell.plain_table(["", "in the table", "made again"])
-    tell.add_row(shown, "outcome", row["outcome"], again["outcome"])
+    shown = tables.plain_table(["", "in the table", "made again"])
+    tables.add_row(shown, "outcome", row["outcome"], again["outcome"])
     for name, unit, unit_ns in (("downtime", "ms", NS_PER_MS), ("total", "s", NS_PER_S)):
         pair = (each.get(f"{name}_ns") for each in (row, again))
-        tell.add_row(shown, f"{name}, {unit}", *("" if ns is None else f"{ns / unit_ns:.3f}" for ns in pair))
-    tell.add_row(shown, "digest", *((each["digest"] or "")[:16] for each in (row, again)))
-    tell.print_table(console, f"{named}, {row['protocol']}, seed {row['seed']}", shown)
+        tables.add_row(shown, f"{name}, {unit}", *("" if ns is None else f"{ns / unit_ns:.3f}" for ns in pair))
+    tables.add_row(shown, "digest", *((each["digest"] or "")[:16] for each in (row, again)))
+    tables.print_table(console, f"{named}, {row['protocol']}, seed {row['seed']}", shown)
     say(console, f"Digest in the table: {row['digest'] or 'none: the run broke'}")
     say(console, f"Digest made again:   {again['digest']}")
     same = bool(row["digest"] == again["digest"])

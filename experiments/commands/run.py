@@ -15,12 +15,12 @@ from rich.progress import Progress, TaskID
 
 from experiments import INTERRUPTED
 from experiments.commands.compare import say
+from experiments.report import tables
 from experiments.runs import table as results
 from experiments.runs.cluster import on_cluster
 from experiments.runs.folder import ResultFolder
 from experiments.runs.pool import in_processes, progress_bar
 from experiments.runs.resume import RunStore
-from experiments.study import tables as tell
 from experiments.study.experiment import NAMES, Answer, Experiment, Planned, find
 from proto_v3.errors import UserError
 from sim.scenario.file import load
@@ -48,7 +48,7 @@ def run_experiments(
     ]
     for sweep in sweeps if resume else ():
         sweep.check()
-    console, status = tell.console(), 0
+    console, status = tables.console(), 0
     with progress_bar() as progress:
         whole = progress.add_task("all", total=sum(map(len, planned)), visible=len(chosen) > 1)
         for sweep in sweeps:

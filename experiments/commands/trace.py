@@ -11,8 +11,8 @@ import polars as pl
 from rich.console import Console
 
 from experiments.commands.compare import say
+from experiments.report import tables
 from experiments.runs.folder import replacing
-from experiments.study import tables as tell
 from experiments.trace.samples import Samples
 from experiments.trace.tracks import Track, arranged
 from proto_v3.errors import UserError
@@ -60,7 +60,7 @@ def run_trace(
     trace_file = place("--out", out, OUT / f"{scenario.name}-{protocol.name}-{seed}{TRACE_SUFFIX}")
     spans_file = place("--spans", spans)
     traced = made(scenario, protocol, seed)
-    console = tell.console()
+    console = tables.console()
     say(console, told(traced.outcome))
     write(console, traced, trace_file, spans_file)
     return int(traced.outcome.kind is OutcomeKind.FAILED)

@@ -13,11 +13,12 @@ from rich.console import Console
 from experiments import INTERRUPTED
 from experiments.commands.compare import say
 from experiments.commands.scenarios import told
+from experiments.report import tables
 from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
+from experiments.runs.frame import COMPLETED
 from experiments.runs.pool import Cell, run_cells
-from experiments.study import tables as tell
-from experiments.study.tables import PublishedFigure
+from experiments.study.published import PublishedFigure, held_against
 from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
 from sim.outcome import Outcome
@@ -69,7 +70,7 @@ def run_validate(names: Sequence[str], seeds: Sequence[int], out: str, jobs: int
         for seed in seeds
     ]
     outcomes, interrupted = run_cells(cells, jobs)
-    console = tell.console()
+    console = tables.console()
     if interrupted:
         say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done; nothing was written")
         return INTERRUPTED
@@ -116,7 +117,7 @@ def _protocols(scenario: Scenario) -> list[str]:
 
 def _rows(scenario: Scenario, frame: pl.DataFrame) -> Iterator[Row]:
     for published in scenario.published:
-        for held in tell.held_against(published, frame):
+        for held in held_against(published, frame):
             yield Row(scenario.name, published.case or scenario.name, published.protocol, held)
 
 
@@ -160,15 +161,15 @@ def _write(folder: ResultFolder, frame: pl.DataFrame, manifest: dict[str, Any]) 
 
 
 def _print_case(console: Console, scenario: Scenario, frame: pl.DataFrame, rows: Sequence[Row]) -> None:
-    table = tell.plain_table(["what, ms", "protocol", "published", "simulated", "error", "used to fit", "outside"])
+    table = tables.plain_table(["what, ms", "protocol", "published", "simulated", "error", "used to fit", "outside"])
     for row in rows:
-        what, *numbers = tell.cells(row.held)
-        tell.add_row(table, what, row.protocol, *numbers, _outside(row))
-    tell.print_table(console, f"{scenario.name}: {scenario.description}", table)
+        what, *numbers = tables.cells(row.held)
+        tables.add_row(table, what, row.protocol, *numbers, _outside(row))
+    tables.print_table(console, f"{scenario.name}: {scenario.description}", table)
     for published in scenario.published:
         say(console, f"Published ({published.case or scenario.name}, {published.protocol}): {published.citation}")
-    if frame.filter(~tell.COMPLETED).height:
-        tell.print_table(console, f"{scenario.name}: not all runs were completed", tell.outcomes_table(frame))
+    if frame.filter(~COMPLETED).height:
+        tables.print_table(console, f"{scenario.name}: not all runs were completed", tables.outcomes_table(frame))
 
 
 def _outside(row: Row) -> str:
@@ -183,30 +184,32 @@ def _print_differences(console: Console, name: str, scenario: Scenario) -> None:
     if not extended:
         say(console, f"{scenario.name} extends nothing: all parameters are its own.")
         return
-    table = tell.plain_table(["parameter", "base", "here", "source"])
+    table = tables.plain_table(["parameter", "base", "here", "source"])
     for key, (there, here) in changes(name).items():
         if key.partition(".")[0] in HELD_CONSTANT and there is not None:
-            tell.add_row(table, key, told(there), told(here), scenario.sources.get(key, "not stated"))
+            tables.add_row(table, key, told(there), told(here), scenario.sources.get(key, "not stated"))
     if table.row_count:
-        tell.print_table(console, f"{scenario.name}: what had to differ from {extended[-1].stem}", table)
+        tables.print_table(console, f"{scenario.name}: what had to differ from {extended[-1].stem}", table)
     else:
         say(console, f"{scenario.name}: nothing had to differ from {extended[-1].stem}.")
 
 
 def _print_summary(console: Console, rows: Sequence[Row]) -> None:
-    table = tell.plain_table(["downtime, ms", "protocol", "published", "simulated", "error", "used to fit", "outside"])
+    table = tables.plain_table(
+        ["downtime, ms", "protocol", "published", "simulated", "error", "used to fit", "outside"]
+    )
     for row in rows:
         if row.held.figure == "downtime_ms":
-            _, *numbers = tell.cells(row.held)
-            tell.add_row(table, row.scenario, row.protocol, *numbers, _outside(row))
+            _, *numbers = tables.cells(row.held)
+            tables.add_row(table, row.scenario, row.protocol, *numbers, _outside(row))
     if table.row_count:
-        tell.print_table(console, "The downtimes of all cases", table)
-    table = tell.plain_table(["", "figures", *[f"within {100 * band:.0f} %" for band in BANDS]])
+        tables.print_table(console, "The downtimes of all cases", table)
+    table = tables.plain_table(["", "figures", *[f"within {100 * band:.0f} %" for band in BANDS]])
     for kind, some in (
         ("predicted", [row for row in rows if not row.held.fitted]),
         ("fitted", [row for row in rows if row.held.fitted]),
         ("all", rows),
     ):
         within = [sum(row.within(band) for row in some) for band in BANDS]
-        tell.add_row(table, kind, str(len(some)), *map(str, within))
-    tell.print_table(console, "How many of the published figures come out", table)
+        tables.add_row(table, kind, str(len(some)), *map(str, within))
+    tables.print_table(console, "How many of the published figures come out", table)

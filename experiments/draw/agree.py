@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 
 from experiments.draw import style
 from experiments.draw.downtime import say_how_made
-from experiments.study.tables import COMPLETED, ms, number, protocols
+from experiments.runs.frame import COMPLETED, ms, number, protocols
 from proto_v3.timeline import PHASES
 
 PHASE_LOOKS = {

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from experiments.draw import style
+from experiments.runs.frame import completed_runs, ms, number, protocols
 from experiments.runs.table import PATH_COLUMNS, PHASE_COLUMNS, git_revision, versions
-from experiments.study.tables import completed_runs, ms, number, protocols
 from proto_v3.timeline import PHASES, Resource
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import MIB

@@ -19,8 +19,8 @@ from matplotlib.lines import Line2D
 
 from experiments.draw import style
 from experiments.draw.downtime import how_made
+from experiments.runs.frame import COMPLETED
 from experiments.study.statistics import Interval, interval, share
-from experiments.study.tables import COMPLETED
 
 
 def sheet(

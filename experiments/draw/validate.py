@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.draw.downtime import say_how_made
-from experiments.study.tables import number, words
+from experiments.runs.frame import number
+from experiments.study.published import words
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP"

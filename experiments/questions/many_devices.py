@@ -20,10 +20,10 @@ from matplotlib.patches import Patch
 
 from experiments.draw import panels as charts
 from experiments.draw import style
+from experiments.runs.frame import COMPLETED
 from experiments.runs.table import PATH_COLUMNS
 from experiments.study.experiment import NOT_BOTH, WORTH, Answer, Experiment, Finding, Point, effect_row, places
 from experiments.study.statistics import Effect, effect
-from experiments.study.tables import COMPLETED
 from proto_v3.timeline import Resource
 from sim.scenario.file import load
 from sim.scenario.units import MIB

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from experiments.draw import panels as charts
+from experiments.runs.frame import COMPLETED, number
 from experiments.study.experiment import (
     NOT_BOTH,
     Answer,
@@ -28,7 +29,6 @@ from experiments.study.experiment import (
     places,
 )
 from experiments.study.statistics import Interval, effect, interval
-from experiments.study.tables import COMPLETED, number
 from sim.scenario.file import load
 
 BASE = "nic-reconfig"

@@ -14,10 +14,9 @@ import jinja2
 
 from experiments.commands.compare import say
 from experiments.commands.scenarios import told
-from experiments.report import answers
+from experiments.report import answers, tables
 from experiments.runs.folder import replacing
 from experiments.runs.table import git_revision, versions
-from experiments.study import tables as tell
 from experiments.study.experiment import NAMES
 from proto_v3.errors import UserError
 from sim.scenario.file import load, shipped
@@ -44,7 +43,7 @@ def run_report(results: str, out: str | None) -> int:
     html = page(folder, found)
     with replacing(path) as new:
         new.write_text(html, encoding="utf-8")
-    console = tell.console()
+    console = tables.console()
     say(console, f"Report: {path} ({len(html) / 1e6:.1f} MB), {len(found)} of {len(NAMES)} experiments")
     readme = folder / README
     if readme.exists():

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 
 import polars as pl
 
+from experiments.runs.frame import COMPLETED, protocols
 from experiments.study.experiment import WORTH, effect_row, places
 from experiments.study.statistics import Effect, effect
-from experiments.study.tables import COMPLETED, protocols
 from proto_v3.errors import UserError
 
 ENOUGH = 30

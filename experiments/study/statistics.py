@@ -16,7 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from experiments.study.tables import COMPLETED
+from experiments.runs.frame import COMPLETED
 
 Floats = NDArray[np.float64]
 

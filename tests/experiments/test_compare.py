@@ -18,11 +18,12 @@ import pytest
 from rich.console import Console
 
 from experiments.commands import compare
+from experiments.report import findings, tables
 from experiments.runs import pool as runs
 from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
+from experiments.runs.frame import completed_runs, path_shares, protocols
 from experiments.runs.pool import Cell, run_cell, run_cells
-from experiments.study import tables as tell
 from proto_v3.errors import UserError
 from proto_v3.timeline import PHASES, Resource
 from proto_v3.vmm.migration import OutcomeKind
@@ -52,7 +53,7 @@ def given_up(outcome: Outcome) -> Outcome:
 def printed(scenario: Scenario, runs: Sequence[Outcome], width: int = 120) -> str:
     """What is shown on a terminal of this width."""
     console = Console(width=width, file=io.StringIO())
-    tell.print_tables(console, scenario, results.table(runs))
+    tables.print_tables(console, scenario, results.table(runs))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -141,7 +142,7 @@ def test_a_manifest_makes_the_scenario_again() -> None:
 
 
 def test_path_shares_are_the_whole_downtime() -> None:
-    shares = tell.path_shares(results.table(outcomes()), "v3-n1")
+    shares = path_shares(results.table(outcomes()), "v3-n1")
     assert sum(shares.values()) == pytest.approx(1)
     assert shares[Resource.FIXED] > 0.2
 
@@ -166,7 +167,7 @@ def test_findings_compare_protocols_seed_by_seed() -> None:
     completed = results.table(outcomes())
     v2 = completed.filter(protocol="v2")["downtime_ns"]
     v3 = completed.filter(protocol="v3-n1")["downtime_ns"]
-    (sentence,) = (s for s in tell.findings(completed) if s.startswith("v3-n1 against v2"))
+    (sentence,) = (s for s in findings.findings(completed) if s.startswith("v3-n1 against v2"))
     difference = (v3 - v2).mean()
     assert isinstance(difference, float)
     assert f"downtime {abs(difference) / 1e6:.1f} ms {'shorter' if difference < 0 else 'longer'}" in sentence
@@ -174,13 +175,13 @@ def test_findings_compare_protocols_seed_by_seed() -> None:
 
 
 def test_a_difference_has_an_interval_that_the_seeds_allow_for() -> None:
-    assert tell._interval(np.full(9, 1.0)) == "", "too few seeds"
-    assert tell._interval(np.full(10, -2.0)) == "; 95 % interval of the mean -2.0 to -2.0 ms"
+    assert findings._interval(np.full(9, 1.0)) == "", "too few seeds"
+    assert findings._interval(np.full(10, -2.0)) == "; 95 % interval of the mean -2.0 to -2.0 ms"
     drawn = np.random.default_rng(1).normal(0.0, 100.0, 400)
-    least, most = map(float, re.findall(r"[+-]\d+\.\d", tell._interval(drawn)))
+    least, most = map(float, re.findall(r"[+-]\d+\.\d", findings._interval(drawn)))
     assert -30 < least < 0 < most < 30
-    assert "no difference is shown" in tell._interval(drawn)
-    assert "no difference is shown" not in tell._interval(drawn + 100.0)
+    assert "no difference is shown" in findings._interval(drawn)
+    assert "no difference is shown" not in findings._interval(drawn + 100.0)
 
 
 def test_the_pauses_of_a_retry_are_told_beside_its_downtime() -> None:
@@ -188,7 +189,7 @@ def test_the_pauses_of_a_retry_are_told_beside_its_downtime() -> None:
     scenario = small_scenario({"device.0.reconfigurations": late, "device.0.critical.setup_us": 2000.0})
     runs = [simulate(scenario, Protocol.parse(name, scenario), 1) for name in ("v3-n1-retry", "v3-n1-proceed")]
     assert [run.retries for run in runs] == [1, 0]
-    retry, proceed, *_ = tell.findings(tell.completed_runs(results.table(runs)))
+    retry, proceed, *_ = findings.findings(completed_runs(results.table(runs)))
     assert f"the guest stood still for {runs[0].retries_stopped_ns / 1e6:.1f} ms" in retry
     assert "stood still" not in proceed
 
@@ -211,7 +212,7 @@ def test_what_late_critical_data_costs_is_drawn_where_the_guest_reconfigures_a_d
 
 def test_findings_say_so_where_no_seed_completed_under_both() -> None:
     runs = [outcome for outcome in outcomes() if (outcome.protocol, outcome.seed) in {("v2", 1), ("v3-n1", 2)}]
-    assert "v3-n1 against v2: no seed completed under both." in tell.findings(results.table(runs))
+    assert "v3-n1 against v2: no seed completed under both." in findings.findings(results.table(runs))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_odd_published_figures_are_refused_or_shown_but_do_not_cost_the_runs(pub
 
 def test_published_figures_are_held_against_the_means() -> None:
     published = Published(citation="somebody", fitted=["stop_ms"], stop_ms=8.0, downtime_ms=10.0)
-    stop, downtime = tell.held_against(published, results.table(outcomes()))
+    stop, downtime = published.held_against(published, results.table(outcomes()))
     assert (stop.what, stop.published_ms, stop.simulated_ms, stop.fitted) == ("stop", 8.0, 4.0, True)
     assert stop.error == pytest.approx(-0.5)
     mean = sum(o.downtime_ns or 0 for o in outcomes() if o.protocol == "v2") / 3e6
@@ -238,7 +239,7 @@ def test_published_figures_are_held_against_the_means() -> None:
 
 def test_protocols_keep_the_order_in_which_they_were_asked_for() -> None:
     runs = sorted(outcomes(), key=lambda outcome: outcome.protocol, reverse=True)
-    assert tell.protocols(results.table(runs)) == ["v3-n4", "v3-n1", "v2"]
+    assert protocols(results.table(runs)) == ["v3-n4", "v3-n1", "v2"]
 
 
 def test_reasons_are_shown_as_they_are() -> None:

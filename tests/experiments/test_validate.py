@@ -16,11 +16,11 @@ from experiments.cli import main
 from experiments.commands import validate
 from experiments.commands.validate import Row, run_validate, tidy
 from experiments.draw.validate import published_against_simulated
+from experiments.report import tables
 from experiments.runs import pool as made_runs
 from experiments.runs import table as results
 from experiments.runs.pool import run_cell
-from experiments.study import tables as tell
-from experiments.study.tables import PublishedFigure, held_against
+from experiments.study.published import PublishedFigure, held_against
 from proto_v3.errors import UserError
 from sim.outcome import Outcome
 from sim.run import simulate
@@ -146,7 +146,7 @@ def test_compare_shows_a_table_for_every_entry_whose_protocol_was_run(capsys: py
         published(protocol="v3-n8", downtime_ms=1.0),
     ]
     scenario = small_scenario(VARIED | {"published": entries})
-    tell.print_tables(tell.console(), scenario, pl.concat([runs(), runs("v3-n2")], how="diagonal"))
+    tables.print_tables(tables.console(), scenario, pl.concat([runs(), runs("v3-n2")], how="diagonal"))
     text = capsys.readouterr().out
     assert text.count("Published against simulated (") == 2
     of_v2, of_v3 = text.partition("Published against simulated (v3-n2), ms")[::2]

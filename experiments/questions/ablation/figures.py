@@ -23,8 +23,8 @@ from experiments.questions.ablation.grid import (
     TWO_FDS,
     TWO_FDS_ONE_CONNECTION,
 )
+from experiments.runs.frame import COMPLETED
 from experiments.study.statistics import Effect, Interval, interval
-from experiments.study.tables import COMPLETED
 
 Steps = Sequence[tuple[str, Effect | None]]
 Cases = Mapping[str, tuple[pl.DataFrame, Mapping[str, Steps]]]

@@ -33,9 +33,9 @@ from experiments.questions.ablation.grid import (
     V2,
     points,
 )
+from experiments.runs.frame import COMPLETED
 from experiments.study.experiment import NOT_BOTH, SETUP_LEFT, Answer, Experiment, Finding, effect_row, kept_out, places
 from experiments.study.statistics import Effect, Interval, effect, interval, paired
-from experiments.study.tables import COMPLETED
 
 MEASURES = (
     ("downtime", "downtime_ns", 1e6, "ms"),

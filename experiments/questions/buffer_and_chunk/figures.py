@@ -19,7 +19,7 @@ from experiments.questions.buffer_and_chunk.grid import (
     TOLD,
     size_told,
 )
-from experiments.study.tables import COMPLETED
+from experiments.runs.frame import COMPLETED
 
 
 def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:

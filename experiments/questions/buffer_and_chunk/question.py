@@ -31,10 +31,10 @@ from experiments.questions.buffer_and_chunk.grid import (
     points,
     size_told,
 )
+from experiments.runs.frame import COMPLETED, number
 from experiments.study.experiment import NOT_BOTH, Answer, Experiment, effect_row, places
 from experiments.study.statistics import Effect, Interval
 from experiments.study.statistics import effect as paired
-from experiments.study.tables import COMPLETED, number
 from sim.scenario.file import load
 
 NO_GAIN = 0.01

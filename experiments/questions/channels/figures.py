@@ -24,8 +24,8 @@ from experiments.questions.channels.grid import (
     SHARES,
     STATE_MIB,
 )
+from experiments.runs.frame import COMPLETED, number
 from experiments.study.statistics import interval
-from experiments.study.tables import COMPLETED, number
 
 BUFFER_WIDTHS = ((BUFFERS_MIB[0], 2.2), (BUFFERS_MIB[1], 0.8))
 HEIGHTS_MS = tuple(100 << power for power in range(10))

@@ -26,9 +26,9 @@ from experiments.questions.channels.grid import (
     dedicated,
     points,
 )
+from experiments.runs.frame import COMPLETED, number
 from experiments.study.experiment import Answer, Experiment, Finding, Verdict, effect_row, kinds_told, places
 from experiments.study.statistics import Effect, effect
-from experiments.study.tables import COMPLETED, number
 
 MOST_DOWNTIME = 1.05
 """A pool is close if its downtime's ratio to the dedicated one, at the upper end of its interval, is no more."""

@@ -24,8 +24,8 @@ from experiments.questions.read_scaling.grid import (
     throughput,
     with_parts,
 )
+from experiments.runs.frame import COMPLETED
 from experiments.study.statistics import interval
-from experiments.study.tables import COMPLETED
 from proto_v3.timeline import Resource
 
 OF_A_READ = (

@@ -9,9 +9,9 @@ from functools import lru_cache
 import polars as pl
 
 from experiments.draw import style
+from experiments.runs.frame import COMPLETED, number
 from experiments.study.experiment import Point, places
 from experiments.study.statistics import Usl, usl
-from experiments.study.tables import COMPLETED, number
 from sim.scenario.file import load
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import BYTES_PER_S_PER_GBIT, GIB, MIB, NS_PER_S

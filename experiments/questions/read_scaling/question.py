@@ -30,9 +30,9 @@ from experiments.questions.read_scaling.grid import (
     v3_places,
     with_parts,
 )
+from experiments.runs.frame import COMPLETED, number
 from experiments.study.experiment import NOT_BOTH, Answer, Experiment, Finding, Verdict, effect_row, places
 from experiments.study.statistics import Effect, Interval, effect, interval
-from experiments.study.tables import COMPLETED, number
 
 TOLERANCE = 0.1
 """C2: a speed-up is as claimed if it is at most so much short of min(N, F): a stream's first SAVE and its last copy

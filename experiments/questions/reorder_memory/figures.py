@@ -26,7 +26,7 @@ from experiments.questions.reorder_memory.grid import (
     of_kind,
     with_bounds,
 )
-from experiments.study.tables import number
+from experiments.runs.frame import number
 from sim.scenario.units import MIB
 
 LOOKS = {

@@ -25,9 +25,9 @@ from experiments.questions.reorder_memory.grid import (
     points,
     with_bounds,
 )
+from experiments.runs.frame import COMPLETED, number
 from experiments.study.experiment import NOT_BOTH, Answer, Experiment, Finding, effect_row, kinds_told, places
 from experiments.study.statistics import Effect, effect, interval
-from experiments.study.tables import COMPLETED, number
 from sim.scenario.units import MIB
 
 

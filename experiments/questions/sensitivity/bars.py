@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import polars as pl
 
 from experiments.questions.sensitivity.grid import CONCLUSIONS, ENGINES_COLUMN, MAPS, V3, Conclusion, Map
+from experiments.runs.frame import COMPLETED
 from experiments.study.experiment import NOT_BOTH, WORTH
 from experiments.study.statistics import Effect, Interval, effect
-from experiments.study.tables import COMPLETED
 
 FEWEST = 3
 """Seeds that both completed, for a ratio at an end of a parameter."""

@@ -28,9 +28,9 @@ from experiments.questions.sensitivity.bars import (
 )
 from experiments.questions.sensitivity.figures import figures
 from experiments.questions.sensitivity.grid import ACKED_MULTIFD, CONCLUSIONS, IDLE, NIC, V3, Conclusion, points
+from experiments.runs.frame import COMPLETED, number
 from experiments.study.experiment import NOT_BOTH, WORTH, Answer, Experiment, Finding, effect_row
 from experiments.study.statistics import Effect
-from experiments.study.tables import COMPLETED, number
 
 NULL_SWING = 0.01
 """A ratio that moves by less over the whole range of a parameter does not hang on it."""

@@ -9,8 +9,8 @@ from functools import lru_cache
 
 import polars as pl
 
+from experiments.runs.frame import COMPLETED
 from experiments.study.experiment import places
-from experiments.study.tables import COMPLETED
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario

@@ -37,9 +37,9 @@ from experiments.questions.state_and_dirty_rate.convergence import (
     link_mib_per_s,
     settings,
 )
+from experiments.runs.frame import COMPLETED
 from experiments.study.experiment import NOT_BOTH, Answer, Experiment, Finding, Point, Verdict, effect_row, places
 from experiments.study.statistics import Effect, effect, interval, share
-from experiments.study.tables import COMPLETED
 from sim.scenario.file import load
 from sim.scenario.units import MIB
 

@@ -31,9 +31,9 @@ from experiments.questions.switchover_hazard.grid import (
     expected,
     window_ms,
 )
+from experiments.runs.frame import COMPLETED, number
 from experiments.study.experiment import kinds_told, places
 from experiments.study.statistics import Interval, interval, share
-from experiments.study.tables import COMPLETED, number
 
 Curves = Sequence[tuple[str, str]]
 """Protocol, and which of its runs are counted."""

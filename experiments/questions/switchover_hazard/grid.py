@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
+from experiments.runs.frame import COMPLETED
 from experiments.study.experiment import Point, gave_up
 from experiments.study.statistics import Floats
-from experiments.study.tables import COMPLETED
 from sim.scenario.file import load
 from sim.scenario.units import NS_PER_MS
 

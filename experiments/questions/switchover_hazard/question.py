@@ -43,9 +43,9 @@ from experiments.questions.switchover_hazard.grid import (
     points,
     window_ms,
 )
+from experiments.runs.frame import COMPLETED, number
 from experiments.study.experiment import Answer, Experiment, Finding, effect_row, places
 from experiments.study.statistics import Effect, Interval, effect, interval, share
-from experiments.study.tables import COMPLETED, number
 
 V2_LOOKING = (REUSABLE, REUSABLE + POLLS, REUSABLE_INVALIDATE, REUSABLE_INVALIDATE + POLLS)
 """Who looks once more when the vCPUs stand still, as v3 does; and so knows what came too late."""

@@ -1,0 +1,109 @@
+"""What a comparison says, in sentences. Every number is computed from the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from rich.console import Console
+
+from experiments.runs.frame import NS_PER_MS, completed_runs, ms, number, path_shares, protocols
+
+ENOUGH_SEEDS = 10
+"""For an interval by the bootstrap; fewer are too few to draw from."""
+
+
+def print_findings(console: Console, frame: pl.DataFrame) -> None:
+    """What the figure shows, and what it does not."""
+    completed = completed_runs(frame)
+    for sentence in findings(completed):
+        console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=False)
+
+
+def findings(completed: pl.DataFrame) -> list[str]:
+    """Sentences about the completed runs."""
+    sentences = []
+    named = protocols(completed)
+    for protocol in named:
+        sentences.append(_bound(completed, protocol))
+    if "v2" in named:
+        sentences += _overlap(completed)
+        sentences += [_difference(completed, "v2", other) for other in named if other != "v2"]
+    v3 = [name for name in named if name.startswith("v3")]
+    if len(v3) > 1:
+        sentences.append(_difference(completed, v3[0], v3[-1]))
+    if v3 and "v2" in named:
+        sentences += _beside_multifd(completed, v3)
+    return sentences
+
+
+def _beside_multifd(completed: pl.DataFrame, v3: Sequence[str]) -> list[str]:
+    """What of v3's gain is that RAM and the devices move side by side, which QEMU's multifd gives v2 as well."""
+    if "v2-multifd" in protocols(completed):
+        return [_difference(completed, "v2-multifd", other) for other in v3]
+    return [
+        "Limit: v2 here moves RAM, then one device after the other, on one channel. A large part of what v3 gains may "
+        "be that all of them move at the same time, which multifd gives v2 as well: compare with v2-multifd."
+    ]
+
+
+def _bound(completed: pl.DataFrame, protocol: str) -> str:
+    shares = sorted(path_shares(completed, protocol).items(), key=lambda item: -item[1])
+    told = ", ".join(f"{resource.name.lower()} {100 * share:.0f} %" for resource, share in shares if share >= 0.05)
+    runs = completed.filter(pl.col("protocol") == protocol)
+    mean, paused = ms(runs["downtime_ns"].mean()), ms(runs["retries_stopped_ns"].mean())
+    before = (
+        f" Before that the guest stood still for {paused:.1f} ms, for stops that were taken back." if paused else ""
+    )
+    return f"{protocol}: downtime {mean:.0f} ms, bounded by {told} of the critical path.{before}"
+
+
+def _overlap(completed: pl.DataFrame) -> list[str]:
+    """How far v2's device saves and loads overlap, and what stops them from overlapping more."""
+    runs = completed.filter(pl.col("protocol") == "v2")
+    save = [c for c in runs.columns if c.startswith("stage_device_save")]
+    load = [c for c in runs.columns if c.startswith("stage_device_load")]
+    if not save:
+        return []
+    saving = ms(sum(number(runs[c].mean()) for c in save))
+    loading = ms(sum(number(runs[c].mean()) for c in load))
+    elapsed = ms(sum(number(runs[f"phase_{name}_ns"].mean()) for name in ("drain", "transfer", "load")))
+    elapsed -= ms(number(runs["stage_ram_save_0_ns"].mean()))
+    blocked = ms(number(runs["send_blocked_ns"].mean()))
+    busy = ms(number(runs["path_load_ns"].mean()) + number(runs["path_setup_ns"].mean()))
+    return [
+        f"v2: the devices' saves take {saving:.0f} ms and their loads {loading:.0f} ms, {saving + loading:.0f} ms "
+        f"together, but only {elapsed:.0f} ms pass: they overlap, chunk by chunk. What does not overlap bounds the "
+        f"downtime: for {busy:.0f} ms the target's one thread is in LOAD and set-up, nobody reads the channel, "
+        f"and the source is held up in its sends for {blocked:.0f} ms."
+    ]
+
+
+def _difference(completed: pl.DataFrame, base: str, other: str) -> str:
+    """The paired difference of two protocols' downtimes, seed by seed."""
+    runs = completed.pivot(on="protocol", index="seed", values="downtime_ns").select(base, other).drop_nulls()
+    if runs.is_empty():
+        return f"{other} against {base}: no seed completed under both."
+    change = (runs[other] - runs[base]) / NS_PER_MS
+    relative = number(runs[other].mean()) / number(runs[base].mean()) - 1
+    mean = number(change.mean())
+    least, most = number(change.min()), number(change.max())
+    return (
+        f"{other} against {base}, seed by seed: downtime {abs(mean):.1f} ms {'shorter' if mean < 0 else 'longer'} "
+        f"({100 * relative:+.1f} %), from {least:+.1f} to {most:+.1f} ms over {len(runs)} seed(s)"
+        f"{_interval(change.to_numpy())}."
+    )
+
+
+def _interval(change_ms: NDArray[np.float64]) -> str:
+    """The mean's 95 % confidence interval in words, by the bootstrap over seeds; nothing for a handful of them."""
+    if len(change_ms) < ENOUGH_SEEDS:
+        return ""
+    from experiments.study.statistics import interval  # late: it loads SciPy
+
+    told = interval(change_ms)
+    least, most = told.low, told.high
+    verdict = ", which has 0 in it: no difference is shown" if least <= 0 <= most else ""
+    return f"; 95 % interval of the mean {least:+.1f} to {most:+.1f} ms{verdict}"
