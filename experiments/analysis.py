@@ -20,15 +20,15 @@ import polars as pl
 from matplotlib.figure import Figure
 from scipy.optimize import OptimizeWarning
 
-from experiments.commands.scenarios import told as told_value
 from experiments.report import answers
+from experiments.report.tables import value_text
 from experiments.runs import table as results
 from experiments.runs.frame import COMPLETED, completed_runs, number, path_shares, protocols
 from experiments.runs.pool import Cell, run_cell
 from experiments.study.experiment import CLAIMS, find, places
 from experiments.study.statistics import interval, usl
 from proto_v3.errors import UserError
-from proto_v3.timeline import Mark, Resource, Timeline
+from proto_v3.timeline import Timeline
 from sim.run import simulate
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
@@ -41,8 +41,6 @@ Setting = str | int | float | bool | Sequence[str]
 
 FOLDER_VARIABLE = "PROTO_V3_RESULTS"
 """Names the folder of results, if it is not that of the clone."""
-TOLD_MS = 0.5
-"""A stretch of a critical path that is shorter is not drawn."""
 
 
 # --- what is there already --------------------------------------------------------------------------------------------
@@ -140,50 +138,8 @@ def _alone(work: Callable[..., T], *arguments: Any, **more: Any) -> T:
 def parameter_table(scenario: Scenario, keys: Iterable[str]) -> pl.DataFrame:
     """Of each parameter: its value as it is run with, and where that comes from."""
     known = parameters(scenario)
-    rows = [(key, told_value(known[key]), scenario.sources.get(key, "not stated")) for key in keys if key in known]
+    rows = [(key, value_text(known[key]), scenario.sources.get(key, "not stated")) for key in keys if key in known]
     return pl.DataFrame(rows, schema=["parameter", "value", "source"], orient="row")
-
-
-# --- one run, step by step --------------------------------------------------------------------------------------------
-
-
-def steps(timeline: Timeline) -> pl.DataFrame:
-    """The critical path through a downtime, one row a step, in order of time.
-
-    Columns: from_ms (since the order to stop the vCPUs), takes_ms, resource, what, track. The steps tile the downtime.
-    """
-    begin = timeline.marks[Mark.STOP_ORDERED]
-    return pl.DataFrame(
-        [
-            {
-                "from_ms": (step.start_ns - begin) / 1e6,
-                "takes_ms": (step.end_ns - step.start_ns) / 1e6,
-                "resource": step.resource.name,
-                "what": step.what,
-                "track": step.track,
-            }
-            for step in timeline.critical_path()
-        ]
-    )
-
-
-def stretches(timeline: Timeline) -> pl.DataFrame:
-    """As `steps`, those that follow each other on one track and resource put together; `steps` counts them."""
-    kind = pl.when(pl.col("resource") == Resource.COPY.name).then(pl.lit("")).otherwise(pl.col("what"))
-    return (
-        steps(timeline)
-        .with_columns(at=pl.struct("resource", "track", kind).rle_id())
-        .group_by("at", maintain_order=True)
-        .agg(
-            pl.col("from_ms").first().round(2),
-            pl.col("takes_ms").sum().round(2),
-            pl.col("resource").first(),
-            pl.col("what").unique(maintain_order=True).str.join(", "),
-            pl.col("track").first(),
-            pl.len().alias("steps"),
-        )
-        .drop("at")
-    )
 
 
 # --- tables of several runs -------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
-from rich.console import Console
 
 from experiments import INTERRUPTED
 from experiments.report import findings, tables
+from experiments.report.tables import say
 from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
 from experiments.runs.pool import Cell, run_cells
@@ -68,11 +68,6 @@ def run_compare(
     say(console, f"\nFigure: {drawn} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
     say(console, f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")
     return 1 if any(outcome.kind is OutcomeKind.FAILED for outcome in outcomes) else 0
-
-
-def say(console: Console, line: str) -> None:
-    """A line as it is: with paths that can be copied, and brackets that are no markup."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _draw(folder: ResultFolder, scenario: Scenario, frame: pl.DataFrame, command: Sequence[str]) -> list[Path]:

@@ -16,9 +16,9 @@ from typing import Any
 import polars as pl
 from rich.console import Console
 
-from experiments.commands.compare import say
 from experiments.commands.trace import NS_PER_MS, NS_PER_S, OUT, TRACE_SUFFIX, made, place, write
 from experiments.report import tables
+from experiments.report.tables import say
 from experiments.runs import table as results
 from proto_v3.errors import UserError
 from sim.outcome import Outcome

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from experiments import INTERRUPTED
-from experiments.commands.compare import say
 from experiments.report import tables
+from experiments.report.tables import say
 from experiments.runs import table as results
 from experiments.runs.cluster import on_cluster
 from experiments.runs.folder import ResultFolder

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiments.report.tables import value_text
 from sim.scenario.file import bases, load, shipped
 from sim.scenario.scenario import parameters
 
@@ -34,12 +35,5 @@ def show_scenario(name: str, settings: Sequence[str] = ()) -> None:
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("source")
     for key, value in parameters(scenario).items():
-        table.add_row(key, told(value), Text(scenario.sources.get(key, "not stated"), overflow="fold"))
+        table.add_row(key, value_text(value), Text(scenario.sources.get(key, "not stated"), overflow="fold"))
     console.print(table)
-
-
-def told(value: object) -> str:
-    """A parameter's value in a table."""
-    if isinstance(value, list):
-        return " ".join(str(item) for item in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)

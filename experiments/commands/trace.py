@@ -10,8 +10,8 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
-from experiments.commands.compare import say
 from experiments.report import tables
+from experiments.report.tables import say
 from experiments.runs.folder import replacing
 from experiments.trace.samples import Samples
 from experiments.trace.tracks import Track, arranged

@@ -11,9 +11,8 @@ import polars as pl
 from rich.console import Console
 
 from experiments import INTERRUPTED
-from experiments.commands.compare import say
-from experiments.commands.scenarios import told
 from experiments.report import tables
+from experiments.report.tables import say, value_text
 from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
 from experiments.runs.frame import COMPLETED
@@ -187,7 +186,7 @@ def _print_differences(console: Console, name: str, scenario: Scenario) -> None:
     table = tables.plain_table(["parameter", "base", "here", "source"])
     for key, (there, here) in changes(name).items():
         if key.partition(".")[0] in HELD_CONSTANT and there is not None:
-            tables.add_row(table, key, told(there), told(here), scenario.sources.get(key, "not stated"))
+            tables.add_row(table, key, value_text(there), value_text(here), scenario.sources.get(key, "not stated"))
     if table.row_count:
         tables.print_table(console, f"{scenario.name}: what had to differ from {extended[-1].stem}", table)
     else:

@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from experiments.analysis import TOLD_MS, stretches
 from experiments.draw import panels as charts
 from experiments.draw import style
 from experiments.draw.downtime import downtime as downtime_figure
 from experiments.runs.frame import COMPLETED
 from experiments.study.advice import VERDICT_COLOURS, place
 from experiments.study.experiment import WORTH
+from experiments.trace.path import TOLD_MS, stretches
 from proto_v3.timeline import Resource, Timeline
 from sim.scenario.scenario import Scenario
 

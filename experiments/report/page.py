@@ -12,9 +12,8 @@ from typing import Any
 
 import jinja2
 
-from experiments.commands.compare import say
-from experiments.commands.scenarios import told
 from experiments.report import answers, tables
+from experiments.report.tables import say, value_text
 from experiments.runs.folder import replacing
 from experiments.runs.table import git_revision, versions
 from experiments.study.experiment import NAMES
@@ -114,7 +113,9 @@ def _others(folder: Path) -> Iterator[Other]:
 def _scenario(name: str) -> dict[str, Any]:
     """A scenario's parameters with their sources."""
     scenario = load(name)
-    rows = [(key, told(value), scenario.sources.get(key, "not stated")) for key, value in parameters(scenario).items()]
+    rows = [
+        (key, value_text(value), scenario.sources.get(key, "not stated")) for key, value in parameters(scenario).items()
+    ]
     return {"name": scenario.name, "description": scenario.description, "rows": rows}
 
 

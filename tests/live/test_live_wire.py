@@ -19,7 +19,7 @@ from proto_v3.vmm.negotiate import Hello
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
 from sim.device.record import Bulk
-from sim.live.fd.buffers import Buffers, Lent, as_view
+from sim.live.buffers import Buffers, Lent, as_view
 from sim.live.io import IO
 from sim.live.merge_timelines import LATEST, ProcessTimeline, merge
 from sim.live.tcp import messages, wire_source

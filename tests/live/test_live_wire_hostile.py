@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proto_v3.errors import PeerFailedError, PeerProtocolError
-from sim.live.fd.buffers import Buffers
+from sim.live.buffers import Buffers
 from sim.live.io import IO
 from sim.live.tcp import listener as door
 from sim.live.tcp.connection import Frames

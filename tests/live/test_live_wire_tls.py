@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from proto_v3.errors import UserError
-from sim.live.fd.buffers import as_view
+from sim.live.buffers import as_view
 from sim.live.io import IO
 from sim.live.tcp.wire import Limits, Session, accept, connect, tls_client, tls_server
 from tests.build.wires import PATIENT, WAYS, agree, listening, outcome, pair, run

@@ -34,7 +34,7 @@ from proto_v3.vfio.uapi import (
 )
 from proto_v3.wire.frames import EMPTY, Payload
 from sim.device.stream import ReadCounts, fails
-from sim.live.fd.buffers import Buffers, as_view
+from sim.live.buffers import Buffers, as_view
 from sim.live.fd.calls import Calls, Reply
 from sim.live.fd.copy import AnnouncedBytes
 from sim.live.fd.data_fd import WOKEN, Descriptor, descriptor

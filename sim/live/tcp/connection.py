@@ -16,7 +16,7 @@ from typing import Protocol
 from proto_v3.errors import LocalProtocolError, PeerProtocolError
 from proto_v3.timeline import Resource
 from proto_v3.wire.frames import MAX_HEADER_BYTES, Payload
-from sim.live.fd.buffers import Buffers, as_view
+from sim.live.buffers import Buffers, as_view
 from sim.live.io import Pipe
 from sim.live.merge_timelines import LATEST
 from sim.live.tcp.sockets import Granted, reason

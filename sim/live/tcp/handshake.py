@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from proto_v3.errors import PeerProtocolError, UserError
-from sim.live.fd.buffers import Buffers
+from sim.live.buffers import Buffers
 from sim.live.io import Pipe
 from sim.live.tcp.connection import Connection
 from sim.live.tcp.messages import Message, Talk, field

@@ -7,7 +7,7 @@ needs is named here.
 
 from __future__ import annotations
 
-from sim.live.fd.buffers import Buffers, Lent, as_view
+from sim.live.buffers import Buffers, Lent, as_view
 from sim.live.tcp.handshake import Limits
 from sim.live.tcp.session import Bytes, Session
 from sim.live.tcp.sockets import Granted, SocketSettings, listen
