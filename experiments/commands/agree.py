@@ -18,6 +18,7 @@ from rich.table import Table
 from experiments import INTERRUPTED
 from experiments.commands.live import Job, live_manifest, prepared, run_jobs, table, warn
 from experiments.report import tables
+from experiments.runs import manifest
 from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
 from experiments.runs.frame import COMPLETED, number, protocols
@@ -97,7 +98,7 @@ def run_agree(
     outcomes = [*simulated, *(result.outcome for result in live)]
     folder.write_table(frame, "runs", "parquet")
     folder.write_table(compared, "agree", "parquet")
-    told = results.manifest(scenario, scenario_name, command, outcomes, 2 * len(jobs))
+    told = manifest.of_scenario(scenario, scenario_name, command, outcomes, 2 * len(jobs))
     folder.write_json(told | {"live": live_manifest(live, settings)}, "manifest")
     folder.remove("agree.png", "agree.svg")
     _show(folder, scenario.name, scenario.description, frame, compared, command)

@@ -14,6 +14,7 @@ import polars as pl
 from experiments import INTERRUPTED
 from experiments.report import findings, tables
 from experiments.report.tables import say
+from experiments.runs import manifest
 from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
 from experiments.runs.pool import Cell, run_cells
@@ -50,7 +51,7 @@ def run_compare(
         return INTERRUPTED
     frame = results.table(outcomes)
     folder.write_table(frame, "runs", table_format)
-    folder.write_json(results.manifest(scenario, scenario_name, command, outcomes, len(cells)), "manifest")
+    folder.write_json(manifest.of_scenario(scenario, scenario_name, command, outcomes, len(cells)), "manifest")
     folder.remove(
         "compare.png",
         "compare.svg",

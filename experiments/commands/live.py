@@ -92,12 +92,12 @@ def run_live(
     if not found:
         stderr.print("interrupted before the first run was done; nothing was written", markup=False)
         return INTERRUPTED
-    from experiments.runs import table as results  # heavy: not before the runs, whose memory is counted
+    from experiments.runs import manifest  # heavy: not before the runs, whose memory is counted
 
     frame = table(found, settings)
     folder.write_table(frame, "runs", table_format)
     outcomes = [result.outcome for result in found]
-    told = results.manifest(scenario, scenario_name, command, outcomes, len(jobs))
+    told = manifest.of_scenario(scenario, scenario_name, command, outcomes, len(jobs))
     folder.write_json(told | {"live": live_manifest(found, settings)}, "manifest")
     folder.remove("live.png", "live.svg", "runs.parquet" if table_format == "csv" else "runs.csv")
     if interrupted:

@@ -19,6 +19,7 @@ from rich.console import Console
 from experiments.commands.trace import NS_PER_MS, NS_PER_S, OUT, TRACE_SUFFIX, made, place, write
 from experiments.report import tables
 from experiments.report.tables import say
+from experiments.runs import manifest
 from experiments.runs import table as results
 from proto_v3.errors import UserError
 from sim.outcome import Outcome
@@ -170,6 +171,6 @@ def _print(console: Console, read: Results, row: dict[str, Any], outcome: Outcom
     if same:
         say(console, "The same run, to the last span.")
     else:
-        here = results.git_revision()
+        here = manifest.git_revision()
         say(console, f"Not the same run: the table was made by revision {read.revision}, and this is {here}.")
     return same

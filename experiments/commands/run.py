@@ -16,6 +16,7 @@ from rich.progress import Progress, TaskID
 from experiments import INTERRUPTED
 from experiments.report import tables
 from experiments.report.tables import say
+from experiments.runs import manifest
 from experiments.runs import table as results
 from experiments.runs.cluster import on_cluster
 from experiments.runs.folder import ResultFolder
@@ -85,7 +86,7 @@ class _Sweep:
         """All rows, in the grid's order; with `resume`, those that are there already are not made again."""
         if not resume:
             self.forget()
-        revision = results.git_revision()
+        revision = manifest.git_revision()
         with RunStore(self._kept, revision) as store:
             done = self._done(store, revision) if resume else {}
             if not store.fits:  # nothing in it is wanted, or _done() would have refused it
@@ -107,7 +108,7 @@ class _Sweep:
     def check(self) -> None:
         """UserError if what is kept cannot be gone on with: before the sweeps that come first are run."""
         if self._kept.exists():
-            revision = results.git_revision()
+            revision = manifest.git_revision()
             with RunStore(self._kept, revision) as store:
                 self._done(store, revision)
 
@@ -146,7 +147,7 @@ def write(
     """
     command = ["proto-v3", "run", experiment.name, *(["--quick"] if quick else [])]
     folder.write_table(frame, "runs", "parquet")
-    folder.write_json(manifest(experiment, frame, command, quick=quick), "manifest")
+    folder.write_json(how_made(experiment, frame, command, quick=quick), "manifest")
     answer = experiment.answer(frame)
     folder.write_table(answer.table, "effects", "parquet")
     figures = experiment.figures(frame, shlex.join(command))
@@ -167,9 +168,9 @@ def answer_told(experiment: Experiment, answer: Answer, figures: Sequence[str]) 
     }
 
 
-def manifest(experiment: Experiment, frame: pl.DataFrame, command: Sequence[str], *, quick: bool) -> dict[str, Any]:
+def how_made(experiment: Experiment, frame: pl.DataFrame, command: Sequence[str], *, quick: bool) -> dict[str, Any]:
     """How the runs were made: with it, each row can be made again."""
-    return results.manifest_of_sweep(
+    return manifest.of_sweep(
         {
             "experiment": experiment.name,
             "question": experiment.question,

@@ -13,6 +13,7 @@ from rich.console import Console
 from experiments import INTERRUPTED
 from experiments.report import tables
 from experiments.report.tables import say, value_text
+from experiments.runs import manifest
 from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
 from experiments.runs.frame import COMPLETED
@@ -79,7 +80,7 @@ def run_validate(names: Sequence[str], seeds: Sequence[int], out: str, jobs: int
     }
     rows = [row for scenario in cases.values() for row in _rows(scenario, frames[scenario.name])]
     frame = tidy(rows)
-    figures = _write(folder, frame, results.manifest_of_cases(cases, command, outcomes, len(cells)))
+    figures = _write(folder, frame, manifest.of_cases(cases, command, outcomes, len(cells)))
     for name, scenario in cases.items():
         _print_case(console, scenario, frames[scenario.name], [row for row in rows if row.scenario == scenario.name])
         _print_differences(console, name, scenario)
@@ -143,16 +144,16 @@ def tidy(rows: Sequence[Row]) -> pl.DataFrame:
     return pl.DataFrame(values, schema=COLUMNS)
 
 
-def _write(folder: ResultFolder, frame: pl.DataFrame, manifest: dict[str, Any]) -> list[Path]:
+def _write(folder: ResultFolder, frame: pl.DataFrame, how_made: dict[str, Any]) -> list[Path]:
     """Write all files; returns the figure's, none if there is nothing to draw."""
     folder.write_table(frame, "validate", "parquet")
-    folder.write_json(manifest, "manifest")
+    folder.write_json(how_made, "manifest")
     if frame["simulated_ms"].is_null().all():
         folder.remove("validate.png", "validate.svg")
         return []
     from experiments.draw import validate as figures_validate
 
-    figure = figures_validate.published_against_simulated(frame, BANDS, len(manifest["seeds"]), manifest["command"])
+    figure = figures_validate.published_against_simulated(frame, BANDS, len(how_made["seeds"]), how_made["command"])
     return folder.write_figure(figure, "validate")
 
 

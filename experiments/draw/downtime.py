@@ -10,9 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from experiments import __version__
 from experiments.draw import style
 from experiments.runs.frame import completed_runs, ms, number, protocols
-from experiments.runs.table import PATH_COLUMNS, PHASE_COLUMNS, git_revision, versions
+from experiments.runs.manifest import git_revision
+from experiments.runs.table import PATH_COLUMNS, PHASE_COLUMNS
 from proto_v3.timeline import PHASES, Resource
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import MIB
@@ -140,7 +142,7 @@ def say_how_made(figure: Figure, command: str) -> None:
 
 def how_made(command: str) -> str:
     """The same in words."""
-    made = f"{command}  |  proto-v3 {versions()['proto-v3']}, {git_revision()[:12]}"
+    made = f"{command}  |  proto-v3 {__version__}, {git_revision()[:12]}"
     return textwrap.fill(re.sub(r",(?=\S)", ", ", made), 150, break_on_hyphens=False)  # lists of protocols are long
 
 

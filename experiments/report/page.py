@@ -15,7 +15,7 @@ import jinja2
 from experiments.report import answers, tables
 from experiments.report.tables import say, value_text
 from experiments.runs.folder import replacing
-from experiments.runs.table import git_revision, versions
+from experiments.runs.manifest import git_revision, versions
 from experiments.study.experiment import NAMES
 from proto_v3.errors import UserError
 from sim.scenario.file import load, shipped

@@ -19,11 +19,13 @@ from rich.console import Console
 
 from experiments.commands import compare
 from experiments.report import findings, tables
+from experiments.runs import manifest
 from experiments.runs import pool as runs
 from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
 from experiments.runs.frame import completed_runs, path_shares, protocols
 from experiments.runs.pool import Cell, run_cell, run_cells
+from experiments.study.published import held_against
 from proto_v3.errors import UserError
 from proto_v3.timeline import PHASES, Resource
 from proto_v3.vmm.migration import OutcomeKind
@@ -132,10 +134,10 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
 
 
 def test_a_manifest_makes_the_scenario_again() -> None:
-    manifest = json.loads(json.dumps(results.manifest(SCENARIO, "small.toml", ["proto-v3"], outcomes(), 9)))
-    assert Scenario.model_validate(manifest["scenario"]) == SCENARIO
-    assert manifest["complete"] is True
-    assert results.manifest(SCENARIO, "small.toml", [], outcomes()[:4], 9)["complete"] is False
+    told = json.loads(json.dumps(manifest.of_scenario(SCENARIO, "small.toml", ["proto-v3"], outcomes(), 9)))
+    assert Scenario.model_validate(told["scenario"]) == SCENARIO
+    assert told["complete"] is True
+    assert manifest.of_scenario(SCENARIO, "small.toml", [], outcomes()[:4], 9)["complete"] is False
 
 
 # --- what is told ----------------------------------------------------------------------------------------------------
@@ -229,7 +231,7 @@ def test_odd_published_figures_are_refused_or_shown_but_do_not_cost_the_runs(pub
 
 def test_published_figures_are_held_against_the_means() -> None:
     published = Published(citation="somebody", fitted=["stop_ms"], stop_ms=8.0, downtime_ms=10.0)
-    stop, downtime = published.held_against(published, results.table(outcomes()))
+    stop, downtime = held_against(published, results.table(outcomes()))
     assert (stop.what, stop.published_ms, stop.simulated_ms, stop.fitted) == ("stop", 8.0, 4.0, True)
     assert stop.error == pytest.approx(-0.5)
     mean = sum(o.downtime_ns or 0 for o in outcomes() if o.protocol == "v2") / 3e6

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from experiments.cli import main
+from experiments.runs import manifest
 from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
 from proto_v3.errors import UserError
@@ -56,7 +57,7 @@ def swept(here: Path) -> Path:
     folder = ResultFolder(here / "results/sweep")
     folder.write_table(frame, "runs", "parquet")
     bases = {"small": base.model_dump(mode="json")}
-    folder.write_json(results.manifest_of_sweep({"bases": bases}, frame, ["proto-v3", "run", "sweep"]), "manifest")
+    folder.write_json(manifest.of_sweep({"bases": bases}, frame, ["proto-v3", "run", "sweep"]), "manifest")
     return here / "results/sweep"
 
 

@@ -19,9 +19,8 @@ from matplotlib.figure import Figure
 
 from experiments.cli import main
 from experiments.commands import run as sweep
-from experiments.runs import cluster
+from experiments.runs import cluster, manifest
 from experiments.runs import pool as runs
-from experiments.runs import table as results
 from experiments.runs.pool import Cell, Done
 from experiments.runs.resume import RunStore
 from experiments.study import experiment
@@ -80,7 +79,7 @@ def register(monkeypatch: pytest.MonkeyPatch, told: Experiment = TINY) -> None:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """An experiment of 12 small runs; and a revision that stays, whatever is edited meanwhile."""
     register(monkeypatch)
-    monkeypatch.setattr(results, "git_revision", lambda: "abc123")
+    monkeypatch.setattr(manifest, "git_revision", lambda: "abc123")
 
 
 def run(folder: Path, *arguments: str) -> Result:
@@ -143,7 +142,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         register(patch)
-        patch.setattr(results, "git_revision", lambda: "abc123")
+        patch.setattr(manifest, "git_revision", lambda: "abc123")
         done = run(folder, "--jobs", "1")
     assert done.exit_code == 0, done.output
     (folder / "printed").write_text(done.output)
@@ -277,12 +276,12 @@ def test_resume_goes_on_from_a_whole_sweep_of_fewer_repeats(tmp_path: Path, coun
 
 def test_resume_of_runs_of_another_revision_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(tmp_path, 5)
-    monkeypatch.setattr(results, "git_revision", lambda: "def456")
+    monkeypatch.setattr(manifest, "git_revision", lambda: "def456")
     done = run(tmp_path, "--jobs", "1", "--resume")
     assert done.exit_code == 2
     assert "another version (abc123 schema" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    monkeypatch.setattr(results, "git_revision", lambda: "abc123")
+    monkeypatch.setattr(manifest, "git_revision", lambda: "abc123")
     assert kept(tmp_path) == 5
 
 
@@ -290,7 +289,7 @@ def test_a_whole_sweep_of_another_revision_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Counted
 ) -> None:
     assert run(tmp_path, "--jobs", "1").exit_code == 0
-    monkeypatch.setattr(results, "git_revision", lambda: "def456")
+    monkeypatch.setattr(manifest, "git_revision", lambda: "def456")
     counted.calls.clear()
     assert run(tmp_path, "--jobs", "1", "--resume").exit_code == 0
     assert len(counted.calls) == RUNS
@@ -299,7 +298,7 @@ def test_a_whole_sweep_of_another_revision_is_made_anew(
 def test_what_was_kept_of_nothing_belongs_to_who_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C before the first run; another revision goes on, is cut too, and can be gone on with by that one alone."""
     interrupt(tmp_path, 0)
-    monkeypatch.setattr(results, "git_revision", lambda: "def456")
+    monkeypatch.setattr(manifest, "git_revision", lambda: "def456")
     assert interrupt(tmp_path, 3, "--resume").exit_code == 130
     assert run(tmp_path, "--jobs", "1", "--resume").exit_code == 0
 

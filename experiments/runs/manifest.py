@@ -1,0 +1,116 @@
+"""How results were made: the manifest beside each table of runs, with command, seeds, versions and git revision."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shlex
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from experiments import __version__
+from experiments.runs.folder import SCHEMA_VERSION
+from sim.outcome import Outcome
+from sim.scenario.scenario import Scenario
+
+CLONE = Path(__file__).resolve().parents[2]
+"""The project's clone, if this file runs from one."""
+DEPENDENCIES = ("numpy", "scipy", "polars", "matplotlib", "msgpack", "pydantic")
+"""The libraries that results depend on."""
+
+
+def of_scenario(
+    scenario: Scenario, scenario_file: str, command: Sequence[str], outcomes: Sequence[Outcome], planned: int
+) -> dict[str, Any]:
+    """Of runs of one scenario: enough to make them again."""
+    what = {"scenario_file": scenario_file, "scenario": scenario.model_dump(mode="json")}
+    return _manifest(what, command, outcomes, planned, _counts(outcomes))
+
+
+def of_cases(
+    cases: Mapping[str, Scenario], command: Sequence[str], outcomes: Sequence[Outcome], planned: int
+) -> dict[str, Any]:
+    """Of runs of several scenarios; `cases` has each by the name of its file."""
+    counts = {
+        scenario.name: _counts([outcome for outcome in outcomes if outcome.scenario == scenario.name])
+        for scenario in cases.values()
+    }
+    files = {scenario.name: file for file, scenario in cases.items()}
+    scenarios = {scenario.name: scenario.model_dump(mode="json") for scenario in cases.values()}
+    what = {"scenario_files": files, "scenarios": scenarios}
+    return _manifest(what, command, outcomes, planned, counts)
+
+
+def of_sweep(what: dict[str, Any], frame: pl.DataFrame, command: Sequence[str]) -> dict[str, Any]:
+    """Of a finished sweep, from its table of runs."""
+    counts: dict[str, dict[str, int]] = {}
+    for protocol, outcome, runs in frame.group_by("protocol", "outcome", maintain_order=True).len().iter_rows():
+        counts.setdefault(protocol, {})[outcome] = runs
+    return _how_made(command, frame["seed"].unique(maintain_order=True), counts, frame.height, frame.height, what)
+
+
+def _manifest(
+    what: dict[str, Any], command: Sequence[str], outcomes: Sequence[Outcome], planned: int, counts: dict[str, Any]
+) -> dict[str, Any]:
+    protocols = {"protocols": list(dict.fromkeys(outcome.protocol for outcome in outcomes))}
+    seeds = {outcome.seed for outcome in outcomes}
+    return _how_made(command, seeds, counts, len(outcomes), planned, protocols | what)
+
+
+def _how_made(
+    command: Sequence[str], seeds: Iterable[int], counts: dict[str, Any], runs: int, planned: int, what: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": shlex.join(command),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "complete": runs == planned,
+        "runs": runs,
+        "runs_planned": planned,
+        "outcomes": counts,
+        "seeds": sorted(seeds),
+        **what,
+        "versions": versions(),
+        "git_revision": git_revision(),
+    }
+
+
+def _counts(outcomes: Sequence[Outcome]) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {}
+    for outcome in outcomes:
+        of_protocol = counts.setdefault(outcome.protocol, {})
+        of_protocol[outcome.kind.value] = of_protocol.get(outcome.kind.value, 0) + 1
+    return counts
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, of this project, and of the libraries that results depend on."""
+    installed = {name: metadata.version(name) for name in DEPENDENCIES}
+    return {"python": platform.python_version(), "proto-v3": __version__, **installed}
+
+
+def git_revision() -> str:
+    """The project's commit; with `+changes-` and a fingerprint if any file outside results/ differs from it.
+
+    `unknown` if this package does not run from a clone. Another repository around it, such as one in whose folder a
+    virtual environment lies, does not count.
+    """
+    if not ((CLONE / ".git").exists() and (CLONE / "pyproject.toml").is_file()):
+        return "unknown"
+    try:
+        commit = _git("rev-parse", "HEAD")
+        changes = _git("diff", "HEAD", "--", ".", ":!results")
+        return f"{commit}+changes-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else commit
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(CLONE), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
