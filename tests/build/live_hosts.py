@@ -25,6 +25,7 @@ from proto_v3.vfio.device import BlocksFd, DataFd
 from proto_v3.vfio.uapi import State, StreamFlags
 from proto_v3.vmm.migration import read_some
 from proto_v3.wire.frames import Payload
+from sim.clock import virtual as clock
 from sim.clock.port import now_ns, sleep_ns
 from sim.device.driver import SimDriver
 from sim.device.record import Extent, RecordSlice
@@ -230,7 +231,7 @@ def on_both(
         async with live(side, quick(changes), io) as rig:
             alive.append(await script(rig))
 
-    virtual.run(in_virtual_time())
+    clock.run(in_virtual_time())
     run(in_real_time, loop)
     (there,), (here,) = virtual, alive
     if isinstance(there, list):

@@ -21,7 +21,7 @@ from proto_v3.errors import leaves
 from proto_v3.vfio.device import Ready
 from proto_v3.vfio.uapi import DeviceFeature, Feature, FeatureOp, State, StreamFlags
 from proto_v3.vmm.migration import read_some
-from sim.clock import virtual
+from sim.clock import virtual as clock
 from sim.device.record import HEADER_BYTES, NO_INDICES, V3_HEADER_BYTES, Extent, RecordSlice
 from sim.live.fd.blocks import BlocksData
 from sim.live.fd.codec import Decoder
@@ -698,7 +698,7 @@ async def move_by(way: str, moving: Move) -> None:
 def test_a_state_arrives_through_the_smallest_sockets(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the driver copies at once, and what the VMM writes at once, goes in many parts."""
     for module in ("save", "load"):
-        monkeypatch.setattr(f"sim.live.{module}.data_fd", lambda room_bytes: data_fd(1))
+        monkeypatch.setattr(f"sim.live.fd.{module}.data_fd", lambda room_bytes: data_fd(1))
 
     async def main() -> None:
         async with both(BUSY | KINDS_OF_MOVE[kind]) as (source, target):
@@ -868,7 +868,7 @@ def saved(streams: int, *, blocks: bool = False) -> tuple[tuple[tuple[RecordSlic
             records.append([(RecordSlice(record, 0, record.size_bytes),) for record in whole])
         told.append(tuple(map(tuple, records)))
 
-    virtual.run(main())
+    clock.run(main())
     result: tuple[tuple[tuple[RecordSlice, ...], ...], ...] = told[0]
     return result
 

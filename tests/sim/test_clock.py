@@ -704,7 +704,7 @@ def test_deadlock_names_every_waiting_task_and_its_place() -> None:
     assert (place.file, place.line) == (__file__, pump.__code__.co_firstlineno + 1)
     line = next(line for line in str(caught.value).splitlines() if line.startswith("  pump"))
     assert line.startswith("  pump waits in Queue.get (asyncio/queues.py:")
-    assert line.endswith(f"pump (tests/test_clock.py:{place.line})")
+    assert line.endswith(f"pump (sim/test_clock.py:{place.line})")
     assert ", called from " in line
     assert str(caught.value).startswith(f"nothing can happen any more at {SECOND} ns\n")
     assert "for task for_ever" in str(caught.value)

@@ -21,8 +21,8 @@ from proto_v3.vmm.v3_source import V3Source, _Stream
 from proto_v3.vmm.v3_target import V3Target
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind, Payload
+from sim.clock import port as clock
 from sim.clock import virtual
-from sim.clock.port import now_ns
 from sim.device.blocks import LoadBlocks
 from sim.device.load import LoadSession, LoadStream
 from sim.device.load_v3 import V3LoadSession
@@ -327,7 +327,7 @@ def test_v3_stops_the_guest_when_critical_data_is_loaded_and_the_rest_fits_by_v2
         nonlocal samples, sent_of_devices
         samples += 1
         sent_of_devices = 0
-        assert now_ns == now_ns()
+        assert now_ns == clock.now_ns()
         assert bytes_sent == sum(channel.bytes_sent for channel in kept.channels)
         sample(self, now_ns, bytes_sent)
 
@@ -353,7 +353,7 @@ def test_v3_stops_the_guest_when_critical_data_is_loaded_and_the_rest_fits_by_v2
         result = fits(self, device_bytes)
         each = [self._ram.fits(ram_bytes), *(backlog.fits(part.unread_bytes) for part, backlog in self._backlogs)]
         assert result == (ram_bytes + device_bytes < self._whole.threshold_bytes and all(each))
-        looks.append(("exact" if exact else "estimate", now_ns(), result))
+        looks.append(("exact" if exact else "estimate", clock.now_ns(), result))
         return result
 
     def asking(ask: Callable[[Any], Coroutine[Any, Any, None]]) -> Callable[[Any], Coroutine[Any, Any, None]]:
