@@ -18,8 +18,11 @@ import uvloop
 from proto_v3.errors import PeerFailedError, PeerProtocolError, UserError
 from sim.live.io import IO
 from sim.live.tcp.connection import FRAME_MAGIC
-from sim.live.tcp.sockets import Preamble, Role, text_of
-from sim.live.tcp.wire import Limits, Session, SocketSettings, accept, connect, listen
+from sim.live.tcp.handshake import Limits
+from sim.live.tcp.session import Session
+from sim.live.tcp.sockets import Preamble, Role, SocketSettings, listen, text_of
+from sim.live.tcp.wire_source import connect
+from sim.live.tcp.wire_target import accept
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,
@@ -96,17 +99,15 @@ async def pair(
 ) -> AsyncIterator[tuple[Session, Session]]:
     """Source and target of a session."""
     async with listening(sockets) as (listener, address):
-        target_too = {name: value for name, value in more.items() if name in ("capabilities", "rejected")}
         accepting = asyncio.create_task(
             accept(
                 listener, more.get("judge", agree), io=IO[io](), limits=limits, sockets=sockets,
-                tls=more.get("server_tls"), **target_too,
+                tls=more.get("server_tls"),
             )
         )  # fmt: skip
-        capabilities = more.get("source_capabilities", ())
         source = await connect(
             address, run or {}, connections, io=IO[io](), limits=limits, sockets=sockets,
-            tls=more.get("client_tls"), capabilities=capabilities,
+            tls=more.get("client_tls"),
         )  # fmt: skip
         target = await accepting
         try:
@@ -187,10 +188,8 @@ class Peer:
                     await writer.wait_closed()
 
 
-OFFER = {"versions": [1], "capabilities": [], "frame_bytes": 1 << 16, "connections": 2, "boot_id": "", "run": {"a": 1}}
+OFFER = {"frame_bytes": 1 << 16, "connections": 2, "boot_id": "", "run": {"a": 1}}
 ACCEPT = {
-    "version": 1,
-    "capabilities": [],
     "frame_bytes": 1 << 16,
     "boot_id": "",
     "answer": {},

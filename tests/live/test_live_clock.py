@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proto_v3.timeline import NO_CAUSE, Timeline, caused_by
+from sim.clock import virtual
 from sim.clock.port import now_ns, sleep_ns, use
 from sim.live import real_time as live_clock
 from sim.live.fd.lock import Mutex, RealLock
@@ -282,9 +283,6 @@ def test_commands_one_after_the_other_do_not_drift(service: list[int], lateness:
 
 
 def test_commands_that_share_engines_end_when_they_would_in_virtual_time() -> None:
-    async def virtual() -> list[int]:
-        return await shared([1 * MS, 2 * MS, 3 * MS])
-
     async def shared(service: list[int]) -> list[int]:
         engines, ends = CommandSlots(1.5), []
 
@@ -297,7 +295,7 @@ def test_commands_that_share_engines_end_when_they_would_in_virtual_time() -> No
                 group.create_task(command(each))
         return ends
 
-    expected = virtual.run(virtual())
+    expected = virtual.run(shared([1 * MS, 2 * MS, 3 * MS]))
 
     async def work(made: Kernel, real: RealTime) -> None:
         task = asyncio.create_task(shared([1 * MS, 2 * MS, 3 * MS]))

@@ -33,10 +33,12 @@ from sim.live.io import IO
 from sim.live.merge_timelines import ProcessTimeline
 from sim.live.real_time import RealTime
 from sim.live.tcp.connection import Connection
+from sim.live.tcp.handshake import Limits
 from sim.live.tcp.session import Session
 from sim.live.tcp.sockets import SocketSettings
 from sim.live.tcp.tls import tls_client, tls_server
-from sim.live.tcp.wire import Limits, accept, connect
+from sim.live.tcp.wire_source import connect
+from sim.live.tcp.wire_target import accept
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import BYTES_PER_S_PER_GBIT, GIB, MIB

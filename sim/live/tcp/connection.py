@@ -134,8 +134,6 @@ class Connection:
     def __init__(self, pipe: Pipe, index: int, at_source: bool, granted: Granted, pool: Buffers) -> None:
         self.pipe = pipe
         self.granted = granted
-        self.sent_bytes = 0
-        self.received_bytes = 0
         self.trace: Trace | None = None
         self.cause: Exception | None = None
         """Why the session ended it, if it did."""
@@ -163,7 +161,6 @@ class Connection:
             raise ConnectionAbortedError(f"given up: {self._wrong}")
         head = memoryview(_PREFIX.pack(FRAME_MAGIC, len(header), len(view)) + header)
         self._sent += 1
-        self.sent_bytes += len(head) + len(view)
         trace, start_ns = self.trace, 0
         if trace is not None:
             start_ns = trace.now_ns()
@@ -194,7 +191,6 @@ class Connection:
             header, payload = await self._next()
             self._received += 1
             count = self._received
-        self.received_bytes += PREFIX_BYTES + len(header) + len(payload)
         if trace is not None:
             trace.got(Resource.LINK, "frame", self._in, count, start_ns)
         return header, payload

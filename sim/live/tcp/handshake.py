@@ -1,9 +1,9 @@
 """How the two sides agree, in messages of the session.
 
     source                                              target
-    OFFER {versions, capabilities, frame_bytes, connections, boot_id, run} ->
-                                                        <- ACCEPT {version, capabilities, frame_bytes, boot_id,
-                                                                   token, answer}, or REFUSE {why}
+    OFFER {frame_bytes, connections, boot_id, run} ->
+                                                        <- ACCEPT {frame_bytes, boot_id, token, answer},
+                                                           or REFUSE {why}
     data connections, each with the token ->
                                                         <- READY, when all are there
     CLOCK -> ... some times                             <- CLOCK {at_ns} ...
@@ -28,16 +28,13 @@ from sim.live.buffers import Buffers
 from sim.live.io import Pipe
 from sim.live.tcp.connection import Connection
 from sim.live.tcp.messages import Message, Talk, field
-from sim.live.tcp.sockets import TOKEN_BYTES, WIRE_VERSION, Granted, SocketSettings
+from sim.live.tcp.sockets import TOKEN_BYTES, Granted, SocketSettings
 
 PINGS = 20
 MAX_PINGS = 1000
 MAX_CONNECTIONS = 1024
 MAX_FRAME_BYTES = 1 << 30
-MAX_VERSIONS = 16
-MAX_CAPABILITIES = 64
-MAX_NAME_CHARS = 64
-"""Of a capability, or a boot_id."""
+MAX_BOOT_ID_CHARS = 64
 FREE_BYTES = 256 << 20
 """Of buffers that a session keeps free, at most."""
 
@@ -102,8 +99,6 @@ class Agreed:
     """The source's, about what is to be done."""
     answer: dict[str, Any]
     """The target's, to that."""
-    capabilities: tuple[str, ...]
-    """Those that both sides have."""
     frame_bytes: int
     peer_offset_ns: int
     """The other side's time.perf_counter_ns() minus this side's."""
@@ -118,8 +113,6 @@ class Agreed:
 class Offer:
     """What the source asks for."""
 
-    versions: Sequence[int]
-    capabilities: Sequence[str]
     frame_bytes: int
     connections: int
     boot_id: str
@@ -132,22 +125,15 @@ class Offer:
     @classmethod
     def of(cls, message: Message) -> Offer:
         """PeerProtocolError if it is none."""
-        versions = field(message, "versions", list, 1, MAX_VERSIONS)
-        if not all(type(version) is int for version in versions):
-            raise PeerProtocolError("OFFER: versions must be numbers")
         return cls(
-            versions,
-            names(message),
             field(message, "frame_bytes", int, 1),
             field(message, "connections", int),
-            field(message, "boot_id", str, 0, MAX_NAME_CHARS),
+            field(message, "boot_id", str, 0, MAX_BOOT_ID_CHARS),
             field(message, "run", dict),
         )
 
     def objection(self, limits: Limits) -> str:
         """What there is in it that this side does not put up with; nothing, if it can be accepted."""
-        if WIRE_VERSION not in self.versions:
-            return f"wire versions {self.versions} are offered; {WIRE_VERSION} is known here"
         if not 1 <= self.connections <= limits.connections:
             return f"{self.connections} data connections are offered; 1 to {limits.connections} are allowed here"
         if self.frame_bytes > limits.frame_bytes:
@@ -159,8 +145,6 @@ class Offer:
 class Accept:
     """What the target answers."""
 
-    version: int
-    capabilities: Sequence[str]
     frame_bytes: int
     boot_id: str
     token: bytes
@@ -174,33 +158,20 @@ class Accept:
     def of(cls, message: Message, offer: Offer) -> Accept:
         """PeerProtocolError if it is none, or none for this offer."""
         accept = cls(
-            field(message, "version", int),
-            names(message),
             field(message, "frame_bytes", int),
-            field(message, "boot_id", str, 0, MAX_NAME_CHARS),
+            field(message, "boot_id", str, 0, MAX_BOOT_ID_CHARS),
             field(message, "token", bytes, TOKEN_BYTES, TOKEN_BYTES),
             field(message, "answer", dict),
         )
-        if accept.version not in offer.versions or accept.frame_bytes != offer.frame_bytes:
-            got = (accept.version, accept.frame_bytes)
-            raise PeerProtocolError(f"ACCEPT has (version, frame_bytes) = {got}, which was not offered")
-        if not set(accept.capabilities) <= set(offer.capabilities):
-            raise PeerProtocolError("ACCEPT has capabilities that were not offered")
+        if accept.frame_bytes != offer.frame_bytes:
+            raise PeerProtocolError(f"ACCEPT has frame_bytes = {accept.frame_bytes}, which was not offered")
         return accept
-
-
-def names(message: Message) -> list[str]:
-    """The capabilities in a message. PeerProtocolError if they are none."""
-    found = field(message, "capabilities", list, 0, MAX_CAPABILITIES)
-    if not all(isinstance(name, str) and len(name) <= MAX_NAME_CHARS for name in found):
-        raise PeerProtocolError(f"capabilities must be names of at most {MAX_NAME_CHARS} characters")
-    return found
 
 
 def boot_id() -> str:
     """Equal on two sides that are one host, or that were copied from one. Nothing where Linux does not tell."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()[:MAX_NAME_CHARS]
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()[:MAX_BOOT_ID_CHARS]
     except OSError:
         return ""
 

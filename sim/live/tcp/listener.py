@@ -217,7 +217,10 @@ class Door:
     def _judge(self, preamble: Preamble) -> None:
         """Raise what there is to say against it."""
         if preamble.version != WIRE_VERSION:
-            raise _TurnedAwayError(f"wire version {preamble.version} was asked for; {WIRE_VERSION} is known here")
+            raise _TurnedAwayError(
+                f"the source speaks wire version {preamble.version}, this target version {WIRE_VERSION}; "
+                "both must run the same version of this program"
+            )
         if preamble.role == Role.SESSION:
             if self._session.done():
                 raise _TurnedAwayError("another source is being served")

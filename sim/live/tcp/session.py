@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from proto_v3.errors import LocalProtocolError, PeerFailedError, PeerProtocolError, ProtoV3Error
@@ -27,14 +26,6 @@ BEATS = 4
 PING = "ping"
 
 
-@dataclass(frozen=True, slots=True)
-class Bytes:
-    """What went over the data connections, with all that frames have around their payload; without what TLS adds."""
-
-    sent: int
-    received: int
-
-
 class Session:
     """One end of it. To be made in a running loop, and closed in the same."""
 
@@ -42,7 +33,6 @@ class Session:
         self.channels: list[Transport] = list(connections)
         self.run = agreed.run
         self.answer = agreed.answer
-        self.capabilities = agreed.capabilities
         self.frame_bytes = agreed.frame_bytes
         self.peer_offset_ns = agreed.peer_offset_ns
         self.uncertainty_ns = agreed.uncertainty_ns
@@ -67,12 +57,6 @@ class Session:
     def sockets(self) -> list[Granted]:
         """What the kernel gave each data connection."""
         return [connection.granted for connection in self._connections]
-
-    @property
-    def bytes(self) -> Bytes:
-        """So far."""
-        sent = sum(connection.sent_bytes for connection in self._connections)
-        return Bytes(sent, sum(connection.received_bytes for connection in self._connections))
 
     def trace(self, timeline: Trace | None) -> None:
         """Record in this timeline, from now on, which frames were sent, and which were waited for."""

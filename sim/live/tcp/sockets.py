@@ -21,7 +21,8 @@ from typing import Any
 from proto_v3.errors import PeerProtocolError, UserError
 from sim.live.io import Pipe, ended
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
+"""Source and target must have the same one: they are the same program."""
 MAGIC = b"PROTO-V3"
 TOKEN_BYTES = 16
 NO_TOKEN = bytes(TOKEN_BYTES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,7 @@ from sim.live.io import Io, Pipe
 from sim.live.tcp.handshake import (
     DEFAULT_LIMITS,
     DEFAULT_SOCKETS,
-    MAX_CAPABILITIES,
     MAX_CONNECTIONS,
-    MAX_NAME_CHARS,
     Accept,
     Agreed,
     Deadline,
@@ -29,7 +27,6 @@ from sim.live.tcp.handshake import (
 from sim.live.tcp.messages import Talk
 from sim.live.tcp.session import Session
 from sim.live.tcp.sockets import (
-    WIRE_VERSION,
     Address,
     Granted,
     Preamble,
@@ -57,7 +54,6 @@ async def connect(
     limits: Limits = DEFAULT_LIMITS,
     sockets: SocketSettings = DEFAULT_SOCKETS,
     tls: ssl.SSLContext | None = None,
-    capabilities: Sequence[str] = (),
 ) -> Session:
     """Set a session up, with so many data connections, with the target that listens at the address.
 
@@ -67,9 +63,7 @@ async def connect(
     """
     if not 1 <= connections <= MAX_CONNECTIONS:
         raise UserError(f"{connections} data connections; there must be from 1 to {MAX_CONNECTIONS}")
-    if len(capabilities) > MAX_CAPABILITIES or any(len(name) > MAX_NAME_CHARS for name in capabilities):
-        raise UserError(f"capabilities: at most {MAX_CAPABILITIES}, of at most {MAX_NAME_CHARS} characters")
-    offer = Offer([WIRE_VERSION], list(capabilities), limits.frame_bytes, connections, boot_id(), run)
+    offer = Offer(limits.frame_bytes, connections, boot_id(), run)
     async with AsyncExitStack() as opened:
         dialler = _Dialler(address, opened, io, sockets, tls, limits.handshake_s)
         session = await _session(dialler, offer, limits)
@@ -104,7 +98,7 @@ async def _session(dialler: _Dialler, offer: Offer, limits: Limits) -> Session:
     except (ProtoV3Error, OSError) as error:
         await talk.refuse(str(error))
         raise
-    agreed = Agreed(offer.run, accept.answer, tuple(accept.capabilities), offer.frame_bytes, offset_ns, uncertainty_ns)
+    agreed = Agreed(offer.run, accept.answer, offer.frame_bytes, offset_ns, uncertainty_ns)
     return Session(talk, made_connections(found, True, offer.frame_bytes), agreed, limits.silent_s)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -27,7 +27,7 @@ from sim.live.tcp.handshake import (
 from sim.live.tcp.listener import Caller, Door
 from sim.live.tcp.messages import Message, Talk
 from sim.live.tcp.session import Session
-from sim.live.tcp.sockets import TOKEN_BYTES, WIRE_VERSION, SocketSettings
+from sim.live.tcp.sockets import TOKEN_BYTES, SocketSettings
 
 Judge = Callable[[dict[str, Any]], Awaitable[dict[str, Any] | None]]
 """Given the source's `run`: returns what is told in ACCEPT, or raises what becomes the refusal."""
@@ -45,7 +45,6 @@ async def accept(
     limits: Limits = DEFAULT_LIMITS,
     sockets: SocketSettings = DEFAULT_SOCKETS,
     tls: ssl.SSLContext | None = None,
-    capabilities: Sequence[str] = (),
     rejected: Callable[[str], None] = _nobody,
 ) -> Session:
     """Wait for a source, and set a session up with it.
@@ -58,16 +57,14 @@ async def accept(
     async with AsyncExitStack() as opened:
         door = Door(listener, opened, io=io, sockets=sockets, tls=tls, limit_s=limits.handshake_s, rejected=rejected)
         async with door:
-            talk, agreed, found = await _agreed(door, await door.session(), judge, limits, capabilities)
+            talk, agreed, found = await _agreed(door, await door.session(), judge, limits)
         connections = made_connections([(each.pipe, each.granted) for each in found], False, agreed.frame_bytes)
         session = Session(talk, connections, agreed, limits.silent_s)
         opened.pop_all()
     return session
 
 
-async def _agreed(
-    door: Door, caller: Caller, judge: Judge, limits: Limits, capabilities: Sequence[str]
-) -> tuple[Talk, Agreed, list[Caller]]:
+async def _agreed(door: Door, caller: Caller, judge: Judge, limits: Limits) -> tuple[Talk, Agreed, list[Caller]]:
     talk = Talk(caller.pipe, "source", caller.name)
     deadline = Deadline(limits.handshake_s, f"the offer of {talk.peer}")
     try:
@@ -77,10 +74,7 @@ async def _agreed(
                 raise PeerProtocolError(objection)
             deadline.on("this side's own judgement of the offer")
             answer = await judge(offer.run) or {}
-            shared = [name for name in offer.capabilities if name in capabilities]
-            accept = Accept(
-                WIRE_VERSION, shared, offer.frame_bytes, boot_id(), secrets.token_bytes(TOKEN_BYTES), answer
-            )
+            accept = Accept(offer.frame_bytes, boot_id(), secrets.token_bytes(TOKEN_BYTES), answer)
             door.expect(offer.connections, accept.token)
             await talk.send("accept", **accept.fields())
             deadline.waits_for = lambda: f"data connections {door.missing()} of {offer.connections} of {talk.peer}"
@@ -92,7 +86,7 @@ async def _agreed(
         ours = isinstance(error, (ProtoV3Error, OSError))
         await talk.refuse(str(error) if ours else "an error of its own")
         raise
-    return talk, Agreed(offer.run, answer, tuple(shared), offer.frame_bytes, offset_ns, uncertainty_ns), found
+    return talk, Agreed(offer.run, answer, offer.frame_bytes, offset_ns, uncertainty_ns), found
 
 
 async def _collected(door: Door, talk: Talk, deadline: Deadline) -> tuple[list[Caller], Message]:
