@@ -32,6 +32,8 @@ from numpy.typing import NDArray
 
 NO_CAUSE = -1
 T = TypeVar("T")
+Work = tuple[Coroutine[Any, Any, None], str]
+"""What a task does, and the name of the track that its spans are drawn on."""
 
 _cursor: ContextVar[int] = ContextVar("timeline_cursor", default=NO_CAUSE)
 _track: ContextVar[str] = ContextVar("timeline_track", default="main")

@@ -12,22 +12,19 @@ Packets that are early wait in memory, without a bound (QEMU's default); the mos
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from proto_v3.errors import PeerProtocolError
 from proto_v3.notify import Notify
-from proto_v3.timeline import Join, Mark
+from proto_v3.timeline import Join, Mark, Work
 from proto_v3.vfio.device import DataFd
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind, Payload
 
 if TYPE_CHECKING:
     from proto_v3.vmm.migration import Source, Target
-
-Work = tuple[Coroutine[Any, Any, None], str]
-"""What a thread does, and the track it is drawn on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from proto_v3.wire.streams import Wire
 
 VERSION = 3
 MAX_HELLO_BYTES = 1024
-MAX_LANES = 256
+MAX_WIRE_STREAMS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,12 @@ class Hello:
     """2 or 3; the target answers with what it knows of what was asked for."""
     dirty_streams: int = 0
     """Of each device; at the target, of the one that has the fewest."""
-    lanes: int = 0
-    """Dirty lanes of each device on the wire."""
+    wire_streams: int = 0
+    """Of each device."""
     blocks: bool = False
     wire: str = ""
-    connections: int = 0
+    pool: int = 0
+    """Connections of the pool."""
     critical_credit_bytes: int = 0
     """The target's to say: its memory is at stake."""
     dirty_credit_bytes: int = 0
@@ -125,9 +126,9 @@ async def _agreed(side: Side, channels: Sequence[Channel], v3: V3Options, v2: V2
     answer = Hello.of(await main.recv())
     if answer.version == 2:
         return V2Source(side, channels, v2), "the target knows v2 only: fell back to it"
-    agreed = (answer.version, answer.lanes, answer.wire, answer.connections)
-    if agreed != (VERSION, v3.lanes, str(v3.wire), v3.pool_connections):
-        raise PeerProtocolError(f"HELLO answers (version, lanes, wire, connections) = {agreed}, not what was asked for")
+    agreed = (answer.version, answer.wire_streams, answer.wire, answer.pool)
+    if agreed != (VERSION, v3.wire_streams, str(v3.wire), v3.pool_connections):
+        raise PeerProtocolError(f"HELLO answers (version, wire_streams, wire, pool) = {agreed}, not what was asked for")
     if answer.dirty_streams < v3.dirty_streams or answer.blocks != v3.blocks:
         has_there = f"{answer.dirty_streams} dirty streams" if answer.blocks == v3.blocks else "no addressable blocks"
         raise UnsupportedError(f"the target has {has_there}; {v3.asked} were asked for")
@@ -138,7 +139,7 @@ async def _agreed(side: Side, channels: Sequence[Channel], v3: V3Options, v2: V2
 
 
 def _wanted(v3: V3Options) -> Hello:
-    return Hello(VERSION, v3.dirty_streams, v3.lanes, v3.blocks, str(v3.wire), v3.pool_connections)
+    return Hello(VERSION, v3.dirty_streams, v3.wire_streams, v3.blocks, str(v3.wire), v3.pool_connections)
 
 
 async def negotiated_target(
@@ -190,19 +191,23 @@ def _as_wanted(v3: V3Options, wanted: Hello, devices: int, connections: int) -> 
     """PeerProtocolError for what makes no sense."""
     if wanted.version < VERSION or wanted.wire not in list(Wire):
         raise PeerProtocolError(f"HELLO asks for version {wanted.version}, wire {wanted.wire!r}")
-    if not 1 <= wanted.lanes <= MAX_LANES:
-        raise PeerProtocolError(f"HELLO asks for {wanted.lanes} dirty lanes a device; 1 to {MAX_LANES} are allowed")
-    if wanted.dirty_streams != (1 if wanted.blocks else wanted.lanes):
+    if not 1 <= wanted.wire_streams <= MAX_WIRE_STREAMS:
+        raise PeerProtocolError(
+            f"HELLO asks for {wanted.wire_streams} dirty wire streams a device; 1 to {MAX_WIRE_STREAMS} are allowed"
+        )
+    if wanted.dirty_streams != (1 if wanted.blocks else wanted.wire_streams):
         of = "blocks" if wanted.blocks else "streams"
-        raise PeerProtocolError(f"HELLO asks for {wanted.dirty_streams} {of} on {wanted.lanes} dirty lanes")
-    if wanted.wire == Wire.POOL and not wanted.connections:
+        raise PeerProtocolError(
+            f"HELLO asks for {wanted.dirty_streams} {of} on {wanted.wire_streams} dirty wire streams"
+        )
+    if wanted.wire == Wire.POOL and not wanted.pool:
         raise PeerProtocolError("HELLO asks for a pool of no connections")
     options = replace(
         v3,
-        lanes=wanted.lanes,
+        wire_streams=wanted.wire_streams,
         blocks=wanted.blocks,
         wire=Wire(wanted.wire),
-        pool_connections=wanted.connections,
+        pool_connections=wanted.pool,
     )
     if options.connections(devices) > connections:
         raise PeerProtocolError(f"HELLO needs {options.connections(devices)} connections; there are {connections}")

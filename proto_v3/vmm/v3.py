@@ -20,8 +20,8 @@ from proto_v3.wire.streams import Credits, Wire
 class V3Options:
     """How a VMM uses v3."""
 
-    lanes: int
-    """Dirty lanes of each device: as many as it has dirty streams, or threads that read its blocks."""
+    wire_streams: int
+    """Of each device: as many as it has dirty streams, or threads that read its blocks."""
     blocks: bool
     wire: Wire
     pool_connections: int
@@ -32,7 +32,7 @@ class V3Options:
     @property
     def dirty_streams(self) -> int:
         """To opt in with: of each device; 1 with blocks."""
-        return 1 if self.blocks else self.lanes
+        return 1 if self.blocks else self.wire_streams
 
     @property
     def asked(self) -> str:
@@ -48,7 +48,7 @@ class V3Options:
         """How many are needed for so many devices."""
         match self.wire:
             case Wire.STREAMS:
-                return 1 + devices * (1 + self.lanes)
+                return 1 + devices * (1 + self.wire_streams)
             case Wire.POOL:
                 return 1 + self.pool_connections
             case Wire.ONE:

@@ -1,4 +1,5 @@
-"""v3's addressable blocks at the source: N threads read what a dirty bitmap tells of, over one fd, each on its lane.
+"""v3's addressable blocks at the source: N threads read what a dirty bitmap tells of, over one fd, each on its own
+wire stream.
 
 What is wanted is kept as a bitmap too: a block that becomes dirty again before it was read is read once. The order is
 the VMM's: here, round and round by number.
@@ -23,9 +24,9 @@ from proto_v3.wire.streams import OutStream
 class BlockReaders:
     """Reads one device's blocks."""
 
-    def __init__(self, fd: BlocksFd, lanes: Sequence[OutStream], device: int, read_bytes: int) -> None:
+    def __init__(self, fd: BlocksFd, streams: Sequence[OutStream], device: int, read_bytes: int) -> None:
         self._fd = fd
-        self._lanes = lanes
+        self._streams = streams
         self.device = device
         self.sent_bytes = 0
         """In all."""
@@ -65,23 +66,23 @@ class BlockReaders:
     async def work(self, name: str) -> None:
         """Read and send until all is read; then the END."""
         async with Join() as readers:
-            for at, lane in enumerate(self._lanes, 1):
-                readers.start(self._read(lane, at), f"source {name} reader {at}")
+            for at, stream in enumerate(self._streams, 1):
+                readers.start(self._read(stream, at), f"source {name} reader {at}")
         end = await read_some(self._fd, self._read_bytes)
         if end is None or not len(end):
             raise LocalProtocolError(f"{name}: all blocks were read, but the fd gives no END")
-        await self._lanes[0].send(Frame(Kind.LAST, self.device, 1, payload=end))
-        for at, lane in enumerate(self._lanes, 1):
-            await lane.send(Frame(Kind.STREAM_END, self.device, at))
+        await self._streams[0].send(Frame(Kind.LAST, self.device, 1, payload=end))
+        for at, stream in enumerate(self._streams, 1):
+            await stream.send(Frame(Kind.STREAM_END, self.device, at))
 
-    async def _read(self, lane: OutStream, at: int) -> None:
+    async def _read(self, stream: OutStream, at: int) -> None:
         while self._left or not self._final:
             if not self._left:
                 await self._notify.wait()
                 continue
             first, count = self._next_run()
             data = await self._fd.read_blocks(first, count)
-            await lane.send(Frame(Kind.DATA, self.device, at, payload=data))
+            await stream.send(Frame(Kind.DATA, self.device, at, payload=data))
             self.sent_bytes += len(data)
 
     def _next_run(self) -> tuple[int, int]:

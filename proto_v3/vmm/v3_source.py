@@ -1,5 +1,5 @@
-"""v3's source: a task a stream carries bytes from its fd to its lane until the stream's end, through the stop and all;
-and a task that decides when to stop.
+"""v3's source: a task a stream carries bytes from its fd to its wire stream until its end, through the stop too; and
+a task that decides when to stop.
 
 When all critical bytes of an epoch were sent, EPOCH_SENT goes behind them; the target answers EPOCH_LOADED when they
 are loaded. A device is ready when nothing critical is unread and its newest epoch is loaded; its critical task learns
@@ -46,11 +46,11 @@ class _Critical:
 
 
 class _Stream:
-    """A data fd and the lane that its bytes take."""
+    """A data fd and the wire stream that carries its bytes."""
 
-    def __init__(self, fd: DataFd, lane: OutStream, device: int, index: int) -> None:
+    def __init__(self, fd: DataFd, wire: OutStream, device: int, index: int) -> None:
         self.fd = fd
-        self.lane = lane
+        self.wire = wire
         self.device = device
         self.index = index
         """0 is the critical stream."""
@@ -70,7 +70,7 @@ class _Stream:
 
     async def say(self, kind: Kind, value: int = 0) -> None:
         """A frame without payload, behind what was sent."""
-        await self.lane.send(Frame(kind, self.device, self.index, value))
+        await self.wire.send(Frame(kind, self.device, self.index, value))
 
 
 class V3Source(Source):
@@ -81,12 +81,12 @@ class V3Source(Source):
         self._options = options
         self._control = channels[0]
         devices = len(side.devices)
-        self._lanes: OutStreams
+        self._streams: OutStreams
         if options.wire is Wire.STREAMS:
-            self._lanes = OwnOutStreams(channels, 1 + options.lanes)
+            self._streams = OwnOutStreams(channels, 1 + options.wire_streams)
         else:
             shared = channels[:1] if options.wire is Wire.ONE else channels[1:]
-            self._lanes = SharedOutStreams(shared, devices, options.credits)
+            self._streams = SharedOutStreams(shared, devices, options.credits)
         self._critical = [_Critical() for _ in side.devices]
         self._readers: list[BlockReaders] = []
         self._backlogs: list[tuple[_Stream | BlockReaders, StreamBacklog]] = []
@@ -114,7 +114,7 @@ class V3Source(Source):
         self.side.timeline.stage("setup", start)
         async with Join() as beside:
             listening = beside.start(self.back.listen(), "source return path")
-            carrying = [beside.start(work, track) for work, track in self._lanes.work()]
+            carrying = [beside.start(work, track) for work, track in self._streams.work()]
             outcome = await self._move(start)
             if outcome is None:
                 self.side.timeline.mark(Mark.DRAINED)
@@ -173,18 +173,18 @@ class V3Source(Source):
         name = self.side.devices[device].name
         critical = self.fds[device]
         fds = [await critical.get_stream(index) for index in range(self._options.dirty_streams)]
-        stream = _Stream(critical, self._lanes.lane(device, 0), device, 0)
+        stream = _Stream(critical, self._streams.stream(device, 0), device, 0)
         self._sending.append(tasks.start(self._send_critical(stream), f"source {name} stream 0"))
         if self._options.blocks:
             fd: BlocksFd = fds[0]  # type: ignore[assignment]  # opted in to with BLOCKS
-            lanes = [self._lanes.lane(device, 1 + at) for at in range(self._options.lanes)]
-            readers = BlockReaders(fd, lanes, device, self.side.settings.read_bytes)
+            streams = [self._streams.stream(device, 1 + at) for at in range(self._options.wire_streams)]
+            readers = BlockReaders(fd, streams, device, self.side.settings.read_bytes)
             self._readers.append(readers)
             self._backlogs.append((readers, StreamBacklog(self.side.settings, self.now_ns)))
             self._sending.append(tasks.start(readers.work(name), f"source {name} blocks"))
             return
         for index, fd_of_stream in enumerate(fds, 1):
-            stream = _Stream(fd_of_stream, self._lanes.lane(device, index), device, index)
+            stream = _Stream(fd_of_stream, self._streams.stream(device, index), device, index)
             self._backlogs.append((stream, StreamBacklog(self.side.settings, self.now_ns)))
             self._sending.append(tasks.start(self._send_dirty(stream), f"source {name} stream {index}"))
 
@@ -241,14 +241,14 @@ class V3Source(Source):
         if len(data):
             stream.unread_bytes = max(0, stream.unread_bytes - len(data))
             stream.read_bytes += len(data)
-            await stream.lane.send(Frame(Kind.DATA, stream.device, stream.index, payload=data))
+            await stream.wire.send(Frame(Kind.DATA, stream.device, stream.index, payload=data))
             stream.sent_bytes += len(data)
         return len(data)
 
     def _heard(self, frame: Frame) -> bool:
         """What only v3's target says; False if it is not due."""
         if frame.kind is Kind.CREDIT:
-            return self._lanes.credited(frame)
+            return self._streams.credited(frame)
         if frame.kind is not Kind.EPOCH_LOADED or frame.device >= len(self._critical):
             return False
         critical = self._critical[frame.device]

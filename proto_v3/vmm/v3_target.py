@@ -1,4 +1,5 @@
-"""v3's target: a task a lane writes what comes; the driver holds dirty records back until their epoch is loaded.
+"""v3's target: one task for each wire stream writes what comes; the driver holds dirty records back
+until their epoch is loaded.
 
 When a device's streams are all at their ends its config is loaded. The devices leave RESUMING, which checks them; then
 LOADED, COMMIT from the source, and the guest runs: at most one side ever runs it.
@@ -28,14 +29,14 @@ class V3Target(Target):
         super().__init__(side, channels)
         self._options = options
         self._control = channels[0]
-        lanes = 1 + options.lanes
-        self._lanes: InStreams
+        streams = 1 + options.wire_streams
+        self._streams: InStreams
         if options.wire is Wire.STREAMS:
-            self._lanes = OwnInStreams(channels, lanes, self._hold)
+            self._streams = OwnInStreams(channels, streams, self._hold)
         else:
             shared = channels[:1] if options.wire is Wire.ONE else channels[1:]
             devices = len(side.devices)
-            self._lanes = SharedInStreams(channels[0], shared, devices, lanes, options.credits, self._hold)
+            self._streams = SharedInStreams(channels[0], shared, devices, streams, options.credits, self._hold)
         self._held_bytes = 0
         self._loading: list[asyncio.Task[None]] = []
         self._ram_sent = self._loaded = self._committed = self._cancelled = False
@@ -45,7 +46,7 @@ class V3Target(Target):
         """See proto_v3.vmm.migration.Target."""
         async with Join() as beside:
             beside.start(self._listen(), "target RAM")
-            carrying = [beside.start(work, track) for work, track in self._lanes.work()]
+            carrying = [beside.start(work, track) for work, track in self._streams.work()]
             async with Join() as parts:
                 for index in range(len(self.side.devices)):
                     self._loading.append(parts.start(self._load_device(index), f"target device {index}"))
@@ -85,7 +86,7 @@ class V3Target(Target):
         while True:
             frame = await self._control.recv()
             match frame.kind:
-                case _ if self._lanes.arrived(frame):
+                case _ if self._streams.arrived(frame):
                     pass
                 case Kind.SETUP:
                     if frame.value != len(self.side.devices):
@@ -121,12 +122,12 @@ class V3Target(Target):
         critical = await self.resuming(device)
         fds = [await critical.get_stream(at) for at in range(self._options.dirty_streams)]
         if self._options.blocks:
-            fds *= self._options.lanes
+            fds *= self._options.wire_streams
         last: list[Frame] = []
-        async with Join() as lanes:
+        async with Join() as streams:
             for at, fd in enumerate([critical, *fds]):
-                work = self._load_lane(self._lanes.lane(index, at), index, at, fd, last)
-                lanes.start(work, f"target {device.name} stream {at}")
+                work = self._load_stream(self._streams.stream(index, at), index, at, fd, last)
+                streams.start(work, f"target {device.name} stream {at}")
         if self._options.blocks:
             for frame in last:
                 await self.write(fds[0], frame.payload, len(frame.payload))
@@ -134,9 +135,9 @@ class V3Target(Target):
         self.side.timeline.mark(Mark.LOADED)
         await self.load_config(index)
 
-    async def _load_lane(self, lane: InStream, index: int, at: int, fd: DataFd, last: list[Frame]) -> None:
+    async def _load_stream(self, stream: InStream, index: int, at: int, fd: DataFd, last: list[Frame]) -> None:
         while True:
-            frame = await lane.recv()
+            frame = await stream.recv()
             match frame.kind:
                 case Kind.DATA:
                     await self.write(fd, frame.payload, max(1, len(frame.payload)))  # from where it was received
@@ -150,7 +151,7 @@ class V3Target(Target):
                     return
                 case _:
                     raise PeerProtocolError(f"{frame.kind.name} does not belong on stream {at}")
-            await lane.done(frame)
+            await stream.done(frame)
             del frame  # its payload's memory is free while the next one comes
 
     def _hold(self, size: int) -> None:

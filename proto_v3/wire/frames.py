@@ -51,7 +51,7 @@ class Kind(enum.IntEnum):
     SYNC = 14  # multifd: no RAM follows on this connection
     SWITCHOVER_START = 15  # multifd: the guest is stopped, load threads start
     HELLO = 16  # v3, in both directions, before all else; payload: see proto_v3/vmm/negotiate.py
-    LAST = 17  # v3, blocks; payload: the END record, to be written when all lanes of the device are at their ends
+    LAST = 17  # v3, blocks; payload: the END record, to be written when all the device's wire streams have ended
     # target to source
     EPOCH_LOADED = 20  # v3; value: the epoch whose critical data is all loaded
     LOADED = 21  # everything is loaded; the target waits for COMMIT (v3)
@@ -73,7 +73,7 @@ class Frame:
     value: int = 0
     payload: Payload = EMPTY
     place: int = 0
-    """On a shared connection: its place in its lane, from 1."""
+    """On a shared connection: its number in its wire stream, from 1."""
 
 
 def encode_header(frame: Frame) -> bytes:

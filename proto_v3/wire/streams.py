@@ -1,12 +1,21 @@
-"""Three ways of v3's streams over the wire: a connection each, one pool of connections, one for everything.
+"""How v3's streams share the connections: one connection each, a pool of connections, or the first one for all.
 
-A *lane* carries one stream of one device; lane 0 of a device is the critical one. A lane keeps its order, and owes no
-other lane anything. With a connection each, TCP does it all: a lane that is held back holds up nobody else.
+A *wire stream* carries one stream of one device, or what one thread reads of its blocks. Its index is 0 for the
+device's critical stream, and 1 or more for the dirty ones. A wire stream keeps its order. There is no order between two
+wire streams. With a connection each, TCP does all of this: a stream that is held up holds up no other.
 
-Where lanes share connections, that has to be made. Frames of a lane may take any connection and are numbered; the
-target puts them back in order, in memory that is bounded by credits: for each device, one for its critical lane and one
-for all its dirty ones, so that a dirty lane that waits for its epoch uses up no room that the critical one needs.
-Whoever receives never waits for a driver, and of what waits to be sent, critical frames go first.
+Where wire streams share connections, this module does it. A frame may take any of the connections. Frames are numbered
+in each wire stream, and the target puts them back in order. The memory for that is bounded by credit, by this
+invariant: for each device, and for each of the classes critical and dirty,
+
+    sent <= granted
+
+`sent` counts payload bytes from the start; `granted` is the target's credit and all bytes that it gave back since. The
+target gives credit back when its driver took the bytes. So the target holds at most the credit, in whatever order the
+frames arrive. Each class has its own credit: a dirty stream that waits for its epoch uses no room that critical data
+needs. The task that receives never waits for a driver, and of the frames that wait to be sent, critical ones go first.
+
+Both ways implement one interface, OutStreams at the source and InStreams at the target.
 """
 
 from __future__ import annotations
@@ -14,150 +23,155 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
+
+from typing_extensions import override
 
 from proto_v3.errors import PeerProtocolError
 from proto_v3.notify import Notify
-from proto_v3.timeline import cause, caused_by
+from proto_v3.timeline import Work, cause, caused_by
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
 
-Work = tuple[Coroutine[Any, Any, None], str]
-"""What a thread does, and the track it is drawn on."""
-Hold = Callable[[int], None]
-"""Told of so many bytes more that are in the target VMM's memory; less than 0: a driver took them."""
+OnHeld = Callable[[int], None]
+"""Called with the change of bytes held in the target VMM's memory: positive when received, negative when the driver
+took them."""
 
 
 class Wire(enum.StrEnum):
-    """How lanes map to connections, beside the first one, which has RAM and control."""
+    """Which connections the wire streams use. The first connection always has RAM and control."""
 
-    STREAMS = "streams"  # a connection a lane
-    POOL = "pool"  # all lanes share a pool
-    ONE = "one"  # all lanes share the first connection
+    STREAMS = "streams"  # a connection for each wire stream
+    POOL = "pool"  # all wire streams share a pool
+    ONE = "one"  # all wire streams share the first connection
 
 
 @dataclass(frozen=True, slots=True)
 class Credits:
-    """What a device's lanes may have sent that its driver at the target has not taken. Bytes."""
+    """The most payload bytes of one device that may be sent and not yet taken by its driver at the target."""
 
     critical_bytes: int
     dirty_bytes: int
 
-    def of(self, lane: int) -> int:
-        """Of the class that a lane is in."""
-        return self.dirty_bytes if lane else self.critical_bytes
+    def of(self, index: int) -> int:
+        """Bytes of the class that wire stream `index` belongs to."""
+        return self.dirty_bytes if index else self.critical_bytes
 
 
 class OutStream(Protocol):
-    """A lane at the source."""
+    """A wire stream at the source."""
 
     async def send(self, frame: Frame) -> None:
-        """Return when a connection took it; waits for room, and for credit where there is one."""
+        """Return when a connection took the frame. Waits for room, and for credit where there is one."""
 
 
 class InStream(Protocol):
-    """A lane at the target."""
+    """A wire stream at the target."""
 
     async def recv(self) -> Frame:
-        """The lane's next frame."""
+        """The stream's next frame. PeerProtocolError if it belongs to another stream."""
 
     async def done(self, frame: Frame) -> None:
-        """The driver took what the frame brought."""
+        """The driver took the frame's payload: give its room back."""
 
 
 class OutStreams(Protocol):
-    """All lanes at the source."""
+    """All wire streams at the source."""
 
-    def lane(self, device: int, lane: int) -> OutStream:
-        """One of them."""
+    def stream(self, device: int, index: int) -> OutStream:
+        """Wire stream `index` of a device."""
 
     def work(self) -> list[Work]:
-        """What has to run beside, until it is cancelled."""
+        """Tasks that must run beside, until they are cancelled."""
 
     def credited(self, frame: Frame) -> bool:
-        """A CREDIT came; False if there are none here."""
+        """Take a CREDIT frame. False if no credit is used, or there is no such device or class."""
 
 
 class InStreams(Protocol):
-    """All lanes at the target."""
+    """All wire streams at the target."""
 
-    def lane(self, device: int, lane: int) -> InStream:
-        """One of them."""
+    def stream(self, device: int, index: int) -> InStream:
+        """Wire stream `index` of a device."""
 
     def work(self) -> list[Work]:
-        """What has to run beside, until it is cancelled."""
+        """Tasks that must run beside, until they are cancelled."""
 
     def arrived(self, frame: Frame) -> bool:
-        """A frame came on the first connection; False if it is not a lane's."""
+        """Take a frame that came on the first connection. False if it does not belong to a wire stream."""
 
 
 # --- a connection each ------------------------------------------------------------------------------------------------
 
 
-class _OwnOut:
-    def __init__(self, channel: Channel) -> None:
-        self.send = channel.send
+class _OwnConnections:
+    """Wire stream `index` of a device has connection 1 + device x streams + index."""
 
-
-class _OwnIn:
-    def __init__(self, channel: Channel, device: int, lane: int, hold: Hold) -> None:
-        self._channel = channel
-        self._of = (device, lane)
-        self._hold = hold
-
-    async def recv(self) -> Frame:
-        frame = await self._channel.recv()
-        if (frame.device, frame.stream) != self._of:
-            raise PeerProtocolError(f"device {frame.device} stream {frame.stream} on the connection of another")
-        self._hold(len(frame.payload))
-        return frame
-
-    async def done(self, frame: Frame) -> None:
-        self._hold(-len(frame.payload))  # the connection's own window is all the credit that there is
-
-
-class OwnConnections:
-    """Connection 1 + device x lanes + lane."""
-
-    def __init__(self, channels: Sequence[Channel], lanes: int) -> None:
+    def __init__(self, channels: Sequence[Channel], streams: int) -> None:
         self._channels = channels
-        self._lanes = lanes
+        self._streams = streams
 
-    def _channel(self, device: int, lane: int) -> Channel:
-        return self._channels[1 + device * self._lanes + lane]
+    def channel(self, device: int, index: int) -> Channel:
+        return self._channels[1 + device * self._streams + index]
 
+
+class OwnOutStreams(OutStreams):
+    """Each wire stream is the channel of its own connection. `streams`: wire streams of each device."""
+
+    def __init__(self, channels: Sequence[Channel], streams: int) -> None:
+        self._connections = _OwnConnections(channels, streams)
+
+    @override
+    def stream(self, device: int, index: int) -> OutStream:
+        return self._connections.channel(device, index)
+
+    @override
     def work(self) -> list[Work]:
-        """Nothing."""
         return []
 
-
-class OwnOutStreams(OwnConnections):
-    """See OutStreams."""
-
-    def lane(self, device: int, lane: int) -> OutStream:
-        """See OutStreams."""
-        return _OwnOut(self._channel(device, lane))
-
+    @override
     def credited(self, frame: Frame) -> bool:
-        """There are no credits here."""
         return False
 
 
-class OwnInStreams(OwnConnections):
-    """See InStreams."""
+class _OwnIn(InStream):
+    def __init__(self, channel: Channel, device: int, index: int, on_held: OnHeld) -> None:
+        self._channel = channel
+        self._expected = (device, index)
+        self._on_held = on_held
 
-    def __init__(self, channels: Sequence[Channel], lanes: int, hold: Hold) -> None:
-        super().__init__(channels, lanes)
-        self._hold = hold
+    @override
+    async def recv(self) -> Frame:
+        frame = await self._channel.recv()
+        if (frame.device, frame.stream) != self._expected:
+            raise PeerProtocolError(f"device {frame.device} stream {frame.stream} on the connection of another")
+        self._on_held(len(frame.payload))
+        return frame
 
-    def lane(self, device: int, lane: int) -> InStream:
-        """See InStreams."""
-        return _OwnIn(self._channel(device, lane), device, lane, self._hold)
+    @override
+    async def done(self, frame: Frame) -> None:
+        self._on_held(-len(frame.payload))  # the connection's own window is all the credit that there is
 
+
+class OwnInStreams(InStreams):
+    """Each wire stream has a connection of its own. `streams`: wire streams of each device."""
+
+    def __init__(self, channels: Sequence[Channel], streams: int, on_held: OnHeld) -> None:
+        self._connections = _OwnConnections(channels, streams)
+        self._on_held = on_held
+
+    @override
+    def stream(self, device: int, index: int) -> InStream:
+        return _OwnIn(self._connections.channel(device, index), device, index, self._on_held)
+
+    @override
+    def work(self) -> list[Work]:
+        return []
+
+    @override
     def arrived(self, frame: Frame) -> bool:
-        """No lane is on the first connection."""
         return False
 
 
@@ -165,63 +179,70 @@ class OwnInStreams(OwnConnections):
 
 
 class _Credit:
-    """What one class of a device's lanes may still send."""
+    """Keeps sent <= granted, for one class of one device, at the source.
+
+    The exception: a frame larger than the whole credit is sent when all that was sent before was given back.
+    """
 
     def __init__(self, size: int) -> None:
-        self._all = self._left = size
+        self._size = size
+        self._sent = 0
+        self._granted = size
         self._notify = Notify()
 
     async def take(self, size: int) -> None:
-        """Wait for so much; a frame that is larger than all of it goes when nothing else is out."""
-        while self._left < min(size, self._all):
+        """Wait until `size` bytes may be sent, and count them as sent."""
+        while self._sent + min(size, self._size) > self._granted:
             await self._notify.wait()
-        self._left -= size
+        self._sent += size
 
     def give(self, size: int) -> None:
-        if self._left + size > self._all:
-            raise PeerProtocolError(f"{size} bytes of credit came back, {self._all - self._left} were out")
-        self._left += size
+        outstanding = self._sent + self._size - self._granted
+        if size > outstanding:
+            raise PeerProtocolError(f"{size} bytes of credit came back, {outstanding} were out")
+        self._granted += size
         self._notify.notify()
 
 
-class _SharedOut:
-    def __init__(self, lanes: SharedOutStreams, credit: _Credit, critical: bool) -> None:
-        self._lanes = lanes
+class _SharedOut(OutStream):
+    def __init__(self, streams: SharedOutStreams, credit: _Credit, critical: bool) -> None:
+        self._streams = streams
         self._credit = credit
         self._critical = critical
         self._place = 0
 
+    @override
     async def send(self, frame: Frame) -> None:
         await self._credit.take(len(frame.payload))
         self._place += 1
-        await self._lanes.carry(replace(frame, place=self._place), self._critical)
+        await self._streams.carry(replace(frame, place=self._place), self._critical)
 
 
 _Carried = tuple[Frame, asyncio.Future[int]]
-"""A frame, and who is told when a connection took it."""
+"""A frame, and the future that is done, with the cause, when a connection took the frame."""
 
 
-class SharedOutStreams:
-    """See OutStreams: a connection that is free takes what comes next, critical frames first.
+class SharedOutStreams(OutStreams):
+    """A free connection takes the next frame, critical frames first. Invariant: sent <= granted, see the module.
 
-    Of several that are free, the one that has been for longest: else one socket would be filled before the next gets
-    anything, and a bounded credit would keep a few of many connections busy.
+    Of several free connections, the frame goes to the one that has been free for longest. Otherwise one socket would be
+    filled before the next gets anything, and a bounded credit would keep only a few of many connections busy.
     """
 
     def __init__(self, channels: Sequence[Channel], devices: int, credits: Credits) -> None:
         self._channels = channels
-        self._credits = [[_Credit(credits.of(lane)) for lane in (0, 1)] for _ in range(devices)]
+        self._credits = [[_Credit(credits.of(index)) for index in (0, 1)] for _ in range(devices)]
         self._critical: deque[_Carried] = deque()
         self._dirty: deque[_Carried] = deque()
         self._free: deque[asyncio.Future[tuple[_Carried, int]]] = deque()
-        """Of the senders that wait for a frame, in the order in which they came to; with it comes what caused it."""
+        """Senders that wait for a frame, the one that has waited longest first. Each gets a frame and its cause."""
 
-    def lane(self, device: int, lane: int) -> OutStream:
-        """See OutStreams."""
-        return _SharedOut(self, self._credits[device][lane > 0], critical=lane == 0)
+    @override
+    def stream(self, device: int, index: int) -> OutStream:
+        return _SharedOut(self, self._credits[device][index > 0], critical=index == 0)
 
+    @override
     def work(self) -> list[Work]:
-        """A sender a connection."""
         return [(self._send(channel), f"source pool {i}") for i, channel in enumerate(self._channels)]
 
     async def carry(self, frame: Frame, critical: bool) -> None:
@@ -236,7 +257,7 @@ class SharedOutStreams:
         caused_by(await sent)
 
     async def _next(self) -> _Carried:
-        """What a sender that is free is to send."""
+        """The next frame for a free sender."""
         if waiting := self._critical or self._dirty:
             return waiting.popleft()
         turn: asyncio.Future[tuple[_Carried, int]] = asyncio.get_running_loop().create_future()
@@ -252,8 +273,8 @@ class SharedOutStreams:
             if not sent.done():
                 sent.set_result(cause())
 
+    @override
     def credited(self, frame: Frame) -> bool:
-        """See OutStreams."""
         if frame.device >= len(self._credits) or frame.stream > 1:
             return False
         self._credits[frame.device][frame.stream].give(frame.value)
@@ -262,40 +283,44 @@ class SharedOutStreams:
 
 MIN_FRAMES = 1024
 LEAST_BYTES = 512
-"""Of a frame, in the mean: a record has a block at the least, and a read() that is shorter is the record's last."""
+"""A frame's payload, on average: a record has at least one block, and a shorter read() is the record's last one."""
 
 
 class _Room:
-    """What one class of a device's lanes has at the target, and what of its credit was not given back yet."""
+    """Checks sent <= granted, for one class of one device, at the target: held + not given back <= credit.
+
+    The exception is that of _Credit: a frame larger than the credit is accepted when nothing is held.
+    """
 
     def __init__(self, size: int) -> None:
-        self._all = size
+        self._size = size
         self._held = 0
         self._frames = 0
         self._taken = 0
+        """Bytes that the driver took, whose credit was not given back yet."""
 
     def put(self, size: int) -> None:
-        if self._held and self._held + self._taken + size > self._all:
-            raise PeerProtocolError(f"{size} bytes more than {self._held} came; the credit is {self._all}")
-        if self._frames >= MIN_FRAMES + self._all // LEAST_BYTES:  # frames cost memory, too, even empty ones
+        if self._held and self._held + self._taken + size > self._size:
+            raise PeerProtocolError(f"{size} bytes more than {self._held} came; the credit is {self._size}")
+        if self._frames >= MIN_FRAMES + self._size // LEAST_BYTES:  # frames cost memory, too, even empty ones
             raise PeerProtocolError(f"{self._frames} frames wait, with {self._held} bytes: no sender needs so many")
         self._frames += 1
         self._held += size
 
     def take(self, size: int) -> int:
-        """The driver took so much: how much credit to give back now. Not each time: a message costs."""
+        """The driver took `size` bytes. Returns the credit to give back now: 0 most times, as each message costs."""
         self._frames -= 1
         self._held -= size
         self._taken += size
-        if self._held and self._taken < self._all // 4:
+        if self._held and self._taken < self._size // 4:
             return 0
         back, self._taken = self._taken, 0
         return back
 
 
-class _SharedIn:
-    def __init__(self, lanes: SharedInStreams) -> None:
-        self._lanes = lanes
+class _SharedIn(InStream):
+    def __init__(self, streams: SharedInStreams) -> None:
+        self._streams = streams
         self._early: dict[int, Frame] = {}
         self._due = 1
         self._notify = Notify()
@@ -306,35 +331,40 @@ class _SharedIn:
         self._early[frame.place] = frame
         self._notify.notify()
 
+    @override
     async def recv(self) -> Frame:
         while self._due not in self._early:
             await self._notify.wait()
         self._due += 1
         return self._early.pop(self._due - 1)
 
+    @override
     async def done(self, frame: Frame) -> None:
-        await self._lanes.took(frame)
+        await self._streams.taken(frame)
 
 
-class SharedInStreams:
-    """See InStreams. `first` is the first connection, on which credit goes back."""
+class SharedInStreams(InStreams):
+    """Puts the frames of shared connections back in order. Invariant: sent <= granted, see the module.
+
+    Credit goes back on the connection `first`. `streams`: wire streams of each device.
+    """
 
     def __init__(
-        self, first: Channel, channels: Sequence[Channel], devices: int, lanes: int, credits: Credits, hold: Hold
+        self, first: Channel, channels: Sequence[Channel], devices: int, streams: int, credits: Credits, on_held: OnHeld
     ) -> None:
         self._first = first
-        self._hold = hold
+        self._on_held = on_held
         self._channels = channels
-        self._rooms = [[_Room(credits.of(lane)) for lane in (0, 1)] for _ in range(devices)]
-        self._lanes = [[_SharedIn(self) for _ in range(lanes)] for _ in range(devices)]
+        self._rooms = [[_Room(credits.of(index)) for index in (0, 1)] for _ in range(devices)]
+        self._streams = [[_SharedIn(self) for _ in range(streams)] for _ in range(devices)]
 
-    def lane(self, device: int, lane: int) -> InStream:
-        """See InStreams."""
-        return self._lanes[device][lane]
+    @override
+    def stream(self, device: int, index: int) -> InStream:
+        return self._streams[device][index]
 
+    @override
     def work(self) -> list[Work]:
-        """A receiver a connection, but for the first one, which has one already."""
-        others = [channel for channel in self._channels if channel is not self._first]
+        others = [channel for channel in self._channels if channel is not self._first]  # the first has a reader already
         return [(self._receive(channel), f"target pool {i}") for i, channel in enumerate(others)]
 
     async def _receive(self, channel: Channel) -> None:
@@ -344,20 +374,20 @@ class SharedInStreams:
                 raise PeerProtocolError(f"{frame.kind.name} without a place on a shared connection")
             del frame  # its payload's memory is free once it is loaded
 
+    @override
     def arrived(self, frame: Frame) -> bool:
-        """See InStreams."""
         if not frame.place:
             return False
-        if frame.device >= len(self._lanes) or frame.stream >= len(self._lanes[frame.device]):
+        if frame.device >= len(self._streams) or frame.stream >= len(self._streams[frame.device]):
             raise PeerProtocolError(f"there is no stream {frame.stream} of device {frame.device}")
         self._rooms[frame.device][frame.stream > 0].put(len(frame.payload))
-        self._hold(len(frame.payload))
-        self._lanes[frame.device][frame.stream].put(frame)
+        self._on_held(len(frame.payload))
+        self._streams[frame.device][frame.stream].put(frame)
         return True
 
-    async def took(self, frame: Frame) -> None:
-        """The driver took what a frame brought."""
-        self._hold(-len(frame.payload))
+    async def taken(self, frame: Frame) -> None:
+        """The driver took the frame's payload: give credit back, if it is worth a message."""
+        self._on_held(-len(frame.payload))
         critical_or_dirty = int(frame.stream > 0)
         back = self._rooms[frame.device][critical_or_dirty].take(len(frame.payload))
         if back:

@@ -169,7 +169,7 @@ class Scenario(Table):
         """How the VMM uses v3."""
         v3 = self.v3
         return V3Options(
-            lanes=v3.dirty_streams,
+            wire_streams=v3.dirty_streams,
             blocks=v3.blocks,
             wire=Wire(v3.wire),
             pool_connections=v3.pool_connections,

@@ -126,7 +126,7 @@ class _Reckoning:
         # One without a session goes to STOP_COPY when all are stopped; stopped blocks are asked for only then.
         saved_from_ns = stopped_ns if precopy and not self._blocks else all_stopped_ns
         read_from_ns = saved_from_ns if self._v3 else self._ram_saved_ns if self._single else all_stopped_ns
-        streams = 1 if self._v3 is None or self._blocks else self._v3.lanes
+        streams = 1 if self._v3 is None or self._blocks else self._v3.wire_streams
         whole = self._part(device, blocks, objects, streams)
         chain = late = whole if self._v3 is None else self._part(device, -(-blocks // streams), 0)
         if self._v3 is None and precopy:
@@ -134,7 +134,7 @@ class _Reckoning:
         # v3: a driver that rereads sends the objects again, but the epoch is loaded: the blocks do not wait for them.
         again = self._v3 is not None and precopy and kind == "reread"
         setup_ns = 0 if again else objects * round(device.critical.setup_us * 1_000)
-        readers = self._v3.lanes if self._v3 and self._blocks else 1
+        readers = self._v3.wire_streams if self._v3 and self._blocks else 1
         return _Job(device, saved_from_ns, read_from_ns, whole, chain, late, readers, setup_ns)
 
     def _part(self, device: Device, blocks: int, objects: int, streams: int = 1) -> _Part:
@@ -286,20 +286,20 @@ class _Reckoning:
         if shared:
             rate = min(rate, shared * self._connection_bytes_per_s())
         all_ns = self._shared_ns(lambda job: job.read_from_ns, lambda job: self._moved_ns(job.whole, rate))
-        return all_ns if shared else max(all_ns, self._threads_ns(self._lane_ns))
+        return all_ns if shared else max(all_ns, self._threads_ns(self._stream_ns))
 
     def _connection_bytes_per_s(self) -> float:
         return self._scenario.link.per_connection_gbit_per_s * BYTES_PER_S_PER_GBIT
 
     def _connections(self) -> int:
-        """That the data of all devices shares; 0: each lane has its own."""
+        """That the data of all devices shares; 0: each wire stream has its own."""
         if self._multifd:
             return self._multifd.dedicated or self._multifd.channels
         if self._v3 is None or self._v3.wire is Wire.ONE:
             return 1
         return self._v3.pool_connections if self._v3.wire is Wire.POOL else 0
 
-    def _lane_ns(self, job: _Job) -> float:
+    def _stream_ns(self, job: _Job) -> float:
         return self._moved_ns(job.chain, self._connection_bytes_per_s()) / job.readers
 
     def _writers(self) -> float:
@@ -350,7 +350,7 @@ class _Reckoning:
         read_ns = job.read_from_ns + max(
             self._save_chain_ns(job),
             self._read_ns(job.chain) / job.readers,
-            0.0 if self._connections() else self._lane_ns(job),
+            0.0 if self._connections() else self._stream_ns(job),
         )
         saved_ns = job.saved_from_ns + self._save_ns(job.chain) / job.readers
         last_ns = self._last_load_ns(job.device) if job.whole.commands else 0.0

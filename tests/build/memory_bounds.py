@@ -23,15 +23,15 @@ class Bounds:
 def bounds(scenario: Scenario, epochs: int) -> Bounds:
     """What memory v3 needs at the target, at most.
 
-    `reorder_bytes`, the VMM, for D devices with L dirty lanes each:
+    `reorder_bytes`, the VMM, for D devices with L dirty wire streams each:
 
         a connection a stream    D x (read + L x frame)
         shared connections       D x (max(critical credit, read) + max(dirty credit, frame))
 
     read is the size of a read(); frame is that, or, with addressable blocks, one record of as many blocks as fit into a
-    read, and at least one block. A lane with a connection of its own holds the one frame that it is writing: the others
-    wait in the connection. Where lanes share connections, the source sends no more than the credit, or one frame that
-    is larger when nothing else is out.
+    read, and at least one block. A wire stream with a connection of its own holds the one frame that it is writing: the
+    others wait in the connection. Where wire streams share connections, the source sends no more than the credit, or
+    one frame that is larger when nothing else is out.
 
     `held_bytes`, the driver of one device: of each stream the record that is coming in, waits for its epoch or is being
     loaded,
@@ -40,10 +40,10 @@ def bounds(scenario: Scenario, epochs: int) -> Bounds:
         critical record + L x frame                                        with addressable blocks
 
     for a write() holds no more, and each stream has one write() at a time (of blocks there are as many as there are
-    lanes). A record's payload is at most a chunk, or one object or block where that is larger; before the stop, in
-    drivers that save images as a whole, all critical objects, or all blocks of the stream; in drivers that only check
-    before the stop, what they check. To that comes the header, and in a critical record the ranges of the epochs that
-    it tells of.
+    wire streams). A record's payload is at most a chunk, or one object or block where that is larger; before the stop,
+    in drivers that save images as a whole, all critical objects, or all blocks of the stream; in drivers that only
+    check before the stop, what they check. To that comes the header, and in a critical record the ranges of the epochs
+    that it names.
     """
     options = scenario.v3_options()
     read = scenario.switchover_settings().read_bytes
@@ -51,13 +51,15 @@ def bounds(scenario: Scenario, epochs: int) -> Bounds:
     for device in scenario.devices:
         frame = blocks_record(device, max(1, read // device.block_bytes)) if options.blocks else read
         if options.wire is Wire.STREAMS:
-            reorder += read + options.lanes * frame
+            reorder += read + options.wire_streams * frame
         else:
             credits = options.credits
             reorder += max(credits.critical_bytes, read) + max(credits.dirty_bytes, frame)
         dirty = [dirty_record(scenario, device, stream) for stream in range(options.dirty_streams)]
         held = max(
-            held, critical_record(scenario, device, epochs) + (options.lanes * frame if options.blocks else sum(dirty))
+            held,
+            critical_record(scenario, device, epochs)
+            + (options.wire_streams * frame if options.blocks else sum(dirty)),
         )
     return Bounds(reorder, held)
 

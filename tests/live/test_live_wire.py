@@ -125,8 +125,8 @@ def test_whole_channels_run_over_it_hello_included(loop: str, io: str) -> None:
     async def main() -> None:
         async with pair(io, 1) as (source, target):
             here, there = Channel(source.channels[0]), Channel(target.channels[0])
-            await here.send(Hello(3, 4, 4, wire="pool", connections=2).frame())
-            assert Hello.of(await there.recv()) == Hello(3, 4, 4, wire="pool", connections=2)
+            await here.send(Hello(3, 4, 4, wire="pool", pool=2).frame())
+            assert Hello.of(await there.recv()) == Hello(3, 4, 4, wire="pool", pool=2)
             await there.send(Frame(Kind.DATA, 1, 2, 3, content(1, 200_000)))
             frame = await here.recv()
             assert (frame.kind, as_view(frame.payload)) == (Kind.DATA, content(1, 200_000))

@@ -30,11 +30,11 @@ async def carried(connections: int, frames: int) -> list[list[Frame]]:
     """What each connection took, of frames that come one after the other, each when the one before is gone."""
     wires = [Wire() for _ in range(connections)]
     channels: list[Channel] = list(wires)  # type: ignore[arg-type]
-    lanes = SharedOutStreams(channels, 1, Credits(1 << 20, 1 << 20))
-    senders = [asyncio.create_task(work) for work, _ in lanes.work()]
+    streams = SharedOutStreams(channels, 1, Credits(1 << 20, 1 << 20))
+    senders = [asyncio.create_task(work) for work, _ in streams.work()]
     await sleep_ns(1)
     for at in range(frames):
-        await lanes.carry(Frame(Kind.DATA, value=at), critical=False)
+        await streams.carry(Frame(Kind.DATA, value=at), critical=False)
         await sleep_ns(1)
     for sender in senders:
         sender.cancel()
@@ -61,10 +61,10 @@ async def test_frames_that_come_together_are_dealt_out() -> None:
     """Many readers hand in at once: the first connection must not take all of it."""
     wires = [Wire() for _ in range(4)]
     channels: list[Channel] = list(wires)  # type: ignore[arg-type]
-    lanes = SharedOutStreams(channels, 1, Credits(1 << 20, 1 << 20))
-    senders = [asyncio.create_task(work) for work, _ in lanes.work()]
+    streams = SharedOutStreams(channels, 1, Credits(1 << 20, 1 << 20))
+    senders = [asyncio.create_task(work) for work, _ in streams.work()]
     await sleep_ns(1)
-    await asyncio.gather(*(lanes.carry(Frame(Kind.DATA, value=at), critical=False) for at in range(4)))
+    await asyncio.gather(*(streams.carry(Frame(Kind.DATA, value=at), critical=False) for at in range(4)))
     for sender in senders:
         sender.cancel()
     await asyncio.wait(senders)
@@ -75,10 +75,10 @@ async def test_frames_that_come_together_are_dealt_out() -> None:
 async def test_what_waits_at_the_target_is_bounded_in_frames_too() -> None:
     """Frames without payload cost no credit, and a peer may send any number of them ahead of the one that is due."""
     credit = 64 * LEAST_BYTES
-    lanes = SharedInStreams(Wire(), [], 1, 2, Credits(credit, credit), lambda size: None)  # type: ignore[arg-type]
+    streams = SharedInStreams(Wire(), [], 1, 2, Credits(credit, credit), lambda size: None)  # type: ignore[arg-type]
     most = MIN_FRAMES + 64
     for place in range(2, 2 + most):
-        assert lanes.arrived(Frame(Kind.DATA, 0, 1, place=place))
+        assert streams.arrived(Frame(Kind.DATA, 0, 1, place=place))
     with pytest.raises(PeerProtocolError, match=f"{most} frames wait"):
-        lanes.arrived(Frame(Kind.DATA, 0, 1, place=2 + most))
-    assert lanes.arrived(Frame(Kind.DATA, 0, 0, place=2)), "another class has room of its own"
+        streams.arrived(Frame(Kind.DATA, 0, 1, place=2 + most))
+    assert streams.arrived(Frame(Kind.DATA, 0, 0, place=2)), "another class has room of its own"

@@ -574,26 +574,26 @@ def window_ns(scenario: Scenario, frame_bytes: int) -> float:
 
 
 def windows(scenario: Scenario) -> int:
-    """In how many windows a critical frame has come, from send() on, of D devices' critical lanes, if their own
+    """In how many windows a critical frame has come, from send() on, of D devices' critical wire streams, if their own
     connections have room and their credit is not used up, which is up to critical data alone.
 
         a connection a stream    1        all that was booked on the link before it
         a pool                   D + 2    the dirty frame that each connection waits to take; the critical frames of
                                           the other devices; its own room; its way
-        one connection           2 D + 3  as before; and before each frame one of RAM, which takes turns with the lanes
+        one connection           2 D + 3  as before; and before each frame one of RAM, in turn with the wire streams
     """
     devices = len(scenario.devices)
     return {Wire.STREAMS: 1, Wire.POOL: devices + 2, Wire.ONE: 2 * devices + 3}[scenario.v3_options().wire]
 
 
 class Postmark:
-    """When each critical frame was handed to its lane, and when it came to the target."""
+    """When each critical frame was handed to its wire stream, and when it came to the target."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.sent: dict[int, list[int]] = defaultdict(list)
         self.came: dict[int, dict[int, int]] = defaultdict(dict)
         for kind in (OwnOutStreams, SharedOutStreams):
-            patch.setattr(kind, "lane", self.lane_of(kind.lane))
+            patch.setattr(kind, "stream", self.stream_of(kind.stream))
         arrive = _OneWay._arrive
 
         def arrived(way: _OneWay, header: bytes, payload: Payload, span: int) -> None:
@@ -605,9 +605,9 @@ class Postmark:
 
         patch.setattr(_OneWay, "_arrive", arrived)
 
-    def lane_of(self, original: Any) -> Any:
-        def lane(lanes: Any, device: int, number: int) -> OutStream:
-            out: Any = original(lanes, device, number)
+    def stream_of(self, original: Any) -> Any:
+        def stream(streams: Any, device: int, number: int) -> OutStream:
+            out: Any = original(streams, device, number)
             if number:
                 return out  # type: ignore[no-any-return]
             send = out.send
@@ -619,7 +619,7 @@ class Postmark:
             out = type("Noted", (), {"send": staticmethod(noted)})()
             return out  # type: ignore[no-any-return]
 
-        return lane
+        return stream
 
     def longest_ns(self, end_ns: int) -> int:
         """What had not come when the migration was given up may not have waited for longer either."""
@@ -630,7 +630,7 @@ class Postmark:
         )
 
 
-# Dirty data without end: the target loads slowly, all buffers and credits are full, and the lanes' frames queue up.
+# Dirty data without end: the target loads slowly, all buffers and credits are full, and frames queue up.
 FLOODED: dict[str, Any] = {
     "device.0.state_mib": 48.0,
     "device.0.writes": {"pattern": "uniform", "mib_per_s": 4000.0},

@@ -75,69 +75,69 @@ def two(read_mib: float = READ_MIB[0]) -> Scenario:
 
 # --- the streams -----------------------------------------------------------------------------------------------------
 
-Lane = tuple[int, int]
+WireStream = tuple[int, int]
 """Device and stream."""
 
 
-def of_lane(frame: Frame) -> bool:
+def of_wire_stream(frame: Frame) -> bool:
     return frame.kind in (Kind.DATA, Kind.EPOCH_SENT, Kind.STREAM_END, Kind.LAST)
 
 
 class Tamperer(Tap):
-    """Does something to the `at`-th payload of one lane, the first one being 0.
+    """Does something to the `at`-th payload of one wire stream, the first one being 0.
 
-    It has the frames of each lane in their order, also where they share connections, and numbers anew what it lets
-    through: so what it does is the drivers' to notice and not the VMM's.
+    It has the frames of each wire stream in their order, also where they share connections, and numbers anew what it
+    lets through: so what it does is the drivers' to notice and not the VMM's.
     """
 
     def __init__(self, kind: str, stream: int, at: int) -> None:
         self.do = KINDS[kind]
-        self.lane = (TAMPERED, stream)
+        self.stream = (TAMPERED, stream)
         self.at = at
         self.done = False
         """It found what it was to tamper with."""
         self.codes: set[int] = set()
         """What must be said then."""
-        self.seen: dict[Lane, int] = defaultdict(int)
-        self.early: dict[Lane, dict[int, Frame]] = defaultdict(dict)
-        self.passed: dict[Lane, int] = defaultdict(int)
-        self.sent: dict[Lane, int] = defaultdict(int)
+        self.seen: dict[WireStream, int] = defaultdict(int)
+        self.early: dict[WireStream, dict[int, Frame]] = defaultdict(dict)
+        self.passed: dict[WireStream, int] = defaultdict(int)
+        self.sent: dict[WireStream, int] = defaultdict(int)
         self.held: Frame | None = None
         self.silent = False
         self.dropped: dict[int, Record] = {}
 
     async def frame(self, to: str, connection: int, frame: Frame) -> Sequence[Frame]:
-        if to == "source" or not of_lane(frame):
+        if to == "source" or not of_wire_stream(frame):
             return [frame]
-        lane = (frame.device, frame.stream)
+        stream = (frame.device, frame.stream)
         if not frame.place:
-            return self.in_order(lane, frame)
-        self.early[lane][frame.place] = frame
+            return self.in_order(stream, frame)
+        self.early[stream][frame.place] = frame
         out: list[Frame] = []
-        while (due := self.early[lane].pop(self.passed[lane] + 1, None)) is not None:
-            self.passed[lane] += 1
-            out += self.in_order(lane, due)
+        while (due := self.early[stream].pop(self.passed[stream] + 1, None)) is not None:
+            self.passed[stream] += 1
+            out += self.in_order(stream, due)
         numbered = []
         for each in out:
             self.sent[each.device, each.stream] += 1
             numbered.append(replace(each, place=self.sent[each.device, each.stream]))
         return numbered
 
-    def in_order(self, lane: Lane, frame: Frame) -> list[Frame]:
+    def in_order(self, stream: WireStream, frame: Frame) -> list[Frame]:
         if frame.kind is not Kind.DATA:
-            return self.do(self, lane, frame, -1)
-        self.seen[lane] += 1
-        return self.do(self, lane, frame, self.seen[lane] - 1)
+            return self.do(self, stream, frame, -1)
+        self.seen[stream] += 1
+        return self.do(self, stream, frame, self.seen[stream] - 1)
 
-    def here(self, lane: Lane, at: int) -> bool:
-        return (lane, at) == (self.lane, self.at)
+    def here(self, stream: WireStream, at: int) -> bool:
+        return (stream, at) == (self.stream, self.at)
 
     def tampers(self, *codes: int) -> None:
         self.done = True
         self.codes = set(codes)
 
 
-Doing = Callable[[Tamperer, Lane, Frame, int], list[Frame]]
+Doing = Callable[[Tamperer, WireStream, Frame, int], list[Frame]]
 KINDS: dict[str, Doing] = {}
 
 
@@ -176,31 +176,31 @@ def too_early_code(frame: Frame, due: Frame) -> int:
 
 
 @kind
-def truncates(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> list[Frame]:
+def truncates(tamperer: Tamperer, stream: WireStream, frame: Frame, at: int) -> list[Frame]:
     """Nothing more comes, but that this was all."""
-    if tamperer.silent and lane == tamperer.lane:
+    if tamperer.silent and stream == tamperer.stream:
         return []
-    if not tamperer.here(lane, at):
+    if not tamperer.here(stream, at):
         return [frame]
     tamperer.silent = True
     tamperer.tampers(errno.ENODATA)
-    return [Frame(Kind.STREAM_END, *lane)]
+    return [Frame(Kind.STREAM_END, *stream)]
 
 
 @kind
-def truncates_within(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> list[Frame]:
-    if not tamperer.here(lane, at):
-        return truncates(tamperer, lane, frame, -1)
+def truncates_within(tamperer: Tamperer, stream: WireStream, frame: Frame, at: int) -> list[Frame]:
+    if not tamperer.here(stream, at):
+        return truncates(tamperer, stream, frame, -1)
     half = replace(frame, payload=frame.payload[: len(frame.payload) // 2])
-    return [half, *truncates(tamperer, lane, frame, at)]
+    return [half, *truncates(tamperer, stream, frame, at)]
 
 
 @kind
-def drops_a_frame(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> list[Frame]:
-    if lane == tamperer.lane and tamperer.held is not None and at >= 0:
+def drops_a_frame(tamperer: Tamperer, stream: WireStream, frame: Frame, at: int) -> list[Frame]:
+    if stream == tamperer.stream and tamperer.held is not None and at >= 0:
         tamperer.tampers(too_early_code(frame, tamperer.held))
         tamperer.held = None
-    if not tamperer.here(lane, at):
+    if not tamperer.here(stream, at):
         return [frame]
     tamperer.held = frame
     tamperer.tampers(errno.ENODATA)  # if nothing comes but the news that this was all
@@ -208,9 +208,9 @@ def drops_a_frame(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> list
 
 
 @kind
-def drops_a_record(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> list[Frame]:
+def drops_a_record(tamperer: Tamperer, stream: WireStream, frame: Frame, at: int) -> list[Frame]:
     """The record that begins in the frame."""
-    if at < 0 or lane != tamperer.lane:
+    if at < 0 or stream != tamperer.stream:
         return [frame]
     parts = parts_of(frame)
     if at == tamperer.at and (record := next((part.record for part in parts if part.start == 0), None)):
@@ -221,20 +221,20 @@ def drops_a_record(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> lis
 
 
 @kind
-def drops_the_end(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> list[Frame]:
-    if not tamperer.here(lane, at) or not has_end(frame):
+def drops_the_end(tamperer: Tamperer, stream: WireStream, frame: Frame, at: int) -> list[Frame]:
+    if not tamperer.here(stream, at) or not has_end(frame):
         return [frame]
     tamperer.tampers(errno.ENODATA)
     return [with_parts(frame, parts_of(frame)[:-1])]
 
 
 @kind
-def reorders_frames(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> list[Frame]:
-    """This one and the next one of the lane."""
-    if tamperer.here(lane, at):
+def reorders_frames(tamperer: Tamperer, stream: WireStream, frame: Frame, at: int) -> list[Frame]:
+    """This one and the next one of the wire stream."""
+    if tamperer.here(stream, at):
         tamperer.held = frame
         return []
-    if tamperer.held is None or lane != tamperer.lane or frame.kind is Kind.EPOCH_SENT:
+    if tamperer.held is None or stream != tamperer.stream or frame.kind is Kind.EPOCH_SENT:
         return [frame]
     first, tamperer.held = tamperer.held, None
     if frame.kind is Kind.STREAM_END:
@@ -244,9 +244,9 @@ def reorders_frames(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> li
 
 
 @kind
-def reorders_records(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> list[Frame]:
+def reorders_records(tamperer: Tamperer, stream: WireStream, frame: Frame, at: int) -> list[Frame]:
     """Those that are wholly in the frame."""
-    if not tamperer.here(lane, at):
+    if not tamperer.here(stream, at):
         return [frame]
     parts = parts_of(frame)
     if len(parts) < 2 or parts[0].start:
@@ -256,8 +256,8 @@ def reorders_records(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> l
 
 
 @kind
-def reorders_pieces(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> list[Frame]:
-    if not tamperer.here(lane, at):
+def reorders_pieces(tamperer: Tamperer, stream: WireStream, frame: Frame, at: int) -> list[Frame]:
+    if not tamperer.here(stream, at):
         return [frame]
     first, *rest = parts_of(frame)
     middle = (first.start + first.stop) // 2
@@ -267,17 +267,17 @@ def reorders_pieces(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> li
 
 
 @kind
-def repeats_a_frame(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> list[Frame]:
-    if not tamperer.here(lane, at):
+def repeats_a_frame(tamperer: Tamperer, stream: WireStream, frame: Frame, at: int) -> list[Frame]:
+    if not tamperer.here(stream, at):
         return [frame]
     tamperer.tampers(again_code(frame))
     return [frame, frame]
 
 
 @kind
-def repeats_a_piece(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> list[Frame]:
+def repeats_a_piece(tamperer: Tamperer, stream: WireStream, frame: Frame, at: int) -> list[Frame]:
     """Of the bytes in a record that is not complete, or that just was."""
-    if not tamperer.here(lane, at):
+    if not tamperer.here(stream, at):
         return [frame]
     parts = parts_of(frame)
     tamperer.tampers(errno.EALREADY if ends_record(frame) else errno.EPROTO)
@@ -285,8 +285,8 @@ def repeats_a_piece(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> li
 
 
 @kind
-def repeats_a_record(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> list[Frame]:
-    if not tamperer.here(lane, at) or not ends_record(frame):
+def repeats_a_record(tamperer: Tamperer, stream: WireStream, frame: Frame, at: int) -> list[Frame]:
+    if not tamperer.here(stream, at) or not ends_record(frame):
         return [frame]
     record = parts_of(frame)[-1].record
     tamperer.tampers(errno.EALREADY)
@@ -294,13 +294,13 @@ def repeats_a_record(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> l
 
 
 @kind
-def swaps_two_streams(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> list[Frame]:
+def swaps_two_streams(tamperer: Tamperer, stream: WireStream, frame: Frame, at: int) -> list[Frame]:
     """The frame has what another stream had last, and that one has the frame's payload next."""
-    if at >= 0 and lane[0] == TAMPERED and lane != tamperer.lane:
+    if at >= 0 and stream[0] == TAMPERED and stream != tamperer.stream:
         if tamperer.done:
             return [replace(frame, payload=tamperer.held.payload)] if tamperer.held else [frame]
         tamperer.held = frame
-    if not tamperer.here(lane, at) or tamperer.held is None:
+    if not tamperer.here(stream, at) or tamperer.held is None:
         return [frame]
     tamperer.tampers(errno.EXDEV)
     other, tamperer.held = tamperer.held, frame
@@ -393,8 +393,8 @@ ALTERINGS = (
 def altering(alter: Callable[[Record], Change]) -> Doing:
     """Changes what a record says: one that is wholly in the frame, or the rest of one that ends in it."""
 
-    def doing(tamperer: Tamperer, lane: Lane, frame: Frame, at: int) -> list[Frame]:
-        if not tamperer.here(lane, at):
+    def doing(tamperer: Tamperer, stream: WireStream, frame: Frame, at: int) -> list[Frame]:
+        if not tamperer.here(stream, at):
             return [frame]
         parts = parts_of(frame)
         for place, part in enumerate(parts):
@@ -507,8 +507,9 @@ def test_an_end_that_tells_of_an_earlier_epoch_is_harmless_for_the_others_tell_t
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
 
-# Blocks may come in any order, on any lane, and as often as they like: the newest version wins. What is lost or altered
-# is noticed by the END, unless a newer version of the same block comes after it: then there is nothing to be noticed.
+# Blocks may come in any order, on any wire stream, and as often as they like: the newest version wins. What is lost or
+# altered is noticed by the END, unless a newer version of the same block comes after it: then there is nothing to
+# notice.
 HARMLESS = {"reorders_frames", "repeats_a_frame", "alters_to_the_next_epoch", "alters_to_an_earlier_epoch"}
 ONLY_THE_END_TELLS = {"truncates", "drops_a_frame", "drops_a_record", "alters_a_version", "alters_which_blocks"}
 REFUSED_BLOCKS: dict[str, int] = {
@@ -529,10 +530,10 @@ REFUSED_BLOCKS: dict[str, int] = {
 def test_blocks_that_were_tampered_with_are_refused_or_do_no_harm(what: str, policy: str) -> None:
     name = f"v3-blocks-n2-{policy}"
     outcomes = set()
-    for lane, at in places(name, READ_MIB[0]):
-        if lane == 0:
+    for stream, at in places(name, READ_MIB[0]):
+        if stream == 0:
             continue  # the critical stream is as any other
-        tamperer = Tamperer(what, lane, at)
+        tamperer = Tamperer(what, stream, at)
         run = TappedRun(two(), name, tamperer)
         outcome = run.end()
         outcomes.add(outcome.kind)
@@ -543,8 +544,8 @@ def test_blocks_that_were_tampered_with_are_refused_or_do_no_harm(what: str, pol
         assert tamperer.done
         codes = codes_told(outcome) - {errno.EIO}
         check_refused(run, outcome, codes, 1)
-        if what == "truncates" and lane == 1:
-            assert codes == {errno.ENODATA}, "that lane has the END, too"
+        if what == "truncates" and stream == 1:
+            assert codes == {errno.ENODATA}, "that stream has the END, too"
         else:
             assert codes == {REFUSED_BLOCKS[what]}
     assert OutcomeKind.FAILED in outcomes or what in HARMLESS
@@ -594,7 +595,7 @@ class Intruder(Tap):
     """Puts something on a connection in front of the `nth` frame of a kind that comes there, or in place of it."""
 
     def __init__(
-        self, to: str, before: Kind, make: Callable[[Frame], list[Raw]], *, nth: int = 1, of: Lane | None = None
+        self, to: str, before: Kind, make: Callable[[Frame], list[Raw]], *, nth: int = 1, of: WireStream | None = None
     ) -> None:
         self._to = to
         self._before = before
@@ -677,9 +678,9 @@ def test_what_the_target_may_not_tell_is_refused_by_the_source(name: str, intrud
 
 GIVEN = {Kind.RAM, Kind.RAM_BEGIN, Kind.RAM_END, Kind.CANCEL, Kind.SETUP}
 """What may come on the first connection at any time before COMMIT."""
-ON_A_LANE = {Kind.DATA, Kind.STREAM_END}
+ON_A_STREAM = {Kind.DATA, Kind.STREAM_END}
 SECOND = (TAMPERED, 1)
-"""A dirty lane."""
+"""A dirty wire stream."""
 
 
 def told_to_the_target() -> Iterator[Any]:
@@ -702,15 +703,15 @@ def told_to_the_target() -> Iterator[Any]:
             "the source has 3 devices, here are 2",
             id=f"{name}: another machine",
         )
-        lanes = {
-            "RAM on a dirty lane": (instead(kind=Kind.RAM), "RAM does not belong on stream 1"),
-            "EPOCH_SENT on a dirty lane": (instead(kind=Kind.EPOCH_SENT), "EPOCH_SENT does not belong on stream 1"),
-            "CANCEL on a dirty lane": (instead(kind=Kind.CANCEL), "CANCEL does not belong on stream 1"),
+        on_streams = {
+            "RAM on a dirty stream": (instead(kind=Kind.RAM), "RAM does not belong on stream 1"),
+            "EPOCH_SENT on a dirty stream": (instead(kind=Kind.EPOCH_SENT), "EPOCH_SENT does not belong on stream 1"),
+            "CANCEL on a dirty stream": (instead(kind=Kind.CANCEL), "CANCEL does not belong on stream 1"),
         }
         if not blocks:
-            lanes["LAST without blocks"] = (instead(kind=Kind.LAST), "LAST does not belong on stream 1")
+            on_streams["LAST without blocks"] = (instead(kind=Kind.LAST), "LAST does not belong on stream 1")
         if shared:
-            lanes |= {
+            on_streams |= {
                 "of no stream": (instead(stream=3), "there is no stream 3 of device 1"),
                 "of no device": (instead(device=2), "there is no stream 1 of device 2"),
                 "a place twice": (again(), "frame 1 of device 1 stream 1 came again"),
@@ -728,16 +729,16 @@ def told_to_the_target() -> Iterator[Any]:
                 ),
             }
         else:
-            lanes |= {
+            on_streams |= {
                 "of another stream": (instead(stream=2), "device 1 stream 2 on the connection of another"),
                 "of no stream": (instead(stream=3), "device 1 stream 3 on the connection of another"),
                 "of another device": (instead(device=0), "device 0 stream 1 on the connection of another"),
             }
-        for what, (make, reason) in lanes.items():
+        for what, (make, reason) in on_streams.items():
             yield pytest.param(name, Intruder("target", Kind.DATA, make, of=SECOND), reason, id=f"{name}: {what}")
         yield pytest.param(
             name, Intruder("target", Kind.EPOCH_SENT, instead(kind=Kind.LAST)), "LAST does not belong on stream 0",
-            id=f"{name}: LAST on the critical lane",
+            id=f"{name}: LAST on the critical stream",
         )  # fmt: skip
 
 
@@ -842,7 +843,14 @@ NO_HELLO: dict[str, Callable[[Frame], list[Raw]]] = {
     **{f"no {key}": hello(**{key: None}) for key in ("version", "dirty_streams", "wire", "dirty_credit_bytes")},
     **{
         f"{key} = {value!r}": hello(**{key: value})
-        for key in ("version", "dirty_streams", "lanes", "connections", "critical_credit_bytes", "dirty_credit_bytes")
+        for key in (
+            "version",
+            "dirty_streams",
+            "wire_streams",
+            "pool",
+            "critical_credit_bytes",
+            "dirty_credit_bytes",
+        )
         for value in NO_NUMBERS
     },
     **{f"blocks = {value!r}": hello(blocks=value) for value in NO_BOOLS},
@@ -851,25 +859,25 @@ NO_HELLO: dict[str, Callable[[Frame], list[Raw]]] = {
 ASKED_WRONG: dict[str, Callable[[Frame], list[Raw]]] = {
     **{f"version {value}": hello(version=value) for value in (0, 1, 2)},
     **{f"wire {value!r}": hello(wire=value) for value in ("", "two", "STREAMS", "pool, one")},
-    **{f"{value} lanes": hello(lanes=value) for value in (0, 1, 3, 257, 1 << 62)},
+    **{f"{value} wire streams": hello(wire_streams=value) for value in (0, 1, 3, 257, 1 << 62)},
     **{f"{value} streams": hello(dirty_streams=value) for value in (0, 1, 3, 17, 1 << 62)},
-    "other streams and lanes": hello(dirty_streams=1, lanes=1),
-    "more streams than there are connections": hello(dirty_streams=16, lanes=16),
-    "more streams than there are": hello(dirty_streams=17, lanes=17, wire="one"),
+    "other streams and wire streams": hello(dirty_streams=1, wire_streams=1),
+    "more streams than there are connections": hello(dirty_streams=16, wire_streams=16),
+    "more streams than there are": hello(dirty_streams=17, wire_streams=17, wire="one"),
     "blocks and streams": hello(blocks=True),
     "blocks": hello(blocks=True, dirty_streams=1),
     "another wire": hello(wire="one"),
-    "a pool of none": hello(wire="pool", connections=0),
-    "a pool of many": hello(wire="pool", connections=1 << 62),
-    "another number of connections": hello(connections=1),
+    "a pool of none": hello(wire="pool", pool=0),
+    "a pool of many": hello(wire="pool", pool=1 << 62),
+    "another number of connections": hello(pool=1),
 }
 """To the target: what cannot be had, or is not what the source will do."""
 ANSWERED_WRONG: dict[str, Callable[[Frame], list[Raw]]] = {
     **{f"version {value}": hello(version=value) for value in (0, 1, 4, 1 << 62)},
     **{f"{value} streams": hello(dirty_streams=value) for value in (0, 1)},
-    **{f"{value} lanes": hello(lanes=value) for value in (0, 1, 3, 1 << 62)},
+    **{f"{value} wire streams": hello(wire_streams=value) for value in (0, 1, 3, 1 << 62)},
     "another wire": hello(wire="one"),
-    "another number of connections": hello(connections=1),
+    "another number of connections": hello(pool=1),
     "blocks": hello(blocks=True),
     "no critical credit": hello(critical_credit_bytes=0),
     "no dirty credit": hello(dirty_credit_bytes=0),

@@ -606,7 +606,7 @@ def test_how_the_vmms_use_v3_is_in_bytes_and_names() -> None:
     expected = V3Options(3, False, Wire.POOL, 7, Credits(3 * MIB // 2, 9 * MIB // 4), 0)
     assert scenario.v3_options() == expected
     assert small_scenario({"v3": {"blocks": True}}).v3_options().dirty_streams == 1
-    assert small_scenario({"v3": {"blocks": True}}).v3_options().lanes == 4
+    assert small_scenario({"v3": {"blocks": True}}).v3_options().wire_streams == 4
 
 
 @pytest.mark.parametrize(("late_epoch", "retries"), [("proceed", 0), ("retry", 9)])

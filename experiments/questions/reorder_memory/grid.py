@@ -98,7 +98,7 @@ class MemoryBound:
 
 
 def bound(scenario: Scenario) -> MemoryBound:
-    """What docs/protocol-v3.md says, with D devices and L dirty lanes each. `scenario` is as the protocol changes it.
+    """What docs/protocol-v3.md says, with D devices of L dirty wire streams each. `scenario` is as applied.
 
         VMM      a connection a stream    D x (read + L x frame)
                  shared connections       D x (max(critical credit, read) + max(dirty credit, frame))
@@ -116,11 +116,11 @@ def bound(scenario: Scenario) -> MemoryBound:
         frame = _blocks_record(device, read) if options.blocks else read
         credits = options.credits
         if options.wire is Wire.STREAMS:
-            vmm += read + options.lanes * frame
+            vmm += read + options.wire_streams * frame
         else:
             vmm += max(credits.critical_bytes, read) + max(credits.dirty_bytes, frame)
-        dirty = [_dirty_record(scenario, device, at, options.lanes) for at in range(options.lanes)]
-        of_dirty = options.lanes * frame if options.blocks else sum(dirty)
+        dirty = [_dirty_record(scenario, device, at, options.wire_streams) for at in range(options.wire_streams)]
+        of_dirty = options.wire_streams * frame if options.blocks else sum(dirty)
         driver = max(driver, _critical_record(scenario, device) + of_dirty)
     sockets = options.connections(len(scenario.devices)) * round(scenario.link.socket_buffer_mib * MIB)
     return MemoryBound(vmm, driver, sockets)
