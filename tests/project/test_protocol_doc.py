@@ -369,10 +369,6 @@ def test_sections_that_the_text_refers_to_exist() -> None:
     assert {int(number) for number in re.findall(r"[Ss]ection (\d+)", TEXT)} <= sections
 
 
-def test_lines_are_no_longer_than_elsewhere() -> None:
-    assert [line for line in TEXT.splitlines() if len(line) > 120] == []
-
-
 def test_a_comment_at_the_start_of_a_line_is_alone_there() -> None:
     """What follows it in the line would be HTML, and no Markdown."""
     assert [line for line in TEXT.splitlines() if re.match(r"<!--(?!.*-->$)", line)] == []
