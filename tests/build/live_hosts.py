@@ -221,11 +221,11 @@ def on_both(
 ) -> Any:
     """What a script gives on a virtual device, after checking that it gives the same on a live one."""
     changes = changes or {}
-    simulated: list[Any] = []
+    virtual: list[Any] = []
     alive: list[Any] = []
 
     async def in_virtual_time() -> None:
-        simulated.append(await script(Virtual(side, changes)))
+        virtual.append(await script(Virtual(side, changes)))
 
     async def in_real_time() -> None:
         async with live(side, quick(changes), io) as rig:
@@ -233,7 +233,7 @@ def on_both(
 
     clock.run(in_virtual_time())
     run(in_real_time, loop)
-    (there,), (here,) = simulated, alive
+    (there,), (here,) = virtual, alive
     if isinstance(there, list):
         for at, (expected, got) in enumerate(zip(there, here, strict=True)):
             assert got == expected, f"answer {at}: {got}, in virtual time {expected}"

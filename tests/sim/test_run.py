@@ -323,13 +323,13 @@ def test_v3_stops_the_guest_when_critical_data_is_loaded_and_the_rest_fits_by_v2
         if frame.kind in sent:
             sent[frame.kind] += len(frame.payload)
 
-    def sampled(self: Switchover, at_ns: int, bytes_sent: int) -> None:
+    def sampled(self: Switchover, now_ns: int, bytes_sent: int) -> None:
         nonlocal samples, sent_of_devices
         samples += 1
         sent_of_devices = 0
         assert now_ns == clock.now_ns()
         assert bytes_sent == sum(channel.bytes_sent for channel in kept.channels)
-        sample(self, at_ns, bytes_sent)
+        sample(self, now_ns, bytes_sent)
 
     def sampled_part(self: Backlog, now_ns: int, bytes_sent: int, left_bytes: int) -> None:
         nonlocal sent_of_devices
