@@ -35,7 +35,7 @@ def marked(path: Path) -> Iterator[tuple[str, str]]:
                         yield ast.literal_eval(argument), node.name
 
 
-def tests_by_rule() -> Tests:
+def names_by_rule() -> Tests:
     """What the marks of all test files say."""
     found: Tests = defaultdict(lambda: defaultdict(list))
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
@@ -60,7 +60,7 @@ def with_tests(text: str, found: Tests) -> str:
 
 def main() -> None:
     """Write the column of tests into both documents."""
-    found = tests_by_rule()
+    found = names_by_rule()
     for doc in DOCS:
         doc.write_text(with_tests(doc.read_text(encoding="utf-8"), found), encoding="utf-8")
 

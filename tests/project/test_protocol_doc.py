@@ -184,7 +184,7 @@ class Watched:
                     before = str(step)
 
 
-EPOCH_2 = {
+EPOCH_2: dict[str, Any] = {
     "device.0.reconfigurations": {"poisson_per_s": 0.0, "during_stop_ms": [0.5], "objects_each": 2},
     "device.0.critical.setup_us": 1500.0,  # more than stopping the vCPUs and the device takes
 }
@@ -213,12 +213,14 @@ def test_what_the_diagrams_name_is_there(diagram: str) -> None:
             assert step.name != "SET_STATE" or step.value in State.__members__
 
 
+@pytest.mark.rule("v3.6.7", "v3.7.4")
 def test_a_plain_migration_is_as_drawn() -> None:
     watched = Watched("v3-n1")
     assert watched.outcome.kind is OutcomeKind.COMPLETED
     watched.check_does(steps(PLAIN))
 
 
+@pytest.mark.rule("v3.6.4", "v3.6.5", "v3.6.6", "v3.6.7")
 @pytest.mark.parametrize(("policy", "retries"), [("retry", 1), ("proceed", 0)])
 def test_an_epoch_after_the_order_to_stop_is_as_drawn(policy: str, retries: int) -> None:
     watched = Watched(f"v3-n1-{policy}", EPOCH_2)
@@ -228,6 +230,7 @@ def test_an_epoch_after_the_order_to_stop_is_as_drawn(policy: str, retries: int)
     watched.check_does(steps(LATE, policy))
 
 
+@pytest.mark.rule("v3.8.2")
 @pytest.mark.parametrize(
     ("branch", "cut", "runs_at"),
     [("lost before COMMIT", (Kind.LOADED, "sent"), "source"), ("COMMIT is lost", (Kind.COMMIT, "sent"), "")],
@@ -239,6 +242,40 @@ def test_a_lost_connection_is_as_drawn(branch: str, cut: Cut, runs_at: str) -> N
     watched.check_does(steps(LOST, branch))
     committed = [step for step in watched.steps if step.name == "COMMIT"]
     assert bool(committed) == (branch != "lost before COMMIT")
+
+
+@pytest.mark.rule("v3.2.4", "v3.2.5")
+def test_both_sides_opt_in_to_n_before_their_sessions_and_the_target_opts_out_at_the_end() -> None:
+    watched = Watched("v3-n3")
+    for way, begins, ends in (("S->>SD", "PRE_COPY", []), ("T->>TD", "RESUMING", ["0"])):
+        told = [(step.name, step.value) for step in watched.steps if step.way == way]
+        chosen = [value for name, value in told if name == "MIG_STREAMS SET"]
+        assert chosen == ["3", *ends]
+        assert told.index(("MIG_STREAMS SET", "3")) < told.index(("SET_STATE", begins))
+
+
+@pytest.mark.rule("v3.6.5")
+@pytest.mark.parametrize("allowed", [0, 1, 3])
+def test_the_guest_is_resumed_as_often_as_is_allowed_and_then_stays_stopped(allowed: int) -> None:
+    """Each order to stop brings a new epoch."""
+    always = {"device.0.reconfigurations": {**EPOCH_2["device.0.reconfigurations"], "during_stops": 9}}
+    watched = Watched("v3-n1-retry", EPOCH_2 | always | {"v3.max_retries": allowed})
+    assert watched.outcome.kind is OutcomeKind.COMPLETED
+    assert watched.outcome.retries == allowed
+    stops = [step for step in watched.steps if (step.name, step.value) == ("SET_STATE", "PRE_COPY_P2P")]
+    assert len(stops) == allowed + 1
+
+
+@pytest.mark.rule("v3.12.6")
+def test_without_p2p_the_last_look_is_taken_in_pre_copy() -> None:
+    watched = Watched("v3-n1-proceed", EPOCH_2 | {"device.0.features": ["STOP_COPY", "PRE_COPY"]})
+    assert watched.outcome.kind is OutcomeKind.COMPLETED
+    assert watched.outcome.late_final_checks == 1
+    of_source = [step for step in watched.steps if step.way == "S->>SD"]
+    states = [step.value for step in of_source if step.name == "SET_STATE"]
+    assert states == ["PRE_COPY", "STOP_COPY", "STOP"]
+    at = of_source.index(Step("S->>SD", "SET_STATE", None, "STOP_COPY"))
+    assert of_source[at - 1].is_met_by(Step("S->>SD", "MIG_GET_STREAM_INFO", 0)) or of_source[at - 1].name == "poll()"
 
 
 def test_a_step_that_does_not_come_or_comes_too_early_is_found() -> None:
@@ -263,6 +300,7 @@ def errnos(text: str) -> set[str]:
     return {name for name in re.findall(r"\bE[A-Z0-9]+\b", text) if hasattr(errno, name)}
 
 
+@pytest.mark.rule("v3.9.2")
 def test_the_errnos_of_the_failure_table_are_those_of_the_contract() -> None:
     named = {row[0].strip("`") for row in table("errno")}
     assert len(named) > 10
@@ -287,6 +325,7 @@ def test_the_table_of_lost_connections_is_tried_row_by_row() -> None:
     assert [row[0] for row in table("the connection is lost")] == [row for row, _ in LOST_AT]
 
 
+@pytest.mark.rule("v3.8.2", "v3.8.3")
 @pytest.mark.parametrize("name", ["v3-n1", "v3-n2-pool", "v3-n2-one", "v3-blocks-n2"])
 @pytest.mark.parametrize(("row", "cut"), LOST_AT)
 def test_when_the_connection_is_lost_both_sides_do_as_the_table_says(row: str, cut: Cut, name: str) -> None:

@@ -153,6 +153,7 @@ def _collected_by_hand() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.mark.rule("v2.vmm.12", "v2.vmm.14", "v3.2.4", "v3.8.1", "v3.8.3")
 @pytest.mark.parametrize(("name", "done"), CASES)
 def test_never_two_run_never_a_device_is_lost_always_an_end(name: str, done: str) -> None:
     migration = MIGRATIONS[name]
@@ -303,6 +304,7 @@ def test_a_run_is_the_same_when_it_is_watched(name: str) -> None:
     assert not run.wrong
 
 
+@pytest.mark.rule("v3.10.2")
 @pytest.mark.parametrize("name", MIGRATIONS)
 def test_the_events_are_those_of_a_whole_migration(name: str) -> None:
     migration = MIGRATIONS[name]

@@ -136,6 +136,7 @@ ENDLESS = {
 }
 
 
+@pytest.mark.rule("v2.vmm.13", "v3.9.3")
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_a_cancel_in_pre_copy_leaves_a_guest_that_noticed_nothing(name: str, devices: int) -> None:
@@ -180,6 +181,7 @@ def test_a_cancel_after_the_order_to_stop_has_no_effect(name: str) -> None:
         assert Watched(small_scenario({"vmm.cancel_after_s": at_s}), name).outcome() == outcome
 
 
+@pytest.mark.rule("v2.vmm.13")
 @settings(max_examples=60)
 @given(at_ms=st.floats(0.001, 60), name=st.sampled_from(PROTOCOLS))
 def test_a_cancel_at_any_time_ends_it_in_pre_copy_or_changes_nothing(at_ms: float, name: str) -> None:
@@ -250,6 +252,7 @@ def two_devices(features: str, faults: dict[int, list[dict[str, Any]]]) -> Scena
     return two(changes | {f"device.{at}.faults": faults[at] for at in faults})
 
 
+@pytest.mark.rule("v3.12.5")
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_the_arcs_that_are_made_to_fail_below_are_all_that_a_migration_takes(name: str, features: str) -> None:
@@ -259,6 +262,7 @@ def test_the_arcs_that_are_made_to_fail_below_are_all_that_a_migration_takes(nam
     assert watched.arcs == {"source": {*expected["source"], LAST}, "target": set(expected["target"])}
 
 
+@pytest.mark.rule("v2.vmm.12")
 @pytest.mark.parametrize("leaves", ["before", "ERROR"])
 @pytest.mark.parametrize(
     ("features", "side", "arc"),
@@ -289,6 +293,7 @@ def test_an_arc_that_fails_after_the_hand_over_leaves_the_guest_at_the_target(na
     assert outcome.guest_runs_at == "target"
 
 
+@pytest.mark.rule("v2.vmm.11")
 @pytest.mark.parametrize("leaves", ["before", "ERROR"])
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_a_session_that_cannot_be_ended_after_the_hand_over_is_reset_and_the_migration_is_complete(
@@ -312,6 +317,7 @@ def test_the_reason_is_the_error_that_was_given(side: str, arc: str, errno: str)
         assert outcome.reason == f"[Errno {number}] {os.strerror(number)}"
 
 
+@pytest.mark.rule("v2.vmm.12")
 @pytest.mark.parametrize("leaves", ["before", "ERROR"])
 @pytest.mark.parametrize("arc", ["STOP_COPY -> STOP", "STOP -> RUNNING_P2P", "RUNNING_P2P -> RUNNING"])
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -342,6 +348,7 @@ def test_a_fault_on_an_arc_that_is_not_taken_changes_nothing(name: str) -> None:
     assert with_fault == without
 
 
+@pytest.mark.rule("v3.8.1")
 @settings(max_examples=60)
 @given(
     name=st.sampled_from(PROTOCOLS),
@@ -462,6 +469,7 @@ def test_a_target_that_fails_says_so_once_and_the_source_cancels(name: str, monk
     assert told.index(Kind.FAILED) < told.index(Kind.CANCEL)
 
 
+@pytest.mark.rule("v3.12.1")
 def test_a_device_that_does_not_know_v3_is_refused_before_anything_is_touched() -> None:
     scenario = two_devices("all", {})
     old = scenario.device[1].model_copy(update={"max_dirty_streams": 0})

@@ -50,6 +50,7 @@ def test_the_vectors_are_complete() -> None:
     assert len(VECTORS) == len(set(VECTORS)) == 4 * 8 * 7
 
 
+@pytest.mark.rule("v2.contract.2")
 @pytest.mark.parametrize(
     ("features", "current", "target", "steps"),
     [pytest.param(*vector, id=f"{vector[0]}: {vector[1].name} to {vector[2].name}") for vector in VECTORS],
@@ -69,6 +70,7 @@ def test_no_step_where_the_device_is_there_already(state: State) -> None:
     assert path(int(state), int(state), EVERYTHING) == []
 
 
+@pytest.mark.rule("v2.contract.3")
 def test_error_is_neither_left_nor_asked_for_even_from_itself() -> None:
     with pytest.raises(InvalidTransitionError, match="ERROR cannot be asked for"):
         path(State.ERROR, State.ERROR, EVERYTHING)
@@ -79,6 +81,7 @@ def test_a_state_that_the_device_lacks_is_refused_as_start_too() -> None:
         path(State.PRE_COPY, State.RUNNING, MigrationFlags.STOP_COPY)
 
 
+@pytest.mark.rule("v2.contract.3")
 def test_a_refusal_names_both_states_and_is_ours_and_the_systems() -> None:
     with pytest.raises(InvalidTransitionError, match="STOP_COPY -> PRE_COPY: refused") as caught:
         path(State.STOP_COPY, State.PRE_COPY, EVERYTHING)
@@ -208,6 +211,7 @@ def test_the_table_has_a_hop_from_every_state_to_every_state_but_error() -> None
     assert set(REQUIRED) <= states
 
 
+@pytest.mark.rule("v2.contract.7")
 def test_four_arcs_begin_a_session_and_each_is_an_arc() -> None:
     assert {f"{a.name} {b.name}" for a, b in BEGINS_SESSION} == {
         *("RUNNING PRE_COPY", "RUNNING_P2P PRE_COPY_P2P", "STOP STOP_COPY", "STOP RESUMING")
@@ -218,6 +222,7 @@ def test_four_arcs_begin_a_session_and_each_is_an_arc() -> None:
 # --- docs/states.md ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v2.contract.2")
 def test_the_page_of_states_is_what_the_table_gives() -> None:
     assert STATES_MD.read_text() == fsm_diagram.page(), "renew it: python -m proto_v3.vfio.fsm_diagram > docs/states.md"
 

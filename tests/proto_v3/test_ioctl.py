@@ -182,6 +182,7 @@ def test_data_size_is_answered_in_64_bits() -> None:
     assert FeatureMigDataSize.unpack(data(buffer)).stop_copy_length == 5 << 32
 
 
+@pytest.mark.rule("v2.contract.4")
 @pytest.mark.parametrize("state", State)
 def test_getting_the_state_gives_no_fd_whatever_was_in_the_buffer(state: State) -> None:
     device = Device()
@@ -200,6 +201,7 @@ def test_a_state_that_begins_a_session_gives_the_fd_and_its_number(target: State
     assert device.at is target
 
 
+@pytest.mark.rule("v2.contract.4")
 @pytest.mark.parametrize("target", [State.RUNNING, State.STOP, State.RUNNING_P2P])
 def test_any_other_state_gives_minus_one(target: State) -> None:
     device = Device()
@@ -245,29 +247,34 @@ def test_the_header_and_what_follows_the_data_stay_as_they_are(feature: Feature,
 # --- errors that touch nothing ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v2.contract.4")
 @pytest.mark.parametrize("size", range(8))
 def test_a_buffer_without_a_whole_header_is_efault(size: int) -> None:
     refuses(errno.EFAULT, Device(), request(Feature.MIGRATION, GET, size=size))
 
 
+@pytest.mark.rule("v2.contract.4")
 @pytest.mark.parametrize("argsz", range(8))
 @pytest.mark.parametrize("op", [GET, PROBE])
 def test_an_argsz_shorter_than_the_header_is_einval_even_in_a_probe(argsz: int, op: FeatureOp) -> None:
     refuses(errno.EINVAL, Device(), request(Feature.MIGRATION, op, argsz=argsz))
 
 
+@pytest.mark.rule("v2.contract.4")
 @pytest.mark.parametrize(("argsz", "size"), [(16, 15), (16, 8), (17, 16), (2**32 - 1, 16)])
 @pytest.mark.parametrize("op", [GET, PROBE])
 def test_an_argsz_past_the_end_of_the_buffer_is_efault(argsz: int, size: int, op: FeatureOp) -> None:
     refuses(errno.EFAULT, Device(), request(Feature.MIGRATION, op, argsz=argsz, size=size))
 
 
+@pytest.mark.rule("v2.contract.4")
 @pytest.mark.parametrize("bit", range(19, 32))
 @pytest.mark.parametrize("op", [GET, PROBE])
 def test_an_unknown_flag_is_einval_even_in_a_probe(bit: int, op: FeatureOp) -> None:
     refuses(errno.EINVAL, Device(), request(Feature.MIGRATION, op | 1 << bit))
 
 
+@pytest.mark.rule("v2.contract.4")
 @pytest.mark.parametrize("feature", [*MODELLED, *DMA_LOGGING, 0xFFFF])
 def test_get_with_set_is_einval_whatever_the_feature(feature: int) -> None:
     refuses(errno.EINVAL, Device(), request(feature, GET | SET))
@@ -278,11 +285,13 @@ def test_neither_get_nor_set_is_einval(feature: Feature) -> None:
     refuses(errno.EINVAL, Device(), request(feature, NO_OP))
 
 
+@pytest.mark.rule("v2.contract.4")
 @pytest.mark.parametrize(("feature", "op"), REFUSED)
 def test_an_op_that_the_feature_does_not_have_is_einval(feature: Feature, op: FeatureOp) -> None:
     refuses(errno.EINVAL, Device(), request(feature, op))
 
 
+@pytest.mark.rule("v2.contract.4")
 @pytest.mark.parametrize(("feature", "op"), [pair for pair in ALLOWED if pair[0] != Feature.MIG_PRECOPY_INFOV2])
 @pytest.mark.parametrize("argsz", range(8, 16))
 def test_an_argsz_too_short_for_the_data_is_einval(feature: Feature, op: FeatureOp, argsz: int) -> None:
@@ -295,6 +304,7 @@ def test_a_feature_that_is_not_there_is_enotty_dma_logging_too(feature: int, op:
     refuses(errno.ENOTTY, Device(), request(feature, op))
 
 
+@pytest.mark.rule("v2.contract.4")
 @pytest.mark.parametrize("feature", [n for n in MODELLED if n != Feature.MIG_PRECOPY_INFOV2])
 @pytest.mark.parametrize("op", [NO_OP, GET, SET, PROBE, PROBE | GET])
 def test_a_device_that_does_not_migrate_is_enotty_before_anything_about_the_op(feature: Feature, op: FeatureOp) -> None:
@@ -316,6 +326,7 @@ def test_opting_in_without_pre_copy_is_einval_a_probe_too(features: MigrationFla
 # --- PROBE ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v2.contract.4")
 @pytest.mark.parametrize(
     ("feature", "op"),
     [(f, NO_OP) for f in MODELLED]
@@ -349,6 +360,7 @@ def test_a_state_that_does_not_exist_is_einval_and_leaves_no_fd(number: int) -> 
     assert device.calls == 0
 
 
+@pytest.mark.rule("v2.contract.4")
 @pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL])
 def test_a_set_state_that_fails_leaves_no_fd_and_the_state_that_was_asked_for(code: int) -> None:
     device = Device()
@@ -360,6 +372,7 @@ def test_a_set_state_that_fails_leaves_no_fd_and_the_state_that_was_asked_for(co
     assert FeatureMigState.unpack(data(buffer)) == FeatureMigState(State.STOP_COPY, -1)
 
 
+@pytest.mark.rule("v2.contract.3")
 def test_error_cannot_be_asked_for() -> None:
     buffer = request(Feature.MIG_DEVICE_STATE, SET, FeatureMigState(State.ERROR, STALE))
     with pytest.raises(OSError, match="ERROR cannot be asked for") as caught:
@@ -451,6 +464,7 @@ def ask(fd: Fd, buffer: bytearray, *, opted_in: bool) -> None:
     asyncio.run(get_precopy_info(cast(DataFd, fd), buffer, opted_in=opted_in))
 
 
+@pytest.mark.rule("v2.contract.5")
 @pytest.mark.parametrize("flags", [PrecopyFlags(0), PrecopyFlags.REINIT])
 @pytest.mark.parametrize("callers", [0, 1, 0xDEADBEEE])
 def test_with_the_opt_in_flags_are_the_devices(flags: PrecopyFlags, callers: int) -> None:
@@ -459,6 +473,7 @@ def test_with_the_opt_in_flags_are_the_devices(flags: PrecopyFlags, callers: int
     assert PrecopyInfo.unpack(buffer) == PrecopyInfo(1 << 40, 7, flags)
 
 
+@pytest.mark.rule("v2.contract.5")
 @pytest.mark.parametrize("flags", [PrecopyFlags(0), PrecopyFlags.REINIT])
 @pytest.mark.parametrize("callers", [0, 1, 0xDEADBEEE])
 def test_without_it_the_caller_gets_its_own_back(flags: PrecopyFlags, callers: int) -> None:

@@ -252,6 +252,7 @@ IN_STEP = small_scenario(
 )
 
 
+@pytest.mark.rule("v3.5.2")
 @settings(max_examples=40)
 @given(scenario=machines(), name=st.sampled_from([way for way in WAYS if way.startswith("v3")]))
 @example(scenario=IN_STEP, name="v3-n1")
@@ -393,6 +394,7 @@ def test_the_drain_is_the_firmwares_time_to_within_a_chunk() -> None:
     assert records <= run(scenario, "v2").phases_ns["drain"] <= records + chunk_ns
 
 
+@pytest.mark.rule("v3.3.12", "v3.7.2")
 @pytest.mark.parametrize("engines", [1, 3, 4])
 @pytest.mark.parametrize("lock", ["none", "per_fd"])
 def test_n_streams_and_f_engines_save_n_or_f_times_as_fast(engines: int, lock: str) -> None:
@@ -404,6 +406,7 @@ def test_n_streams_and_f_engines_save_n_or_f_times_as_fast(engines: int, lock: s
         assert drain_ms == pytest.approx(100.0 / min(streams, engines), rel=0.1), f"{streams} streams"
 
 
+@pytest.mark.rule("v3.3.12")
 @pytest.mark.parametrize("lock", ["device", "global"])
 def test_under_one_lock_more_streams_buy_nothing_where_the_copy_binds(lock: str) -> None:
     slow = {"host.copy_gib_per_s": 0.625, "firmware.engines": 8, "driver.lock": lock}
@@ -413,6 +416,7 @@ def test_under_one_lock_more_streams_buy_nothing_where_the_copy_binds(lock: str)
     assert eight.read_lock_ns > one.read_lock_ns == 0
 
 
+@pytest.mark.rule("v3.3.12")
 @pytest.mark.parametrize("lock", ["none", "per_fd"])
 def test_without_one_lock_streams_copy_at_once_where_the_copy_binds(lock: str) -> None:
     slow = {"host.copy_gib_per_s": 0.625, "firmware.engines": 8, "driver.lock": lock}
@@ -437,6 +441,7 @@ def test_a_devices_lock_is_its_own_and_the_global_one_is_shared() -> None:
     assert shared == pytest.approx(4 * own, rel=0.03)
 
 
+@pytest.mark.rule("v2.driver.16")
 def test_devices_of_two_pfs_do_not_share_engines() -> None:
     machine = STOPPED | FAST | {"firmware.save_mib_per_s": 640.0, "firmware.engines": 1}
     device = small_scenario(machine).device[0].model_dump(exclude_none=True)

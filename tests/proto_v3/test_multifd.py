@@ -124,6 +124,7 @@ def deliveries(draw: st.DrawFn) -> tuple[list[int], list[tuple[Frame, int]]]:
     return lengths, [(frame, draw(st.integers(0, 3))) for frame in draw(st.permutations(frames))]
 
 
+@pytest.mark.rule("v2.vmm.10")
 @given(deliveries(), st.sampled_from([0, 700, 5000]), st.sampled_from([{}, {"load_threads": 1}, {"coupled": True}]))
 def test_packets_are_put_back_in_order_whatever_way_they_came(
     delivered: tuple[list[int], list[tuple[Frame, int]]], write_ns: int, how: dict[str, Any]
@@ -172,6 +173,7 @@ async def test_nothing_is_written_before_the_switchover_begins() -> None:
         assert rig.fds[0].written == [b"0:0"]
 
 
+@pytest.mark.rule("v2.vmm.10")
 @virtual
 async def test_config_comes_after_a_devices_data_and_one_device_at_a_time() -> None:
     rig = Rig(multifd(3), [Fd(ns(1)), Fd(ns(2)), Fd(ns(3))])
@@ -427,6 +429,7 @@ def pool(setup: Multifd, *channels: Out) -> Senders:
     return Senders(setup, channels)  # type: ignore[arg-type]
 
 
+@pytest.mark.rule("v2.vmm.10")
 @virtual
 async def test_a_devices_data_goes_out_in_numbered_packets_with_its_config_behind_them() -> None:
     out = Out(1)
@@ -436,6 +439,7 @@ async def test_a_devices_data_goes_out_in_numbered_packets_with_its_config_behin
     assert told == [("PACKET", 3, 0, 1000), ("PACKET", 3, 1, 1000), ("PACKET", 3, 2, 500), ("CONFIG", 3, 3, 0)]
 
 
+@pytest.mark.rule("v2.vmm.10")
 @virtual
 async def test_whoever_is_free_takes_the_next_packet() -> None:
     quick, slow = Out(10), Out(95)
@@ -594,6 +598,7 @@ def test_ram_is_told_to_be_saved_when_it_is_and_not_when_the_devices_are() -> No
     assert ram_ns - start_ns < (device_ns - start_ns) / 4, "a MiB of pages beside 64 of the device"
 
 
+@pytest.mark.rule("v2.vmm.10")
 @pytest.mark.parametrize(("threads", "at_once"), [(1, False), (0, True), (3, True)])
 def test_one_load_thread_loads_one_device_after_the_other(threads: int, at_once: bool) -> None:
     outcome, _ = migrated(AT_ONCE | {"device.0.count": 3, "vmm.multifd_load_threads": threads})
@@ -609,6 +614,7 @@ def test_two_load_threads_load_two_devices_at_once_and_never_three() -> None:
     assert most == 2
 
 
+@pytest.mark.rule("v2.vmm.10")
 @pytest.mark.parametrize("load", ["device_threads", "channel_threads"])
 def test_config_is_loaded_one_device_at_a_time(load: str) -> None:
     outcome, _ = migrated(AT_ONCE | {"device.0.count": 4, "vmm.multifd_load": load})

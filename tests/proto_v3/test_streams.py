@@ -42,6 +42,7 @@ async def carried(connections: int, frames: int) -> list[list[Frame]]:
     return [wire.frames for wire in wires]
 
 
+@pytest.mark.rule("v3.10.5")
 @virtual
 async def test_connections_that_are_free_take_turns() -> None:
     """Else one socket is filled before the next one gets anything, and a bounded credit fills few of them."""
@@ -56,6 +57,7 @@ async def test_one_connection_takes_all_in_order() -> None:
     assert [frame.value for frame in took] == list(range(10))
 
 
+@pytest.mark.rule("v3.10.5")
 @virtual
 async def test_frames_that_come_together_are_dealt_out() -> None:
     """Many readers hand in at once: the first connection must not take all of it."""
@@ -71,6 +73,7 @@ async def test_frames_that_come_together_are_dealt_out() -> None:
     assert [len(wire.frames) for wire in wires] == [1, 1, 1, 1]
 
 
+@pytest.mark.rule("v3.10.4")
 @virtual
 async def test_what_waits_at_the_target_is_bounded_in_frames_too() -> None:
     """Frames without payload cost no credit, and a peer may send any number of them ahead of the one that is due."""

@@ -22,6 +22,7 @@ SETTINGS = SwitchoverSettings(
 )
 
 
+@pytest.mark.rule("v2.vmm.4")
 def test_the_threshold_is_bandwidth_times_downtime_limit() -> None:
     switchover = Switchover(SETTINGS, 0)
     switchover.sample(100 * MS, 1_000_000)
@@ -52,6 +53,7 @@ def test_a_window_counts_from_the_start_that_is_given() -> None:
     assert switchover.bandwidth_bytes_per_s == 10_000_000
 
 
+@pytest.mark.rule("v2.vmm.4")
 def test_each_window_counts_its_own_bytes_and_time() -> None:
     switchover = Switchover(SETTINGS, 0)
     switchover.sample(100 * MS, 1_000_000)
@@ -68,6 +70,7 @@ def test_a_window_in_which_nothing_was_sent_leaves_no_bandwidth() -> None:
     assert switchover.threshold_bytes == 0
 
 
+@pytest.mark.rule("v2.vmm.4")
 def test_a_given_bandwidth_holds_from_the_start_and_is_never_measured_over() -> None:
     switchover = Switchover(replace(SETTINGS, given_bandwidth_bytes_per_s=2e6), 0)
     assert switchover.threshold_bytes == 600_000
@@ -129,6 +132,7 @@ def test_ram_that_ran_dry_is_not_judged_until_it_has_something_left_for_a_whole_
     assert not part.fits(60)
 
 
+@pytest.mark.rule("v3.6.3")
 def test_a_stream_must_fit_at_the_rate_of_its_round_the_time_before_anything_came_included() -> None:
     part = StreamBacklog(SETTINGS, 0)
     for at in range(10, 400, 10):  # it is being saved
@@ -146,6 +150,7 @@ def test_a_stream_must_fit_at_the_rate_of_its_round_the_time_before_anything_cam
     assert not part.fits(3_000), "the time in which there was nothing to carry does not count"
 
 
+@pytest.mark.rule("v3.6.3")
 def test_a_new_round_of_a_stream_stands_for_itself_once_it_is_a_window_old() -> None:
     part = StreamBacklog(SETTINGS, 0)
     part.sample(200 * MS, 2_000, 0)

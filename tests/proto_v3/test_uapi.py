@@ -116,6 +116,7 @@ def test_every_structure_is_held_against_c() -> None:
     }
 
 
+@pytest.mark.rule("v2.contract.1")
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_sizes_and_offsets_are_those_of_the_header(structure: type[Structure]) -> None:
     size, members = LAYOUTS[structure]
@@ -180,6 +181,7 @@ def test_a_member_that_is_not_there_has_no_offset() -> None:
         offset_of(PrecopyInfo, "bitmap")
 
 
+@pytest.mark.rule("v2.contract.1")
 def test_ioctl_numbers() -> None:
     assert uapi.VFIO_DEVICE_RESET == 0x3B6F
     assert uapi.VFIO_DEVICE_FEATURE == 0x3B75
@@ -189,6 +191,7 @@ def test_ioctl_numbers() -> None:
     assert uapi.VFIO_MIG_GET_DIRTY_BLOCKS == 0x3B7C
 
 
+@pytest.mark.rule("v2.contract.1")
 def test_feature_numbers() -> None:
     assert {feature.name: feature.value for feature in Feature} == {
         "MIGRATION": 1,
@@ -204,6 +207,7 @@ def test_feature_numbers() -> None:
     assert uapi.FEATURE_MASK == 0xFFFF
 
 
+@pytest.mark.rule("v2.contract.1")
 def test_state_and_flag_numbers() -> None:
     assert {state.name: state.value for state in State} == {
         "ERROR": 0,

@@ -238,6 +238,7 @@ def source(*devices: dict[str, Any], **settings: Any) -> Source:
 # --- QEMU's loop -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v2.vmm.1")
 @virtual
 async def test_a_round_is_one_read_of_at_most_the_buffer_on_each_device() -> None:
     vmm = source({"unread": 7 * MIB // 2}, {"unread": 5 * MIB // 4}, downtime_limit_ns=0)
@@ -256,6 +257,7 @@ async def test_the_buffer_is_the_settings() -> None:
     assert [len(frame.payload) for frame in vmm.wire.sent if frame.kind is Kind.DATA] == [2000, 2000, 1000]
 
 
+@pytest.mark.rule("v2.vmm.1")
 @pytest.mark.parametrize(("size", "largest"), [(600, 600), (5000, 2000), (-1, 2000)])
 @virtual
 async def test_the_buffer_is_no_larger_than_what_the_device_says_it_has_before_it_starts(
@@ -266,6 +268,7 @@ async def test_the_buffer_is_no_larger_than_what_the_device_says_it_has_before_i
     assert {entry[2] for entry in vmm.of("read")} == {largest}
 
 
+@pytest.mark.rule("v2.vmm.1")
 @virtual
 async def test_a_round_sends_ram_for_its_budget_before_it_reads() -> None:
     vmm = source({"unread": 10}, {"unread": 10}, frames=5, downtime_limit_ns=0)
@@ -274,6 +277,7 @@ async def test_a_round_sends_ram_for_its_budget_before_it_reads() -> None:
     assert sent == [("RAM", 0)] * 3 + [("DATA", 0), ("DATA", 1)] + [("RAM", 0)] * 2
 
 
+@pytest.mark.rule("v2.vmm.2", "v2.vmm.5")
 @virtual
 async def test_bytes_read_are_taken_off_the_initial_ones_first_and_then_off_the_dirty_ones() -> None:
     """A million bytes fit; 5.5 MiB are announced, so after five reads half a MiB is left, and only then it asks."""
@@ -287,6 +291,7 @@ async def test_bytes_read_are_taken_off_the_initial_ones_first_and_then_off_the_
     assert sent[:5] == ["DATA", "DATA", "DATA", "INIT_DATA_SENT", "DATA"], "the third read has the last initial bytes"
 
 
+@pytest.mark.rule("v2.vmm.2")
 @virtual
 async def test_a_read_beyond_what_was_announced_leaves_nothing_and_never_less() -> None:
     """Else the first device's surplus would hide what the second still has."""
@@ -302,6 +307,7 @@ async def test_a_read_beyond_what_was_announced_leaves_nothing_and_never_less() 
     assert vmm.of("MIG_DATA_SIZE") == [("a", "MIG_DATA_SIZE")]
 
 
+@pytest.mark.rule("v2.vmm.2")
 @pytest.mark.parametrize("end", ["ENOMSG", "0"])
 @virtual
 async def test_the_temporary_end_counts_as_empty_whatever_was_announced(end: str) -> None:
@@ -316,6 +322,7 @@ async def test_the_temporary_end_counts_as_empty_whatever_was_announced(end: str
     ]
 
 
+@pytest.mark.rule("v2.vmm.3", "v2.vmm.4")
 @virtual
 async def test_the_exact_figure_is_asked_for_only_once_the_estimate_fits() -> None:
     vmm = source({"unread": 3 * MIB}, {"unread": 2 * MIB, "flags": MigrationFlags.STOP_COPY, "size": 1})
@@ -327,6 +334,7 @@ async def test_the_exact_figure_is_asked_for_only_once_the_estimate_fits() -> No
     assert asked[:9] == [info, read, read, read, *exact, ("vcpus", "stop")]
 
 
+@pytest.mark.rule("v2.vmm.3")
 @virtual
 async def test_an_exact_figure_that_does_not_fit_sends_it_back_to_iterate() -> None:
     """MIG_DATA_SIZE says more than what was announced: what only a stopped device gives."""
@@ -361,6 +369,7 @@ async def test_polling_sees_what_became_dirty_where_deducing_does_not() -> None:
     assert deduces.of("MIG_DATA_SIZE") == [("a", "MIG_DATA_SIZE")]
 
 
+@pytest.mark.rule("v2.vmm.3")
 @pytest.mark.parametrize(("limit_ns", "kind"), [(0, "DID_NOT_CONVERGE"), (1, "COMPLETED")])
 @virtual
 async def test_a_size_that_cannot_be_had_counts_as_100_gib(limit_ns: int, kind: str) -> None:
@@ -371,6 +380,7 @@ async def test_a_size_that_cannot_be_had_counts_as_100_gib(limit_ns: int, kind: 
     assert (await vmm.migrate()).name == kind
 
 
+@pytest.mark.rule("v2.vmm.4")
 @virtual
 async def test_a_bandwidth_that_is_measured_is_not_there_before_the_first_window_is_over() -> None:
     """A byte a nanosecond: 300 MB fit, and that is what is left after 50 ms; but the window takes 100."""
@@ -396,6 +406,7 @@ def _noting(times: list[int], call: Callable[[], Any]) -> Callable[[], Any]:
     return noted
 
 
+@pytest.mark.rule("v2.vmm.4")
 @virtual
 async def test_the_bandwidth_counts_all_bytes_of_the_last_window() -> None:
     """0.5 GB/s, whatever of it RAM and whatever a device: 50 MB fit 100 ms."""
@@ -408,6 +419,7 @@ async def test_the_bandwidth_counts_all_bytes_of_the_last_window() -> None:
 # --- the stop --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v2.vmm.8", "v2.vmm.9")
 @virtual
 async def test_devices_stop_in_two_passes_and_then_ram_and_each_device_go_in_turn() -> None:
     vmm = source({"size": 1}, {"flags": MigrationFlags.STOP_COPY, "size": 1}, {"size": 1}, frames=1)
@@ -439,6 +451,7 @@ async def test_devices_stop_in_two_passes_and_then_ram_and_each_device_go_in_tur
     ]
 
 
+@pytest.mark.rule("v2.vmm.11")
 @virtual
 async def test_stop_copy_is_left_only_when_the_guest_runs_at_the_target() -> None:
     def answer(frame: Frame) -> list[Frame]:
@@ -475,6 +488,7 @@ async def test_without_the_ack_nobody_says_that_the_initial_data_was_sent() -> N
     assert vmm.wire.told(Kind.INIT_DATA_SENT) == []
 
 
+@pytest.mark.rule("v2.vmm.5")
 @virtual
 async def test_a_one_shot_ack_is_waited_for_and_one_does_for_all_devices() -> None:
     infos = [PrecopyInfo(10, 0), PrecopyInfo(0, 0)]
@@ -494,6 +508,7 @@ async def test_an_ack_that_never_comes_is_waited_for_until_it_gives_up() -> None
         assert Mark.STOP_ORDERED not in vmm.timeline.marks
 
 
+@pytest.mark.rule("v2.vmm.5")
 @virtual
 async def test_a_one_shot_ack_is_not_asked_for_again_after_a_reinit() -> None:
     infos = [PrecopyInfo(10, 0), PrecopyInfo(5, 0, REINIT), PrecopyInfo(0, 0)]
@@ -513,6 +528,7 @@ def acks(frame: Frame) -> list[Frame]:
     return resumes(frame)
 
 
+@pytest.mark.rule("v2.vmm.6")
 @virtual
 async def test_a_reusable_ack_is_asked_for_again_after_each_reinit() -> None:
     infos = [PrecopyInfo(10, 0), PrecopyInfo(5, 0, REINIT), PrecopyInfo(5, 0, REINIT), PrecopyInfo(0, 0)]
@@ -526,6 +542,7 @@ async def test_a_reusable_ack_is_asked_for_again_after_each_reinit() -> None:
     ]
 
 
+@pytest.mark.rule("v2.vmm.6")
 @virtual
 async def test_only_the_newest_ack_of_every_device_lets_the_guest_be_stopped() -> None:
     reinit = [PrecopyInfo(10, 0), PrecopyInfo(5, 0, REINIT), PrecopyInfo(0, 0)]
@@ -543,6 +560,7 @@ async def test_a_device_without_pre_copy_needs_no_ack() -> None:
     assert vmm.wire.told(Kind.INIT_DATA_SENT) == [(Kind.INIT_DATA_SENT, 0, 1)]
 
 
+@pytest.mark.rule("v2.vmm.6", "v2.vmm.7")
 @virtual
 async def test_a_reinit_that_is_found_once_the_vcpus_are_stopped_fails_the_migration_and_the_guest_goes_on() -> None:
     vmm = source({}, {}, options=REUSABLE, answer=acks)
@@ -570,6 +588,7 @@ async def test_a_reinit_that_is_found_once_the_vcpus_are_stopped_fails_the_migra
     assert vmm.wire.sent[-1].kind is Kind.CANCEL
 
 
+@pytest.mark.rule("v2.vmm.7")
 @pytest.mark.parametrize("ack", [Ack.OFF, Ack.ONE_SHOT])
 @virtual
 async def test_who_has_no_reusable_ack_does_not_look_again(ack: Ack) -> None:
@@ -618,6 +637,7 @@ async def test_an_ack_for_a_device_that_does_not_exist_ends_the_migration() -> N
     assert raised.group_contains(PeerProtocolError, match="SWITCHOVER_ACK came on the return path")
 
 
+@pytest.mark.rule("v2.vmm.14")
 @pytest.mark.parametrize("when", [Kind.SETUP, Kind.RAM_BEGIN, Kind.END])
 @virtual
 async def test_a_target_that_failed_gives_the_guest_back_even_after_the_end(when: Kind) -> None:
@@ -630,6 +650,7 @@ async def test_a_target_that_failed_gives_the_guest_back_even_after_the_end(when
     assert vmm.devices[0].is_in is State.RUNNING
 
 
+@pytest.mark.rule("v2.vmm.14")
 @virtual
 async def test_after_the_end_a_connection_that_breaks_does_not_give_the_guest_back() -> None:
     """The target may run it: whether it does, nobody here knows."""
@@ -699,6 +720,7 @@ class Target:
         return await V2Target(side, [Channel(self.wire)], self.options).run()
 
 
+@pytest.mark.rule("v2.vmm.9")
 @virtual
 async def test_the_target_writes_what_comes_in_its_order_in_pieces_of_32_kib() -> None:
     vmm = Target()
@@ -709,6 +731,7 @@ async def test_the_target_writes_what_comes_in_its_order_in_pieces_of_32_kib() -
     assert vmm.machine.loaded == 4096
 
 
+@pytest.mark.rule("v2.vmm.9")
 @virtual
 async def test_other_devices_come_before_config_and_the_guest_runs_before_it_is_told() -> None:
     vmm = Target()
@@ -724,6 +747,7 @@ async def test_other_devices_come_before_config_and_the_guest_runs_before_it_is_
     assert [frame.kind for frame in vmm.wire.sent] == [Kind.RESUMED]
 
 
+@pytest.mark.rule("v2.vmm.5")
 @virtual
 async def test_one_shot_is_answered_once_when_the_last_device_that_needs_it_is_through() -> None:
     vmm = Target(options=V2Options(ack=Ack.ONE_SHOT), flags=(PRE_COPY, MigrationFlags.STOP_COPY, PRE_COPY))
@@ -833,6 +857,7 @@ def test_without_an_ack_the_guest_is_stopped_while_the_target_still_sets_up(name
     assert not any(frame.kind is Kind.INIT_DATA_SENT for _, _, frame in sent)
 
 
+@pytest.mark.rule("v2.vmm.5")
 @pytest.mark.parametrize("name", ACKS)
 def test_with_an_ack_the_guest_is_stopped_only_when_the_initial_data_is_loaded(name: str, sent: Sent) -> None:
     outcome, kept = migrated(LONG_SET_UP, name)
@@ -965,6 +990,7 @@ def test_a_one_shot_ack_leaves_what_comes_after_it_to_the_downtime(policy: str, 
 DURING_STOP = LONG_SET_UP | {"device.0.reconfigurations": {"during_stop_ms": [0.5], "objects_each": 3}}
 
 
+@pytest.mark.rule("v2.vmm.6")
 @pytest.mark.parametrize("user", USERS)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("multifd", ["", "-multifd"])

@@ -6,12 +6,18 @@ tests/conftest.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from proto_v3.vmm.migration import OutcomeKind
+from proto_v3.vmm.migration import OutcomeKind, Side, Source
+from proto_v3.vmm.v2 import V2Options
+from proto_v3.vmm.v2_source import V2Source
+from proto_v3.vmm.v3 import V3Options
+from proto_v3.wire.channel import Channel
 from sim.device.driver import SimDriver
+from sim.host import vmms
 from sim.outcome import Outcome
 from sim.run import simulate
 from sim.scenario.protocol import Protocol
@@ -33,6 +39,7 @@ def outcome(name: str, changes: dict[str, Any], seed: int = 3) -> Outcome:
     return simulate(scenario, Protocol.parse(name, scenario), seed)
 
 
+@pytest.mark.rule("v3.2.3")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_v2_is_the_same_on_a_device_that_knows_v3(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +67,7 @@ def test_and_what_was_compared_is_not_all_failures() -> None:
     assert len({each.digest for each in outcomes}) > len(PROTOCOLS)
 
 
+@pytest.mark.rule("v3.12.2")
 @pytest.mark.parametrize("name", ["v2", "v2-multifd"])
 def test_a_source_that_falls_back_says_so_and_runs_v2_a_round_trip_later(name: str) -> None:
     changes = {"vmm.multifd": name == "v2-multifd"}
@@ -74,3 +82,20 @@ def test_a_source_that_falls_back_says_so_and_runs_v2_a_round_trip_later(name: s
     assert fell_back.total_ns is not None
     assert asked_for.total_ns is not None
     assert 100_000 < fell_back.total_ns - asked_for.total_ns < 101_000, "the HELLOs: a round trip, and a few bytes"
+
+
+@pytest.mark.rule("v3.12.3")
+def test_a_source_that_says_no_hello_is_taken_for_one_of_v2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target knows v3, and waits for a HELLO."""
+    scenario = small_scenario({"v3.target_knows": "v3"})
+    of_v2 = simulate(scenario, Protocol.parse("v2", scenario), 1)
+
+    async def knows_v2_only(
+        side: Side, channels: Sequence[Channel], v3: V3Options, v2: V2Options
+    ) -> tuple[Source, str]:
+        return V2Source(side, channels, v2), ""
+
+    monkeypatch.setattr(vmms, "negotiated_source", knows_v2_only)
+    taken = simulate(scenario, Protocol.parse("v3-n4", scenario), 1)
+    assert taken.kind is OutcomeKind.COMPLETED
+    assert (taken.downtime_ns, taken.device_bytes) == (of_v2.downtime_ns, of_v2.device_bytes)

@@ -306,6 +306,7 @@ class Carriers:
             assert took_ns <= -(-len(data) // piece_bytes) * US + copy_ns + load_ns + rounding_ns
 
 
+@pytest.mark.rule("v3.3.3")
 @settings(max_examples=150)
 @given(plans(st.integers(1, 16)))
 def test_streams_may_be_delayed_and_cut_as_one_likes(plan: Plan) -> None:
@@ -314,6 +315,7 @@ def test_streams_may_be_delayed_and_cut_as_one_likes(plan: Plan) -> None:
     carriers.check_memory()
 
 
+@pytest.mark.rule("v3.11.2")
 @settings(max_examples=100)
 @given(plans(st.just(0)))
 def test_blocks_may_be_read_and_written_in_any_order_by_any_number_of_threads(plan: Plan) -> None:
@@ -325,6 +327,7 @@ def test_blocks_may_be_read_and_written_in_any_order_by_any_number_of_threads(pl
 ROOMY = {"firmware.engines": 40, "firmware.service_cv": 0.0, "driver.call_us": 1.0}
 
 
+@pytest.mark.rule("v3.5.1")
 @settings(max_examples=100)
 @given(plans(st.integers(0, 16)))
 def test_critical_data_waits_for_no_dirty_data_in_the_driver(plan: Plan) -> None:
@@ -482,6 +485,7 @@ def machines(draw: st.DrawFn) -> Scenario:
     )
 
 
+@pytest.mark.rule("v3.3.3", "v3.6.1", "v3.10.3")
 @settings(max_examples=150)
 @given(
     scenario=machines(),
@@ -648,6 +652,7 @@ FLOODED: dict[str, Any] = {
 }
 
 
+@pytest.mark.rule("v3.5.1", "v3.5.3", "v3.10.4", "v3.10.5", "v3.10.6")
 @pytest.mark.parametrize("devices", [1, 3])
 @pytest.mark.parametrize(
     "name", ["v3-n16-streams", "v3-n16-pool", "v3-n16-one", "v3-blocks-n16-pool", "v3-blocks-n16-one"]
@@ -665,6 +670,7 @@ def test_critical_data_waits_for_no_dirty_data_on_the_wire(name: str, devices: i
     assert postmark.longest_ns(end_ns) <= most_ns
 
 
+@pytest.mark.rule("v3.10.3", "v3.10.4")
 @pytest.mark.parametrize("wire", ["streams", "pool", "one"])
 def test_the_bound_on_the_vmms_memory_is_reached_and_not_passed(wire: str) -> None:
     """Where the target is slow. Of what a critical stream might have there, its data here takes next to nothing."""

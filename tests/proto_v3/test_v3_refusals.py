@@ -472,6 +472,7 @@ def tampered(name: str, what: str, stream: int, at: int, read_mib: float) -> boo
     return tamperer.done
 
 
+@pytest.mark.rule("v3.7.1", "v3.9.2")
 @pytest.mark.parametrize("what", sorted(KINDS))
 def test_a_stream_that_was_tampered_with_is_refused_wherever_that_was(what: str) -> None:
     name = "v3-n2-invalidate"
@@ -566,6 +567,7 @@ def with_tally(frame: Frame) -> Frame:
     return with_parts(frame, [replace(part, record=replace(part.record, tally=Tally(16, 0, 0)))])
 
 
+@pytest.mark.rule("v3.11.3")
 @pytest.mark.parametrize(
     ("alter", "codes"),
     [
@@ -668,6 +670,7 @@ def told_to_the_source() -> Iterator[Any]:
         )  # fmt: skip
 
 
+@pytest.mark.rule("v3.10.4")
 @pytest.mark.parametrize(("name", "intruder", "reason"), list(told_to_the_source()))
 def test_what_the_target_may_not_tell_is_refused_by_the_source(name: str, intruder: Tap, reason: str) -> None:
     run = TappedRun(two(), name, intruder)
@@ -742,6 +745,7 @@ def told_to_the_target() -> Iterator[Any]:
         )  # fmt: skip
 
 
+@pytest.mark.rule("v3.10.4")
 @pytest.mark.parametrize(("name", "intruder", "reason"), list(told_to_the_target()))
 def test_what_the_source_may_not_send_is_refused_by_the_target(name: str, intruder: Tap, reason: str) -> None:
     run = TappedRun(two(), name, intruder)
@@ -896,18 +900,21 @@ def check_hello(name: str, to: str, make: Callable[[Frame], list[Raw]]) -> None:
     run.check_nothing_was_touched()
 
 
+@pytest.mark.rule("v3.10.1")
 @pytest.mark.parametrize("what", NO_HELLO)
 @pytest.mark.parametrize("to", ["target", "source"])
 def test_what_is_no_hello_is_refused_before_anything_is_touched(to: str, what: str) -> None:
     check_hello("v3-n2", to, NO_HELLO[what])
 
 
+@pytest.mark.rule("v3.10.1")
 @pytest.mark.parametrize("what", ASKED_WRONG)
 @pytest.mark.parametrize("name", ["v3-n2", "v3-n2-pool"])
 def test_a_hello_that_asks_for_something_else_than_the_source_does_is_refused(name: str, what: str) -> None:
     check_hello(name, "target", ASKED_WRONG[what])
 
 
+@pytest.mark.rule("v3.10.1")
 @pytest.mark.parametrize("what", ANSWERED_WRONG)
 @pytest.mark.parametrize("name", ["v3-n2", "v3-n2-pool"])
 def test_a_hello_that_answers_something_else_is_refused(name: str, what: str) -> None:

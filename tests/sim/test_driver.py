@@ -76,6 +76,7 @@ def with_features(features: str) -> dict[str, Any]:
 # --- arcs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v2.contract.7")
 @pytest.mark.parametrize("way", [way for way in EASY if way[3] != "EINVAL"], ids=name_of)
 @virtual
 async def test_a_data_fd_comes_where_the_last_arc_begins_a_session_and_nowhere_else(
@@ -89,6 +90,7 @@ async def test_a_data_fd_comes_where_the_last_arc_begins_a_session_and_nowhere_e
     assert await driver.state() is target
 
 
+@pytest.mark.rule("v2.contract.3")
 @pytest.mark.parametrize("way", [way for way in EASY if way[3] == "EINVAL"], ids=name_of)
 @virtual
 async def test_a_way_that_there_is_not_is_refused_and_changes_nothing(way: tuple[str, State, State, str]) -> None:
@@ -103,6 +105,7 @@ async def test_a_way_that_there_is_not_is_refused_and_changes_nothing(way: tuple
         assert len(await fd.read(1)) == 1
 
 
+@pytest.mark.rule("v2.contract.7")
 @pytest.mark.parametrize("way", FROM_RESUMING, ids=name_of)
 @virtual
 async def test_a_whole_image_leads_out_of_resuming_wherever_there_is_a_way(way: tuple[str, State, State, str]) -> None:
@@ -142,6 +145,7 @@ async def test_a_number_that_is_no_state_is_refused(number: Any) -> None:
     assert await driver.state() is State.RUNNING
 
 
+@pytest.mark.rule("v2.contract.8")
 @virtual
 async def test_a_session_keeps_its_fd_from_pre_copy_to_the_end() -> None:
     hosts = Hosts()
@@ -151,6 +155,7 @@ async def test_a_session_keeps_its_fd_from_pre_copy_to_the_end() -> None:
         assert len(await fd.read(1)) == 1
 
 
+@pytest.mark.rule("v2.contract.8")
 @virtual
 async def test_a_session_that_begins_in_precopy_p2p_goes_to_pre_copy_and_to_the_end() -> None:
     hosts = Hosts()
@@ -160,6 +165,7 @@ async def test_a_session_that_begins_in_precopy_p2p_goes_to_pre_copy_and_to_the_
         assert len(await fd.read(1)) == 1
 
 
+@pytest.mark.rule("v2.driver.1")
 @virtual
 async def test_from_running_to_stop_copy_no_pre_copy_is_passed_through() -> None:
     """Else there would be an initial image, and the record that announces the size before it."""
@@ -169,6 +175,7 @@ async def test_from_running_to_stop_copy_no_pre_copy_is_passed_through() -> None
     assert blocks(parts) == list(range(BLOCKS))
 
 
+@pytest.mark.rule("v2.driver.15")
 @pytest.mark.parametrize(
     ("features", "current", "target", "cost_ms"),
     [
@@ -210,6 +217,15 @@ async def test_arcs_cost_what_the_scenario_says(features: str, current: State, t
     driver = Hosts({"device.0.features": ["STOP_COPY", *features.split()], "device.0.resume_ms": 10.0}).both
     await driver.set_state(current)
     assert await took_ns(driver.set_state(target)) == cost_ms * MS
+
+
+@pytest.mark.rule("v2.driver.6")
+@virtual
+async def test_suspending_waits_for_the_save_in_flight() -> None:
+    driver = Hosts({**WHOLE, "device.0.critical.objects": 0}).source
+    await session(driver, State.PRE_COPY)
+    assert await took_ns(driver.set_state(State.PRE_COPY_P2P)) == save_ns(8 * MIB) + 1 * MS
+    assert await took_ns(driver.set_state(State.STOP_COPY)) == 2 * MS, "it waits for none that quiescing starts"
 
 
 @virtual
@@ -276,6 +292,7 @@ async def test_an_arc_that_fails_gives_the_error_that_the_scenario_says(code: st
     await fails_with(getattr(errno, code), driver.set_state(State.PRE_COPY))
 
 
+@pytest.mark.rule("v2.contract.6")
 @virtual
 async def test_an_arc_that_fails_leaves_the_device_before_it_wherever_on_the_path_that_is() -> None:
     driver = Hosts(fault("RUNNING_P2P -> STOP")).source
@@ -317,6 +334,7 @@ async def test_only_the_side_that_was_named_fails() -> None:
     await fails_with(errno.EIO, hosts.source.set_state(State.STOP))
 
 
+@pytest.mark.rule("v2.contract.3", "v2.contract.6")
 @pytest.mark.parametrize("streams", [0, 2])
 @virtual
 async def test_an_arc_that_leads_to_error_ends_the_session_and_only_a_reset_leads_on(streams: int) -> None:
@@ -335,6 +353,7 @@ async def test_an_arc_that_leads_to_error_ends_the_session_and_only_a_reset_lead
     await session(driver, State.PRE_COPY)
 
 
+@pytest.mark.rule("v2.contract.6")
 @virtual
 async def test_leaving_resuming_may_fail_with_the_image_kept_and_be_tried_again() -> None:
     hosts = Hosts({"device.0.faults": [{"side": "target", "arc": "RESUMING -> STOP"}]})
@@ -362,6 +381,7 @@ async def test_faults_of_two_arcs_are_counted_apart() -> None:
 # --- the state mutex -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v2.driver.3")
 @virtual
 async def test_a_change_of_state_waits_for_precopy_info_and_that_for_the_save_in_flight() -> None:
     hosts = Hosts({**WHOLE, "device.0.critical.objects": 0})
@@ -373,6 +393,7 @@ async def test_a_change_of_state_waits_for_precopy_info_and_that_for_the_save_in
     assert asking.done()
 
 
+@pytest.mark.rule("v2.driver.3")
 @virtual
 async def test_precopy_info_waits_for_a_change_of_state() -> None:
     hosts = Hosts()
@@ -404,6 +425,7 @@ async def test_the_estimate_for_stop_copy_waits_for_a_change_of_state() -> None:
     assert changing.done()
 
 
+@pytest.mark.rule("v2.driver.10")
 @virtual
 async def test_a_change_of_state_waits_for_a_write_and_the_load_inside_it() -> None:
     hosts = Hosts({"device.0.critical.objects": 0})
@@ -417,6 +439,7 @@ async def test_a_change_of_state_waits_for_a_write_and_the_load_inside_it() -> N
     assert now_ns() - start == pytest.approx(CALL_NS + copy_ns(MIB + 16) + load_ns(MIB), abs=2)
 
 
+@pytest.mark.rule("v2.driver.9")
 @pytest.mark.parametrize("lock", ["none", "per_fd"])
 @virtual
 async def test_read_does_not_wait_for_a_change_of_state(lock: str) -> None:
@@ -511,6 +534,7 @@ ENDS_A_SESSION = [
 ]
 
 
+@pytest.mark.rule("v2.contract.8", "v3.3.1")
 @pytest.mark.parametrize(
     ("state", "then"), ENDS_A_SESSION, ids=[f"{one.name} to {other.name}" for one, other in ENDS_A_SESSION]
 )
@@ -533,6 +557,7 @@ async def test_an_fd_whose_session_is_over_answers_enodev(
         assert await fd.poll(0)  # there is something to be told: that error
 
 
+@pytest.mark.rule("v2.contract.8")
 @virtual
 async def test_an_fd_stays_stale_when_there_is_a_new_session() -> None:
     hosts = Hosts()
@@ -644,6 +669,7 @@ async def test_a_read_that_waits_for_a_save_ends_with_the_session() -> None:
 # --- reset -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v2.driver.14")
 @pytest.mark.parametrize(("features", "state"), sorted({way[:2] for way in WAYS}))
 @pytest.mark.parametrize("streams", [0, 2])
 @virtual
@@ -677,6 +703,7 @@ async def test_a_reset_leads_out_of_error_and_the_device_can_be_loaded_again() -
     assert not hosts.image.differences(hosts.state)
 
 
+@pytest.mark.rule("v2.driver.14")
 @virtual
 async def test_a_reset_ends_a_write_that_waits() -> None:
     hosts = Hosts()
@@ -688,6 +715,7 @@ async def test_a_reset_ends_a_write_that_waits() -> None:
     assert (hosts.image.version == -1).all()
 
 
+@pytest.mark.rule("v2.driver.14")
 @virtual
 async def test_a_reset_ends_a_load_in_progress_and_nothing_of_it_reaches_the_image() -> None:
     hosts = Hosts({"device.0.critical.objects": 0, "firmware.load_command_us": 1e5})
@@ -699,6 +727,7 @@ async def test_a_reset_ends_a_load_in_progress_and_nothing_of_it_reaches_the_ima
     assert (hosts.image.version == -1).all()
 
 
+@pytest.mark.rule("v2.driver.14")
 @virtual
 async def test_a_reset_ends_a_precopy_info_that_waits_for_a_save() -> None:
     hosts = Hosts({**WHOLE, "firmware.save_command_us": 1e6})
@@ -719,6 +748,7 @@ async def test_a_save_that_a_reset_left_in_the_firmware_is_not_in_the_next_sessi
     assert blocks(await read_all(fd)) == list(range(BLOCKS))
 
 
+@pytest.mark.rule("v2.contract.13")
 @virtual
 async def test_a_reset_keeps_the_opt_in_to_reinit() -> None:
     """The kernel forgets it when the device is closed, not when it is reset (vfio_df_device_last_close)."""
@@ -742,6 +772,7 @@ async def test_a_failed_way_out_of_pre_copy_leaves_a_session_that_can_still_be_c
     assert await hosts.source.state() is State.RUNNING
 
 
+@pytest.mark.rule("v2.driver.14")
 @virtual
 async def test_a_reset_during_a_change_of_state_ends_in_running_with_no_session() -> None:
     hosts = Hosts()

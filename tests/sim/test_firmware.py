@@ -91,6 +91,7 @@ def test_a_command_varies_by_its_factor_and_each_takes_the_next() -> None:
     assert np.diff(run(main())).tolist() == [round((COMMAND_NS + SAVE_MIB_NS) * factor) for factor in factors]
 
 
+@pytest.mark.rule("v2.driver.16")
 @pytest.mark.parametrize(("engines", "slowed"), [(1, 4), (2, 2), (3, 4 / 3), (4, 1), (9, 1)])
 def test_saves_and_loads_share_the_engines(engines: int, slowed: float) -> None:
     async def main() -> list[int]:

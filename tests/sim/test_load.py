@@ -60,6 +60,7 @@ async def test_a_write_costs_its_calls_its_copy_and_the_load_that_it_completes(p
     assert (hosts.image.version[16:] == -1).all()
 
 
+@pytest.mark.rule("v2.driver.10")
 @virtual
 async def test_a_record_is_loaded_when_its_last_byte_is_written() -> None:
     hosts = Hosts({"device.0.critical.objects": 0})
@@ -118,6 +119,7 @@ async def test_a_whole_image_is_loaded_as_one_and_its_critical_objects_are_told_
     assert load.end_ns - load.start_ns == load_ns(BLOCKS * 64 * KIB + OBJECTS_BYTES) + 4 * 50_000
 
 
+@pytest.mark.rule("v3.3.5")
 @virtual
 async def test_a_device_is_finished_once_when_its_last_stream_ended() -> None:
     hosts = Hosts()
@@ -134,6 +136,7 @@ async def test_a_device_is_finished_once_when_its_last_stream_ended() -> None:
     assert not hosts.image.differences(hosts.state)
 
 
+@pytest.mark.rule("v2.driver.10")
 @virtual
 async def test_two_writers_of_one_fd_take_turns() -> None:
     hosts = Hosts({"device.0.critical.objects": 0})
@@ -204,6 +207,7 @@ async def cannot_be_left_but_by_a_reset(hosts: Hosts, parts: list[RecordSlice]) 
     assert not hosts.image.differences(hosts.state)
 
 
+@pytest.mark.rule("v2.contract.10", "v2.driver.11")
 @pytest.mark.parametrize("how", REORDERED)
 @virtual
 async def test_a_stream_that_is_not_in_order_is_refused(how: str) -> None:
@@ -236,6 +240,7 @@ SHORT: dict[str, Callable[[list[RecordSlice]], list[RecordSlice]]] = {
 }
 
 
+@pytest.mark.rule("v2.contract.10")
 @pytest.mark.parametrize("how", SHORT)
 @virtual
 async def test_a_stream_that_is_short_is_taken_but_is_no_whole_image(how: str) -> None:
@@ -259,6 +264,7 @@ ALTERED: dict[str, Callable[[Record], Record]] = {
 }
 
 
+@pytest.mark.rule("v2.contract.10")
 @pytest.mark.parametrize("what", ALTERED)
 @virtual
 async def test_a_record_that_was_altered_is_noticed_at_the_end(what: str) -> None:
@@ -326,6 +332,7 @@ async def test_the_end_of_another_session_is_refused_though_the_records_are_as_m
     await cannot_be_left_but_by_a_reset(hosts, late)
 
 
+@pytest.mark.rule("v2.contract.10")
 @settings(max_examples=60)
 @given(cuts=st.lists(st.integers(0, 8 * MIB + 17_000), max_size=6).map(sorted), data=st.data())
 @virtual
@@ -430,6 +437,7 @@ async def test_a_second_image_has_nothing_to_do_with_the_first() -> None:
 # --- holding back (v3) -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v3.3.5", "v3.5.2")
 @virtual
 async def test_a_dirty_record_waits_until_its_epochs_critical_data_is_loaded() -> None:
     hosts = Hosts()
@@ -443,6 +451,7 @@ async def test_a_dirty_record_waits_until_its_epochs_critical_data_is_loaded() -
     assert not hosts.image.differences(hosts.state)
 
 
+@pytest.mark.rule("v3.5.2")
 @virtual
 async def test_a_dirty_record_of_a_later_epoch_waits_for_that_one() -> None:
     hosts = Hosts({"device.0.reconfigurations": {"at_s": [0.1]}, "device.0.stop_only_mib": 2.0})
@@ -462,6 +471,7 @@ async def test_a_dirty_record_of_a_later_epoch_waits_for_that_one() -> None:
     assert not hosts.image.differences(hosts.state)
 
 
+@pytest.mark.rule("v3.4.2")
 @virtual
 async def test_an_epochs_dirty_data_waits_for_all_of_its_critical_data() -> None:
     hosts = Hosts({"device.0.critical.objects": 600})

@@ -85,6 +85,7 @@ async def test_neither_info_is_for_resuming() -> None:
 # --- initial bytes, then dirty bytes ---------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v2.driver.1")
 @virtual
 async def test_all_of_the_first_image_is_initial_and_nothing_is_dirty() -> None:
     (fd,) = await session(Hosts(WHOLE).source, State.PRE_COPY)
@@ -103,6 +104,7 @@ async def test_the_first_image_is_initial_in_chunks_too_saved_or_not() -> None:
     assert told(await fd.precopy_info()) == (whole - got, 0, False)
 
 
+@pytest.mark.rule("v2.contract.11")
 @virtual
 async def test_where_critical_objects_alone_are_initial_they_come_first() -> None:
     (fd,) = await session(Hosts().source, State.PRE_COPY)
@@ -117,6 +119,7 @@ async def test_where_critical_objects_alone_are_initial_they_come_first() -> Non
     assert (await read(fd)).parts[0].record.blocks.tolist() == list(range(16))
 
 
+@pytest.mark.rule("v2.contract.11")
 @pytest.mark.parametrize("kind", WITH_PRECOPY)
 @settings(max_examples=15)
 @given(steps=st.lists(st.tuples(st.integers(0, 2 * MS), st.integers(0, 4 * MIB)), min_size=5, max_size=40))
@@ -170,6 +173,7 @@ async def test_what_is_pending_is_all_that_was_not_read_yet(
 # --- what it starts --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v2.driver.3")
 @pytest.mark.parametrize("image", [{}, WHOLE], ids=["chunks", "whole images"])
 @virtual
 async def test_precopy_info_makes_the_device_save_what_became_dirty_and_read_does_not(image: dict[str, Any]) -> None:
@@ -186,6 +190,7 @@ async def test_precopy_info_makes_the_device_save_what_became_dirty_and_read_doe
     await fails_with(errno.ENOMSG, fd.read(ALL))
 
 
+@pytest.mark.rule("v2.driver.3")
 @virtual
 async def test_precopy_info_starts_no_save_before_all_earlier_data_is_read() -> None:
     hosts = Hosts({**WHOLE, **BUSY})
@@ -203,6 +208,7 @@ async def test_precopy_info_starts_no_save_before_all_earlier_data_is_read() -> 
     assert len(blocks(await read_all(fd))) == 64
 
 
+@pytest.mark.rule("v2.driver.4")
 @virtual
 async def test_what_became_dirty_is_told_before_it_is_saved_but_not_before_the_initial_data_is_read() -> None:
     hosts = Hosts({**WHOLE, **BUSY})
@@ -225,6 +231,7 @@ async def test_nothing_is_saved_where_nothing_became_dirty() -> None:
         await fails_with(errno.ENOMSG, fd.read(ALL))
 
 
+@pytest.mark.rule("v2.driver.3")
 @virtual
 async def test_precopy_info_waits_for_the_save_in_flight() -> None:
     (fd,) = await session(Hosts(WHOLE).source, State.PRE_COPY)
@@ -314,6 +321,7 @@ async def asked_every(fd: DataFd, interval_ns: int, until_ns: int) -> list[int]:
     return reported
 
 
+@pytest.mark.rule("v2.contract.12")
 @pytest.mark.parametrize("reinit", ["flush", "invalidate"])
 @virtual
 async def test_reinit_is_told_once_for_each_reconfiguration_that_is_seen(reinit: str) -> None:
@@ -323,6 +331,7 @@ async def test_reinit_is_told_once_for_each_reconfiguration_that_is_seen(reinit:
     assert await asked_every(fd, 10 * MS, 500 * MS) == [110, 210, 310]
 
 
+@pytest.mark.rule("v2.contract.12")
 @pytest.mark.parametrize(("reinit", "opts_in"), [("none", True), ("none", False), ("flush", False)])
 @virtual
 async def test_reinit_is_not_told_without_the_opt_in_nor_by_a_driver_that_has_none(reinit: str, opts_in: bool) -> None:
@@ -346,6 +355,7 @@ async def test_without_the_opt_in_a_reconfiguration_is_dirty_bytes_like_any_othe
     assert len(objects(await read_all(fd))) == 2
 
 
+@pytest.mark.rule("v2.contract.12")
 @pytest.mark.parametrize("reinit", ["flush", "invalidate"])
 @virtual
 async def test_with_the_opt_in_it_is_the_same_bytes_as_initial_ones(reinit: str) -> None:
@@ -384,6 +394,7 @@ async def test_one_that_the_first_image_is_too_early_for_is_told() -> None:
     assert told(await fd.precopy_info()) == (first + NEW_OBJECTS_BYTES, 0, True)
 
 
+@pytest.mark.rule("v2.contract.12")
 @virtual
 async def test_in_precopy_p2p_no_reinit_is_told_but_back_in_pre_copy_it_is() -> None:
     hosts = Hosts({**WHOLE, **NEW_AT_100_MS})
@@ -434,6 +445,7 @@ async def test_a_new_session_tells_of_new_reconfigurations_only() -> None:
     assert (await fd.precopy_info()).reinit
 
 
+@pytest.mark.rule("v2.contract.12")
 @pytest.mark.parametrize("kind", NOT_REREAD)
 @pytest.mark.parametrize("reinit", ["flush", "invalidate"])
 @settings(max_examples=10)
@@ -476,6 +488,7 @@ DIRTY_BYTES = 15 * BLOCK_BYTES + HEADER_BYTES
 """What the writes of just under 100 ms make dirty, saved."""
 
 
+@pytest.mark.rule("v2.driver.12")
 @virtual
 async def test_flush_makes_unread_bytes_initial_and_the_new_ones_follow() -> None:
     hosts, fd = await with_unread_dirty_bytes({})
@@ -489,6 +502,7 @@ async def test_flush_makes_unread_bytes_initial_and_the_new_ones_follow() -> Non
     assert hosts.source.read_counts[0].dropped_bytes == 0
 
 
+@pytest.mark.rule("v2.driver.12")
 @virtual
 async def test_flush_saves_at_once_although_not_all_is_read() -> None:
     _, fd = await with_unread_dirty_bytes({})
@@ -505,6 +519,7 @@ async def test_flush_counts_of_a_record_that_was_begun_only_the_rest() -> None:
     assert told(await fd.precopy_info()) == (DIRTY_BYTES - 100_000 + new_bytes, 0, True)
 
 
+@pytest.mark.rule("v2.driver.4")
 @virtual
 async def test_after_a_flush_no_dirty_bytes_are_told_of_until_the_new_initial_ones_are_read() -> None:
     _, fd = await with_unread_dirty_bytes({})
@@ -539,6 +554,7 @@ async def test_where_critical_objects_alone_are_initial_flush_puts_the_new_ones_
 INVALIDATE = {"driver.reinit": "invalidate"}
 
 
+@pytest.mark.rule("v2.driver.13")
 @virtual
 async def test_invalidate_drops_unread_dirty_bytes_and_they_are_dirty_again() -> None:
     hosts, fd = await with_unread_dirty_bytes(INVALIDATE)
@@ -561,6 +577,7 @@ async def test_after_an_invalidation_what_was_dropped_is_told_as_dirty_once_the_
     assert told(await fd.precopy_info()) == (0, 17 * BLOCK_BYTES + HEADER_BYTES, False)
 
 
+@pytest.mark.rule("v2.driver.13")
 @virtual
 async def test_invalidate_keeps_a_record_that_was_begun() -> None:
     """Its bytes are on their way: the target would see a stream that was cut."""
@@ -605,6 +622,7 @@ async def test_what_was_dropped_is_saved_again_at_the_stop_if_nobody_asked_befor
     assert len(blocks(parts)) == len(set(blocks(parts))) == 17
 
 
+@pytest.mark.rule("v2.driver.12", "v2.driver.13")
 @pytest.mark.parametrize("reinit", ["flush", "invalidate"])
 @pytest.mark.parametrize("image", [{}, WHOLE], ids=["chunks", "whole images"])
 @settings(max_examples=15)

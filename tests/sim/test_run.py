@@ -290,6 +290,7 @@ def test_what_the_firmware_is_saving_counts_as_left(protocol: str) -> None:
     assert outcome.phases_ns["drain"] < 100e6
 
 
+@pytest.mark.rule("v3.6.2", "v3.6.3")
 @pytest.mark.parametrize("protocol", ["v3-n1", "v3-n4", "v3-n4-pool", "v3-n4-one", "v3-blocks-n4"])
 def test_v3_stops_the_guest_when_critical_data_is_loaded_and_the_rest_fits_by_v2s_rule(
     monkeypatch: pytest.MonkeyPatch, protocol: str
@@ -392,6 +393,7 @@ def test_v3_stops_the_guest_when_critical_data_is_loaded_and_the_rest_fits_by_v2
     assert samples > sum(look[0] == "estimate" for look in looks), "and some when it was not ready"
 
 
+@pytest.mark.rule("v3.6.2")
 @pytest.mark.parametrize("protocol", ["v3-n1", "v3-n4", "v3-n4-pool"])
 def test_v3_does_not_stop_with_more_of_a_stream_left_than_it_saves_within_the_limit(protocol: str) -> None:
     """RAM is fast, and all streams run dry while it moves: that says nothing of how soon they are through again."""
@@ -431,6 +433,7 @@ def test_ram_that_was_not_sent_yet_is_not_expected_to_be_fast(protocol: str) -> 
 # --- a device that cannot --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v3.12.4")
 @pytest.mark.parametrize(("has", "asked"), [(0, 1), (3, 4), (16, 64)])
 def test_more_streams_than_the_device_has_are_unsupported(has: int, asked: int) -> None:
     scenario = small_scenario({"device.0.max_dirty_streams": has})
@@ -442,6 +445,7 @@ def test_more_streams_than_the_device_has_are_unsupported(has: int, asked: int) 
     assert virtual.run(kept.drivers[0].state()) is State.RUNNING
 
 
+@pytest.mark.rule("v3.12.4")
 def test_one_device_of_several_that_cannot_is_named() -> None:
     other = small_scenario({"device.0.name": "old", "device.0.max_dirty_streams": 0}).device[0]
     scenario = small_scenario().model_copy(update={"device": [*small_scenario().device, other]})

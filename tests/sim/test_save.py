@@ -70,6 +70,7 @@ async def test_v2_is_one_stream_critical_objects_first_then_blocks_then_the_end(
     assert size(parts) == STATE_BYTES + 10 * HEADER_BYTES
 
 
+@pytest.mark.rule("v2.driver.1")
 @pytest.mark.parametrize("state", [State.PRE_COPY, State.PRE_COPY_P2P])
 @virtual
 async def test_before_the_first_image_the_size_of_the_stop_copy_is_announced(state: State) -> None:
@@ -91,6 +92,7 @@ async def test_v3_has_critical_objects_on_their_own_and_each_block_once_on_a_dir
     assert not any(record.end for parts in dirty for record in records(parts)[:-1])
 
 
+@pytest.mark.rule("v3.3.2")
 @pytest.mark.parametrize("streams", [2, 3, 16])
 @virtual
 async def test_a_blocks_home_is_its_number_modulo_the_streams(streams: int) -> None:
@@ -99,6 +101,7 @@ async def test_a_blocks_home_is_its_number_modulo_the_streams(streams: int) -> N
     assert stripes == {block: block % streams for block in range(BLOCKS)}
 
 
+@pytest.mark.rule("v3.3.2")
 @virtual
 async def test_a_block_keeps_its_home_through_the_session() -> None:
     hosts = Hosts({"device.0.writes": {"pattern": "uniform", "mib_per_s": 100.0}})
@@ -143,6 +146,7 @@ async def test_the_last_image_has_what_changed_since_the_others_and_no_more() ->
 # --- images whole, or in chunks --------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v2.driver.1")
 @virtual
 async def test_a_whole_image_is_one_record_of_one_save() -> None:
     (fd,) = await session(Hosts(WHOLE).source, State.PRE_COPY)
@@ -178,6 +182,7 @@ async def test_a_middle_image_is_whole_too() -> None:
     assert not record.initial
 
 
+@pytest.mark.rule("v2.driver.8")
 @pytest.mark.parametrize("image", [{}, WHOLE], ids=["chunks", "whole images"])
 @virtual
 async def test_after_the_stop_the_image_comes_in_chunks_whatever_it_was_before(image: dict[str, Any]) -> None:
@@ -208,6 +213,7 @@ async def test_a_save_in_flight_at_the_stop_ends_and_the_last_image_has_only_wha
 # --- chunks and the reader -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v2.driver.8")
 @pytest.mark.parametrize("chunks", [1, 2, 5])
 @pytest.mark.parametrize("state", [State.PRE_COPY, State.STOP_COPY])
 @virtual
@@ -221,6 +227,7 @@ async def test_the_device_saves_so_many_chunks_ahead_of_the_reader_and_no_more(s
         assert len(await read(fd)) == chunks * (CHUNK_BYTES + HEADER_BYTES)
 
 
+@pytest.mark.rule("v2.driver.8")
 @virtual
 async def test_of_two_chunks_of_8_mib_the_next_save_waits_until_one_is_read_to_its_last_byte() -> None:
     changes = {"driver.chunk_mib": 8, "device.0.state_mib": 32.0, "device.0.critical.objects": 0}
@@ -252,6 +259,7 @@ async def test_reading_slowly_is_as_slow_as_it_is_and_reading_fast_as_slow_as_th
 # --- read ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v2.contract.9")
 @virtual
 async def test_the_end_is_temporary_in_pre_copy() -> None:
     hosts = Hosts()
@@ -264,6 +272,7 @@ async def test_the_end_is_temporary_in_pre_copy() -> None:
             assert await fd.poll(0) is Ready.NOTHING
 
 
+@pytest.mark.rule("v2.contract.9", "v3.3.4")
 @pytest.mark.parametrize("streams", [0, 2])
 @virtual
 async def test_the_end_is_for_ever_in_stop_copy(streams: int) -> None:
@@ -331,6 +340,7 @@ async def test_the_stream_is_the_same_however_it_is_cut(max_bytes: int, streams:
             at = [at[0], part.stop] if part.stop < part.record.size_bytes else [at[0] + 1, 0]
 
 
+@pytest.mark.rule("v2.driver.7")
 @virtual
 async def test_the_first_read_in_stop_copy_waits_for_the_save_that_the_stop_only_queued() -> None:
     hosts = Hosts({"device.0.critical.objects": 0, "device.0.stop_only_mib": 1.0})
@@ -342,6 +352,7 @@ async def test_the_first_read_in_stop_copy_waits_for_the_save_that_the_stop_only
     assert await took_ns(fd.read(64 * KIB)) == CALL_NS + copy_ns(64 * KIB)
 
 
+@pytest.mark.rule("v2.driver.5")
 @virtual
 async def test_read_waits_for_a_save_in_flight_in_pre_copy_too() -> None:
     """Rather than giving ENOMSG ("vfio/mlx5: consider inflight SAVE during PRE_COPY")."""
@@ -351,6 +362,7 @@ async def test_read_waits_for_a_save_in_flight_in_pre_copy_too() -> None:
     assert now_ns() == save_ns(STATE_BYTES) + CALL_NS
 
 
+@pytest.mark.rule("v3.3.4")
 @virtual
 async def test_read_waits_for_a_save_that_began_before_the_guest_was_stopped() -> None:
     """Also when a reconfiguration that the stop forestalled would have come meanwhile."""
@@ -449,6 +461,7 @@ async def test_a_new_epoch_is_told_on_the_critical_fd_alone_until_it_was_asked_f
     waiting.cancel()
 
 
+@pytest.mark.rule("v3.3.10")
 @virtual
 async def test_a_new_epochs_critical_data_is_saved_without_being_asked_for() -> None:
     hosts = Hosts({"device.0.reconfigurations": {"at_s": [0.1], "objects_each": 2}})
@@ -492,6 +505,7 @@ async def test_a_new_epoch_is_pending_from_when_it_began_until_it_is_read() -> N
 # --- locks -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v2.driver.9")
 @pytest.mark.parametrize(
     ("lock", "one_fd", "two_fds", "two_devices"),
     [("none", 1, 1, 1), ("per_fd", 2, 1, 1), ("device", 2, 2, 1), ("global", 2, 2, 2)],
@@ -550,6 +564,7 @@ async def test_waiting_for_another_reader_is_told_as_waiting_for_the_lock() -> N
 # --- drivers that only check (hisi_acc, qat) -------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v2.driver.15")
 @pytest.mark.parametrize("check_bytes", [1, 40, 4096])
 @virtual
 async def test_a_driver_that_checks_gives_its_few_bytes_and_the_state_only_when_stopped(check_bytes: int) -> None:
@@ -586,6 +601,7 @@ async def test_what_a_driver_that_checks_will_give_is_in_the_estimate() -> None:
 # --- drivers that give 0 at the temporary end (mtty, qat) ------------------------------------------------------------
 
 
+@pytest.mark.rule("v2.driver.15")
 @virtual
 async def test_a_sloppy_driver_gives_0_in_pre_copy_where_others_give_enomsg() -> None:
     hosts = Hosts({"driver.precopy_end": "0", **BUSY})
@@ -618,6 +634,7 @@ async def test_a_0_of_a_sloppy_driver_is_not_the_end_of_what_comes_when_the_devi
 REREAD = {**WHOLE, "driver.precopy": "reread", "driver.reread_ms": 1000.0}
 
 
+@pytest.mark.rule("v2.driver.15")
 @virtual
 async def test_a_driver_without_increments_gives_the_whole_context_again_though_nothing_changed() -> None:
     hosts = Hosts(REREAD)
@@ -634,6 +651,7 @@ async def test_a_driver_without_increments_gives_the_whole_context_again_though_
         assert objects(image) == [0, 1, 2, 3]
 
 
+@pytest.mark.rule("v2.driver.15")
 @pytest.mark.parametrize("reread_ms", [0.5, 50.0, 1000.0])
 @virtual
 async def test_the_context_is_read_again_at_most_once_in_so_long_and_never_before_it_is_read(reread_ms: float) -> None:
@@ -691,6 +709,7 @@ RESTLESS = {
 }
 
 
+@pytest.mark.rule("v2.driver.15")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reinit", ["flush", "invalidate", "none"])
 @settings(max_examples=8)

@@ -47,6 +47,7 @@ def test_asking_at_any_times_in_any_order_gives_what_asking_once_does(asked: lis
     assert everything(often) == everything(once)
 
 
+@pytest.mark.rule("v3.4.1")
 @given(TIMES)
 def test_versions_count_the_writes_and_epochs_the_reconfigurations(at: int) -> None:
     state = device()

@@ -77,6 +77,7 @@ async def check_in_error(driver: SimDriver, fds: Sequence[DataFd]) -> None:
 # --- opting in -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v3.2.1")
 @virtual
 async def test_a_device_tells_how_many_streams_it_has_and_what_it_can_do() -> None:
     for most in (1, 4, 64):
@@ -87,6 +88,7 @@ async def test_a_device_tells_how_many_streams_it_has_and_what_it_can_do() -> No
         assert (able.dirty_streams, able.flags) == (16, 0), "it cannot tell which blocks changed"
 
 
+@pytest.mark.rule("v3.2.1")
 @virtual
 async def test_a_device_without_multi_stream_knows_nothing_of_streams() -> None:
     driver = Hosts({"device.0.max_dirty_streams": 0}).source
@@ -106,6 +108,7 @@ WRONG: list[tuple[int, int]] = [
 ]
 
 
+@pytest.mark.rule("v3.2.2")
 @pytest.mark.parametrize(("count", "flags"), WRONG)
 @virtual
 async def test_what_a_device_does_not_have_is_refused_and_the_choice_before_holds(count: int, flags: int) -> None:
@@ -123,12 +126,14 @@ async def test_what_a_device_does_not_have_is_refused_and_the_choice_before_hold
         await driver.set_state(State.RUNNING)
 
 
+@pytest.mark.rule("v3.11.4")
 @pytest.mark.parametrize("precopy", ["reread", "check"])
 @virtual
 async def test_a_device_that_cannot_tell_what_changed_has_no_blocks_to_give(precopy: str) -> None:
     await fails_with(errno.EINVAL, Hosts({"driver.precopy": precopy}).source.set_streams(1, StreamFlags.BLOCKS))
 
 
+@pytest.mark.rule("v3.2.2")
 @pytest.mark.parametrize("state", [State.PRE_COPY, State.PRE_COPY_P2P, State.STOP_COPY, State.RESUMING])
 @pytest.mark.parametrize("before", [(0, 0), (2, 0), (1, StreamFlags.BLOCKS)])
 @virtual
@@ -143,6 +148,7 @@ async def test_with_a_session_open_nothing_can_be_chosen(state: State, before: t
     await driver.set_streams(2)
 
 
+@pytest.mark.rule("v3.2.4")
 @virtual
 async def test_a_choice_holds_for_all_sessions_to_come_and_through_a_reset() -> None:
     hosts = Hosts()
@@ -158,6 +164,7 @@ async def test_a_choice_holds_for_all_sessions_to_come_and_through_a_reset() -> 
     await fd.get_stream(1)
 
 
+@pytest.mark.rule("v3.2.3")
 @pytest.mark.parametrize("streams", [1, 16])
 def test_opted_in_and_out_a_device_is_v2s_to_the_nanosecond(streams: int) -> None:
     changes = {
@@ -185,6 +192,7 @@ def test_opted_in_and_out_a_device_is_v2s_to_the_nanosecond(streams: int) -> Non
 # --- the fds ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v3.3.1")
 @pytest.mark.parametrize("state", [State.PRE_COPY, State.PRE_COPY_P2P, State.STOP_COPY, State.RESUMING])
 @virtual
 async def test_the_critical_fd_gives_the_others_and_no_other_fd_does(state: State) -> None:
@@ -211,6 +219,7 @@ async def test_of_addressable_blocks_there_is_one_fd(state: State) -> None:
         await fails_with(errno.EINVAL, critical.get_stream(index))
 
 
+@pytest.mark.rule("v3.2.3", "v3.3.11")
 @pytest.mark.parametrize("state", [State.PRE_COPY, State.STOP_COPY, State.RESUMING])
 @virtual
 async def test_v2s_fd_knows_nothing_of_streams_and_v3s_nothing_of_v2s_question(state: State) -> None:
@@ -244,6 +253,7 @@ async def test_fds_are_open_in_one_direction_only() -> None:
     assert await loads.poll(1 * MS) is Ready.NOTHING
 
 
+@pytest.mark.rule("v3.3.2", "v3.3.4")
 @virtual
 async def test_a_critical_stream_has_the_critical_objects_and_each_block_has_one_home() -> None:
     for streams in (1, 2, 5, 16):
@@ -260,6 +270,7 @@ async def test_a_critical_stream_has_the_critical_objects_and_each_block_has_one
             assert [record.end for record in records(stream)] == [False] * (len(records(stream)) - 1) + [True]
 
 
+@pytest.mark.rule("v3.7.1")
 @virtual
 async def test_an_end_tells_what_came_before_it() -> None:
     for parts in await saved_streams(Hosts(), 3):
@@ -290,6 +301,7 @@ async def test_who_waits_in_a_session_that_is_reset_is_woken(state: State) -> No
 # --- what is left ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v3.3.7", "v3.4.1")
 @virtual
 async def test_each_stream_tells_its_own_bytes_and_all_tell_the_newest_epoch() -> None:
     hosts = Hosts()
@@ -310,6 +322,7 @@ async def test_each_stream_tells_its_own_bytes_and_all_tell_the_newest_epoch() -
     assert (await critical.stream_info()).pending_bytes == 0
 
 
+@pytest.mark.rule("v3.3.4", "v3.3.10")
 @virtual
 async def test_asking_a_drained_dirty_stream_makes_it_save_what_became_dirty_and_reading_does_not() -> None:
     hosts = Hosts()
@@ -326,6 +339,7 @@ async def test_asking_a_drained_dirty_stream_makes_it_save_what_became_dirty_and
     assert blocks(await read_all(odd)) == [9]
 
 
+@pytest.mark.rule("v3.3.7")
 @virtual
 async def test_in_p2p_asking_tells_and_makes_nothing() -> None:
     hosts = Hosts()
@@ -346,6 +360,7 @@ async def test_in_p2p_asking_tells_and_makes_nothing() -> None:
     assert objects(await read_all(critical)) == []
 
 
+@pytest.mark.rule("v3.6.4")
 @pytest.mark.parametrize("after_ns", [-1, 0, 1])
 @virtual
 async def test_the_last_look_in_p2p_sees_a_reconfiguration_that_came_until_the_vcpus_stopped(after_ns: int) -> None:
@@ -365,6 +380,7 @@ async def test_the_last_look_in_p2p_sees_a_reconfiguration_that_came_until_the_v
     assert (await critical.stream_info()).epoch == info.epoch
 
 
+@pytest.mark.rule("v3.3.7")
 @virtual
 async def test_in_stop_copy_it_tells_what_is_left_and_afterwards_nothing() -> None:
     hosts = Hosts()
@@ -381,6 +397,7 @@ async def test_in_stop_copy_it_tells_what_is_left_and_afterwards_nothing() -> No
         await fails_with(errno.ENODEV, fd.stream_info())
 
 
+@pytest.mark.rule("v3.3.7")
 @virtual
 async def test_of_a_stream_that_is_loaded_there_is_nothing_to_tell() -> None:
     hosts = Hosts()
@@ -394,6 +411,7 @@ async def test_of_a_stream_that_is_loaded_there_is_nothing_to_tell() -> None:
 # --- waiting for an epoch --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v3.3.6", "v3.4.1")
 @virtual
 async def test_a_new_epoch_is_told_once_for_each_time_it_grew_and_on_the_critical_fd_alone() -> None:
     hosts = Hosts()
@@ -415,6 +433,7 @@ async def test_a_new_epoch_is_told_once_for_each_time_it_grew_and_on_the_critica
         assert await critical.poll(0) is Ready.NOTHING
 
 
+@pytest.mark.rule("v3.3.6")
 @virtual
 async def test_who_waits_in_poll_is_woken_when_the_epoch_begins_and_not_when_its_data_is_saved() -> None:
     hosts = Hosts({"firmware.save_command_us": 5000.0})
@@ -434,6 +453,7 @@ async def test_who_waits_in_poll_is_woken_when_the_epoch_begins_and_not_when_its
         asleep.cancel()
 
 
+@pytest.mark.rule("v3.3.6")
 @virtual
 async def test_asking_a_dirty_fd_leaves_the_event_on_the_critical_one() -> None:
     hosts = Hosts()
@@ -445,6 +465,7 @@ async def test_asking_a_dirty_fd_leaves_the_event_on_the_critical_one() -> None:
     assert await critical.poll(0) & Ready.NEW_EPOCH
 
 
+@pytest.mark.rule("v3.3.9")
 @virtual
 async def test_one_that_only_checks_has_nothing_of_an_epoch_to_wait_for_until_it_is_stopped() -> None:
     hosts = Hosts({"driver.precopy": "check", "driver.check_bytes": 64, "driver.epochs": "invalidate"})
@@ -559,6 +580,7 @@ def inside(range_: tuple[int, int]) -> set[int]:
 RANGES = [(0, BLOCKS), (32, 64), (0, 1), (127, 1), (31, 70), (70, 4), (5, 0)]
 
 
+@pytest.mark.rule("v3.4.4", "v3.4.5")
 @pytest.mark.parametrize("range_", RANGES)
 @virtual
 async def test_with_invalidate_all_of_the_range_that_was_ever_handed_out_comes_again(range_: tuple[int, int]) -> None:
@@ -584,6 +606,7 @@ async def test_with_invalidate_all_of_the_range_that_was_ever_handed_out_comes_a
     await at.check_target(rest)
 
 
+@pytest.mark.rule("v3.4.3")
 @pytest.mark.parametrize("range_", RANGES)
 @virtual
 async def test_with_keep_no_block_comes_again(range_: tuple[int, int]) -> None:
@@ -607,6 +630,7 @@ async def test_a_record_that_is_only_dropped_takes_no_load() -> None:
     assert copy_only < 350 * US, "a MiB and its calls; a LOAD would be 500 us more"
 
 
+@pytest.mark.rule("v3.4.4")
 @virtual
 async def test_a_record_that_an_epoch_overtakes_while_it_is_loaded_is_not_taken_for_the_device() -> None:
     hosts = Hosts({**INVALIDATE, "firmware.load_mib_per_s": 10.0, "device.0.critical.setup_us": 0.0})
@@ -626,6 +650,7 @@ async def test_a_record_that_an_epoch_overtakes_while_it_is_loaded_is_not_taken_
     assert hosts.target.load_counts[0].undone_bytes == 16 * BLOCK_BYTES
 
 
+@pytest.mark.rule("v3.4.2", "v3.4.6")
 @virtual
 async def test_several_epochs_at_once_make_all_their_ranges_invalid() -> None:
     hosts = Hosts(INVALIDATE)
@@ -691,6 +716,7 @@ def failing(command: str, after: int, code: str = "EIO") -> dict[str, Any]:
     return {"device.0.faults": [{"side": side, "command": command, "after": after, "errno": code}]}
 
 
+@pytest.mark.rule("v3.9.1")
 @pytest.mark.parametrize("state", [State.PRE_COPY, State.STOP_COPY])
 @pytest.mark.parametrize("after", [0, 1, 5])
 @virtual
@@ -719,6 +745,7 @@ async def test_blocks_a_save_that_fails_after_a_reset_is_nobodys() -> None:
     assert await hosts.source.state() is State.RUNNING
 
 
+@pytest.mark.rule("v3.9.1")
 @virtual
 async def test_v3_who_waits_while_a_save_fails_elsewhere_is_woken() -> None:
     """The streams have nothing to do with each other but for their device."""
@@ -734,6 +761,7 @@ async def test_v3_who_waits_while_a_save_fails_elsewhere_is_woken() -> None:
     assert await hosts.source.state() is State.ERROR
 
 
+@pytest.mark.rule("v3.9.1")
 @pytest.mark.parametrize("after", [0, 3, 7])
 @pytest.mark.parametrize("code", CODES)
 @virtual
@@ -754,6 +782,7 @@ async def test_v3_a_load_that_fails_puts_the_device_in_error_and_ends_every_stre
     assert not hosts.image.differences(hosts.state)
 
 
+@pytest.mark.rule("v3.9.1")
 @virtual
 async def test_v3_a_dirty_write_that_waits_fails_when_the_critical_load_does() -> None:
     hosts = Hosts(failing("LOAD", 0, "ENOMEM"))
@@ -765,6 +794,7 @@ async def test_v3_a_dirty_write_that_waits_fails_when_the_critical_load_does() -
     await check_in_error(hosts.target, fds)
 
 
+@pytest.mark.rule("v2.driver.2")
 @pytest.mark.parametrize("state", [State.PRE_COPY, State.STOP_COPY])
 @virtual
 async def test_v2_a_save_that_fails_ends_the_session_and_the_state_stays(state: State) -> None:
@@ -780,6 +810,7 @@ async def test_v2_a_save_that_fails_ends_the_session_and_the_state_stays(state: 
         assert blocks(await read_all(fd)) == list(range(BLOCKS))
 
 
+@pytest.mark.rule("v2.driver.2")
 @pytest.mark.parametrize("code", CODES)
 @virtual
 async def test_v2_a_load_that_fails_ends_the_session_and_the_state_stays(code: str) -> None:
@@ -829,6 +860,7 @@ async def test_blocks_a_command_that_fails_puts_the_device_in_error(command: str
 # --- the end of a load -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule("v3.3.8")
 @pytest.mark.parametrize("stream", [0, 1, 2])
 @pytest.mark.parametrize("how", ["nothing came", "cut in a record", "all but the END", "cut in the END"])
 @virtual
@@ -848,6 +880,7 @@ async def test_closing_before_the_end_fails_and_the_device_is_in_error(stream: i
     await check_in_error(hosts.target, fds)
 
 
+@pytest.mark.rule("v3.3.8")
 @virtual
 async def test_closing_after_the_end_changes_nothing_and_can_be_done_twice() -> None:
     hosts = Hosts()
@@ -861,6 +894,7 @@ async def test_closing_after_the_end_changes_nothing_and_can_be_done_twice() -> 
     assert not hosts.image.differences(hosts.state)
 
 
+@pytest.mark.rule("v3.3.8")
 @pytest.mark.parametrize("state", [State.PRE_COPY, State.STOP_COPY])
 @virtual
 async def test_closing_an_fd_that_is_saved_changes_nothing(state: State) -> None:
@@ -872,6 +906,7 @@ async def test_closing_an_fd_that_is_saved_changes_nothing(state: State) -> None
     assert [len(await read_all(fd)) > 0 for fd in fds] == [True] * 3
 
 
+@pytest.mark.rule("v3.7.3")
 @pytest.mark.parametrize("target", [State.STOP, State.RUNNING, State.RUNNING_P2P, State.STOP_COPY])
 @pytest.mark.parametrize("short", [0, 1, 2])
 @virtual
@@ -889,6 +924,7 @@ async def test_leaving_resuming_short_of_an_end_fails_and_the_device_is_in_error
     assert await hosts.target.state() is State.RUNNING
 
 
+@pytest.mark.rule("v3.7.3")
 @virtual
 async def test_leaving_resuming_without_the_newest_epochs_critical_data_fails() -> None:
     """A dirty stream's END tells of an epoch that the critical stream, whole as it is, knows nothing of."""
@@ -965,6 +1001,7 @@ def tampered(how: str, parts: list[RecordSlice], others: list[list[RecordSlice]]
             return [altered(first, epoch=2), second, *rest]
 
 
+@pytest.mark.rule("v3.5.4", "v3.9.2")
 @pytest.mark.parametrize("how", REFUSED)
 @virtual
 async def test_each_thing_that_cannot_be_the_sources_stream_has_an_errno_of_its_own(how: str) -> None:
@@ -1007,6 +1044,7 @@ async def read_run(fd: BlocksFd, first: int, count: int) -> Record:
     return record
 
 
+@pytest.mark.rule("v3.11.1")
 @virtual
 async def test_a_bitmap_tells_all_at_first_and_then_what_changed_since() -> None:
     hosts = Hosts()
@@ -1044,6 +1082,7 @@ async def test_blocks_that_there_are_not_cannot_be_read(first: int, count: int) 
     await read_run(fd, 0, BLOCKS)
 
 
+@pytest.mark.rule("v3.11.2")
 @virtual
 async def test_a_block_can_be_read_as_often_as_one_likes_and_is_as_it_is_then() -> None:
     hosts = Hosts()
@@ -1086,6 +1125,7 @@ async def test_reads_of_blocks_wait_in_p2p_until_it_is_left() -> None:
     await fails_with(errno.ENODEV, reading[0])
 
 
+@pytest.mark.rule("v2.driver.6")
 @virtual
 async def test_a_device_is_suspended_only_after_the_saves_of_blocks_in_flight() -> None:
     hosts = Hosts({"firmware.save_mib_per_s": 10.0, "driver.lock": "none"})
@@ -1096,6 +1136,7 @@ async def test_a_device_is_suspended_only_after_the_saves_of_blocks_in_flight() 
     assert all([len(await task) for task in reading])
 
 
+@pytest.mark.rule("v3.11.3")
 @virtual
 async def test_the_end_of_blocks_comes_when_all_were_read_as_they_are_in_stop_copy() -> None:
     hosts = Hosts()
@@ -1164,6 +1205,7 @@ async def test_with_blocks_an_epoch_makes_dirty_again_what_it_names(policy: str,
     assert not hosts.image.differences(hosts.state)
 
 
+@pytest.mark.rule("v3.11.2")
 @pytest.mark.parametrize("order", [(0, 1), (1, 0), (1, 0, 1), (0, 1, 0, 0), (1, 1)])
 @virtual
 async def test_of_two_records_with_the_same_block_the_newer_one_wins_whatever_the_order(order: tuple[int, ...]) -> None:
@@ -1183,6 +1225,7 @@ async def test_of_two_records_with_the_same_block_the_newer_one_wins_whatever_th
     assert stale == sum(2 for at, one in enumerate(order) if one == 0 and 1 in order[:at]), "4 and 5, each time"
 
 
+@pytest.mark.rule("v3.11.2")
 @virtual
 async def test_blocks_wait_for_their_epoch_and_any_number_of_threads_may_write() -> None:
     hosts = Hosts()
@@ -1225,6 +1268,7 @@ BLOCKS_REFUSED: dict[str, int] = {
 }
 
 
+@pytest.mark.rule("v3.11.3")
 @pytest.mark.parametrize("how", BLOCKS_REFUSED)
 @virtual
 async def test_blocks_what_cannot_be_the_sources_is_refused(how: str) -> None:
