@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rules import DOCS, rules, names_by_rule, with_tests
+from tests.rules import DOCS, names_by_rule, rules, with_tests
 
 
 def test_every_rule_has_a_number_of_its_own() -> None:
