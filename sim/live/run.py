@@ -20,8 +20,9 @@ from sim.device.stream import CriticalLoad, LoadCounts, ReadCounts
 from sim.live import merge_timelines as parts
 from sim.live.fd.store import differences
 from sim.live.processes.children import HANGS, Child, device_main, source_main, start, target_main
-from sim.live.processes.vmm import Run, Settings, check_size
+from sim.live.processes.vmm import Settings, check_size
 from sim.live.real_time import Delays
+from sim.live.tcp.messages import Run
 from sim.live.tcp.sockets import SocketSettings, listen
 from sim.outcome import DeviceMeasured, Measured, Outcome, completed, ended, with_bound
 from sim.scenario.protocol import Protocol

@@ -19,6 +19,7 @@ from proto_v3.errors import PeerFailedError, PeerProtocolError, UserError
 from sim.live.io import IO
 from sim.live.tcp.connection import FRAME_MAGIC
 from sim.live.tcp.handshake import Limits
+from sim.live.tcp.messages import Result, Run
 from sim.live.tcp.session import Session
 from sim.live.tcp.sockets import Preamble, Role, SocketSettings, listen, text_of
 from sim.live.tcp.wire_source import connect
@@ -31,6 +32,7 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 WAYS = [(loop, io) for loop in LOOPS for io in IO]
 LOCAL = ("127.0.0.1", 0)
 PLAIN = SocketSettings()
+RUN = Run("{}", "v2", 1)
 PATIENT = Limits(handshake_s=60, silent_s=60)
 """For tests that must not depend on how fast this machine is."""
 ALLOWED = (OSError, PeerProtocolError, PeerFailedError, UserError)
@@ -74,8 +76,8 @@ def run(loop: str, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     assert not complaints, complaints
 
 
-async def agree(_: dict[str, Any]) -> dict[str, Any]:
-    return {}
+async def agree(_: Run) -> None:
+    pass
 
 
 @asynccontextmanager
@@ -94,7 +96,6 @@ async def pair(
     limits: Limits = PATIENT,
     *,
     sockets: SocketSettings = PLAIN,
-    run: Any = None,
     **more: Any,
 ) -> AsyncIterator[tuple[Session, Session]]:
     """Source and target of a session."""
@@ -106,7 +107,7 @@ async def pair(
             )
         )  # fmt: skip
         source = await connect(
-            address, run or {}, connections, io=IO[io](), limits=limits, sockets=sockets,
+            address, more.get("run", RUN), connections, io=IO[io](), limits=limits, sockets=sockets,
             tls=more.get("client_tls"),
         )  # fmt: skip
         target = await accepting
@@ -188,11 +189,9 @@ class Peer:
                     await writer.wait_closed()
 
 
-OFFER = {"frame_bytes": 1 << 16, "connections": 2, "boot_id": "", "run": {"a": 1}}
+OFFER = {"frame_bytes": 1 << 16, "connections": 2, "boot_id": "", "scenario": "{}", "protocol": "v2", "seed": 1}
 ACCEPT = {
-    "frame_bytes": 1 << 16,
     "boot_id": "",
-    "answer": {},
     "token": bytes(range(16)),
 }
 FRAMES = [(b"h", b""), (b"hd", b"payload"), (b"\x00" * 64, bytes(5000)), (b"x", b"y" * (1 << 16))]
@@ -211,10 +210,10 @@ class SourcePeer(Peer):
             _, writer = await self._dial(address)
             await self.send(f"data preamble {index}", writer, Preamble(Role.DATA, index, token).pack())
             data.append(writer)
-        if (await read_message(reader))["kind"] != "ready":
+        if (await read_message(reader))["kind"] != "connected":
             return
         for _ in range(2):
-            await self.send("clock", session, message("clock"))
+            await self.send("clock", session, message("clockrequest"))
             await read_message(reader)
         await self.send("begin", session, message("begin", offset_ns=-5, uncertainty_ns=7))
         await talk(self, session, data)
@@ -235,16 +234,16 @@ class TargetPeer(Peer):
         reader, session = await self._take(listener)
         await reader.readexactly(32)
         offer = await read_message(reader)
-        told = {**ACCEPT, "boot_id": offer["boot_id"], "frame_bytes": offer["frame_bytes"]}
+        told = {**ACCEPT, "boot_id": offer["boot_id"]}
         await self.send("accept", session, message("accept", **told))
         data = []
         for _ in range(2):
             opening, writer = await self._take(listener)
             await opening.readexactly(32)
             data.append(writer)
-        await self.send("ready", session, message("ready"))
-        while (await read_message(reader))["kind"] == "clock":
-            await self.send("clock", session, message("clock", at_ns=self.at_ns))
+        await self.send("connected", session, message("connected"))
+        while (await read_message(reader))["kind"] == "clockrequest":
+            await self.send("clock", session, message("clockreply", at_ns=self.at_ns))
         await talk(self, session, data)
 
     async def _take(self, listener: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -261,14 +260,14 @@ async def talk(peer: Peer, session: asyncio.StreamWriter, data: list[asyncio.Str
     for index, writer in enumerate(data):
         for number, (header, payload) in enumerate(FRAMES):
             await peer.send(f"frame {index} {number}", writer, frame(header, payload))
-    await peer.send("result", session, message("result", told={"rows": [1, 2], "column": bytes(100)}))
+    await peer.send("result", session, message("result", report={"rows": [1, 2], "column": bytes(100)}))
 
 
 STAGES = [
     "ping", *(f"frame {index} {number}" for index in range(2) for number in range(len(FRAMES))), "result",
 ]  # fmt: skip
 SOURCE_STAGES = ["preamble", "offer", "data preamble 0", "data preamble 1", "clock", "begin", *STAGES]
-TARGET_STAGES = ["accept", "ready", "clock", *STAGES]
+TARGET_STAGES = ["accept", "connected", "clock", *STAGES]
 
 
 async def met_by_target(io: str, change: Change, limits: Limits) -> list[Any]:
@@ -300,7 +299,7 @@ async def met_by_source(io: str, change: Change, limits: Limits) -> list[Any]:
         over = asyncio.Event()
         peer = TargetPeer(change)
         following = asyncio.create_task(peer.follow(peer.script(listener), over))
-        connecting = asyncio.create_task(connect(address, {"a": 1}, 2, io=IO[io](), limits=limits))
+        connecting = asyncio.create_task(connect(address, RUN, 2, io=IO[io](), limits=limits))
         return await _met(following, connecting, over)
 
 
@@ -320,7 +319,7 @@ async def _met(following: asyncio.Task[None], meeting: asyncio.Task[Session], ov
 
 
 async def _hear_out(session: Session) -> Any:
-    while not isinstance(told := await outcome(session.hear("result")), Exception):
+    while not isinstance(told := await outcome(session.receive_message(Result)), Exception):
         pass
     return told
 

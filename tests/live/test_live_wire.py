@@ -22,9 +22,10 @@ from sim.device.record import Bulk
 from sim.live.buffers import Buffers, Lent, as_view
 from sim.live.io import IO
 from sim.live.merge_timelines import LATEST, ProcessTimeline, merge
-from sim.live.tcp import messages, wire_source
+from sim.live.tcp import message_stream, wire_source
 from sim.live.tcp.connection import SMALL_BYTES
-from sim.live.tcp.handshake import Limits
+from sim.live.tcp.handshake import ClockOffset, Limits
+from sim.live.tcp.messages import Bye, Failed, Prepared, Result, Run, Start, Started
 from sim.live.tcp.session import Session
 from sim.live.tcp.sockets import Granted, SocketSettings, listen
 from sim.live.tcp.wire_source import connect
@@ -32,6 +33,7 @@ from sim.live.tcp.wire_target import accept
 from tests.build.wires import (
     LOCAL,
     PATIENT,
+    RUN,
     WAYS,
     Peer,
     TargetPeer,
@@ -216,21 +218,24 @@ def test_a_view_of_whatever_has_bytes() -> None:
 
 @both_ways
 def test_both_sides_know_what_was_agreed_on(loop: str, io: str) -> None:
-    async def judge(run: dict[str, Any]) -> dict[str, Any]:
-        return {"got": run["scenario"]}
+    judged: list[Run] = []
+
+    async def judge(run: Run) -> None:
+        judged.append(run)
 
     async def main() -> None:
         settings = SocketSettings(buffer_bytes=40_000, max_rate_bytes_per_s=10**9)
-        async with pair(io, 5, PATIENT, sockets=settings, run={"scenario": "mlx5"}, judge=judge) as (source, target):
+        async with pair(io, 5, PATIENT, sockets=settings, run=Run("mlx5", "v3-n2", 2**63 - 1), judge=judge) as (
+            source,
+            target,
+        ):
             for session in (source, target):
-                assert session.run == {"scenario": "mlx5"}
-                assert session.answer == {"got": "mlx5"}
-                assert session.frame_bytes == 1 << 20
                 assert len(session.channels) == 5
-                assert (session.peer_offset_ns, session.uncertainty_ns) == (0, 0)
+                assert session.peer_clock == ClockOffset(0, 0)
                 assert all(granted.max_rate_bytes_per_s == 10**9 for granted in session.sockets)
                 assert all(40_000 <= granted.send_buffer_bytes <= 80_000 for granted in session.sockets)
             assert target.peer.startswith("127.0.0.1:")
+            assert judged == [Run("mlx5", "v3-n2", 2**63 - 1)]
 
     run(loop, main)
 
@@ -261,7 +266,7 @@ def test_the_largest_number_of_connections_comes_together(loop: str, io: str) ->
     ("theirs", "connections", "words"),
     [
         (Limits(60, 60, connections=3), 4, "4 data connections are offered; 1 to 3 are allowed here"),
-        (Limits(60, 60, frame_bytes=999), 1, "frames of up to 1048576 bytes are offered; up to 999 are allowed here"),
+        (Limits(60, 60, frame_bytes=999), 1, "frames of up to 1048576 bytes are offered; 1 to 999 are allowed here"),
     ],
 )
 def test_an_offer_beyond_the_targets_limits_is_refused_in_the_same_words_at_both_sides(
@@ -270,7 +275,7 @@ def test_an_offer_beyond_the_targets_limits_is_refused_in_the_same_words_at_both
     async def main() -> None:
         async with listening() as (listener, address):
             accepting = asyncio.create_task(outcome(accept(listener, agree, io=IO["loop"](), limits=theirs)))
-            told = await outcome(connect(address, {}, connections, io=IO["loop"](), limits=PATIENT))
+            told = await outcome(connect(address, RUN, connections, io=IO["loop"](), limits=PATIENT))
             refused = await accepting
         assert isinstance(told, PeerFailedError)
         assert isinstance(refused, PeerProtocolError)
@@ -283,13 +288,13 @@ def test_an_offer_beyond_the_targets_limits_is_refused_in_the_same_words_at_both
 @both_ways
 @pytest.mark.parametrize("error", [UserError("no device has this size"), OSError(12, "Cannot allocate memory")])
 def test_what_the_judge_says_is_the_refusal(loop: str, io: str, error: Exception) -> None:
-    async def judge(_: dict[str, Any]) -> dict[str, Any]:
+    async def judge(_: Run) -> None:
         raise error
 
     async def main() -> None:
         async with listening() as (listener, address):
             accepting = asyncio.create_task(outcome(accept(listener, judge, io=IO[io](), limits=PATIENT)))
-            told = await outcome(connect(address, {}, 2, io=IO[io](), limits=PATIENT))
+            told = await outcome(connect(address, RUN, 2, io=IO[io](), limits=PATIENT))
             assert await accepting is error
         assert isinstance(told, PeerFailedError)
         assert str(told).endswith(f"refuses: {error}")
@@ -298,13 +303,13 @@ def test_what_the_judge_says_is_the_refusal(loop: str, io: str, error: Exception
 
 
 def test_a_bug_in_the_judge_is_no_secret_here_but_there() -> None:
-    async def judge(_: dict[str, Any]) -> dict[str, Any]:
+    async def judge(_: Run) -> None:
         raise ZeroDivisionError("a secret")
 
     async def main() -> None:
         async with listening() as (listener, address):
             accepting = asyncio.create_task(outcome(accept(listener, judge, io=IO["loop"](), limits=PATIENT)))
-            told = await outcome(connect(address, {}, 2, io=IO["loop"](), limits=PATIENT))
+            told = await outcome(connect(address, RUN, 2, io=IO["loop"](), limits=PATIENT))
             assert isinstance(await accepting, ZeroDivisionError)
         assert str(told).endswith("refuses: an error of its own")
 
@@ -313,9 +318,8 @@ def test_a_bug_in_the_judge_is_no_secret_here_but_there() -> None:
 
 @both_ways
 def test_a_caller_who_gives_up_leaves_nothing_behind(loop: str, io: str) -> None:
-    async def never(_: dict[str, Any]) -> dict[str, Any]:
+    async def never(_: Run) -> None:
         await asyncio.Event().wait()
-        return {}
 
     async def main() -> None:
         rng = random.Random(3)
@@ -324,7 +328,7 @@ def test_a_caller_who_gives_up_leaves_nothing_behind(loop: str, io: str) -> None
                 async with listening() as (listener, address):
                     both = [
                         asyncio.create_task(accept(listener, judge, io=IO[io](), limits=PATIENT)),
-                        asyncio.create_task(connect(address, {}, 3, io=IO[io](), limits=PATIENT)),
+                        asyncio.create_task(connect(address, RUN, 3, io=IO[io](), limits=PATIENT)),
                     ]
                     for _ in range(rng.randrange(80)):
                         await asyncio.sleep(0)
@@ -341,15 +345,15 @@ def test_what_makes_no_sense_is_the_users_error() -> None:
     async def main() -> None:
         io = IO["loop"]()
         for address in (("127.0.0.1", 70_000), ("a" * 70 + ".example", 1), ("a\0b", 1)):
-            assert isinstance(await outcome(connect(address, {}, 1, io=io)), (UserError, OSError))
+            assert isinstance(await outcome(connect(address, RUN, 1, io=io)), (UserError, OSError))
         for connections in (0, 1025):
             with pytest.raises(UserError, match="from 1 to 1024"):
-                await connect(LOCAL, {}, connections, io=io)
+                await connect(LOCAL, RUN, connections, io=io)
         async with listening() as (listener, address):
             with pytest.raises(UserError, match="cannot listen"):
                 listen(address, SocketSettings())
             del listener
-        refused = await outcome(connect(address, {}, 1, io=io))
+        refused = await outcome(connect(address, RUN, 1, io=io))
         assert isinstance(refused, ConnectionRefusedError)
         assert f"127.0.0.1:{address[1]}" in str(refused)
 
@@ -370,31 +374,31 @@ def test_on_two_hosts_the_clocks_offset_is_measured(monkeypatch: pytest.MonkeyPa
 
     async def main() -> None:
         async with pair("loop", 1) as (source, target):
-            assert 0 < source.uncertainty_ns == target.uncertainty_ns
-            assert abs(source.peer_offset_ns) <= source.uncertainty_ns  # it is the same clock, after all
-            assert target.peer_offset_ns == -source.peer_offset_ns
+            here, there = source.peer_clock, target.peer_clock
+            assert 0 < here.uncertainty_ns == there.uncertainty_ns
+            assert abs(here.offset_ns) <= here.uncertainty_ns  # it is the same clock, after all
+            assert there.offset_ns == -here.offset_ns
 
     run("asyncio", main)
 
 
 def test_two_hosts_with_the_same_boot_id_are_found_out() -> None:
     """A virtual machine that was copied while it ran has the original's boot_id, and another clock."""
-    heard: list[tuple[int, int]] = []
+    heard: list[ClockOffset] = []
 
     async def main() -> None:
         async with listening() as (listener, address):
             peer = TargetPeer(lambda _, data: data)
             peer.at_ns = time.perf_counter_ns() + 10**15
             following = asyncio.create_task(peer.follow(peer.script(listener), asyncio.Event()))
-            session = await connect(address, {}, 2, io=IO["loop"](), limits=PATIENT)
-            heard.append((session.peer_offset_ns, session.uncertainty_ns))
+            session = await connect(address, RUN, 2, io=IO["loop"](), limits=PATIENT)
+            heard.append(session.peer_clock)
             await session.close()
             await following
 
     run("asyncio", main)
-    offset, uncertainty = heard[0]
-    assert uncertainty > 0
-    assert abs(offset - 10**15) < 10**12
+    assert heard[0].uncertainty_ns > 0
+    assert abs(heard[0].offset_ns - 10**15) < 10**12
 
 
 # --- talking ----------------------------------------------------------------------------------------------------------
@@ -405,18 +409,17 @@ def test_messages_come_in_order_and_a_wrong_one_is_the_peers_error(loop: str, io
     async def main() -> None:
         async with pair(io, 1) as (source, target):
             column = os.urandom(3 << 20)
-            await source.tell("result", column=column, marks={"a": [1, -2, 2.5, None]})
-            await source.tell("more")
-            cancelled = asyncio.create_task(target.hear("x"))
+            report = {"column": column, "marks": {"a": [1, -2, 2.5, None]}}
+            await source.send_message(Result(report=report))
+            await source.send_message(Started())
+            cancelled = asyncio.create_task(target.receive_message(Bye))
             cancelled.cancel()
-            assert await target.hear("other", "result") == {
-                "kind": "result", "column": column, "marks": {"a": [1, -2, 2.5, None]},
-            }  # fmt: skip
-            with pytest.raises(PeerProtocolError, match="'more' came where result or end was due"):
-                await target.hear("result", "end")
-            await target.tell("failed", why="the device\x1b[2J is gone")
+            assert await target.receive_message(Bye, Result) == Result(report=report)
+            with pytest.raises(PeerProtocolError, match="the message STARTED came where RESULT or BYE was due"):
+                await target.receive_message(Result, Bye)
+            await target.send_message(Failed(why="the device\x1b[2J is gone"))
             with pytest.raises(PeerFailedError, match=r"the target at .* failed: the device\?\[2J is gone"):
-                await source.hear("result")
+                await source.receive_message(Result)
 
     run(loop, main)
 
@@ -424,19 +427,16 @@ def test_messages_come_in_order_and_a_wrong_one_is_the_peers_error(loop: str, io
 def test_what_cannot_be_told_is_this_sides_error() -> None:
     async def main() -> None:
         async with pair("loop", 1) as (source, target):
-            for kind, fields in (
-                ("x", {"a": object()}),
-                ("x", {"a": 2**65}),
-                ("x", {"a": bytes(messages.MAX_MESSAGE_BYTES)}),
-                ("x", {"a": list(range(messages.MAX_MESSAGE_ITEMS))}),
-                ("ping", {}),
-                ("", {}),
-                ("k" * 33, {}),
+            for wrong in (
+                object(),
+                2**65,
+                bytes(message_stream.MAX_MESSAGE_BYTES),
+                list(range(message_stream.MAX_MESSAGE_ITEMS)),
             ):
                 with pytest.raises(LocalProtocolError):
-                    await source.tell(kind, **fields)
-            await source.tell("x", a=1)
-            assert (await target.hear("x"))["a"] == 1
+                    await source.send_message(Result(report=wrong))
+            await source.send_message(Start(zero_ns=1))
+            assert (await target.receive_message(Start)).zero_ns == 1
 
     run("asyncio", main)
 
@@ -445,12 +445,12 @@ def test_a_peer_that_says_more_than_anybody_asks_for_is_given_up() -> None:
     async def main() -> None:
         async with pair("loop", 1) as (source, target):
             for number in range(300):
-                if isinstance(await outcome(source.tell("more", number=number)), ConnectionError):
+                if isinstance(await outcome(source.send_message(Start(zero_ns=number))), ConnectionError):
                     break
-            with pytest.raises(ConnectionAbortedError, match="says more than anybody asked for"):
+            with pytest.raises(ConnectionAbortedError, match="sends more messages than are received"):
                 await target.channels[0].recv()
-            assert (await target.hear("more"))["number"] == 0
-            while not isinstance(told := await outcome(target.hear("more")), Exception):
+            assert (await target.receive_message(Start)).zero_ns == 0
+            while not isinstance(told := await outcome(target.receive_message(Start)), Exception):
                 pass
             assert isinstance(told, PeerProtocolError)
 
@@ -462,8 +462,9 @@ def test_a_peer_that_says_more_than_anybody_asks_for_is_given_up() -> None:
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 ))  # fmt: skip
 def test_a_message_comes_back_as_it_was_told(value: Any) -> None:
-    told = {"kind": "x", "value": value}
-    assert messages.unpacked(messages.packed(told)[4:], messages.MAX_MESSAGE_ITEMS) == told
+    sent = Result(report=value)
+    packed = message_stream.packed(sent)
+    assert message_stream.unpacked(packed[4:], message_stream.MAX_MESSAGE_ITEMS).read_as(Bye, Result) == sent
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
@@ -474,19 +475,19 @@ def test_what_was_sent_before_the_end_still_comes_and_the_end_says_which_connect
     async def main() -> None:
         async with pair(io, 2) as (source, target):
             await source.channels[1].send(b"last", content(1, 100_000))
-            await source.tell("bye")
+            await source.send_message(Bye())
             await source.close()
-            assert (await target.hear("bye"))["kind"] == "bye"
+            await target.receive_message(Bye)
             with pytest.raises(
                 ConnectionResetError, match=r"session with the source at 127\.0\.0\.1:\d+: the other side"
             ):
-                await target.hear("more")
+                await target.receive_message(Bye)
             assert as_view((await target.channels[1].recv())[1]) == content(1, 100_000)
             for _ in range(2):
                 with pytest.raises(ConnectionResetError, match="data connection 1: the other side closed"):
                     await target.channels[1].recv()
             with pytest.raises(ConnectionError, match="session with the source"):
-                await target.tell("x")
+                await target.send_message(Bye())
             while not isinstance(gone := await outcome(target.channels[0].send(b"h", content(0, 99_999))), Exception):
                 pass
             assert isinstance(gone, ConnectionResetError)
@@ -502,7 +503,7 @@ def test_whoever_waits_is_told_when_this_side_closes(loop: str, io: str) -> None
             waiting = [
                 asyncio.create_task(outcome(work))
                 for work in (
-                    source.channels[0].recv(), source.channels[1].recv(), source.hear("x"),
+                    source.channels[0].recv(), source.channels[1].recv(), source.receive_message(Bye),
                     source.channels[0].send(b"h", content(0, 1 << 20)), source.channels[0].send(b"h", content(0, 9)),
                 )
             ]  # fmt: skip
@@ -522,12 +523,12 @@ def test_whoever_waits_is_told_when_this_side_closes(loop: str, io: str) -> None
 def test_sessions_that_say_nothing_live_by_their_pings(loop: str, io: str) -> None:
     async def main() -> None:
         async with pair(io, 1, Limits(60, 1.0)) as (source, target):
-            talk = target._talk
-            until = talk.heard_bytes + 6 * len(message("ping"))
-            while talk.heard_bytes < until:  # more than the beats that may be missed
+            stream = target._stream
+            until = stream.received_bytes + 6 * len(message("ping"))
+            while stream.received_bytes < until:  # more than the beats that may be missed
                 await asyncio.sleep(0.01)
-            await source.tell("still here")
-            assert await target.hear("still here")
+            await source.send_message(Prepared())
+            await target.receive_message(Prepared)
 
     run(loop, main)
 
@@ -542,15 +543,15 @@ def test_when_the_peer_is_silent_everybody_who_waits_is_told(loop: str, io: str)
             over = asyncio.Event()
             peer: Peer = TargetPeer(lambda stage, data: None if stage == "ping" else data)
             following = asyncio.create_task(peer.follow(peer.script(listener), over))  # type: ignore[attr-defined]
-            session = await connect(address, {}, 2, io=IO[io](), limits=Limits(60, 0.2))
+            session = await connect(address, RUN, 2, io=IO[io](), limits=Limits(60, 0.2))
             found.extend(
                 await asyncio.gather(
-                    outcome(session.hear("x")),
+                    outcome(session.receive_message(Bye)),
                     outcome(session.channels[0].recv()),
                     outcome(_send_for_ever(session)),
                 )
             )
-            found.append(await outcome(session.tell("x")))
+            found.append(await outcome(session.send_message(Bye())))
             await session.close()
             over.set()
             await following

@@ -18,8 +18,9 @@ from sim.live.buffers import Buffers
 from sim.live.io import IO
 from sim.live.tcp import listener as door
 from sim.live.tcp.connection import Frames
-from sim.live.tcp.handshake import Accept, Limits, Offer
-from sim.live.tcp.messages import MAX_HANDSHAKE_ITEMS, unpacked
+from sim.live.tcp.handshake import Limits
+from sim.live.tcp.message_stream import MAX_HANDSHAKE_ITEMS, unpacked
+from sim.live.tcp.messages import Accept, Offer, Result
 from sim.live.tcp.sockets import NO_TOKEN, WIRE_VERSION, Preamble, Role
 from sim.live.tcp.wire_source import connect
 from sim.live.tcp.wire_target import accept
@@ -28,6 +29,7 @@ from tests.build.wires import (
     ALLOWED,
     OFFER,
     PATIENT,
+    RUN,
     SOURCE_STAGES,
     TARGET_STAGES,
     WAYS,
@@ -136,7 +138,7 @@ def test_a_peer_that_falls_silent_anywhere_is_given_up_in_time(loop: str, io: st
     assert "waited for data connections 1 of 2 of the source" in str(found["source data preamble 1"])
     assert "waited for the clock of the source" in str(found["source clock"])
     assert "waited for the answer of the target at 127.0.0.1" in str(found["target accept"])
-    assert "to have all data connections" in str(found["target ready"])
+    assert "to have all data connections" in str(found["target connected"])
     assert "waited for the clock of the target" in str(found["target clock"])
     assert "the other side said nothing for 0.5 s" in str(found["target ping"])
 
@@ -148,7 +150,7 @@ def silent_at(silent: str) -> Change:
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_little_memory_is_taken_whatever_is_promised(side: str) -> None:
     """A length is believed only as far as bytes come; a list of lists is not made before it is counted."""
-    deep = (1 << 20).to_bytes(4, "big") + b"\x82\xa4kind\xa5offer\xa3run" + b"\xdd\x00\x0f\xff\xff" * 200_000
+    deep = (1 << 20).to_bytes(4, "big") + b"\x82\xa4kind\xa5offer\xa8scenario" + b"\xdd\x00\x0f\xff\xff" * 200_000
     promises = [
         b"\x00\x0f\xff\xff", b"\x03\xff\xff\xff", b"\xff\xff\xff\xff", deep[: 4 + (1 << 20)],
         frame(b"h", bytes(1 << 16))[:20], b"\x56\x33\x00\x40\x7f\xff\xff\xff",
@@ -164,7 +166,7 @@ def test_little_memory_is_taken_whatever_is_promised(side: str) -> None:
             check(await met_by_source("loop", change, SHORT))
 
     async def main() -> None:
-        begin = ["offer", "clock", "begin"] if side == "source" else ["accept", "ready", "clock"]
+        begin = ["offer", "clock", "begin"] if side == "source" else ["accept", "connected", "clock"]
         for promise in promises:
             await asyncio.gather(*(meeting(stage, promise) for stage in [*begin, "ping", "frame 0 0", "result"]))
 
@@ -212,7 +214,7 @@ def test_strangers_are_turned_away_and_the_source_is_let_in(loop: str, io: str) 
                 writer.close()
                 while len(rejected) <= number:
                     await asyncio.sleep(0)
-            source = await connect(address, {}, 2, io=IO[io](), limits=PATIENT)
+            source = await connect(address, RUN, 2, io=IO[io](), limits=PATIENT)
             await (await accepting).close()
             await source.close()
 
@@ -233,7 +235,7 @@ def test_those_who_say_nothing_keep_nobody_out(loop: str, io: str, monkeypatch: 
                 accept(listener, agree, io=IO[io](), limits=PATIENT, rejected=rejected.append)
             )
             strangers = [await asyncio.open_connection(*address) for _ in range(door.MAX_WAITING + 30)]
-            source = await connect(address, {}, 3, io=IO[io](), limits=PATIENT)
+            source = await connect(address, RUN, 3, io=IO[io](), limits=PATIENT)
             await (await accepting).close()
             await source.close()
             for _, writer in strangers:
@@ -306,7 +308,7 @@ def test_strangers_among_the_data_connections_do_not_end_the_session(loop: str, 
             peer = Busy(honest)
             following = asyncio.create_task(peer.follow(peer.script(address), asyncio.Event()))
             session = await accept(listener, agree, io=IO[io](), limits=PATIENT, rejected=rejected.append)
-            assert (await session.hear("result"))["told"]["rows"] == [1, 2]
+            assert (await session.receive_message(Result)).report["rows"] == [1, 2]
             assert (await session.channels[1].recv())[0] == b"h"
             await session.close()
             await following
@@ -328,10 +330,15 @@ def test_strangers_among_the_data_connections_do_not_end_the_session(loop: str, 
     [
         ({"connections": 0}, "0 data connections are offered; 1 to 1024 are allowed here"),
         ({"connections": 1025}, "1025 data connections are offered; 1 to 1024 are allowed here"),
-        ({"frame_bytes": 1 << 21}, "frames of up to 2097152 bytes are offered; up to 1048576 are allowed here"),
-        ({"frame_bytes": True}, "frame_bytes = True must be int"),
-        ({"boot_id": "x" * 65}, "boot_id = .* must be of a length from 0 to 64"),
-        ({"run": []}, r"run = \[\] must be dict"),
+        ({"frame_bytes": 1 << 21}, "frames of up to 2097152 bytes are offered; 1 to 1048576 are allowed here"),
+        ({"frame_bytes": 0}, "frames of up to 0 bytes are offered"),
+        ({"frame_bytes": True}, "OFFER: frame_bytes = True: .* valid integer"),
+        ({"more": 1}, "OFFER: more = 1: .* not permitted"),
+        ({"boot_id": "x" * 65}, "boot_id = .*: .* at most 64 characters"),
+        ({"scenario": []}, r"scenario = \[\]: .* valid string"),
+        ({"scenario": "x" * ((256 << 10) + 1)}, "OFFER: scenario = 'x.*: .* at most 262144 characters"),
+        ({"seed": -1}, "OFFER: seed = -1: .* greater than or equal to 0"),
+        ({"seed": 2**63}, "OFFER: seed = 9223372036854775808: .* less than"),
         ({"kind": "\x1b[2J"}, r"\?\[2J came where OFFER was due"),
     ],
 )
@@ -358,7 +365,7 @@ def test_an_offer_that_cannot_be_is_refused_with_the_reason(changes: dict[str, A
 
 def test_a_source_that_gives_up_says_why() -> None:
     def change(stage: str, data: bytes) -> bytes:
-        return message("accept", **{**ACCEPT, "frame_bytes": 9}) if stage == "accept" else data
+        return message("accept", **{**ACCEPT, "token": b"short"}) if stage == "accept" else data
 
     found: list[Any] = []
 
@@ -372,7 +379,7 @@ def test_a_source_that_gives_up_says_why() -> None:
 
     run("asyncio", main)
     assert isinstance(found[0], PeerProtocolError)
-    assert "which was not offered" in str(found[0])
+    assert "ACCEPT: token = b'short': Data should have at least 16 bytes" in str(found[0])
     assert isinstance(found[1], PeerFailedError)
     assert str(found[1]).endswith("refuses: no")
 
@@ -409,9 +416,7 @@ def test_a_frame_that_is_none_ends_its_connection_alone(loop: str, io: str) -> N
 )
 def test_any_bytes_are_a_message_or_the_peers_error(body: bytes) -> None:
     with contextlib.suppress(PeerProtocolError):
-        Offer.of(unpacked(body, MAX_HANDSHAKE_ITEMS)).objection(PATIENT)
-    with contextlib.suppress(PeerProtocolError):
-        Accept.of(unpacked(body, MAX_HANDSHAKE_ITEMS), Offer(5, 1, "", {}))
+        unpacked(body, MAX_HANDSHAKE_ITEMS).read_as(Offer, Accept)
 
 
 def test_more_values_than_allowed_are_the_peers_error_before_they_are_made() -> None:

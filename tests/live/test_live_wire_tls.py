@@ -16,11 +16,12 @@ from proto_v3.errors import UserError
 from sim.live.buffers import as_view
 from sim.live.io import IO
 from sim.live.tcp.handshake import Limits
+from sim.live.tcp.messages import Bye, Result
 from sim.live.tcp.session import Session
 from sim.live.tcp.tls import tls_client, tls_server
 from sim.live.tcp.wire_source import connect
 from sim.live.tcp.wire_target import accept
-from tests.build.wires import PATIENT, WAYS, agree, listening, outcome, pair, run
+from tests.build.wires import PATIENT, RUN, WAYS, agree, listening, outcome, pair, run
 
 TLS = Path(__file__).parents[1] / "data" / "tls"
 CA = TLS / "ca.pem"
@@ -52,13 +53,13 @@ def test_a_session_over_tls_is_like_any_other(loop: str, io: str) -> None:
                         sending = asyncio.create_task(here.channels[index].send(b"h", memoryview(data)))
                         assert as_view((await there.channels[index].recv())[1]) == data
                         await sending
-            await target.tell("result", column=bytes(1 << 20))
-            assert (await source.hear("result"))["column"] == bytes(1 << 20)
-            await source.tell("bye")
+            await target.send_message(Result(report=bytes(1 << 20)))
+            assert (await source.receive_message(Result)).report == bytes(1 << 20)
+            await source.send_message(Bye())
             await source.close()
-            assert await target.hear("bye")
+            await target.receive_message(Bye)
             with pytest.raises(ConnectionError):
-                await target.hear("more")
+                await target.receive_message(Bye)
             with pytest.raises(ConnectionError, match="data connection 2"):
                 await target.channels[2].recv()
 
@@ -96,7 +97,7 @@ def test_whoever_waits_is_told_when_this_side_closes(loop: str) -> None:
         async with pair("loop", 2, PATIENT, server_tls=server(), client_tls=client()) as (source, _):
             waiting = [
                 asyncio.create_task(outcome(source.channels[0].recv())),
-                asyncio.create_task(outcome(source.hear("x"))),
+                asyncio.create_task(outcome(source.receive_message(Bye))),
                 asyncio.create_task(outcome(_send_for_ever(source))),
             ]
             await asyncio.sleep(0.1)
@@ -120,7 +121,7 @@ async def meet(server_tls: ssl.SSLContext | None, client_tls: ssl.SSLContext | N
         accepting = asyncio.create_task(
             accept(listener, agree, io=IO["loop"](), limits=PATIENT, tls=server_tls, rejected=rejected.append)
         )
-        told = await outcome(connect(address, {}, 2, io=IO["loop"](), limits=PATIENT, tls=client_tls))
+        told = await outcome(connect(address, RUN, 2, io=IO["loop"](), limits=PATIENT, tls=client_tls))
         while not rejected and not accepting.done():
             await asyncio.sleep(0.01)
         accepting.cancel()
@@ -181,7 +182,7 @@ def test_a_stranger_that_never_begins_tls_keeps_nobody_out(loop: str) -> None:
         async with listening() as (listener, address):
             _, silent = await asyncio.open_connection(*address)
             accepting = asyncio.create_task(accept(listener, agree, io=IO["loop"](), limits=PATIENT, tls=server()))
-            source = await connect(("localhost", address[1]), {}, 2, io=IO["loop"](), limits=PATIENT, tls=client())
+            source = await connect(("localhost", address[1]), RUN, 2, io=IO["loop"](), limits=PATIENT, tls=client())
             await (await accepting).close()
             await source.close()
             silent.close()
@@ -221,7 +222,7 @@ def test_a_caller_who_gives_up_leaves_nothing_behind(loop: str) -> None:
             async with listening() as (listener, address):
                 both = [
                     asyncio.create_task(accept(listener, agree, io=IO["loop"](), limits=PATIENT, tls=server_tls)),
-                    asyncio.create_task(connect(address, {}, 3, io=IO["loop"](), limits=PATIENT, tls=client_tls)),
+                    asyncio.create_task(connect(address, RUN, 3, io=IO["loop"](), limits=PATIENT, tls=client_tls)),
                 ]
                 for _ in range(rng.randrange(150)):
                     await asyncio.sleep(0)

@@ -27,7 +27,8 @@ from typing import Any
 from proto_v3.errors import ProtoV3Error, UserError
 from sim.live.fd.calls import Calls, Reply
 from sim.live.processes.device_process import DeviceProcess
-from sim.live.processes.vmm import Run, Settings, VmmProcess, run_source, run_target, unanswered
+from sim.live.processes.vmm import Settings, VmmProcess, run_source, run_target, unanswered
+from sim.live.tcp.messages import Run
 
 COMM_CHARS = 15
 """Linux, TASK_COMM_LEN less its end: what `ps -o comm`, `top` and `perf` show."""

@@ -34,6 +34,7 @@ from sim.live.merge_timelines import ProcessTimeline
 from sim.live.real_time import RealTime
 from sim.live.tcp.connection import Connection
 from sim.live.tcp.handshake import Limits
+from sim.live.tcp.messages import Bye, Failed, Prepared, Result, Run, Start, Started
 from sim.live.tcp.session import Session
 from sim.live.tcp.sockets import SocketSettings
 from sim.live.tcp.tls import tls_client, tls_server
@@ -50,7 +51,6 @@ BEATS = 4
 """Pings within the time after which a process that does not answer is given up."""
 FRAME_SLACK_BYTES = 128 << 10
 """Of a frame beside the data: a record's header. Versions of addressable blocks, 8 bytes for 1 KiB at the most, too."""
-MAX_SCENARIO_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +77,6 @@ class Settings:
     """Somebody watches."""
     max_state_bytes: int = 4 * GIB
     """Of all devices together: a target makes no more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What is run: as the source offers it."""
-
-    scenario: str
-    """As JSON."""
-    protocol: str
-    seed: int
 
 
 class GuestThere:
@@ -310,7 +300,7 @@ async def run_source(vmm: VmmProcess, run: Run, address: tuple[str, int]) -> dic
     await vmm.device.call("init", scenario=vmm.scenario.told(), seed=run.seed)
     session = await connect(
         address,
-        {"scenario": run.scenario, "protocol": run.protocol, "seed": run.seed},
+        run,
         connections(vmm.scenario, vmm.protocol),
         io=vmm.io,
         limits=_limits(vmm.settings, frame_bytes(vmm.scenario)),
@@ -328,12 +318,12 @@ def _limits(settings: Settings, largest: int) -> Limits:
 
 
 async def _migrate(vmm: VmmProcess, session: Session) -> dict[str, Any]:
-    await session.hear("ready")  # its device process has the memory
+    await session.receive_message(Prepared)  # its device process has the memory
     zero_ns = time.perf_counter_ns() + HEAD_START_NS
-    await session.tell("start", zero_ns=zero_ns + session.peer_offset_ns)
+    await session.send_message(Start(zero_ns=zero_ns + session.peer_clock.offset_ns))
     side = vmm.begin(zero_ns, session)
     await vmm.device.call("start", zero_ns=zero_ns)
-    await session.hear("started")
+    await session.receive_message(Started)
     await clock.sleep_ns(max(0, -clock.now_ns()))
     source: Source | None = None
     note, kind, failures = "", None, []
@@ -350,11 +340,14 @@ async def _migrate(vmm: VmmProcess, session: Session) -> dict[str, Any]:
         for name in ("retries", "retries_stopped_ns", "late_final_checks"):
             told[name] = getattr(source, name)
     told |= {"note": note, "kind": None if kind is None else str(kind), "failures": failures, "side": "source"}
-    told["peer"], told["peer_uncertainty_ns"] = await _of_peer(vmm, session, failures), session.uncertainty_ns
+    told["peer"], told["peer_uncertainty_ns"] = (
+        await _of_peer(vmm, session, failures),
+        session.peer_clock.uncertainty_ns,
+    )
     told["sockets"] = [asdict(granted) for granted in session.sockets]
     told["digests"] = await vmm.digests(told) if kind == "COMPLETED" else []
     with contextlib.suppress(OSError, ProtoV3Error):
-        await session.tell("bye")
+        await session.send_message(Bye())
     return told
 
 
@@ -370,7 +363,7 @@ async def _of_peer(vmm: VmmProcess, session: Session, failures: Sequence[Any]) -
     """What the target measured; None if it cannot say, or not soon after this side told it that it failed."""
     try:
         async with asyncio.timeout(vmm.settings.silent_s if failures else None):
-            told = (await session.hear("result")).get("told")
+            told = (await session.receive_message(Result)).report
             return told if isinstance(told, dict) else None
     except (OSError, TimeoutError, ProtoV3Error):
         return None
@@ -401,12 +394,11 @@ async def run_target(vmm: VmmProcess, listener: socket.socket, rejected: Callabl
     tls = vmm.settings.tls
     context: ssl.SSLContext | None = None if tls is None else tls_server(tls.cert, tls.key, tls.ca)
 
-    async def judge(offer: dict[str, Any]) -> dict[str, Any]:
+    async def judge(run: Run) -> None:
         try:
-            vmm.prepare(_run_of(offer))
+            vmm.prepare(run)
         except pydantic.ValidationError as error:
             raise PeerProtocolError(f"the offer's scenario is none: {error.errors()[0]['msg']}") from error
-        return {}
 
     session = await accept(
         listener,
@@ -422,31 +414,21 @@ async def run_target(vmm: VmmProcess, listener: socket.socket, rejected: Callabl
         return await _take_in(vmm, session)
     except (OSError, ProtoV3Error) as error:
         with contextlib.suppress(OSError, ProtoV3Error):
-            await session.tell("failed", why=str(error))
+            await session.send_message(Failed(why=str(error)))
         raise
     finally:
         await session.close()
 
 
-def _run_of(offer: dict[str, Any]) -> Run:
-    """PeerProtocolError if it is none."""
-    scenario, protocol, seed = offer.get("scenario"), offer.get("protocol"), offer.get("seed")
-    if not isinstance(scenario, str) or len(scenario) > MAX_SCENARIO_BYTES:
-        raise PeerProtocolError(f"the offer has no scenario of at most {MAX_SCENARIO_BYTES} characters")
-    if not isinstance(protocol, str) or type(seed) is not int or not 0 <= seed < 1 << 63:
-        raise PeerProtocolError("the offer names no protocol and seed")
-    return Run(scenario, protocol, seed)
-
-
 async def _take_in(vmm: VmmProcess, session: Session) -> dict[str, Any]:
     await vmm.device.call("init", scenario=vmm.scenario.told(), seed=vmm.run.seed)
-    await session.tell("ready")
-    zero_ns = (await session.hear("start"))["zero_ns"]
-    if type(zero_ns) is not int or abs(zero_ns - time.perf_counter_ns()) > 10_000_000_000:
+    await session.send_message(Prepared())
+    zero_ns = (await session.receive_message(Start)).zero_ns
+    if abs(zero_ns - time.perf_counter_ns()) > 10_000_000_000:
         raise PeerProtocolError(f"time 0 is said to be at {zero_ns!r}, which is not about now")
     side = vmm.begin(zero_ns, session)
     await vmm.device.call("start", zero_ns=zero_ns)
-    await session.tell("started")
+    await session.send_message(Started())
     target: Target | None = None
     whole, failures = False, []
     try:
@@ -463,8 +445,8 @@ async def _take_in(vmm: VmmProcess, session: Session) -> dict[str, Any]:
     told["peak_reorder_bytes"] = target.peak_reorder_bytes if target else 0
     told["digests"] = await vmm.digests(told) if whole else []
     with contextlib.suppress(OSError, ProtoV3Error):
-        await session.tell("result", told=told)
-        await session.hear("bye")
+        await session.send_message(Result(report=told))
+        await session.receive_message(Bye)
     for drain in drains:
         drain.cancel()
     return told

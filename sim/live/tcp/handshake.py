@@ -2,55 +2,52 @@
 
     source                                              target
     OFFER {frame_bytes, connections, boot_id, run} ->
-                                                        <- ACCEPT {frame_bytes, boot_id, token, answer},
-                                                           or REFUSE {why}
+                                                        <- ACCEPT {boot_id, token}, or REFUSE {why}
     data connections, each with the token ->
-                                                        <- READY, when all are there
-    CLOCK -> ... some times                             <- CLOCK {at_ns} ...
+                                                        <- CONNECTED, when all are there
+    CLOCKREQUEST -> ... some times                      <- CLOCKREPLY {at_ns} ...
     BEGIN {offset_ns, uncertainty_ns} ->
 
-Each side bounds all of it by a deadline of its own; whoever gives up says why, in a REFUSE, if the other one still
-listens.
+Each side has a deadline for all of it. Who gives up sends the reason in a REFUSE, if the other side still listens.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
-from proto_v3.errors import PeerProtocolError, UserError
+from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error, UserError
 from sim.live.buffers import Buffers
 from sim.live.io import Pipe
 from sim.live.tcp.connection import Connection
-from sim.live.tcp.messages import Message, Talk, field
-from sim.live.tcp.sockets import TOKEN_BYTES, Granted, SocketSettings
+from sim.live.tcp.message_stream import MessageStream
+from sim.live.tcp.messages import MAX_BOOT_ID_CHARS, Begin, ClockReply, ClockRequest
+from sim.live.tcp.sockets import Granted, SocketSettings
 
-PINGS = 20
-MAX_PINGS = 1000
+CLOCK_REQUESTS = 20
+MAX_CLOCK_REQUESTS = 1000
 MAX_CONNECTIONS = 1024
 MAX_FRAME_BYTES = 1 << 30
-MAX_BOOT_ID_CHARS = 64
 FREE_BYTES = 256 << 20
-"""Of buffers that a session keeps free, at most."""
+"""A session keeps at most this much in free buffers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one side puts up with. UserError if it makes no sense."""
+    """What one side accepts. UserError if a value makes no sense."""
 
     handshake_s: float = 10.0
     """For all of the handshake, from its first connection on."""
     silent_s: float = 10.0
-    """When the other side was silent for that long, it is given up."""
+    """A peer that was silent for that long is given up."""
     frame_bytes: int = 1 << 20
-    """The largest payload of a frame, either way: the source's is used if it is not above the target's."""
+    """The largest payload of a frame, either way: the source's value is used if it is not above the target's."""
     connections: int = MAX_CONNECTIONS
-    """At the target: data connections of a session, at most."""
+    """At the target: the most data connections of a session."""
 
     def __post_init__(self) -> None:
         for name in ("handshake_s", "silent_s"):
@@ -65,111 +62,43 @@ DEFAULT_LIMITS = Limits()
 DEFAULT_SOCKETS = SocketSettings()
 
 
-class Deadline:
-    """Bounds a handshake, from when this is made. TimeoutError says what was waited for."""
+@dataclass(slots=True)
+class Handshake:
+    """How far a handshake is."""
 
-    def __init__(self, limit_s: float, waits_for: str) -> None:
-        self.waits_for: Callable[[], str] = lambda: waits_for
-        self._limit_s = limit_s
-        self._at = asyncio.get_running_loop().time() + limit_s
+    waits_for: Callable[[], str]
+    """Says what is waited for now."""
+    stream: MessageStream | None = None
+    """To the other side, once there is one."""
 
-    def on(self, what: str) -> None:
-        """What is waited for from now on."""
+    def wait_for(self, what: str) -> None:
+        """From now on, this is waited for."""
         self.waits_for = lambda: what
 
-    async def __aenter__(self) -> Self:
-        self._timeout = asyncio.timeout_at(self._at)
-        await self._timeout.__aenter__()
-        return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+@asynccontextmanager
+async def handshake(limit_s: float, waits_for: str) -> AsyncIterator[Handshake]:
+    """Bound a handshake; TimeoutError says what was waited for. If it fails here, the other side is sent the reason."""
+    progress = Handshake(lambda: waits_for)
+    try:
         try:
-            await self._timeout.__aexit__(kind, error, trace)
+            async with asyncio.timeout(limit_s) as timeout:
+                yield progress
         except TimeoutError:
-            raise TimeoutError(f"waited for {self.waits_for()}: not there within {self._limit_s:g} s") from None
-
-
-@dataclass(frozen=True, slots=True)
-class Agreed:
-    """What the handshake gave, beside connections."""
-
-    run: dict[str, Any]
-    """The source's, about what is to be done."""
-    answer: dict[str, Any]
-    """The target's, to that."""
-    frame_bytes: int
-    peer_offset_ns: int
-    """The other side's time.perf_counter_ns() minus this side's."""
-    uncertainty_ns: int
-    """How far that may be off, either way."""
-
-
-# --- OFFER and ACCEPT -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What the source asks for."""
-
-    frame_bytes: int
-    connections: int
-    boot_id: str
-    run: dict[str, Any]
-
-    def fields(self) -> dict[str, Any]:
-        """As they are told."""
-        return {name: getattr(self, name) for name in self.__slots__}
-
-    @classmethod
-    def of(cls, message: Message) -> Offer:
-        """PeerProtocolError if it is none."""
-        return cls(
-            field(message, "frame_bytes", int, 1),
-            field(message, "connections", int),
-            field(message, "boot_id", str, 0, MAX_BOOT_ID_CHARS),
-            field(message, "run", dict),
-        )
-
-    def objection(self, limits: Limits) -> str:
-        """What there is in it that this side does not put up with; nothing, if it can be accepted."""
-        if not 1 <= self.connections <= limits.connections:
-            return f"{self.connections} data connections are offered; 1 to {limits.connections} are allowed here"
-        if self.frame_bytes > limits.frame_bytes:
-            return f"frames of up to {self.frame_bytes} bytes are offered; up to {limits.frame_bytes} are allowed here"
-        return ""
-
-
-@dataclass(frozen=True, slots=True)
-class Accept:
-    """What the target answers."""
-
-    frame_bytes: int
-    boot_id: str
-    token: bytes
-    answer: dict[str, Any]
-
-    def fields(self) -> dict[str, Any]:
-        """As they are told."""
-        return {name: getattr(self, name) for name in self.__slots__}
-
-    @classmethod
-    def of(cls, message: Message, offer: Offer) -> Accept:
-        """PeerProtocolError if it is none, or none for this offer."""
-        accept = cls(
-            field(message, "frame_bytes", int),
-            field(message, "boot_id", str, 0, MAX_BOOT_ID_CHARS),
-            field(message, "token", bytes, TOKEN_BYTES, TOKEN_BYTES),
-            field(message, "answer", dict),
-        )
-        if accept.frame_bytes != offer.frame_bytes:
-            raise PeerProtocolError(f"ACCEPT has frame_bytes = {accept.frame_bytes}, which was not offered")
-        return accept
+            if timeout.expired():
+                raise TimeoutError(f"waited for {progress.waits_for()}: not there within {limit_s:g} s") from None
+            raise
+    except PeerFailedError:
+        raise
+    except Exception as error:
+        ours = isinstance(error, (ProtoV3Error, OSError))
+        if progress.stream is not None:
+            await progress.stream.refuse(str(error) if ours else "an error of its own")
+        raise
 
 
 def boot_id() -> str:
-    """Equal on two sides that are one host, or that were copied from one. Nothing where Linux does not tell."""
+    """Equal on two sides that run on one host, or on a copy of one. Empty where there is no Linux to say it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()[:MAX_BOOT_ID_CHARS]
     except OSError:
@@ -179,45 +108,51 @@ def boot_id() -> str:
 # --- the clocks -------------------------------------------------------------------------------------------------------
 
 
-async def measure_clock(talk: Talk, same_host: bool) -> tuple[int, int]:
-    """At the source: the target's clock minus ours, and how far that may be off, from the quickest of some pings.
+@dataclass(frozen=True, slots=True)
+class ClockOffset:
+    """The other side's time.perf_counter_ns() minus this side's, and how far that may be off, either way."""
 
-    The target's answer was made at some time within the round trip: so half of it bounds the error. On one host both
-    have the same clock, and the offset is 0, unless a ping contradicts that (a virtual machine that was copied with its
-    boot_id, or a container with a clock of its own).
+    offset_ns: int
+    uncertainty_ns: int
+
+
+async def measure_clock(stream: MessageStream, same_host: bool) -> ClockOffset:
+    """At the source: compare the clocks by some round trips, and use the shortest.
+
+    The target read its clock at some time within the round trip, so half of it bounds the error. On one host both
+    sides have the same clock, and the offset is 0, unless a round trip contradicts that (a virtual machine that was
+    copied with its boot_id, or a container with a clock of its own).
     """
-    quickest, offset = 2**63, 0
-    for _ in range(PINGS):
+    shortest_ns, offset_ns = 2**63, 0
+    for _ in range(CLOCK_REQUESTS):
         before = time.perf_counter_ns()
-        await talk.send("clock")
-        at = field(await talk.expect("clock"), "at_ns", int)
+        await stream.send(ClockRequest())
+        reply = await stream.expect(ClockReply)
         after = time.perf_counter_ns()
-        if after - before < quickest:
-            quickest, offset = after - before, at - (before + after) // 2
-    uncertainty = quickest // 2 + 1
-    if same_host and abs(offset) <= uncertainty:
-        offset = uncertainty = 0
-    await talk.send("begin", offset_ns=offset, uncertainty_ns=uncertainty)
-    return offset, uncertainty
+        if after - before < shortest_ns:
+            shortest_ns, offset_ns = after - before, reply.at_ns - (before + after) // 2
+    uncertainty_ns = shortest_ns // 2 + 1
+    if same_host and abs(offset_ns) <= uncertainty_ns:
+        offset_ns = uncertainty_ns = 0
+    await stream.send(Begin(offset_ns=offset_ns, uncertainty_ns=uncertainty_ns))
+    return ClockOffset(offset_ns, uncertainty_ns)
 
 
-async def answer_clock(talk: Talk, first: Message) -> tuple[int, int]:
-    """At the target: the same two, as seen from here. `first` is the source's first message after READY."""
-    message = first
-    for _ in range(MAX_PINGS):
-        if message["kind"] != "clock":
-            break
-        await talk.send("clock", at_ns=time.perf_counter_ns())
-        message = await talk.expect("clock", "begin")
-    if message["kind"] != "begin":
-        raise PeerProtocolError(f"more than {MAX_PINGS} CLOCKs came, and no BEGIN")
-    return -field(message, "offset_ns", int, -(2**62), 2**62), field(message, "uncertainty_ns", int, 0, 2**62)
+async def answer_clock(stream: MessageStream, first: ClockRequest | Begin) -> ClockOffset:
+    """At the target: the same, as seen from here. `first` is the source's first message after CONNECTED."""
+    message: ClockRequest | Begin = first
+    for _ in range(MAX_CLOCK_REQUESTS):
+        if isinstance(message, Begin):
+            return ClockOffset(-message.offset_ns, message.uncertainty_ns)
+        await stream.send(ClockReply(at_ns=time.perf_counter_ns()))
+        message = await stream.expect(ClockRequest, Begin)
+    raise PeerProtocolError(f"more than {MAX_CLOCK_REQUESTS} CLOCKREQUESTs came, and no BEGIN")
 
 
 # --- connections ------------------------------------------------------------------------------------------------------
 
 
-def made_connections(found: Sequence[tuple[Pipe, Granted]], at_source: bool, frame_bytes: int) -> list[Connection]:
+def make_connections(found: Sequence[tuple[Pipe, Granted]], at_source: bool, frame_bytes: int) -> list[Connection]:
     """The session's data connections; they share a pool of buffers."""
     pool = Buffers(frame_bytes, keep=max(4, min(len(found) + 2, FREE_BYTES // frame_bytes)))
     return [Connection(pipe, index, at_source, granted, pool) for index, (pipe, granted) in enumerate(found)]

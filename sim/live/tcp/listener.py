@@ -19,7 +19,8 @@ from typing import Self
 
 from proto_v3.errors import PeerProtocolError, UserError
 from sim.live.io import Io, Pipe, ended
-from sim.live.tcp.messages import packed
+from sim.live.tcp.message_stream import packed
+from sim.live.tcp.messages import Refuse
 from sim.live.tcp.sockets import (
     MAGIC,
     NO_TOKEN,
@@ -256,7 +257,7 @@ class Door:
 
     async def _say(self, sock: socket.socket, pipe: TlsPipe | None, why: str) -> None:
         """Tell the other side, if that is possible at once."""
-        data = packed({"kind": "refuse", "why": why})
+        data = packed(Refuse(why=why))
         with contextlib.suppress(OSError):
             if pipe is None:
                 sock.send(data)

@@ -12,42 +12,40 @@ from collections import deque
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from proto_v3.errors import LocalProtocolError, PeerFailedError, PeerProtocolError, ProtoV3Error
+from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error
 from proto_v3.wire.channel import Transport
 from sim.live.tcp.connection import Connection, Trace, connection_error
-from sim.live.tcp.handshake import Agreed
-from sim.live.tcp.messages import MAX_KIND_CHARS, MAX_MESSAGE_BYTES, Message, Talk, field, printable
+from sim.live.tcp.handshake import ClockOffset
+from sim.live.tcp.message_stream import MAX_MESSAGE_BYTES, M, MessageStream, RawMessage
+from sim.live.tcp.messages import Failed, Message, Ping, printable
 from sim.live.tcp.sockets import Granted
 
-MAX_UNHEARD = 256
+MAX_UNREAD = 256
 """Messages that came and that nobody asked for yet."""
 BEATS = 4
 """PINGs within the time after which silence is the end."""
-PING = "ping"
 
 
 class Session:
     """One end of it. To be made in a running loop, and closed in the same."""
 
-    def __init__(self, talk: Talk, connections: Sequence[Connection], agreed: Agreed, silent_s: float) -> None:
+    def __init__(
+        self, stream: MessageStream, connections: Sequence[Connection], peer_clock: ClockOffset, silent_s: float
+    ) -> None:
         self.channels: list[Transport] = list(connections)
-        self.run = agreed.run
-        self.answer = agreed.answer
-        self.frame_bytes = agreed.frame_bytes
-        self.peer_offset_ns = agreed.peer_offset_ns
-        self.uncertainty_ns = agreed.uncertainty_ns
-        self.peer = talk.address
-        self._talk = talk
+        self.peer_clock = peer_clock
+        self.peer = stream.address
+        self._stream = stream
         self._connections = connections
         self._silent_s = silent_s
         self._loop = asyncio.get_running_loop()
         self._cause: Exception | None = None
         self._grace: asyncio.TimerHandle | None = None
-        self._unheard: deque[tuple[Message, int]] = deque()
-        self._unheard_bytes = 0
-        self._hearer: asyncio.Future[None] | None = None
+        self._unread: deque[RawMessage] = deque()
+        self._unreceived_bytes = 0
+        self._receiver: asyncio.Future[None] | None = None
         self._in_turn = asyncio.Lock()
-        talk.handshake_done()
+        stream.handshake_done()
         self._tasks: set[asyncio.Task[None]] = set()
         self._start(self._listen())
         self._beating = self._start(self._beat())
@@ -71,58 +69,48 @@ class Session:
 
     # --- talking ------------------------------------------------------------------------------------------------------
 
-    async def tell(self, kind: str, /, **fields: Any) -> None:
-        """Send a message; "failed" with a `why` is what the other side's hear() raises as PeerFailedError.
-
-        ConnectionError if the other side is gone. LocalProtocolError if the message is none, or too long.
-        """
-        if kind == PING or not 0 < len(kind) <= MAX_KIND_CHARS or "kind" in fields:
-            raise LocalProtocolError(f"{kind!r} is no kind of message to be told")
+    async def send_message(self, message: Message) -> None:
+        """Send a message. ConnectionError if the other side is gone, LocalProtocolError if the message is too long, or
+        has a value that msgpack does not know."""
         if self._cause is not None:
             raise connection_error(self._cause)
         try:
-            await self._talk.send(kind, **fields)
+            await self._stream.send(message)
         except ConnectionError as error:
             raise connection_error(self._cause or error) from error
 
-    async def hear(self, *kinds: str) -> Message:
-        """Wait for the next message, which must be of one of these kinds. It is lost to nobody if that is cancelled.
+    async def receive_message(self, *kinds: type[M]) -> M:
+        """Wait for the next message, which must be one of these. If that is cancelled, no message is lost.
 
-        PeerFailedError if the other side says that it failed, PeerProtocolError if it says something else,
-        ConnectionError if it is gone. What it said before that is heard first.
+        PeerFailedError if the other side sent FAILED, PeerProtocolError if it sent another message or a wrong one,
+        ConnectionError if it is gone. Messages that it sent before it went are received first.
         """
         async with self._in_turn:
-            while not self._unheard:
+            while not self._unread:
                 if self._cause is not None:
                     if isinstance(self._cause, ProtoV3Error):
                         raise type(self._cause)(*self._cause.args)
                     raise connection_error(self._cause)
-                self._hearer = self._loop.create_future()
-                await self._hearer
-            message, size = self._unheard.popleft()
-            self._unheard_bytes -= size
-        kind = message["kind"]
-        if kind == "failed" and kind not in kinds:
-            raise PeerFailedError(f"{self._talk.peer} failed: {printable(field(message, 'why', str))}")
-        if kind not in kinds:
-            due = " or ".join(kinds)
-            raise PeerProtocolError(f"the message {printable(repr(kind))} came where {due} was due")
-        return message
+                self._receiver = self._loop.create_future()
+                await self._receiver
+            message = self._unread.popleft()
+            self._unreceived_bytes -= message.size_bytes
+        if message.kind == Failed.kind():
+            raise PeerFailedError(f"{self._stream.peer} failed: {printable(message.read_as(Failed).why)}")
+        return message.read_as(*kinds)
 
     async def _listen(self) -> None:
-        talk = self._talk
+        stream = self._stream
         try:
             while True:
-                before = talk.heard_bytes
-                message = await talk.recv()
-                if message["kind"] == PING:
+                message = await stream.recv()
+                if message.kind == Ping.kind():
                     continue
-                size = talk.heard_bytes - before
-                room = MAX_MESSAGE_BYTES - self._unheard_bytes
-                if self._unheard and (size > room or len(self._unheard) >= MAX_UNHEARD):
-                    raise PeerProtocolError(f"{talk.peer} says more than anybody asked for")
-                self._unheard.append((message, size))
-                self._unheard_bytes += size
+                room = MAX_MESSAGE_BYTES - self._unreceived_bytes
+                if self._unread and (message.size_bytes > room or len(self._unread) >= MAX_UNREAD):
+                    raise PeerProtocolError(f"{stream.peer} sends more messages than are received")
+                self._unread.append(message)
+                self._unreceived_bytes += message.size_bytes
                 self._wake()
         except PeerProtocolError as error:
             self._fail(error)
@@ -130,27 +118,27 @@ class Session:
             self._session_lost(error)
 
     def _wake(self) -> None:
-        if self._hearer is not None and not self._hearer.done():
-            self._hearer.set_result(None)
+        if self._receiver is not None and not self._receiver.done():
+            self._receiver.set_result(None)
 
     # --- the other side's life ----------------------------------------------------------------------------------------
 
     async def _beat(self) -> None:
         """Count beats without a word, not time: while this process is stopped itself, nothing is missed."""
-        heard, missed = self._talk.heard_bytes, 0
+        heard, missed = self._stream.received_bytes, 0
         ping: asyncio.Task[None] | None = None
         while self._cause is None:
             if ping is None or ping.done():  # one that the other side does not take holds up nothing
                 ping = self._start(self._ping())
             await asyncio.sleep(self._silent_s / BEATS)
-            missed = 0 if self._talk.heard_bytes > heard else missed + 1
-            heard = self._talk.heard_bytes
+            missed = 0 if self._stream.received_bytes > heard else missed + 1
+            heard = self._stream.received_bytes
             if missed >= BEATS:
                 self._fail(ConnectionError(f"the other side said nothing for {self._silent_s:g} s"))
 
     async def _ping(self) -> None:
         with contextlib.suppress(ConnectionError):
-            await self._talk.send(PING)
+            await self._stream.send(Ping())
 
     def _session_lost(self, error: Exception) -> None:
         """What is on its way on the data connections may still be wanted: they end by themselves, or soon."""
@@ -163,7 +151,7 @@ class Session:
         """End all connections; whoever waits for anything is told the cause."""
         if self._cause is None:
             self._cause = cause
-        self._talk.pipe.close()
+        self._stream.pipe.close()
         for connection in self._connections:
             connection.end(self._cause)
         self._wake()
@@ -185,6 +173,6 @@ class Session:
         self._beating.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        await self._talk.pipe.wait_closed()
+        await self._stream.pipe.wait_closed()
         for connection in self._connections:
             await connection.wait_closed()

@@ -6,25 +6,22 @@ import asyncio
 import ssl
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
-from proto_v3.errors import PeerFailedError, ProtoV3Error, UserError, leaves
+from proto_v3.errors import PeerProtocolError, UserError, leaves
 from sim.live.io import Io, Pipe
 from sim.live.tcp.handshake import (
     DEFAULT_LIMITS,
     DEFAULT_SOCKETS,
     MAX_CONNECTIONS,
-    Accept,
-    Agreed,
-    Deadline,
     Limits,
-    Offer,
     boot_id,
-    made_connections,
+    handshake,
+    make_connections,
     measure_clock,
 )
-from sim.live.tcp.messages import Talk
+from sim.live.tcp.message_stream import MessageStream
+from sim.live.tcp.messages import Accept, Connected, Offer, Run
 from sim.live.tcp.session import Session
 from sim.live.tcp.sockets import (
     Address,
@@ -47,7 +44,7 @@ DIALS = 32
 
 async def connect(
     address: Address,
-    run: dict[str, Any],
+    run: Run,
     connections: int,
     *,
     io: Io,
@@ -55,51 +52,44 @@ async def connect(
     sockets: SocketSettings = DEFAULT_SOCKETS,
     tls: ssl.SSLContext | None = None,
 ) -> Session:
-    """Set a session up, with so many data connections, with the target that listens at the address.
+    """Set up a session, with this many data connections, with the target that listens at the address.
 
-    `run` is for the target's judge: what msgpack can carry, below 1 MiB. Raises UserError for an argument that makes no
-    sense, PeerFailedError if the target refuses, PeerProtocolError if it does not speak this protocol, OSError if it
-    cannot be reached, is gone, or is too slow.
+    The target is asked whether it takes part in `run`. Raises UserError for an argument that makes no sense,
+    PeerFailedError if the target refuses, PeerProtocolError if it does not speak this protocol, OSError if it cannot be
+    reached, is gone, or is too slow.
     """
     if not 1 <= connections <= MAX_CONNECTIONS:
         raise UserError(f"{connections} data connections; there must be from 1 to {MAX_CONNECTIONS}")
-    offer = Offer(limits.frame_bytes, connections, boot_id(), run)
+    fields = {"frame_bytes": limits.frame_bytes, "connections": connections, "boot_id": boot_id(), **asdict(run)}
+    try:
+        offer = Offer.of(fields)
+    except PeerProtocolError as error:
+        raise UserError(str(error)) from error
+    peer = text_of(address)
     async with AsyncExitStack() as opened:
         dialler = _Dialler(address, opened, io, sockets, tls, limits.handshake_s)
-        session = await _session(dialler, offer, limits)
+        async with handshake(limits.handshake_s, f"a connection to {peer}") as progress:
+            stream = progress.stream = MessageStream(await dialler.first(), "target", peer)
+            progress.wait_for(f"the answer of {stream.peer} to the offer")
+            accept = await _offered(stream, offer, tls)
+            progress.wait_for(f"data connections to {peer}")
+            found = await dialler.rest(connections, accept.token)
+            progress.wait_for(f"{stream.peer} to have all data connections")
+            await stream.expect(Connected)
+            progress.wait_for(f"the clock of {stream.peer}")
+            clock = await measure_clock(stream, same_host=bool(offer.boot_id) and offer.boot_id == accept.boot_id)
+        session = Session(stream, make_connections(found, True, limits.frame_bytes), clock, limits.silent_s)
         opened.pop_all()
     return session
 
 
-async def _session(dialler: _Dialler, offer: Offer, limits: Limits) -> Session:
-    peer = text_of(dialler.address)
-    deadline = Deadline(limits.handshake_s, f"a connection to {peer}")
-    async with deadline:
-        pipe = await dialler.first()
-    talk = Talk(pipe, "target", peer)
+async def _offered(stream: MessageStream, offer: Offer, tls: ssl.SSLContext | None) -> Accept:
     try:
-        async with deadline:
-            deadline.on(f"the answer of {talk.peer} to the offer")
-            await talk.send("offer", **offer.fields())
-            try:
-                accept = Accept.of(await talk.expect("accept"), offer)
-            except ConnectionError as error:
-                hint = "" if dialler.tls is None else "; perhaps it does not trust this side's certificate"
-                raise ConnectionResetError(f"{error}{hint}") from error
-            deadline.on(f"data connections to {peer}")
-            found = await dialler.rest(offer.connections, accept.token)
-            deadline.on(f"{talk.peer} to have all data connections")
-            await talk.expect("ready")
-            deadline.on(f"the clock of {talk.peer}")
-            same_host = bool(offer.boot_id) and offer.boot_id == accept.boot_id
-            offset_ns, uncertainty_ns = await measure_clock(talk, same_host)
-    except PeerFailedError:
-        raise
-    except (ProtoV3Error, OSError) as error:
-        await talk.refuse(str(error))
-        raise
-    agreed = Agreed(offer.run, accept.answer, offer.frame_bytes, offset_ns, uncertainty_ns)
-    return Session(talk, made_connections(found, True, offer.frame_bytes), agreed, limits.silent_s)
+        await stream.send(offer)
+        return await stream.expect(Accept)
+    except ConnectionError as error:
+        hint = "" if tls is None else "; perhaps it does not trust this side's certificate"
+        raise ConnectionResetError(f"{error}{hint}") from error
 
 
 @dataclass(slots=True)

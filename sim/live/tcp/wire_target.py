@@ -8,29 +8,27 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from typing import Any
 
-from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error
+from proto_v3.errors import PeerProtocolError
 from sim.live.io import Io
 from sim.live.tcp.handshake import (
     DEFAULT_LIMITS,
     DEFAULT_SOCKETS,
-    Accept,
-    Agreed,
-    Deadline,
+    Handshake,
     Limits,
-    Offer,
     answer_clock,
     boot_id,
-    made_connections,
+    handshake,
+    make_connections,
 )
 from sim.live.tcp.listener import Caller, Door
-from sim.live.tcp.messages import Message, Talk
+from sim.live.tcp.message_stream import MessageStream
+from sim.live.tcp.messages import Accept, Begin, ClockRequest, Connected, Offer, Run
 from sim.live.tcp.session import Session
 from sim.live.tcp.sockets import TOKEN_BYTES, SocketSettings
 
-Judge = Callable[[dict[str, Any]], Awaitable[dict[str, Any] | None]]
-"""Given the source's `run`: returns what is told in ACCEPT, or raises what becomes the refusal."""
+Judge = Callable[[Run], Awaitable[None]]
+"""Given what the source wants to run: raises what becomes the refusal."""
 
 
 def _nobody(_: str) -> None:
@@ -57,51 +55,56 @@ async def accept(
     async with AsyncExitStack() as opened:
         door = Door(listener, opened, io=io, sockets=sockets, tls=tls, limit_s=limits.handshake_s, rejected=rejected)
         async with door:
-            talk, agreed, found = await _agreed(door, await door.session(), judge, limits)
-        connections = made_connections([(each.pipe, each.granted) for each in found], False, agreed.frame_bytes)
-        session = Session(talk, connections, agreed, limits.silent_s)
+            caller = await door.session()
+            stream = MessageStream(caller.pipe, "source", caller.name)
+            async with handshake(limits.handshake_s, f"the offer of {stream.peer}") as progress:
+                progress.stream = stream
+                offer = await stream.expect(Offer)
+                _check(offer, limits)
+                progress.wait_for("this side's own judgement of the offer")
+                await judge(offer.run)
+                token = secrets.token_bytes(TOKEN_BYTES)
+                door.expect(offer.connections, token)
+                await stream.send(Accept(boot_id=boot_id(), token=token))
+                progress.waits_for = lambda: (
+                    f"data connections {door.missing()} of {offer.connections} of {stream.peer}"
+                )
+                found, first = await _collected(door, stream, progress)
+                clock = await answer_clock(stream, first)
+        connections = make_connections([(each.pipe, each.granted) for each in found], False, offer.frame_bytes)
+        session = Session(stream, connections, clock, limits.silent_s)
         opened.pop_all()
     return session
 
 
-async def _agreed(door: Door, caller: Caller, judge: Judge, limits: Limits) -> tuple[Talk, Agreed, list[Caller]]:
-    talk = Talk(caller.pipe, "source", caller.name)
-    deadline = Deadline(limits.handshake_s, f"the offer of {talk.peer}")
-    try:
-        async with deadline:
-            offer = Offer.of(await talk.expect("offer"))
-            if objection := offer.objection(limits):
-                raise PeerProtocolError(objection)
-            deadline.on("this side's own judgement of the offer")
-            answer = await judge(offer.run) or {}
-            accept = Accept(offer.frame_bytes, boot_id(), secrets.token_bytes(TOKEN_BYTES), answer)
-            door.expect(offer.connections, accept.token)
-            await talk.send("accept", **accept.fields())
-            deadline.waits_for = lambda: f"data connections {door.missing()} of {offer.connections} of {talk.peer}"
-            found, first = await _collected(door, talk, deadline)
-            offset_ns, uncertainty_ns = await answer_clock(talk, first)
-    except PeerFailedError:
-        raise
-    except Exception as error:
-        ours = isinstance(error, (ProtoV3Error, OSError))
-        await talk.refuse(str(error) if ours else "an error of its own")
-        raise
-    return talk, Agreed(offer.run, answer, offer.frame_bytes, offset_ns, uncertainty_ns), found
+def _check(offer: Offer, limits: Limits) -> None:
+    """PeerProtocolError if this side does not accept the offer."""
+    if not 1 <= offer.connections <= limits.connections:
+        raise PeerProtocolError(
+            f"{offer.connections} data connections are offered; 1 to {limits.connections} are allowed here"
+        )
+    if not 1 <= offer.frame_bytes <= limits.frame_bytes:
+        raise PeerProtocolError(
+            f"frames of up to {offer.frame_bytes} bytes are offered; 1 to {limits.frame_bytes} are allowed here"
+        )
 
 
-async def _collected(door: Door, talk: Talk, deadline: Deadline) -> tuple[list[Caller], Message]:
-    """The data connections, and the source's first message after it was told that they are there."""
+async def _collected(
+    door: Door, stream: MessageStream, progress: Handshake
+) -> tuple[list[Caller], ClockRequest | Begin]:
+    """The data connections, and the source's first message after CONNECTED."""
     loop = asyncio.get_running_loop()
     collecting = loop.create_task(door.data())
-    listening = loop.create_task(talk.expect("clock", "begin"))  # meanwhile, so that the source's end is noticed
+    # meanwhile, so that the source's end is noticed
+    listening: asyncio.Task[ClockRequest | Begin] = loop.create_task(stream.expect(ClockRequest, Begin))
     try:
         await asyncio.wait({collecting, listening}, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
-            kind = (await listening)["kind"]
-            raise PeerProtocolError(f"{kind.upper()} came where data connections were due")
+            kind = (await listening).kind().upper()
+            raise PeerProtocolError(f"the message {kind} came where data connections were due")
         found = await collecting
-        await talk.send("ready")
-        deadline.on(f"the clock of {talk.peer}")
+        await stream.send(Connected())
+        progress.wait_for(f"the clock of {stream.peer}")
         return found, await listening
     finally:
         for task in (collecting, listening):
