@@ -1,9 +1,9 @@
 """v3's fd of blocks: any block by number, by any thread, in any order; the newest version wins.
 
-At the source a bitmap tells which blocks changed since it was last fetched; each read_blocks() is a SAVE of its own.
-At the target what comes is a record with a version a block: an older one than what is there is dropped. The END record
-tells a digest over the versions of all blocks, as they are in STOP_COPY. Critical data, epochs and what they make
-invalid are as with streams.
+At the source a bitmap shows which blocks changed since it was last fetched; each read_blocks() is a SAVE of its own.
+At the target each record has a version a block: a block that is older than the one that is there is dropped. The END
+record carries a digest over the versions of all blocks, as they are in STOP_COPY. Critical data, epochs and what they
+make invalid are as with streams.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from proto_v3.vfio import uapi
-from proto_v3.vfio.device import DirtyBlocks, Ready
+from proto_v3.vfio.device import BlocksFd, DirtyBlocks, Ready
 from proto_v3.vfio.uapi import BlockRange, StreamInfo
 from proto_v3.wire.frames import EMPTY, Payload
 from sim.clock.port import now_ns
@@ -26,26 +27,26 @@ from sim.device.state import DeviceState
 from sim.device.stream import DriverLock, MigrationSession, SavedFd, fails
 
 VERSION_BYTES = 8
-"""In a BLOCKS record, of each block."""
+"""Of each block's version in a BLOCKS record."""
 
 
 def tally(version: Int32) -> Tally:
-    """What the END tells: of all blocks, as they are."""
+    """The END's tally: of all blocks, as they are."""
     return Tally(len(version), 0, crc32(version.tobytes()))
 
 
-class SaveBlocks(SavedFd):
-    """The fd to read from (proto_v3.vfio.device.BlocksFd)."""
+class SaveBlocks(SavedFd, BlocksFd):
+    """The fd to read from."""
 
     def __init__(self, device: DeviceState, session: MigrationSession, fd_lock: DriverLock) -> None:
         super().__init__(session)
         self._device = device
         self._fd_lock = fd_lock
-        self._told = np.full(len(device.version), -1, np.int32)
-        """By block: the version as of the last bitmap that had it."""
+        self._reported = np.full(len(device.version), -1, np.int32)
+        """By block: its version when a bitmap last had it."""
         self._suspended = False
         self._final = False
-        self._end_told = False
+        self._end_read = False
         self._in_flight = 0  # SAVEs
         self._reading = 0  # calls of read_blocks()
         self._sequence = 0
@@ -61,7 +62,7 @@ class SaveBlocks(SavedFd):
         self._notify.notify()
 
     def start_precopy(self) -> None:
-        """The session starts in pre-copy: nothing is saved before it is asked for."""
+        """The session starts in pre-copy: nothing is saved before read_blocks() asks for it."""
 
     def finish(self) -> None:
         """The device is stopped."""
@@ -70,37 +71,37 @@ class SaveBlocks(SavedFd):
 
     async def settle(self) -> None:
         """Wait for the SAVEs in flight: the device is suspended only after them."""
-        while self._in_flight and not self._closed:
+        while self._in_flight and not self.over:
             await self._notify.wait()
 
     def invalidate(self, blocks: BlockRange) -> None:
-        """They are dirty again, whatever the VMM was told."""
-        self._told[blocks.slice] = -1
+        """These blocks are dirty again, whatever the last bitmap said."""
+        self._reported[blocks.slice] = -1
 
     @property
     def _readable(self) -> int:
-        """How many blocks, from the first, can be read now."""
+        """Number of blocks, from the first, that can be read now."""
         device = self._device
         return len(device.version) - (0 if self._final else device.spec.stop_only_blocks)
 
+    @override
     async def geometry(self) -> tuple[int, int]:
-        """See proto_v3.vfio.device.BlocksFd."""
         self._check_open()
         return self._device.block_bytes, len(self._device.version)
 
+    @override
     async def dirty_blocks(self) -> DirtyBlocks:
-        """See proto_v3.vfio.device.BlocksFd."""
         await self._call()
         self._check_open()
         device = self._device
         device.advance(now_ns())
-        changed = device.version != self._told
+        changed = device.version != self._reported
         changed[self._readable :] = False
-        self._told[changed] = device.version[changed]
+        self._reported[changed] = device.version[changed]
         return DirtyBlocks(device.block_bytes, len(changed), np.packbits(changed, bitorder="little").tobytes())
 
+    @override
     async def read_blocks(self, first: int, count: int) -> Payload:
-        """See proto_v3.vfio.device.BlocksFd."""
         self._check_open()
         if first < 0 or count < 1 or first + count > self._readable:
             raise fails(errno.EINVAL)
@@ -125,7 +126,7 @@ class SaveBlocks(SavedFd):
         record.block_versions = device.save_blocks(blocks)
         self._in_flight += 1
         try:
-            await self._around.firmware.save(record.size_bytes)
+            await self._context.firmware.save(record.size_bytes)
         finally:
             self._in_flight -= 1
             self._notify.notify()
@@ -135,40 +136,40 @@ class SaveBlocks(SavedFd):
             self._check_open()
         return await self._copy(record, asked_ns)
 
+    @override
     async def read(self, max_bytes: int) -> Payload:
-        """See proto_v3.vfio.device.BlocksFd."""
         self._check_open()
         if max_bytes < 1:
             raise fails(errno.EINVAL)
         if not self._final or self._reading or self.pending_bytes():
             await self._call()
             raise fails(errno.ENOMSG)
-        if self._end_told:
+        if self._end_read:
             await self._call()
             return EMPTY
         end = Record(1, self._device.epoch, uapi.RecordEnd.SIZE, end=True, header_bytes=V3_HEADER_BYTES)
         end.sequence, end.tally = self._sequence, tally(self._device.version)
         if max_bytes < end.size_bytes:
             raise fails(errno.EINVAL)
-        self._end_told = True
+        self._end_read = True
         return await self._copy(end, now_ns())
 
     async def _copy(self, record: Record, asked_ns: int) -> Payload:
         ready_ns = now_ns()
         async with self._fd_lock:
             locked_ns = now_ns()
-            await self._around.memory.copy(record.size_bytes, self._around.call_ns, "read")
+            await self._context.memory.copy(record.size_bytes, self._context.call_ns, "read")
             self._check_open()
         self.reads.add(record.size_bytes, asked_ns, ready_ns, locked_ns)
         self.reads.wakeups += 1  # the caller slept while the device saved
         return Extent([RecordSlice(record, 0, record.size_bytes)])
 
     def pending_bytes(self) -> int:
-        """Of the blocks that can be read and were not, as they are now."""
+        """Bytes of the blocks that can be read and were not, as they are now."""
         return self._bytes(int(np.count_nonzero(self._unread()[: self._readable])))
 
     def left_bytes(self) -> int:
-        """All that would still be read, were the device stopped now; the END is not counted."""
+        """Bytes that would still be read if the device were stopped now, without the END."""
         self._device.advance(now_ns())
         return self._bytes(int(np.count_nonzero(self._unread())))
 
@@ -177,25 +178,26 @@ class SaveBlocks(SavedFd):
         return unread
 
     def _bytes(self, blocks: int) -> int:
-        """With their versions, and a header for what one chunk holds."""
+        """Bytes of their records: data, versions, and a header for each chunk."""
         size = blocks * (VERSION_BYTES + self._device.block_bytes)
         chunk_blocks = self._session.driver.chunk_bytes // self._device.block_bytes
         return size + -(-blocks // chunk_blocks) * (V3_HEADER_BYTES + uapi.RecordBlocks.SIZE)
 
+    @override
     async def stream_info(self) -> StreamInfo:
-        """See proto_v3.vfio.device.DataFd."""
         await self._call()
         self._check_open()
         self._device.advance(now_ns())
         return StreamInfo(self._device.epoch, self.pending_bytes())
 
+    @override
     async def poll(self, timeout_ns: int | None = None) -> Ready:
         """Blocks can be read at any time."""
         return Ready.READABLE
 
 
 class BlocksLoadSession(V3LoadSession):
-    """See sim.device.load.LoadSession."""
+    """Loads a block only if its version is not older than the one that is there."""
 
     async def _end_stream(self, record: Record) -> None:
         if record.stream and record.tally != tally(self.image.version):
@@ -208,13 +210,22 @@ class BlocksLoadSession(V3LoadSession):
         super()._put(record, newer)
 
 
-class LoadBlocks(V3LoadedFd):
+class LoadBlocks(V3LoadedFd, BlocksFd):
     """The fd to write to: one whole record a write, from any number of threads."""
 
     what = "blocks"
 
+    def __init__(self, session: BlocksLoadSession) -> None:
+        super().__init__(session)
+        self._ended = False
+
+    @property
+    @override
+    def ended(self) -> bool:
+        return self._ended
+
+    @override
     async def write(self, payload: Payload, piece_bytes: int) -> None:
-        """See proto_v3.vfio.device.DataFd."""
         session = self._session
         session.check_open()
         if piece_bytes < 1:
@@ -222,9 +233,13 @@ class LoadBlocks(V3LoadedFd):
         whole = isinstance(payload, Extent) and len(payload.parts) == 1
         if not isinstance(payload, Extent) or not whole or len(payload) != payload.parts[0].record.size_bytes:
             raise session.refuse(errno.EPROTO, "blocks: a write must be one whole record")
-        record = payload.parts[0].record
-        around = session.around
-        await around.memory.copy(len(payload), -(-len(payload) // piece_bytes) * around.call_ns, "write")
+        calls = -(-len(payload) // piece_bytes)
+        await session.context.memory.copy(len(payload), calls * session.context.call_ns, "write")
+        await self.add(payload.parts[0].record)
+
+    async def add(self, record: Record) -> None:
+        """write() without the copy: in live mode, which made it elsewhere."""
+        session = self._session
         session.check_open()
         if record.stream != 1:
             raise session.refuse(errno.EXDEV, f"blocks: a record of stream {record.stream} came")
@@ -233,18 +248,21 @@ class LoadBlocks(V3LoadedFd):
         if self._ended:
             raise session.refuse(errno.EPROTO, "blocks: a record came after the END")
         self._ended = record.end
-        session.take(record.size_bytes)
+        session.hold(record.size_bytes)
         await session.load(record)
-        session.take(-record.size_bytes)
+        session.hold(-record.size_bytes)
 
+    @override
     async def geometry(self) -> tuple[int, int]:
         """Not for a session that is loaded: EBADF."""
         raise fails(errno.EBADF)
 
+    @override
     async def dirty_blocks(self) -> DirtyBlocks:
         """Not for a session that is loaded: EBADF."""
         raise fails(errno.EBADF)
 
+    @override
     async def read_blocks(self, first: int, count: int) -> Payload:
         """Not for a session that is loaded: EBADF."""
         raise fails(errno.EBADF)

@@ -26,7 +26,7 @@ from sim.device.blocks import BlocksLoadSession, LoadBlocks, SaveBlocks
 from sim.device.load import LoadSession, LoadStream
 from sim.device.load_v3 import V3LoadSession, V3LoadStream
 from sim.device.record import HEADER_BYTES, V3_HEADER_BYTES
-from sim.device.save import image_bytes
+from sim.device.save_plan import image_bytes
 from sim.device.save_v2 import V2Stream
 from sim.device.save_v3 import CriticalStream, DirtyStream
 from sim.device.state import DeviceState, Image
@@ -60,7 +60,7 @@ class SimDriver:
         self,
         spec: Device,
         settings: Driver,
-        around: DriverContext,
+        context: DriverContext,
         global_lock: DriverLock,
         *,
         state: DeviceState | None = None,
@@ -69,9 +69,9 @@ class SimDriver:
         self.name = spec.name
         self.spec = self._spec = spec
         self._settings = settings
-        self._around = around
+        self._context = context
         self._global_lock = global_lock
-        self._state_lock = around.new_lock(around.timeline)
+        self._state_lock = context.new_lock(context.timeline)
         self._device = state
         self._image = image
         self._state = State.RUNNING
@@ -196,7 +196,7 @@ class SimDriver:
         if cost_ns:
             start = now_ns()
             await sleep_ns(cost_ns)
-            self._around.timeline.work(Resource.FIXED, f"{self._state.name} to {hop.name}", start)
+            self._context.timeline.work(Resource.FIXED, f"{self._state.name} to {hop.name}", start)
 
     def _enter(self, hop: State) -> DataFd | None:
         """The arc itself; returns a data fd where it starts a session (vfio.h: four arcs do)."""
@@ -224,7 +224,7 @@ class SimDriver:
         return None
 
     def _session(self) -> MigrationSession:
-        return MigrationSession(self._around, self._settings, self._state_lock, self._faults, self._fail)
+        return MigrationSession(self._context, self._settings, self._state_lock, self._faults, self._fail)
 
     def _fail(self) -> None:
         """v3: something failed on a stream, and so everything has."""
@@ -286,7 +286,7 @@ class SimDriver:
         while (at := self._device.next_reconfiguration_ns()) is not None:
             start = now_ns()
             await sleep_ns(max(0, at - start))
-            self._around.timeline.work(Resource.FIXED, "guest runs", start)  # until it reconfigures the device
+            self._context.timeline.work(Resource.FIXED, "guest runs", start)  # until it reconfigures the device
             self._device.advance(now_ns())
 
     def _end_saving(self, code: int = errno.ENODEV) -> None:
@@ -346,10 +346,10 @@ class SimDriver:
         self._close_loading(code)
 
     def _new_lock(self) -> DriverLock:
-        return self._around.new_lock(self._around.timeline)
+        return self._context.new_lock(self._context.timeline)
 
     def _read_lock(self) -> DriverLock:
-        return self.lock_for_a_copy() if self._around.locks_in_read else nullcontext()
+        return self.lock_for_a_copy() if self._context.locks_in_read else nullcontext()
 
     def lock_for_a_copy(self) -> DriverLock:
         """What a read() of one data fd holds while it copies; `per_fd` gives each call one of its own."""

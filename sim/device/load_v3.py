@@ -1,7 +1,7 @@
-"""v3's data fds that are loaded: dirty records wait for their epoch's critical data, critical ones for nothing.
+"""v3's data fds that are loaded: dirty records wait for their epoch's critical data, critical records do not wait.
 
-No stream's write holds the device's state mutex: a dirty one that waits for its epoch would keep out the critical data
-that it waits for. The driver holds no more of a stream than the record that is coming in.
+No write holds the device's state mutex: a dirty stream's write that waits for its epoch would keep out the critical
+data that it waits for. The driver holds no more of a stream than the record that is coming in.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.uapi import PrecopyInfo, StreamInfo
@@ -22,18 +23,19 @@ from sim.scenario.tables import Device
 
 
 class V3LoadSession(LoadSession):
-    """See sim.device.load.LoadSession."""
+    """Beside the image: which epochs are loaded, and from which on each block's data is valid."""
 
     def __init__(self, image: Image, spec: Device, session: MigrationSession, setup_ns: int, streams: int) -> None:
         super().__init__(image, session, setup_ns, streams)
         self._name = spec.name
         self._block_bytes = spec.block_bytes
         self._epoch_loaded = 0
-        self._last_epoch = 0  # that an END told of
+        self._last_epoch = 0  # that an END names
         self._critical_ended = False
         self._valid_from = np.zeros(spec.blocks, np.int32)
         """By block: data of earlier epochs is invalid."""
 
+    @override
     def check_whole(self) -> None:
         """Leaving RESUMING: ENODATA unless every END and the newest epoch's critical data are there."""
         if self._closed:
@@ -44,17 +46,19 @@ class V3LoadSession(LoadSession):
             why = f"{self._name}: critical data of epoch {self._last_epoch} is not there, only up to epoch"
             raise OSError(errno.ENODATA, f"{why} {self._epoch_loaded}")
 
+    @override
     def refuse(self, code: int, why: str) -> OSError:
-        """What came cannot be the source's stream: an errno of its own, and the device is in ERROR."""
+        """The error of a write() of something that is not the source's stream: `code`. The device is in ERROR then."""
         self.session.fail()
         return OSError(code, f"{self._name} {why}")
 
+    @override
     def load_failed(self) -> None:
-        """See sim.device.load.LoadSession."""
         self.session.fail()
 
+    @override
     async def load(self, record: Record) -> None:
-        """See sim.device.load.LoadSession; a dirty record waits for its epoch first."""
+        """Load one whole record; a dirty one waits for its epoch first."""
         self._check_there(record)
         if record.end or not len(record.blocks):
             await super().load(record)
@@ -88,7 +92,7 @@ class V3LoadSession(LoadSession):
             self.image.place(record.blocks, record.data, valid)
 
     def _valid(self, record: Record) -> NDArray[np.bool_]:
-        """Which of a record's blocks no later epoch made invalid."""
+        """Mask of a record's blocks that no later epoch made invalid."""
         return self._valid_from[record.blocks] <= record.epoch
 
     async def _set_up(self, record: Record, start_ns: int) -> None:
@@ -117,24 +121,31 @@ class V3LoadedFd(LoadedFd):
     what: str
     """In words, for errors."""
 
+    @property
+    def ended(self) -> bool:
+        """Whether the END record came."""
+        raise NotImplementedError
+
+    @override
     async def precopy_info(self) -> PrecopyInfo:
         """v2's."""
         raise fails(errno.ENOTTY)
 
+    @override
     async def stream_info(self) -> StreamInfo:
         """Not in RESUMING: EINVAL."""
         self._session.check_open()
         raise fails(errno.EINVAL)
 
+    @override
     async def close(self) -> None:
-        """See proto_v3.vfio.device.DataFd."""
-        if not self._ended:
+        if not self.ended:
             self._session.check_open()
             raise self._session.refuse(errno.ENODATA, f"{self.what}: was closed before its END")
 
 
 class V3LoadStream(V3LoadedFd, LoadStream):
-    """See sim.device.load.LoadStream; stream 0 is the critical one."""
+    """A stream of records; stream 0 is the critical one."""
 
     def __init__(self, index: int, session: V3LoadSession, fd_lock: DriverLock) -> None:
         LoadStream.__init__(self, index, session, fd_lock)
@@ -142,15 +153,20 @@ class V3LoadStream(V3LoadedFd, LoadStream):
         self.dirty: Sequence[DataFd] = ()
         """Of the critical stream: the session's other fds."""
 
-    async def _complete(self, record: Record) -> None:
+    @property
+    @override
+    def ended(self) -> bool:
+        return self._queue.ended
+
+    @override
+    def _check_kind(self, record: Record) -> None:
         strange = len(record.blocks) > 0 if self._index == 0 else len(record.objects) > 0 or record.epoch_complete
         if strange:
             why = f"stream {self._index}: a {record.record_class.name} record does not belong there"
             raise self._session.refuse(errno.EPROTO, why)
-        await super()._complete(record)
 
+    @override
     async def get_stream(self, index: int) -> DataFd:
-        """See proto_v3.vfio.device.DataFd."""
         self._session.check_open()
         if self._index:
             raise fails(errno.ENOTTY)

@@ -1,5 +1,5 @@
-"""What both kinds of data fd share: the one that is saved from a device (`sim/device/save`) and the one loaded into it
-(`sim/device/load`)."""
+"""What both kinds of data fd share: those that are saved from a device (`sim/device/save`) and those that are loaded
+into it (`sim/device/load`)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
+
+from typing_extensions import override
 
 from proto_v3.notify import Notify
 from proto_v3.timeline import Resource, Timeline
@@ -24,14 +26,14 @@ DriverLock = AbstractAsyncContextManager[None]
 
 
 class CopyModel(Protocol):
-    """What copying between kernel and user space takes."""
+    """How long copies between kernel and user space take."""
 
     async def copy(self, size_bytes: int, call_ns: int, what: str) -> None:
         """Copy on the calling thread, with a fixed cost of `call_ns` before."""
 
 
 def fails(code: int) -> OSError:
-    """The error that a system call gives."""
+    """The error of a system call, with the kernel's text."""
     return OSError(code, os.strerror(code))
 
 
@@ -46,27 +48,27 @@ class DriverContext:
     new_lock: Callable[[Timeline], DriverLock] = Lock
     """Makes a mutex of the driver."""
     locks_in_read: bool = True
-    """read() takes the lock that the scenario says. Not in live mode, where whoever copies takes it."""
+    """read() takes the lock that the scenario names. False in live mode, where the thread that copies takes it."""
     tables: bool = False
-    """Records have bytes, and tell in a table which blocks and objects they hold: in live mode."""
+    """Records carry a table of their blocks and objects. True in live mode, where records are bytes."""
 
 
 class Faults:
-    """What the scenario has fail on one side of a device, each as often as it says."""
+    """The failures that the scenario orders for one side of a device."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self._left = [fault for fault in faults for _ in range(fault.times)]
         self._commands = 0
 
     def of_arc(self, arc: str) -> Fault | None:
-        """The fault of an arc that is about to be taken, used up with it."""
+        """The fault of an arc that is about to be taken; it counts as used from now on."""
         fault = next((fault for fault in self._left if fault.arc == arc), None)
         if fault is not None:
             self._left.remove(fault)
         return fault
 
     def of_command(self, command: str) -> OSError | None:
-        """The error of a command of the firmware that was just made."""
+        """The error of a firmware command that just ended, None if it succeeded."""
         done = self._commands
         self._commands += 1
         fault = next((fault for fault in self._left if fault.command == command and done >= (fault.after or 0)), None)
@@ -80,17 +82,17 @@ class Faults:
 class MigrationSession:
     """What the streams of one migration session share."""
 
-    around: DriverContext
+    context: DriverContext
     driver: Driver
     state_lock: DriverLock
     faults: Faults
     fail: Callable[[], None]
-    """v3: the device cannot go on: it is in ERROR from now on, and every stream answers EIO."""
+    """v3: put the device into ERROR; every stream answers EIO from then on."""
 
 
 @dataclass(slots=True)
 class ReadCounts:
-    """What reading one stream took: calls that gave data, their bytes, and where their time went."""
+    """Statistics of reading one stream: calls that returned data, their bytes, and where their time went."""
 
     calls: int = 0
     bytes: int = 0
@@ -103,7 +105,7 @@ class ReadCounts:
     """Saved, and dropped before anybody read them: by REINIT or an epoch, policy `invalidate`."""
 
     def add(self, size: int, asked_ns: int, ready_ns: int, locked_ns: int) -> None:
-        """A read() of so many bytes is over: when it was called, when it had data, and when it had the lock."""
+        """Count a read() of `size` bytes that ends now: when it was called, when it had data, when it had the lock."""
         self.calls += 1
         self.bytes += size
         self.firmware_ns += ready_ns - asked_ns
@@ -112,35 +114,41 @@ class ReadCounts:
 
 
 class FdBuffer:
-    """What was taken from a stream, and is not read yet: nothing, if whoever takes it reads it.
+    """Bytes that the driver handed to the fd and the VMM has not read: always 0 in virtual time.
 
-    In live mode it is what is in the data fd's socket (sim.live.fd.save).
+    In live mode they are in the data fd's socket (sim.live.fd.save).
     """
 
-    unread_bytes = 0
-    initial_bytes = 0
-    """Of these, what counts as v2's initial_bytes."""
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes that the VMM has not read."""
+        return 0
 
-    def took(self, size: int, initial_bytes: int) -> None:
-        """So many bytes were taken; up to the so manieth of them, they are initial."""
+    @property
+    def initial_bytes(self) -> int:
+        """The first of them, which count as v2's initial_bytes."""
+        return 0
 
-    def all_initial(self) -> None:
-        """What is unread counts as initial from now on."""
+    def add(self, size: int, initial_bytes: int) -> None:
+        """The driver hands over `size` bytes; the first `initial_bytes` of them count as initial."""
+
+    def make_all_initial(self) -> None:
+        """Count all unread bytes as initial."""
 
 
-class SavedFd:
-    """A data fd that is read from: what all kinds share. Calls that a kind does not have answer as the kernel would."""
+class SavedFd(DataFd):
+    """A data fd that is read from: what all kinds share. Calls that a kind does not have fail as in the kernel."""
 
     def __init__(self, session: MigrationSession) -> None:
         self.reads = ReadCounts()
-        self.outlet = FdBuffer()
+        self.buffer = FdBuffer()
         self._session = session
-        self._around = session.around
-        self._closed = 0  # the errno that every call gets, if any
+        self._context = session.context
+        self._closed = 0  # the errno of every call once the session is over
         self._notify = Notify()
 
     def end_session(self, code: int = errno.ENODEV) -> None:
-        """The session is over: every call gets this error, whoever waits too."""
+        """The session is over: every call fails with this error, also those that wait."""
         self._closed = self._closed or code
         self._notify.notify()
 
@@ -149,9 +157,18 @@ class SavedFd:
         """Whether the session is over."""
         return self._closed != 0
 
+    @property
+    def error(self) -> OSError | None:
+        """The error of every call, if the session is over."""
+        return fails(self._closed) if self._closed else None
+
+    async def changed(self) -> None:
+        """Wait until something changes that a read() may find."""
+        await self._notify.wait()
+
     def held_bytes(self) -> tuple[int, int]:
-        """What is saved and not read yet, and what is being saved. To ask changes nothing."""
-        return self.outlet.unread_bytes, 0
+        """Bytes that are saved and not read, and bytes that are being saved. Asking changes nothing."""
+        return self.buffer.unread_bytes, 0
 
     def _check_open(self) -> None:
         if self._closed:
@@ -160,24 +177,29 @@ class SavedFd:
     async def _call(self) -> None:
         """The fixed cost of a call that copies nothing."""
         start = now_ns()
-        await sleep_ns(self._around.call_ns)
-        self._around.timeline.work(Resource.COPY, "call", start)
+        await sleep_ns(self._context.call_ns)
+        self._context.timeline.work(Resource.COPY, "call", start)
 
+    @override
     async def write(self, payload: Payload, piece_bytes: int) -> None:
         """EBADF, as for any fd that is open for reading only."""
         raise fails(errno.EBADF)
 
+    @override
     async def close(self) -> None:
-        """See proto_v3.vfio.device.DataFd."""
+        pass
 
+    @override
     async def precopy_info(self) -> PrecopyInfo:
         """v2's (sim.device.save_v2)."""
         raise fails(errno.ENOTTY)
 
+    @override
     async def stream_info(self) -> StreamInfo:
         """v3's (sim.device.save_v3)."""
         raise fails(errno.ENOTTY)
 
+    @override
     async def get_stream(self, index: int) -> DataFd:
         """The critical fd's (sim.device.save_v3)."""
         raise fails(errno.ENOTTY)
@@ -185,7 +207,7 @@ class SavedFd:
 
 @dataclass(slots=True)
 class LoadCounts:
-    """What loading one device took, beside the bytes."""
+    """Statistics of loading one device."""
 
     peak_held_bytes: int = 0
     """The most that the driver held at once: records that were coming in, waiting for their epoch or being loaded."""
@@ -199,7 +221,7 @@ class LoadCounts:
 
 @dataclass(frozen=True, slots=True)
 class CriticalLoad:
-    """Critical objects that were loaded at the target."""
+    """Critical objects of one record, loaded at the target."""
 
     epoch: int
     complete: bool

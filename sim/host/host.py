@@ -79,8 +79,8 @@ def devices_at_source(
     devices = []
     for spec, child in zip(scenario.devices, guest_seed.spawn(len(scenario.devices)), strict=True):
         state = DeviceState(spec, make_activity(spec, scenario.horizon_ns, np.random.default_rng(child)))
-        around = host.context(spec.pf)
-        devices.append((SimDriver(spec, scenario.driver, around, host.global_lock, state=state), state))
+        context = host.context(spec.pf)
+        devices.append((SimDriver(spec, scenario.driver, context, host.global_lock, state=state), state))
     return devices
 
 

@@ -76,7 +76,7 @@ class Hosts:
     def __init__(self, changes: dict[str, Any] | None = None, *, seed: int = 1) -> None:
         self.scenario = scenario = small_scenario(changes)
         self.timeline = Timeline(now_ns)
-        here, there = self._around(scenario), self._around(scenario)
+        here, there = self._context(scenario), self._context(scenario)
         global_lock = Lock(self.timeline)
         self.states = [
             DeviceState(device, make_activity(device, scenario.horizon_ns, np.random.default_rng(seed)))
@@ -99,7 +99,7 @@ class Hosts:
         )
         """A device that can be saved and loaded, as a real one can."""
 
-    def _around(self, scenario: Scenario) -> DriverContext:
+    def _context(self, scenario: Scenario) -> DriverContext:
         firmware = FirmwareModel(scenario.firmware, np.random.default_rng(1), self.timeline)
         host = scenario.host
         memory = Memory(host.copy_gib_per_s * GIB, host.memory_gib_per_s * GIB, self.timeline)

@@ -208,8 +208,8 @@ class Virtual:
 class _WithTables(Hosts):
     """Records are as long as in live mode."""
 
-    def _around(self, scenario: Scenario) -> DriverContext:
-        return replace(super()._around(scenario), tables=True)
+    def _context(self, scenario: Scenario) -> DriverContext:
+        return replace(super()._context(scenario), tables=True)
 
 
 Rig = Live | Virtual
@@ -320,7 +320,7 @@ class Gate:
     def __init__(self, rig: Live) -> None:
         self._open = asyncio.Event()
         self.waiting = asyncio.Event()
-        firmware: Any = rig.driver._around.firmware
+        firmware: Any = rig.driver._context.firmware
         self._firmware, self._save = firmware, firmware.save
         firmware.save = self._wait
 

@@ -28,7 +28,7 @@ from sim.live.fd.codec import Decoder
 from sim.live.fd.copy import Copier, data_fd, unread_bytes
 from sim.live.fd.data_fd import WOKEN, descriptor
 from sim.live.fd.load import LoadedData
-from sim.live.fd.save import Layout, SocketOutlet
+from sim.live.fd.save import Layout, SocketBuffer
 from sim.live.io import IO
 from sim.live.merge_timelines import _Read
 from tests.build.hosts import KINDS
@@ -193,20 +193,20 @@ def test_reinit_is_reported_once_for_each_time(kind: str, reinit: str) -> None:
 def test_what_is_put_in_while_it_is_counted_is_not_taken_for_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread copies into the socket while the loop asks how much is in it."""
     ours, theirs = data_fd(1 << 20)
-    outlet = SocketOutlet(theirs)
+    buffer = SocketBuffer(theirs)
 
     def counted(sock: socket.socket) -> int:
         there = unread_bytes(sock)
-        outlet.took(100, 100)
-        outlet.sent_more(ours.send(b"x" * 100))
+        buffer.add(100, 100)
+        buffer.count_sent(ours.send(b"x" * 100))
         return there
 
     monkeypatch.setattr("sim.live.fd.save.unread_bytes", counted)
-    assert [outlet.consumed for _ in range(3)] == [0, 0, 0]
+    assert [buffer.consumed for _ in range(3)] == [0, 0, 0]
     monkeypatch.undo()
-    assert (outlet.consumed, outlet.unread_bytes, outlet.initial_bytes) == (0, 300, 300)
+    assert (buffer.consumed, buffer.unread_bytes, buffer.initial_bytes) == (0, 300, 300)
     theirs.recv(120)
-    assert (outlet.consumed, outlet.unread_bytes, outlet.initial_bytes) == (120, 180, 180)
+    assert (buffer.consumed, buffer.unread_bytes, buffer.initial_bytes) == (120, 180, 180)
     ours.close()
     theirs.close()
 
@@ -1132,16 +1132,19 @@ def test_a_read_that_waits_is_woken_when_what_was_planned_is_dropped(io: str) ->
             _, fd = await opened(rig, PRECOPY, 1)
             await drained(fd)
             stream: Any = rig.driver._saving[1]
-            stream._free_chunks = 0  # what is planned cannot be saved
-            stream._records.append(None)
-            stream._plan(NO_INDICES, np.array([3]))
-            reading = await waits(rig, fd.read(1 << 20))
-            stream._plan(NO_INDICES, NO_INDICES)
-            assert await code_of(reading) == "ENOMSG"
-            stream._records.clear()
+            stream._queue.free_chunks = 0  # what is planned cannot be saved
 
-            stream._plan(NO_INDICES, np.array([3]))
-            stream._plan(NO_INDICES, NO_INDICES)  # before anybody could look
+            def plan(blocks: Any) -> None:
+                stream._plan.plan(NO_INDICES, blocks)
+                stream._plan_made()
+
+            plan(np.array([3]))
+            reading = await waits(rig, fd.read(1 << 20))
+            plan(NO_INDICES)
+            assert await code_of(reading) == "ENOMSG"
+
+            plan(np.array([3]))
+            plan(NO_INDICES)  # before anybody could look
             assert await code_of(fd.read(1 << 20)) == "ENOMSG"
 
     run(main)

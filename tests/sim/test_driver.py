@@ -816,7 +816,7 @@ def test_a_producer_that_dies_of_a_bug_is_told_of_at_once(monkeypatch: pytest.Mo
 
     async def main() -> None:
         hosts = Hosts()
-        monkeypatch.setattr(hosts.source._around.firmware, "save", breaks)
+        monkeypatch.setattr(hosts.source._context.firmware, "save", breaks)
         asyncio.get_running_loop().call_exception_handler = lambda context: told.append(str(context))  # type: ignore[method-assign]
         await hosts.source.set_state(State.PRE_COPY)
         await sleep_ns(SECOND)

@@ -876,7 +876,7 @@ async def test_closing_before_the_end_fails_and_the_device_is_in_error(stream: i
     with pytest.raises(OSError, match=rf"^\[Errno {errno.ENODATA}\] dev stream {stream}: was closed before its END"):
         await fds[stream].close()
     for fd in fds:
-        await fails_with(errno.EIO, fd.close()) if fd._ended is False else await fd.close()  # type: ignore[attr-defined]
+        await fails_with(errno.EIO, fd.close()) if fd.ended is False else await fd.close()  # type: ignore[attr-defined]
     await check_in_error(hosts.target, fds)
 
 

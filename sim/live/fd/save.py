@@ -1,28 +1,32 @@
-"""A stream that is saved, put into a data fd: what the driver has ready is copied into a socket, which a VMM reads.
+"""The driver's end of a data fd that is read: bytes of a saved stream are copied into a socket, which a VMM reads.
 
-The socket's buffer is what is left of the driver's chunks once they are on their way: bytes in it are unread to the
-driver, and count as such in all that it tells. A full buffer keeps the chunk, and so the engine waits.
+The socket's buffer is the end of the driver's chunks: bytes in it are unread to the driver, and count as such in all
+that it reports. A full buffer keeps the chunk, and so the engine waits.
 
-What a socket cannot say, the error that read() would give where there is nothing to read, is told by a call: `idle`.
-A session that is over takes what is unread with it, as in the kernel: the socket is emptied, and then at its end.
+A socket cannot report the error of a read() that finds nothing (ENOMSG, ENODEV, EIO). The VMM asks for it with the call
+`idle`. When a session is over, its unread bytes are gone, as in the kernel: the socket is emptied, then shut.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import errno
 import os
 import socket
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
+from typing_extensions import override
 
 from proto_v3.notify import Notify
 from proto_v3.timeline import Resource, on_track
 from sim.device.record import NO_INDICES, Extent, Record
 from sim.device.save import SaveStream
+from sim.device.save_queue import ReadState
 from sim.device.stream import FdBuffer
 from sim.live.fd import codec
 from sim.live.fd.copy import Copied, Copier, data_fd, eventfd, unread_bytes
@@ -31,13 +35,13 @@ from sim.live.io import Worker
 from sim.live.merge_timelines import LATEST, ProcessTimeline
 
 DRAIN_BYTES = 1 << 20
-"""Taken out of a socket at once that nobody reads any more."""
+"""Of one recv() that empties a socket."""
 UNCONTENDED_NS = 20_000
-"""Taking a lock that is free, or finding that there is room, takes less."""
+"""Taking a free lock, or finding that there is room, takes less."""
 
 
-class SocketOutlet(FdBuffer):
-    """What is in the socket, or about to be."""
+class SocketBuffer(FdBuffer):
+    """Bytes in the socket, or about to be."""
 
     def __init__(self, theirs: socket.socket) -> None:
         self._theirs = theirs
@@ -45,54 +49,75 @@ class SocketOutlet(FdBuffer):
         self._sent = 0
         self._consumed = 0
         self._initial_through = 0
-        self.closed = False
-        """There is no socket any more."""
+        self._closed = False
 
     @property
     def sent(self) -> int:
-        """Bytes that were ever in the socket."""
+        """Bytes that were ever put into the socket."""
         return self._sent
 
-    def sent_more(self, size: int) -> None:
-        """So many more: told by the thread that copies."""
+    def count_sent(self, size: int) -> None:
+        """`size` more bytes are in the socket: called by the thread that copies."""
         self._sent += size
 
     @property
     def consumed(self) -> int:
-        """What the VMM read, of all that was ever sent."""
-        if not self.closed:
-            sent = self._sent  # first: what the thread puts in meanwhile is not to be taken for read
+        """Bytes that the VMM read, of all that were ever sent."""
+        if not self._closed:
+            sent = self._sent  # first: bytes that the thread puts in meanwhile are not read
             unread = unread_bytes(self._theirs)
-            self._consumed = max(self._consumed, sent - unread)  # what was put in just now may not be counted yet
+            self._consumed = max(self._consumed, sent - unread)  # bytes put in just now may not be counted yet
         return self._consumed
 
     def close(self) -> None:
         """The socket is about to be closed."""
-        self.closed = True
+        self._closed = True
 
     @property
-    def unread_bytes(self) -> int:  # type: ignore[override]
-        """See sim.device.stream.FdBuffer."""
+    @override
+    def unread_bytes(self) -> int:
         return self._taken - self.consumed
 
     @property
-    def initial_bytes(self) -> int:  # type: ignore[override]
-        """See sim.device.stream.FdBuffer."""
+    @override
+    def initial_bytes(self) -> int:
         return max(0, self._initial_through - self.consumed)
 
-    def took(self, size: int, initial_bytes: int) -> None:
-        """See sim.device.stream.FdBuffer."""
+    @override
+    def add(self, size: int, initial_bytes: int) -> None:
         if initial_bytes:
             self._initial_through = self._taken + initial_bytes
         self._taken += size
 
-    def all_initial(self) -> None:
-        """See sim.device.stream.FdBuffer."""
+    @override
+    def make_all_initial(self) -> None:
         self._initial_through = self._taken
 
 
+class FdState(enum.Enum):
+    """Of the driver's end."""
+
+    COPYING = enum.auto()
+    """The driver has data or is saving; the copy may wait for room in the socket."""
+    DRAINED = enum.auto()
+    """Everything is in the socket, until the driver has more."""
+    ENDED = enum.auto()
+    """Everything is in the socket, for good: the END, or an error."""
+    CLOSED = enum.auto()
+    """The session is over, and the socket is emptied."""
+
+
+class ReadEnd(NamedTuple):
+    """What a read() finds behind the last byte in the socket."""
+
+    what: str
+    """`ENOMSG`, `END` (an empty read(); for now only, if the driver does so) or `ERROR` (whatever is in the socket)."""
+    errno: int = 0
+    text: str = ""
+
+
 class SavedData:
-    """The driver's end of a data fd that is read."""
+    """The driver's end: copies what a stream has into the socket, and says what comes behind it."""
 
     def __init__(
         self,
@@ -105,7 +130,7 @@ class SavedData:
         room_bytes: int,
         piece_bytes: int,
     ) -> None:
-        """`room_bytes` fit the socket; `piece_bytes` are copied at once, under the lock: what one read() takes."""
+        """`room_bytes` fit the socket. `piece_bytes` are copied at once, under the lock: those of one read()."""
         self.stream = stream
         self._piece_bytes = piece_bytes
         self.lock_ns = self.copy_ns = 0
@@ -115,12 +140,13 @@ class SavedData:
         self._zero_ns = time.perf_counter_ns() - timeline.now_ns()
         self._edge = edge
         self._ours, self._theirs = data_fd(room_bytes)
-        self._outlet = SocketOutlet(self._theirs)
-        stream.outlet = self._outlet
+        self._buffer = SocketBuffer(self._theirs)
+        stream.buffer = self._buffer
         self._closing = eventfd()
         self._worker = Worker(f"{edge} copy")
-        self._ended = False  # what was said last is so for good
-        self._idle: tuple[str, int, str] | None = None
+        self._state = FdState.COPYING
+        self._read_end = ReadEnd("END")
+        """In DRAINED and ENDED."""
         self._notify = Notify()
         self._task = asyncio.create_task(self._run(), name=edge)
         self._watching = asyncio.create_task(self._watch(), name=f"{edge} watch")
@@ -129,85 +155,79 @@ class SavedData:
         """The VMM's end, to be passed to it."""
         return [os.dup(self._theirs.fileno())]
 
-    async def idle(self) -> tuple[str, int, str, int]:
-        """Wait until all that the driver has is in the socket: what read() gives behind that (`ENOMSG`, `END` or
-        `ERROR`), with errno and text; and how many bytes were ever in it.
-
-        An `ERROR` is what read() gives whatever is in the socket. `END` may be for now only, where a driver says so.
-        """
-        while (told := self._told()) is None:
+    async def idle(self) -> tuple[ReadEnd, int]:
+        """Wait until all that the driver has is in the socket: what a read() finds behind it, and the number of bytes
+        that were ever in it."""
+        while (end := self._end_now()) is None:
             await self._notify.wait()
-        return *told, self._outlet.sent
+        return end, self._buffer.sent
 
-    def _told(self) -> tuple[str, int, str] | None:
-        if self.stream.over:  # said when nothing can be read any more
-            return ("ERROR", self.stream._closed, "") if self._outlet.closed else None
-        # The driver may have something new since it was said, and its task here not be woken yet.
-        return None if self._idle is None or self._has_more() else self._idle
-
-    def _has_more(self) -> bool:
-        """After a temporary end: whether read() would wait, or give something else."""
-        stream = self.stream
-        return not self._ended and bool(stream._unread_bytes or stream._planned or stream._final)
+    def _end_now(self) -> ReadEnd | None:
+        """None while the driver has more, or the VMM could still read bytes of a session that is over."""
+        error = self.stream.error
+        if error is not None:
+            return ReadEnd("ERROR", error.errno or errno.EIO) if self._state is FdState.CLOSED else None
+        match self._state:
+            case FdState.DRAINED if self.stream.state is not ReadState.DRAINED:
+                return None  # the driver has something new, and the task here is not woken yet
+            case FdState.DRAINED | FdState.ENDED:
+                return self._read_end
+            case _:
+                return None
 
     async def _run(self) -> None:
         on_track(self._edge)
         try:
-            while await self._put():
-                pass
+            while self._state is not FdState.ENDED:
+                await self._put()
         except OSError as error:
-            self._fail(error.errno or errno.EIO, str(error.strerror or error))
+            self._enter(FdState.ENDED, ReadEnd("ERROR", error.errno or errno.EIO, str(error.strerror or error)))
         except Exception as error:  # a bug: to be seen here, and not waited for there
-            self._fail(errno.EIO, repr(error))
+            self._enter(FdState.ENDED, ReadEnd("ERROR", errno.EIO, repr(error)))
             asyncio.get_running_loop().call_exception_handler({"message": self._edge, "exception": error})
         finally:
             await self._watching
             self._close()
             self._notify.notify()
 
-    async def _put(self) -> bool:
-        """Some of what the driver has, or what read() gives in its place; False at the end of the stream."""
+    async def _put(self) -> None:
+        """Copy some of what the driver has; or wait until it has more; or end."""
         try:
-            data = await self.stream.move(self._piece_bytes, self._copy)
+            if len(await self.stream.read_with(self._copy, self._piece_bytes)):
+                return
+            end = ReadEnd("END")
         except OSError as error:
             if error.errno != errno.ENOMSG:
                 raise
-            self._say("ENOMSG", errno.ENOMSG)
-        else:
-            if len(data):
-                return True
-            self._ended = self.stream._final
-            self._say("END", 0)
-            if self._ended:
-                self._shut()
-                return False
-        while not (self._has_more() or self.stream.over):
-            await self.stream._notify.wait()
-            self._notify.notify()  # what was new may have been dropped again
-        self._idle = None
-        return True
+            end = ReadEnd("ENOMSG", errno.ENOMSG)
+        if self.stream.state is ReadState.END:
+            self._enter(FdState.ENDED, end)
+            self._shut()
+            return
+        self._enter(FdState.DRAINED, end)
+        while self.stream.state is ReadState.DRAINED:
+            await self.stream.changed()
+            self._notify.notify()  # something new may have been dropped again
+        self._state = FdState.COPYING
+
+    def _enter(self, state: FdState, end: ReadEnd) -> None:
+        self._state, self._read_end = state, end
+        self._notify.notify()
 
     async def _watch(self) -> None:
-        """Until the session is over: a copy that waits for room then waits for nothing."""
+        """End a copy that waits for room when the session is over."""
         while not self.stream.over:
-            await self.stream._notify.wait()
+            await self.stream.changed()
         os.eventfd_write(self._closing, 1)
-
-    def _fail(self, code: int, text: str) -> None:
-        self._ended = True
-        self._say("ERROR", code, text)
-
-    def _say(self, what: str, code: int, text: str = "") -> None:
-        self._idle = (what, code, text)
-        self._notify.notify()
 
     def _shut(self) -> None:
         with contextlib.suppress(OSError):
-            self._ours.shutdown(socket.SHUT_WR)  # the VMM reads 0, and asks what it is
+            self._ours.shutdown(socket.SHUT_WR)  # the VMM reads 0, and asks why
 
     def _close(self) -> None:
-        """What is in the socket is not to be read any more."""
-        self._outlet.close()
+        """Take what is in the socket from the VMM."""
+        self._state = FdState.CLOSED
+        self._buffer.close()
         self._shut()
         with contextlib.suppress(OSError):
             while self._theirs.recv(DRAIN_BYTES, socket.MSG_DONTWAIT):
@@ -218,21 +238,21 @@ class SavedData:
         os.close(self._closing)
 
     async def ended(self) -> None:
-        """The session is over: return when nothing of it can be read any more."""
+        """The session is over: return when none of its bytes can be read any more."""
         await asyncio.wait([self._task])
 
     async def _copy(self, data: Extent) -> None:
         buffers = list(self._layout.pieces(data))
-        sent, asked_ns = self._outlet.sent, time.perf_counter_ns()
+        sent, asked_ns = self._buffer.sent, time.perf_counter_ns()
         send = self._copier.send
-        copies = await self._worker.start(lambda: send(self._ours, self._closing, buffers, self._outlet.sent_more))
+        copies = await self._worker.start(lambda: send(self._ours, self._closing, buffers, self._buffer.count_sent))
         for copied in copies:
             sent += copied.size
-            self._tell(copied, sent, asked_ns)
+            self._record(copied, sent, asked_ns)
             asked_ns = copied.done_ns
 
-    def _tell(self, copied: Copied, sent: int, before_ns: int) -> None:
-        """The timeline, of a copy after which so much was sent in all; the one before it was done at `before_ns`."""
+    def _record(self, copied: Copied, sent: int, before_ns: int) -> None:
+        """Write a copy into the timeline. `sent`: bytes in all after it; `before_ns`: when the copy before it ended."""
         timeline, zero_ns = self._timeline, self._zero_ns
         asked_ns, locked_ns = copied.asked_ns - zero_ns, copied.locked_ns - zero_ns
         if copied.waited and copied.asked_ns - before_ns > UNCONTENDED_NS:
@@ -246,14 +266,14 @@ class SavedData:
 
 
 class Layout:
-    """Where the bytes of records are: their heads, and the device's state as it is now, without a copy."""
+    """The bytes of records, without a copy: their heads, and the device's state as it is now."""
 
     def __init__(self, store: StateStore) -> None:
         self._store = store
-        self._record: Record | None = None  # the last one, for it is asked for piece by piece
+        self._record: Record | None = None  # the last one: records are asked for piece by piece
         self._head = memoryview(b"")
         self._starts = self._offsets = self._sizes = NO_INDICES
-        """Of its pieces, of which the first is the head: where each begins in the record, where in the store, bytes."""
+        """Of its pieces, the first of which is the head: offset in the record, offset in the store, bytes."""
 
     def pieces(self, data: Extent) -> Iterator[memoryview]:
         """The bytes of a run of the stream."""

@@ -242,8 +242,8 @@ class DeviceProcess:
         data = self._of(body)
         if not isinstance(data, SavedData):
             raise fails(errno.EBADF)
-        what, code, text, sent = await data.idle()
-        return Reply({"what": what, "errno": code, "text": text, "sent": sent})
+        end, sent = await data.idle()
+        return Reply({"what": end.what, "errno": end.errno, "text": end.text, "sent": sent})
 
     async def _new_epoch(self, body: dict[str, Any]) -> Reply:
         """Whether there is one; it is waited for, if so asked."""
@@ -252,7 +252,7 @@ class DeviceProcess:
             raise fails(errno.ENOTTY)
         if body["wait"]:
             await stream.new_epoch()
-        return Reply({"new": bool(stream._ready() & Ready.NEW_EPOCH)})
+        return Reply({"new": bool(stream.ready() & Ready.NEW_EPOCH)})
 
     async def _close(self, body: dict[str, Any]) -> Reply:
         await self._of(body).stream.close()

@@ -1,0 +1,134 @@
+"""Records between SAVE and read(). Pure: records in, bytes out; no I/O, no clock, nobody who waits."""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from sim.device.record import Extent, Record, RecordSlice, Tally
+
+
+class ReadState(enum.Enum):
+    """What a read() of a stream finds."""
+
+    DATA = enum.auto()
+    """Unread bytes."""
+    SAVING = enum.auto()
+    """No bytes yet: a SAVE is in flight, or planned."""
+    DRAINED = enum.auto()
+    """Nothing, until more is planned: the temporary end in pre-copy."""
+    END = enum.auto()
+    """Nothing, ever: the END record was read."""
+    OVER = enum.auto()
+    """An error: the session is over."""
+
+
+class Taken(NamedTuple):
+    """What take() cut off the queue."""
+
+    data: Extent
+    initial_bytes: int
+    """The first of the bytes, which count as v2's initial_bytes."""
+    chunks: int
+    """Chunks that were read to their end: free() them when the bytes are copied."""
+
+
+class SaveQueue:
+    """Records of one stream, first in, first out; and the chunks of memory that hold them.
+
+    A record gets its sequence number when its first byte is taken: until then it can be dropped without a gap.
+    """
+
+    def __init__(self, chunks: int) -> None:
+        self.free_chunks = chunks
+        self.unread_bytes = 0
+        self.saving: Record | None = None
+        """Its SAVE is in flight."""
+        self.has_end = False
+        """The END record was appended."""
+        self._records: deque[Record] = deque()
+        self._offset = 0  # bytes of the first record that were taken
+        self._sequence = 0
+        self._tally = Tally()
+
+    @property
+    def saving_bytes(self) -> int:
+        """Bytes of the SAVE in flight."""
+        return self.saving.size_bytes if self.saving else 0
+
+    @property
+    def initial_bytes(self) -> int:
+        """Bytes that count as v2's initial_bytes, unread or being saved."""
+        size = sum(record.size_bytes for record in self._records if record.initial)
+        if self._records and self._records[0].initial:
+            size -= self._offset
+        return size + (self.saving_bytes if self.saving and self.saving.initial else 0)
+
+    @property
+    def unread_end_bytes(self) -> int:
+        """Bytes of the END record, if it is there and not read."""
+        return self._records[-1].size_bytes if self.has_end and self._records else 0
+
+    def start(self, record: Record) -> None:
+        """Its SAVE starts: from now on it holds a chunk."""
+        self.saving = record
+        self.free_chunks -= record.chunk
+
+    def append(self, record: Record) -> None:
+        """It is saved, and can be read."""
+        self._records.append(record)
+        self.unread_bytes += record.size_bytes
+        self.has_end = record.end
+
+    def take(self, max_bytes: int) -> Taken:
+        """Take up to `max_bytes`, in order."""
+        left = min(max_bytes, self.unread_bytes)
+        self.unread_bytes -= left
+        parts = []
+        chunks = taken = initial_bytes = 0
+        while left:
+            record = self._records[0]
+            if record.sequence < 0:
+                self._number(record)
+            part = RecordSlice(record, self._offset, min(record.size_bytes, self._offset + left))
+            parts.append(part)
+            left -= part.stop - part.start
+            taken += part.stop - part.start
+            if record.initial:
+                initial_bytes = taken
+            self._offset = part.stop
+            if part.stop == record.size_bytes:
+                self._records.popleft()
+                self._offset = 0
+                chunks += record.chunk
+        return Taken(Extent(parts), initial_bytes, chunks)
+
+    def _number(self, record: Record) -> None:
+        record.sequence = self._sequence
+        self._sequence += 1
+        if record.end:
+            record.tally = self._tally
+        else:
+            self._tally = self._tally.add(record)
+
+    def free(self, chunks: int) -> None:
+        """The bytes of so many chunks are copied: another SAVE can have them."""
+        self.free_chunks += chunks
+
+    def drop(self, drops: Callable[[Record], bool]) -> list[Record]:
+        """Drop records of which no byte was taken, if `drops` says so; returns them."""
+        kept: deque[Record] = deque()
+        dropped: list[Record] = []
+        for record in self._records:
+            (dropped if record.sequence < 0 and drops(record) else kept).append(record)
+        self._records = kept
+        self.unread_bytes -= sum(record.size_bytes for record in dropped)
+        self.free_chunks += sum(record.chunk for record in dropped)
+        return dropped
+
+    def make_all_initial(self) -> None:
+        """Count all unread bytes as initial."""
+        for record in self._records:
+            record.initial = True
