@@ -422,7 +422,8 @@ def test_a_device_that_cannot_be_read_any_more_once_it_is_stopped_gives_the_gues
         async def read(self: SaveStream | SaveBlocks, *asked: int) -> Payload:
             nonlocal reads
             data = await original(self, *asked)
-            if self._final and now_ns() > watched.run.timeline.marks[Mark.STOPPED] + ns(3):
+            final = self._final if isinstance(self, SaveBlocks) else self._plan.final
+            if final and now_ns() > watched.run.timeline.marks[Mark.STOPPED] + ns(3):
                 reads += 1
                 if reads > after_reads:
                     raise OSError(5, os.strerror(5))
