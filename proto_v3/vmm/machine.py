@@ -1,6 +1,6 @@
-"""The port: what a VMM owns besides the devices: vCPUs, guest RAM, device config.
+"""The port of what a VMM owns besides the VFIO devices: vCPUs, guest RAM, device config.
 
-RAM is here because it shares the link and the downtime with the devices, not to be studied for itself.
+RAM is here because it shares the link and the downtime with the devices. It is not studied for itself.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ class GuestRam(Protocol):
     """Guest RAM with its dirty bitmap."""
 
     def pending_bytes(self) -> int:
-        """Bytes of the pages that are known to be dirty (since the last sync), not yet taken."""
+        """Bytes of the pages known to be dirty (since the last sync) and not yet taken."""
 
     async def sync(self) -> None:
         """Fetch the dirty bitmap."""
 
     async def final_sync(self) -> None:
-        """Fetch it for the last time, vCPUs and devices stopped."""
+        """Fetch it for the last time, with vCPUs and devices stopped."""
 
     async def final_scan(self) -> None:
-        """Walk over all of it for the last time; what is dirty is then pending."""
+        """Walk over all of it for the last time; the dirty pages are then pending."""
 
     async def take(self, budget_ns: int) -> Payload | None:
-        """Prepare the next pages, working for at most `budget_ns`; None when none is pending."""
+        """Prepare the next pages, for at most `budget_ns` of work. None if no page is pending."""
 
     async def load(self, payload: Payload) -> None:
         """Put pages in place, at the target."""
 
 
 class Machine(Protocol):
-    """One VMM's guest, without its VFIO devices."""
+    """The guest of one VMM, without its VFIO devices."""
 
     @property
     def ram(self) -> GuestRam:
@@ -44,22 +44,22 @@ class Machine(Protocol):
         """Whether the vCPUs run."""
 
     async def set_up(self) -> None:
-        """What a migration costs before its first byte."""
+        """Take the time that a migration costs before its first byte."""
 
     async def stop_vcpus(self) -> None:
-        """Return when no vCPU runs any more."""
+        """Stop the vCPUs; return when none runs."""
 
     async def buffer_device_data(self, size_bytes: int) -> None:
-        """Move device data through the main channel's own buffers (QEMUFile: 32 KiB), at either side.
+        """Copy device data through the main channel's own buffers (QEMUFile: 32 KiB), at either side.
 
-        Only the single channel does it; multifd and v3 send from, and write() from, the buffer that was read into.
+        Only v2's single channel does this. multifd and v3 send, and write(), from the buffer that was read into.
         """
 
     async def load_other_devices(self) -> None:
-        """Load the state of all devices that are not VFIO's; it comes before theirs."""
+        """Load the state of all devices that are not VFIO devices, before the config of those."""
 
     async def load_config(self, device: int) -> None:
-        """Load a device's config space and interrupts: one at a time over all devices (QEMU's big lock)."""
+        """Load a device's config space and interrupts, one device at a time (QEMU's big lock)."""
 
     async def start_vcpus(self) -> None:
-        """Return when the guest runs."""
+        """Start the vCPUs; return when the guest runs."""

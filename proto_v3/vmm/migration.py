@@ -1,7 +1,7 @@
-"""The whole move: what the two VMMs do whatever the protocol is, and the frame in which v2 and v3 fill in the rest.
+"""A migration as a whole: the steps that v2 and v3 have in common. Each protocol fills in the others.
 
 Source: set up, open a session on each device, pre-copy until the switchover fits, stop, drain, hand over.
-Target: RESUMING, load what comes, then devices' config, then run.
+Target: devices to RESUMING, load what arrives, load the devices' config, run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import enum
 import errno
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,11 @@ from proto_v3.errors import (
     ProtoV3Error,
     leaves,
 )
-from proto_v3.notify import Notify
-from proto_v3.timeline import Mark, Timeline
+from proto_v3.timeline import Join, Mark, Timeline, Work
 from proto_v3.vfio.device import DataFd, MigrationDevice
 from proto_v3.vfio.uapi import MigrationFlags, State
 from proto_v3.vmm.machine import Machine
+from proto_v3.vmm.return_path import HandOver, ReturnPath
 from proto_v3.vmm.switchover import Switchover, SwitchoverSettings
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind, Payload
@@ -49,58 +49,12 @@ class UnsupportedError(LocalProtocolError):
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One VMM: its guest, its devices, its settings, and where time is told and recorded."""
+    """One VMM: its guest, its devices, its settings, and the timeline that gives and records the time."""
 
     machine: Machine
     devices: Sequence[MigrationDevice]
     settings: SwitchoverSettings
     timeline: Timeline
-
-
-class ReturnPath:
-    """What the target tells the source on the main channel, heard beside everything else that the source does."""
-
-    def __init__(self, channel: Channel, devices: int, own: Callable[[Frame], bool] = lambda _: False) -> None:
-        """`own` takes a frame that only one protocol has; False if it is not due."""
-        self._channel = channel
-        self._own = own
-        self._notify = Notify()
-        self.acked = [0] * devices
-        """By device: the newest request for a switchover-ack that was answered."""
-        self.all_acked = False
-        """The one-shot ack came."""
-        self._heard: set[Kind] = set()
-        self.may_resume = False
-        """The source gave up its right to run the guest: only then may the target say that it does."""
-
-    async def listen(self) -> None:
-        """Until the guest runs at the target. PeerFailedError if that fails."""
-        while not self.resumed:
-            frame = await self._channel.recv()
-            match frame.kind:
-                case Kind.SWITCHOVER_ACK if frame.value == 0:
-                    self.all_acked = True
-                case Kind.SWITCHOVER_ACK if frame.device < len(self.acked):
-                    self.acked[frame.device] = frame.value
-                case Kind.LOADED:
-                    self._heard.add(frame.kind)
-                case Kind.RESUMED if self.may_resume:
-                    self._heard.add(frame.kind)
-                case Kind.FAILED:
-                    raise PeerFailedError("the target failed")
-                case _ if not self._own(frame):
-                    raise PeerProtocolError(f"{frame.kind.name} came on the return path, where it is not due")
-            self._notify.notify()
-
-    @property
-    def resumed(self) -> bool:
-        """The guest runs at the target."""
-        return Kind.RESUMED in self._heard
-
-    async def wait_for(self, kind: Kind) -> None:
-        """Until this was heard."""
-        while kind not in self._heard:
-            await self._notify.wait()
 
 
 class Source(abc.ABC):
@@ -110,30 +64,33 @@ class Source(abc.ABC):
         self.side = side
         self.channels = channels
         self.fds: dict[int, DataFd] = {}
-        """By device: its session's data fd. In pre-copy, of the devices that have pre-copy."""
+        """Data fd of each device's session, by device index. In pre-copy, only of devices that have pre-copy."""
 
-        self.back = ReturnPath(channels[0], len(side.devices))
+        self.back = ReturnPath(channels[0], self.handle)
         self.retries = 0
         """Orders to stop the guest that were taken back."""
         self.retries_stopped_ns = 0
-        """How long the guest stood still for them, in all."""
+        """Total time that the guest was stopped for these orders."""
         self.late_final_checks = 0
-        """v3: devices that the last look found to have an epoch that is not loaded, at all orders to stop."""
+        """v3: devices whose newest epoch was not loaded in a final check; summed over all orders to stop."""
 
     @property
     def handed_over(self) -> bool:
-        """The target may run the guest from now on: so this side must not, whatever happens."""
-        return self.back.may_resume
+        """Whether the target may run the guest. From then on this side must not run it, whatever happens."""
+        return self.back.hand_over >= HandOver.COMMITTED
 
     async def run(self) -> OutcomeKind:
-        """Migrate. OSError and ProtoV3Error, alone or in a group, where that fails; the guest then goes on here,
-        unless the target said that it runs there, or may run it and was lost."""
+        """Migrate the guest.
+
+        Raises OSError or ProtoV3Error, alone or in a group, if that fails. The guest then runs on here, unless the
+        target reported that it runs there, or may run it and was lost (LostAfterCommitError).
+        """
         try:
             return await self.migrate()
         except UnsupportedError:
             raise
         except (OSError, ProtoV3Error, ExceptionGroup) as error:
-            if self.back.resumed:  # what failed is only the end of the sessions here
+            if self.back.hand_over is HandOver.RESUMED:  # what failed is only the end of the sessions here
                 raise
             causes = list(leaves(error))
             if self.handed_over and not any(isinstance(cause, PeerFailedError) for cause in causes):
@@ -145,16 +102,58 @@ class Source(abc.ABC):
             try:
                 await self.recover()
             finally:
-                with contextlib.suppress(OSError):  # last of all: it waits for room, if the target reads no more
+                with contextlib.suppress(OSError):  # last of all: it waits for room if the target stopped reading
                     await self.channels[0].send_control(Kind.CANCEL)
             raise
 
-    @abc.abstractmethod
     async def migrate(self) -> OutcomeKind:
-        """What run() does, without what it does about failures."""
+        """The steps of run(), without its recovery from failures."""
+        await self.opt_in()
+        start_ns = self.now_ns
+        await self.side.machine.set_up()
+        await self.channels[0].send_control(Kind.SETUP, value=len(self.side.devices))
+        self.side.timeline.stage("setup", start_ns)
+        async with Join() as beside:
+            listening = beside.start(self.back.listen(), "source return path")
+            senders = [beside.start(work, track) for work, track in self.work()]
+            outcome = await self.move(start_ns)
+            if outcome is None:
+                self.side.timeline.mark(Mark.DRAINED)
+                await self.commit()
+                await self.back.reached(HandOver.RESUMED)
+            else:
+                listening.cancel()
+            for sender in senders:
+                sender.cancel()
+        if outcome is not None:
+            return outcome
+        await self.end_sessions()
+        return OutcomeKind.COMPLETED
+
+    async def opt_in(self) -> None:  # noqa: B027  (v2 has nothing to choose before the set-up)
+        """Choose the protocol at the devices, before anything else."""
+
+    @abc.abstractmethod
+    def work(self) -> list[Work]:
+        """Tasks that send on the other channels. They are cancelled at the end."""
+
+    @abc.abstractmethod
+    async def move(self, start_ns: int) -> OutcomeKind | None:
+        """Open the sessions, run pre-copy, stop the guest and send everything. `start_ns`: when the migration started.
+
+        Returns None when all was sent, else how pre-copy ended; the sessions are then closed and CANCEL is sent.
+        """
+
+    @abc.abstractmethod
+    async def commit(self) -> None:
+        """Give up the right to run the guest: back.commit(), then the frame that says so."""
+
+    def handle(self, frame: Frame) -> bool:
+        """Take a frame from the target that only this protocol has. False if the frame is not due."""
+        return False
 
     async def recover(self) -> None:
-        """Back to where it was: devices running, by a reset where nothing else helps, then the vCPUs.
+        """Back to the state before the migration: devices running, by a reset where SET_STATE fails, then the vCPUs.
 
         As QEMU does (hw/vfio/migration.c, vfio_migration_set_state and its recover state; migration.c restarts the VM).
         """
@@ -166,10 +165,10 @@ class Source(abc.ABC):
     async def unless_cancelled(
         self, start_ns: int, precopy: Coroutine[Any, Any, OutcomeKind | None]
     ) -> OutcomeKind | None:
-        """Pre-copy, which the user may cancel at any time: also while a send or a read waits (migrate_cancel)."""
+        """Run pre-copy. The user may cancel it at any time, also while a send or a read waits (migrate_cancel)."""
         cancel_ns = self.side.settings.cancel_ns
-        left_s = None if cancel_ns is None else max(0, start_ns + cancel_ns - self.now_ns) / 1e9
-        user = asyncio.timeout(left_s)
+        remaining_s = None if cancel_ns is None else max(0, start_ns + cancel_ns - self.now_ns) / 1e9
+        user = asyncio.timeout(remaining_s)
         try:
             async with user:
                 return await precopy
@@ -179,13 +178,13 @@ class Source(abc.ABC):
             return OutcomeKind.CANCELLED
 
     def given_up(self, start_ns: int) -> OutcomeKind | None:
-        """Whether pre-copy is to end without a switchover, for it takes too long."""
+        """DID_NOT_CONVERGE if pre-copy has taken longer than the settings allow, else None."""
         too_long = self.now_ns - start_ns > self.side.settings.give_up_ns
         return OutcomeKind.DID_NOT_CONVERGE if too_long else None
 
     @property
     def now_ns(self) -> int:
-        """The clock."""
+        """The time now."""
         return self.side.timeline.now_ns()
 
     def bytes_sent(self) -> int:
@@ -193,7 +192,7 @@ class Source(abc.ABC):
         return sum(channel.bytes_sent for channel in self.channels)
 
     async def open_sessions(self) -> None:
-        """Put every device that can in PRE_COPY."""
+        """Put every device that has PRE_COPY in that state."""
         for index, device in enumerate(self.side.devices):
             if MigrationFlags.PRE_COPY in await device.migration_flags():
                 await self._enter(index, State.PRE_COPY)
@@ -201,18 +200,18 @@ class Source(abc.ABC):
     async def stop_guest(self) -> bool:
         """Stop the vCPUs; then all devices to P2P where they have it, then each to STOP_COPY (QEMU's two passes).
 
-        One without a session goes to STOP, and to STOP_COPY when its turn comes to be read (vfio_vmstate_change).
-        False if settled() said no: the guest runs again, pre-copy goes on.
+        A device without a session goes to STOP, and to STOP_COPY when its turn to be read comes (vfio_vmstate_change).
+        Returns False if check_in_p2p() does: then the guest runs again and pre-copy continues.
         """
         timeline = self.side.timeline
         timeline.mark(Mark.STOP_ORDERED)
         start = timeline.now_ns()
         await self.side.machine.stop_vcpus()
-        await self.final_check()
+        await self.check_before_p2p()
         for index, device in enumerate(self.side.devices):
             if MigrationFlags.P2P in await device.migration_flags():
                 await device.set_state(State.PRE_COPY_P2P if index in self.fds else State.RUNNING_P2P)
-        if not await self.settled():
+        if not await self.check_in_p2p():
             await self._start_guest_again()
             timeline.stage("retry", start, self.retries)
             self.retries += 1
@@ -227,8 +226,11 @@ class Source(abc.ABC):
         timeline.stage("stop", start)
         return True
 
-    async def settled(self) -> bool:
-        """vCPUs stopped, devices in P2P: whether to go on to STOP_COPY. A protocol may want to go back instead."""
+    async def check_before_p2p(self) -> None:  # noqa: B027  (v3 checks in P2P instead)
+        """v2's final check: the vCPUs are stopped, the devices still in PRE_COPY."""
+
+    async def check_in_p2p(self) -> bool:
+        """v3's final check: the vCPUs are stopped, the devices in P2P. False: resume the guest, continue pre-copy."""
         return True
 
     async def _start_guest_again(self) -> None:
@@ -238,17 +240,14 @@ class Source(abc.ABC):
         await self.side.machine.start_vcpus()
 
     async def ready_to_drain(self, index: int) -> DataFd:
-        """The data fd of a device that is read to its end now; one without a session begins it
+        """The data fd of a device that is now read to its end. A device without a session begins one
         (vfio_save_complete_precopy)."""
         if index not in self.fds:
             await self._enter(index, State.STOP_COPY)
         return self.fds[index]
 
-    async def final_check(self) -> None:  # noqa: B027  (a protocol may have nothing to do here)
-        """The vCPUs are stopped, the devices not yet: what a protocol may want to ask them before they are."""
-
     async def _enter(self, index: int, state: State) -> None:
-        """Put a device in a saving state; the fd comes with the first one, and stays for the session (vfio.h)."""
+        """Put a device in a saving state. The first such state returns the fd, which stays for the session (vfio.h)."""
         fd = await self.side.devices[index].set_state(state)
         if fd is not None:
             self.fds[index] = fd
@@ -256,13 +255,13 @@ class Source(abc.ABC):
             raise LocalProtocolError(f"{self.side.devices[index].name}: no data fd came with {state.name}")
 
     async def give_up(self) -> None:
-        """End a migration in pre-copy; the guest goes on and never noticed."""
+        """End a migration in pre-copy. The guest runs on and never noticed."""
         for device in self.side.devices:
             await _set_or_reset(device, State.RUNNING)
         await self.channels[0].send_control(Kind.CANCEL)
 
     async def end_sessions(self) -> None:
-        """STOP_COPY -> STOP, left for after the hand-over, as it takes time and holds nothing up (QEMU)."""
+        """STOP_COPY -> STOP, after the hand-over: it takes time, and nothing waits for it (QEMU)."""
         for device in self.side.devices:
             await _set_or_reset(device, State.STOP)
 
@@ -279,15 +278,15 @@ class Source(abc.ABC):
         timeline.stage("ram_save", start)
 
     async def send_pages(self, pages: Payload) -> None:
-        """Put pages of RAM on the wire: on the main channel, if nothing else is said."""
+        """Send pages of RAM: on the main channel, unless a protocol has others."""
         await self.channels[0].send(Frame(Kind.RAM, payload=pages))
 
     async def end_ram(self) -> None:
-        """All pages were sent."""
+        """All pages were sent: report it to the target."""
         await self.channels[0].send_control(Kind.RAM_END)
 
     def switchover(self) -> Switchover:
-        """A fresh measurement of the bandwidth."""
+        """A new measurement of the bandwidth."""
         return Switchover(self.side.settings, self.now_ns)
 
 
@@ -298,17 +297,17 @@ class Target(abc.ABC):
         self.side = side
         self.channels = channels
         self.peak_reorder_bytes = 0
-        """The most that waited in memory to be put back in order."""
+        """The most bytes that waited in memory to be put back in order."""
 
-    def note_reorder_bytes(self, waiting: int) -> None:
-        """So many bytes wait to be put back in order now."""
-        self.peak_reorder_bytes = max(self.peak_reorder_bytes, waiting)
+    def note_reorder_bytes(self, waiting_bytes: int) -> None:
+        """Record that this many bytes wait to be put back in order now."""
+        self.peak_reorder_bytes = max(self.peak_reorder_bytes, waiting_bytes)
 
     async def run(self) -> bool:
-        """Load what comes, run the guest; False if the source cancelled.
+        """Load what arrives, then run the guest. Returns False if the source cancelled.
 
-        OSError and ProtoV3Error, alone or in a group, where it fails; the source was told then, and the devices are
-        reset.
+        Raises OSError or ProtoV3Error, alone or in a group, if that fails. FAILED was then sent to the source, and the
+        devices are reset.
         """
         try:
             return await self.receive()
@@ -321,7 +320,7 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     async def receive(self) -> bool:
-        """What run() does, without what it does about failures."""
+        """The steps of run(), without its recovery from failures."""
 
     async def resuming(self, device: MigrationDevice) -> DataFd:
         """Put a device in RESUMING; returns the fd that its first stream is written to."""
@@ -331,25 +330,25 @@ class Target(abc.ABC):
         return fd
 
     async def cancelled(self) -> bool:
-        """The source keeps its guest: only a reset leads out of RESUMING (vfio.h). Returns False, for run()."""
+        """The source keeps its guest: reset the devices, as only that leaves RESUMING (vfio.h). Returns False."""
         for device in self.side.devices:
             await device.reset()
         return False
 
     async def write(self, fd: DataFd, payload: Payload, piece_bytes: int) -> None:
-        """Hand a payload to the device, in pieces of so many bytes; it came as far as the target just now."""
+        """Write a payload that just arrived to the device, in write() calls of at most `piece_bytes`."""
         self.side.timeline.mark(Mark.TRANSFERRED)
         await fd.write(payload, piece_bytes)
 
     async def load_config(self, device: int) -> None:
-        """Load a device's config, and take its time."""
+        """Load a device's config, and record how long it takes."""
         start = self.side.timeline.now_ns()
         await self.side.machine.load_config(device)
         self.side.timeline.stage("config_load", start, device)
         self.side.timeline.mark(Mark.CONFIGURED)
 
     async def resume_guest(self) -> None:
-        """Out of RESUMING, which checks that every stream was whole; then run."""
+        """Devices out of RESUMING, which checks that every stream was complete; then the vCPUs."""
         for device in self.side.devices:
             await device.set_state(State.RUNNING)
         await self.side.machine.start_vcpus()
@@ -363,7 +362,7 @@ class Target(abc.ABC):
 
 
 async def _set_or_reset(device: MigrationDevice, state: State) -> None:
-    """SET_STATE, or a reset where that fails (QEMU, vfio_migration_set_state_or_reset)."""
+    """SET_STATE, or a reset if that fails (QEMU, vfio_migration_set_state_or_reset)."""
     try:
         await device.set_state(state)
     except OSError:
@@ -371,7 +370,7 @@ async def _set_or_reset(device: MigrationDevice, state: State) -> None:
 
 
 async def read_some(fd: DataFd, max_bytes: int) -> Payload | None:
-    """read(), with ENOMSG, the temporary end of the stream in pre-copy, as None."""
+    """read(); None for ENOMSG, the temporary end of the stream in pre-copy."""
     try:
         return await fd.read(max_bytes)
     except OSError as error:
@@ -381,5 +380,5 @@ async def read_some(fd: DataFd, max_bytes: int) -> Payload | None:
 
 
 async def pause(interval_ns: int) -> None:
-    """Let time pass on whichever clock this runs."""
+    """Sleep, on whichever clock this runs."""
     await asyncio.sleep(interval_ns / 1e9)

@@ -1,12 +1,14 @@
 """Multifd: RAM and the devices' stop-copy data over a pool of channels (QEMU migration/multifd.c,
 hw/vfio/migration-multifd.c, since QEMU 10.0).
 
-Source: each channel has a thread that sends one packet at a time; whoever has a packet hands it to the next channel
-that is free. A device's save thread reads its one fd to the end, 1 MiB at a time, and numbers the packets. Target: each
-channel has a thread that receives; a device's load thread puts the packets back in order and write()s them, then loads
-the device's config, one device at a time. So the parallelism is that of devices: their fds, not the channels.
+Source: each channel has a thread that sends one packet at a time. A packet goes to the next channel that is free. A
+device's save thread reads its one fd to the end, 1 MiB at a time, and numbers the packets.
 
-Packets that are early wait in memory, without a bound (QEMU's default); the most that waited is counted.
+Target: each channel has a thread that receives. A device's load thread puts the packets back in order and write()s
+them, then loads the device's config, one device at a time. So what runs in parallel are the devices, through their fds,
+not the channels.
+
+Packets that arrive early wait in memory, without a bound (QEMU's default). The most that waited is recorded.
 """
 
 from __future__ import annotations
@@ -33,17 +35,17 @@ class Multifd:
 
     channels: int
     device_state: bool
-    """Stop-copy data of devices takes the channels too; else the main channel, as before QEMU 10.0."""
+    """The devices' stop-copy data uses these channels too. If False, the main channel, as before QEMU 10.0."""
     dedicated: int
-    """So many of the channels carry device state only; 0: all carry both. (Tried in the RFC of April 2024,
+    """This many of the channels carry device state only; 0: all carry both. (Tried in the RFC of April 2024,
     cover.1713269378.git.maciej.szmigiero@oracle.com, and objected to.)"""
     coupled: bool
-    """A channel's thread waits until what it received is loaded. (Tried for comparison,
+    """A channel's thread waits until the data it received is loaded. (Tried for comparison,
     6240036b-f8b8-4592-8f80-21ee6d3eaa1e@maciej.szmigiero.name.)"""
     load_threads: int
-    """At most so many devices load at once; 0: all."""
+    """At most this many devices load at once; 0: all."""
     max_queued_bytes: int | None = None
-    """Of a device, at the target: more fails the migration; None: any amount may wait. (QEMU's
+    """Limit for one device at the target: if more bytes wait, the migration fails. None: no limit. (QEMU's
     x-migration-max-queued-buffers-size, which has no limit by default.)"""
 
 
@@ -56,7 +58,7 @@ class _Sender:
         self._packet: Frame | None = None
         self._notify = Notify()
         self.sync_due = False
-        """It is to say that no RAM follows, once the packet that it has is sent."""
+        """Send SYNC, that no RAM follows, after the packet in hand."""
 
     def give(self, packet: Frame) -> None:
         self._packet = packet
@@ -81,7 +83,7 @@ class _Sender:
 
 
 class Pool:
-    """Channels that take whatever comes next, in the order in which they became free."""
+    """Channels of which the one that has been free for longest takes the next packet."""
 
     def __init__(self, channels: Sequence[Channel]) -> None:
         self.senders = [_Sender(channel, self) for channel in channels]
@@ -89,7 +91,7 @@ class Pool:
         self._notify = Notify()
 
     def free(self, sender: _Sender) -> None:
-        """A sender is through with its packet."""
+        """A sender has sent its packet."""
         self._free.append(sender)
         self._notify.notify()
 
@@ -100,14 +102,14 @@ class Pool:
         self._free.popleft().give(packet)
 
     async def sync(self) -> None:
-        """Each channel says that no RAM follows, behind what it has; other packets may (multifd_send_sync_main)."""
+        """Send SYNC on each channel, behind its packet: no RAM follows, other packets may (multifd_send_sync_main)."""
         for sender in self.senders:
             sender.ask_sync()
         while any(sender.sync_due for sender in self.senders):
             await self._notify.wait()
 
     def synced(self) -> None:
-        """A sender has said it."""
+        """A sender has sent its SYNC."""
         self._notify.notify()
 
 
@@ -119,7 +121,7 @@ class Senders:
         self._devices = Pool(channels[: settings.dedicated]) if settings.dedicated else self._ram
 
     def work(self) -> list[Work]:
-        """A thread a channel; they run until they are cancelled."""
+        """One thread for each channel; they run until they are cancelled."""
         pools = [self._ram] if self._devices is self._ram else [self._devices, self._ram]
         senders = [sender for pool in pools for sender in pool.senders]
         return [(sender.work(), f"source multifd {at}") for at, sender in enumerate(senders)]
@@ -129,11 +131,11 @@ class Senders:
         await self._ram.send(Frame(Kind.RAM, payload=pages))
 
     async def sync(self) -> None:
-        """Tell every channel that carries RAM that none follows."""
+        """Send SYNC on every channel that carries RAM: none follows."""
         await self._ram.sync()
 
     async def save_device(self, source: Source, index: int, read_bytes: int) -> None:
-        """A device's save thread: its data to the end, then its config."""
+        """A device's save thread: send its data to the end, then its config."""
         start = source.now_ns
         fd = await source.ready_to_drain(index)
         number = 0
@@ -151,7 +153,7 @@ class _Loader:
         self.index = index
         self._max_queued_bytes = max_queued_bytes
         self.waiting: dict[int, Frame] = {}
-        """Packets that came, by their place; early ones, and those that are not written yet."""
+        """Packets that arrived and are not written yet, by their number."""
         self.done = False
         self._target = target
         self._next = 0
@@ -160,24 +162,24 @@ class _Loader:
 
     @property
     def waiting_bytes(self) -> int:
-        """Of packets that came and are not written yet."""
+        """Payload bytes of the packets that wait."""
         return sum(len(packet.payload) for packet in self.waiting.values())
 
     def put(self, packet: Frame) -> None:
-        """A packet came. PeerProtocolError if one with this number came before, or if too much waits."""
+        """Take a packet. PeerProtocolError if its number arrived before, or if too many bytes wait."""
         if packet.value < self._next or packet.value in self.waiting:
             raise PeerProtocolError(f"device {self.index}: packet {packet.value} came twice")
-        waits = self.waiting_bytes + len(packet.payload)
-        if self._max_queued_bytes is not None and waits > self._max_queued_bytes:
+        waiting_bytes = self.waiting_bytes + len(packet.payload)
+        if self._max_queued_bytes is not None and waiting_bytes > self._max_queued_bytes:
             raise PeerProtocolError(
-                f"device {self.index}: {waits} bytes of it wait to be written, and vmm.multifd_max_queued_mib allows "
-                f"{self._max_queued_bytes}: data comes faster than it is loaded"
+                f"device {self.index}: {waiting_bytes} bytes of it wait to be written, and "
+                f"vmm.multifd_max_queued_mib allows {self._max_queued_bytes}: data comes faster than it is loaded"
             )
         self.waiting[packet.value] = packet
         self._notify.notify()
 
     async def starved(self) -> None:
-        """Wait until it can do nothing more with what came."""
+        """Wait until nothing more can be done with the packets that arrived."""
         while not self.done and (self._writes or self._next in self.waiting):
             await self._notify.wait()
 
@@ -195,7 +197,7 @@ class _Loader:
             start = timeline.now_ns()
             began = start if began < 0 else began
             self._writes = True
-            # One write() a packet; the channel's thread does not cut it in pieces (vfio_load_state_buffer_write).
+            # One write() for each packet, not cut into pieces (vfio_load_state_buffer_write).
             await fd.write(packet.payload, max(1, len(packet.payload)))
             self._writes = False
             writing += timeline.now_ns() - start
@@ -226,7 +228,7 @@ class Receivers:
         self._notify = Notify()
 
     def work(self) -> list[Work]:
-        """A thread a channel and the devices' load threads; to be cancelled when all is loaded."""
+        """One thread for each channel, and the devices' load threads. To be cancelled when everything is loaded."""
         receiving = [(self._receive(channel), f"target multifd {at}") for at, channel in enumerate(self._channels)]
         return [*receiving, (self._load_devices(), "target loads")]
 
@@ -236,12 +238,12 @@ class Receivers:
         self._notify.notify()
 
     async def synced(self) -> None:
-        """Until every channel that carries RAM said that none follows."""
+        """Wait for SYNC on every channel that carries RAM."""
         while self._synced < len(self._channels) - self._settings.dedicated:
             await self._notify.wait()
 
     async def loaded(self) -> None:
-        """Until every device that takes this way is loaded, config and all."""
+        """Wait until every device that uses these channels is loaded, its config included."""
         while self._settings.device_state and not all(loader.done for loader in self._loaders):
             await self._notify.wait()
 
@@ -271,14 +273,14 @@ class Receivers:
             await self._notify.wait()
         if not self._settings.device_state:
             return
-        left = deque(self._loaders)
-        threads = self._settings.load_threads or len(left)
+        remaining = deque(self._loaders)
+        threads = self._settings.load_threads or len(remaining)
         async with Join() as loads:
-            for at in range(min(threads, len(left))):
-                loads.start(self._load_thread(left), f"target load thread {at}")
+            for at in range(min(threads, len(remaining))):
+                loads.start(self._load_thread(remaining), f"target load thread {at}")
 
-    async def _load_thread(self, left: deque[_Loader]) -> None:
-        while left:
-            loader = left.popleft()
+    async def _load_thread(self, remaining: deque[_Loader]) -> None:
+        while remaining:
+            loader = remaining.popleft()
             await loader.load(self._fds[loader.index])
             self._notify.notify()

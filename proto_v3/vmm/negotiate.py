@@ -1,8 +1,8 @@
-"""Before anything is touched: the two VMMs say what they know, and agree on N, or on v2, or not at all.
+"""Before anything is touched, the two VMMs agree on v3 with N streams, or on v2, or not at all.
 
-The source asks with a HELLO, the target answers with one. A target that knows v2 only says so, and the source falls
-back. A target that cannot do what was asked for is refused by the source, before it touches its guest. A side that
-fails says so, as later: CANCEL, or FAILED.
+The source asks with a HELLO, and the target answers with one. If the target knows v2 only, it answers so, and the
+source falls back. If the target cannot do what was asked for, the source refuses it, before it touches its guest. A
+side that fails reports it, as in the migration itself: CANCEL from the source, FAILED from the target.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ MAX_WIRE_STREAMS = 256
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What a VMM says of itself: the source what it wants, the target the most that it has."""
+    """What a VMM announces: the source what it wants, the target the most that it has."""
 
     version: int
-    """2 or 3; the target answers with what it knows of what was asked for."""
+    """2 or 3. The target answers with the highest version it knows, up to the one asked for."""
     dirty_streams: int = 0
-    """Of each device; at the target, of the one that has the fewest."""
+    """Of each device; at the target, of the device that has the fewest."""
     wire_streams: int = 0
     """Of each device."""
     blocks: bool = False
@@ -49,25 +49,25 @@ class Hello:
     pool: int = 0
     """Connections of the pool."""
     critical_credit_bytes: int = 0
-    """The target's to say: its memory is at stake."""
+    """Set by the target, as it limits the target's memory."""
     dirty_credit_bytes: int = 0
 
     def frame(self) -> Frame:
-        """As it goes over the wire."""
+        """The HELLO as a frame."""
         return Frame(Kind.HELLO, payload=memoryview(msgpack.packb(asdict(self))))
 
     @classmethod
     def of(cls, frame: Frame) -> Hello:
-        """PeerProtocolError if it is none, PeerFailedError if the peer says that it failed."""
-        told = _unpacked(frame)
+        """Parse a frame. PeerProtocolError if it is no HELLO, PeerFailedError if it is FAILED."""
+        fields = _unpacked(frame)
         due = {name: type(value) for name, value in asdict(cls(3)).items()}
-        if set(told) != set(due):
-            raise PeerProtocolError(f"HELLO has the keys {sorted(map(str, told))}; {sorted(due)} were due")
+        if set(fields) != set(due):
+            raise PeerProtocolError(f"HELLO has the keys {sorted(map(str, fields))}; {sorted(due)} were due")
         for name, kind in due.items():
-            value = told[name]
+            value = fields[name]
             if type(value) is not kind or (isinstance(value, int) and value < 0):
                 raise PeerProtocolError(f"HELLO: {name} = {short(value)} must be {kind.__name__}, not negative")
-        return cls(**told)
+        return cls(**fields)
 
 
 def _unpacked(frame: Frame) -> dict[str, Any]:
@@ -79,16 +79,16 @@ def _unpacked(frame: Frame) -> dict[str, Any]:
     if not isinstance(payload, (bytes, bytearray, memoryview)) or len(payload) > MAX_HELLO_BYTES:
         raise PeerProtocolError(f"HELLO of {len(payload)} bytes; at most {MAX_HELLO_BYTES} are allowed")
     try:
-        told = msgpack.unpackb(payload)
+        fields = msgpack.unpackb(payload)
     except Exception as error:  # msgpack raises several unrelated types on bad input
         raise PeerProtocolError(f"HELLO is not msgpack: {error}") from error
-    if not isinstance(told, dict):
-        raise PeerProtocolError(f"HELLO is not a map: {short(told)}")
-    return told
+    if not isinstance(fields, dict):
+        raise PeerProtocolError(f"HELLO is not a map: {short(fields)}")
+    return fields
 
 
 async def _able(devices: Sequence[MigrationDevice], blocks: bool) -> int:
-    """How many dirty streams all of the devices have; 0 if one of them knows v2 only, or has no blocks to give."""
+    """The dirty streams that every device has; 0 if a device knows v2 only, or lacks blocks that are asked for."""
     most = []
     for device in devices:
         if MigrationFlags.MULTI_STREAM not in await device.migration_flags():
@@ -103,10 +103,10 @@ async def _able(devices: Sequence[MigrationDevice], blocks: bool) -> int:
 async def negotiated_source(
     side: Side, channels: Sequence[Channel], v3: V3Options, v2: V2Options
 ) -> tuple[Source, str]:
-    """The source that both sides can do, and what there is to say of it: nothing, or why it is v2's.
+    """The source for the protocol that both sides know, and a note: empty, or why it is v2.
 
-    Raises UnsupportedError if they cannot agree; OSError, PeerProtocolError or PeerFailedError if the target cannot be
-    asked. The target was told then, and no device was touched.
+    Raises UnsupportedError if they cannot agree; OSError, PeerProtocolError or PeerFailedError if the exchange fails.
+    In each case CANCEL was sent to the target, and no device was touched.
     """
     try:
         return await _agreed(side, channels, v3, v2)
@@ -145,10 +145,10 @@ def _wanted(v3: V3Options) -> Hello:
 async def negotiated_target(
     side: Side, channels: Sequence[Channel], v3: V3Options | None, v2: V2Options
 ) -> Target | None:
-    """The target that the source asks for; without `v3` it knows v2 only. None if the source gave up.
+    """The target for the protocol that the source asks for. None if the source gave up.
 
-    Of `v3`, what is the target's own counts: the credits. OSError and PeerProtocolError if the source cannot be heard,
-    or be answered; it was told then.
+    `v3`: the target's options, of which only its credits count; None if it knows v2 only. Raises OSError or
+    PeerProtocolError if the exchange fails; FAILED was then sent to the source.
     """
     try:
         return await _as_asked(side, channels, v3, v2)
@@ -163,7 +163,7 @@ async def _as_asked(side: Side, channels: Sequence[Channel], v3: V3Options | Non
     frame = await main.recv()
     if frame.kind is Kind.CANCEL:
         return None
-    if frame.kind is Kind.SETUP:  # a source that knows v2 only says no HELLO; its SETUP tells nothing more
+    if frame.kind is Kind.SETUP:  # a source that knows v2 only sends no HELLO; its SETUP has nothing else
         return V2Target(side, channels, v2)
     wanted = Hello.of(frame)
     if v3 is None:
@@ -188,7 +188,7 @@ async def _as_asked(side: Side, channels: Sequence[Channel], v3: V3Options | Non
 
 
 def _as_wanted(v3: V3Options, wanted: Hello, devices: int, connections: int) -> V3Options:
-    """PeerProtocolError for what makes no sense."""
+    """The options that the source wants. PeerProtocolError if they contradict each other or need more connections."""
     if wanted.version < VERSION or wanted.wire not in list(Wire):
         raise PeerProtocolError(f"HELLO asks for version {wanted.version}, wire {wanted.wire!r}")
     if not 1 <= wanted.wire_streams <= MAX_WIRE_STREAMS:

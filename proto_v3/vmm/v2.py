@@ -1,4 +1,4 @@
-"""v2: what its users differ in. The source is in `proto_v3/vmm/v2_source.py`, the target in
+"""v2: the options of its users. The source is in `proto_v3/vmm/v2_source.py`, the target in
 `proto_v3/vmm/v2_target.py`."""
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ class Ack(enum.StrEnum):
 
     OFF = "off"
     ONE_SHOT = "one_shot"  # QEMU 8.1: asked for once, when the initial bytes first reach 0; one answer for all devices
-    REUSABLE = "reusable"  # QEMU 11.1: asked for anew after each REINIT, and looked at once more during the switchover
+    REUSABLE = "reusable"  # QEMU 11.1: asked for anew after each REINIT, and checked once more during the switchover
 
 
 @dataclass(frozen=True, slots=True)
 class V2Options:
-    """What users of v2 differ in."""
+    """The options of a user of v2."""
 
     reinit: bool = False
     """Opt in to PRECOPY_INFOv2."""
     ack: Ack = Ack.OFF
     polls: bool = False
-    """Ask for PRECOPY_INFO in every round; else only when what is left seems to fit, as QEMU."""
+    """Ask for PRECOPY_INFO in every round. Otherwise, like QEMU, only when the rest seems to fit."""
     multifd: Multifd | None = None
 
     @property
     def channels(self) -> int:
-        """Connections that are needed."""
+        """Connections needed."""
         return 1 + (self.multifd.channels if self.multifd else 0)
 
     @property

@@ -1,21 +1,23 @@
 """v2's source, driven as QEMU drives it.
 
-Source (QEMU hw/vfio/migration.c, migration/migration.c): each round of the migration thread sends RAM for a while, then
-does one read() of at most 1 MiB on each device; then it looks whether what is left fits. Once stopped: RAM, then each
-device to its end, in turn, then their config. With multifd (`proto_v3/vmm/multifd`), RAM and, since QEMU 10.0, the
-devices' stop-copy data take channels of their own.
+QEMU hw/vfio/migration.c, migration/migration.c: each round of the migration thread sends RAM for a while, then does one
+read() of at most 1 MiB on each device, then checks whether the rest fits the downtime limit. After the stop: RAM, then
+each device to its end, in turn, then their config. With multifd (`proto_v3/vmm/multifd`), RAM and, since QEMU 10.0, the
+devices' stop-copy data use channels of their own.
 
-What a VMM knows of a device in pre-copy is what GET_PRECOPY_INFO said last, less what it read since. Whether that is
-still so, only the next call can tell; between two calls, and between the last call and the stop, the device may have
-been reconfigured.
+In pre-copy a VMM knows of a device what GET_PRECOPY_INFO last answered, less what it read since. Only the next call can
+show whether that is still right: between two calls, and between the last call and the stop, the device may have been
+reconfigured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from proto_v3.errors import ProtoV3Error
-from proto_v3.timeline import Join, Mark
+from proto_v3.timeline import Join, Work
 from proto_v3.vfio.device import MigrationDevice
 from proto_v3.vfio.uapi import MigrationFlags
 from proto_v3.vmm.migration import OutcomeKind, Side, Source, pause, read_some
@@ -25,7 +27,7 @@ from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind, Payload
 
 UNKNOWN_STOP_COPY_BYTES = 100 << 30
-"""Taken when MIG_DATA_SIZE fails, so that the downtime limit is not violated (QEMU, VFIO_MIG_STOP_COPY_SIZE)."""
+"""Assumed when MIG_DATA_SIZE fails, so that the downtime limit is not violated (QEMU, VFIO_MIG_STOP_COPY_SIZE)."""
 
 
 class LateAckError(ProtoV3Error):
@@ -39,27 +41,29 @@ class _Known:
         self.initial_bytes = 0
         self.dirty_bytes = 0
         self.requests = 1
-        """Acks that were needed so far: one for the initial data, one for each REINIT."""
+        """Acks needed so far: one for the initial data, one for each REINIT."""
         self.sent = False
-        """INIT_DATA_SENT was sent for the newest request."""
+        """Whether INIT_DATA_SENT was sent for the newest request."""
+        self.acked = 0
+        """The newest request that the target acknowledged."""
 
-    def took(self, size: int) -> None:
-        """So many bytes were read: initial data comes first (vfio_update_estimated_pending_data)."""
+    def read(self, size: int) -> None:
+        """`size` bytes were read. Initial data comes first (vfio_update_estimated_pending_data)."""
         initial = min(self.initial_bytes, size)
         self.initial_bytes -= initial
         self.dirty_bytes = max(0, self.dirty_bytes - (size - initial))
 
     def drained(self) -> None:
-        """Nothing was left to read for now."""
+        """Nothing is left to read for now."""
         self.initial_bytes = self.dirty_bytes = 0
 
 
-async def _size(device: MigrationDevice, otherwise: int) -> int:
-    """MIG_DATA_SIZE, or something else where it fails."""
+async def _stop_copy_bytes(device: MigrationDevice, default: int) -> int:
+    """MIG_DATA_SIZE, or `default` if that fails."""
     try:
         return await device.stop_copy_bytes()
     except OSError:
-        return otherwise
+        return default
 
 
 class V2Source(Source):
@@ -70,49 +74,55 @@ class V2Source(Source):
         self._options = options
         self._main = channels[0]
         self._senders = Senders(options.multifd, channels[1:]) if options.multifd else None
-        self._known: dict[int, _Known] = {}
+        self._known = [_Known() for _ in side.devices]
+        self._all_acked = False
+        """Whether the one-shot ack was received."""
         self._read_bytes: list[int] = []
 
-    async def migrate(self) -> OutcomeKind:
-        """See proto_v3.vmm.migration.Source."""
-        start = self.now_ns
-        await self.side.machine.set_up()
-        await self._main.send_control(Kind.SETUP, value=len(self.side.devices))
-        self.side.timeline.stage("setup", start)
-        async with Join() as beside:
-            listening = beside.start(self.back.listen(), "source return path")
-            senders = [beside.start(work, track) for work, track in self._senders.work()] if self._senders else []
-            await self._open()
-            outcome = await self.unless_cancelled(start, self._precopy(start))
-            if outcome is None:
-                await self.stop_guest()
-                await self._drain()
-                self.side.timeline.mark(Mark.DRAINED)
-                self.back.may_resume = True
-                await self._main.send_control(Kind.END)
-                await self.back.wait_for(Kind.RESUMED)
-            else:
-                await self.give_up()
-                listening.cancel()
-            for sender in senders:
-                sender.cancel()
+    @override
+    def work(self) -> list[Work]:
+        return self._senders.work() if self._senders else []
+
+    @override
+    async def move(self, start_ns: int) -> OutcomeKind | None:
+        await self._open()
+        outcome = await self.unless_cancelled(start_ns, self._precopy(start_ns))
         if outcome is None:
-            await self.end_sessions()
-        return outcome or OutcomeKind.COMPLETED
+            await self.stop_guest()
+            await self._drain()
+        else:
+            await self.give_up()
+        return outcome
+
+    @override
+    async def commit(self) -> None:
+        self.back.commit()
+        await self._main.send_control(Kind.END)
+
+    @override
+    def handle(self, frame: Frame) -> bool:
+        if frame.kind is not Kind.SWITCHOVER_ACK:
+            return False
+        if frame.value == 0:
+            self._all_acked = True
+        elif frame.device < len(self._known):
+            self._known[frame.device].acked = frame.value
+        else:
+            return False
+        return True
 
     async def _open(self) -> None:
         for device in self.side.devices:  # vfio_save_setup: no larger buffer than the device can fill
-            self._read_bytes.append(max(1, min(self.side.settings.read_bytes, await _size(device, 1 << 62))))
+            self._read_bytes.append(max(1, min(self.side.settings.read_bytes, await _stop_copy_bytes(device, 1 << 62))))
         for device in self.side.devices:
             if self._options.reinit and MigrationFlags.PRE_COPY in await device.migration_flags():
                 await device.set_precopy_info_v2()
         await self.open_sessions()
-        self._known = {index: _Known() for index in self.fds}
 
     # --- pre-copy -----------------------------------------------------------------------------------------------------
 
     async def _precopy(self, start_ns: int) -> OutcomeKind | None:
-        """Iterate until the guest can be stopped; or how it ended without that."""
+        """Iterate until the guest can be stopped: None. Else how pre-copy ended."""
         settings = self.side.settings
         switchover = self.switchover()
         await self._ask_devices()
@@ -133,45 +143,44 @@ class V2Source(Source):
     async def _round(self) -> None:
         settings, ram = self.side.settings, self.side.machine.ram
         until = self.now_ns + settings.ram_budget_ns
-        while (left_ns := until - self.now_ns) > 0 and (pages := await ram.take(left_ns)) is not None:
+        while (budget_ns := until - self.now_ns) > 0 and (pages := await ram.take(budget_ns)) is not None:
             await self.send_pages(pages)
         for index, fd in self.fds.items():
             known = self._known[index]
             data = await read_some(fd, self._read_bytes[index])
             if data is not None and len(data):
-                known.took(len(data))
+                known.read(len(data))
                 await self._send_device_data(index, data)
-            else:  # ENOMSG, or 0 from a driver that gives that instead
+            else:  # ENOMSG, or 0 from a driver that returns that instead
                 known.drained()
             if self._options.ack is not Ack.OFF and known.initial_bytes == 0 and not known.sent:
                 known.sent = True
                 await self._main.send_control(Kind.INIT_DATA_SENT, index, value=known.requests)
 
     def _estimate(self) -> int:
-        """What is left as far as the VMM knows without asking (QEMU's state_pending_estimate)."""
-        left = sum(known.initial_bytes + known.dirty_bytes for known in self._known.values())
-        return self.side.machine.ram.pending_bytes() + left
+        """Remaining bytes as far as the VMM knows without asking (QEMU's state_pending_estimate)."""
+        device_bytes = sum(known.initial_bytes + known.dirty_bytes for known in self._known)
+        return self.side.machine.ram.pending_bytes() + device_bytes
 
     async def _exact(self) -> int:
-        """What is left, asked for: it makes drained devices save what became dirty (QEMU's state_pending_exact).
+        """Remaining bytes, asked for. That makes drained devices save what became dirty (QEMU's state_pending_exact).
 
-        A device's share is what MIG_DATA_SIZE says, which has its unread bytes in it. QEMU up to 10.1 adds those of
-        PRECOPY_INFO once more, which counts them twice ("vfio/migration: Fix incorrect reporting for VFIO pending
-        data").
+        A device's part is MIG_DATA_SIZE, which includes its unread bytes. QEMU up to 10.1 adds those of PRECOPY_INFO
+        once more, which counts them twice ("vfio/migration: Fix incorrect reporting for VFIO pending data").
         """
         await self.side.machine.ram.sync()
         await self._ask_devices()
-        left = self.side.machine.ram.pending_bytes()
+        remaining = self.side.machine.ram.pending_bytes()
         for device in self.side.devices:
-            left += await _size(device, UNKNOWN_STOP_COPY_BYTES)
-        return left
+            remaining += await _stop_copy_bytes(device, UNKNOWN_STOP_COPY_BYTES)
+        return remaining
 
     async def _ask_devices(self) -> None:
         for index in self.fds:
             await self._ask(index)
 
     async def _ask(self, index: int) -> bool:
-        """GET_PRECOPY_INFO; whether it reported REINIT: only once, so it is kept, as a need for a new ack."""
+        """GET_PRECOPY_INFO. Returns whether it reported REINIT. It does so once, so the need for a new ack is kept."""
         info = await self.fds[index].precopy_info()
         known = self._known[index]
         known.initial_bytes, known.dirty_bytes = info.initial_bytes, info.dirty_bytes
@@ -183,16 +192,17 @@ class V2Source(Source):
     def _can_switch_over(self) -> bool:
         match self._options.ack:
             case Ack.ONE_SHOT:
-                return self.back.all_acked
+                return self._all_acked
             case Ack.REUSABLE:
-                return all(self.back.acked[index] == known.requests for index, known in self._known.items())
+                return all(self._known[index].acked == self._known[index].requests for index in self.fds)
             case _:
                 return True
 
-    async def final_check(self) -> None:
+    @override
+    async def check_before_p2p(self) -> None:
         """QEMU 11.1: REINIT is checked during the switchover ("vfio/migration: Check VFIO_PRECOPY_INFO_REINIT during
-        switchover"). With the vCPUs stopped the answer is final; it must be asked for before PRE_COPY_P2P, where mlx5
-        reports none. That QEMU asks at just this point is inferred."""
+        switchover"). With the vCPUs stopped the answer is final. It must be asked for before PRE_COPY_P2P, where mlx5
+        reports none. That QEMU asks at exactly this point is inferred."""
         if self._options.ack is Ack.REUSABLE:
             for index in self.fds:
                 if await self._ask(index):
@@ -228,15 +238,15 @@ class V2Source(Source):
         await self.side.machine.buffer_device_data(len(data))
         await self._main.send(Frame(Kind.DATA, index, payload=data))
 
+    @override
     async def send_pages(self, pages: Payload) -> None:
-        """See proto_v3.vmm.migration.Source."""
         if self._senders is None:
             await super().send_pages(pages)
         else:
             await self._senders.send_pages(pages)
 
+    @override
     async def end_ram(self) -> None:
-        """See proto_v3.vmm.migration.Source."""
         if self._senders is not None:
             await self._senders.sync()
         await super().end_ram()

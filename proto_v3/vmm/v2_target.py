@@ -1,12 +1,14 @@
-"""v2's target: whatever comes on the main channel, in order, one write() after the other.
+"""v2's target: loads what arrives on the main channel, in order, one write() after the other.
 
 While one device loads, nothing else on the channel moves. With multifd (`proto_v3/vmm/multifd`), RAM and, since QEMU
-10.0, the devices' stop-copy data come over channels of their own.
+10.0, the devices' stop-copy data arrive on channels of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from typing_extensions import override
 
 from proto_v3.errors import PeerProtocolError
 from proto_v3.timeline import Join, Mark
@@ -28,33 +30,33 @@ class V2Target(Target):
         self._main = channels[0]
         self._fds: list[DataFd] = []
         self._acks_due = 0
+        self._others_loaded = False
         self._receivers = Receivers(options.multifd, channels[1:], self) if options.multifd else None
 
+    @override
     async def receive(self) -> bool:
-        """See proto_v3.vmm.migration.Target."""
         self._fds = [await self.resuming(device) for device in self.side.devices]
-        for device in self.side.devices:  # those that will say when their initial data was sent
+        for device in self.side.devices:  # these will report when their initial data was sent
             self._acks_due += MigrationFlags.PRE_COPY in await device.migration_flags()
         if self._options.ack is Ack.ONE_SHOT and not self._acks_due:
             await self._main.send_control(Kind.SWITCHOVER_ACK)
         async with Join() as beside:
             receiving = [beside.start(work, track) for work, track in self._receivers.work()] if self._receivers else []
-            whole = await self._load()
-            if whole and self._receivers:
+            complete = await self._load()
+            if complete and self._receivers:
                 await self._receivers.loaded()
             for task in receiving:
                 task.cancel()
-        if not whole:
+        if not complete:
             return await self.cancelled()
         await self.resume_guest()
         await self._main.send_control(Kind.RESUMED)
         return True
 
     async def _load(self) -> bool:
-        """What comes on the main channel, to its end; False if the source cancelled."""
+        """Load what arrives on the main channel, until END: True. False if the source cancelled."""
         timeline = self.side.timeline
         began = 0
-        others_loaded = False
         while True:
             frame = await self._main.recv()
             index = self.device(frame)
@@ -79,13 +81,10 @@ class V2Target(Target):
                     timeline.stage("device_load", began, index)
                     timeline.mark(Mark.LOADED)
                 case Kind.CONFIG:
-                    if not others_loaded:
-                        await self.side.machine.load_other_devices()
-                    others_loaded = True
+                    await self._load_others()
                     await self.load_config(index)
                 case Kind.END:
-                    if not others_loaded:
-                        await self.side.machine.load_other_devices()
+                    await self._load_others()
                     return True
                 case Kind.CANCEL:
                     return False
@@ -95,8 +94,14 @@ class V2Target(Target):
                     raise PeerProtocolError(f"{frame.kind.name} is not a frame of v2's main channel")
             del frame  # its payload's memory is free while the next one comes
 
+    async def _load_others(self) -> None:
+        """Load all other devices of the guest, once: before the first config."""
+        if not self._others_loaded:
+            await self.side.machine.load_other_devices()
+        self._others_loaded = True
+
     async def _ack(self, frame: Frame) -> None:
-        """All that came before on this channel is loaded: so the initial data is."""
+        """Everything that arrived before on this channel is loaded, so the initial data is."""
         match self._options.ack:
             case Ack.ONE_SHOT:
                 self._acks_due -= 1

@@ -1,8 +1,8 @@
 """v3: what the two VMMs agree on. The source is in `proto_v3/vmm/v3_source.py`, the target in
 `proto_v3/vmm/v3_target.py`.
 
-Per device a critical fd and N dirty fds, read at once; RAM and control on a connection of their own. Or, as a variant,
-a critical fd and one of addressable blocks, read by N threads. See docs/protocol-v3.md.
+A device has one critical fd and N dirty fds, all read at the same time. RAM and control have a connection of their own.
+Variant: a critical fd and one fd of addressable blocks, read by N threads. See docs/protocol-v3.md.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ class V3Options:
     pool_connections: int
     credits: Credits
     max_retries: int
-    """So often the guest is resumed when the last look finds a new epoch; 0: it goes on with the stop (`proceed`)."""
+    """How many times the guest may be resumed because the final check found a newer epoch; 0 = never, continue the stop
+    (`proceed`)."""
 
     @property
     def dirty_streams(self) -> int:
-        """To opt in with: of each device; 1 with blocks."""
+        """To opt in with, for each device; 1 with blocks."""
         return 1 if self.blocks else self.wire_streams
 
     @property
     def asked(self) -> str:
-        """What was asked of the devices, in words."""
+        """What is asked of the devices, in words for an error message."""
         return "addressable blocks" if self.blocks else str(self.dirty_streams)
 
     @property
@@ -45,7 +46,7 @@ class V3Options:
         return StreamFlags.BLOCKS if self.blocks else NO_STREAM_FLAGS
 
     def connections(self, devices: int) -> int:
-        """How many are needed for so many devices."""
+        """Connections needed for this number of devices, the first one included."""
         match self.wire:
             case Wire.STREAMS:
                 return 1 + devices * (1 + self.wire_streams)
@@ -55,12 +56,12 @@ class V3Options:
                 return 1
 
     def with_credits(self, critical_bytes: int, dirty_bytes: int) -> V3Options:
-        """With the credits that the target gives."""
+        """The same options with the target's credits."""
         return replace(self, credits=Credits(critical_bytes, dirty_bytes))
 
 
 async def opt_out(devices: Sequence[MigrationDevice]) -> None:
-    """The devices are v2's again, for whoever migrates them next; one that refuses is left as it is."""
+    """Return the devices to v2, for the next user. A device that refuses is left as it is."""
     for device in devices:
         with contextlib.suppress(OSError):
             await device.set_streams(0)

@@ -1,8 +1,8 @@
-"""v3's addressable blocks at the source: N threads read what a dirty bitmap tells of, over one fd, each on its own
-wire stream.
+"""v3's addressable blocks at the source: N threads read, over one fd, the blocks that a dirty bitmap names. Each thread
+sends on its own wire stream.
 
-What is wanted is kept as a bitmap too: a block that becomes dirty again before it was read is read once. The order is
-the VMM's: here, round and round by number.
+The blocks still to be read are kept as a bitmap, too: a block that becomes dirty again before it is read is read once.
+The VMM chooses the order: here by number, again and again from the start.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ from proto_v3.wire.streams import OutStream
 
 
 class BlockReaders:
-    """Reads one device's blocks."""
+    """Reads the blocks of one device."""
 
     def __init__(self, fd: BlocksFd, streams: Sequence[OutStream], device: int, read_bytes: int) -> None:
         self._fd = fd
         self._streams = streams
         self.device = device
         self.sent_bytes = 0
-        """In all."""
+        """Total since the start."""
         self._read_bytes = read_bytes
         self._wanted: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        self._left = 0
-        """Of them."""
+        """Blocks still to be read."""
+        self._wanted_blocks = 0
+        """How many they are."""
         self._at = 0
+        """The block that the search for the next run starts at."""
         self._run_blocks = 1
         self._block_bytes = 0
         self._final = False
@@ -43,10 +45,10 @@ class BlockReaders:
     @property
     def unread_bytes(self) -> int:
         """As far as is known without asking."""
-        return self._left * self._block_bytes
+        return self._wanted_blocks * self._block_bytes
 
     async def ask(self) -> None:
-        """Fetch the dirty bitmap."""
+        """Fetch the dirty bitmap, and add its blocks to those to be read."""
         dirty = await self._fd.dirty_blocks()
         bits = np.unpackbits(np.frombuffer(dirty.bitmap, np.uint8), count=dirty.blocks, bitorder="little")
         if not len(self._wanted):
@@ -54,17 +56,20 @@ class BlockReaders:
             self._run_blocks = max(1, self._read_bytes // dirty.block_bytes)
             self._wanted = np.zeros(dirty.blocks, np.bool_)
         self._wanted |= bits.astype(np.bool_)
-        self._left = int(np.count_nonzero(self._wanted))
+        self._wanted_blocks = int(np.count_nonzero(self._wanted))
         self._notify.notify()
 
     async def finish(self) -> None:
-        """The device is in STOP_COPY: what is dirty now is the last of it."""
+        """The device is in STOP_COPY: fetch its last dirty blocks."""
         await self.ask()
         self._final = True
         self._notify.notify()
 
     async def work(self, name: str) -> None:
-        """Read and send until all is read; then the END."""
+        """Read and send all blocks, until finish() was called and none remains; then the END record.
+
+        Raises LocalProtocolError if the fd then has no END.
+        """
         async with Join() as readers:
             for at, stream in enumerate(self._streams, 1):
                 readers.start(self._read(stream, at), f"source {name} reader {at}")
@@ -76,8 +81,8 @@ class BlockReaders:
             await stream.send(Frame(Kind.STREAM_END, self.device, at))
 
     async def _read(self, stream: OutStream, at: int) -> None:
-        while self._left or not self._final:
-            if not self._left:
+        while self._wanted_blocks or not self._final:
+            if not self._wanted_blocks:
                 await self._notify.wait()
                 continue
             first, count = self._next_run()
@@ -86,13 +91,13 @@ class BlockReaders:
             self.sent_bytes += len(data)
 
     def _next_run(self) -> tuple[int, int]:
-        """The next blocks that are wanted, not more than one read may give; they are not wanted any more."""
+        """First block and length of the next run to read, at most what one read may return; marks it as read."""
         if not self._wanted[self._at :].any():
             self._at = 0
         first = self._at + int(np.argmax(self._wanted[self._at :]))
         run = self._wanted[first : first + self._run_blocks]
         count = len(run) if run.all() else int(np.argmin(run))
         self._wanted[first : first + count] = False
-        self._left -= count
+        self._wanted_blocks -= count
         self._at = first + count
         return first, count

@@ -1,14 +1,17 @@
-"""v3's target: one task for each wire stream writes what comes; the driver holds dirty records back
-until their epoch is loaded.
+"""v3's target: one task for each wire stream writes what arrives. The driver holds dirty records back until their epoch
+is loaded.
 
-When a device's streams are all at their ends its config is loaded. The devices leave RESUMING, which checks them; then
-LOADED, COMMIT from the source, and the guest runs: at most one side ever runs it.
+When all streams of a device have ended, its config is loaded. The devices leave RESUMING, which checks them. Then
+LOADED is sent, the source answers with COMMIT, and the guest runs: at most one side ever runs it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections.abc import Sequence
+
+from typing_extensions import override
 
 from proto_v3.errors import PeerProtocolError
 from proto_v3.notify import Notify
@@ -22,6 +25,26 @@ from proto_v3.wire.frames import Frame, Kind
 from proto_v3.wire.streams import InStream, InStreams, OwnInStreams, SharedInStreams, Wire
 
 
+class Phase(enum.Enum):
+    """How far the target is."""
+
+    LOADING = enum.auto()  # RAM and devices' data arrive and are loaded
+    LOADED = enum.auto()  # everything is loaded, LOADED is being sent; the source may still run its guest
+    COMMITTED = enum.auto()  # the source gave up its right: this side runs the guest
+    CANCELLED = enum.auto()  # the source keeps its guest
+
+
+DUE: dict[Kind, frozenset[Phase]] = {
+    Kind.SETUP: frozenset({Phase.LOADING, Phase.LOADED}),
+    Kind.RAM: frozenset({Phase.LOADING, Phase.LOADED}),
+    Kind.RAM_BEGIN: frozenset({Phase.LOADING, Phase.LOADED}),
+    Kind.RAM_END: frozenset({Phase.LOADING, Phase.LOADED}),
+    Kind.CANCEL: frozenset({Phase.LOADING, Phase.LOADED}),
+    Kind.COMMIT: frozenset({Phase.LOADED}),
+}
+"""What may come on the first connection, and in which phases. In COMMITTED and CANCELLED nothing is read."""
+
+
 class V3Target(Target):
     """The receiving VMM."""
 
@@ -32,91 +55,94 @@ class V3Target(Target):
         streams = 1 + options.wire_streams
         self._streams: InStreams
         if options.wire is Wire.STREAMS:
-            self._streams = OwnInStreams(channels, streams, self._hold)
+            self._streams = OwnInStreams(channels, streams, self._on_held)
         else:
             shared = channels[:1] if options.wire is Wire.ONE else channels[1:]
             devices = len(side.devices)
-            self._streams = SharedInStreams(channels[0], shared, devices, streams, options.credits, self._hold)
+            self._streams = SharedInStreams(channels[0], shared, devices, streams, options.credits, self._on_held)
         self._held_bytes = 0
         self._loading: list[asyncio.Task[None]] = []
-        self._ram_sent = self._loaded = self._committed = self._cancelled = False
+        self._phase = Phase.LOADING
+        self._ram_arrived = False
+        self._ram_began_ns = 0
         self._notify = Notify()
+        """The phase changed, or all RAM arrived."""
 
+    @override
     async def receive(self) -> bool:
-        """See proto_v3.vmm.migration.Target."""
         async with Join() as beside:
             beside.start(self._listen(), "target RAM")
-            carrying = [beside.start(work, track) for work, track in self._streams.work()]
+            receiving = [beside.start(work, track) for work, track in self._streams.work()]
             async with Join() as parts:
                 for index in range(len(self.side.devices)):
                     self._loading.append(parts.start(self._load_device(index), f"target device {index}"))
                 self._loading.append(parts.start(self._load_others(), "target other devices"))
-            for task in carrying:  # all has come: if their connections are lost now, nothing is
+            for task in receiving:  # everything arrived: if a connection is lost from now on, no data is
                 task.cancel()
-            if not self._cancelled:
-                # The drivers check here that all is there: while the source may still run its guest.
+            if self._phase is Phase.LOADING:
+                # The drivers check here that all data is there, while the source may still run its guest.
                 for device in self.side.devices:
                     await device.set_state(State.STOP)
-                self._loaded = True
-                await self._control.send_control(Kind.LOADED)
-            while not (self._committed or self._cancelled):
+                if self._phase is Phase.LOADING:  # no CANCEL arrived meanwhile
+                    self._phase = Phase.LOADED
+                    await self._control.send_control(Kind.LOADED)
+            while self._phase is Phase.LOADED:
                 await self._notify.wait()
-        if self._cancelled:
+        if self._phase is Phase.CANCELLED:
             return await self.cancelled()
         await self.resume_guest()
-        await opt_out(self.side.devices)  # before it is said: that may fail, and the guest runs all the same
+        await opt_out(self.side.devices)  # before RESUMED is sent: that may fail, and the guest runs all the same
         await self._control.send_control(Kind.RESUMED)
         return True
 
+    @override
     async def cancelled(self) -> bool:
-        """See proto_v3.vmm.migration.Target; the devices are v2's again."""
         await super().cancelled()
         await opt_out(self.side.devices)
         return False
 
     async def _load_others(self) -> None:
-        """All other devices of the guest, once RAM is here."""
-        while not self._ram_sent:
+        """Load all other devices of the guest, once RAM is here."""
+        while not self._ram_arrived:
             await self._notify.wait()
         await self.side.machine.load_other_devices()
 
     async def _listen(self) -> None:
-        """What comes on the first connection, until the source commits or cancels. It never waits for a driver."""
-        began = 0
-        while True:
+        """Read the first connection until the source commits or cancels. It never waits for a driver."""
+        while self._phase in (Phase.LOADING, Phase.LOADED):
             frame = await self._control.recv()
-            match frame.kind:
-                case _ if self._streams.arrived(frame):
-                    pass
-                case Kind.SETUP:
-                    if frame.value != len(self.side.devices):
-                        raise PeerProtocolError(
-                            f"the source has {frame.value} devices, here are {len(self.side.devices)}"
-                        )
-                case Kind.RAM:
-                    await self.side.machine.ram.load(frame.payload)
-                case Kind.RAM_BEGIN:
-                    began = self.side.timeline.now_ns()
-                case Kind.RAM_END:
-                    self.side.timeline.stage("ram_load", began)
-                    self.side.timeline.mark(Mark.TRANSFERRED)
-                    self._ram_sent = True
-                    self._notify.notify()
-                case Kind.COMMIT if self._loaded:
-                    self._committed = True
-                    self._notify.notify()
-                    return
-                case Kind.CANCEL:
-                    self._cancelled = True
-                    for task in self._loading:
-                        task.cancel()
-                    self._notify.notify()
-                    return
-                case _:
-                    raise PeerProtocolError(f"{frame.kind.name} came on the first connection, where it is not due")
+            if not self._streams.arrived(frame):
+                await self._handle(frame)
+            del frame  # its payload's memory is free while the next one is received
+
+    async def _handle(self, frame: Frame) -> None:
+        if self._phase not in DUE.get(frame.kind, ()):
+            raise PeerProtocolError(f"{frame.kind.name} came on the first connection, where it is not due")
+        timeline = self.side.timeline
+        match frame.kind:
+            case Kind.SETUP:
+                if frame.value != len(self.side.devices):
+                    raise PeerProtocolError(f"the source has {frame.value} devices, here are {len(self.side.devices)}")
+            case Kind.RAM:
+                await self.side.machine.ram.load(frame.payload)
+            case Kind.RAM_BEGIN:
+                self._ram_began_ns = timeline.now_ns()
+            case Kind.RAM_END:
+                timeline.stage("ram_load", self._ram_began_ns)
+                timeline.mark(Mark.TRANSFERRED)
+                self._ram_arrived = True
+                self._notify.notify()
+            case Kind.COMMIT:
+                self._phase = Phase.COMMITTED
+                self._notify.notify()
+            case Kind.CANCEL:
+                self._phase = Phase.CANCELLED
+                for task in self._loading:
+                    task.cancel()
+                self._notify.notify()
 
     async def _load_device(self, index: int) -> None:
-        """A device's streams to their ends, then its config."""
+        """Load a device's streams to their ends, then its config."""
         device = self.side.devices[index]
         await device.set_streams(self._options.dirty_streams, self._options.flags)
         critical = await self.resuming(device)
@@ -136,24 +162,26 @@ class V3Target(Target):
         await self.load_config(index)
 
     async def _load_stream(self, stream: InStream, index: int, at: int, fd: DataFd, last: list[Frame]) -> None:
+        """Load one wire stream. `last` takes the LAST frame of a device's blocks: it is written after all streams."""
+        critical = at == 0
         while True:
             frame = await stream.recv()
             match frame.kind:
                 case Kind.DATA:
                     await self.write(fd, frame.payload, max(1, len(frame.payload)))  # from where it was received
-                case Kind.LAST if self._options.blocks and at and not last:
+                case Kind.LAST if self._options.blocks and not critical and not last:
                     last.append(frame)
-                case Kind.EPOCH_SENT if at == 0:
+                case Kind.EPOCH_SENT if critical:
                     await self._control.send_control(Kind.EPOCH_LOADED, index, 0, frame.value)
                 case Kind.STREAM_END:
-                    if at == 0 or not self._options.blocks:
+                    if critical or not self._options.blocks:
                         await fd.close()
                     return
                 case _:
                     raise PeerProtocolError(f"{frame.kind.name} does not belong on stream {at}")
             await stream.done(frame)
-            del frame  # its payload's memory is free while the next one comes
+            del frame  # its payload's memory is free while the next one is received
 
-    def _hold(self, size: int) -> None:
+    def _on_held(self, size: int) -> None:
         self._held_bytes += size
         self.note_reorder_bytes(self._held_bytes)

@@ -36,7 +36,8 @@ import pytest
 
 from proto_v3.errors import LostAfterCommitError
 from proto_v3.vfio.uapi import State
-from proto_v3.vmm.migration import OutcomeKind, ReturnPath, Source, Target
+from proto_v3.vmm.migration import OutcomeKind, Source, Target
+from proto_v3.vmm.return_path import ReturnPath
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Kind
 from sim.outcome import Outcome
@@ -361,7 +362,7 @@ WRONG: list[tuple[type, str, Any, str, str]] = [
     (Source, "recover", does_nothing, "cut 0", "the guest runs nowhere, and the source says only"),
     (Source, "recover", resets, "kill target", "its state is lost"),
     (Source, "recover", waits, "cut 0", "a peer counted as lost"),
-    (ReturnPath, "wait_for", waits, "cut all", "DeadlockError"),
+    (ReturnPath, "reached", waits, "cut all", "DeadlockError"),
     (Target, "cancelled", does_nothing, "cut 0", "left in RESUMING"),
     (Target, "resume_guest", does_nothing, "kill source", "the target had COMMIT or END, and does not run"),
     (Channel, "send_control", tells_no_failure, "fail", "the guest runs nowhere, though the two can talk"),
