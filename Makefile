@@ -10,7 +10,7 @@ help:
 	@echo 'make validate  hold the simulation against published measurements'
 	@echo 'make experiments  run all experiments (half an hour on two cores), and write results/report.html'
 	@echo 'make notebooks    execute the notebooks over the results, in place'
-	@echo 'make docs      write anew what is generated in docs/: the state machine, the tests of each rule'
+	@echo 'make docs      write anew what is generated in docs/: the state machine, the tests of each rule, the API'
 	@echo 'make bench     the virtual clock against SimPy; what a simulation costs; a live stream against a bare relay; live memory'
 	@echo 'make lock      pin the dependencies anew (needs uv)'
 	@echo 'make clean     remove the virtual environment and what was built'
@@ -35,6 +35,7 @@ notebooks: $(VENV)/dev.stamp
 docs: $(VENV)/core.stamp
 	@$(BIN)/python -m proto_v3.vfio.fsm_diagram > docs/states.md
 	@$(BIN)/python -m tests.rules
+	@$(BIN)/python -m experiments.api.document > docs/api.md
 
 bench: $(VENV)/dev.stamp
 	@$(BIN)/python benchmarks/clock_vs_simpy.py

@@ -1,55 +1,19 @@
-"""Notebooks: what they show things with, and how they are executed in place."""
+"""Notebooks, executed in place."""
 
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-from matplotlib.figure import Figure
-
-DPI = 80
-"""Of a figure in a notebook: it is read on a screen, and kept in the repository."""
 KERNEL = "python3"
 
 
-def whole_tables() -> None:
-    """Tables are shown with all rows and columns, without types, from now on."""
-    pl.Config.set_tbl_rows(-1)
-    pl.Config.set_tbl_cols(-1)
-    pl.Config.set_fmt_str_lengths(1000)
-    pl.Config.set_tbl_hide_column_data_types(True)
-    pl.Config.set_tbl_hide_dataframe_shape(True)
-
-
-class Shown:
-    """A figure as a cell's result: a PNG, and its title for who sees none."""
-
-    def __init__(self, figure: Figure, dpi: int) -> None:
-        self._title = figure.get_suptitle().strip()
-        page = io.BytesIO()
-        figure.savefig(page, format="png", dpi=dpi)
-        self._png = page.getvalue()
-
-    def __repr__(self) -> str:
-        return f"Figure: {self._title}"
-
-    def _repr_png_(self) -> bytes:
-        return self._png
-
-
-def shown(figure: Figure, dpi: int = DPI) -> Shown:
-    """A figure, as a cell's last line."""
-    return Shown(figure, dpi)
-
-
 def execute(path: Path, changes: Mapping[str, str] | None = None) -> Any:
-    """Run a notebook in its folder and return it with its outputs; `changes` replace text in its code first.
+    """Run a notebook in its folder, and return it with its outputs. `changes` replace text in its code first.
 
-    Needs the extra `notebooks`. nbclient's CellExecutionError if a cell fails.
+    Needs the extra `notebooks`. Raises nbclient's CellExecutionError if a cell fails.
     """
     import nbformat
     from nbclient import NotebookClient
@@ -72,7 +36,7 @@ def execute(path: Path, changes: Mapping[str, str] | None = None) -> Any:
 
 
 def main() -> None:
-    """`python -m experiments.notebook NOTEBOOK...`: run them, and keep their outputs in the files."""
+    """`python -m experiments.notebook NOTEBOOK...`: run notebooks, and write their outputs into them."""
     import nbformat
 
     parser = argparse.ArgumentParser(prog="python -m experiments.notebook", description=main.__doc__)

@@ -16,17 +16,18 @@ from typing import Any
 import polars as pl
 from rich.console import Console
 
-from experiments.commands.trace import NS_PER_MS, NS_PER_S, OUT, TRACE_SUFFIX, made, place, write
+from experiments.commands.trace import OUT, output_files, write
 from experiments.report import tables
 from experiments.report.tables import say
 from experiments.runs import manifest
 from experiments.runs import table as results
+from experiments.trace.traced_run import TRACE_SUFFIX, traced_run
 from proto_v3.errors import UserError
 from sim.outcome import Outcome
 from sim.scenario.file import from_dump
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
-from sim.scenario.units import did_you_mean
+from sim.scenario.units import NS_PER_MS, NS_PER_S, did_you_mean
 
 HOW = "must be FOLDER:PROTOCOL:SEED or FOLDER:CELL, as in results/mlx5-2vf:v2:1"
 CAN_BE = "what can be made again are runs in virtual time, by `compare` or `run`"
@@ -57,12 +58,11 @@ def run_replay(run: str, trace: str | None, spans: str | None) -> int:
     scenario = _scenario(read, row)
     protocol = Protocol.parse(row["protocol"], scenario)
     name = "-".join([folder.resolve().name, *([row["cell"]] if len(which) == 1 else which)])
-    trace_file = place("--trace", trace, OUT / f"{name}{TRACE_SUFFIX}")
-    spans_file = place("--spans", spans)
-    traced = made(scenario, protocol, row["seed"])
+    trace_file, spans_file = output_files(("--trace", trace, OUT / f"{name}{TRACE_SUFFIX}"), spans)
+    again = traced_run(scenario, protocol, row["seed"])
     console = tables.console()
-    same = _print(console, read, row, traced.outcome)
-    write(console, traced, trace_file, spans_file)
+    same = _print(console, read, row, again.outcome)
+    write(console, again, trace_file, spans_file)
     return 0 if same else 1
 
 

@@ -8,9 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.report.tables import value_text
+from experiments.report.parameters import parameter_rows
 from sim.scenario.file import bases, load, shipped
-from sim.scenario.scenario import parameters
 
 
 def list_scenarios() -> None:
@@ -34,6 +33,6 @@ def show_scenario(name: str, settings: Sequence[str] = ()) -> None:
     table.add_column("parameter", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("source")
-    for key, value in parameters(scenario).items():
-        table.add_row(key, value_text(value), Text(scenario.sources.get(key, "not stated"), overflow="fold"))
+    for key, value, source in parameter_rows(scenario):
+        table.add_row(key, value, Text(source, overflow="fold"))
     console.print(table)

@@ -17,13 +17,13 @@ ENOUGH_SEEDS = 10
 
 def print_findings(console: Console, frame: pl.DataFrame) -> None:
     """What the figure shows, and what it does not."""
-    completed = completed_runs(frame)
-    for sentence in findings(completed):
+    for sentence in findings(frame):
         console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=False)
 
 
-def findings(completed: pl.DataFrame) -> list[str]:
-    """Sentences about the completed runs."""
+def findings(runs: pl.DataFrame) -> list[str]:
+    """What the completed runs of a comparison show, in sentences: what bounds each downtime, how protocols differ."""
+    completed = completed_runs(runs)
     sentences = []
     named = protocols(completed)
     for protocol in named:

@@ -13,13 +13,13 @@ from typing import Any
 import jinja2
 
 from experiments.report import answers, tables
-from experiments.report.tables import say, value_text
+from experiments.report.parameters import parameter_rows
+from experiments.report.tables import say
 from experiments.runs.folder import replacing
 from experiments.runs.manifest import git_revision, versions
 from experiments.study.experiment import NAMES
 from proto_v3.errors import UserError
 from sim.scenario.file import load, shipped
-from sim.scenario.scenario import parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 README = "README.md"
@@ -113,9 +113,7 @@ def _others(folder: Path) -> Iterator[Other]:
 def _scenario(name: str) -> dict[str, Any]:
     """A scenario's parameters with their sources."""
     scenario = load(name)
-    rows = [
-        (key, value_text(value), scenario.sources.get(key, "not stated")) for key, value in parameters(scenario).items()
-    ]
+    rows = list(parameter_rows(scenario))
     return {"name": scenario.name, "description": scenario.description, "rows": rows}
 
 

@@ -189,10 +189,3 @@ def plain_table(columns: Sequence[str]) -> Table:
 def say(console: Console, line: str) -> None:
     """A line as it is: with paths that can be copied, and brackets that are no markup."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def value_text(value: object) -> str:
-    """A parameter's value in a table."""
-    if isinstance(value, list):
-        return " ".join(str(item) for item in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)

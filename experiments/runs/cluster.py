@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.runs.pool import A_FEW, Cell, Done, broken, run_cell
+from experiments.runs.pool import CELLS_PER_WORKER, Cell, Done, broken, run_cell
 from proto_v3.errors import UserError
 
 CONNECTS_WITHIN_S = 10
@@ -36,7 +36,7 @@ def on_cluster(cells: Sequence[Cell], address: str) -> Done:
                 places[future.key] = at
                 running.add(future)
 
-        submit(A_FEW * workers)
+        submit(CELLS_PER_WORKER * workers)
         for future in running:
             at = places.pop(future.key)
             try:

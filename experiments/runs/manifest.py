@@ -19,8 +19,8 @@ from experiments.runs.folder import SCHEMA_VERSION
 from sim.outcome import Outcome
 from sim.scenario.scenario import Scenario
 
-CLONE = Path(__file__).resolve().parents[2]
-"""The project's clone, if this file runs from one."""
+ABOVE = Path(__file__).resolve().parents[2]
+"""The project's clone, or the folder that the packages are installed in."""
 DEPENDENCIES = ("numpy", "scipy", "polars", "matplotlib", "msgpack", "pydantic")
 """The libraries that results depend on."""
 
@@ -95,22 +95,29 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "proto-v3": __version__, **installed}
 
 
+def clone() -> Path | None:
+    """The folder of the project's clone; None if the packages are installed elsewhere.
+
+    Another repository around them, such as one in whose folder a virtual environment lies, does not count.
+    """
+    return ABOVE if (ABOVE / ".git").exists() and (ABOVE / "pyproject.toml").is_file() else None
+
+
 def git_revision() -> str:
     """The project's commit; with `+changes-` and a fingerprint if any file outside results/ differs from it.
 
-    `unknown` if this package does not run from a clone. Another repository around it, such as one in whose folder a
-    virtual environment lies, does not count.
+    `unknown` if this package does not run from a clone.
     """
-    if not ((CLONE / ".git").exists() and (CLONE / "pyproject.toml").is_file()):
+    if (folder := clone()) is None:
         return "unknown"
     try:
-        commit = _git("rev-parse", "HEAD")
-        changes = _git("diff", "HEAD", "--", ".", ":!results")
+        commit = _git(folder, "rev-parse", "HEAD")
+        changes = _git(folder, "diff", "HEAD", "--", ".", ":!results")
         return f"{commit}+changes-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else commit
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(CLONE), *arguments], capture_output=True, text=True, check=True)
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
     return done.stdout.strip()

@@ -1,18 +1,23 @@
-"""Runs, made on all cores or on a cluster: each depends on its cell alone, so they come out the same wherever they are
-made, and in whatever order."""
+"""Many runs, in this process or in several. A run depends on its cell alone: neither the process nor the order
+changes it."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from types import FrameType
+from multiprocessing import resource_tracker
+from multiprocessing.context import BaseContext
+from types import FrameType, ModuleType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,9 +29,9 @@ from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 
 Done = Iterator[tuple[int, Outcome]]
-"""A cell's place among those that were given, and its outcome, as they are done."""
-A_FEW = 16
-"""Runs handed out ahead, a worker: so that none waits, and few are lost when all is stopped."""
+"""The finished runs, in any order: the cell's index in the sequence that was passed, and its outcome."""
+CELLS_PER_WORKER = 16
+"""Runs handed to the pool in advance: enough that no worker waits, few enough that an interruption loses little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ class Cell:
 
 
 def run_cell(cell: Cell) -> Outcome:
-    """Make one run. One that breaks is recorded as such, and the others go on."""
+    """Make one run. If it raises, its outcome is FAILED with the traceback as reason, and the other runs go on."""
     try:
         return simulate(cell.scenario, cell.protocol, cell.seed)
     except Exception as error:  # a bug of ours: it must be seen, and must not cost the other runs
@@ -47,23 +52,25 @@ def run_cell(cell: Cell) -> Outcome:
 
 
 def broken(cell: Cell, reason: str) -> Outcome:
-    """What stands for a run that could not be made."""
+    """The outcome of a run that could not be made."""
     return Outcome(cell.scenario.name, cell.protocol.name, cell.seed, OutcomeKind.FAILED, reason)
 
 
 def progress_bar() -> Progress:
-    """On a terminal, with the time that is left; elsewhere nothing is shown."""
+    """A bar with the remaining time, on a terminal; elsewhere nothing is shown."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     stderr = Console(stderr=True)
     return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
 
 
 def run_cells(cells: Sequence[Cell], jobs: int | None) -> tuple[list[Outcome], bool]:
-    """Run all cells, on `jobs` processes; returns what was done, in the cells' order, and whether Ctrl-C cut it short.
+    """Make all runs in `jobs` processes (None: one a CPU), with a bar.
 
-    The outcomes are the same for any number of processes.
+    Returns the outcomes of the finished runs, in the order of the cells, and whether Ctrl-C stopped it early. They are
+    the same for any number of processes.
     """
     done: dict[int, Outcome] = {}
+    interrupted = False
     with progress_bar() as progress:
         task = progress.add_task("runs", total=len(cells))
         try:
@@ -71,21 +78,34 @@ def run_cells(cells: Sequence[Cell], jobs: int | None) -> tuple[list[Outcome], b
                 done[at] = outcome
                 progress.advance(task)
         except KeyboardInterrupt:
-            return [done[at] for at in sorted(done)], True
-    return [done[at] for at in sorted(done)], False
+            interrupted = True
+    return [done[at] for at in sorted(done)], interrupted
 
 
-# --- on this machine --------------------------------------------------------------------------------------------------
+def in_processes(cells: Sequence[Cell], jobs: int | None, start_method: str | None = None) -> Done:
+    """Make all runs in `jobs` processes of this machine (None: one a CPU); one job runs in this process.
 
-
-def in_processes(cells: Sequence[Cell], jobs: int | None) -> Done:
-    """On so many processes of this machine. KeyboardInterrupt if Ctrl-C came; what was done has been told by then."""
+    `start_method` is one of multiprocessing's, None its default. No worker imports the caller's main module, so a
+    script without a guard, a notebook and standard input can call it. KeyboardInterrupt on Ctrl-C, after the runs that
+    were finished by then.
+    """
     if jobs == 1 or len(cells) <= 1:
         for at, cell in enumerate(cells):
             yield at, run_cell(cell)
         return
-    # A KeyboardInterrupt out of nowhere could leave the pool with a lock held, for ever. So Ctrl-C is only noted, and
-    # looked at between waits; the workers, which get it too, ignore it. A second one is for who cannot wait.
+    workers = min(jobs or os.cpu_count() or 1, len(cells))
+    with _noted_interrupt() as interrupted:
+        pools = _Pools(cells, workers, multiprocessing.get_context(start_method), interrupted)
+        yield from pools.run()
+
+
+@contextlib.contextmanager
+def _noted_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event; a second one raises at once, for a user who cannot wait.
+
+    A KeyboardInterrupt at any line could leave the pool with a lock held for ever. Outside of the main thread, where
+    Python delivers no signal, nothing changes.
+    """
     interrupted = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -93,57 +113,97 @@ def in_processes(cells: Sequence[Cell], jobs: int | None) -> Done:
             signal.default_int_handler(number, frame)
         interrupted.set()
 
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield from _in_pools(cells, jobs or os.cpu_count() or 1, interrupted)
+        yield interrupted
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def _in_pools(cells: Sequence[Cell], workers: int, interrupted: threading.Event) -> Done:
-    """In one pool after the other: one whose worker died is of no use any more."""
-    left = iter(range(len(cells)))
-    while True:
-        lost: list[int] = []
-        yield from _in_pool(cells, left, workers, interrupted, lost)
-        if not lost:
-            return
-        for at in sorted(lost):  # one of them may be what killed it: each has a process of its own now
-            alone: list[int] = []
-            yield from _in_pool(cells, iter([at]), 1, interrupted, alone)
-            if alone:
-                yield at, broken(cells[at], "the process that made this run died: out of memory, or killed")
-
-
-def _in_pool(
-    cells: Sequence[Cell], left: Iterator[int], workers: int, interrupted: threading.Event, lost: list[int]
-) -> Done:
-    """Runs of what is left, until there are no more, or the pool breaks: then `lost` has what it was at."""
-    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    waiting: dict[Future[Outcome], int] = {}
+@contextlib.contextmanager
+def _starting_workers(context: BaseContext) -> Iterator[None]:
+    """While workers are started: they get no Ctrl-C, not even before they ignore it, and no main module to import."""
+    if context.get_start_method() == "fork":
+        yield
+        return
+    caller = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
     try:
-        while not lost:
-            # A few at a time: a wait looks at all that it waits for.
-            for at in itertools.islice(left, A_FEW * workers - len(waiting)):
-                waiting[pool.submit(run_cell, cells[at])] = at
-            if not waiting:
-                return
-            for future in wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED).done:
-                at = waiting.pop(future)
-                try:
-                    outcome = future.result()
-                except BrokenProcessPool:
-                    lost.append(at)
-                else:
-                    yield at, outcome
-            if interrupted.is_set():
-                raise KeyboardInterrupt
-        lost += waiting.values()
-    except BrokenProcessPool:  # at submit()
-        lost += [*waiting.values(), at]
-    except BaseException:  # what they are at can last for minutes, and nobody waits for it any more
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        raise
+        with _without_interrupts():
+            yield
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        sys.modules["__main__"] = caller
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """What is started meanwhile never gets SIGINT, where there are signal masks."""
+    if sys.platform == "win32":
+        yield
+        return
+    resource_tracker.ensure_running()  # first: the start of a worker would start it, and that unblocks SIGINT
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+class _Pools:
+    """One pool after the other: a pool with a dead worker can make no more runs."""
+
+    def __init__(self, cells: Sequence[Cell], workers: int, context: BaseContext, interrupted: threading.Event) -> None:
+        self._cells = cells
+        self._workers = workers
+        self._context = context
+        self._interrupted = interrupted
+
+    def run(self) -> Done:
+        remaining = iter(range(len(self._cells)))
+        while True:
+            lost: list[int] = []
+            yield from self._in_pool(remaining, self._workers, lost)
+            if not lost:
+                return
+            for at in sorted(lost):  # one of them may have killed the worker: each gets a process of its own now
+                lost_again: list[int] = []
+                yield from self._in_pool(iter([at]), 1, lost_again)
+                if lost_again:
+                    reason = "the process that made this run died: out of memory, or killed"
+                    yield at, broken(self._cells[at], reason)
+
+    def _in_pool(self, remaining: Iterator[int], workers: int, lost: list[int]) -> Done:
+        """Runs of the remaining cells, until there are no more or the pool breaks: `lost` then gets those under way."""
+        ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)
+        pool = ProcessPoolExecutor(workers, self._context, initializer=signal.signal, initargs=ignore_interrupt)
+        waiting: dict[Future[Outcome], int] = {}
+        try:
+            while not lost:
+                # Few at a time: a wait looks at every future that it waits for.
+                for at in itertools.islice(remaining, CELLS_PER_WORKER * workers - len(waiting)):
+                    with _starting_workers(self._context):
+                        waiting[pool.submit(run_cell, self._cells[at])] = at
+                if not waiting:
+                    return
+                for future in wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED).done:
+                    at = waiting.pop(future)
+                    try:
+                        outcome = future.result()
+                    except BrokenProcessPool:
+                        lost.append(at)
+                    else:
+                        yield at, outcome
+                if self._interrupted.is_set():
+                    raise KeyboardInterrupt
+            lost += waiting.values()
+        except BrokenProcessPool:  # raised by submit()
+            lost += [*waiting.values(), at]
+        except BaseException:  # the runs under way can take minutes, and nobody waits for them any more
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -5,22 +5,24 @@ from __future__ import annotations
 import polars as pl
 
 from proto_v3.timeline import Mark, Resource, Timeline
+from sim.scenario.units import NS_PER_MS
 
-TOLD_MS = 0.5
-"""A stretch of a critical path that is shorter is not drawn."""
+LEAST_DRAWN_MS = 0.5
+"""A shorter stretch of a critical path is not drawn."""
 
 
 def steps(timeline: Timeline) -> pl.DataFrame:
-    """The critical path through a downtime, one row a step, in order of time.
+    """The critical path through the downtime of one run: one row a step, in the order of time.
 
-    Columns: from_ms (since the order to stop the vCPUs), takes_ms, resource, what, track. The steps tile the downtime.
+    Columns: from_ms (since the order to stop the vCPUs), takes_ms, resource, what, track. The steps tile the downtime:
+    their times add up to it.
     """
     begin = timeline.marks[Mark.STOP_ORDERED]
     return pl.DataFrame(
         [
             {
-                "from_ms": (step.start_ns - begin) / 1e6,
-                "takes_ms": (step.end_ns - step.start_ns) / 1e6,
+                "from_ms": (step.start_ns - begin) / NS_PER_MS,
+                "takes_ms": (step.end_ns - step.start_ns) / NS_PER_MS,
                 "resource": step.resource.name,
                 "what": step.what,
                 "track": step.track,
@@ -31,7 +33,11 @@ def steps(timeline: Timeline) -> pl.DataFrame:
 
 
 def stretches(timeline: Timeline) -> pl.DataFrame:
-    """As `steps`, those that follow each other on one track and resource put together; `steps` counts them."""
+    """As `steps`, with consecutive steps on the same track and resource joined into one row.
+
+    Columns: from_ms, takes_ms, resource, what (the different ones, separated by commas), track, steps (how many were
+    joined).
+    """
     kind = pl.when(pl.col("resource") == Resource.COPY.name).then(pl.lit("")).otherwise(pl.col("what"))
     return (
         steps(timeline)

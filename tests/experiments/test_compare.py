@@ -23,7 +23,7 @@ from experiments.runs import manifest
 from experiments.runs import pool as runs
 from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
-from experiments.runs.frame import completed_runs, path_shares, protocols
+from experiments.runs.frame import path_shares, protocols
 from experiments.runs.pool import Cell, run_cell, run_cells
 from experiments.study.published import held_against
 from proto_v3.errors import UserError
@@ -191,7 +191,7 @@ def test_the_pauses_of_a_retry_are_told_beside_its_downtime() -> None:
     scenario = small_scenario({"device.0.reconfigurations": late, "device.0.critical.setup_us": 2000.0})
     runs = [simulate(scenario, Protocol.parse(name, scenario), 1) for name in ("v3-n1-retry", "v3-n1-proceed")]
     assert [run.retries for run in runs] == [1, 0]
-    retry, proceed, *_ = findings.findings(completed_runs(results.table(runs)))
+    retry, proceed, *_ = findings.findings(results.table(runs))
     assert f"the guest stood still for {runs[0].retries_stopped_ns / 1e6:.1f} ms" in retry
     assert "stood still" not in proceed
 

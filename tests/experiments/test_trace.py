@@ -17,8 +17,8 @@ from click.testing import CliRunner, Result
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as pb
 
 from experiments.cli import main
-from experiments.commands.trace import Traced, made, spans_table, write_trace
 from experiments.trace.samples import MOST_LOOKS, Samples
+from experiments.trace.traced_run import TracedRun, spans_table, traced_run, write_trace
 from experiments.trace.tracks import Slice, lanes, place
 from proto_v3.timeline import NO_CAUSE, Mark, Resource
 from sim.run import simulate
@@ -99,14 +99,14 @@ def read_back(file: Path) -> Drawn:
     return drawn
 
 
-def traced_and_drawn(folder: Path, scenario: Scenario, protocol: str) -> tuple[Traced, Drawn]:
-    traced = made(scenario, Protocol.parse(protocol, scenario), 1)
+def traced_and_drawn(folder: Path, scenario: Scenario, protocol: str) -> tuple[TracedRun, Drawn]:
+    traced = traced_run(scenario, Protocol.parse(protocol, scenario), 1)
     write_trace(traced, folder / "x.perfetto-trace")
     return traced, read_back(folder / "x.perfetto-trace")
 
 
 @pytest.fixture(scope="module", params=PROTOCOLS)
-def busy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Traced, Drawn]:
+def busy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TracedRun, Drawn]:
     return traced_and_drawn(tmp_path_factory.mktemp("trace"), BUSY, request.param)
 
 
@@ -119,7 +119,7 @@ def _task(track: str) -> str:
     return re.sub(r"^device (\d+)$", r"dev\1 device thread", task)
 
 
-def test_every_span_is_drawn_once_where_and_when_it_was(busy: tuple[Traced, Drawn]) -> None:
+def test_every_span_is_drawn_once_where_and_when_it_was(busy: tuple[TracedRun, Drawn]) -> None:
     traced, drawn = busy
     engines = pl.col("resource").is_in(["firmware", "load"])
     told = (
@@ -136,12 +136,12 @@ def test_every_span_is_drawn_once_where_and_when_it_was(busy: tuple[Traced, Draw
     assert Counter(each for each in own if each[4] is not None) == Counter(told)
 
 
-def test_packets_are_in_order_of_time(busy: tuple[Traced, Drawn]) -> None:
+def test_packets_are_in_order_of_time(busy: tuple[TracedRun, Drawn]) -> None:
     _, drawn = busy
     assert drawn.times_ns == sorted(drawn.times_ns)
 
 
-def test_the_phases_tile_the_downtime(busy: tuple[Traced, Drawn]) -> None:
+def test_the_phases_tile_the_downtime(busy: tuple[TracedRun, Drawn]) -> None:
     traced, drawn = busy
     phases = drawn.slices["/downtime/phases"]
     assert {name: end - start for start, end, name, *_ in phases} == {
@@ -151,7 +151,7 @@ def test_the_phases_tile_the_downtime(busy: tuple[Traced, Drawn]) -> None:
     assert phases[0][0] == traced.timeline.marks[Mark.STOP_ORDERED]
 
 
-def test_the_critical_path_is_a_track(busy: tuple[Traced, Drawn]) -> None:
+def test_the_critical_path_is_a_track(busy: tuple[TracedRun, Drawn]) -> None:
     traced, drawn = busy
     path = drawn.slices["/downtime/critical path"]
     assert [each[:4] for each in path] == [
@@ -160,7 +160,7 @@ def test_the_critical_path_is_a_track(busy: tuple[Traced, Drawn]) -> None:
     assert [each[4] for each in path] == [span for span, _, _ in traced.timeline.critical_spans()]
 
 
-def test_arrows_lead_from_each_cause_to_its_effect(busy: tuple[Traced, Drawn]) -> None:
+def test_arrows_lead_from_each_cause_to_its_effect(busy: tuple[TracedRun, Drawn]) -> None:
     traced, drawn = busy
     spans = traced.timeline.recorded().spans
     causes = {span: cause for span, cause in enumerate(spans["cause"].tolist()) if cause != NO_CAUSE}
@@ -174,7 +174,7 @@ def test_arrows_lead_from_each_cause_to_its_effect(busy: tuple[Traced, Drawn]) -
     assert critical & causes.keys() == set()
 
 
-def test_stages_and_vcpus_are_drawn(busy: tuple[Traced, Drawn]) -> None:
+def test_stages_and_vcpus_are_drawn(busy: tuple[TracedRun, Drawn]) -> None:
     traced, drawn = busy
     stages = {(stage.start_ns, stage.end_ns, f"{stage.name} {stage.index}") for stage in traced.timeline.stages}
     assert {each[:3] for each in drawn.slices["/downtime/stages of the VMMs"]} == stages
@@ -185,7 +185,7 @@ def test_stages_and_vcpus_are_drawn(busy: tuple[Traced, Drawn]) -> None:
     assert drawn.slices["/target host/guest/vCPUs"][1][1] == resumed
 
 
-def test_the_title_tells_the_run(busy: tuple[Traced, Drawn]) -> None:
+def test_the_title_tells_the_run(busy: tuple[TracedRun, Drawn]) -> None:
     traced, drawn = busy
     assert drawn.root == f"small {traced.outcome.protocol} seed 1"
     assert "COMPLETED" in drawn.description
@@ -282,7 +282,7 @@ def test_a_run_without_a_hand_over_has_no_downtime(tmp_path: Path, how: str) -> 
 # --- counters --------------------------------------------------------------------------------------------------------
 
 
-def test_counters_tell_what_is_left_unread_dirtied_and_sent(busy: tuple[Traced, Drawn]) -> None:
+def test_counters_tell_what_is_left_unread_dirtied_and_sent(busy: tuple[TracedRun, Drawn]) -> None:
     traced, drawn = busy
     state_bytes = (8 << 20) + 40 * 4096
     stopped = traced.timeline.marks[Mark.STOPPED]
@@ -328,7 +328,7 @@ def test_a_run_that_is_watched_is_the_same_run(protocol: str, changes: dict[str,
     often = {"device.0.reconfigurations": {"at_s": [0.001, 0.01, 0.02]}}
     scenario = small_scenario(busy | often | changes)
     chosen = Protocol.parse(protocol, scenario)
-    assert made(scenario, chosen, 2).outcome == simulate(scenario, chosen, 2)
+    assert traced_run(scenario, chosen, 2).outcome == simulate(scenario, chosen, 2)
 
 
 # --- lanes and places ------------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_a_span_is_drawn_by_what_it_uses(resource: Resource, track: str, expecte
 # --- the table of spans ----------------------------------------------------------------------------------------------
 
 
-def test_the_table_of_spans_has_them_all_with_causes_and_the_critical_path(busy: tuple[Traced, Drawn]) -> None:
+def test_the_table_of_spans_has_them_all_with_causes_and_the_critical_path(busy: tuple[TracedRun, Drawn]) -> None:
     traced, _ = busy
     table = spans_table(traced)
     expected = {"run", "span", "resource", "what", "track", "start_ns", "end_ns", "cause", "on_critical_path"}

@@ -13,16 +13,13 @@ import nbformat
 import polars as pl
 import pytest
 
-from experiments import analysis, notebook
+from experiments import notebook
 from experiments.commands import run as sweep
-from experiments.draw import notebook as figures_analysis
+from experiments.report import kept
 from experiments.runs.folder import ResultFolder
 from experiments.runs.pool import run_cell
 from experiments.runs.table import row
-from experiments.study import advice as verdicts
 from experiments.study.experiment import Point, find
-from proto_v3.errors import UserError
-from tests.build.scenario import small_scenario
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"
@@ -82,7 +79,7 @@ def test_it_runs_on_small_data(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     experiments, changes, figures, tables = CASES[name]
     for each in experiments:
         make_small(each, tmp_path)
-    monkeypatch.setenv(analysis.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(kept.FOLDER_VARIABLE, str(tmp_path))
     done = notebook.execute(FOLDER / f"{name}.ipynb", changes)
     assert all(cell.execution_count for cell in done.cells if cell.cell_type == "code")
     assert [output for output in outputs(done) if output.output_type == "error" or output.get("name") == "stderr"] == []
@@ -106,6 +103,17 @@ def test_it_is_committed_with_its_outputs(path: Path) -> None:
     assert path.stat().st_size < MOST_BYTES
 
 
+def imported(source: str) -> list[str]:
+    """What a cell imports, by its whole name."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [each.name for each in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{each.name}" for each in node.names]
+    return names
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_has_no_logic_of_its_own_and_says_what_it_does_not_say(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
@@ -116,128 +124,7 @@ def test_it_has_no_logic_of_its_own_and_says_what_it_does_not_say(path: Path) ->
             assert sum(not isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree.body) <= MOST_STATEMENTS
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert notebook.cells[0].source.startswith("# ")
+    imports = [node for cell in notebook.cells if cell.cell_type == "code" for node in imported(cell.source)]
+    assert set(imports) <= {"polars", "matplotlib", "experiments.api"}
     assert "**What you see:**" in text
     assert "**What it does not say:**" in text
-
-
-# --- what they call ---------------------------------------------------------------------------------------------------
-
-
-def frame(downtimes_ms: Mapping[str, Sequence[float | None]]) -> pl.DataFrame:
-    """Runs of so long a downtime; None is one that was not completed."""
-    return pl.DataFrame(
-        [
-            {"protocol": name, "seed": seed, "outcome": "FAILED" if ms is None else "COMPLETED"}
-            | {"downtime_ns": None if ms is None else round(ms * 1e6)}
-            for name, values in downtimes_ms.items()
-            for seed, ms in enumerate(values, 1)
-        ]
-    )
-
-
-@pytest.mark.parametrize(
-    ("base", "other", "word"),
-    [
-        ([100, 101, 102], [80, 81, 82], "shorter"),
-        ([100, 101, 102], [120, 121, 122], "longer"),
-        ([100, 101, 102], [99, 100, 101], "next to nothing"),
-        ([100, 101, 102], [98, 93, 96], "uncertain"),
-        ([None, None], [1, 2], "only other completes"),
-        ([1, 2], [None, None], "only base completes"),
-        ([None, None], [None, None], "neither completes"),
-        ([1, None], [None, 2], "uncertain"),
-    ],
-)
-def test_a_verdict_is_a_word_for_an_interval(base: list[float | None], other: list[float | None], word: str) -> None:
-    told = verdicts.verdicts(frame({"v2": base, "v3-n4": other}), [("v2", "v3-n4"), ("v2", "v3-n8")])
-    assert told["verdict"].to_list() == [word]
-
-
-def test_the_advice_follows_the_effects() -> None:
-    names = {"today": "v2", "best": "v2-multifd", "one": "v3-n1", "many": "v3-n4"}
-    runs = frame({"v2": [200, 202], "v2-multifd": [100, 101], "v3-n1": [100, 101], "v3-n4": [100, 101]})
-    told = "\n".join(verdicts.advice(runs, **names))
-    assert "Take v2-multifd before anything else" in told
-    assert "Do not build v3 for this device: v3-n4 brings next to nothing over v2-multifd." in told
-    assert "2 seeds are enough to look" in told
-    runs = frame({"v2": [200, 202], "v2-multifd": [100, None], "v3-n1": [60, 61], "v3-n4": [60, 60]})
-    told = "\n".join(verdicts.advice(runs, **names))
-    assert "v3 is worth a look" in told
-    assert "One dirty stream is enough" in told
-    assert "But v2-multifd does not complete 1 of 2 runs" in told
-
-
-def test_a_device_that_nothing_moves_is_told_as_such() -> None:
-    scenario = small_scenario({"vmm.give_up_s": 0.001})
-    names = ["v2", "v2-multifd", "v3-n1", "v3-n4"]
-    runs = analysis.compared(scenario, names, 2)
-    assert runs["outcome"].unique().to_list() == ["DID_NOT_CONVERGE"]
-    assert analysis.downtimes(runs)["completed"].to_list() == [0] * 4
-    assert analysis.above_bound(runs).is_empty()
-    assert analysis.where_it_goes(runs).is_empty()
-    told = verdicts.verdicts(runs, [("v2", "v3-n4")])
-    assert verdicts.readable(told)["verdict"].to_list() == ["neither completes"]
-    assert verdicts.where(told.with_columns(place=pl.lit("x")), ["place"])["from_percent"].to_list() == [None]
-    assert notebook.shown(figures_analysis.waterfall(scenario, runs, "a command"))._repr_png_()
-    advice = verdicts.advice(runs, today="v2", best="v2-multifd", one="v3-n1", many="v3-n4")
-    assert "Neither v2-multifd nor v3-n4 completes: nothing can be said." in advice
-
-
-def test_protocols_that_were_not_run_are_named() -> None:
-    runs = frame({"v2": [100, 101], "v3-n4": [50, 51]})
-    with pytest.raises(UserError, match="v3-n2 against v2: the runs have no such pair, only v2, v3-n4"):
-        verdicts.verdicts(runs, [("v2", "v3-n2")])
-    with pytest.raises(UserError, match="v2-multifd, v3-n1: not among the runs"):
-        verdicts.advice(runs, today="v2", best="v2-multifd", one="v3-n1", many="v3-n4")
-
-
-def test_places_are_counted_by_verdict() -> None:
-    runs = pl.concat(
-        [
-            frame({"v2": [100, 101], "v3-n4": values}).with_columns(rate=pl.lit(rate))
-            for rate, values in ((1.0, [50, 51]), (2.0, [60, 61]), (3.0, [100, 101]))
-        ]
-    )
-    told = verdicts.together({"x": (verdicts.verdicts(runs, [("v2", "v3-n4")], ["rate"]), ["rate"])})
-    assert told.select("of", "verdict", "places", "where").rows() == [
-        ("x", "shorter", 2, "1; 2"),
-        ("x", "next to nothing", 1, "3"),
-    ]
-
-
-def test_the_steps_of_a_critical_path_tile_the_downtime() -> None:
-    timeline = analysis.traced(small_scenario(), "v2", seed=1)
-    for table in (analysis.steps(timeline), analysis.stretches(timeline)):
-        assert table["takes_ms"].sum() == pytest.approx(timeline.downtime_ns / 1e6, abs=0.01 * table.height)
-        assert table["from_ms"].is_sorted()
-    assert analysis.stretches(timeline)["steps"].sum() == analysis.steps(timeline).height
-
-
-def test_the_command_makes_the_same_runs() -> None:
-    told = analysis.command("mlx5-2vf", ["v2", "v3-n2"], 3, {"driver.lock": "none", "device.0.features": ["STOP_COPY"]})
-    assert told == (
-        "proto-v3 compare mlx5-2vf --protocols v2,v3-n2 --seeds 3 --set driver.lock=none "
-        "--set 'device.0.features=[\"STOP_COPY\"]'"
-    )
-
-
-def test_results_that_are_missing_or_damaged_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(analysis.FOLDER_VARIABLE, str(tmp_path))
-    with pytest.raises(UserError, match=r"no results of ablation in .*; make them with: proto-v3 run ablation"):
-        analysis.runs("ablation")
-    (tmp_path / "ablation").mkdir()
-    (tmp_path / "ablation" / "runs.parquet").write_text("no table")
-    with pytest.raises(UserError, match="ablation: cannot be read"):
-        analysis.runs("ablation")
-    with pytest.raises(UserError, match="did you mean"):
-        analysis.answer("ablatoin")
-
-
-def test_the_folder_of_results_is_the_clones_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(analysis.FOLDER_VARIABLE, raising=False)
-    monkeypatch.chdir(tmp_path)
-    assert analysis.results_folder() == ROOT / "results"
-    monkeypatch.setenv(analysis.FOLDER_VARIABLE, "results/validate")
-    assert analysis.results_folder() == ROOT / "results" / "validate"
-    monkeypatch.setenv(analysis.FOLDER_VARIABLE, str(tmp_path))
-    assert analysis.results_folder() == tmp_path

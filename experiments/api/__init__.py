@@ -1,0 +1,95 @@
+"""The simulator from Python: scripts and notebooks import this, and nothing else of the project.
+
+    from experiments import api
+
+    runs = api.compare("mlx5-2vf", ["v2", "v3-n4"], seeds=5)
+    print(api.downtimes(runs))
+
+Tables are Polars frames; `.to_pandas()` makes one of pandas (extra `pandas`). A *table of runs* has one row a run, with
+the unit at the end of each column's name: `_ns` nanoseconds, `_bytes`. Figures are matplotlib's: `.savefig(FILE)`.
+Every mistake of a caller raises `UserError`, whose text says what would be right. All of it also works where an event
+loop runs, as in Jupyter.
+"""
+
+from experiments.api.drawing import draw_changes, draw_critical, draw_downtime, draw_path, draw_seeds
+from experiments.api.running import (
+    Progress,
+    Seeds,
+    compare,
+    load,
+    parameters,
+    questions,
+    run,
+    scenarios,
+    sweep,
+)
+from experiments.api.tracing import spans, steps, stretches, write_spans, write_trace
+from experiments.draw.screen import shown, whole_tables
+from experiments.report.findings import findings
+from experiments.report.kept import claims, kept_answer, kept_figures, kept_runs, results_folder
+from experiments.runs.command import Setting, compare_command
+from experiments.study.advice import advice
+from experiments.study.summaries import above_bound, bounds, downtimes, read_times, resource_shares, scaling_laws
+from experiments.study.verdicts import count_verdicts, readable, seed_by_seed, verdicts
+from experiments.trace.traced_run import TracedRun
+from proto_v3.errors import UserError
+from sim.scenario.scenario import Scenario
+
+SECTIONS = {
+    "Scenarios": (scenarios, load, parameters),
+    "Runs": (compare, sweep, run, TracedRun, compare_command),
+    "One run, step by step": (steps, stretches, spans, write_trace, write_spans),
+    "Tables of runs, summed up": (downtimes, resource_shares, bounds, above_bound, read_times, scaling_laws),
+    "Protocols against each other": (seed_by_seed, verdicts, readable, count_verdicts, findings, advice),
+    "Figures": (draw_downtime, draw_critical, draw_path, draw_seeds, draw_changes),
+    "Kept results": (questions, kept_runs, kept_answer, kept_figures, claims, results_folder),
+    "In a notebook": (whole_tables, shown),
+    "Errors": (UserError,),
+}
+"""What is here, in the order of docs/api.md."""
+
+__all__ = [
+    "Progress",
+    "Scenario",
+    "Seeds",
+    "Setting",
+    "TracedRun",
+    "UserError",
+    "above_bound",
+    "advice",
+    "bounds",
+    "claims",
+    "compare",
+    "compare_command",
+    "count_verdicts",
+    "downtimes",
+    "draw_changes",
+    "draw_critical",
+    "draw_downtime",
+    "draw_path",
+    "draw_seeds",
+    "findings",
+    "kept_answer",
+    "kept_figures",
+    "kept_runs",
+    "load",
+    "parameters",
+    "questions",
+    "read_times",
+    "readable",
+    "resource_shares",
+    "results_folder",
+    "run",
+    "scaling_laws",
+    "scenarios",
+    "seed_by_seed",
+    "shown",
+    "spans",
+    "steps",
+    "stretches",
+    "sweep",
+    "verdicts",
+    "whole_tables",
+    "write_spans",
+    "write_trace",
+]

@@ -1,0 +1,207 @@
+"""Scenarios loaded, and runs made."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import polars as pl
+
+from experiments.report.parameters import parameter_rows
+from experiments.runs import table
+from experiments.runs.command import Setting, settings
+from experiments.runs.pool import Cell, Done, in_processes, progress_bar, run_cell
+from experiments.study.experiment import NAMES, find
+from experiments.trace.traced_run import TracedRun, traced_run
+from proto_v3.errors import UserError
+from sim.scenario import file
+from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import Scenario
+
+T = TypeVar("T")
+Seeds = int | Iterable[int]
+"""A number of seeds, which count up from 1; or the seeds."""
+Progress = bool | Callable[[int, int], None]
+"""False: nothing is shown. True: a bar on stderr. A function: it is called with the runs done and the runs in all."""
+
+START_METHOD = "spawn"
+"""Of worker processes: a fork of a process with threads, as a notebook's kernel is, can hang."""
+
+
+def scenarios() -> pl.DataFrame:
+    """The shipped scenarios. Columns: name, description."""
+    shipped = [(name, file.load(name).description) for name in file.shipped()]
+    return pl.DataFrame(shipped, schema=["name", "description"], orient="row")
+
+
+def questions() -> pl.DataFrame:
+    """The questions that `proto-v3 run` answers. Columns: name, question."""
+    return pl.DataFrame([(name, find(name).question) for name in NAMES], schema=["name", "question"], orient="row")
+
+
+def load(scenario: str | os.PathLike[str], changes: Mapping[str, Setting] | None = None) -> Scenario:
+    """A scenario: a shipped one by its name, or a TOML file by its path, with changed parameters.
+
+    `changes` is parameter -> value, as in `{"link.gbit_per_s": 25, "device.0.count": 4}`; the unit is in the
+    parameter's name. UserError names file, key and value of each problem, and what would be right.
+    """
+    return file.load(os.fspath(scenario), settings(changes or {}))
+
+
+def parameters(scenario: Scenario | str, keys: Iterable[str] | None = None) -> pl.DataFrame:
+    """The parameters that a scenario sets, or those of `keys` among them.
+
+    Columns: parameter, value (as text), source.
+    """
+    rows = list(parameter_rows(_scenario(scenario)))
+    if keys is not None:
+        known = {row[0]: row for row in rows}
+        rows = [known[key] for key in keys if key in known]
+    return pl.DataFrame(rows, schema=["parameter", "value", "source"], orient="row")
+
+
+def compare(
+    scenario: Scenario | str,
+    protocols: str | Sequence[str],
+    seeds: Seeds = 10,
+    *,
+    jobs: int | None = 1,
+    progress: Progress = False,
+) -> pl.DataFrame:
+    """Make runs of a scenario under each protocol, with the same seeds; returns the table of runs.
+
+    `protocols` are names as of `proto-v3 compare`, in a list or separated by commas. `jobs` is the number of processes;
+    1 runs in this one, None takes one a CPU. The table is the same for any number.
+
+    Columns: scenario, protocol, seed, outcome (`COMPLETED`, `DID_NOT_CONVERGE`, `UNSUPPORTED`, `FAILED`), reason,
+    downtime_ns, total_ns, bound_ns, phase_*_ns (they add up to the downtime), path_*_ns (the critical path, by
+    resource; they add up to it too), counters of bytes, messages and read() calls, stage_*_ns. Times are null where the
+    migration was not completed. A run that breaks is a row with outcome FAILED.
+
+    UserError for an unknown scenario or protocol, for seeds that are no whole numbers from 0, and for jobs below 1.
+    Ctrl-C raises KeyboardInterrupt and leaves no process behind.
+    """
+    known = _scenario(scenario)
+    cells = [Cell(known, protocol, seed) for seed in _seeds(seeds) for protocol in _protocols(protocols, known)]
+    return table.table(_outcomes(cells, jobs, progress))
+
+
+def sweep(
+    scenario: Scenario | str,
+    protocols: str | Sequence[str],
+    grid: Mapping[str, Sequence[Setting]],
+    seeds: Seeds = 10,
+    *,
+    jobs: int | None = 1,
+    progress: Progress = False,
+) -> pl.DataFrame:
+    """Make runs for every combination of the values in `grid`; returns one table of runs.
+
+    `grid` is parameter -> values, as in `{"link.gbit_per_s": [25, 100], "driver.lock": ["none", "global"]}`. Before
+    anything is run, every combination is checked. The other arguments and errors are those of `compare`.
+
+    Columns: one for each parameter of the grid, named as it, then those of `compare`. To sum up:
+    `downtimes(runs, by=["link.gbit_per_s"])`.
+    """
+    if not grid or not all(grid.values()):
+        raise UserError("grid: must have a parameter, and each a list of at least one value")
+    base, cells, factors = _scenario(scenario), [], []
+    dump = base.model_dump(mode="json")
+    for values in itertools.product(*grid.values()):
+        at = dict(zip(grid, values, strict=True))
+        changed = file.from_dump(dump, base.name, settings(at))
+        for seed in _seeds(seeds):
+            for protocol in _protocols(protocols, changed):
+                cells.append(Cell(changed, protocol, seed))
+                factors.append({key: _cell_value(value) for key, value in at.items()})
+    frame = table.table(_outcomes(cells, jobs, progress))
+    return pl.concat([pl.DataFrame(factors, infer_schema_length=None, strict=False), frame], how="horizontal")
+
+
+def run(scenario: Scenario | str, protocol: str, seed: int = 1) -> TracedRun:
+    """Make one run, and keep all that was recorded of it.
+
+    `.outcome` has its kind, downtime_ns and counters; `.timeline` every span of work with its cause (ns).
+    UserError for an unknown scenario or protocol.
+    """
+    known = _scenario(scenario)
+    (chosen,) = _seeds([seed])
+    return _outside_of_loops(lambda: traced_run(known, Protocol.parse(protocol, known), chosen))
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def _scenario(scenario: Scenario | str) -> Scenario:
+    return scenario if isinstance(scenario, Scenario) else load(scenario)
+
+
+def _protocols(names: str | Sequence[str], scenario: Scenario) -> list[Protocol]:
+    named = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+    protocols = [Protocol.parse(name, scenario) for name in named]
+    if not protocols or len({protocol.name for protocol in protocols}) < len(protocols):
+        raise UserError(f"protocols {', '.join(named) or '[]'}: must be at least one, and each only once")
+    return protocols
+
+
+def _seeds(seeds: Seeds) -> list[int]:
+    chosen = list(range(1, 1 + seeds)) if isinstance(seeds, int) else list(seeds)
+    if not chosen or len(set(chosen)) < len(chosen) or not all(type(seed) is int and seed >= 0 for seed in chosen):
+        raise UserError(f"seeds {seeds}: must be a number from 1, or different whole numbers from 0")
+    return chosen
+
+
+def _cell_value(value: Setting) -> str | int | float | bool:
+    """A list of texts is one text in a table."""
+    return value if isinstance(value, (str, int, float, bool)) else " ".join(value)
+
+
+# --- making them ------------------------------------------------------------------------------------------------------
+
+
+def _outcomes(cells: Sequence[Cell], jobs: int | None, progress: Progress) -> list[Any]:
+    if jobs is not None and (type(jobs) is not int or jobs < 1):
+        raise UserError(f"jobs {jobs}: must be a whole number from 1, or None for one a CPU")
+    done: dict[int, Any] = {}
+    with _reported(progress, len(cells)) as report:
+        for at, outcome in _here(cells) if jobs == 1 else in_processes(cells, jobs, START_METHOD):
+            done[at] = outcome
+            report(len(done), len(cells))
+    return [done[at] for at in range(len(cells))]
+
+
+def _here(cells: Sequence[Cell]) -> Done:
+    for at, cell in enumerate(cells):
+        yield at, _outside_of_loops(lambda cell=cell: run_cell(cell))  # type: ignore[misc]
+
+
+def _outside_of_loops(work: Callable[[], T]) -> T:
+    """Run it in a thread of its own if an event loop runs in this one: the virtual clock is an event loop too."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return work()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
+
+
+@contextlib.contextmanager
+def _reported(progress: Progress, whole: int) -> Iterator[Callable[[int, int], None]]:
+    """What to call after each run."""
+    if not progress:
+        yield lambda done, whole: None
+    elif callable(progress):
+        yield progress
+    elif sys.stderr.isatty():
+        with progress_bar() as bar:
+            task = bar.add_task("runs", total=whole)
+            yield lambda done, whole: bar.update(task, completed=done)
+    else:  # a notebook or a file: one line, written over
+        yield lambda done, whole: print(f"\rruns: {done} of {whole}", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
