@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from proto_v3.errors import PeerFailedError, PeerProtocolError
 from sim.live.buffers import Buffers
 from sim.live.io import IO
-from sim.live.tcp import listener as door
+from sim.live.tcp import listener as listener_module
 from sim.live.tcp.connection import Frames
 from sim.live.tcp.handshake import Limits
 from sim.live.tcp.message_stream import MAX_HANDSHAKE_ITEMS, unpacked
@@ -179,7 +179,7 @@ def test_little_memory_is_taken_whatever_is_promised(side: str) -> None:
     assert peak < MAX_PEAK_BYTES
 
 
-# --- strangers at the door --------------------------------------------------------------------------------------------
+# --- strangers connect ------------------------------------------------------------------------------------------------
 
 STRANGERS = {
     b"GET / HTTP/1.1\r\n\r\n": "begin with b'PROTO-V3'",
@@ -226,7 +226,7 @@ def test_strangers_are_turned_away_and_the_source_is_let_in(loop: str, io: str) 
 
 @both_ways
 def test_those_who_say_nothing_keep_nobody_out(loop: str, io: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(listener_module, "PATIENCE_S", 0.01)
     rejected: list[str] = []
 
     async def main() -> None:
@@ -234,7 +234,7 @@ def test_those_who_say_nothing_keep_nobody_out(loop: str, io: str, monkeypatch: 
             accepting = asyncio.create_task(
                 accept(listener, agree, io=IO[io](), limits=PATIENT, rejected=rejected.append)
             )
-            strangers = [await asyncio.open_connection(*address) for _ in range(door.MAX_WAITING + 30)]
+            strangers = [await asyncio.open_connection(*address) for _ in range(listener_module.MAX_WAITING + 30)]
             source = await connect(address, RUN, 3, io=IO[io](), limits=PATIENT)
             await (await accepting).close()
             await source.close()
@@ -243,7 +243,7 @@ def test_those_who_say_nothing_keep_nobody_out(loop: str, io: str, monkeypatch: 
 
     run(loop, main)
     assert rejected
-    assert all("said nothing yet, and had to make room for others" in told for told in rejected)
+    assert all("sent no preamble yet, and was closed to make room for others" in told for told in rejected)
 
 
 @both_ways
@@ -263,7 +263,7 @@ def test_a_stranger_has_only_so_long_to_say_what_it_is(loop: str, io: str) -> No
             await asyncio.wait({accepting})
 
     run(loop, main)
-    assert "said nothing that a connection begins with for 0.05 s" in rejected[0]
+    assert "sent no complete preamble within 0.05 s" in rejected[0]
 
 
 @both_ways

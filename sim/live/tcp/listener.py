@@ -1,7 +1,8 @@
-"""Where the target takes connections in: several at a time, for the first to come may be the last to speak.
+"""Where the target accepts connections: many at a time, for the first to connect may be the last to speak.
 
-Anybody can connect, say nothing, or say rubbish. So each connection has a task of its own that reads its preamble, a
-deadline, and a place among so many; when all places are taken, the one that was silent for longest makes room.
+Anybody can connect, and send nothing, or rubbish. So each new connection has a task of its own that reads its preamble,
+a deadline, and one of MAX_WAITING places. When all places are taken, the connection that was silent for longest is
+closed to make room.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import ssl
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 from proto_v3.errors import PeerProtocolError, UserError
-from sim.live.io import Io, Pipe, ended
+from sim.live.io import Io, Pipe, ended, set_done
 from sim.live.tcp.message_stream import packed
 from sim.live.tcp.messages import Refuse
 from sim.live.tcp.sockets import (
@@ -37,14 +39,14 @@ from sim.live.tcp.sockets import (
 from sim.live.tcp.tls import TlsPipe
 
 MAX_WAITING = 64
-"""Connections whose preamble is not there yet."""
-LEFT_BYTES = 1 << 16
+"""Connections whose preamble is not complete yet."""
 PATIENCE_S = 0.5
-"""No connection has to make room earlier."""
+"""For so long a connection is never closed to make room."""
+UNREAD_BYTES = 1 << 16
 
 
 @dataclass(slots=True)
-class Caller:
+class Accepted:
     """A connection whose preamble was good."""
 
     pipe: Pipe
@@ -52,8 +54,40 @@ class Caller:
     granted: Granted
 
 
-class Door:
-    """To be used as a context. The listener stays the caller's, and every connection handed on belongs to `opened`."""
+class _DataConnections:
+    """Those of the session: how many it has, and which are there."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.token = NO_TOKEN
+        self.accepted: dict[int, Accepted] = {}
+        self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def check(self, preamble: Preamble) -> None:
+        """PeerProtocolError if this is not one of those that are missing."""
+        index = preamble.index
+        if not self.count:
+            raise PeerProtocolError("a data connection before any session")
+        if not hmac.compare_digest(preamble.token, self.token):
+            raise PeerProtocolError("a data connection without the session's token")
+        if index >= self.count:
+            raise PeerProtocolError(f"data connection {index}; there are {self.count}, counted from 0")
+        if index in self.accepted:
+            raise PeerProtocolError(f"data connection {index} a second time")
+        if self.complete.done():
+            raise PeerProtocolError(f"data connection {index} of a session that is given up")
+
+    def add(self, index: int, connection: Accepted) -> None:
+        self.accepted[index] = connection
+        if len(self.accepted) == self.count:
+            self.complete.set_result(None)
+
+
+class Acceptor:
+    """Accepts connections while its context is open.
+
+    The listening socket stays the caller's; every accepted connection belongs to `opened`.
+    """
 
     def __init__(
         self,
@@ -66,7 +100,8 @@ class Door:
         limit_s: float,
         rejected: Callable[[str], None],
     ) -> None:
-        """`rejected` is told of each connection that was turned away, and why; each has `limit_s` for its preamble."""
+        """`rejected` is called for each connection that is turned away, with the reason. Each one has `limit_s` seconds
+        for its preamble."""
         self._listener = listener
         self._opened = opened
         self._io = io
@@ -74,197 +109,171 @@ class Door:
         self._tls = tls
         self._limit_s = limit_s
         self._rejected = rejected
-        self._loop = asyncio.get_running_loop()
-        self._waiting: dict[asyncio.Task[None], float] = {}
-        self._leaving: set[asyncio.Task[None]] = set()
-        self._session: asyncio.Future[Caller] = self._loop.create_future()
-        self._all: asyncio.Future[None] = self._loop.create_future()
-        self._data: dict[int, Caller] = {}
-        self._due = 0
-        self._token = NO_TOKEN
-        self._pause: asyncio.TimerHandle | None = None
+        self._waiting: dict[asyncio.Task[str], float] = {}
+        """The tasks that read a preamble, oldest first, and when they began."""
+        self._session: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
+        self._data = _DataConnections()
 
     async def __aenter__(self) -> Self:
         self._listener.setblocking(False)
-        self._loop.add_reader(self._listener.fileno(), self._knock)
+        self._accepting = asyncio.create_task(self._accept_all())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._loop.remove_reader(self._listener.fileno())
-        if self._pause is not None:
-            self._pause.cancel()
-            self._pause = None
-        for each in (self._session, self._all):
+        for each in (self._accepting, self._session, self._data.complete):
             each.cancel()
-        tasks = {*self._waiting, *self._leaving}
-        for task in tasks:
+        await asyncio.wait({self._accepting})
+        for task in self._waiting:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        if self._waiting:
+            await asyncio.wait(self._waiting)
 
-    async def session(self) -> Caller:
+    async def session(self) -> Accepted:
         """The first connection that begins as a session, whenever it comes."""
         return await self._session
 
     def expect(self, count: int, token: bytes) -> None:
-        """Let so many data connections in that know the token; to be called before the source is told it."""
-        self._due, self._token = count, token
+        """Accept `count` data connections that have the token; to be called before the source gets it."""
+        self._data.count, self._data.token = count, token
 
-    async def data(self) -> list[Caller]:
-        """The session's data connections, when all have come; in the order of their index."""
-        await self._all
-        return [self._data[index] for index in range(self._due)]
+    async def data(self) -> list[Accepted]:
+        """The session's data connections in the order of their index, when all are there."""
+        await self._data.complete
+        return [self._data.accepted[index] for index in range(self._data.count)]
 
     def missing(self) -> str:
-        """Which data connections have not come."""
-        left = [str(index) for index in range(self._due) if index not in self._data]
-        return ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
+        """Which data connections are not there yet."""
+        indices = [str(index) for index in range(self._data.count) if index not in self._data.accepted]
+        return ", ".join(indices[:8]) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
 
-    # --- who comes in -------------------------------------------------------------------------------------------------
+    # --- accepting ----------------------------------------------------------------------------------------------------
 
-    def _knock(self) -> None:
-        if len(self._waiting) >= MAX_WAITING and not self._made_room():
-            return
+    async def _accept_all(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            if len(self._waiting) >= MAX_WAITING:
+                await self._make_room()
+            await self._readable()
+            try:
+                sock, address = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):  # it was closed before it was accepted
+                continue
+            except OSError as error:  # no descriptors are left: nobody can connect any more
+                for each in (self._session, self._data.complete):
+                    if not each.done():
+                        each.set_exception(error)
+                        each.exception()  # perhaps nobody asks for it
+                return
+            sock.setblocking(False)
+            task = loop.create_task(self._serve(sock, text_of(address)), name=text_of(address))
+            self._waiting[task] = loop.time()
+            task.add_done_callback(partial(self._served, sock))
+
+    async def _readable(self) -> None:
+        """Return when somebody connects. (loop.sock_accept() would lose a connection if it is cancelled just then.)"""
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._listener.fileno(), set_done, ready)
         try:
-            sock, address = self._listener.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):  # gone before it was taken
-            return
-        except OSError as error:  # out of descriptors: nobody can come any more
-            self._loop.remove_reader(self._listener.fileno())
-            for each in (self._session, self._all):
-                if not each.done():
-                    each.set_exception(error)
-                    each.exception()  # it may be that nobody asks
-            return
-        sock.setblocking(False)
-        task = self._loop.create_task(self._greet(sock, text_of(address)))
-        self._waiting[task] = self._loop.time()
-        task.add_done_callback(lambda task: self._left(task, sock))
-
-    def _made_room(self) -> bool:
-        oldest, since = next(iter(self._waiting.items()))
-        patience = since + PATIENCE_S - self._loop.time()
-        if patience <= 0:
-            del self._waiting[oldest]
-            self._leaving.add(oldest)
-            oldest.cancel()
-            return True
-        if self._pause is None:
-            self._loop.remove_reader(self._listener.fileno())
-            self._pause = self._loop.call_later(patience, self._go_on)
-        return False
-
-    def _go_on(self) -> None:
-        if self._pause is not None:
-            self._pause.cancel()
-            self._pause = None
-            self._loop.add_reader(self._listener.fileno(), self._knock)
-
-    def _left(self, task: asyncio.Task[None], sock: socket.socket) -> None:
-        if task.cancelled():
-            sock.close()  # it may never have begun
-        self._waiting.pop(task, None)
-        self._leaving.discard(task)
-        self._go_on()
-
-    # --- what it says -------------------------------------------------------------------------------------------------
-
-    async def _greet(self, sock: socket.socket, name: str) -> None:
-        pipe: TlsPipe | None = None
-        taken = False
-        try:
-            async with asyncio.timeout(self._limit_s):
-                if self._tls is not None:
-                    pipe = await TlsPipe.server(sock, self._tls, self._limit_s)
-                preamble = Preamble.of(await self._begin(sock, pipe))
-            self._judge(preamble)
-            self._take(sock, pipe, name, preamble)
-            taken = True
-        except asyncio.CancelledError:
-            if asyncio.current_task() in self._leaving:
-                self._rejected(f"{name}: said nothing yet, and had to make room for others")
-            raise
-        except TimeoutError:
-            self._rejected(f"{name}: said nothing that a connection begins with for {self._limit_s:g} s")
-        except _TurnedAwayError as error:
-            await self._say(sock, pipe, str(error))
-            self._rejected(f"{name}: {error}")
-        except OSError as error:
-            self._rejected(f"{name}: {reason(error)}")
-        except (PeerProtocolError, UserError) as error:
-            self._rejected(f"{name}: {error}")
+            await ready
         finally:
-            if not taken:
-                if pipe is not None:
-                    await finish(pipe)
-                sock.close()
+            loop.remove_reader(self._listener.fileno())
 
-    async def _begin(self, sock: socket.socket, pipe: TlsPipe | None) -> bytearray:
-        """The first bytes; they end early, with ConnectionError, where it is clear that they are no preamble."""
+    async def _make_room(self) -> None:
+        """Return when a place is free. If none becomes free in time, the oldest connection is closed."""
+        oldest, since = next(iter(self._waiting.items()))
+        patience_s = since + PATIENCE_S - asyncio.get_running_loop().time()
+        done, _ = await asyncio.wait(self._waiting, timeout=max(0, patience_s), return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            oldest.cancel()
+            await asyncio.wait({oldest})
+
+    def _served(self, sock: socket.socket, task: asyncio.Task[str]) -> None:
+        del self._waiting[task]
+        if task.cancelled():
+            sock.close()  # the task may never have begun
+        why = "sent no preamble yet, and was closed to make room for others" if task.cancelled() else task.result()
+        if why and not self._accepting.cancelling():
+            self._rejected(f"{task.get_name()}: {why}")
+
+    # --- one connection -----------------------------------------------------------------------------------------------
+
+    async def _serve(self, sock: socket.socket, name: str) -> str:
+        """Keep the connection, if it begins as it must; else close it, and return the reason."""
+        try:
+            async with AsyncExitStack() as unwanted:
+                unwanted.callback(sock.close)
+                pipe: TlsPipe | None = None
+                async with asyncio.timeout(self._limit_s):
+                    if self._tls is not None:
+                        pipe = await TlsPipe.server(sock, self._tls, self._limit_s)
+                        unwanted.push_async_callback(finish, pipe)
+                    preamble = Preamble.of(await self._read_preamble(sock, pipe))
+                if refusal := self._refusal(preamble):
+                    await self._send_refusal(sock, pipe, refusal)
+                    return refusal
+                if preamble.role == Role.DATA:
+                    self._data.check(preamble)
+                self._keep(sock, pipe, name, preamble)
+                unwanted.pop_all()
+        except TimeoutError:
+            return f"sent no complete preamble within {self._limit_s:g} s"
+        except OSError as error:
+            return reason(error)
+        except (PeerProtocolError, UserError) as error:
+            return str(error)
+        return ""
+
+    async def _read_preamble(self, sock: socket.socket, pipe: TlsPipe | None) -> bytearray:
+        """The first bytes; returns early if it is clear that they are no preamble. ConnectionError if they end."""
+        loop = asyncio.get_running_loop()
         data = bytearray(PREAMBLE_BYTES)
         view, at = memoryview(data), 0
         while at < PREAMBLE_BYTES:
-            left = view[at:]
-            got = await (self._loop.sock_recv_into(sock, left) if pipe is None else pipe.recv(left))
-            if not got:
+            rest = view[at:]
+            size = await (loop.sock_recv_into(sock, rest) if pipe is None else pipe.recv(rest))
+            if not size:
                 raise ended()
-            at += got
+            at += size
             if not MAGIC.startswith(data[: min(at, len(MAGIC))]):
                 break
         return data
 
-    def _judge(self, preamble: Preamble) -> None:
-        """Raise what there is to say against it."""
+    def _refusal(self, preamble: Preamble) -> str:
+        """Why this is turned away although it is a connection of this program: then its owner gets the reason, too."""
         if preamble.version != WIRE_VERSION:
-            raise _TurnedAwayError(
+            return (
                 f"the source speaks wire version {preamble.version}, this target version {WIRE_VERSION}; "
                 "both must run the same version of this program"
             )
-        if preamble.role == Role.SESSION:
-            if self._session.done():
-                raise _TurnedAwayError("another source is being served")
-        elif not self._due:
-            raise PeerProtocolError("a data connection before any session")
-        elif not hmac.compare_digest(preamble.token, self._token):
-            raise PeerProtocolError("a data connection without the session's token")
-        elif preamble.index >= self._due:
-            raise PeerProtocolError(f"data connection {preamble.index}; there are {self._due}, counted from 0")
-        elif preamble.index in self._data:
-            raise PeerProtocolError(f"data connection {preamble.index} a second time")
-        elif self._all.done():
-            raise PeerProtocolError(f"data connection {preamble.index} of a session that is given up")
+        if preamble.role == Role.SESSION and self._session.done():
+            return "another source is being served"
+        return ""
 
-    def _take(self, sock: socket.socket, pipe: Pipe | None, name: str, preamble: Preamble) -> None:
-        data = preamble.role == Role.DATA
-        if pipe is None:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if data:
-            self._sockets.size(sock)
-            self._sockets.pace(sock)
-        granted = Granted.of(sock)
-        if pipe is None:
-            pipe = self._io.pipe(sock, f"data {preamble.index}" if data else "session")
-        self._opened.push_async_callback(finish, pipe)
-        caller = Caller(pipe, name, granted)
-        if not data:
-            self._session.set_result(caller)
-            return
-        self._data[preamble.index] = caller
-        if len(self._data) == self._due:
-            self._all.set_result(None)
-
-    async def _say(self, sock: socket.socket, pipe: TlsPipe | None, why: str) -> None:
-        """Tell the other side, if that is possible at once."""
+    async def _send_refusal(self, sock: socket.socket, pipe: TlsPipe | None, why: str) -> None:
+        """Send the reason, if the kernel takes it at once."""
         data = packed(Refuse(why=why))
         with contextlib.suppress(OSError):
             if pipe is None:
                 sock.send(data)
-                sock.recv(LEFT_BYTES)  # what is left unread when it is closed would make that a reset
+                sock.recv(UNREAD_BYTES)  # closing a socket with unread bytes would be a reset, and the reason lost
             else:
                 await pipe.send_all([memoryview(data)])
 
-
-class _TurnedAwayError(PeerProtocolError):
-    """A connection of ours by its preamble, so that its owner is told."""
+    def _keep(self, sock: socket.socket, pipe: Pipe | None, name: str, preamble: Preamble) -> None:
+        is_data = preamble.role == Role.DATA
+        if is_data:
+            self._sockets.size(sock)
+            self._sockets.pace(sock)
+        granted = Granted.of(sock)
+        if pipe is None:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            pipe = self._io.pipe(sock, f"data {preamble.index}" if is_data else "session")
+        self._opened.push_async_callback(finish, pipe)
+        connection = Accepted(pipe, name, granted)
+        if is_data:
+            self._data.add(preamble.index, connection)
+        else:
+            self._session.set_result(connection)

@@ -1,7 +1,7 @@
-"""TLS 1.3 with certificates on both sides, and a connection over it that looks like one of `sim.live.io`.
+"""TLS 1.3 with certificates on both sides, and a connection over it with the interface of `sim.live.io.Pipe`.
 
-Encrypting copies anyway, so here asyncio's streams do the work, on whichever event loop runs; what is said above it is
-the same.
+Encryption copies anyway, so asyncio's streams do the work here, on asyncio's event loop or uvloop. Both loops have
+defects where a TLS handshake fails or is cancelled: `TlsPipe.client` and `TlsPipe.server` work around one each.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from proto_v3.errors import UserError
-from sim.live.io import Step, ended
+from sim.live.io import Pipe, Step, ended
 
 CHUNK_BYTES = 1 << 18
-"""So much is given to TLS at a time: it keeps what the kernel does not take."""
+"""Passed to TLS at a time: it keeps what the kernel does not take."""
 LINGER_S = 1.0
-"""How long a closed connection may take to send what was given to it."""
+"""How long a closed connection may take to send the rest."""
 
 
 def tls_server(cert: str | Path, key: str | Path, ca: str | Path) -> ssl.SSLContext:
-    """The target's: whoever connects must have a certificate of `ca`. UserError names the file that is wrong."""
+    """The target's context: a source must have a certificate that `ca` signed. UserError names the file that is wrong."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.num_tickets = 0  # nobody resumes, and a close with tickets unread would be a reset
+    context.num_tickets = 0  # nobody resumes; closing a socket with unread tickets would be a reset
     return _filled(context, Path(cert), Path(key), Path(ca))
 
 
 def tls_client(cert: str | Path, key: str | Path, ca: str | Path) -> ssl.SSLContext:
-    """The source's: the target must have a certificate of `ca` whose subjectAltName has the host that was asked for."""
+    """The source's context: the target must have a certificate that `ca` signed, with the host's name or address as its
+    subjectAltName. UserError names the file that is wrong."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = True
     context.hostname_checks_common_name = False
@@ -74,8 +77,8 @@ def _reason(error: ssl.SSLError) -> str:
     return str(error.reason or error).lower().replace("_", " ")
 
 
-class TlsPipe:
-    """A connection over TLS; see sim.live.io.Pipe."""
+class TlsPipe(Pipe):
+    """A connection over TLS."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -88,9 +91,9 @@ class TlsPipe:
 
     @classmethod
     async def client(cls, sock: socket.socket, context: ssl.SSLContext, host: str, limit_s: float) -> TlsPipe:
-        """Take a connected socket over. OSError if the two do not trust each other; the socket is closed then."""
+        """Take over a connected socket. OSError if the two do not trust each other; the socket is closed then."""
         try:
-            return await _began(sock, context, host, limit_s)
+            return await _start_client(sock, context, host, limit_s)
         except ValueError as error:
             if isinstance(error, OSError):  # a certificate that is wrong is both
                 raise
@@ -98,12 +101,13 @@ class TlsPipe:
 
     @classmethod
     async def server(cls, sock: socket.socket, context: ssl.SSLContext, limit_s: float) -> TlsPipe:
-        """Take an accepted socket over. OSError if the two do not trust each other; the socket is closed then.
+        """Take over an accepted socket. OSError if the two do not trust each other; the socket is closed then.
 
-        If the caller is cancelled the handshake is made to fail, not cancelled: the loops would forget a transport that
-        they have only just made, and with it the descriptor.
+        Work-around: if connect_accepted_socket() is cancelled just after it has made the transport, both loops lose the
+        transport, and its descriptor stays open. So the call is never cancelled: if the caller is, the socket is shut
+        down, and the handshake fails by itself.
         """
-        task = asyncio.get_running_loop().create_task(_accepted(sock, context, limit_s))
+        task = asyncio.get_running_loop().create_task(_start_server(sock, context, limit_s))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -115,16 +119,17 @@ class TlsPipe:
             raise
 
     async def recv(self, view: memoryview) -> int:
-        """Wait for bytes: how many came, 0 at the end of the stream. Nothing is lost if the caller is cancelled."""
+        """Wait for bytes, and return their number; 0 is the end of the stream. If the caller is cancelled, none are lost."""
         async with self._in:
             return await self._some(view)
 
+    @override
     def feed(self, view: memoryview, step: Step) -> asyncio.Future[None]:
-        """See sim.live.io.Pipe."""
         return self._whole(self._feed(view, step))
 
+    @override
     async def send_all(self, buffers: Sequence[memoryview]) -> None:
-        """See sim.live.io.Pipe; at most 64 KiB are TLS's to keep when it returns."""
+        # TLS may still keep up to 64 KiB when this returns.
         await asyncio.shield(self._whole(self._send_all(buffers)))
 
     def _whole(self, transfer: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -136,7 +141,7 @@ class TlsPipe:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._transfers.discard(task)
         if not task.cancelled():
-            task.exception()  # an error that nobody waits for any more is not to be complained of
+            task.exception()  # asyncio would log an error that nobody asks for
 
     async def _some(self, view: memoryview) -> int:
         if self._closed:
@@ -160,8 +165,9 @@ class TlsPipe:
                     self._writer.write(bytes(buffer[at : at + CHUNK_BYTES]))
                     await self._writer.drain()
 
+    @override
     def close(self) -> None:
-        """See sim.live.io.Pipe; what was sent still goes out, if the other side takes it soon."""
+        # What was sent still goes out, if the other side takes it within LINGER_S.
         if self._closed:
             return
         self._closed = True
@@ -174,8 +180,8 @@ class TlsPipe:
         if self._reader.exception() is None:
             self._reader.set_exception(ended())
 
+    @override
     async def wait_closed(self) -> None:
-        """See sim.live.io.Pipe."""
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
         while self._transfers:
@@ -188,7 +194,7 @@ def _reading() -> tuple[asyncio.StreamReader, asyncio.StreamReaderProtocol]:
     return reader, asyncio.StreamReaderProtocol(reader, loop=loop)
 
 
-async def _accepted(sock: socket.socket, context: ssl.SSLContext, limit_s: float) -> TlsPipe:
+async def _start_server(sock: socket.socket, context: ssl.SSLContext, limit_s: float) -> TlsPipe:
     loop = asyncio.get_running_loop()
     reader, protocol = _reading()
     transport, _ = await loop.connect_accepted_socket(
@@ -197,17 +203,18 @@ async def _accepted(sock: socket.socket, context: ssl.SSLContext, limit_s: float
     return TlsPipe(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
 
-async def _began(sock: socket.socket, context: ssl.SSLContext, host: str, limit_s: float) -> TlsPipe:
-    """In two steps: uvloop closes a descriptor twice if TLS fails while the transport is being made.
+async def _start_client(sock: socket.socket, context: ssl.SSLContext, host: str, limit_s: float) -> TlsPipe:
+    """Make a plain transport first, then start TLS on it. Plain text that comes in between is dropped.
 
-    What comes in plain text before TLS goes to a protocol that drops it.
+    Work-around: with create_connection(sock=..., ssl=...) uvloop closes the descriptor twice if the TLS handshake
+    fails or is cancelled, and the second close may hit another connection (github.com/MagicStack/uvloop/issues/738).
     """
     loop = asyncio.get_running_loop()
     plain, _ = await loop.create_connection(asyncio.Protocol, sock=sock)
     reader, protocol = _reading()
     try:
         transport = await loop.start_tls(plain, protocol, context, server_hostname=host, ssl_handshake_timeout=limit_s)
-        if transport is None:  # it was lost as soon as it was there
+        if transport is None:  # the connection was lost just then
             raise ended()
     except BaseException:
         plain.abort()

@@ -21,7 +21,7 @@ from sim.live.tcp.handshake import (
     handshake,
     make_connections,
 )
-from sim.live.tcp.listener import Caller, Door
+from sim.live.tcp.listener import Accepted, Acceptor
 from sim.live.tcp.message_stream import MessageStream
 from sim.live.tcp.messages import Accept, Begin, ClockRequest, Connected, Offer, Run
 from sim.live.tcp.session import Session
@@ -53,10 +53,12 @@ async def accept(
     or too slow, or if this host has no descriptors left. The listener stays open; to try again, call this again.
     """
     async with AsyncExitStack() as opened:
-        door = Door(listener, opened, io=io, sockets=sockets, tls=tls, limit_s=limits.handshake_s, rejected=rejected)
-        async with door:
-            caller = await door.session()
-            stream = MessageStream(caller.pipe, "source", caller.name)
+        acceptor = Acceptor(
+            listener, opened, io=io, sockets=sockets, tls=tls, limit_s=limits.handshake_s, rejected=rejected
+        )
+        async with acceptor:
+            first_connection = await acceptor.session()
+            stream = MessageStream(first_connection.pipe, "source", first_connection.name)
             async with handshake(limits.handshake_s, f"the offer of {stream.peer}") as progress:
                 progress.stream = stream
                 offer = await stream.expect(Offer)
@@ -64,12 +66,12 @@ async def accept(
                 progress.wait_for("this side's own judgement of the offer")
                 await judge(offer.run)
                 token = secrets.token_bytes(TOKEN_BYTES)
-                door.expect(offer.connections, token)
+                acceptor.expect(offer.connections, token)
                 await stream.send(Accept(boot_id=boot_id(), token=token))
                 progress.waits_for = lambda: (
-                    f"data connections {door.missing()} of {offer.connections} of {stream.peer}"
+                    f"data connections {acceptor.missing()} of {offer.connections} of {stream.peer}"
                 )
-                found, first = await _collected(door, stream, progress)
+                found, first = await _collected(acceptor, stream, progress)
                 clock = await answer_clock(stream, first)
         connections = make_connections([(each.pipe, each.granted) for each in found], False, offer.frame_bytes)
         session = Session(stream, connections, clock, limits.silent_s)
@@ -90,11 +92,11 @@ def _check(offer: Offer, limits: Limits) -> None:
 
 
 async def _collected(
-    door: Door, stream: MessageStream, progress: Handshake
-) -> tuple[list[Caller], ClockRequest | Begin]:
+    acceptor: Acceptor, stream: MessageStream, progress: Handshake
+) -> tuple[list[Accepted], ClockRequest | Begin]:
     """The data connections, and the source's first message after CONNECTED."""
     loop = asyncio.get_running_loop()
-    collecting = loop.create_task(door.data())
+    collecting = loop.create_task(acceptor.data())
     # meanwhile, so that the source's end is noticed
     listening: asyncio.Task[ClockRequest | Begin] = loop.create_task(stream.expect(ClockRequest, Begin))
     try:
