@@ -7,6 +7,7 @@ A rule is a table row that begins with its number, such as `v2.driver.3`. A test
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ def marked(path: Path) -> Iterator[tuple[str, str]]:
                         yield ast.literal_eval(argument), node.name
 
 
+@functools.cache
 def names_by_rule() -> Tests:
     """What the marks of all test files say."""
     found: Tests = defaultdict(lambda: defaultdict(list))
