@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test validate experiments notebooks docs bench lock clean
+.PHONY: help demo quick test validate experiments notebooks docs bench lock clean
 help:
 	@echo 'make demo      migrate the published two-VF machine under v2 and v3; table and figure in results/demo/'
-	@echo 'make test      lint, types and tests'
+	@echo 'make quick     after each change: lint, types, and one case of each test that is not slow; less than a minute'
+	@echo 'make test      lint, types and all tests; less than five minutes on two idle cores'
 	@echo 'make validate  hold the simulation against published measurements'
 	@echo 'make experiments  run all experiments (half an hour on two cores), and write results/report.html'
 	@echo 'make notebooks    execute the notebooks over the results, in place'
@@ -18,9 +19,16 @@ help:
 demo: $(VENV)/core.stamp
 	@$(BIN)/proto-v3 compare mlx5-2vf --out results/demo
 
+# Dots are tests; the percentage behind them is how far it is.
+PYTEST = $(BIN)/python -m pytest -q -n auto --dist worksteal
+quick: $(VENV)/dev.stamp
+	@echo 'one case of each test, but for the slow ones: usually less than a minute on two cores'
+	@$(PYTEST) --quick
+
 test: $(VENV)/dev.stamp
 	@$(HAS_CC) || $(MAKE) --no-print-directory debian-cc
-	@$(BIN)/python -m pytest -q -n auto
+	@echo 'some 7,500 tests: usually four minutes on two cores; the slow ones come first'
+	@$(PYTEST)
 
 validate: $(VENV)/core.stamp
 	@$(BIN)/proto-v3 validate --seeds 30

@@ -1,6 +1,10 @@
 """Settings for all tests: properties are tried on the same examples each time, and none is judged by its speed.
 
-What tests v2 runs twice: on devices that know v3 and were never asked for it, and on such that were opted in and out.
+`--quick` runs one case of each test, all cases of those that are marked `quick`, and none of those that are marked
+`slow`. All that are marked begin first, so that no process is left to work alone at the end.
+
+The tests of v2's driver run twice: on devices that know v3 and were never asked for it, and on devices that were opted
+in and out. (test_v2_on_v3.py compares whole migrations on both.)
 """
 
 from __future__ import annotations
@@ -14,19 +18,29 @@ from hypothesis import settings
 from proto_v3.timeline import NO_CAUSE, caused_by, on_track
 from sim.device.driver import SimDriver
 
-V2_SUITE = {
-    "test_v2",
-    "test_v2_device_model",
-    "test_precopy_info",
-    "test_multifd",
-    "test_driver",
-    "test_save",
-    "test_load",
-}
+V2_SUITE = {"test_driver", "test_v2_device_model"}
 FACES = ["v3 device", "opted in and out"]
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="one case of each test, and none that is marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(item.get_closest_marker(mark) for mark in ("slow", "quick")))
+    if not config.getoption("--quick"):
+        return
+    chosen: dict[str, pytest.Item] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            name = item.nodeid if item.get_closest_marker("quick") else item.nodeid.partition("[")[0]
+            chosen.setdefault(name, item)
+    kept = set(chosen.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = chosen.values()
 
 
 @pytest.fixture(autouse=True)

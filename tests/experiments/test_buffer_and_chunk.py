@@ -72,6 +72,7 @@ def real() -> pl.DataFrame:
     return table_of(planned)
 
 
+@pytest.mark.slow
 def test_real_runs_are_answered_and_drawn(real: pl.DataFrame) -> None:
     told = EXPERIMENT.answer(real)
     assert real["outcome"].unique().to_list() == ["COMPLETED"]

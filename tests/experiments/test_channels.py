@@ -119,6 +119,7 @@ def test_a_frame_without_a_completed_run_is_told_and_drawn() -> None:
     assert EXPERIMENT.figures(frame, "a test").keys() == {"channels", "channels_cost"}
 
 
+@pytest.mark.slow
 def test_answer_and_figures_of_real_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels_grid, "WIRE_BOUND", TINY)
     monkeypatch.setattr(channels_grid, "STATE_MIB", 8)

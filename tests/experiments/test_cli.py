@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in processes of its own."""
+"""The command line as a user meets it; in a process of its own where that is what is tested."""
 
 from __future__ import annotations
 
@@ -19,18 +19,11 @@ import pytest
 
 from proto_v3.timeline import PHASES
 from sim.scenario.file import load
+from tests.build.cli import CLI, proto_v3
 from tests.build.scenario import small_text
-
-CLI = [sys.executable, "-m", "experiments.cli"]
 
 COMPARED = ("v2", "v2-multifd", "v3-n1", "v3-n4")
 """What `compare` runs if nothing else is said."""
-
-
-def proto_v3(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a folder of the test's, to its end."""
-    env = os.environ | environment
-    return subprocess.run([*CLI, *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
 def write_scenario(folder: Path, changes: dict[str, Any] | None = None) -> str:
@@ -90,7 +83,8 @@ def test_a_scenarios_parameters_are_shown_with_their_sources(tmp_path: Path) -> 
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """One comparison of the published machine, looked at from several sides."""
     folder = tmp_path_factory.mktemp("compared")
-    return folder, proto_v3(folder, "compare", "mlx5-2vf", "--seeds", "2")
+    command = [*CLI, "compare", "mlx5-2vf", "--seeds", "2"]
+    return folder, subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
 def test_compare_prints_what_it_found(compared: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -138,6 +132,7 @@ def test_compare_draws_the_figure(compared: tuple[Path, subprocess.CompletedProc
     assert {path.name for path in folder.iterdir()} == written, "nothing half written is left"
 
 
+@pytest.mark.slow
 def test_csv_a_path_and_an_odd_folder(tmp_path: Path) -> None:
     scenario = write_scenario(tmp_path)
     done = proto_v3(tmp_path, "compare", scenario, "--protocols", "v3-n2, v2", "--seeds", "2", "--first-seed", "5",
@@ -151,12 +146,14 @@ def test_csv_a_path_and_an_odd_folder(tmp_path: Path) -> None:
     assert json.loads((folder / "manifest.json").read_text())["scenario_file"] == scenario
 
 
+@pytest.mark.slow
 def test_a_folder_with_brackets_in_its_name_is_told_as_it_is(tmp_path: Path) -> None:
     done = proto_v3(tmp_path, "compare", write_scenario(tmp_path), "--seeds", "1", "--out", "a[bold]b[/red]")
     assert done.returncode == 0, done.stderr
     assert "a[bold]b[/red]/compare.png" in done.stdout
 
 
+@pytest.mark.slow
 def test_tables_are_whole_where_there_is_no_terminal(tmp_path: Path) -> None:
     done = proto_v3(tmp_path, "compare", write_scenario(tmp_path), "--seeds", "1", COLUMNS="40")
     assert done.returncode == 0, done.stderr
@@ -164,6 +161,7 @@ def test_tables_are_whole_where_there_is_no_terminal(tmp_path: Path) -> None:
     assert "…" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path: Path) -> None:
     write_scenario(tmp_path)
     command = [*CLI, "compare", "mine.toml", "--seeds", "1"]
@@ -176,6 +174,7 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path: Path) -> None
     process.wait()
 
 
+@pytest.mark.slow
 def test_set_changes_what_is_run_and_stands_in_the_manifest(tmp_path: Path) -> None:
     scenario = write_scenario(tmp_path)
     changed = ["device.0.count=2", "driver.lock=device", 'device.0.features=["STOP_COPY", "PRE_COPY"]']
@@ -206,6 +205,7 @@ def test_set_is_shown_with_the_parameters(tmp_path: Path) -> None:
 TOO_MUCH = {"device.0.stop_only_mib": 8.0, "vmm.bandwidth_gbit_per_s": 0.1}
 
 
+@pytest.mark.slow
 def test_migrations_that_do_not_converge_are_told_and_drawn_nowhere(tmp_path: Path) -> None:
     done = proto_v3(tmp_path, "compare", write_scenario(tmp_path, TOO_MUCH), "--seeds", "2", "--format", "csv")
     assert done.returncode == 0, done.stderr
@@ -220,6 +220,7 @@ def test_migrations_that_do_not_converge_are_told_and_drawn_nowhere(tmp_path: Pa
     assert counts == {name: {"DID_NOT_CONVERGE": 2} for name in COMPARED}
 
 
+@pytest.mark.slow
 def test_a_table_of_runs_without_a_downtime_keeps_its_columns(tmp_path: Path) -> None:
     done = proto_v3(tmp_path, "compare", write_scenario(tmp_path, TOO_MUCH), "--seeds", "1")
     assert done.returncode == 0, done.stderr
@@ -228,6 +229,7 @@ def test_a_table_of_runs_without_a_downtime_keeps_its_columns(tmp_path: Path) ->
     assert {f"phase_{name}_ns" for name in PHASES} <= set(table.columns)
 
 
+@pytest.mark.slow
 def test_an_unsupported_protocol_does_not_keep_the_others_from_their_figure(tmp_path: Path) -> None:
     scenario = write_scenario(tmp_path, {"device.0.max_dirty_streams": 2})
     done = proto_v3(tmp_path, "compare", scenario, "--seeds", "2")
@@ -407,6 +409,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("everybody", [True, False], ids=["group", "parent"])
 def test_ctrl_c_keeps_the_runs_that_were_done(tmp_path: Path, start: Any, everybody: bool) -> None:
     """A terminal's Ctrl-C goes to the whole process group; `kill -INT` to one process."""
@@ -427,6 +430,7 @@ def test_ctrl_c_keeps_the_runs_that_were_done(tmp_path: Path, start: Any, everyb
     assert set(table["outcome"]) == {"COMPLETED"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_ctrl_c_before_the_first_run_is_done_leaves_nothing(tmp_path: Path, start: Any, jobs: str) -> None:
     # A run of minutes: the VMM waits for half an hour for state that can only be saved when it is stopped.
@@ -446,6 +450,7 @@ def test_ctrl_c_before_the_first_run_is_done_leaves_nothing(tmp_path: Path, star
     assert not is_alive(process.pid), "worker processes are left"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_validation_that_writes_nothing(tmp_path: Path, start: Any) -> None:
     scenario = write_scenario(tmp_path, {"published": [{"citation": "nobody", "downtime_ms": 5.0}]})
     process = start("validate", scenario, "--seeds", "3000", "--jobs", "2")

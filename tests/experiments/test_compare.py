@@ -196,6 +196,7 @@ def test_the_pauses_of_a_retry_are_told_beside_its_downtime() -> None:
     assert "stood still" not in proceed
 
 
+@pytest.mark.slow
 def test_what_late_critical_data_costs_is_drawn_where_the_guest_reconfigures_a_device(tmp_path: Path) -> None:
     reconfigured = {"device.0.reconfigurations": {"poisson_per_s": 200.0, "objects_each": 2}}
     file = tmp_path / "s.toml"

@@ -96,6 +96,7 @@ def real() -> pl.DataFrame:
     return table_of(planned)
 
 
+@pytest.mark.slow
 def test_real_runs_are_answered_and_drawn(real: pl.DataFrame) -> None:
     told = EXPERIMENT.answer(real)
     assert real["outcome"].unique().to_list() == ["COMPLETED"]
@@ -145,6 +146,7 @@ def test_parts_leave_out_what_finishes_the_load() -> None:
     assert sum(shares(Place().of(frame)).values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outcome", ["FAILED", "DID_NOT_CONVERGE", "UNSUPPORTED"])
 def test_without_a_completed_run_it_says_so(outcome: str) -> None:
     frame = made_up(as_claimed, outcome).with_columns(pl.selectors.ends_with("_ns").cast(pl.Int64))

@@ -24,6 +24,7 @@ def test_the_target_sets_up_as_many_as_the_scenario_says() -> None:
     assert pytest.approx(1 / each_s) == outrun_per_s()
 
 
+@pytest.mark.slow
 def test_real_runs_are_answered_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconfiguration, "QUICK_RATES_PER_S", (0.0, 8.0))
     monkeypatch.setattr(reconfiguration, "PROTOCOLS", ("v2", ACKED, "v3-n1", "v3-n4"))

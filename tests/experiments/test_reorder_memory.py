@@ -106,6 +106,7 @@ def test_without_v3_runs_nothing_shows_a_bound() -> None:
     assert EXPERIMENT.figures(frame, "a test").keys() == {"reorder_memory", "reorder_memory_growth"}
 
 
+@pytest.mark.slow
 def test_answer_and_figures_of_real_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reorder_memory_grid, "STATE_MIB", 16)
     monkeypatch.setattr(reorder_memory_grid, "STREAMS_STATE_MIB", 32)

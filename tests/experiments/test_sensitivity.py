@@ -194,6 +194,7 @@ def test_without_maps_there_is_no_map() -> None:
     assert figures(frame, "proto-v3 run sensitivity").keys() == {"sensitivity"}
 
 
+@pytest.mark.slow
 def test_real_runs_of_a_part_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one firmware engine N has nothing to share: the gain over v2-multifd is next to nothing."""
     monkeypatch.setattr(sensitivity_grid, "QUICK_PARAMETERS", ("firmware engines",))

@@ -18,6 +18,7 @@ from sim.scenario.file import load
 from tests.build.grids import table_of
 
 
+@pytest.mark.slow
 def test_every_place_of_the_grid_can_be_run() -> None:
     for quick in (True, False):
         for point in EXPERIMENT.points(quick):
@@ -58,6 +59,7 @@ def _rows(planned: list[Planned]) -> pl.DataFrame:
     return table_of(planned)
 
 
+@pytest.mark.slow
 def test_answer_and_figures_of_real_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "QUICK_STATES_MIB", (64,))
     monkeypatch.setattr(experiment, "QUICK_MACHINES", ())

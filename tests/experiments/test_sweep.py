@@ -321,6 +321,7 @@ def test_a_store_that_is_damaged_is_told_of_in_one_line(tmp_path: Path, statemen
     assert "is damaged" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["manifest", "table"])
 def test_a_whole_sweep_that_is_damaged_is_made_anew(tmp_path: Path, counted: Counted, damage: str) -> None:
     assert run(tmp_path, "--jobs", "1").exit_code == 0
@@ -372,6 +373,7 @@ def test_a_run_that_raises_is_told_with_its_traceback_and_costs_no_other(
     assert others(table(tmp_path)).select(same).equals(others(table(made)).select(same))
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_only_its_run(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -460,6 +462,7 @@ def local_cluster() -> Iterator[Any]:
         yield running
 
 
+@pytest.mark.slow
 def test_a_cluster_that_loses_a_worker_gives_the_same_table(
     made: Path, tmp_path: Path, local_cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +27,8 @@ from proto_v3.timeline import PHASES, Resource
 from sim.live.limits import delays_ns, too_short
 from sim.live.processes.vmm import Tls, check_size
 from sim.scenario.file import load
+from tests.build.cli import CLI, proto_v3
 
-CLI = [sys.executable, "-m", "experiments.cli"]
 CERTIFICATES = Path(__file__).parents[1] / "data" / "tls"
 QUICK = ["device.0.count=1", "device.0.state_mib=4", "device.0.stop_only_mib=2", "firmware.load_finish_ms=2"]
 LIVE_COLUMNS = {"clock", "io", "loop", "delays", "late_median_ns", "late_p99_ns", "late_max_ns", "clock_uncertainty_ns"}
@@ -38,10 +37,6 @@ LIVE_COLUMNS = {"clock", "io", "loop", "delays", "late_median_ns", "late_p99_ns"
 def quick(*more: str) -> list[str]:
     """A live scenario that is over soon, as options."""
     return [word for change in (*QUICK, *more) for word in ("--set", change)]
-
-
-def proto_v3(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*CLI, *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=120)
 
 
 def tls(side: str) -> list[str]:
@@ -75,6 +70,7 @@ def test_live_migrates_for_real_and_writes_what_compare_writes(tmp_path: Path, h
     assert "target device" in done.stdout
 
 
+@pytest.mark.slow
 def test_live_as_csv_with_several_runs(tmp_path: Path) -> None:
     done = proto_v3(tmp_path, "live", "live-paced", *quick(), "--runs", "2", "--first-seed", "7", "--format", "csv")
     assert done.returncode == 0, done.stderr
@@ -117,6 +113,7 @@ def test_bad_input_is_one_message(tmp_path: Path, arguments: Sequence[str], told
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_done_and_leaves_nothing_running(tmp_path: Path) -> None:
     command = [*CLI, "live", "live-paced", *quick(), "--runs", "1000", "--out", "out"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -170,6 +167,7 @@ def target(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str],
         process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("secret", [False, True], ids=["plain", "TLS"])
 def test_two_hosts(tmp_path: Path, secret: bool) -> None:
     there, here = (tls("target"), tls("source")) if secret else ([], [])
@@ -184,6 +182,7 @@ def test_two_hosts(tmp_path: Path, secret: bool) -> None:
     assert (row["outcome"], row["guest_runs_at"]) == ("COMPLETED", "target")
 
 
+@pytest.mark.slow
 def test_a_target_takes_no_more_state_than_it_was_told(tmp_path: Path) -> None:
     with target(tmp_path, "--max-state-mib", "2") as (process, where):
         done = proto_v3(tmp_path, "live", "live-paced", *quick(), "--connect", where)
@@ -193,6 +192,7 @@ def test_a_target_takes_no_more_state_than_it_was_told(tmp_path: Path) -> None:
     assert process.returncode == 1
 
 
+@pytest.mark.slow
 def test_a_target_that_wants_tls_turns_others_away_and_waits_on(tmp_path: Path) -> None:
     with target(tmp_path, *tls("target")) as (process, where):
         plain = proto_v3(tmp_path, "live", "live-paced", *quick(), "--connect", where)
@@ -357,6 +357,7 @@ def test_the_figure_has_all_ratios_and_says_how_it_was_made() -> None:
     assert "mine, medians of 2 run(s)" in figure.get_suptitle()
 
 
+@pytest.mark.slow
 def test_agree_runs_both_and_writes_both(tmp_path: Path) -> None:
     done = proto_v3(tmp_path, "agree", "live-paced", "--protocols", "v3-n2", "--runs", "1", *quick(), "--out", "out")
     assert done.returncode in (0, 1), done.stderr  # a busy machine may be slow

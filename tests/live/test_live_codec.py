@@ -162,6 +162,7 @@ def refused_or_the_same(data: bytes, *, v3: bool) -> None:
         assert again == data[:size]
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(records(), st.data())
 def test_a_head_with_any_byte_changed_is_refused_or_says_something_else(record: Record, data: st.DataObject) -> None:

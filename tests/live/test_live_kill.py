@@ -169,6 +169,7 @@ def at(moment: str, draw: random.Random, act: Callable[[Seen], object]) -> Act:
     return acts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", [*PROTOCOLS, "v3-n2-one"])
 def test_a_target_fails_that_the_source_has_more_for(protocol: str) -> None:
     """Its device hangs until all connections are full, and is killed then: the source still gets rid of its CANCEL."""
@@ -191,6 +192,7 @@ def test_a_target_fails_that_the_source_has_more_for(protocol: str) -> None:
     assert outcome.reason.endswith("was killed by SIGKILL; the guest runs on at the source")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["set-up", "pre-copy", "stop", "resume"])
 def test_a_process_hangs(moment: str) -> None:
     """One that is stopped is not dead: nothing is closed, and no process ends. The others find out in their ways."""
@@ -217,6 +219,7 @@ def test_a_process_hangs(moment: str) -> None:
     assert len(ended) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["pre-copy", "stop", "resume"])
 def test_a_process_hangs_for_a_while(moment: str) -> None:
     """One that is given up, and then goes on: it must not run a guest that runs elsewhere by now."""
@@ -243,6 +246,7 @@ def test_a_process_hangs_for_a_while(moment: str) -> None:
     asyncio.run(all_hang())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["target VMM", "target device"])
 def test_a_process_of_the_other_host_is_killed(victim: str) -> None:
     """The source's supervisor sees nothing of it; its own processes find out."""
@@ -276,6 +280,7 @@ def test_a_process_of_the_other_host_is_killed(victim: str) -> None:
     asyncio.run(all_moments())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cancels", [1, 2])
 def test_a_run_that_is_cancelled_leaves_nothing(cancels: int) -> None:
     """Once, as by Ctrl-C; or again, while it sees to the end of its processes."""
@@ -336,6 +341,7 @@ def all_end(below: dict[str, int]) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_the_supervisor_is_killed(seed: int) -> None:
     with supervisor() as (process, below):
@@ -346,6 +352,7 @@ def test_the_supervisor_is_killed(seed: int) -> None:
         assert all_end(below)
 
 
+@pytest.mark.slow
 def test_the_supervisor_is_killed_while_its_processes_hang() -> None:
     with supervisor() as (process, below):
         for name in PROCESSES:
@@ -358,6 +365,7 @@ def test_the_supervisor_is_killed_while_its_processes_hang() -> None:
         assert all_end(below)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.1, 0.2])
 def test_ctrl_c_ends_all_without_a_word(delay_s: float) -> None:
     """It goes to all processes of a terminal."""

@@ -665,6 +665,7 @@ def test_bytes_that_changed_on_the_way_are_refused_or_do_no_harm(data: st.DataOb
 # --- size ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_long_run_is_merged() -> None:
     """Two processes that hand 50,000 pieces on, one after the other: 200,000 spans in columns."""
     source, target = Process("source"), Process("target")

@@ -457,6 +457,7 @@ def test_a_peer_that_says_more_than_anybody_asks_for_is_given_up() -> None:
     run("asyncio", main)
 
 
+@pytest.mark.slow
 @given(st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text() | st.binary(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
@@ -519,6 +520,7 @@ def test_whoever_waits_is_told_when_this_side_closes(loop: str, io: str) -> None
     run(loop, main)
 
 
+@pytest.mark.slow
 @both_ways
 def test_sessions_that_say_nothing_live_by_their_pings(loop: str, io: str) -> None:
     async def main() -> None:

@@ -114,6 +114,7 @@ def test_a_source_stands_whatever_a_target_damages(start: int) -> None:
     run(loop, main)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loop", "io"), WAYS[::3], ids=lambda name: name)
 def test_a_peer_that_falls_silent_anywhere_is_given_up_in_time(loop: str, io: str) -> None:
     found: dict[str, list[Any]] = {}
@@ -456,6 +457,7 @@ def test_frames_come_out_however_their_bytes_come_in(shapes: list[tuple[int, int
     assert feed(b"".join(frame(*each) for each in sent), rng) == sent
 
 
+@pytest.mark.slow
 @settings(max_examples=1000)
 @given(st.integers(0, 2**32))
 def test_damaged_frames_are_frames_or_the_peers_error(seed: int) -> None:

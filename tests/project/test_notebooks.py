@@ -73,6 +73,7 @@ def of_type(notebook: Any, kind: str) -> int:
     return sum(kind in output.get("data", {}) for output in outputs(notebook))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's client
 @pytest.mark.parametrize("name", CASES)
 def test_it_runs_on_small_data(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,7 @@ def machines(draw: st.DrawFn) -> Scenario:
     return small_scenario(changes)
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(scenario=machines(), name=st.sampled_from(WAYS), seed=st.integers(0, 3))
 def test_any_machine_ends_and_its_accounts_add_up(scenario: Scenario, name: str, seed: int) -> None:
@@ -252,6 +253,7 @@ IN_STEP = small_scenario(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.rule("v3.5.2")
 @settings(max_examples=40)
 @given(scenario=machines(), name=st.sampled_from([way for way in WAYS if way.startswith("v3")]))

@@ -306,6 +306,7 @@ class Carriers:
             assert took_ns <= -(-len(data) // piece_bytes) * US + copy_ns + load_ns + rounding_ns
 
 
+@pytest.mark.slow
 @pytest.mark.rule("v3.3.3")
 @settings(max_examples=150)
 @given(plans(st.integers(1, 16)))
@@ -315,6 +316,7 @@ def test_streams_may_be_delayed_and_cut_as_one_likes(plan: Plan) -> None:
     carriers.check_memory()
 
 
+@pytest.mark.slow
 @pytest.mark.rule("v3.11.2")
 @settings(max_examples=100)
 @given(plans(st.just(0)))
@@ -327,6 +329,7 @@ def test_blocks_may_be_read_and_written_in_any_order_by_any_number_of_threads(pl
 ROOMY = {"firmware.engines": 40, "firmware.service_cv": 0.0, "driver.call_us": 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.rule("v3.5.1")
 @settings(max_examples=100)
 @given(plans(st.integers(0, 16)))
@@ -485,6 +488,7 @@ def machines(draw: st.DrawFn) -> Scenario:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.rule("v3.3.3", "v3.6.1", "v3.10.3")
 @settings(max_examples=150)
 @given(
@@ -522,6 +526,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_all_variants_leave_the_same_image_of_a_guest_that_rests_before_any_of_them_stops_it(seed: int) -> None:
     """RAM alone takes longer than the guest is active. What it did is reckoned here, too, from its activity alone."""
@@ -684,6 +689,7 @@ def test_the_bound_on_the_vmms_memory_is_reached_and_not_passed(wire: str) -> No
     assert 0.9 * most.held_bytes <= outcome.peak_held_bytes <= most.held_bytes
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(
     name=st.sampled_from([name for name in NAMES if "n1-" not in name]),

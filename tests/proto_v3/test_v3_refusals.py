@@ -481,6 +481,7 @@ def test_a_stream_that_was_tampered_with_is_refused_wherever_that_was(what: str)
     assert any(found)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(
     name=st.sampled_from(["v3-n1", "v3-n3-pool", "v3-n2-one-invalidate", "v3-n4-pool-invalidate-retry", "v3-n16-one"]),

@@ -77,6 +77,7 @@ def test_time_starts_at_zero_and_jumps_to_the_next_timer() -> None:
     assert run(main()) == [0, 365 * DAY, 365 * DAY + 1, 400 * DAY]
 
 
+@pytest.mark.slow
 def test_a_million_sleeps_of_one_nanosecond_late_in_a_run() -> None:
     async def main() -> int:
         await sleep_ns(300 * DAY)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,56 +19,54 @@ from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from tests.build.scenario import BUSY, ENDS_EARLY, small_scenario
 
+ROOT = Path(__file__).parents[2]
+
 
 def run(scenario: Scenario, protocol: str, seed: int) -> Outcome:
     return simulate(scenario, Protocol.parse(protocol, scenario), seed)
 
 
-def told_by_processes(code: str) -> str:
-    """What a program prints, if it is the same whatever the hash seed."""
-    told = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONHASHSEED": hash_seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for hash_seed in ("0", "1", "random")
-    }
-    assert len(told) == 1
-    return told.pop()
-
-
-RUN = """
-from sim.scenario.protocol import Protocol
-from sim.run import simulate
-from sim.scenario.scenario import Scenario
-from sim.scenario.file import load
-"""
-
-
 V3_WAYS = ["v3-n4-pool-invalidate-retry", "v3-n3-one", "v3-blocks-n4-pool"]
+REUSABLE = ["v2-reinit-flush-ack-reusable", "v2-multifd-reinit-invalidate-ack-reusable-polls"]
+CASES: dict[str, tuple[Scenario, list[str], int]] = {
+    "nic-reconfig": (load("nic-reconfig"), ["v2", "v2-multifd-ack-polls", "v3-n4-pool-invalidate-retry"], 3),
+    **{
+        how: (
+            small_scenario({"device.0.count": 3} | changes),
+            [*REUSABLE, "v3-n3", "v3-n3-one-invalidate", "v3-blocks-n3-pool"],
+            1,
+        )
+        for how, changes in ENDS_EARLY.items()
+    },
+}
 
 
-@pytest.mark.parametrize("protocol", ["v2", "v2-multifd-ack-polls", "v3-n4-pool-invalidate-retry"])
-def test_two_processes_with_different_hash_seeds_give_one_trace(protocol: str) -> None:
-    code = f"{RUN}scenario = load('nic-reconfig')\nprint(simulate(scenario, Protocol.parse({protocol!r}, scenario), 3))"
-    assert told_by_processes(code) == repr(run(load("nic-reconfig"), protocol, 3)) + "\n"
+def outcomes(case: str) -> list[Outcome]:
+    scenario, protocols, seed = CASES[case]
+    return [run(scenario, protocol, seed) for protocol in protocols]
 
 
-@pytest.mark.parametrize("how", ENDS_EARLY)
-def test_a_run_that_ends_early_leaves_one_trace_too(how: str) -> None:
-    scenario = small_scenario({"device.0.count": 3} | ENDS_EARLY[how])
-    protocols = ["v2-reinit-flush-ack-reusable", "v2-multifd-reinit-invalidate-ack-reusable-polls", "v3-n3"]
-    protocols += ["v3-n3-one-invalidate", "v3-blocks-n3-pool"]
-    code = (
-        f"{RUN}scenario = Scenario.model_validate({scenario.model_dump()!r})\n"
-        f"for name in {protocols}:\n    print(simulate(scenario, Protocol.parse(name, scenario), 1))"
-    )
-    outcomes = [run(scenario, protocol, 1) for protocol in protocols]
-    assert told_by_processes(code).splitlines() == [repr(outcome) for outcome in outcomes]
-    assert {outcome.guest_runs_at for outcome in outcomes[:2]} == {"source"}
+@pytest.fixture(scope="module")
+def of_processes() -> list[dict[str, str]]:
+    """What all cases come to in processes with different hash seeds."""
+    code = f"from {__name__} import CASES, outcomes; print({{case: repr(outcomes(case)) for case in CASES}})"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE
+        )
+        for seed in ("0", "1", "random")
+    ]
+    return [ast.literal_eval(process.communicate()[0].decode()) for process in started]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_processes_with_different_hash_seeds_give_one_trace(case: str, of_processes: list[dict[str, str]]) -> None:
+    """Also where a run ends early."""
+    here = outcomes(case)
+    assert [told[case] for told in of_processes] == [repr(here)] * 3
+    if case in ENDS_EARLY:
+        assert {outcome.guest_runs_at for outcome in here[: len(REUSABLE)]} == {"source"}
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def even(name: str) -> Scenario:
 # --- no run is below it ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", shipped())
 def test_no_shipped_scenario_is_below_its_bound(name: str) -> None:
     for protocol in FEW if name.startswith(FEW_OF) else PROTOCOLS:
@@ -147,6 +148,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
     return small_scenario(changes)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(scenarios(), st.sampled_from([*PROTOCOLS, "v3-n7", "v3-blocks-n1"]))
 def test_no_run_is_below_its_bound(scenario: Scenario, protocol: str) -> None:

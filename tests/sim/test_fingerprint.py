@@ -15,6 +15,7 @@ from sim.scenario.protocol import Protocol
 FINGERPRINTS = json.loads((Path(__file__).parents[1] / "data" / "fingerprints.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("scenario", "protocol"), [key.split() for key in FINGERPRINTS])
 def test_the_trace_is_the_one_that_was_committed(scenario: str, protocol: str) -> None:
     loaded = load(scenario)

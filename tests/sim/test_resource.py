@@ -237,6 +237,7 @@ def mean_stay(engines: float, load_per_s: float, service_ns: NDArray[np.float64]
     return mean_and_error([end - at for at, end in zip(arrivals, through, strict=True)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("load", "cv"), [(0.3, 1.0), (0.6, 0.0), (0.6, 1.0)])
 def test_one_shared_engine_takes_as_long_as_its_load_says_however_commands_vary(load: float, cv: float) -> None:
     """M/G/1 processor sharing: T = service / (1 - rho), whatever the spread of the service times (Kleinrock 1967)."""
@@ -248,6 +249,7 @@ def test_one_shared_engine_takes_as_long_as_its_load_says_however_commands_vary(
     assert mean == pytest.approx(expected, abs=4 * error)
 
 
+@pytest.mark.slow
 def test_several_shared_engines_take_as_long_as_erlang_says() -> None:
     """M/M/c: commands end at the same rate whether they share or queue, so T = service (1 + C(c, a) / (c - a))."""
     service, servers = 1_000_000, 4

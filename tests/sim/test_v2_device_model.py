@@ -365,7 +365,8 @@ HAPPENS = {
 WITH_PRECOPY = {"PRE_COPY", "read temporary end", "precopy_info ok", "precopy_info REINIT", "opt_in ok"}
 
 
-@pytest.mark.rule("v2.contract.8", "v2.contract.9", "v2.driver.11")
+@pytest.mark.slow
+@pytest.mark.rule("v2.contract.8", "v2.contract.9", "v2.driver.11", "v3.2.3")
 @pytest.mark.parametrize("features", PATHS)
 def test_any_calls_in_any_order_do_what_the_header_says(features: str) -> None:
     seen: set[str] = set()
