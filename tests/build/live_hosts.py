@@ -32,7 +32,8 @@ from sim.device.record import Extent, RecordSlice
 from sim.device.state import DeviceState, Image
 from sim.device.stream import DriverContext
 from sim.live.fd.calls import Calls
-from sim.live.fd.remote import Devices, RemoteDevice
+from sim.live.fd.remote import RemoteDevice
+from sim.live.fd.remote_fd import Devices
 from sim.live.fd.save import Layout, SavedData
 from sim.live.fd.store import DIGEST_BYTES, StateStore
 from sim.live.io import IO

@@ -106,12 +106,12 @@ def decoded(data: bytes, *, v3: bool) -> tuple[Record, int]:
     """The record that these bytes begin with, and how many of them were its head. EOFError if they end before."""
     decoder = Decoder(SPEC, v3)
     while decoder.record is None:
-        assert len(decoder.got) < decoder.wanted <= MOST_BYTES  # it goes on, and asks for no more than it may
+        assert len(decoder.head) < decoder.wanted <= MOST_BYTES  # it goes on, and asks for no more than it may
         if decoder.wanted > len(data):
             raise EOFError
-        decoder.got += data[len(decoder.got) : decoder.wanted]
+        decoder.head += data[len(decoder.head) : decoder.wanted]
         decoder.take()
-    return decoder.record, len(decoder.got)
+    return decoder.record, len(decoder.head)
 
 
 def is_v3(record: Record) -> bool:

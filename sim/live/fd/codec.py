@@ -91,7 +91,7 @@ class Decoder:
     spec: Device
     v3: bool
     record: Record | None = None
-    got: bytearray = field(default_factory=bytearray)
+    head: bytearray = field(default_factory=bytearray)
     wanted: int = 0
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class Decoder:
 
     def take(self) -> None:
         """What was wanted is there. ValueError if it cannot be a record's head."""
-        assert len(self.got) == self.wanted
+        assert len(self.head) == self.wanted
         if self.v3:
             self._take_v3()
         else:
@@ -108,7 +108,7 @@ class Decoder:
     # --- v2 -----------------------------------------------------------------------------------------------------------
 
     def _take_v2(self) -> None:
-        size, flags, tag = V2_HEADER.unpack_from(self.got)
+        size, flags, tag = V2_HEADER.unpack_from(self.head)
         if flags or tag > 1:
             raise ValueError(f"flags {flags:#x} and tag {tag} in a header")
         self._take_table(HEADER_BYTES, size)
@@ -117,12 +117,12 @@ class Decoder:
 
     def _take_table(self, at: int, payload_bytes: int) -> None:
         """The table at `at`, of a record with so many bytes behind `at`."""
-        if len(self.got) < at + TABLE.size:
+        if len(self.head) < at + TABLE.size:
             if payload_bytes < TABLE.size:
                 raise ValueError(f"{payload_bytes} bytes have no room for a table")
             self.wanted = at + TABLE.size
             return
-        epoch, sequence, flags, objects, blocks = TABLE.unpack_from(self.got, at)
+        epoch, sequence, flags, objects, blocks = TABLE.unpack_from(self.head, at)
         if objects > self.spec.critical.objects or blocks > self.spec.blocks:
             raise ValueError(f"{blocks} blocks and {objects} critical objects in one record")
         end = bool(flags & END)
@@ -131,12 +131,12 @@ class Decoder:
         if not 1 <= epoch <= MAX_NUMBER:
             raise ValueError(f"epoch {epoch}")
         size = TABLE.size + 8 * (objects + blocks) + (TALLY.size if end else 0)
-        if len(self.got) < at + size:
+        if len(self.head) < at + size:
             if payload_bytes < size:
                 raise ValueError(f"{payload_bytes} bytes have no room for a table of {size}")
             self.wanted = at + size
             return
-        numbers = np.frombuffer(self.got, "<i4", 2 * (objects + blocks), at + TABLE.size)
+        numbers = np.frombuffer(self.head, "<i4", 2 * (objects + blocks), at + TABLE.size)
         parts = np.split(numbers, [objects, 2 * objects, 2 * objects + blocks])
         record = Record(
             0,
@@ -154,7 +154,7 @@ class Decoder:
             end=end,
         )
         if end:
-            record.tally = Tally(*TALLY.unpack_from(self.got, at + size - TALLY.size))
+            record.tally = Tally(*TALLY.unpack_from(self.head, at + size - TALLY.size))
         self._finish_table(record, at)
 
     def _finish_table(self, record: Record, at: int) -> None:
@@ -166,7 +166,7 @@ class Decoder:
                 raise ValueError(f"{extra} bytes too many")
         elif not 0 <= extra <= MAX_PLAIN_BYTES:
             raise ValueError(f"{extra} bytes that are no state")
-        elif len(self.got) < at + record.table_bytes + extra:
+        elif len(self.head) < at + record.table_bytes + extra:
             self.wanted = at + record.table_bytes + extra
             return
         self.record = record
@@ -178,7 +178,7 @@ class Decoder:
     # --- v3 -----------------------------------------------------------------------------------------------------------
 
     def _take_v3(self) -> None:
-        header = uapi.RecordHeader.unpack(self.got)
+        header = uapi.RecordHeader.unpack(self.head)
         if header.record_class not in RecordClass.__members__.values():
             raise ValueError(f"there is no record class {header.record_class}")
         critical = header.record_class == RecordClass.CRITICAL
@@ -205,14 +205,14 @@ class Decoder:
             raise ValueError(f"an END of {header.length} bytes")
         if not self._has(V3_HEADER_BYTES + header.length):
             return
-        end = uapi.RecordEnd.unpack(self.got[V3_HEADER_BYTES:])
+        end = uapi.RecordEnd.unpack(self.head[V3_HEADER_BYTES:])
         self.record = self._new(header, end=True, tally=Tally(end.records, end.bytes, end.digest))
 
     def _take_blocks(self, header: uapi.RecordHeader) -> None:
         fixed = V3_HEADER_BYTES + uapi.RecordBlocks.SIZE
         if not self._has(fixed):
             return
-        of = uapi.RecordBlocks.unpack(self.got[V3_HEADER_BYTES:fixed])
+        of = uapi.RecordBlocks.unpack(self.head[V3_HEADER_BYTES:fixed])
         if not 1 <= of.blocks <= self.spec.blocks or of.first_block + of.blocks > self.spec.blocks:
             raise ValueError(f"blocks {of.first_block} to {of.first_block + of.blocks - 1}")
         size = uapi.RecordBlocks.SIZE + of.blocks * (VERSION_BYTES + self.spec.block_bytes)
@@ -220,7 +220,7 @@ class Decoder:
             raise ValueError(f"{of.blocks} blocks in {header.length} bytes")
         if not self._has(fixed + of.blocks * VERSION_BYTES):
             return
-        versions = np.frombuffer(self.got, "<u8", of.blocks, fixed)
+        versions = np.frombuffer(self.head, "<u8", of.blocks, fixed)
         if versions.max() > MAX_NUMBER:
             raise ValueError("a version that no block can have")
         blocks = np.arange(of.first_block, of.first_block + of.blocks)
@@ -232,7 +232,7 @@ class Decoder:
         if header.flags & RecordFlags.INVALIDATES:
             if not self._has(at + uapi.RecordRanges.SIZE):
                 return
-            count = uapi.RecordRanges.unpack(self.got[at : at + uapi.RecordRanges.SIZE]).count
+            count = uapi.RecordRanges.unpack(self.head[at : at + uapi.RecordRanges.SIZE]).count
             if not 1 <= count <= MAX_RANGES:
                 raise ValueError(f"{count} ranges")
             end = at + uapi.RecordRanges.SIZE + count * BlockRange.SIZE
@@ -240,7 +240,7 @@ class Decoder:
                 raise ValueError(f"{header.length} bytes have no room for {count} ranges")
             if not self._has(end):
                 return
-            ranges = self.got[at + uapi.RecordRanges.SIZE : end]
+            ranges = self.head[at + uapi.RecordRanges.SIZE : end]
             invalidates = tuple(
                 BlockRange.unpack(ranges[i : i + BlockRange.SIZE]) for i in range(0, len(ranges), BlockRange.SIZE)
             )
@@ -264,7 +264,7 @@ class Decoder:
 
     def _has(self, size: int) -> bool:
         """Whether so many bytes of the head are there; they are wanted, if not."""
-        if len(self.got) >= size:
+        if len(self.head) >= size:
             return True
         self.wanted = size
         return False

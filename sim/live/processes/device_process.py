@@ -30,7 +30,7 @@ from sim.live.fd.blocks import BlocksData
 from sim.live.fd.calls import Calls, Reply
 from sim.live.fd.codec import Decoder
 from sim.live.fd.copy import Copier
-from sim.live.fd.load import LoadedBlocks, LoadedData, placer
+from sim.live.fd.load import LoadedBlocks, LoadedStream, placer
 from sim.live.fd.lock import RealLock
 from sim.live.fd.save import SavedData
 from sim.live.fd.store import StateStore
@@ -42,7 +42,7 @@ from sim.scenario.units import GIB, MIB
 GUEST_TICK_NS = 2_000_000
 """How often the guest catches up with what it should have written: short beside all that is asked of a device."""
 
-Data = SavedData | LoadedData | LoadedBlocks | BlocksData
+Data = SavedData | LoadedStream | LoadedBlocks | BlocksData
 
 
 class DeviceProcess:
@@ -188,7 +188,7 @@ class DeviceProcess:
             data = BlocksData(fd, device.store, mutex, rate, self.timeline)
         else:
             assert isinstance(fd, LoadStream | LoadBlocks)
-            kind = LoadedBlocks if isinstance(fd, LoadBlocks) else LoadedData
+            kind = LoadedBlocks if isinstance(fd, LoadBlocks) else LoadedStream
 
             def decoder() -> Decoder:
                 return Decoder(device.driver.spec, v3)

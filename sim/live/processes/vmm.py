@@ -28,7 +28,8 @@ from sim.clock import port as clock
 from sim.host.machine import MachineModel
 from sim.host.vmms import connections, make_source, make_target
 from sim.live.fd.calls import Calls
-from sim.live.fd.remote import Devices, RemoteDevice
+from sim.live.fd.remote import RemoteDevice
+from sim.live.fd.remote_fd import Devices
 from sim.live.io import IO
 from sim.live.merge_timelines import ProcessTimeline
 from sim.live.real_time import RealTime
