@@ -29,7 +29,7 @@ from sim.device.state import Indices, Place
 from sim.live.fd.codec import Decoder
 from sim.live.fd.copy import Copier, data_fd, eventfd
 from sim.live.fd.store import StateStore
-from sim.live.fd.write_protocol import SIZE, AnnouncedBytes, Answer
+from sim.live.fd.write_protocol import SIZE, AnnouncedBytes, WriteAnswer
 from sim.live.io import Worker
 from sim.live.merge_timelines import ProcessTimeline
 

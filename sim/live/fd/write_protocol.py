@@ -3,8 +3,8 @@
 write() returns when the driver has taken the bytes, with the LOAD of what they complete. A socket reports neither, so:
 
 1. Before it writes, the VMM announces the total that it will have written (AnnouncedBytes).
-2. When the driver has taken all announced bytes, it sends one WriteAnswer back on the same socket: the total it has taken,
-   or the errors of this write() and of later ones.
+2. When the driver has taken all announced bytes, it sends one WriteAnswer back on the same socket: the total that it
+   has taken, or the errors of this write() and of later ones.
 3. A write() of addressable blocks is one record; its bytes follow their number (SIZE), and each record is answered by
    itself, in any order.
 """
