@@ -10,6 +10,7 @@ in and out. (test_v2_on_v3.py compares whole migrations on both.)
 from __future__ import annotations
 
 import contextlib
+import signal
 from typing import Any
 
 import pytest
@@ -23,6 +24,11 @@ FACES = ["v3 device", "opted in and out"]
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+def pytest_configure() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what it does not wait for
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
