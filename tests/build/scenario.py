@@ -126,7 +126,13 @@ def small_text(changes: Mapping[str, Any] | None = None) -> str:
 
 def small_scenario(changes: Mapping[str, Any] | None = None) -> Scenario:
     """The small scenario, changed as `small_tables` does: `small_scenario({"driver.lock": "device"})`."""
-    return parse(small_text(changes), "small.toml")
+    return _parsed(small_text(changes))
+
+
+@functools.cache
+def _parsed(text: str) -> Scenario:
+    """Nothing changes a scenario once it is read."""
+    return parse(text, "small.toml")
 
 
 def virtual(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:

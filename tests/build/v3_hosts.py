@@ -18,18 +18,10 @@ from sim.device.load_v3 import V3LoadSession
 from sim.device.record import Extent, Record, RecordSlice
 from sim.device.state import DeviceState, Image
 from sim.scenario.units import KIB
-from tests.build.hosts import ALL, Hosts, read_all, size
+from tests.build.hosts import ALL, size
 
 PIECE = 32 * KIB
 """Of a write()."""
-
-
-async def opened(driver: SimDriver, state: State, dirty_streams: int) -> list[DataFd]:
-    """Open a session with so many dirty streams; its data fds, the critical one first."""
-    await driver.set_streams(dirty_streams)
-    critical = await driver.set_state(state)
-    assert critical is not None
-    return [critical, *[await critical.get_stream(index) for index in range(dirty_streams)]]
 
 
 async def opened_blocks(driver: SimDriver, state: State) -> tuple[DataFd, BlocksFd]:
@@ -39,11 +31,6 @@ async def opened_blocks(driver: SimDriver, state: State) -> tuple[DataFd, Blocks
     assert critical is not None
     blocks: BlocksFd = await critical.get_stream(0)  # type: ignore[assignment]
     return critical, blocks
-
-
-async def saved_streams(hosts: Hosts, dirty_streams: int) -> list[list[RecordSlice]]:
-    """All streams of an idle device, the critical one first."""
-    return [await read_all(fd) for fd in await opened(hosts.source, State.STOP_COPY, dirty_streams)]
 
 
 async def write(fd: DataFd, parts: Sequence[RecordSlice]) -> None:

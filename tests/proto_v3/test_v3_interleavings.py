@@ -31,10 +31,10 @@ from sim.device.record import Extent
 from sim.host.link import _OneWay
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import BYTES_PER_S_PER_GBIT, GIB, MIB, ns
-from tests.build.hosts import MS, US, Hosts
+from tests.build.hosts import MS, US, Hosts, session
 from tests.build.memory_bounds import blocks_record, bounds, critical_record, dirty_record
 from tests.build.scenario import small_scenario
-from tests.build.v3_hosts import LoadWatch, opened, opened_blocks, reconfigure, writes
+from tests.build.v3_hosts import LoadWatch, opened_blocks, reconfigure, writes
 from tests.build.v3_runs import Raw, Tap, TappedRun
 
 # --- driver to driver ------------------------------------------------------------------------------------------------
@@ -151,8 +151,8 @@ class Carriers:
         writes(hosts.state, plan.written, per_s=1000.0)
         async with asyncio.TaskGroup() as carriers:
             if plan.streams:
-                fds = await opened(hosts.source, State.PRE_COPY, plan.streams)
-                to = await opened(hosts.target, State.RESUMING, plan.streams)
+                fds = await session(hosts.source, State.PRE_COPY, plan.streams)
+                to = await session(hosts.target, State.RESUMING, plan.streams)
                 for stream, (fd, there) in enumerate(zip(fds, to, strict=True)):
                     self.carry(carriers, stream, fd, there)
             else:

@@ -34,6 +34,8 @@ from tests.build.hosts import (
     read,
     read_all,
     records,
+    saved,
+    session,
     still_waits,
     took_ns,
 )
@@ -42,10 +44,8 @@ from tests.build.v3_hosts import (
     PIECE,
     altered,
     cut,
-    opened,
     opened_blocks,
     reconfigure,
-    saved_streams,
     whole,
     write,
     writes,
@@ -197,7 +197,7 @@ def test_opted_in_and_out_a_device_is_v2s_to_the_nanosecond(streams: int) -> Non
 @virtual
 async def test_the_critical_fd_gives_the_others_and_no_other_fd_does(state: State) -> None:
     driver = Hosts().both
-    critical, *dirty = await opened(driver, state, 3)
+    critical, *dirty = await session(driver, state, 3)
     assert len({id(fd) for fd in (critical, *dirty)}) == 4
     for index, fd in enumerate(dirty):
         assert await critical.get_stream(index) is fd, "asked for again, it is the same stream"
@@ -229,7 +229,7 @@ async def test_v2s_fd_knows_nothing_of_streams_and_v3s_nothing_of_v2s_question(s
     await fails_with(errno.ENOTTY, fd.get_stream(0))
     await fails_with(errno.ENOTTY, fd.stream_info())
     driver = Hosts().both
-    for fd in await opened(driver, state, 2):
+    for fd in await session(driver, state, 2):
         await fails_with(errno.ENOTTY, fd.precopy_info())
     driver = Hosts().both
     for fd in await opened_blocks(driver, state):
@@ -239,9 +239,9 @@ async def test_v2s_fd_knows_nothing_of_streams_and_v3s_nothing_of_v2s_question(s
 @virtual
 async def test_fds_are_open_in_one_direction_only() -> None:
     hosts = Hosts()
-    for fd in await opened(hosts.source, State.PRE_COPY, 2):
+    for fd in await session(hosts.source, State.PRE_COPY, 2):
         await fails_with(errno.EBADF, fd.write(Extent([]), PIECE))
-    for fd in await opened(hosts.target, State.RESUMING, 2):
+    for fd in await session(hosts.target, State.RESUMING, 2):
         await fails_with(errno.EBADF, fd.read(ALL))
         assert await fd.poll(1 * MS) is Ready.NOTHING
     hosts = Hosts()
@@ -258,7 +258,7 @@ async def test_fds_are_open_in_one_direction_only() -> None:
 async def test_a_critical_stream_has_the_critical_objects_and_each_block_has_one_home() -> None:
     for streams in (1, 2, 5, 16):
         hosts = Hosts()
-        critical, *dirty = await saved_streams(hosts, streams)
+        critical, *dirty = await saved(hosts, streams)
         assert objects(critical) == [0, 1, 2, 3]
         assert blocks(critical) == []
         for index, stream in enumerate(dirty):
@@ -273,7 +273,7 @@ async def test_a_critical_stream_has_the_critical_objects_and_each_block_has_one
 @pytest.mark.rule("v3.7.1")
 @virtual
 async def test_an_end_tells_what_came_before_it() -> None:
-    for parts in await saved_streams(Hosts(), 3):
+    for parts in await saved(Hosts(), 3):
         *before, end = records(parts)
         tally = Tally()
         for record in before:
@@ -287,7 +287,7 @@ async def test_an_end_tells_what_came_before_it() -> None:
 @virtual
 async def test_who_waits_in_a_session_that_is_reset_is_woken(state: State) -> None:
     hosts = Hosts({"firmware.save_mib_per_s": 1.0})
-    fds = await opened(hosts.source, state, 2)
+    fds = await session(hosts.source, state, 2)
     reading = [asyncio.create_task(fd.read(ALL)) for fd in fds[1:]]
     polling = [asyncio.create_task(fd.poll()) for fd in fds[1:]]
     await sleep_ns(1 * MS)
@@ -306,7 +306,7 @@ async def test_who_waits_in_a_session_that_is_reset_is_woken(state: State) -> No
 async def test_each_stream_tells_its_own_bytes_and_all_tell_the_newest_epoch() -> None:
     hosts = Hosts()
     reconfigure(hosts.state, {50 * MS: HALF, 60 * MS: HALF}, objects=[1, 2])
-    critical, *dirty = await opened(hosts.source, State.PRE_COPY, 2)
+    critical, *dirty = await session(hosts.source, State.PRE_COPY, 2)
     for fd, held in ((critical, 4 * 4 * KIB), *((fd, BLOCKS // 2 * BLOCK_BYTES) for fd in dirty)):
         info = await fd.stream_info()
         records_there = 1 if fd is critical else 4
@@ -327,7 +327,7 @@ async def test_each_stream_tells_its_own_bytes_and_all_tell_the_newest_epoch() -
 async def test_asking_a_drained_dirty_stream_makes_it_save_what_became_dirty_and_reading_does_not() -> None:
     hosts = Hosts()
     writes(hosts.state, [4, 6, 9], per_s=100.0)
-    _, even, odd = await opened(hosts.source, State.PRE_COPY, 2)
+    _, even, odd = await session(hosts.source, State.PRE_COPY, 2)
     for fd in (even, odd):
         await read_all(fd)
     await sleep_until_ns(100 * MS)
@@ -344,7 +344,7 @@ async def test_asking_a_drained_dirty_stream_makes_it_save_what_became_dirty_and
 async def test_in_p2p_asking_tells_and_makes_nothing() -> None:
     hosts = Hosts()
     writes(hosts.state, [4, 6, 9], per_s=100.0)
-    critical, even, odd = fds = await opened(hosts.source, State.PRE_COPY, 2)
+    critical, even, odd = fds = await session(hosts.source, State.PRE_COPY, 2)
     for fd in fds:
         await read_all(fd)
     await sleep_until_ns(100 * MS)
@@ -367,7 +367,7 @@ async def test_the_last_look_in_p2p_sees_a_reconfiguration_that_came_until_the_v
     """G6: no guest runs, so what the critical fd says then is final."""
     hosts = Hosts()
     reconfigure(hosts.state, {50 * MS: HALF})
-    critical, _ = await opened(hosts.source, State.PRE_COPY, 1)
+    critical, _ = await session(hosts.source, State.PRE_COPY, 1)
     await read_all(critical)
     await sleep_until_ns(50 * MS + after_ns)
     hosts.state.stop(now_ns())
@@ -384,7 +384,7 @@ async def test_the_last_look_in_p2p_sees_a_reconfiguration_that_came_until_the_v
 @virtual
 async def test_in_stop_copy_it_tells_what_is_left_and_afterwards_nothing() -> None:
     hosts = Hosts()
-    fds = await opened(hosts.source, State.STOP_COPY, 2)
+    fds = await session(hosts.source, State.STOP_COPY, 2)
     for fd in fds:
         before = (await fd.stream_info()).pending_bytes
         assert before > 0
@@ -401,7 +401,7 @@ async def test_in_stop_copy_it_tells_what_is_left_and_afterwards_nothing() -> No
 @virtual
 async def test_of_a_stream_that_is_loaded_there_is_nothing_to_tell() -> None:
     hosts = Hosts()
-    for fd in await opened(hosts.target, State.RESUMING, 2):
+    for fd in await session(hosts.target, State.RESUMING, 2):
         await fails_with(errno.EINVAL, fd.stream_info())
     hosts = Hosts()
     for fd in await opened_blocks(hosts.target, State.RESUMING):
@@ -416,7 +416,7 @@ async def test_of_a_stream_that_is_loaded_there_is_nothing_to_tell() -> None:
 async def test_a_new_epoch_is_told_once_for_each_time_it_grew_and_on_the_critical_fd_alone() -> None:
     hosts = Hosts()
     reconfigure(hosts.state, {50 * MS: HALF, 80 * MS: HALF, 80 * MS + 1: HALF, 80 * MS + 2: HALF})
-    critical, dirty = await opened(hosts.source, State.PRE_COPY, 1)
+    critical, dirty = await session(hosts.source, State.PRE_COPY, 1)
     assert await critical.poll(0) & Ready.NEW_EPOCH, "the first one: nobody asked yet"
     for epoch, until in ((1, 0), (2, 50 * MS), (5, 81 * MS)):
         await sleep_until_ns(max(until, now_ns()))
@@ -438,7 +438,7 @@ async def test_a_new_epoch_is_told_once_for_each_time_it_grew_and_on_the_critica
 async def test_who_waits_in_poll_is_woken_when_the_epoch_begins_and_not_when_its_data_is_saved() -> None:
     hosts = Hosts({"firmware.save_command_us": 5000.0})
     reconfigure(hosts.state, {50 * MS: HALF, 90 * MS: HALF})
-    critical, dirty = await opened(hosts.source, State.PRE_COPY, 1)
+    critical, dirty = await session(hosts.source, State.PRE_COPY, 1)
     for at in (50 * MS, 90 * MS):
         await read_all(critical)
         await read_all(dirty)
@@ -458,7 +458,7 @@ async def test_who_waits_in_poll_is_woken_when_the_epoch_begins_and_not_when_its
 async def test_asking_a_dirty_fd_leaves_the_event_on_the_critical_one() -> None:
     hosts = Hosts()
     reconfigure(hosts.state, {50 * MS: HALF})
-    critical, dirty = await opened(hosts.source, State.PRE_COPY, 1)
+    critical, dirty = await session(hosts.source, State.PRE_COPY, 1)
     await critical.stream_info()
     await sleep_until_ns(60 * MS)
     assert (await dirty.stream_info()).epoch == 2
@@ -470,7 +470,7 @@ async def test_asking_a_dirty_fd_leaves_the_event_on_the_critical_one() -> None:
 async def test_one_that_only_checks_has_nothing_of_an_epoch_to_wait_for_until_it_is_stopped() -> None:
     hosts = Hosts({"driver.precopy": "check", "driver.check_bytes": 64, "driver.epochs": "invalidate"})
     reconfigure(hosts.state, {50 * MS: HALF}, objects=[1, 2])
-    critical, dirty = fds = await opened(hosts.source, State.PRE_COPY, 1)
+    critical, dirty = fds = await session(hosts.source, State.PRE_COPY, 1)
     assert [record.size_bytes - V3_HEADER_BYTES for record in records(await read_all(critical))] == [64]
     assert await read_all(dirty) == [], "what the target is checked by is critical"
     await critical.stream_info()
@@ -492,7 +492,7 @@ async def test_one_that_only_checks_has_nothing_of_an_epoch_to_wait_for_until_it
 async def test_asking_makes_no_critical_data_new_whatever_a_driver_rereads() -> None:
     """Else a device without P2P, which is asked for the last time in PRE_COPY, would always be late."""
     hosts = Hosts({"driver.precopy": "reread", "driver.reread_ms": 10.0})
-    critical, dirty = await opened(hosts.source, State.PRE_COPY, 1)
+    critical, dirty = await session(hosts.source, State.PRE_COPY, 1)
     for fd in (critical, dirty):
         await read_all(fd)
     await sleep_until_ns(1 * SECOND)
@@ -522,8 +522,8 @@ class Halfway:
     async def begin(self) -> None:
         hosts, record_bytes = self.hosts, MIB + V3_HEADER_BYTES
         reconfigure(hosts.state, {50 * MS: self.range})
-        self.critical, *self.dirty = await opened(hosts.source, State.PRE_COPY, 2)
-        self.to_critical, *self.to_dirty = await opened(hosts.target, State.RESUMING, 2)
+        self.critical, *self.dirty = await session(hosts.source, State.PRE_COPY, 2)
+        self.to_critical, *self.to_dirty = await session(hosts.target, State.RESUMING, 2)
         await write(self.to_critical, await read_all(self.critical))
         await self.critical.stream_info()
         for fd, to in zip(self.dirty, self.to_dirty, strict=True):
@@ -635,8 +635,8 @@ async def test_a_record_that_is_only_dropped_takes_no_load() -> None:
 async def test_a_record_that_an_epoch_overtakes_while_it_is_loaded_is_not_taken_for_the_device() -> None:
     hosts = Hosts({**INVALIDATE, "firmware.load_mib_per_s": 10.0, "device.0.critical.setup_us": 0.0})
     reconfigure(hosts.state, {200 * MS: HALF})
-    critical, dirty = await opened(hosts.source, State.PRE_COPY, 1)
-    to_critical, to_dirty = await opened(hosts.target, State.RESUMING, 1)
+    critical, dirty = await session(hosts.source, State.PRE_COPY, 1)
+    to_critical, to_dirty = await session(hosts.target, State.RESUMING, 1)
     await write(to_critical, await read_all(critical))
     first = await read_all(dirty)
     await sleep_until_ns(201 * MS)
@@ -656,7 +656,7 @@ async def test_several_epochs_at_once_make_all_their_ranges_invalid() -> None:
     hosts = Hosts(INVALIDATE)
     # The first one's SAVE is in flight when the other two begin.
     reconfigure(hosts.state, {50 * MS: (0, 16), 50 * MS + 1: (100, 20), 50 * MS + 2: (110, 18)})
-    critical, dirty = await opened(hosts.source, State.PRE_COPY, 1)
+    critical, dirty = await session(hosts.source, State.PRE_COPY, 1)
     first = [await read_all(fd) for fd in (critical, dirty)]
     await sleep_until_ns(60 * MS)
     told = records(await read_all(critical))
@@ -666,7 +666,7 @@ async def test_several_epochs_at_once_make_all_their_ranges_invalid() -> None:
     again = await read_all(dirty)
     assert blocks(again) == [*range(16), *range(100, 128)]
     assert {record.epoch for record in records(again)} == {4}
-    to_critical, to_dirty = await opened(hosts.target, State.RESUMING, 1)
+    to_critical, to_dirty = await session(hosts.target, State.RESUMING, 1)
     await write(to_critical, first[0])
     await write(to_dirty, first[1])
     await write(to_critical, [whole(record) for record in told])
@@ -679,8 +679,8 @@ async def test_several_epochs_at_once_make_all_their_ranges_invalid() -> None:
 async def test_an_epoch_that_begins_while_the_vcpus_stop_invalidates_as_any_other() -> None:
     hosts = Hosts(INVALIDATE)
     reconfigure(hosts.state, {100 * MS: HALF})
-    critical, dirty = fds = await opened(hosts.source, State.PRE_COPY, 1)
-    to = await opened(hosts.target, State.RESUMING, 1)
+    critical, dirty = fds = await session(hosts.source, State.PRE_COPY, 1)
+    to = await session(hosts.target, State.RESUMING, 1)
     for fd, there in zip(fds, to, strict=True):
         await write(there, await read_all(fd))
     await sleep_until_ns(100 * MS)
@@ -700,7 +700,7 @@ async def test_what_was_before_the_session_is_in_its_first_epoch() -> None:
     hosts = Hosts(INVALIDATE)
     reconfigure(hosts.state, {10 * MS: HALF, 20 * MS: HALF})
     await sleep_until_ns(50 * MS)
-    critical, dirty = await opened(hosts.source, State.PRE_COPY, 1)
+    critical, dirty = await session(hosts.source, State.PRE_COPY, 1)
     assert (await critical.stream_info()).epoch == 3
     assert all(not record.invalidates for record in records(await read_all(critical)))
     assert {record.epoch for record in records(await read_all(dirty))} == {3}
@@ -722,7 +722,7 @@ def failing(command: str, after: int, code: str = "EIO") -> dict[str, Any]:
 @virtual
 async def test_v3_a_save_that_fails_puts_the_device_in_error_and_ends_every_stream(state: State, after: int) -> None:
     hosts = Hosts(failing("SAVE", after, "ENOMEM"))
-    fds = await opened(hosts.source, state, 2)
+    fds = await session(hosts.source, state, 2)
     results = await asyncio.gather(*(read_all(fd) for fd in fds), return_exceptions=True)
     codes = {result.errno for result in results if isinstance(result, OSError)}
     assert codes == {errno.EIO}
@@ -731,7 +731,7 @@ async def test_v3_a_save_that_fails_puts_the_device_in_error_and_ends_every_stre
         await fails_with(errno.EIO, fd.stream_info())
     await fails_with(errno.EIO, fds[0].get_stream(0))
     await check_in_error(hosts.source, fds)
-    assert all(blocks(parts) for parts in (await saved_streams(hosts, 2))[1:]), "the fault is used up"
+    assert all(blocks(parts) for parts in (await saved(hosts, 2))[1:]), "the fault is used up"
 
 
 @virtual
@@ -751,7 +751,7 @@ async def test_v3_who_waits_while_a_save_fails_elsewhere_is_woken() -> None:
     """The streams have nothing to do with each other but for their device."""
     hosts = Hosts(failing("SAVE", 2))
     writes(hosts.state, [0, 2], per_s=1000.0)
-    critical, even, odd = await opened(hosts.source, State.PRE_COPY, 2)
+    critical, even, odd = await session(hosts.source, State.PRE_COPY, 2)
     # Three SAVEs began together; the third one to end fails.
     waiting = [asyncio.create_task(fd.poll()) for fd in (critical, even, odd)]
     await sleep_ns(1 * SECOND)
@@ -767,8 +767,8 @@ async def test_v3_who_waits_while_a_save_fails_elsewhere_is_woken() -> None:
 @virtual
 async def test_v3_a_load_that_fails_puts_the_device_in_error_and_ends_every_stream(after: int, code: str) -> None:
     hosts = Hosts(failing("LOAD", after, code))
-    streams = await saved_streams(hosts, 2)
-    fds = await opened(hosts.target, State.RESUMING, 2)
+    streams = await saved(hosts, 2)
+    fds = await session(hosts.target, State.RESUMING, 2)
     results = await asyncio.gather(*(map(write, fds, streams)), return_exceptions=True)
     failed = sorted(result.errno or 0 for result in results if isinstance(result, OSError))
     assert getattr(errno, code) in failed
@@ -776,7 +776,7 @@ async def test_v3_a_load_that_fails_puts_the_device_in_error_and_ends_every_stre
     await fails_with(errno.EIO, fds[0].get_stream(0))
     await check_in_error(hosts.target, fds)
     await hosts.target.set_streams(2)
-    fds = await opened(hosts.target, State.RESUMING, 2)
+    fds = await session(hosts.target, State.RESUMING, 2)
     await asyncio.gather(*map(write, fds, streams))
     await hosts.target.set_state(State.RUNNING)
     assert not hosts.image.differences(hosts.state)
@@ -786,8 +786,8 @@ async def test_v3_a_load_that_fails_puts_the_device_in_error_and_ends_every_stre
 @virtual
 async def test_v3_a_dirty_write_that_waits_fails_when_the_critical_load_does() -> None:
     hosts = Hosts(failing("LOAD", 0, "ENOMEM"))
-    critical, dirty = await saved_streams(hosts, 1)
-    fds = await opened(hosts.target, State.RESUMING, 1)
+    critical, dirty = await saved(hosts, 1)
+    fds = await session(hosts.target, State.RESUMING, 1)
     waiting = await still_waits(write(fds[1], dirty))
     await fails_with(errno.ENOMEM, write(fds[0], critical))
     await fails_with(errno.EIO, waiting)
@@ -866,8 +866,8 @@ async def test_blocks_a_command_that_fails_puts_the_device_in_error(command: str
 @virtual
 async def test_closing_before_the_end_fails_and_the_device_is_in_error(stream: int, how: str) -> None:
     hosts = Hosts()
-    streams = await saved_streams(hosts, 2)
-    fds = await opened(hosts.target, State.RESUMING, 2)
+    streams = await saved(hosts, 2)
+    fds = await session(hosts.target, State.RESUMING, 2)
     length = sum(part.stop - part.start for part in streams[stream])
     until = {"nothing came": 0, "cut in a record": 100, "all but the END": length - END_BYTES}.get(how, length - 1)
     await write(fds[0], streams[0] if stream else cut(streams[0], 0, until))
@@ -884,8 +884,8 @@ async def test_closing_before_the_end_fails_and_the_device_is_in_error(stream: i
 @virtual
 async def test_closing_after_the_end_changes_nothing_and_can_be_done_twice() -> None:
     hosts = Hosts()
-    streams = await saved_streams(hosts, 2)
-    fds = await opened(hosts.target, State.RESUMING, 2)
+    streams = await saved(hosts, 2)
+    fds = await session(hosts.target, State.RESUMING, 2)
     for fd, parts in zip(fds, streams, strict=True):
         await write(fd, parts)
         await fd.close()
@@ -899,7 +899,7 @@ async def test_closing_after_the_end_changes_nothing_and_can_be_done_twice() -> 
 @virtual
 async def test_closing_an_fd_that_is_saved_changes_nothing(state: State) -> None:
     hosts = Hosts()
-    fds = await opened(hosts.source, state, 2)
+    fds = await session(hosts.source, state, 2)
     for fd in fds:
         await fd.close()
     assert await hosts.source.state() is state
@@ -912,8 +912,8 @@ async def test_closing_an_fd_that_is_saved_changes_nothing(state: State) -> None
 @virtual
 async def test_leaving_resuming_short_of_an_end_fails_and_the_device_is_in_error(short: int, target: State) -> None:
     hosts = Hosts()
-    streams = await saved_streams(hosts, 2)
-    fds = await opened(hosts.target, State.RESUMING, 2)
+    streams = await saved(hosts, 2)
+    fds = await session(hosts.target, State.RESUMING, 2)
     for index, (fd, parts) in enumerate(zip(fds, streams, strict=True)):
         await write(fd, parts[:-1] if index == short else parts)
     with pytest.raises(OSError, match=rf"^\[Errno {errno.ENODATA}\] dev: 1 of its streams did not come to their END"):
@@ -929,8 +929,8 @@ async def test_leaving_resuming_short_of_an_end_fails_and_the_device_is_in_error
 async def test_leaving_resuming_without_the_newest_epochs_critical_data_fails() -> None:
     """A dirty stream's END tells of an epoch that the critical stream, whole as it is, knows nothing of."""
     hosts = Hosts()
-    streams = await saved_streams(hosts, 2)
-    fds = await opened(hosts.target, State.RESUMING, 2)
+    streams = await saved(hosts, 2)
+    fds = await session(hosts.target, State.RESUMING, 2)
     streams[2][-1] = altered(streams[2][-1], epoch=2)
     for fd, parts in zip(fds, streams, strict=True):
         await write(fd, parts)
@@ -944,8 +944,8 @@ async def test_leaving_resuming_without_the_newest_epochs_critical_data_fails() 
 async def test_what_is_refused_names_device_and_stream_and_ends_every_stream() -> None:
     for stream in (0, 1, 2):
         hosts = Hosts()
-        streams = await saved_streams(hosts, 2)
-        fds = await opened(hosts.target, State.RESUMING, 2)
+        streams = await saved(hosts, 2)
+        fds = await session(hosts.target, State.RESUMING, 2)
         with pytest.raises(OSError, match=rf"^\[Errno {errno.EILSEQ}\] dev stream {stream}: byte 0 of record 1"):
             await write(fds[stream], streams[stream][1:])
         await check_in_error(hosts.target, fds)
@@ -1007,8 +1007,8 @@ def tampered(how: str, parts: list[RecordSlice], others: list[list[RecordSlice]]
 async def test_each_thing_that_cannot_be_the_sources_stream_has_an_errno_of_its_own(how: str) -> None:
     stream, codes = REFUSED[how]
     hosts = Hosts()
-    streams = await saved_streams(hosts, 2)
-    fds = await opened(hosts.target, State.RESUMING, 2)
+    streams = await saved(hosts, 2)
+    fds = await session(hosts.target, State.RESUMING, 2)
     payload: Any = b"no record" if how == "no bytes of a device" else None
 
     async def carry(index: int) -> None:
