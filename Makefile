@@ -44,6 +44,7 @@ docs: $(VENV)/core.stamp
 	@$(BIN)/python -m proto_v3.vfio.fsm_diagram > docs/states.md
 	@$(BIN)/python -m tests.rules
 	@$(BIN)/python -m experiments.api.document > docs/api.md
+	@$(BIN)/python -m experiments.report.left_out
 
 bench: $(VENV)/dev.stamp
 	@$(BIN)/python benchmarks/clock_vs_simpy.py

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from experiments import INTERRUPTED
+from experiments import INTERRUPTED, __version__
 from proto_v3.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,8 +36,24 @@ class Cli(click.Group):
             ctx.exit(INTERRUPTED)
 
 
+def print_version(ctx: click.Context, option: click.Parameter, asked: bool) -> None:
+    """Print the version, and the git revision if the code runs from a clone."""
+    if asked:
+        from experiments.runs.manifest import clone, git_revision
+
+        click.echo(f"proto-v3, version {__version__}{f' ({git_revision()})' if clone() else ''}")
+        ctx.exit()
+
+
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="proto-v3", prog_name="proto-v3")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=print_version,
+    help="Show the version and exit.",
+)
 def main() -> None:
     """Compare VFIO migration protocols, v2 and a multi-stream v3, on one simulated device.
 

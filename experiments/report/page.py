@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from experiments.report import answers, tables
+from experiments.report import answers, left_out, tables
 from experiments.report.parameters import parameter_rows
 from experiments.report.tables import say
 from experiments.runs.folder import replacing
@@ -21,7 +20,6 @@ from experiments.study.experiment import NAMES
 from proto_v3.errors import UserError
 from sim.scenario.file import load, shipped
 
-ROOT = Path(__file__).resolve().parents[2]
 README = "README.md"
 MAX_ROWS = 60
 """Of a table of effects on the page; all of them are in effects.parquet."""
@@ -66,7 +64,7 @@ def page(folder: Path, found: list[answers.Told]) -> str:
         missing=missing,
         others=list(_others(folder)),
         scenarios=[_scenario(name) for name in shipped()],
-        limits=list(_limits()),
+        limits=left_out.points(),
         versions=versions(),
         revision=git_revision(),
         max_rows=MAX_ROWS,
@@ -115,10 +113,3 @@ def _scenario(name: str) -> dict[str, Any]:
     scenario = load(name)
     rows = list(parameter_rows(scenario))
     return {"name": scenario.name, "description": scenario.description, "rows": rows}
-
-
-def _limits() -> Iterator[str]:
-    """What the model leaves out, as its document says."""
-    _, _, text = (ROOT / "docs" / "model.md").read_text(encoding="utf-8").partition("## What is left out\n")
-    for point in re.split(r"\n- ", "\n" + text.split("\n## ")[0].strip())[1:]:
-        yield " ".join(point.split())

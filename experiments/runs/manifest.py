@@ -10,14 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import polars as pl
+from typing import TYPE_CHECKING, Any
 
 from experiments import __version__
 from experiments.runs.folder import SCHEMA_VERSION
-from sim.outcome import Outcome
-from sim.scenario.scenario import Scenario
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from sim.outcome import Outcome
+    from sim.scenario.scenario import Scenario
 
 ABOVE = Path(__file__).resolve().parents[2]
 """The project's clone, or the folder that the packages are installed in."""
@@ -100,7 +102,11 @@ def clone() -> Path | None:
 
     Another repository around them, such as one in whose folder a virtual environment lies, does not count.
     """
-    return ABOVE if (ABOVE / ".git").exists() and (ABOVE / "pyproject.toml").is_file() else None
+    project = ABOVE / "pyproject.toml"
+    ours = (
+        (ABOVE / ".git").exists() and project.is_file() and 'name = "proto-v3"' in project.read_text(encoding="utf-8")
+    )
+    return ABOVE if ours else None
 
 
 def git_revision() -> str:

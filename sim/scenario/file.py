@@ -13,6 +13,7 @@ import os
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import did_you_mean, short
 
-FOLDER = Path(__file__).resolve().parents[2] / "scenarios"
+FOLDER = Path(str(resources.files("scenarios")))
+"""The shipped files: a package of their own, so that they are installed with the code."""
 OWN = ("name", "description", "published")
 NO_PARAMETERS = (*OWN, "sources", "extends")
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.cli import main
 from experiments.commands import run as sweep
-from experiments.report import answers
+from experiments.report import answers, left_out
 from experiments.runs.folder import ResultFolder
 from experiments.study.experiment import CLAIMS, Answer, Experiment, Finding, Point, Verdict
 from proto_v3.errors import UserError
@@ -205,3 +205,8 @@ def test_a_readme_without_a_place_for_the_answers_is_left_alone(tmp_path: Path) 
     assert done.exit_code == 2
     assert "has no place for the answers" in done.output
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+
+def test_what_the_model_leaves_out_is_shipped_as_its_document_says() -> None:
+    assert left_out.COPY.read_text(encoding="utf-8") == left_out.section(), "run `make docs`"
+    assert len(left_out.points()) > 5
