@@ -177,42 +177,6 @@ class FeatureMigDataSize(Structure):
 
 
 @dataclass(frozen=True, slots=True)
-class DmaLoggingControl(Structure):
-    """`struct vfio_device_feature_dma_logging_control`: data of DMA_LOGGING_START, SET."""
-
-    LAYOUT: ClassVar = {
-        "page_size": CType.U64,
-        "num_ranges": CType.U32,
-        "reserved": CType.U32,
-        "ranges": CType.U64,
-    }
-    page_size: int  # bytes, a hint
-    num_ranges: int
-    reserved: int
-    ranges: int  # address of num_ranges DmaLoggingRange
-
-
-@dataclass(frozen=True, slots=True)
-class DmaLoggingRange(Structure):
-    """`struct vfio_device_feature_dma_logging_range`: I/O virtual addresses whose writes are logged."""
-
-    LAYOUT: ClassVar = {"iova": CType.U64, "length": CType.U64}
-    iova: int
-    length: int  # bytes
-
-
-@dataclass(frozen=True, slots=True)
-class DmaLoggingReport(Structure):
-    """`struct vfio_device_feature_dma_logging_report`: data of DMA_LOGGING_REPORT, GET."""
-
-    LAYOUT: ClassVar = {"iova": CType.U64, "length": CType.U64, "page_size": CType.U64, "bitmap": CType.U64}
-    iova: int
-    length: int  # bytes
-    page_size: int  # bytes that one bit stands for
-    bitmap: int  # address of the bitmap; the kernel sets bits in it and clears none
-
-
-@dataclass(frozen=True, slots=True)
 class PrecopyInfo(Structure):
     """What `VFIO_MIG_GET_PRECOPY_INFO` on a data fd answers (`struct vfio_precopy_info`)."""
 

@@ -1,15 +1,16 @@
-"""When to stop the guest: what is left must fit the downtime limit at the measured bandwidth.
+"""When to stop the guest: the remaining bytes must fit the downtime limit at the measured bandwidth.
 
-As QEMU does it (migration/migration.c, migration_update_counters and migration_iteration_run): bandwidth is measured
-over windows of 100 ms, threshold = bandwidth x downtime limit, and a cheap estimate is refined to an exact figure
-only once it is below the threshold. Only bytes count: neither the device's save and load times nor its transitions
-are in it.
+As QEMU (migration/migration.c, migration_update_counters and migration_iteration_run): bandwidth is measured over
+windows of 100 ms, threshold = bandwidth x downtime limit, and a cheap estimate is refined to an exact figure only once
+it is below the threshold. Only bytes count: the device's save and load times and its transitions are not included.
 """
 
 from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
+
+from typing_extensions import override
 
 NS_PER_S = 1_000_000_000
 
@@ -26,9 +27,9 @@ class SwitchoverSettings:
     write_bytes: int
     ram_budget_ns: int
     cancel_ns: int | None = None
-    """The user cancels so long after the start, if the guest is not stopped yet."""
+    """The user cancels this long after the start, if the guest is not stopped yet. None: never."""
     given_bandwidth_bytes_per_s: float | None = None
-    """If set, used in place of the measured one (QEMU's avail-switchover-bandwidth)."""
+    """If set, used instead of the measured bandwidth (QEMU's avail-switchover-bandwidth)."""
 
 
 class Switchover:
@@ -42,7 +43,7 @@ class Switchover:
         self.bandwidth_bytes_per_s = 0.0 if given is None else given
 
     def sample(self, now_ns: int, bytes_sent: int) -> None:
-        """Take note of all bytes sent since the start; closes the window if it is over."""
+        """Record all bytes sent since the start; end the window if its time has passed."""
         elapsed_ns = now_ns - self._window_start_ns
         if elapsed_ns < self._settings.bandwidth_window_ns:
             return
@@ -52,19 +53,30 @@ class Switchover:
 
     @property
     def threshold_bytes(self) -> float:
-        """What may be left when the guest is stopped."""
+        """The most bytes that may remain when the guest is stopped."""
         return self.bandwidth_bytes_per_s * self._settings.downtime_limit_ns / NS_PER_S
 
     def fits(self, pending_bytes: int) -> bool:
-        """Whether so much can be sent within the downtime limit. Nothing left always fits, as nothing is to be sent."""
+        """Whether these bytes can be sent within the downtime limit. 0 bytes always fit."""
         return pending_bytes == 0 or pending_bytes < self.threshold_bytes
 
 
 class Backlog(abc.ABC):
-    """One part of what is left, RAM or a dirty stream, that moves beside the others: it must fit by itself, too.
+    """One part of the remaining bytes, RAM or a dirty stream, that must also fit the downtime limit by itself.
 
-    The sum says nothing about how soon one part is through. One that ran dry before its rate could be measured keeps up
-    with its source, as far as is known, and is not judged.
+    The parts move beside each other, so the sum does not show how soon one part is done. A part fits if
+
+        remaining < rate x max(downtime limit, decision interval)
+
+    The decision interval is in it because a part that runs dry within one interval is not measured as faster. If a part
+    was empty before its rate could be measured, it is taken to keep up and passes the check. For a limit of 300 ms:
+
+        rate        remaining   fits
+        10 MB/s     2 MB        yes, below 3 MB
+        10 MB/s     4 MB        no
+        none        4 MB        yes if the part was empty before, else no
+
+    The subclasses differ in the time over which they measure the rate.
     """
 
     def __init__(self, settings: SwitchoverSettings, now_ns: int) -> None:
@@ -72,76 +84,87 @@ class Backlog(abc.ABC):
         self._at_ns = now_ns
         self._sent_bytes = 0
         self._ran_dry = False
+        """Whether the part was empty at any sample."""
 
     @abc.abstractmethod
-    def sample(self, now_ns: int, bytes_sent: int, left_bytes: int) -> None:
-        """Take note of all bytes of this part sent since the start, and of what is left of it as far as is known."""
+    def sample(self, now_ns: int, bytes_sent: int, remaining_bytes: int) -> None:
+        """Record all bytes of this part sent since the start, and its remaining bytes as far as they are known."""
 
     @property
     @abc.abstractmethod
     def _bytes_per_s(self) -> float | None:
-        """As measured; None if nothing is known."""
+        """The measured rate; None if none could be measured."""
 
-    def fits(self, left_bytes: int) -> bool:
-        """Whether so much of it can be sent within the downtime limit, or until the next decision: what runs dry sooner
-        is not measured as faster."""
+    def fits(self, remaining_bytes: int) -> bool:
+        """Whether this part alone can be sent within the downtime limit. True if nothing remains or a bandwidth is
+        given."""
         settings, rate = self._settings, self._bytes_per_s
-        if left_bytes == 0 or settings.given_bandwidth_bytes_per_s is not None:
+        if remaining_bytes == 0 or settings.given_bandwidth_bytes_per_s is not None:
             return True
         if rate is None:
             return self._ran_dry
-        return left_bytes < rate * max(settings.downtime_limit_ns, settings.decision_interval_ns) / NS_PER_S
+        return remaining_bytes < rate * max(settings.downtime_limit_ns, settings.decision_interval_ns) / NS_PER_S
 
 
 class RamBacklog(Backlog):
-    """RAM, measured as in v2 over windows, but only such in which it never ran dry."""
+    """RAM: the rate is that of the last window, as in v2, if RAM was never empty in it; else there is none."""
 
     def __init__(self, settings: SwitchoverSettings, now_ns: int) -> None:
         super().__init__(settings, now_ns)
-        self._of_window: float | None = None
+        self._window_bytes_per_s: float | None = None
 
     @property
+    @override
     def _bytes_per_s(self) -> float | None:
-        return self._of_window
+        return self._window_bytes_per_s
 
-    def sample(self, now_ns: int, bytes_sent: int, left_bytes: int) -> None:
-        """See Backlog."""
+    @override
+    def sample(self, now_ns: int, bytes_sent: int, remaining_bytes: int) -> None:
         elapsed_ns = now_ns - self._at_ns
-        if left_bytes == 0:
-            self._of_window, self._ran_dry = None, True
+        if remaining_bytes == 0:
+            self._window_bytes_per_s, self._ran_dry = None, True
         elif elapsed_ns < self._settings.bandwidth_window_ns:
             return
         else:
-            self._of_window = (bytes_sent - self._sent_bytes) * NS_PER_S / elapsed_ns
+            self._window_bytes_per_s = (bytes_sent - self._sent_bytes) * NS_PER_S / elapsed_ns
         self._at_ns, self._sent_bytes = now_ns, bytes_sent
 
 
 class StreamBacklog(Backlog):
-    """A dirty stream, measured over the round under way, from when there was something left of it; or, if that is not
-    old enough to tell, over the last one, which ended when nothing was left. A SAVE, before its data can be read, is
-    part of a round."""
+    """A dirty stream: the rate is bytes / time of the current round, or of the last one if the current is shorter than
+    a window.
+
+    A round lasts from the first sample with something remaining to the next sample with nothing remaining. A SAVE,
+    before its data can be read, is part of the round. Example, samples at 100 ms with a window of 100 ms:
+
+        sent     remaining   round                    rate after the sample
+        0 MB     5 MB        begins                   none
+        3 MB     2 MB        3 MB in 100 ms           30 MB/s
+        5 MB     0 MB        ends: 5 MB in 200 ms     25 MB/s, until the next round is 100 ms old
+    """
 
     def __init__(self, settings: SwitchoverSettings, now_ns: int) -> None:
         super().__init__(settings, now_ns)
-        self._under_way = True
+        self._in_round = True
         self._round_ns = 0
         self._round_bytes = 0
-        self._of_last_round: float | None = None
+        self._last_round_bytes_per_s: float | None = None
 
     @property
+    @override
     def _bytes_per_s(self) -> float | None:
         if self._round_ns >= self._settings.bandwidth_window_ns:
             return self._round_bytes * NS_PER_S / self._round_ns
-        return self._of_last_round
+        return self._last_round_bytes_per_s
 
-    def sample(self, now_ns: int, bytes_sent: int, left_bytes: int) -> None:
-        """See Backlog."""
-        if self._under_way:
+    @override
+    def sample(self, now_ns: int, bytes_sent: int, remaining_bytes: int) -> None:
+        if self._in_round:
             self._round_ns += now_ns - self._at_ns
             self._round_bytes += bytes_sent - self._sent_bytes
-        self._at_ns, self._sent_bytes, self._under_way = now_ns, bytes_sent, left_bytes > 0
-        if not self._under_way:
+        self._at_ns, self._sent_bytes, self._in_round = now_ns, bytes_sent, remaining_bytes > 0
+        if not self._in_round:
             if self._round_bytes and self._round_ns:
-                self._of_last_round = self._round_bytes * NS_PER_S / self._round_ns
+                self._last_round_bytes_per_s = self._round_bytes * NS_PER_S / self._round_ns
             self._round_ns = self._round_bytes = 0
             self._ran_dry = True

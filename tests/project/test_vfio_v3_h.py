@@ -30,9 +30,6 @@ OF_VFIO_H = {
     uapi.FeatureMigration,
     uapi.FeatureMigState,
     uapi.FeatureMigDataSize,
-    uapi.DmaLoggingControl,
-    uapi.DmaLoggingRange,
-    uapi.DmaLoggingReport,
     uapi.PrecopyInfo,
 }
 """v2's: the kernel's own header has them."""
