@@ -1,4 +1,4 @@
-"""The clock that the model runs on, as a port: the virtual one (sim.clock.virtual) or real time (sim.live.real_time).
+"""The port of the clock that the model runs on: virtual (sim.clock.virtual) or real time (sim.live.real_time).
 
 All times are integer nanoseconds since the run began.
 """
@@ -24,37 +24,37 @@ class LoopStateError(ClockError, RuntimeError):
 
 
 class Timer(Protocol):
-    """A callback that is to run at a time."""
+    """A callback that will run at a time."""
 
     def cancel(self) -> None:
-        """Keep it from running."""
+        """Keep the callback from running."""
 
 
 class Time(Protocol):
-    """A clock that the model runs on: a VirtualLoop, or the real time of live mode (sim.live.real_time)."""
+    """A clock that the model runs on."""
 
     @property
     def _now_ns(self) -> int:
         """Nanoseconds since the run began."""
 
     def _wakeup_at(self, when_ns: int) -> asyncio.Future[None]:
-        """A future that is done at that time."""
+        """A future that is done at `when_ns`."""
 
     def call_at_ns(self, when_ns: int, callback: Callback, *args: Any) -> Timer:
-        """Run the callback at that time."""
+        """Run the callback at `when_ns`."""
 
     def _take_late_ns(self) -> int:
-        """How late the current task was woken by its last timer, told once: real timers are late, virtual ones never.
+        """How late the last timer woke the current task, in ns. Returned once, then 0. Virtual timers are never late.
 
-        Whoever has a next deadline takes it off, so that what is late does not add up.
+        The caller subtracts it from its next delay, so that lateness does not add up.
         """
 
     def _was_late(self, task: asyncio.Task[Any] | None, late_ns: int) -> None:
-        """A task is woken so late."""
+        """Record that a timer wakes this task `late_ns` late."""
 
 
 class _Running(threading.local):
-    """Has the clock of this thread: the virtual loop while one runs, or one that was set by `use`.
+    """Holds the clock of this thread: the virtual loop while one runs, or the one set by `use`.
 
     asyncio.get_running_loop would do, but makes a system call on Python 3.11: a tenth of the cost of a `sleep_ns`.
     """
@@ -69,7 +69,7 @@ running = _Running()
 
 
 def use(time: Time) -> None:
-    """Let the model run on another clock in this thread from now on: live mode does it, once a process."""
+    """Run the model on this clock in this thread from now on. Live mode calls it once in each process."""
     running.clock = time
 
 
@@ -79,12 +79,12 @@ def current() -> Time:
 
 
 def now_ns() -> int:
-    """The time in nanoseconds, of the clock that runs."""
+    """The time of this thread's clock, in nanoseconds."""
     return running.clock._now_ns
 
 
 async def sleep_ns(delay_ns: int) -> None:
-    """Wait for `delay_ns` nanoseconds; if 0, until all that is ready has run. ValueError if negative."""
+    """Wait for `delay_ns` nanoseconds; if 0, until all ready callbacks have run. ValueError if negative."""
     loop = running.clock
     await loop._wakeup_at(loop._now_ns + delay_ns)
 

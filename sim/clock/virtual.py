@@ -1,54 +1,53 @@
 """The virtual clock: an asyncio event loop whose time is an integer number of nanoseconds.
 
 Theory. A discrete-event simulation and an event loop are the same machine: callbacks that are ready, and a heap of
-timers. A real loop sleeps until the next timer is due; this one sets its clock to that deadline and goes on. Ordinary
-asyncio code (tasks, queues, locks, timeouts) is then a simulation model, and a day of it takes as long as its
-callbacks take. Two things are kept:
+timers. A real loop sleeps until the next timer is due. This one sets its clock to that deadline and continues. Ordinary
+asyncio code (tasks, queues, locks, timeouts) is then a simulation model, and a simulated day takes as long as its
+callbacks take. Two rules hold:
 
-* One rule of order. Ready callbacks run first in, first out; when none is left, the next timer fires, by deadline and
-  then by the order in which the timers were set, whichever call set them. So all that a timer sets off at an instant
-  is over before the next one fires, be it due at that same instant. It follows that code which spins on
-  `asyncio.sleep(0)` until a timer has fired spins for ever; `VirtualLoop.max_callbacks_per_instant` ends it.
+* Order. Ready callbacks run first in, first out. If none is ready, the next timer fires: by deadline, then by the order
+  in which the timers were set, whichever call set them. So everything that a timer starts at an instant is finished
+  before the next timer fires, even if that one is due at the same instant. Code that spins on `asyncio.sleep(0)` until
+  a timer fires therefore never ends; `VirtualLoop.max_callbacks_per_instant` stops it.
 
-* A run can be repeated. Nothing outside the program may take part: threads, sockets, signals and processes are refused
-  by name. And asyncio keeps tasks in sets, which iterate in an order that memory addresses decide: here tasks and
-  `create_future`'s futures hash by a number that counts from 1 in each loop. The order in which a TaskGroup cancels its
-  children is thereby the same in every process, but it is not the order of creation, since a set iterates by hash
-  modulo its table size. (`run` cancels what is left over in the order of creation.)
+* Repeatability. Nothing outside the program may take part: threads, sockets, signals and processes are refused by name.
+  asyncio keeps tasks in sets, which iterate in an order that depends on memory addresses. Here tasks, and futures of
+  `create_future`, hash by a number that counts from 1 in each loop. So a TaskGroup cancels its children in the same
+  order in every process. It is not the order of creation, because a set iterates by hash modulo its table size. (`run`
+  cancels remaining tasks in the order of creation.)
 
 What can still differ between processes: sets of strings or of objects that hash by address, which includes bare
-coroutines given to `asyncio.as_completed` (give it tasks) and futures made by `gather` or by hand; and what finalizers
-do for objects in a reference cycle, which go when the garbage collector finds them.
+coroutines given to `asyncio.as_completed` (give it tasks) and futures made by `gather` or by hand; and finalizers of
+objects in a reference cycle, which run when the garbage collector finds them.
 
-Errors. If no callback is ready and no timer is set, nothing can happen any more: a `DeadlockError` says where each task
-waits. A task's exception is raised when its loop closes unless it has been retrieved, in asyncio's sense of the word:
-what `gather` and `shield` drop on purpose has been. Of the tasks that are done, the loop keeps those that failed.
+Errors. If no callback is ready and no timer is set, nothing can happen any more: `DeadlockError` reports where each
+task waits. A task's exception is raised when its loop closes, unless it was retrieved in asyncio's sense; what `gather`
+and `shield` drop on purpose was. Of the tasks that are done, the loop keeps those that failed.
 
-Units. Names with `_ns` take and give integers, nanoseconds since the loop's start, without a limit. asyncio's own
-interface is in float seconds: delays are rounded to the nanosecond; deadlines (`call_at`, and so `asyncio.timeout`,
-which adds to `loop.time()`) are exact for the first 2**21 s (24 days) and then as good as floats of that size, which is
-within 6 ns for the first year.
+Async generators that are still open at the end are not closed: the code that uses one must do it (`aclosing`).
+
+Units. Names with `_ns` take and return integers, nanoseconds since the loop's start, without a limit. asyncio's own
+interface uses float seconds: delays are rounded to the nanosecond. Deadlines (`call_at`, and so `asyncio.timeout`,
+which adds to `loop.time()`) are exact for the first 2**21 s (24 days); after that they are as exact as floats of that
+size, within 6 ns for the first year.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import logging
-import sys
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import Context, copy_context
 from heapq import heapify, heappop, heappush
 from operator import index
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
-from weakref import WeakSet, WeakValueDictionary
+from typing import Any, NoReturn, TypeVar
 
 from sim.clock.port import Callback, ClockError, LoopStateError, running
+from sim.clock.stuck import DeadlockError, StuckError, TimeLimitError, waiting_tasks
 
 T = TypeVar("T")
 
@@ -57,52 +56,15 @@ _NEVER = 1 << 100  # the deadline of `asyncio.sleep(inf)`
 
 
 class RealIOError(ClockError):
-    """The program called a method of the loop that would let the real world in; the message names it."""
-
-
-class CodePlace(NamedTuple):
-    """A line of code that waits."""
-
-    function: str
-    file: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.function} ({'/'.join(Path(self.file).parts[-2:])}:{self.line})"
-
-
-class WaitingTask(NamedTuple):
-    """An unfinished task: its name, its awaits from the innermost out, the name of the task it waits for, if any."""
-
-    name: str
-    places: tuple[CodePlace, ...]
-    awaits: str | None
-
-    def __str__(self) -> str:
-        where = ", called from ".join(map(str, self.places)) or "an unknown place"
-        return f"{self.name} waits in {where}" + (f", for task {self.awaits}" if self.awaits else "")
-
-
-class StuckError(ClockError):
-    """A run that would not end. `waiting` lists the unfinished tasks in the order of their creation."""
-
-    def __init__(self, reason: str, waiting: list[WaitingTask]) -> None:
-        super().__init__("\n  ".join([reason, *map(str, waiting)]))
-        self.waiting = waiting
-
-
-class DeadlockError(StuckError):
-    """No callback is ready and no timer is set, yet what the run is for is not done."""
-
-
-class TimeLimitError(StuckError):
-    """Virtual time would pass the loop's limit, or callbacks go on and on while it stands still."""
+    """The program called a method of the loop that would use the real world; the message names it."""
 
 
 class Handle:
-    """A callback that is to run."""
+    """A callback that will run, soon or at a time."""
 
-    __slots__ = ("_args", "_callback", "_cancelled", "_context")
+    __slots__ = ("_args", "_callback", "_cancelled", "_context", "when_ns")
+    when_ns: int
+    """For a timer: when it is due."""
 
     def __init__(self, callback: Callback, args: tuple[Any, ...], context: Context | None) -> None:
         self._callback = callback
@@ -113,7 +75,7 @@ class Handle:
     def cancel(self) -> None:
         """Keep the callback from running, if it has not run yet."""
         self._cancelled = True
-        self._callback, self._args = _do_nothing, ()  # what they refer to need not live until the deadline
+        self._callback, self._args = _do_nothing, ()  # so that their objects need not live until the deadline
 
     def cancelled(self) -> bool:
         """True after `cancel`."""
@@ -124,22 +86,10 @@ def _do_nothing() -> None:
     """The callback of a cancelled handle."""
 
 
-class TimerHandle(Handle):
-    """A callback that is to run at a time."""
-
-    __slots__ = ("when_ns",)
-    when_ns: int
-
-    def when(self) -> float:
-        """The time in seconds; `when_ns` has it exactly."""
-        return self.when_ns / _NS
-
-
 class _Future(asyncio.Future[T]):
-    """A future that hashes by a number, drawn when it is first hashed: few futures ever get into a set.
+    """A future that hashes by a number. The number is drawn at the first hash, as few futures ever get into a set.
 
-    The number costs nothing, but asyncio awaits a class other than its own in a slower way: an eighth of the cost of
-    an asyncio.sleep.
+    The number is free, but asyncio awaits a class other than its own more slowly: an eighth of an asyncio.sleep.
     """
 
     __slots__ = ("_number",)
@@ -177,8 +127,8 @@ def _refusal(name: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-# All public methods of an event loop, refused. VirtualLoop overrides those that it provides; what a later Python adds
-# stays refused.
+# All public methods of an event loop, refused. VirtualLoop overrides those that it provides. A method that a later
+# Python adds stays refused.
 _Refusing: Any = type(
     "_Refusing",
     (asyncio.AbstractEventLoop,),
@@ -189,7 +139,7 @@ _Refusing: Any = type(
 class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
     """An event loop in virtual time, for one thread. `run` is the simple way to use it; asyncio.Runner works too.
 
-    limit_ns: TimeLimitError instead of letting a timer fire that is due later than this; None for no limit.
+    limit_ns: raise TimeLimitError before a timer fires that is due later than this; None: no limit.
     """
 
     max_callbacks_per_instant = 10_000_000  # past this, at the latest at its double, TimeLimitError
@@ -199,14 +149,12 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
         self._now_ns = 0
         self._ready: deque[Handle] = deque()
         # (deadline, number, timer): all numbers differ, so a comparison ends there and stays within C.
-        self._timers: list[tuple[int, int, TimerHandle | asyncio.Future[None]]] = []
+        self._timers: list[tuple[int, int, Handle | asyncio.Future[None]]] = []
         self._task_numbers = itertools.count(1)
-        self._numbers = itertools.count(1)  # of all else: timers, async generators, futures in sets
+        self._numbers = itertools.count(1)  # of everything else: timers, futures in sets
         self._tasks: dict[int, _Task[Any]] = {}  # those not done, by number and so in the order of creation
         self._failed: list[_Task[Any]] = []
         self._other_errors: list[BaseException] = []
-        self._asyncgens: WeakValueDictionary[int, AsyncGenerator[Any, Any]] = WeakValueDictionary()
-        self._closers: WeakSet[asyncio.Task[Any]] = WeakSet()  # tasks that close an async generator
         self._awaited: asyncio.Future[Any] | None = None
         self._thread = threading.get_ident()
         self._running = self._stopping = self._closed = False
@@ -216,10 +164,6 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
     def time(self) -> float:
         """Virtual time in seconds."""
         return self._now_ns / _NS
-
-    def time_ns(self) -> int:
-        """Virtual time in nanoseconds."""
-        return self._now_ns
 
     def call_soon(self, callback: Callback, *args: Any, context: Context | None = None) -> Handle:
         """Run the callback at this instant, after those that are ready. If it raises, the run ends with that error."""
@@ -233,26 +177,24 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
             raise RealIOError("loop.call_soon_threadsafe is refused in another thread: chance would decide the order")
         return self.call_soon(callback, *args, context=context)
 
-    def call_later(self, delay: float, callback: Callback, *args: Any, context: Context | None = None) -> TimerHandle:
+    def call_later(self, delay: float, callback: Callback, *args: Any, context: Context | None = None) -> Handle:
         """Run the callback in `delay` seconds, rounded to the nanosecond; now if negative, never if infinite."""
         return self._call_at(self._now_ns + max(0, _to_ns(delay)), callback, args, context)
 
-    def call_at(self, when: float, callback: Callback, *args: Any, context: Context | None = None) -> TimerHandle:
+    def call_at(self, when: float, callback: Callback, *args: Any, context: Context | None = None) -> Handle:
         """Run the callback at `when` seconds, rounded to the nanosecond; now if that is past, never if infinite."""
         return self._call_at(max(self._now_ns, _to_ns(when)), callback, args, context)
 
-    def call_later_ns(
-        self, delay_ns: int, callback: Callback, *args: Any, context: Context | None = None
-    ) -> TimerHandle:
+    def call_later_ns(self, delay_ns: int, callback: Callback, *args: Any) -> Handle:
         """Run the callback in `delay_ns` nanoseconds. ValueError if negative, TypeError if not an integer."""
-        return self._call_at(self._now_ns + delay_ns, callback, args, context)
+        return self._call_at(self._now_ns + delay_ns, callback, args, None)
 
-    def call_at_ns(self, when_ns: int, callback: Callback, *args: Any, context: Context | None = None) -> TimerHandle:
+    def call_at_ns(self, when_ns: int, callback: Callback, *args: Any) -> Handle:
         """Run the callback at `when_ns` nanoseconds. ValueError if that is past, TypeError if not an integer."""
-        return self._call_at(when_ns, callback, args, context)
+        return self._call_at(when_ns, callback, args, None)
 
-    def _call_at(self, when_ns: int, callback: Callback, args: tuple[Any, ...], context: Context | None) -> TimerHandle:
-        handle = TimerHandle(callback, args, context)
+    def _call_at(self, when_ns: int, callback: Callback, args: tuple[Any, ...], context: Context | None) -> Handle:
+        handle = Handle(callback, args, context)
         handle.when_ns = when_ns
         self._set_timer(when_ns, handle)
         return handle
@@ -260,20 +202,21 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
     def _wakeup_at(self, when_ns: int) -> asyncio.Future[None]:
         """A future that is done at `when_ns`.
 
-        It is a timer itself and needs no handle, and as no one else sees it, it can be of asyncio's own class, which
-        asyncio awaits faster than another: a `sleep_ns` costs half of an asyncio.sleep.
+        The future is the timer itself and needs no handle. As nobody else sees it, it can be of asyncio's own class,
+        which asyncio awaits faster: a `sleep_ns` costs half of an asyncio.sleep.
         """
         future: asyncio.Future[None] = asyncio.Future(loop=self)
         self._set_timer(when_ns, future)
         return future
 
     def _take_late_ns(self) -> int:
+        """0: virtual timers are never late."""
         return 0
 
     def _was_late(self, task: asyncio.Task[Any] | None, late_ns: int) -> None:
-        """See Time."""
+        """Nothing to record: virtual timers are never late."""
 
-    def _set_timer(self, when_ns: int, timer: TimerHandle | asyncio.Future[None]) -> None:
+    def _set_timer(self, when_ns: int, timer: Handle | asyncio.Future[None]) -> None:
         when_ns = index(when_ns)
         if when_ns < self._now_ns:
             raise ValueError(f"{when_ns} ns is past: it is {self._now_ns} ns")
@@ -304,7 +247,7 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
             self._failed.append(task)
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """Keep an error that asyncio has no one to raise it to; `close` raises it."""
+        """Keep an error that asyncio cannot raise to anybody; `close` raises it."""
         message = context.get("message", "an error without a message")
         error = context.get("exception") or RuntimeError(message)
         if self._closed:  # from a finalizer: too late to be raised
@@ -316,16 +259,13 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
         """False: asyncio's debug mode is about real time and threads."""
         return False
 
-    def set_debug(self, enabled: bool) -> None:
-        """Ignored, see `get_debug`."""
-
     # Running.
 
     def run_until_complete(self, future: Awaitable[T]) -> T:
-        """Run until the coroutine or future is done; give its result or raise its exception.
+        """Run until the coroutine or future is done. Return its result, or raise its exception.
 
-        DeadlockError, TimeLimitError and a plain callback's exception end the run earlier. All other tasks stay as
-        they then are, to go on in the next run.
+        DeadlockError, TimeLimitError and an exception of a plain callback end the run earlier. All other tasks stay as
+        they are then, and continue in the next run.
         """
         self._check_idle()
         awaited: asyncio.Future[T] = asyncio.ensure_future(future, loop=self)
@@ -340,7 +280,7 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
         return awaited.result()
 
     def _awaited_done(self, future: asyncio.Future[Any]) -> None:
-        if future is self._awaited:  # and not that of an earlier run, which something else ended
+        if future is self._awaited:  # not that of an earlier run, which something else ended
             self.stop()
 
     def run_forever(self) -> None:
@@ -351,9 +291,7 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
 
     @contextmanager
     def _current(self) -> Iterator[None]:
-        """Be the loop that runs in this thread."""
-        old_hooks = sys.get_asyncgen_hooks()
-        sys.set_asyncgen_hooks(firstiter=self._asyncgen_started, finalizer=self._asyncgen_dropped)
+        """Make this the running loop of the thread."""
         asyncio._set_running_loop(self)
         self._thread, self._running, running.clock = threading.get_ident(), True, self
         try:
@@ -362,7 +300,6 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
             self._running = self._stopping = False
             del running.clock
             asyncio._set_running_loop(None)
-            sys.set_asyncgen_hooks(*old_hooks)
 
     def _run(self) -> None:
         ready, timers = self._ready, self._timers
@@ -383,16 +320,20 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
                     return
             else:
                 if budget_start_ns == self._now_ns:
-                    raise TimeLimitError(f"callbacks go on and on at {self._now_ns} ns", self._waiting())
+                    raise TimeLimitError(
+                        f"callbacks go on and on at {self._now_ns} ns", waiting_tasks(self._tasks.values())
+                    )
                 budget, budget_start_ns = itertools.repeat(None, self.max_callbacks_per_instant), self._now_ns
                 continue
 
-            if len(timers) > compact_at:  # a cancelled timer stays until it is due, but not if they are the most
+            if len(timers) > compact_at:  # a cancelled timer stays until it is due, unless most timers are cancelled
                 timers[:] = [entry for entry in timers if not entry[2].cancelled()]
                 heapify(timers)
                 compact_at = max(1000, 2 * len(timers))
             if not timers:
-                raise DeadlockError(f"nothing can happen any more at {self._now_ns} ns", self._waiting())
+                raise DeadlockError(
+                    f"nothing can happen any more at {self._now_ns} ns", waiting_tasks(self._tasks.values())
+                )
             entry = heappop(timers)
             when_ns, _, timer = entry
             if timer.cancelled():
@@ -400,15 +341,15 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
             if when_ns > self._limit_ns:
                 heappush(timers, entry)
                 reason = f"the next timer is due at {when_ns} ns, past the limit of {self._limit_ns} ns"
-                raise TimeLimitError(reason, self._waiting())
+                raise TimeLimitError(reason, waiting_tasks(self._tasks.values()))
             self._now_ns = when_ns
-            if isinstance(timer, TimerHandle):
+            if isinstance(timer, Handle):
                 ready.append(timer)
             else:
                 timer.set_result(None)
 
     def stop(self) -> None:
-        """Let the run end after the callback that runs now. What is ready stays so for the next run."""
+        """End the run after the current callback. Ready callbacks stay ready for the next run."""
         self._stopping = True
 
     def is_running(self) -> bool:
@@ -425,52 +366,27 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
         if asyncio._get_running_loop() is not None:
             raise LoopStateError("an event loop is running in this thread already: await the coroutine there")
 
-    def _waiting(self) -> list[WaitingTask]:
-        waiting = []
-        for task in self._tasks.values():
-            if not task.done():
-                awaited = getattr(task, "_fut_waiter", None)
-                awaits = awaited.get_name() if isinstance(awaited, asyncio.Task) else None
-                waiting.append(WaitingTask(task.get_name(), _await_chain(task.get_coro()), awaits))
-        return waiting
-
     # Ending.
 
     async def _end_tasks(self) -> None:
-        """Cancel the other tasks in the order of creation and wait for their end; then any that they have started.
-
-        Tasks that close an async generator, perhaps one that a cancelled task has just dropped, are not cancelled.
-        """
+        """Cancel the other tasks in the order of creation and wait for their end; then the tasks that they started."""
         me = asyncio.current_task()
         while others := [task for task in self._tasks.values() if task is not me and not task.done()]:
             for task in others:
-                if task not in self._closers:
-                    task.cancel()
+                task.cancel()
             await asyncio.wait(others)
 
-    def _asyncgen_started(self, generator: AsyncGenerator[Any, Any]) -> None:
-        self._asyncgens[next(self._numbers)] = generator
-
-    def _asyncgen_dropped(self, generator: AsyncGenerator[Any, Any]) -> None:
-        if not self._closed:
-            self._closers.add(self.create_task(generator.aclose()))
-
     async def shutdown_asyncgens(self) -> None:
-        """Close the async generators that are still open, in the order of their start."""
-        for generator in list(self._asyncgens.values()):
-            try:
-                await generator.aclose()
-            except Exception as error:
-                self.call_exception_handler({"exception": error})
+        """Nothing to do: async generators are their users' to close. asyncio.Runner calls this."""
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
-        """Nothing to do: there is none."""
+        """Nothing to do: there is no executor. asyncio.Runner calls this."""
 
     def close(self) -> None:
-        """Close the loop, and the coroutines of tasks that are still not done.
+        """Close the loop, and the coroutines of tasks that are not done.
 
-        Raises an exception group of the errors that no one has retrieved: those of tasks in the order in which they
-        failed, with a note that names the task, then others.
+        Raises an exception group of the errors that nobody retrieved: those of tasks in the order in which they failed,
+        with a note that names the task, then the others.
         """
         if asyncio._get_running_loop() is not None:
             raise LoopStateError("a loop cannot be closed while one runs in this thread")
@@ -486,7 +402,9 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
         errors: list[BaseException] = []
         for task in self._failed:
             error = task.exception() if task._log_traceback else None
-            if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):  # asyncio has raised those
+            if error is not None and not isinstance(
+                error, (KeyboardInterrupt, SystemExit)
+            ):  # asyncio raised these itself
                 error.add_note(f"Raised in task {task.get_name()!r}, from which no one has retrieved it.")
                 errors.append(error)
         errors += self._other_errors
@@ -496,57 +414,55 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
             raise BaseExceptionGroup("errors of a run that no one has retrieved", errors)
 
     def _close_coroutine(self, task: _Task[Any]) -> None:
-        """Close the coroutine of a task that has no other way to end, without a warning about it later."""
+        """Close the coroutine of a task that cannot end otherwise, without a warning about it later."""
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio uses it on tasks from outside, too
         coro: Any = task.get_coro()
-        for _ in range(10):  # a `finally` that awaits outlives the first
+        for _ in range(10):  # a `finally` that awaits survives the first close()
             try:
                 coro.close()
                 break
             except BaseException as error:
-                if getattr(coro, "cr_frame", None) is None:  # it has ended, by this error
+                if getattr(coro, "cr_frame", None) is None:  # this error ended it
                     self._other_errors.append(error)
 
 
 def run(main: Coroutine[Any, Any, T], *, limit_ns: int | None = None, name: str = "main") -> T:
     """Run a coroutine to its end in a new VirtualLoop, as a task of that name, and return its result.
 
-    Other tasks that are left over are then cancelled, in the order of creation, and run to their end; async generators
-    and the loop are closed.
+    Remaining tasks are then cancelled in the order of creation and run to their end, and the loop is closed.
 
-    What ended the run early (an exception of `main` or of a plain callback, DeadlockError, TimeLimitError) is raised
-    as it is if it is the only error. Errors that no one has retrieved are raised in an exception group, behind it if
-    there is one. KeyboardInterrupt and SystemExit are raised as they are in any case; notes on them tell of the other
+    If one error ended the run early (an exception of `main` or of a plain callback, DeadlockError, TimeLimitError) and
+    there is no other, it is raised as it is. Errors that nobody retrieved are raised in an exception group, after that
+    error if there is one. KeyboardInterrupt and SystemExit are always raised as they are; notes on them list the other
     errors. LoopStateError if an event loop is running in this thread.
     """
     loop = VirtualLoop(limit_ns)
     try:
         loop._check_idle()
     except LoopStateError:
-        main.close()  # it is not going to run, and a warning about that would only distract
+        main.close()  # it will not run, and a warning about that would only distract
         raise
     task = loop.create_task(main, name=name)
     errors: list[BaseException] = []
-    stages: list[Callable[[], Any]] = [lambda: task, loop._end_tasks, loop.shutdown_asyncgens, loop._end_tasks]
-    for stage in stages:
+    for stage in (lambda: task, loop._end_tasks):
         try:
             loop.run_until_complete(stage())
         except BaseException as error:
             errors.append(error)
-    only = len(errors) == 1
+    alone = len(errors) == 1
     try:
         loop.close()
     except BaseExceptionGroup as group:
-        only = False
+        alone = False
         errors += group.exceptions
     for interrupt in errors:
         if isinstance(interrupt, (KeyboardInterrupt, SystemExit)):
             for other in errors:
-                # A signal may have cut a callback of the loop off, and its task then waits for ever: no news.
+                # A signal may have interrupted a callback of the loop, and its task then waits for ever: expected.
                 if other is not interrupt and not isinstance(other, StuckError):
                     interrupt.add_note(f"Another error of the run: {other!r}")
             raise interrupt
-    if only:
+    if alone:
         raise errors[0]
     if errors:
         raise BaseExceptionGroup("errors of a run", errors)
@@ -558,21 +474,3 @@ def _to_ns(seconds: float) -> int:
         return round(seconds * _NS)
     except OverflowError:  # infinity
         return _NEVER if seconds > 0 else 0
-
-
-def _await_chain(awaited: object) -> tuple[CodePlace, ...]:
-    """Where a suspended coroutine stands, from its innermost await out."""
-    places = []
-    while awaited is not None:
-        for frame_name, next_name in (("cr_frame", "cr_await"), ("gi_frame", "gi_yieldfrom"), ("ag_frame", "ag_await")):
-            if hasattr(awaited, frame_name):
-                frame, awaited = getattr(awaited, frame_name), getattr(awaited, next_name)
-                if frame is not None:
-                    places.append(CodePlace(frame.f_code.co_qualname, frame.f_code.co_filename, frame.f_lineno))
-                break
-        else:
-            # What `async for` and `__await__` put in between does not tell what it drives; the garbage collector does.
-            # All else is a future, or foreign, and the end of the chain.
-            hides = type(awaited).__name__ in ("async_generator_asend", "async_generator_athrow", "coroutine_wrapper")
-            awaited = gc.get_referents(awaited)[0] if hides else None
-    return tuple(reversed(places))
