@@ -26,10 +26,10 @@ from sim.device.save import SaveStream
 from sim.device.save_v3 import CriticalStream, V3Stream
 from sim.host.link import ConnectionEnd
 from sim.outcome import Outcome
-from sim.run import VirtualRun
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
+from tests.build.runs import prepared
 from tests.build.scenario import small_scenario
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,8 +111,7 @@ class Watched:
 
     def __init__(self, name: str, changes: dict[str, Any] | None = None, cut: Cut | None = None) -> None:
         scenario = small_scenario(changes)
-        protocol = Protocol.parse(name, scenario)
-        self.run = VirtualRun(protocol.applied(scenario), protocol, 1, None)
+        self.run = prepared(scenario, name)
         self.steps: list[Step] = []
         self._cut = cut
         self._round_trip_s = scenario.link.round_trip_us / 1e6

@@ -32,10 +32,9 @@ from sim.device.save_v3 import V3Stream
 from sim.device.stream import fails
 from sim.host.machine import MachineModel
 from sim.outcome import Outcome
-from sim.run import VirtualRun
-from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import ns
+from tests.build.runs import prepared
 from tests.build.scenario import small_scenario
 
 PROTOCOLS = [
@@ -63,9 +62,8 @@ class Watched:
     """A run under watch: who ran the guest, which arcs were taken, what fds were given out."""
 
     def __init__(self, scenario: Scenario, name: str) -> None:
-        protocol = Protocol.parse(name, scenario)
         self.scenario = scenario
-        self.run = VirtualRun(protocol.applied(scenario), protocol, 1, None)
+        self.run = prepared(scenario, name)
         self.arcs: dict[str, set[str]] = {"source": set(), "target": set()}
         self.fds: dict[str, list[DataFd]] = {"source": [], "target": []}
         self.most_running = 0

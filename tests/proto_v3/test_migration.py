@@ -16,10 +16,11 @@ from sim.clock import virtual
 from sim.device.load_v3 import V3LoadSession
 from sim.device.record import HEADER_BYTES, Record
 from sim.outcome import Outcome
-from sim.run import VirtualRun, simulate
+from sim.run import simulate
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import MIB, ns
+from tests.build.runs import prepared, run
 from tests.build.scenario import small_scenario
 
 PROTOCOLS = ("v2", "v2-multifd", "v3-n1", "v3-n4")
@@ -30,10 +31,6 @@ WAYS = (
     *("v3-n1", "v3-n3", "v3-n8", "v3-n4-invalidate-retry", "v3-n2-pool-retry", "v3-n3-one-invalidate"),
     *("v3-blocks-n2", "v3-blocks-n4-pool-invalidate-retry", "v3-blocks-n3-one"),
 )
-
-
-def run(scenario: Scenario, protocol: str, seed: int = 1) -> Outcome:
-    return simulate(scenario, Protocol.parse(protocol, scenario), seed)
 
 
 # --- any machine -----------------------------------------------------------------------------------------------------
@@ -263,8 +260,7 @@ IN_STEP = small_scenario(
 @example(scenario=IN_STEP, name="v3-blocks-n4")
 def test_v3_loads_nothing_dirty_before_the_critical_data_of_its_epoch(scenario: Scenario, name: str) -> None:
     """Reckoned from the guest's plan: in epoch e the first e - 1 reconfigurations have happened."""
-    protocol = Protocol.parse(name, scenario)
-    run = VirtualRun(protocol.applied(scenario), protocol, 1, None)
+    run = prepared(scenario, name)
     original = V3LoadSession.load
     early: list[str] = []
     loaded = 0

@@ -24,8 +24,8 @@ from sim.clock.port import now_ns, sleep_ns
 from sim.outcome import Outcome
 from sim.run import VirtualRun, simulate
 from sim.scenario.protocol import Protocol
-from sim.scenario.scenario import Scenario
 from sim.scenario.units import MIB, ns
+from tests.build.runs import kept_run
 from tests.build.scenario import small_scenario, virtual
 
 
@@ -509,10 +509,7 @@ AT_ONCE = {
 
 
 def migrated(changes: dict[str, Any], name: str = "v2-multifd") -> tuple[Outcome, VirtualRun]:
-    scenario: Scenario = small_scenario(changes)
-    protocol = Protocol.parse(name, scenario)
-    kept = VirtualRun(protocol.applied(scenario), protocol, 1, None)
-    outcome = clock.run(kept.outcome())
+    outcome, kept = kept_run(small_scenario(changes), name)
     assert outcome.kind is OutcomeKind.COMPLETED, outcome.reason
     return outcome, kept
 

@@ -29,9 +29,8 @@ from sim.device.record import Bulk
 from sim.device.save_v2 import V2Stream
 from sim.outcome import Outcome
 from sim.run import VirtualRun
-from sim.scenario.protocol import Protocol
-from sim.scenario.scenario import Scenario
 from sim.scenario.units import KIB, MIB, ns
+from tests.build.runs import kept_run
 from tests.build.scenario import small_scenario, virtual
 
 MS = 1_000_000
@@ -831,10 +830,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
 
 
 def migrated(changes: dict[str, Any], name: str) -> tuple[Outcome, VirtualRun]:
-    scenario: Scenario = small_scenario(changes)
-    protocol = Protocol.parse(name, scenario)
-    kept = VirtualRun(protocol.applied(scenario), protocol, 1, None)
-    return clock.run(kept.outcome()), kept
+    return kept_run(small_scenario(changes), name)
 
 
 # All critical data of a device takes 200 ms to set up, its bytes are sent in 10; a million bytes fit.
@@ -943,9 +939,7 @@ def test_an_object_that_becomes_new_between_two_records_of_one_image_is_told_of_
         "driver.chunks": 8,
         "vmm.downtime_limit_ms": 2.0,
     }
-    protocol = Protocol.parse("v2-reinit-flush", scenario := small_scenario(changes))
-    kept = VirtualRun(protocol.applied(scenario), protocol, 4, None)
-    outcome = clock.run(kept.outcome())
+    outcome, kept = kept_run(small_scenario(changes), "v2-reinit-flush", 4)
     assert kept.states[0].activity.reconfiguration_objects.tolist() == [[2]], "seed 4; saved with the second record"
     last = kept.drivers_at_target[0].critical_loads[-1]
     assert len(reinits) == 1

@@ -13,17 +13,13 @@ import pytest
 from experiments.runs import table as results
 from experiments.runs.pool import Cell, run_cells
 from sim.outcome import Outcome
-from sim.run import simulate
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
+from tests.build.runs import run
 from tests.build.scenario import BUSY, ENDS_EARLY, small_scenario
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(scenario: Scenario, protocol: str, seed: int) -> Outcome:
-    return simulate(scenario, Protocol.parse(protocol, scenario), seed)
 
 
 V3_WAYS = ["v3-n4-pool-invalidate-retry", "v3-n3-one", "v3-blocks-n4-pool"]

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 
 from experiments.runs.table import row
 from proto_v3.vmm.migration import OutcomeKind
-from sim.outcome import Outcome
-from sim.run import simulate
 from sim.scenario.file import load, shipped
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.theory.downtime_bound import DowntimeBound, _queue, lower_bound, stops_ns
+from tests.build.runs import run
 from tests.build.scenario import small_scenario
 
 MS = 1_000_000
@@ -34,10 +33,6 @@ FEW_OF = ("late-reconfig", "nic-reconfig", "vgpu-32g", "szmigiero-4vf-", "vmware
 def bound_of(scenario: Scenario, protocol: str) -> DowntimeBound:
     parsed = Protocol.parse(protocol, scenario)
     return lower_bound(parsed.applied(scenario), parsed)
-
-
-def run(scenario: Scenario, protocol: str) -> Outcome:
-    return simulate(scenario, Protocol.parse(protocol, scenario), 1)
 
 
 def ratio(scenario: Scenario, protocol: str) -> float:

@@ -28,11 +28,12 @@ from sim.device.load import LoadSession, LoadStream
 from sim.device.load_v3 import V3LoadSession
 from sim.device.record import Record
 from sim.outcome import Outcome
-from sim.run import VirtualRun, simulate
+from sim.run import simulate
 from sim.scenario.file import load, shipped
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import MIB, ns
+from tests.build.runs import kept_run, prepared, run
 from tests.build.scenario import small_scenario
 
 BLOCKS = "v3-blocks-n4-pool"
@@ -40,17 +41,6 @@ PROTOCOLS = ("v2", "v2-multifd", "v3-n1", "v3-n4", "v3-n4-one-invalidate", BLOCK
 
 # The guest is stopped when less than 1 MiB is left: after a pre-copy of all of the state, at least once.
 STEADY = {"vmm.bandwidth_gbit_per_s": 8.0, "vmm.downtime_limit_ms": 1.0}
-
-
-def run(scenario: Scenario, protocol: str, seed: int = 1) -> Outcome:
-    return simulate(scenario, Protocol.parse(protocol, scenario), seed)
-
-
-def kept_run(scenario: Scenario, protocol: str, seed: int = 1) -> tuple[Outcome, VirtualRun]:
-    """The outcome, and what the run was made of: devices, images, timeline."""
-    parsed = Protocol.parse(protocol, scenario)
-    kept = VirtualRun(parsed.applied(scenario), parsed, seed, None)
-    return virtual.run(kept.outcome()), kept
 
 
 def check_accounts(outcome: Outcome, scenario: Scenario) -> None:
@@ -307,8 +297,7 @@ def test_v3_stops_the_guest_when_critical_data_is_loaded_and_the_rest_fits_by_v2
             "vmm.downtime_limit_ms": 1.5,
         }
     )
-    parsed = Protocol.parse(protocol, scenario)
-    kept = VirtualRun(parsed.applied(scenario), parsed, 1, None)
+    kept = prepared(scenario, protocol)
     looks: list[tuple[str, int, bool]] = []
     parts: set[int] = set()
     asks: list[tuple[int, int]] = []
