@@ -1,4 +1,4 @@
-"""What a comparison says, in tables for a terminal. Every number is computed from the runs."""
+"""The tables of a comparison, for a terminal. Every number is computed from the runs."""
 
 from __future__ import annotations
 
@@ -9,21 +9,70 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.runs.frame import completed_runs, ms, number, path_shares, protocols
-from experiments.runs.table import PHASE_COLUMNS
+from experiments.runs.frame import completed_runs, number, protocols
+from experiments.runs.table import PATH_COLUMNS, PHASE_COLUMNS
 from experiments.study.published import PublishedFigure, held_against
 from proto_v3.timeline import PHASES, Resource
 from sim.scenario.scenario import Scenario
-from sim.scenario.units import MIB
+from sim.scenario.units import MIB, NS_PER_MS, NS_PER_S
 
 WORDS = ("outcome", "reason", "note", "protocol", "source")
-"""Columns that are not of numbers."""
+"""Columns of text, not of numbers."""
+
+Column = tuple[str, pl.Expr, str]
+"""A heading with its unit, the value over all completed runs of a protocol, and how the value is formatted."""
 
 
-def console() -> Console:
-    """For tables on stdout: as wide as the terminal, or wide enough for them where there is none."""
-    plain = Console()
-    return plain if plain.is_terminal else Console(width=120)
+def _mean(column: str, unit: float = 1) -> pl.Expr:
+    return pl.col(column).mean() / unit
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+DOWNTIME: list[Column] = [
+    ("downtime", _mean("downtime_ns", NS_PER_MS), ".1f"),
+    ("least", pl.col("downtime_ns").min() / NS_PER_MS, ".1f"),
+    ("most", pl.col("downtime_ns").max() / NS_PER_MS, ".1f"),
+    *[(name, _mean(column, NS_PER_MS), ".1f") for name, column in zip(PHASES, PHASE_COLUMNS, strict=True)],
+]
+_SHARES = [pl.col(column).sum() / pl.col("downtime_ns").sum() for column in PATH_COLUMNS]
+CRITICAL_PATH: list[Column] = [
+    (resource.name.lower(), 100 * share, ".1f") for resource, share in zip(Resource, _SHARES, strict=True)
+]
+UNEXPLAINED: Column = ("unexplained", 100 * (1 - pl.sum_horizontal(_SHARES)), ".1f")
+"""Of the critical path, in live runs only."""
+TIME_AND_BYTES: list[Column] = [
+    ("total s", _mean("total_ns", NS_PER_S), ".2f"),
+    ("wire MiB", _mean("wire_bytes", MIB), ".1f"),
+    ("device MiB", _mean("device_bytes", MIB), ".1f"),
+    ("sent again MiB", _mean("device_bytes_resent", MIB), ".1f"),
+    ("set-up in downtime ms", _mean("setup_in_downtime_ns", NS_PER_MS), ".1f"),
+]
+LATE_CRITICAL: list[Column] = [
+    ("late objects", _mean("late_critical_objects"), ".1f"),
+    ("of them new", _mean("late_reconfigured_objects"), ".1f"),
+    ("lag ms", _mean("critical_lag_mean_ns", NS_PER_MS), ".0f"),
+    ("lag max ms", _mean("critical_lag_max_ns", NS_PER_MS), ".0f"),
+    ("dropped MiB", _mean("device_bytes_dropped", MIB), ".1f"),
+    ("in vain MiB", _mean("device_bytes_wasted", MIB), ".1f"),
+    ("retries", _mean("retries"), ".2f"),
+    ("paused ms", _mean("retries_stopped_ns", NS_PER_MS), ".1f"),
+]
+_READ_PARTS = {part: pl.col(f"read_{part}_ns").sum() for part in ("firmware", "lock", "copy")}
+_READING_NS = pl.sum_horizontal(_READ_PARTS.values())
+READS: list[Column] = [
+    ("calls", _mean("reads"), ".0f"),
+    ("us a call", _READING_NS / pl.max_horizontal(pl.col("reads").sum(), 1) / 1000, ".0f"),
+    *[(part, 100 * ns / pl.max_horizontal(_READING_NS, 1), ".0f") for part, ns in _READ_PARTS.items()],
+]
+OVERHEAD: list[Column] = [
+    ("connections", _mean("connections"), ".0f"),
+    ("messages", _mean("messages"), ".0f"),
+    ("wake-ups", _mean("wakeups"), ".0f"),
+    ("read() calls", _mean("reads"), ".0f"),
+    ("VMM holds MiB", pl.col("peak_reorder_bytes").max() / MIB, ".1f"),
+    ("driver holds MiB", pl.col("peak_held_bytes").max() / MIB, ".1f"),
+]
 
 
 def print_tables(console: Console, scenario: Scenario, frame: pl.DataFrame) -> None:
@@ -33,17 +82,19 @@ def print_tables(console: Console, scenario: Scenario, frame: pl.DataFrame) -> N
     completed = completed_runs(frame)
     if completed.is_empty():
         return
-    print_table(console, f"Downtime and its phases, ms (means over {seeds} seed(s), which add up)", _phases(completed))
-    print_table(console, "Critical path through the downtime: share of each resource, %", _critical_path(completed))
-    print_table(console, "Time and bytes, means a run", _bytes(completed))
+    unexplained = [UNEXPLAINED] * (number(completed["path_unexplained_ns"].sum()) > 0)
+    shown = {
+        f"Downtime and its phases, ms (means over {seeds} seed(s), which add up)": DOWNTIME,
+        "Critical path through the downtime: share of each resource, %": CRITICAL_PATH + unexplained,
+        "Time and bytes, means a run": TIME_AND_BYTES,
+    }
     if number(completed["late_critical_objects"].sum()) or number(completed["critical_lag_max_ns"].sum()):
-        print_table(
-            console,
-            "Critical data that came too late, what was saved or sent in vain, and retries: means a completed run",
-            _critical(completed),
-        )
-    print_table(console, "read(), means a run, and where its time goes, %", _reads(completed))
-    print_table(console, "Overhead, means a run, and the most that waited in the target's memory", _overhead(completed))
+        title = "Critical data that came too late, what was saved or sent in vain, and retries: means a completed run"
+        shown[title] = LATE_CRITICAL
+    shown["read(), means a run, and where its time goes, %"] = READS
+    shown["Overhead, means a run, and the most that waited in the target's memory"] = OVERHEAD
+    for title, columns in shown.items():
+        print_table(console, title, _by_protocol(completed, columns))
     for published in scenario.published:
         held = held_against(published, frame)
         if held and published.protocol in protocols(completed):
@@ -51,110 +102,21 @@ def print_tables(console: Console, scenario: Scenario, frame: pl.DataFrame) -> N
             console.print(f"Published: {published.citation}", highlight=False, markup=False)
 
 
-def print_table(console: Console, title: str, table: Table) -> None:
-    """A table under its title."""
-    console.print(Text(f"\n{title}", style="bold"))
-    console.print(table)
+def _by_protocol(completed: pl.DataFrame, columns: Sequence[Column]) -> Table:
+    """One row a protocol."""
+    table = plain_table(["protocol", *(label for label, _, _ in columns)])
+    values = completed.group_by("protocol", maintain_order=True).agg(value.alias(label) for label, value, _ in columns)
+    for name, *row in values.iter_rows():
+        add_row(table, name, *[format(value, how) for value, (_, _, how) in zip(row, columns, strict=True)])
+    return table
 
 
 def outcomes_table(frame: pl.DataFrame) -> Table:
-    """How the runs of each protocol ended, and what there is to say of it."""
+    """How the runs of each protocol ended, with the reason and a note."""
     table = plain_table(["protocol", "runs", "outcome", "reason"])
     counted = frame.group_by("protocol", "outcome", "reason", "note", maintain_order=True).len()
     for protocol, outcome, reason, note, runs in counted.iter_rows():
         add_row(table, protocol, str(runs), outcome, "; ".join(filter(None, [reason, note])))
-    return table
-
-
-def _phases(completed: pl.DataFrame) -> Table:
-    table = plain_table(["protocol", "downtime", "least", "most", *PHASES])
-    for protocol in protocols(completed):
-        runs = completed.filter(pl.col("protocol") == protocol)
-        downtime = runs["downtime_ns"]
-        least, most = ms(downtime.min()), ms(downtime.max())
-        phases = [f"{ms(runs[column].mean()):.1f}" for column in PHASE_COLUMNS]
-        add_row(table, protocol, f"{ms(downtime.mean()):.1f}", f"{least:.1f}", f"{most:.1f}", *phases)
-    return table
-
-
-def _critical_path(completed: pl.DataFrame) -> Table:
-    unexplained = number(completed["path_unexplained_ns"].sum()) > 0  # in live runs only
-    columns = [resource.name.lower() for resource in Resource] + ["unexplained"] * unexplained
-    table = plain_table(["protocol", *columns])
-    for protocol in protocols(completed):
-        shares = path_shares(completed, protocol)
-        left = [f"{100 * (1 - sum(shares.values())):.1f}"] * unexplained
-        add_row(table, protocol, *[f"{100 * shares[resource]:.1f}" for resource in Resource], *left)
-    return table
-
-
-def _bytes(completed: pl.DataFrame) -> Table:
-    table = plain_table(["protocol", "total s", "wire MiB", "device MiB", "sent again MiB", "set-up in downtime ms"])
-    for protocol in protocols(completed):
-        runs = completed.filter(pl.col("protocol") == protocol)
-        add_row(
-            table,
-            protocol,
-            f"{ms(runs['total_ns'].mean()) / 1000:.2f}",
-            *[f"{number(runs[c].mean()) / MIB:.1f}" for c in ("wire_bytes", "device_bytes", "device_bytes_resent")],
-            f"{ms(runs['setup_in_downtime_ns'].mean()):.1f}",
-        )
-    return table
-
-
-def _critical(completed: pl.DataFrame) -> Table:
-    table = plain_table(
-        [
-            "protocol",
-            "late objects",
-            "of them new",
-            "lag ms",
-            "lag max ms",
-            "dropped MiB",
-            "in vain MiB",
-            "retries",
-            "paused ms",
-        ]
-    )
-    for protocol in protocols(completed):
-        runs = completed.filter(pl.col("protocol") == protocol)
-        add_row(
-            table,
-            protocol,
-            f"{number(runs['late_critical_objects'].mean()):.1f}",
-            f"{number(runs['late_reconfigured_objects'].mean()):.1f}",
-            f"{ms(runs['critical_lag_mean_ns'].mean()):.0f}",
-            f"{ms(runs['critical_lag_max_ns'].mean()):.0f}",
-            f"{number(runs['device_bytes_dropped'].mean()) / MIB:.1f}",
-            f"{number(runs['device_bytes_wasted'].mean()) / MIB:.1f}",
-            f"{number(runs['retries'].mean()):.2f}",
-            f"{ms(runs['retries_stopped_ns'].mean()):.1f}",
-        )
-    return table
-
-
-def _overhead(completed: pl.DataFrame) -> Table:
-    """What a protocol takes beside the bytes."""
-    table = plain_table(
-        ["protocol", "connections", "messages", "wake-ups", "read() calls", "VMM holds MiB", "driver holds MiB"]
-    )
-    for protocol in protocols(completed):
-        runs = completed.filter(pl.col("protocol") == protocol)
-        counts = [f"{number(runs[c].mean()):.0f}" for c in ("connections", "messages", "wakeups", "reads")]
-        peaks = [f"{number(runs[c].max()) / MIB:.1f}" for c in ("peak_reorder_bytes", "peak_held_bytes")]
-        add_row(table, protocol, *counts, *peaks)
-    return table
-
-
-def _reads(completed: pl.DataFrame) -> Table:
-    table = plain_table(["protocol", "calls", "us a call", "firmware", "lock", "copy"])
-    for protocol in protocols(completed):
-        runs = completed.filter(pl.col("protocol") == protocol)
-        calls = number(runs["reads"].sum())
-        parts = [number(runs[f"read_{part}_ns"].sum()) for part in ("firmware", "lock", "copy")]
-        shares = [f"{100 * part / max(sum(parts), 1):.0f}" for part in parts]
-        mean_us = sum(parts) / max(calls, 1) / 1000
-        add_row(table, protocol, f"{number(runs['reads'].mean()):.0f}", f"{mean_us:.0f}", *shares)
     return table
 
 
@@ -166,20 +128,35 @@ def _held(held: Sequence[PublishedFigure]) -> Table:
 
 
 def cells(held: PublishedFigure) -> tuple[str, str, str, str, str]:
-    """The cells of a table: what, published, simulated, error, whether used to fit."""
+    """The cells of a row: what, published, simulated, error, whether it was used to fit."""
     simulated, error = "not simulated", ""
     if held.simulated_ms is not None and held.error is not None:
         simulated, error = f"{held.simulated_ms:.1f}", f"{100 * held.error:+.1f} %"
     return held.what, f"{held.published_ms:.1f}", simulated, error, "yes" if held.fitted else "no"
 
 
+# --- printing ---------------------------------------------------------------------------------------------------------
+
+
+def console() -> Console:
+    """A console for stdout: as wide as the terminal; 120 columns where there is none."""
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=120)
+
+
+def print_table(console: Console, title: str, table: Table) -> None:
+    """Print a table under its title."""
+    console.print(Text(f"\n{title}", style="bold"))
+    console.print(table)
+
+
 def add_row(table: Table, *cells: str) -> None:
-    """A row of plain text: a reason may have brackets, which are no markup."""
+    """Add a row of plain text: brackets in a reason are no markup."""
     table.add_row(*map(Text, cells))
 
 
 def plain_table(columns: Sequence[str]) -> Table:
-    """Columns of numbers, but for the first and for words."""
+    """A table without lines; columns of numbers, except the first and those of WORDS, are right-aligned."""
     table = Table(box=None, header_style="", pad_edge=False, padding=(0, 1))
     for at, column in enumerate(columns):
         table.add_column(column, justify="right" if at and column not in WORDS else "left")
@@ -187,5 +164,5 @@ def plain_table(columns: Sequence[str]) -> Table:
 
 
 def say(console: Console, line: str) -> None:
-    """A line as it is: with paths that can be copied, and brackets that are no markup."""
+    """Print a line as it is: paths stay copyable, brackets are no markup."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
