@@ -1,27 +1,41 @@
-"""The timelines of several processes, each on its own clock, become one.
+"""Merge the timelines of several processes, each on its own clock, into one: a Lamport-clock merge with clock error.
 
-A process records in a `ProcessTimeline`. What goes from one process to another is an *edge*: a named counter that
-only grows (bytes given on a data fd, frames sent on a connection, calls made on a control socket, room made for a
-sender). The giver says when the edge reached a count, and which span made it; the taker, that it waited for a
-count. `merge` finds for each wait who ended it: the wait then starts when what it waited for was given, and its
-cause is the giver's span. So the chain of causes leads through all processes. A wait for what was there already is
-the taker's own time, and stays as it is.
+A process records in a `ProcessTimeline`. What goes from one process to another is an *edge*: a named counter that only
+grows (bytes written to a data fd, frames sent on a connection, calls made on a control socket, room made for a sender).
+The sender records when it made the edge reach a count, and its span that did; the receiver records that it waited for a
+count. `merge` finds the send that ended each wait. The wait then starts when that was sent, and its cause is the
+sender's span, so the chain of causes leads through all processes. A wait for what was there already stays as it is: it
+is the receiver's own time.
 
-Why following the causes ends, whatever the clocks say. Call the latest end of a part's spans so far a span's `latest`.
-A cause in the same part was recorded before, so its `latest` is not larger. A wait is given a cause in another part
-only if that one's `latest` is smaller; or the same, but then the cause is the first of its part to have it, and not a
-wait: from there, the next step leads to a smaller one. So no step goes up, none goes round.
+An example. Each process records its part of the upper table; the lower one is merged (times in ns, on one clock):
 
-A part may come from another host: whatever is wrong with it is refused with PeerProtocolError.
+    process   span     start   end   cause       edge
+    source    SAVE         0    20   -           sent: `frames` is 1, at 20, by SAVE
+    target    frame        5    26   -           waited for: `frames` to be 1
+    target    LOAD        26    40   frame
+
+    target    frame       20    26   SAVE        on the path from 0 to 40: SAVE 20 ns, frame 6 ns, LOAD 14 ns
+
+A send that is recorded when it returns, or a sender's clock that is late by a little, can make the sender's span end
+after the wait that it ended. Had SAVE ended at 30 here, the cause of the frame would be what SAVE itself was caused by,
+or what that was caused by, up to BACK steps: the first of them that had ended.
+
+Why following the causes ends, whatever the clocks say. Let `latest` of a span be the latest end of all spans that its
+process had recorded up to it, itself included. A cause in the same process was recorded before, so its `latest` is not
+larger. A wait is given a cause in another process only if the cause's `latest` is smaller; or equal, but then the cause
+is the first span of its process that has this `latest`, and not a wait: so the step after it leads to a smaller one. No
+step increases `latest`, and no chain of steps with an equal `latest` comes back to a span.
+
+A timeline may come from another host: whatever is wrong with it is refused with PeerProtocolError.
 """
 
 from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import permutations
 from reprlib import repr as short
 from typing import Any, NoReturn
 
@@ -45,26 +59,34 @@ from proto_v3.timeline import (
 Ints = NDArray[np.int64]
 Table = dict[str, NDArray[Any]]
 
-GAVE_COLUMNS = {"edge": "h", "count": "q", "at_ns": "q", "by": "q"}
-GOT_COLUMNS = {"edge": "h", "count": "q", "span": "q"}
-TABLES = {"spans": SPAN_COLUMNS, "blocked": BLOCKED_COLUMNS, "gave": GAVE_COLUMNS, "got": GOT_COLUMNS}
-KEYS = {"names", "edges", "marks", "stages", *TABLES}
+MARKS = tuple(Mark)
+TABLES = {
+    "spans": SPAN_COLUMNS,
+    "blocked": BLOCKED_COLUMNS,
+    "marks": {"mark": "b", "at_ns": "q", "cause": "q"},
+    "stages": {"stage": "h", "index": "q", "start_ns": "q", "end_ns": "q"},
+    "sent": {"edge": "h", "count": "q", "at_ns": "q", "span": "q"},
+    "waits": {"edge": "h", "count": "q", "span": "q"},
+}
+"""The columns of what a process exports. `what` and `track` count in its `names`, `stage` in its `stage_names`,
+`edge` in its `edges`, `mark` in MARKS; `cause` and `span` count its spans."""
+NAMES = ("names", "stage_names", "edges")
 
 MAX_ROWS = 20_000_000
 """Of each table: 580 MB of spans."""
+MAX_STAGES = 100_000
 MAX_NAMES = 8_000
-"""Of spans and tracks, and of edges, in a part: those of four parts fit a column of names."""
+"""Of each kind in a part: the names of four parts fit a column of names."""
 MAX_ALL_NAMES = 2**15
 MAX_NAME_CHARS = 200
-MAX_STAGES = 100_000
 MAX_INDEX = 2**31
+MAX_COUNT = 2**63 - 1
 MAX_TIME_NS = 2**60
 """36 years; sums of four of these fit 64 bits."""
 BACK = 8
-"""How many causes back a giver is looked for that had ended when the wait did."""
-NEVER = 2**63 - 1
+"""How many causes back a sender's span is looked for that had ended when the wait did."""
 LATEST = 0
-"""For `got`: not a certain count, but what was given last before the wait ended. For room that others made."""
+"""As a count that is waited for: whatever was sent last before the wait ended. For room that others made."""
 
 
 class ProcessTimeline(Timeline):
@@ -74,55 +96,59 @@ class ProcessTimeline(Timeline):
         super().__init__(now_ns)
         self._edges: dict[str, int] = {}
         self._reached: list[int] = []
-        self._gave: dict[str, array[int]] = {name: array(kind) for name, kind in GAVE_COLUMNS.items()}
-        self._got: dict[str, array[int]] = {name: array(kind) for name, kind in GOT_COLUMNS.items()}
+        """The count of each edge."""
+        self._sent: dict[str, array[int]] = {name: array(kind) for name, kind in TABLES["sent"].items()}
+        self._waits: dict[str, array[int]] = {name: array(kind) for name, kind in TABLES["waits"].items()}
 
-    def gave(self, edge: str, count: int, at_ns: int | None = None) -> None:
-        """The current task's cursor is what made the edge reach `count`, now or, if it is told later, at `at_ns`.
+    def sent(self, edge: str, count: int, at_ns: int | None = None) -> None:
+        """Record that the current task's cursor made the edge reach `count`, now or, if it is recorded later, `at_ns`.
 
-        Nothing new if it had reached it before. To be said of the moment before the bytes go, for they may be there
-        before the call returns: what lies between is the taker's wait, on the resource that it names.
+        A count that the edge had reached before is not recorded. Give the moment before the bytes go, for they may
+        arrive before the call returns: what lies between is the receiver's wait, on the resource that it names.
         """
         number = self._edge(edge)
         if count <= self._reached[number]:
             return
         self._reached[number] = count
-        gave = self._gave
-        gave["edge"].append(number)
-        gave["count"].append(count)
-        gave["at_ns"].append(self.now_ns() if at_ns is None else at_ns)
-        gave["by"].append(cause())
+        sent = self._sent
+        sent["edge"].append(number)
+        sent["count"].append(count)
+        sent["at_ns"].append(self.now_ns() if at_ns is None else at_ns)
+        sent["span"].append(cause())
 
-    def got(
+    def waited_for(
         self, resource: Resource, what: str, edge: str, count: int, start_ns: int, end_ns: int | None = None
     ) -> None:
-        """Record that the current task waited since `start_ns`, until now if no end is given, for another process to
-        make the edge reach `count`, or for anything that it gave (LATEST).
+        """Record that the current task waited from `start_ns` to `end_ns`, or until now, for another process to make
+        the edge reach `count`, or to send anything (LATEST).
 
-        It becomes the task's cursor. Its cause is the task's own for now; `merge` finds the giver.
+        The wait becomes the task's cursor. Its cause is the task's own for now; `merge` finds the sender.
         """
         span = self.span(resource, what, start_ns, self.now_ns() if end_ns is None else end_ns)
         caused_by(span)
-        got = self._got
-        got["edge"].append(self._edge(edge))
-        got["count"].append(count)
-        got["span"].append(span)
+        waits = self._waits
+        waits["edge"].append(self._edge(edge))
+        waits["count"].append(count)
+        waits["span"].append(span)
 
     def export(self) -> dict[str, Any]:
-        """All of it, for `merge` in another process: what msgpack can carry; columns are little-endian bytes."""
-        told = self.recorded()
+        """Everything, for `merge` in another process, as msgpack can carry it. Columns are little-endian bytes."""
+        recorded = self.recorded()
+        stages = dict.fromkeys(stage.name for stage in recorded.stages)
+        number = {name: at for at, name in enumerate(stages)}
         tables: dict[str, dict[str, Any]] = {
-            "spans": told.spans,
-            "blocked": told.blocked,
-            "gave": self._gave,
-            "got": self._got,
+            "spans": recorded.spans,
+            "blocked": recorded.blocked,
+            "marks": _by_column("marks", [(MARKS.index(mark), *at) for mark, at in recorded.marks.items()]),
+            "stages": _by_column("stages", [(number[s.name], s.index, s.start_ns, s.end_ns) for s in recorded.stages]),
+            "sent": self._sent,
+            "waits": self._waits,
         }
         return {
-            "names": told.names,
+            "names": recorded.names,
+            "stage_names": list(stages),
             "edges": list(self._edges),
-            "marks": {str(mark): list(at) for mark, at in told.marks.items()},
-            "stages": [[stage.name, stage.index, stage.start_ns, stage.end_ns] for stage in told.stages],
-            **{name: _bytes(tables[name], columns) for name, columns in TABLES.items()},
+            **{name: _bytes(table, TABLES[name]) for name, table in tables.items()},
         }
 
     def _edge(self, name: str) -> int:
@@ -132,216 +158,238 @@ class ProcessTimeline(Timeline):
         return number
 
 
-def merge(parts: Sequence[tuple[dict[str, Any], int]], start_ns: int) -> Timeline:
-    """One timeline of several parts, as `ProcessTimeline.export` gave them, in nanoseconds since `start_ns` of the
-    first's clock.
+def _bytes(table: dict[str, Any], kinds: dict[str, str]) -> dict[str, bytes]:
+    return {name: np.asarray(table[name]).astype(f"<{kind}").tobytes() for name, kind in kinds.items()}
 
-    Beside each part: the nanoseconds to add to its times to get to the first one's clock. What was before the start
-    has times below zero. A mark that several parts have is the latest of them. Nothing can be recorded any more.
-    Raises PeerProtocolError if a part is malformed.
+
+def _by_column(table: str, rows: Sequence[tuple[int, ...]]) -> dict[str, list[int]]:
+    return {name: [row[at] for row in rows] for at, name in enumerate(TABLES[table])}
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+def merge(parts: Sequence[tuple[dict[str, Any], int]], start_ns: int) -> Timeline:
+    """One timeline of several parts, in nanoseconds since `start_ns` of the first part's clock.
+
+    A part is what `ProcessTimeline.export` returned, and the nanoseconds to add to its times to get those of the first
+    part's clock. Times before `start_ns` become negative. Of a mark that several parts have, the latest counts. Nothing
+    can be recorded in the merged timeline. Raises PeerProtocolError if a part is malformed.
     """
-    read: list[_Read] = []
+    records: list[ProcessRecord] = []
     names: dict[str, int] = {}
+    edges: dict[str, int] = {}
+    spans_before = 0
     for part, offset_ns in parts:
         if abs(offset_ns - start_ns) > MAX_TIME_NS:
             raise _malformed("clock", offset_ns)
-        one = _Read.of(part)
-        read.append(one.moved(offset_ns - start_ns, sum(len(other.spans["cause"]) for other in read), names))
+        record = ProcessRecord.of(part)
+        record.move(offset_ns - start_ns, spans_before, names, edges)
+        records.append(record)
+        spans_before += len(record.tables["spans"]["cause"])
     if len(names) > MAX_ALL_NAMES:
         raise _malformed("number of names", len(names))
-    spans = _concatenated([part.spans for part in read], SPAN_COLUMNS)
-    _resolve(spans, read)
+    spans = _concatenated("spans", records)
+    _resolve_waits(spans, records)
+    stages = [stage for record in records for stage in record.stages()]
     recorded = Recorded(
         names=list(names),
         spans=spans,
-        blocked=_concatenated([part.blocked for part in read], BLOCKED_COLUMNS),
-        marks=_latest_marks(read),
-        stages=sorted((stage for part in read for stage in part.stages), key=lambda stage: stage.end_ns),
+        blocked=_concatenated("blocked", records),
+        marks=_latest_marks(records),
+        stages=sorted(stages, key=lambda stage: stage.end_ns),
     )
-    return Timeline.of(recorded, _over)
+    return Timeline.of(recorded, _no_clock)
 
 
-def _latest_marks(parts: Sequence[_Read]) -> dict[Mark, tuple[int, int]]:
+def _latest_marks(records: Iterable[ProcessRecord]) -> dict[Mark, tuple[int, int]]:
     marks: dict[Mark, tuple[int, int]] = {}
-    for part in parts:
-        for mark, at in part.marks.items():
+    for record in records:
+        for mark, at in record.marks():
             if mark not in marks or at[0] > marks[mark][0]:
                 marks[mark] = at
     return marks
 
 
-def _over() -> NoReturn:
+def _no_clock() -> NoReturn:
     raise LocalProtocolError("a merged timeline is about what is over: nothing can be recorded in it")
 
 
-def _bytes(table: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    told = {name: np.asarray(table[name]).astype(f"<{kind}").tobytes() for name, kind in columns.items()}
-    return {"rows": len(table[next(iter(columns))]), **told}
-
-
-def _concatenated(tables: Sequence[Table], columns: dict[str, str]) -> Table:
+def _concatenated(table: str, records: Iterable[ProcessRecord]) -> Table:
     return {
-        name: np.concatenate([np.empty(0, kind), *(table[name] for table in tables)]) for name, kind in columns.items()
+        name: np.concatenate([np.empty(0, kind), *(record.tables[table][name] for record in records)])
+        for name, kind in TABLES[table].items()
     }
 
 
-# --- who gave what was waited for ------------------------------------------------------------------------------------
-
-
-def _resolve(spans: Table, parts: Sequence[_Read]) -> None:
-    """Give each wait the start and the cause that it has by what others gave, in place."""
-    latest_in = [np.maximum.accumulate(part.spans["end_ns"]) for part in parts]
-    latest = np.concatenate([np.empty(0, np.int64), *latest_in])
-    first = np.concatenate([np.empty(0, np.bool_), *(np.diff(ends, prepend=ends[:1] - 1) > 0 for ends in latest_in)])
-    for part in parts:
-        first[part.got["span"]] = False
+def _resolve_waits(spans: Table, records: Sequence[ProcessRecord]) -> None:
+    """Give each wait the start and the cause that it has by what others sent, in place."""
+    wait, sent_ns, sender = _senders(spans, records)
+    is_before = _order(spans, records)
     own_cause = spans["cause"].copy()
-
-    def before(giver: Ints, wait: Ints) -> NDArray[np.bool_]:
-        """See the top of the file. NO_CAUSE is before nothing."""
-        same = (latest[giver] == latest[wait]) & first[giver]
-        earlier: NDArray[np.bool_] = (giver != NO_CAUSE) & ((latest[giver] < latest[wait]) | same)
-        return earlier
-
-    for number, part in enumerate(parts):
-        ended_ns = spans["end_ns"][part.got["span"]]
-        given_ns, by = _givers(part, ended_ns, [*parts[:number], *parts[number + 1 :]])
-        waited = given_ns > spans["start_ns"][part.got["span"]]
-        waited &= given_ns != NEVER
-        wait, given_ns, by = part.got["span"][waited], given_ns[waited], by[waited]
-        uncaused = by == NO_CAUSE
-        # A giver that recorded its sending when it was through with it, or whose clock is a little late, seems to have
-        # ended after the wait: then what it did before that is the cause.
-        for _ in range(BACK):
-            late = (by != NO_CAUSE) & ~before(by, wait)
-            by[late] = own_cause[by[late]]
-        known = before(by, wait)
-        begins = known | uncaused  # of a giver that nothing caused, the time is known at least
-        spans["start_ns"][wait[begins]] = np.minimum(given_ns, spans["end_ns"][wait])[begins]
-        spans["cause"][wait[known]] = by[known]
+    in_time = sent_ns > spans["start_ns"][wait]  # else it was there already
+    wait, sent_ns, sender = wait[in_time], sent_ns[in_time], sender[in_time]
+    without_cause = sender == NO_CAUSE
+    for _ in range(BACK):
+        late = (sender != NO_CAUSE) & ~is_before(sender, wait)
+        sender[late] = own_cause[sender[late]]
+    known = is_before(sender, wait)
+    starts = known | without_cause  # of a sender that nothing caused, at least the time is known
+    spans["start_ns"][wait[starts]] = np.minimum(sent_ns, spans["end_ns"][wait])[starts]
+    spans["cause"][wait[known]] = sender[known]
 
 
-def _givers(taker: _Read, ended_ns: Ints, others: Sequence[_Read]) -> tuple[Ints, Ints]:
-    """For each wait of a part: when the first of the others gave what it waited for, or NEVER, and which span did."""
-    rows_of = dict(_by_edge(taker.got, taker.edges))
-    given_ns: Ints = np.full(len(taker.got["span"]), NEVER, np.int64)
-    by: Ints = np.full(len(given_ns), NO_CAUSE, np.int64)
-    for other in others:
-        for edge, gave in _by_edge(other.gave, other.edges):
-            rows = rows_of.get(edge)
-            if rows is None:
-                continue
-            reached = np.searchsorted(other.gave["count"][gave], taker.got["count"][rows])
-            last = np.searchsorted(np.maximum.accumulate(other.gave["at_ns"][gave]), ended_ns[rows], "right") - 1
-            reached = np.where(taker.got["count"][rows] == LATEST, last, reached)
-            found = (reached >= 0) & (reached < len(gave))
-            rows, giving = rows[found], gave[reached[found]]
-            sooner = other.gave["at_ns"][giving] < given_ns[rows]
-            given_ns[rows[sooner]] = other.gave["at_ns"][giving[sooner]]
-            by[rows[sooner]] = other.gave["by"][giving[sooner]]
-    return given_ns, by
+def _order(spans: Table, records: Sequence[ProcessRecord]) -> Callable[[Ints, Ints], NDArray[np.bool_]]:
+    """Whether a sender's span may be the cause of a wait: by `latest`, see the top of the file. NO_CAUSE never may."""
+    latest_of = [np.maximum.accumulate(record.tables["spans"]["end_ns"]) for record in records]
+    latest = np.concatenate([np.empty(0, np.int64), *latest_of])
+    first = np.concatenate([np.empty(0, np.bool_), *(np.diff(ends, prepend=ends[:1] - 1) > 0 for ends in latest_of)])
+    for record in records:
+        first[record.tables["waits"]["span"]] = False
+
+    def is_before(sender: Ints, wait: Ints) -> NDArray[np.bool_]:
+        equal = (latest[sender] == latest[wait]) & first[sender]
+        before: NDArray[np.bool_] = (sender != NO_CAUSE) & ((latest[sender] < latest[wait]) | equal)
+        return before
+
+    return is_before
 
 
-def _by_edge(table: Table, edges: Sequence[str]) -> Iterator[tuple[str, Ints]]:
-    """Each edge that occurs, and its rows, in the order in which they were recorded."""
+def _senders(spans: Table, records: Sequence[ProcessRecord]) -> tuple[Ints, Ints, Ints]:
+    """A table of waits, by columns: the wait, when another process first sent what it waited for, and by which span.
+
+    Waits for what no other process sent are not in it.
+    """
+    columns: list[tuple[Ints, Ints, Ints]] = [(np.empty(0, np.int64),) * 3]
+    waits_of, sent_of = ([_by_edge(record.tables[table]) for record in records] for table in ("waits", "sent"))
+    for receiver, sender in permutations(range(len(records)), 2):
+        for edge in waits_of[receiver].keys() & sent_of[sender].keys():
+            waits, sent = waits_of[receiver][edge], sent_of[sender][edge]
+            reached = np.searchsorted(sent["count"], waits["count"])
+            sent_until_ns = np.maximum.accumulate(sent["at_ns"])
+            last = np.searchsorted(sent_until_ns, spans["end_ns"][waits["span"]], "right") - 1
+            reached = np.where(waits["count"] == LATEST, last, reached)
+            found = (reached >= 0) & (reached < len(sent["count"]))
+            by = reached[found]
+            columns.append((waits["span"][found], sent["at_ns"][by], sent["span"][by]))
+    wait, sent_ns, span = (np.concatenate(column) for column in zip(*columns, strict=True))
+    order = np.lexsort((sent_ns, wait))  # stable: of several senders at one time, the first process counts
+    wait, first = np.unique(wait[order], return_index=True)
+    return wait, sent_ns[order][first], span[order][first]
+
+
+def _by_edge(table: Table) -> dict[int, Table]:
+    """The table's rows of each edge that occurs, in the order in which they were recorded."""
     order = np.argsort(table["edge"], kind="stable")
-    bounds = np.searchsorted(table["edge"][order], np.arange(len(edges) + 1))
-    for edge, (begin, end) in zip(edges, pairwise(bounds.tolist()), strict=True):
-        if begin < end:
-            yield edge, order[begin:end]
+    edges, starts = np.unique(table["edge"][order], return_index=True)
+    rows_of = zip(
+        edges.tolist(), np.split(order, starts[1:]), strict=False
+    )  # of an empty table, split returns one part
+    return {edge: {name: column[rows] for name, column in table.items()} for edge, rows in rows_of}
 
 
-# --- reading what may come from another host -------------------------------------------------------------------------
+# --- reading what may come from another host --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """A part, as it was told, checked."""
+@dataclass(slots=True)
+class ProcessRecord:
+    """What one process recorded, read and checked."""
 
     names: list[str]
+    stage_names: list[str]
     edges: list[str]
-    marks: dict[Mark, tuple[int, int]]
-    stages: list[Stage]
-    spans: Table
-    blocked: Table
-    gave: Table
-    got: Table
+    tables: dict[str, Table]
+
+    def marks(self) -> list[tuple[Mark, tuple[int, int]]]:
+        """The marks, each with its time and cause."""
+        rows = zip(*(column.tolist() for column in self.tables["marks"].values()), strict=True)
+        return [(MARKS[mark], (at_ns, caused)) for mark, at_ns, caused in rows]
+
+    def stages(self) -> list[Stage]:
+        """The stages."""
+        rows = zip(*(column.tolist() for column in self.tables["stages"].values()), strict=True)
+        return [Stage(self.stage_names[stage], *rest) for stage, *rest in rows]
 
     @classmethod
-    def of(cls, told: object) -> _Read:
-        """PeerProtocolError if it is malformed."""
-        if not isinstance(told, dict) or set(told) != KEYS:
-            raise _malformed("keys", list(told) if isinstance(told, dict) else told)
-        tables = {name: _table(told[name], columns, name) for name, columns in TABLES.items()}
-        spans, gave, got = tables["spans"], tables["gave"], tables["got"]
+    def of(cls, part: object) -> ProcessRecord:
+        """What `ProcessTimeline.export` returned. PeerProtocolError if it is malformed."""
+        if not isinstance(part, dict) or set(part) != {*NAMES, *TABLES}:
+            raise _malformed("keys", list(part) if isinstance(part, dict) else part)
+        names, stage_names, edges = (_names(part[kind], kind) for kind in NAMES)
+        record = cls(names, stage_names, edges, {name: _table(part[name], name) for name in TABLES})
+        record._check()
+        return record
+
+    def _check(self) -> None:
+        spans, marks, sent, waits = (self.tables[name] for name in ("spans", "marks", "sent", "waits"))
         count = len(spans["cause"])
-        names, edges = _names(told["names"], "names"), _names(told["edges"], "edges")
-        _check_within(spans["resource"], min(Resource), max(Resource) + 1, "resource")
-        for column in ("what", "track"):
-            _check_within(spans[column], 0, len(names), column)
-        _check_within(spans["cause"], NO_CAUSE, np.arange(count), "cause")  # each came before what it caused
-        _check_within(gave["by"], NO_CAUSE, count, "by")
-        _check_within(got["span"], 0, count, "span")
-        if np.any(np.diff(got["span"]) <= 0):
-            raise _malformed("order of", "got")
-        for table, told_of in ((gave, "gave"), (got, "got")):
-            _check_within(table["edge"], 0, len(edges), f"edge of {told_of}")
-            _check_within(table["count"], 0, NEVER, f"count of {told_of}")
-        for edge, rows in _by_edge(gave, edges):
-            if np.any(np.diff(gave["count"][rows]) < 0):
-                raise _malformed("edge, for it shrinks:", edge)
-        return cls(
-            names=names, edges=edges, marks=_marks(told["marks"], count), stages=_stages(told["stages"]), **tables
-        )
+        for table, column, low, end in (
+            ("spans", "resource", min(Resource), max(Resource) + 1),
+            ("spans", "what", 0, len(self.names)),
+            ("spans", "track", 0, len(self.names)),
+            ("spans", "cause", NO_CAUSE, np.arange(count)),  # each was recorded before what it caused
+            ("marks", "mark", 0, len(MARKS)),
+            ("marks", "cause", NO_CAUSE, count),
+            ("stages", "stage", 0, len(self.stage_names)),
+            ("stages", "index", 0, MAX_INDEX),
+            ("sent", "edge", 0, len(self.edges)),
+            ("sent", "count", 0, MAX_COUNT),
+            ("sent", "span", NO_CAUSE, count),
+            ("waits", "edge", 0, len(self.edges)),
+            ("waits", "count", 0, MAX_COUNT),
+            ("waits", "span", 0, count),
+        ):
+            _check_within(self.tables[table][column], low, end, f"{column} of {table}")
+        if np.any(np.diff(waits["span"]) <= 0):
+            raise _malformed("order of", "waits")
+        if len(set(marks["mark"].tolist())) < len(marks["mark"]):
+            raise _malformed("marks: one is twice in", self.marks())
+        for edge, rows in _by_edge(sent).items():
+            if np.any(np.diff(rows["count"]) < 0):
+                raise _malformed("edge, for it shrinks:", self.edges[edge])
 
-    def moved(self, by_ns: int, base: int, names: dict[str, int]) -> _Read:
-        """Its times moved, its spans counted from `base`, its names numbered as in `names`, which grows."""
-        number = np.array([names.setdefault(name, len(names)) for name in self.names], np.int32)
-        spans = self.spans
-        return _Read(
-            names=self.names,
-            edges=self.edges,
-            marks={
-                mark: (at_ns + by_ns, caused + base if caused != NO_CAUSE else NO_CAUSE)
-                for mark, (at_ns, caused) in self.marks.items()
-            },
-            stages=[Stage(s.name, s.index, s.start_ns + by_ns, s.end_ns + by_ns) for s in self.stages],
-            spans={
-                "resource": spans["resource"],
-                "what": number[spans["what"]],
-                "track": number[spans["track"]],
-                "start_ns": spans["start_ns"] + by_ns,
-                "end_ns": spans["end_ns"] + by_ns,
-                "cause": _counted(spans["cause"], base),
-            },
-            blocked={column: times + by_ns for column, times in self.blocked.items()},
-            gave={**self.gave, "at_ns": self.gave["at_ns"] + by_ns, "by": _counted(self.gave["by"], base)},
-            got={**self.got, "span": self.got["span"] + base},
-        )
+    def move(self, by_ns: int, base: int, names: dict[str, int], edges: dict[str, int]) -> None:
+        """Move its times, count its spans from `base`, and its names and edges as in these, which grow."""
+        name_numbers, edge_numbers = _numbered(self.names, names), _numbered(self.edges, edges)
+        for table in self.tables.values():
+            for column, values in table.items():
+                if column.endswith("_ns"):
+                    values += by_ns
+                elif column in ("cause", "span"):
+                    values[values != NO_CAUSE] += base
+                elif column in ("what", "track"):
+                    table[column] = name_numbers[values]
+                elif column == "edge":
+                    table[column] = edge_numbers[values]
 
 
-def _counted(index: Ints, base: int) -> Ints:
-    return np.where(index == NO_CAUSE, NO_CAUSE, index + base)
+def _numbered(names: Sequence[str], numbers: dict[str, int]) -> NDArray[np.int32]:
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int32)
 
 
 def _malformed(what: str, value: object) -> PeerProtocolError:
     return PeerProtocolError(f"the timeline of a process has a wrong {what} {short(value)}")
 
 
-def _table(told: object, columns: dict[str, str], name: str) -> Table:
-    """The columns, all of the promised length, with times that can be; no span or stretch ends before it starts."""
-    if not isinstance(told, dict) or set(told) != {"rows", *columns}:
-        raise _malformed(name, told)
-    rows = _whole(told["rows"], 0, MAX_ROWS, f"number of rows of {name}")
+def _table(columns: object, name: str) -> Table:
+    """The columns, all of one length, with times that are possible; no span ends before it starts."""
+    kinds = TABLES[name]
+    if not isinstance(columns, dict) or set(columns) != set(kinds):
+        raise _malformed(name, columns)
     table: Table = {}
-    for column, kind in columns.items():
-        data = told[column]
-        if not isinstance(data, bytes) or len(data) != rows * np.dtype(kind).itemsize:
-            raise _malformed(f"column of {rows} {name}: {column}", data)
+    rows = -1
+    for column, kind in kinds.items():
+        data = columns[column]
+        size = np.dtype(kind).itemsize
+        if not isinstance(data, bytes) or len(data) % size or rows not in (-1, len(data) // size):
+            raise _malformed(f"column of {name}: {column}", data)
+        rows = len(data) // size
+        if rows > (MAX_STAGES if name == "stages" else MAX_ROWS):
+            raise _malformed(f"number of rows of {name}", rows)
         table[column] = np.frombuffer(data, f"<{kind}").astype(kind)
         if column.endswith("_ns"):
-            _check_within(table[column], -MAX_TIME_NS, MAX_TIME_NS, column)
-    if "end_ns" in columns and np.any(table["end_ns"] < table["start_ns"]):
+            _check_within(table[column], -MAX_TIME_NS, MAX_TIME_NS, f"{column} of {name}")
+    if "end_ns" in kinds and np.any(table["end_ns"] < table["start_ns"]):
         raise _malformed("end in", name)
     return table
 
@@ -352,47 +400,12 @@ def _check_within(values: NDArray[Any], low: int, end: int | Ints, what: str) ->
         raise _malformed(what, int(values[wrong][0]))
 
 
-def _whole(told: object, low: int, high: int, what: str) -> int:
-    if type(told) is not int or not low <= told <= high:
-        raise _malformed(what, told)
-    return told
-
-
-def _name(told: object, what: str) -> str:
-    if not isinstance(told, str) or len(told) > MAX_NAME_CHARS or not told.isprintable():
-        raise _malformed(what, told)
-    return told
-
-
-def _names(told: object, what: str) -> list[str]:
-    if not isinstance(told, list) or len(told) > MAX_NAMES:
-        raise _malformed(what, told)
-    names = [_name(name, what) for name in told]
+def _names(names: object, kind: str) -> list[str]:
+    if not isinstance(names, list) or len(names) > MAX_NAMES:
+        raise _malformed(kind, names)
+    for name in names:
+        if not isinstance(name, str) or len(name) > MAX_NAME_CHARS or not name.isprintable():
+            raise _malformed(kind, name)
     if len(set(names)) < len(names):
-        raise _malformed(f"{what}: one is twice in", names)
+        raise _malformed(f"{kind}: one is twice in", names)
     return names
-
-
-def _marks(told: object, count: int) -> dict[Mark, tuple[int, int]]:
-    if not isinstance(told, dict) or not set(told) <= set(Mark):
-        raise _malformed("marks", told)
-    marks = {}
-    for name, at in told.items():
-        if not isinstance(at, list) or len(at) != 2:
-            raise _malformed(name, at)
-        at_ns = _whole(at[0], -MAX_TIME_NS, MAX_TIME_NS, name)
-        marks[Mark(name)] = (at_ns, _whole(at[1], NO_CAUSE, count - 1, f"cause of {name}"))
-    return marks
-
-
-def _stages(told: object) -> list[Stage]:
-    if not isinstance(told, list) or len(told) > MAX_STAGES:
-        raise _malformed("stages", told)
-    stages = []
-    for stage in told:
-        if not isinstance(stage, list) or len(stage) != 4:
-            raise _malformed("stage", stage)
-        name, index = _name(stage[0], "stage"), _whole(stage[1], 0, MAX_INDEX, "stage's index")
-        start_ns = _whole(stage[2], -MAX_TIME_NS, MAX_TIME_NS, "stage's start")
-        stages.append(Stage(name, index, start_ns, _whole(stage[3], start_ns, MAX_TIME_NS, "stage's end")))
-    return stages

@@ -17,7 +17,7 @@ from proto_v3.errors import PeerProtocolError, UserError
 from proto_v3.timeline import Timeline
 from proto_v3.vmm.migration import OutcomeKind
 from sim.device.stream import CriticalLoad, LoadCounts, ReadCounts
-from sim.live import merge_timelines as parts
+from sim.live import merge_timelines
 from sim.live.fd.store import differences
 from sim.live.processes.children import HANGS, Child, device_main, source_main, start, target_main
 from sim.live.processes.vmm import Settings, check_size
@@ -318,7 +318,7 @@ def _measured(
 ) -> tuple[Measured, Timeline]:
     told = [side for side in (source, target) if side]
     exports = [side["timeline"] for side in told] + [side["device"]["timeline"] for side in told if side.get("device")]
-    timeline = parts.merge([(export, 0) for export in exports], 0)
+    timeline = merge_timelines.merge([(export, 0) for export in exports], 0)
     measured = Measured(
         scenario=scenario.name,
         protocol=protocol.name,

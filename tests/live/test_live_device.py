@@ -30,7 +30,7 @@ from sim.live.fd.data_fd import WOKEN, descriptor
 from sim.live.fd.load import LoadedData
 from sim.live.fd.save import Layout, SocketBuffer
 from sim.live.io import IO
-from sim.live.merge_timelines import _Read
+from sim.live.merge_timelines import ProcessRecord
 from tests.build.hosts import KINDS
 from tests.build.live_hosts import (
     LOOPS,
@@ -1116,11 +1116,12 @@ def test_room_is_told_as_of_the_read_that_makes_it(io: str) -> None:
         async with live("source", quick(), io) as rig:
             _, fd = await opened(rig, PRECOPY, 1)
             await drained(fd, 1000)
-            told = _Read.of(rig.devices.timeline.export())
-        rooms = told.gave["edge"] == told.edges.index(f"{fd.name} room")
-        made_by = told.gave["by"][rooms]
+            told = ProcessRecord.of(rig.devices.timeline.export())
+        sent = told.tables["sent"]
+        rooms = sent["edge"] == told.edges.index(f"{fd.name} room")
+        made_by = sent["span"][rooms]
         assert len(made_by) > 3
-        assert np.array_equal(told.gave["at_ns"][rooms], told.spans["start_ns"][made_by])
+        assert np.array_equal(sent["at_ns"][rooms], told.tables["spans"]["start_ns"][made_by])
 
     run(main)
 
@@ -1646,7 +1647,7 @@ def test_what_reading_took_is_told_at_the_end() -> None:
             assert [each["bytes"] for each in device["reads"]] == sizes == [fd.reads.bytes for fd in fds]
             assert device["needed_bytes"] == len(rig.store.view)
             assert told["delays"]["count"] > 0
-            assert set(told["timeline"]) >= {"spans", "gave", "got"}
+            assert set(told["timeline"]) >= {"spans", "sent", "waits"}
             progress = (await rig.calls.call("progress")).body
             assert progress == {"left_bytes": 0, "written_bytes": 0}
 

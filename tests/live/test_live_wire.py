@@ -582,11 +582,11 @@ class Notes:
     def now_ns(self) -> int:
         return self.now
 
-    def gave(self, edge: str, count: int, /) -> None:
-        self.noted.append(("gave", edge, count))
+    def sent(self, edge: str, count: int, /) -> None:
+        self.noted.append(("sent", edge, count))
 
-    def got(self, resource: Resource, what: str, edge: str, count: int, start_ns: int, /) -> None:
-        self.noted.append(("got", resource, what, edge, count, start_ns))
+    def waited_for(self, resource: Resource, what: str, edge: str, count: int, start_ns: int, /) -> None:
+        self.noted.append(("waited_for", resource, what, edge, count, start_ns))
 
     def blocked(self, start_ns: int, /) -> None:
         self.noted.append(("blocked", start_ns))
@@ -614,14 +614,14 @@ def test_frames_are_noted_where_they_are_given_and_where_they_come(loop: str, io
 
     run(loop, main)
     assert here.noted == [
-        ("gave", "to target 1", 2),
-        ("gave", "to source 0 room", 1),
-        ("got", Resource.LINK, "frame", "to source 0", 1, 1000),
+        ("sent", "to target 1", 2),
+        ("sent", "to source 0 room", 1),
+        ("waited_for", Resource.LINK, "frame", "to source 0", 1, 1000),
     ]
     assert there.noted == [
-        ("gave", "to source 0", 1),
-        ("gave", "to target 1 room", 2),
-        ("got", Resource.LINK, "frame", "to target 1", 2, 1000),
+        ("sent", "to source 0", 1),
+        ("sent", "to target 1 room", 2),
+        ("waited_for", Resource.LINK, "frame", "to target 1", 2, 1000),
     ]
 
 
@@ -640,9 +640,9 @@ def test_a_send_that_was_held_up_is_noted(loop: str, io: str) -> None:
 
     run(loop, main)
     assert notes.noted == [
-        ("gave", "to target 0", 1),
+        ("sent", "to target 0", 1),
         ("blocked", 1000),
-        ("got", Resource.LINK, "room in connection", "to target 0 room", LATEST, 1000),
+        ("waited_for", Resource.LINK, "room in connection", "to target 0 room", LATEST, 1000),
     ]
 
 

@@ -87,7 +87,7 @@ class Calls:
         start_ns = 0 if self._timeline is None else self._timeline.now_ns()
         answer = await self.begin(name, **body)
         if self._timeline is not None:
-            self._timeline.got(Resource.COPY, f"{name} call", f"{self._edge} answer", answer.number, start_ns)
+            self._timeline.waited_for(Resource.COPY, f"{name} call", f"{self._edge} answer", answer.number, start_ns)
         return answer
 
     def begin(self, name: str, **body: Any) -> asyncio.Future[Reply]:
@@ -99,7 +99,7 @@ class Calls:
             return done
         self._number += 1
         if self._timeline is not None:
-            self._timeline.gave(f"{self._edge} call", self._number)
+            self._timeline.sent(f"{self._edge} call", self._number)
         self._waiting[self._number] = done
         self._send([self._number, CALL, name, body], ())
         return done
@@ -217,7 +217,7 @@ class Calls:
     async def _handle(self, number: int, kind: int, name: str, body: dict[str, Any]) -> None:
         assert self._handler is not None
         if self._timeline is not None and kind == CALL:
-            self._timeline.got(Resource.COPY, f"{name} call", f"{self._edge} call", number, LONG_AGO_NS)
+            self._timeline.waited_for(Resource.COPY, f"{name} call", f"{self._edge} call", number, LONG_AGO_NS)
         try:
             answer = await self._handler(name, body)
         except OSError as error:
@@ -231,7 +231,7 @@ class Calls:
         if kind == CALL:
             self._answers += 1
             if self._timeline is not None:
-                self._timeline.gave(f"{self._edge} answer", self._answers)
+                self._timeline.sent(f"{self._edge} answer", self._answers)
             self._send([number, ANSWER, self._answers, answer.body], answer.fds)
 
     def close(self, why: str = "is gone") -> None:

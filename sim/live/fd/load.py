@@ -153,11 +153,11 @@ class LoadedData:
 
         size, whole = await self._worker.start(lambda: self._copier.receive(self._ours, self._closing, views, drained))
         for taken, number, at_ns in answered:
-            self._timeline.got(Resource.COPY, "write", f"{self._edge} write", taken, start_ns, at_ns)
-            self._timeline.gave(f"{self._edge} taken", number, at_ns)
+            self._timeline.waited_for(Resource.COPY, "write", f"{self._edge} write", taken, start_ns, at_ns)
+            self._timeline.sent(f"{self._edge} taken", number, at_ns)
             start_ns = at_ns
         self._taken += size
-        self._timeline.got(Resource.COPY, "write", f"{self._edge} write", self._taken, start_ns)
+        self._timeline.waited_for(Resource.COPY, "write", f"{self._edge} write", self._taken, start_ns)
         return whole
 
     # --- answering ----------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class LoadedData:
             self._answer(self._taken)
 
     def _answer(self, taken: int, error: OSError | None = None) -> None:
-        self._timeline.gave(f"{self._edge} taken", self._answers + 1)
+        self._timeline.sent(f"{self._edge} taken", self._answers + 1)
         self._send_answer(taken, error)
 
     def _send_answer(self, taken: int, error: OSError | None = None) -> int:

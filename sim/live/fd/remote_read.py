@@ -53,8 +53,8 @@ class RemoteReadFd(RemoteFd):
                 self.reads.bytes += size
                 self.reads.calls += 1
                 self.reads.firmware_ns += self._timeline.now_ns() - start_ns
-                self._timeline.got(Resource.COPY, "read", f"{self.name} read", self.reads.bytes, start_ns)
-                self._timeline.gave(f"{self.name} room", self.reads.bytes, start_ns)  # it wakes whoever waits for it
+                self._timeline.waited_for(Resource.COPY, "read", f"{self.name} read", self.reads.bytes, start_ns)
+                self._timeline.sent(f"{self.name} room", self.reads.bytes, start_ns)  # it wakes whoever waits for it
                 return view[:size]
             if size == 0:
                 await asyncio.wait([idle])
@@ -72,7 +72,7 @@ class RemoteReadFd(RemoteFd):
         self._idle = None
         self.reads.wakeups += 1
         edge = f"{self._devices.side} answer"
-        self._timeline.got(Resource.COPY, "read", edge, answer.number, self._timeline.now_ns())
+        self._timeline.waited_for(Resource.COPY, "read", edge, answer.number, self._timeline.now_ns())
         if end["what"] != "END":
             raise OSError(end["errno"], end["text"] or os.strerror(end["errno"]))
         if end["sent"] != self.reads.bytes:
@@ -108,7 +108,7 @@ class RemoteReadFd(RemoteFd):
             edge, count = f"{self.name} read", self.reads.bytes + 1
             if _is_new(epoch):
                 edge, count = f"{self._devices.side} answer", epoch.result().number
-            self._timeline.got(Resource.COPY, "poll", edge, count, start_ns)
+            self._timeline.waited_for(Resource.COPY, "poll", edge, count, start_ns)
             readable = Ready.READABLE if found != WOKEN else Ready.NOTHING
             return readable | (Ready.NEW_EPOCH if _is_new(epoch) else Ready.NOTHING)
 

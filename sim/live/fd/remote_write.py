@@ -62,7 +62,7 @@ class RemoteWriteFd(RemoteFd):
         self._written += len(prefix) + len(view)
         writer = _PendingWrite(self._written, asyncio.get_running_loop().create_future())
         self._writers.append(writer)
-        self._timeline.gave(f"{self.name} write", self._written)
+        self._timeline.sent(f"{self.name} write", self._written)
         if self._announced is not None:
             self._announced.total = self._written
         with contextlib.suppress(ConnectionError):  # the driver takes no more, and answers why
@@ -72,7 +72,7 @@ class RemoteWriteFd(RemoteFd):
         sent_ns = self._timeline.now_ns()
         self._timeline.work(Resource.COPY, "write", start_ns)
         number = await writer.answered
-        self._timeline.got(Resource.COPY, "write", f"{self.name} taken", number, sent_ns)
+        self._timeline.waited_for(Resource.COPY, "write", f"{self.name} taken", number, sent_ns)
 
     def _prefix(self, size: int) -> bytes:
         """What is sent before a payload of `size` bytes: nothing, if the driver need not know where it ends."""

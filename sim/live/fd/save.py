@@ -256,10 +256,12 @@ class SavedData:
         timeline, zero_ns = self._timeline, self._zero_ns
         asked_ns, locked_ns = copied.asked_ns - zero_ns, copied.locked_ns - zero_ns
         if copied.waited and copied.asked_ns - before_ns > UNCONTENDED_NS:
-            timeline.got(Resource.COPY, "room in data fd", f"{self._edge} room", LATEST, before_ns - zero_ns, asked_ns)
+            timeline.waited_for(
+                Resource.COPY, "room in data fd", f"{self._edge} room", LATEST, before_ns - zero_ns, asked_ns
+            )
         if copied.lock_ns > UNCONTENDED_NS:
             timeline.work(Resource.LOCK, "lock wait", asked_ns, locked_ns)
-        timeline.gave(f"{self._edge} read", sent, locked_ns)
+        timeline.sent(f"{self._edge} read", sent, locked_ns)
         timeline.work(Resource.COPY, "read", locked_ns, copied.done_ns - zero_ns)
         self.lock_ns += copied.lock_ns
         self.copy_ns += copied.copy_ns

@@ -40,10 +40,10 @@ class Trace(Protocol):
     def now_ns(self) -> int:
         """The clock of it all."""
 
-    def gave(self, edge: str, count: int, /) -> None:
+    def sent(self, edge: str, count: int, /) -> None:
         """The task is about to send the frame of this number, from 1; or to make room, by taking it."""
 
-    def got(self, resource: Resource, what: str, edge: str, count: int, start_ns: int, /) -> None:
+    def waited_for(self, resource: Resource, what: str, edge: str, count: int, start_ns: int, /) -> None:
         """The task waited since `start_ns` for the frame of this number; or for room, LATEST."""
 
     def blocked(self, start_ns: int, /) -> None:
@@ -164,14 +164,14 @@ class Connection:
         trace, start_ns = self.trace, 0
         if trace is not None:
             start_ns = trace.now_ns()
-            trace.gave(self._out, self._sent)
+            trace.sent(self._out, self._sent)
         try:
             await self.pipe.send_all([head, view] if len(view) else [head])
         except OSError as error:
             raise self._ended(error) from error
         if trace is not None and trace.now_ns() - start_ns > HELD_UP_NS:
             trace.blocked(start_ns)
-            trace.got(Resource.LINK, "room in connection", f"{self._out} room", LATEST, start_ns)
+            trace.waited_for(Resource.LINK, "room in connection", f"{self._out} room", LATEST, start_ns)
 
     def _ended(self, error: OSError) -> ConnectionError:
         if self.cause is not None:
@@ -186,13 +186,13 @@ class Connection:
         start_ns = 0
         if trace is not None:
             start_ns = trace.now_ns()
-            trace.gave(f"{self._in} room", self._received + 1)
+            trace.sent(f"{self._in} room", self._received + 1)
         async with self._in_turn:
             header, payload = await self._next()
             self._received += 1
             count = self._received
         if trace is not None:
-            trace.got(Resource.LINK, "frame", self._in, count, start_ns)
+            trace.waited_for(Resource.LINK, "frame", self._in, count, start_ns)
         return header, payload
 
     async def _next(self) -> Received:

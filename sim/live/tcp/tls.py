@@ -26,7 +26,7 @@ LINGER_S = 1.0
 
 
 def tls_server(cert: str | Path, key: str | Path, ca: str | Path) -> ssl.SSLContext:
-    """The target's context: a source must have a certificate that `ca` signed. UserError names the file that is wrong."""
+    """The target's context: a source must have a certificate that `ca` signed. UserError names a file that is wrong."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.num_tickets = 0  # nobody resumes; closing a socket with unread tickets would be a reset
     return _filled(context, Path(cert), Path(key), Path(ca))
@@ -119,7 +119,7 @@ class TlsPipe(Pipe):
             raise
 
     async def recv(self, view: memoryview) -> int:
-        """Wait for bytes, and return their number; 0 is the end of the stream. If the caller is cancelled, none are lost."""
+        """Wait for bytes, and return their number; 0 is the end of the stream. A cancelled call loses no bytes."""
         async with self._in:
             return await self._some(view)
 
