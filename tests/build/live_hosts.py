@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import os
 import random
 import socket
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -19,7 +17,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import uvloop
 
 from proto_v3.vfio.device import BlocksFd, DataFd
 from proto_v3.vfio.uapi import State, StreamFlags
@@ -36,20 +33,14 @@ from sim.live.fd.remote import RemoteDevice
 from sim.live.fd.remote_fd import Devices
 from sim.live.fd.save import Layout, SavedData
 from sim.live.fd.store import DIGEST_BYTES, StateStore
-from sim.live.io import IO
 from sim.live.merge_timelines import ProcessTimeline as Timeline
 from sim.live.processes.device_process import DeviceProcess
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import MIB
 from tests.build.hosts import Hosts
+from tests.build.loops import run
 from tests.build.scenario import small_scenario
 
-LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
-    "uvloop": uvloop.new_event_loop,
-    "asyncio": asyncio.new_event_loop,
-}
-WAYS = [(loop, io) for loop in LOOPS for io in IO]
-"""Every loop with every way of waiting for bytes."""
 READ_BYTES = 8 * MIB
 """The most that one read() gives."""
 
@@ -74,46 +65,6 @@ QUICK: dict[str, Any] = {
 
 def quick(changes: dict[str, Any] | None = None) -> Scenario:
     return small_scenario(QUICK | (changes or {}))
-
-
-# --- running ----------------------------------------------------------------------------------------------------------
-
-
-def open_fds() -> dict[str, str]:
-    """But for /dev/null, of which libuv keeps one in reserve once it needs to."""
-    fds = {}
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            fds[fd] = os.readlink(f"/proc/self/fd/{fd}")
-    return {fd: what for fd, what in fds.items() if what != "/dev/null"}
-
-
-def _threads() -> set[threading.Thread]:
-    """But for those that the loop keeps for whoever has something for a thread to do."""
-    return {thread for thread in threading.enumerate() if not thread.name.startswith(("asyncio_", "uvloop_"))}
-
-
-def run(main: Callable[[], Coroutine[Any, Any, None]], loop: str = "uvloop") -> None:
-    """Run it, and check that it leaves no descriptor, task, thread or complaint behind."""
-    complaints: list[dict[str, Any]] = []
-    threads = _threads()
-
-    async def checked() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-        before = open_fds()
-        await main()
-        for _ in range(500):  # what was cancelled ends in the loop's next turns, a thread a little later
-            left = asyncio.all_tasks() - {asyncio.current_task()}
-            if not left and len(open_fds()) <= len(before) and not _threads() - threads:
-                break
-            await asyncio.sleep(0.01)
-        assert not left, left
-        assert len(open_fds()) <= len(before), sorted(open_fds().items() - before.items())
-        assert not _threads() - threads, _threads() - threads
-
-    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
-        runner.run(checked())
-    assert not complaints, complaints
 
 
 # --- a device and its VMM ---------------------------------------------------------------------------------------------

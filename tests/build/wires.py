@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import socket
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
 import msgpack
-import uvloop
 
 from proto_v3.errors import PeerFailedError, PeerProtocolError, UserError
 from sim.live.io import IO
@@ -24,12 +21,8 @@ from sim.live.tcp.session import Session
 from sim.live.tcp.sockets import Preamble, Role, SocketSettings, listen, text_of
 from sim.live.tcp.wire_source import connect
 from sim.live.tcp.wire_target import accept
+from tests.build import loops
 
-LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
-    "asyncio": asyncio.new_event_loop,
-    "uvloop": uvloop.new_event_loop,
-}
-WAYS = [(loop, io) for loop in LOOPS for io in IO]
 LOCAL = ("127.0.0.1", 0)
 PLAIN = SocketSettings()
 RUN = Run("{}", "v2", 1)
@@ -39,41 +32,9 @@ ALLOWED = (OSError, PeerProtocolError, PeerFailedError, UserError)
 """What a peer may bring about, whatever it does."""
 
 
-def open_fds() -> dict[str, str]:
-    """But for /dev/null, of which libuv keeps one in reserve once it needs to."""
-    fds = {}
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            fds[fd] = os.readlink(f"/proc/self/fd/{fd}")
-    return {fd: what for fd, what in fds.items() if what != "/dev/null"}
-
-
-def _threads() -> int:
-    """But for those that the loop keeps, to ask for addresses."""
-    return sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate())
-
-
 def run(loop: str, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run it, and check that it leaves no descriptor, task, thread or complaint behind."""
-    complaints: list[dict[str, Any]] = []
-
-    async def checked() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-        before = open_fds()
-        await main()
-        left = asyncio.all_tasks() - {asyncio.current_task()}
-        assert not left, left
-        for _ in range(500):  # a transport closes its socket in the loop's next turn, a thread ends a little later
-            if len(open_fds()) <= len(before) and _threads() <= threads:
-                break
-            await asyncio.sleep(0.01)
-        assert len(open_fds()) <= len(before), (before, open_fds())
-        assert _threads() <= threads, threading.enumerate()
-
-    threads = _threads()
-    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
-        runner.run(checked())
-    assert not complaints, complaints
+    """Run it; a session that ended leaves no task."""
+    loops.run(main, loop, tasks_end_at_once=True)
 
 
 async def agree(_: Run) -> None:

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.live.fd.calls import ANSWER, CALL, ERROR, MAX_FDS, MAX_MESSAGE_BYTES, NOTE, Calls, Reply
-from tests.build.live_hosts import LOOPS, code_of, open_fds, run
+from tests.build.live_hosts import code_of
+from tests.build.loops import LOOPS, open_fds, run
 
 Handle = Callable[[str, dict[str, Any]], Awaitable[Reply]]
 

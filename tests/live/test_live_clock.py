@@ -27,7 +27,7 @@ from sim.live import real_time as live_clock
 from sim.live.fd.lock import Mutex, RealLock
 from sim.live.real_time import Delays, RealTime
 from sim.resource import CommandSlots
-from tests.build.live_hosts import LOOPS, run
+from tests.build.loops import LOOPS, run
 
 US, MS, SECOND = 1_000, 1_000_000, 1_000_000_000
 BOOT_NS = 12_345 * SECOND

@@ -33,9 +33,7 @@ from sim.live.io import IO
 from sim.live.merge_timelines import ProcessRecord
 from tests.build.hosts import KINDS
 from tests.build.live_hosts import (
-    LOOPS,
     READ_BYTES,
-    WAYS,
     Gate,
     Live,
     Move,
@@ -49,13 +47,12 @@ from tests.build.live_hosts import (
     guest_writes,
     live,
     on_both,
-    open_fds,
     opened,
     quick,
-    run,
     waits,
     wrong,
 )
+from tests.build.loops import LOOPS, WAYS, open_fds, run
 
 PRECOPY = State.PRE_COPY
 WITH_PRECOPY = [kind for kind, changes in KINDS.items() if "PRE_COPY" in changes.get("device.0.features", ["PRE_COPY"])]

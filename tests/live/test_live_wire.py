@@ -30,20 +30,8 @@ from sim.live.tcp.session import Session
 from sim.live.tcp.sockets import Granted, SocketSettings, listen
 from sim.live.tcp.wire_source import connect
 from sim.live.tcp.wire_target import accept
-from tests.build.wires import (
-    LOCAL,
-    PATIENT,
-    RUN,
-    WAYS,
-    Peer,
-    TargetPeer,
-    agree,
-    listening,
-    message,
-    outcome,
-    pair,
-    run,
-)  # fmt: skip
+from tests.build.loops import WAYS
+from tests.build.wires import LOCAL, PATIENT, RUN, Peer, TargetPeer, agree, listening, message, outcome, pair, run
 
 both_ways = pytest.mark.parametrize(("loop", "io"), WAYS, ids=lambda name: name)
 SIZES = [0, 1, 71, 4000, 4096, 4097, 65_535, SMALL_BYTES, SMALL_BYTES + 1, 300_000, 1 << 20]

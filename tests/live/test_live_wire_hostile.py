@@ -24,6 +24,7 @@ from sim.live.tcp.messages import Accept, Offer, Result
 from sim.live.tcp.sockets import NO_TOKEN, WIRE_VERSION, Preamble, Role
 from sim.live.tcp.wire_source import connect
 from sim.live.tcp.wire_target import accept
+from tests.build.loops import WAYS
 from tests.build.wires import (
     ACCEPT,
     ALLOWED,
@@ -32,7 +33,6 @@ from tests.build.wires import (
     RUN,
     SOURCE_STAGES,
     TARGET_STAGES,
-    WAYS,
     Change,
     SourcePeer,
     agree,
@@ -44,7 +44,7 @@ from tests.build.wires import (
     met_by_target,
     pair,
     run,
-)  # fmt: skip
+)
 
 both_ways = pytest.mark.parametrize(("loop", "io"), WAYS, ids=lambda name: name)
 SHORT = Limits(handshake_s=0.25, silent_s=0.25, frame_bytes=1 << 16)

@@ -21,7 +21,8 @@ from sim.live.tcp.session import Session
 from sim.live.tcp.tls import tls_client, tls_server
 from sim.live.tcp.wire_source import connect
 from sim.live.tcp.wire_target import accept
-from tests.build.wires import PATIENT, RUN, WAYS, agree, listening, outcome, pair, run
+from tests.build.loops import WAYS
+from tests.build.wires import PATIENT, RUN, agree, listening, outcome, pair, run
 
 TLS = Path(__file__).parents[1] / "data" / "tls"
 CA = TLS / "ca.pem"
