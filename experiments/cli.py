@@ -201,7 +201,7 @@ def report(results: str, out: str | None) -> None:
 
     Exit status: 0; 2 if there is no such folder, or it is damaged.
     """
-    from experiments.report.page import run_report
+    from experiments.commands.report import run_report
 
     click.get_current_context().exit(run_report(results, out))
 

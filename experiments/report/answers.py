@@ -1,4 +1,4 @@
-"""The answers that are in a results folder, read back: for the report, and for the page that a reader sees first."""
+"""The answers in a results folder, read back: for the report, and for the README.md of that folder."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ END = "<!-- end of the answers -->"
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What one experiment left behind."""
+class KeptAnswer:
+    """What one experiment wrote: its answer, its effects, its figures, and how it was made."""
 
     name: str
     question: str
@@ -30,11 +30,11 @@ class Told:
     effects: pl.DataFrame
     manifest: Mapping[str, Any]
     figures: Sequence[Path]
-    """The PNGs, the one that says most first; each has an SVG beside it."""
+    """The PNGs, the most important one first; each has an SVG beside it."""
 
     @property
     def outcomes(self) -> dict[str, int]:
-        """How many runs ended in which way."""
+        """How many runs ended in which way, the most frequent first."""
         counts: dict[str, int] = {}
         for of_protocol in self.manifest["outcomes"].values():
             for kind, runs in of_protocol.items():
@@ -42,31 +42,34 @@ class Told:
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def read(results: Path) -> list[Told]:
-    """All that there are, in the experiments' order. UserError for a folder that is none, or that is damaged."""
+def read(results: Path) -> list[KeptAnswer]:
+    """All answers in a results folder, in the order of the experiments.
+
+    UserError if there is no such folder, or if an experiment's folder in it is damaged.
+    """
     if not results.is_dir():
         raise UserError(f"{results}: no such folder; make results with: proto-v3 run all")
     return [_read(results / name) for name in NAMES if (results / name / "answer.json").exists()]
 
 
-def _read(folder: Path) -> Told:
+def _read(folder: Path) -> KeptAnswer:
     try:
-        told = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+        answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        figures = [folder / f"{name}.png" for name in told["figures"]]
+        figures = [folder / f"{name}.png" for name in answer["figures"]]
         for figure in figures:
             figure.with_suffix(".svg").stat()
-        findings = [Finding(**finding) for finding in told["findings"]]
+        findings = [Finding(**finding) for finding in answer["findings"]]
         if unknown := {finding.claim for finding in findings} - CLAIMS.keys():
             raise ValueError(f"there is no claim {', '.join(sorted(unknown))}")
         for key in ("outcomes", "runs", "seeds", "command", "git_revision", "made"):
             manifest[key]
-        return Told(
-            name=told["experiment"],
-            question=told["question"],
-            answer=told["answer"],
-            limit=told["limit"],
-            details=told["details"],
+        return KeptAnswer(
+            name=answer["experiment"],
+            question=answer["question"],
+            answer=answer["answer"],
+            limit=answer["limit"],
+            details=answer["details"],
             findings=findings,
             effects=pl.read_parquet(folder / "effects.parquet"),
             manifest=manifest,
@@ -78,20 +81,20 @@ def _read(folder: Path) -> Told:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A claim, and what all experiments together say of it."""
+    """A claim about v3, and the verdict of all experiments together."""
 
     name: str
     text: str
     verdict: str
-    """`not tested` if no experiment said anything."""
+    """`not tested` if no experiment has a finding on it."""
     findings: Sequence[tuple[str, Finding]]
-    """Beside each, the experiment's name."""
+    """Each with the name of its experiment."""
 
 
-def claims(told: Sequence[Told]) -> list[Claim]:
-    """Each claim with its verdict: what all experiments agree on, or `under conditions`."""
+def claims(kept: Sequence[KeptAnswer]) -> list[Claim]:
+    """Each claim with its verdict: the one that all experiments agree on, else `under conditions`."""
     found: dict[str, list[tuple[str, Finding]]] = {name: [] for name in CLAIMS}
-    for each in told:
+    for each in kept:
         for finding in each.findings:
             found[finding.claim].append((each.name, finding))
     return [
@@ -104,16 +107,16 @@ def _together(verdicts: Sequence[Verdict]) -> str:
     return "not tested" if not verdicts else verdicts[0] if len(set(verdicts)) == 1 else "under conditions"
 
 
-# --- the page that a reader sees first --------------------------------------------------------------------------------
+# --- README.md of the results -----------------------------------------------------------------------------------------
 
 
-def page(told: Sequence[Told]) -> str:
-    """Questions and answers in Markdown, with the figures, as seen from the results folder."""
+def page(kept: Sequence[KeptAnswer]) -> str:
+    """Claims, questions and answers in Markdown; the figures' paths are relative to the results folder."""
     lines = []
-    for claim in claims(told):
+    for claim in claims(kept):
         lines.append(f"- **{claim.name}, {claim.verdict}:** {claim.text}")
         lines += [f"  - [{name}](#{name}), {finding.verdict}: {finding.why}" for name, finding in claim.findings]
-    for each in told:
+    for each in kept:
         lines += ["", f"### {each.name}", "", f"**{each.question}** {each.answer}", "", f"*Limit:* {each.limit}", ""]
         lines += [f"![{each.question}]({each.name}/{figure.name})" for figure in each.figures[:1]]
         others = ", ".join(f"[{figure.stem}]({each.name}/{figure.name})" for figure in each.figures[1:])
@@ -121,10 +124,10 @@ def page(told: Sequence[Told]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def put_in(readme: str, told: Sequence[Told]) -> str:
-    """The page with its answers replaced. UserError if it has no place for them."""
+def with_answers(readme: str, kept: Sequence[KeptAnswer]) -> str:
+    """The text of README.md with its answers replaced. UserError if it has no place for them."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise UserError(f"README.md of the results: has no place for the answers: the lines {BEGIN} and {END}")
-    return f"{before}{begin}\n\n{page(told)}\n{end}{after}"
+    return f"{before}{begin}\n\n{page(kept)}\n{end}{after}"

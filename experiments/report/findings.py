@@ -1,4 +1,4 @@
-"""What a comparison says, in sentences. Every number is computed from the runs."""
+"""What a comparison shows, in sentences. Every number is computed from the runs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import polars as pl
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments.runs.frame import NS_PER_MS, completed_runs, ms, number, path_shares, protocols
+from experiments.runs.frame import completed_runs, ms, number, path_shares, protocols
+from sim.scenario.units import NS_PER_MS
 
 ENOUGH_SEEDS = 10
-"""For an interval by the bootstrap; fewer are too few to draw from."""
+"""For an interval by the bootstrap, which draws from them."""
 
 
 def print_findings(console: Console, frame: pl.DataFrame) -> None:
-    """What the figure shows, and what it does not."""
+    """Print what the figure shows, and what it does not."""
     for sentence in findings(frame):
         console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=False)
 
@@ -40,7 +41,7 @@ def findings(runs: pl.DataFrame) -> list[str]:
 
 
 def _beside_multifd(completed: pl.DataFrame, v3: Sequence[str]) -> list[str]:
-    """What of v3's gain is that RAM and the devices move side by side, which QEMU's multifd gives v2 as well."""
+    """How much of v3's gain remains against v2 with multifd, which also moves RAM and devices side by side."""
     if "v2-multifd" in protocols(completed):
         return [_difference(completed, "v2-multifd", other) for other in v3]
     return [
@@ -51,17 +52,17 @@ def _beside_multifd(completed: pl.DataFrame, v3: Sequence[str]) -> list[str]:
 
 def _bound(completed: pl.DataFrame, protocol: str) -> str:
     shares = sorted(path_shares(completed, protocol).items(), key=lambda item: -item[1])
-    told = ", ".join(f"{resource.name.lower()} {100 * share:.0f} %" for resource, share in shares if share >= 0.05)
+    largest = ", ".join(f"{resource.name.lower()} {100 * share:.0f} %" for resource, share in shares if share >= 0.05)
     runs = completed.filter(pl.col("protocol") == protocol)
     mean, paused = ms(runs["downtime_ns"].mean()), ms(runs["retries_stopped_ns"].mean())
     before = (
         f" Before that the guest stood still for {paused:.1f} ms, for stops that were taken back." if paused else ""
     )
-    return f"{protocol}: downtime {mean:.0f} ms, bounded by {told} of the critical path.{before}"
+    return f"{protocol}: downtime {mean:.0f} ms, bounded by {largest} of the critical path.{before}"
 
 
 def _overlap(completed: pl.DataFrame) -> list[str]:
-    """How far v2's device saves and loads overlap, and what stops them from overlapping more."""
+    """How far v2's device saves and loads overlap, and what keeps them from overlapping more."""
     runs = completed.filter(pl.col("protocol") == "v2")
     save = [c for c in runs.columns if c.startswith("stage_device_save")]
     load = [c for c in runs.columns if c.startswith("stage_device_load")]
@@ -103,7 +104,7 @@ def _interval(change_ms: NDArray[np.float64]) -> str:
         return ""
     from experiments.study.statistics import interval  # late: it loads SciPy
 
-    told = interval(change_ms)
-    least, most = told.low, told.high
+    mean = interval(change_ms)
+    least, most = mean.low, mean.high
     verdict = ", which has 0 in it: no difference is shown" if least <= 0 <= most else ""
     return f"; 95 % interval of the mean {least:+.1f} to {most:+.1f} ms{verdict}"

@@ -1,6 +1,6 @@
 """A folder that results are written into: tables, figures, a manifest, each whole or not at all.
 
-It imports nothing heavy, so that it can be looked at before the work: a live run's memory is counted.
+It imports nothing heavy, because a live run checks its folder first, and its memory is measured.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCHEMA_VERSION = 5
-"""Of the table of runs; grows when a column changes its meaning."""
+"""Of the table of runs. It grows when a column changes its meaning."""
 
 
 class ResultFolder:
     """A folder that results are written into. Files appear whole or not at all."""
 
     def __init__(self, folder: Path) -> None:
-        """UserError if the folder cannot be made or written to: found out before the work, not after it."""
+        """Make the folder. UserError, before the work, if it cannot be made or written to."""
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ class ResultFolder:
             raise UserError(f"--out {folder}: cannot be written: {error.strerror}; name a folder that can") from error
 
     def remove(self, *names: str) -> None:
-        """Take away files of an earlier run which would not fit the new ones."""
+        """Remove files of an earlier run that would not fit the new ones."""
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
 
@@ -73,7 +73,7 @@ class ResultFolder:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write beside the file, and put it in its place when all of it is written. UserError if that fails."""
+    """Write to the path that it yields; at the end this replaces the file. UserError if that fails."""
     new = path.with_name(f".{path.name}.new")
     try:
         yield new

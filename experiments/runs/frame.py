@@ -1,4 +1,4 @@
-"""A table of runs, read: which runs were completed, and plain numbers out of Polars' aggregates."""
+"""Reading a table of runs: the completed ones, and plain numbers out of Polars' aggregates."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import polars as pl
 from experiments.runs.table import PATH_COLUMNS
 from proto_v3.timeline import Resource
 from proto_v3.vmm.migration import OutcomeKind
+from sim.scenario.units import NS_PER_MS
 
 COMPLETED = pl.col("outcome") == OutcomeKind.COMPLETED.value
-NS_PER_MS = 1e6
 
 
 def protocols(frame: pl.DataFrame) -> list[str]:
-    """In the order in which they were asked for."""
+    """The protocols, in the order of the table."""
     return list(frame["protocol"].unique(maintain_order=True))
 
 
@@ -24,7 +24,7 @@ def completed_runs(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def path_shares(completed: pl.DataFrame, protocol: str) -> dict[Resource, float]:
-    """Share of each resource in the downtime's critical path, over all of a protocol's runs."""
+    """The share of each resource in the critical path of the downtime, over all runs of a protocol."""
     runs = completed.filter(pl.col("protocol") == protocol)
     whole = number(runs["downtime_ns"].sum())
     return {
@@ -33,11 +33,11 @@ def path_shares(completed: pl.DataFrame, protocol: str) -> dict[Resource, float]
 
 
 def number(value: object) -> float:
-    """What Polars gives for an aggregate, as the number that it is: its type says that it might be anything."""
+    """An aggregate of Polars as a float; the type that Polars declares could be anything."""
     assert isinstance(value, (int, float))
     return float(value)
 
 
 def ms(value: object) -> float:
-    """Nanoseconds, as Polars gives them, in milliseconds."""
+    """An aggregate of Polars in nanoseconds, as milliseconds."""
     return number(value) / NS_PER_MS

@@ -132,7 +132,8 @@ def test_the_readme_gets_the_answers_and_keeps_the_rest(results: Path) -> None:
 )
 def test_a_claim_has_the_verdict_that_all_agree_on(verdicts: list[Verdict], together: str) -> None:
     told = [
-        answers.Told("x", "", "", "", [], [Finding("C5", verdict, "")], pl.DataFrame(), {}, []) for verdict in verdicts
+        answers.KeptAnswer("x", "", "", "", [], [Finding("C5", verdict, "")], pl.DataFrame(), {}, [])
+        for verdict in verdicts
     ]
     found = {claim.name: claim for claim in answers.claims(told)}
     assert found.keys() == CLAIMS.keys()

@@ -311,7 +311,9 @@ def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
     assert "cannot be used to keep runs in" in done.stderr
 
 
-@pytest.mark.parametrize("statement", ["update runs set row = 'no row'", "drop table runs; create table runs (x)"])
+@pytest.mark.parametrize(
+    "statement", ["update finished set row = 'no row'", "drop table finished; create table finished (x)"]
+)
 def test_a_store_that_is_damaged_is_told_of_in_one_line(tmp_path: Path, statement: str) -> None:
     interrupt(tmp_path, 3)
     with sqlite3.connect(tmp_path / NAME / sweep.KEPT) as db:
@@ -496,7 +498,7 @@ def test_an_error_of_the_cluster_itself_is_one_line(
 
 
 def test_a_scheduler_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "CONNECTS_WITHIN_S", 1)
+    monkeypatch.setattr(cluster, "CONNECT_TIMEOUT_S", 1)
     done = run(tmp_path, "--scheduler", "tcp://127.0.0.1:9")
     assert done.exit_code == 2
     assert "no Dask scheduler answers there" in done.stderr
