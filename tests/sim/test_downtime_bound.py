@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,8 @@ from proto_v3.vmm.migration import OutcomeKind
 from sim.scenario.file import load, shipped
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
-from sim.theory.downtime_bound import DowntimeBound, _queue, lower_bound, stops_ns
+from sim.theory.downtime_bound import DowntimeBound, LowerBound, lower_bound, queue_ns
+from sim.theory.work import stops_ns
 from tests.build.runs import run
 from tests.build.scenario import small_scenario
 
@@ -334,13 +337,22 @@ def test_devices_are_stopped_in_turn() -> None:
     assert stops_ns(without, 5 * MS) == [8 * MS, 11 * MS]
 
 
+def test_the_lemmas_are_those_of_the_document() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "theory.md").read_text(encoding="utf-8")
+    documented = dict(re.findall(r"^\| (\d+) \| `(\w+)` \|", text, re.MULTILINE))
+    lemmas = ((name, re.match(r"Lemma (\d+): ", method.__doc__ or "")) for name, method in vars(LowerBound).items())
+    stated = {lemma[1]: name for name, lemma in lemmas if lemma}
+    assert stated == documented
+    assert list(documented) == [str(number) for number in range(1, len(documented) + 1)]
+
+
 def test_what_can_begin_late_is_still_to_be_done() -> None:
-    assert _queue([]) == 0
-    assert _queue([(10, 5, 1)]) == 16
-    assert _queue([(10, 5, 1), (0, 3, 7)]) == 16
-    assert _queue([(10, 5, 1), (0, 3, 17)]) == 21
-    assert _queue([(10, 5, 1), (0, 30, 7)]) == 37
-    assert _queue([(10, 5, 0)]) == 0
+    assert queue_ns([]) == 0
+    assert queue_ns([(10, 5, 1)]) == 16
+    assert queue_ns([(10, 5, 1), (0, 3, 7)]) == 16
+    assert queue_ns([(10, 5, 1), (0, 3, 17)]) == 21
+    assert queue_ns([(10, 5, 1), (0, 30, 7)]) == 37
+    assert queue_ns([(10, 5, 0)]) == 0
 
 
 # --- in the outcome --------------------------------------------------------------------------------------------------

@@ -1,0 +1,155 @@
+"""The data that is certain to be moved after the stop, as one job for each device.
+
+That is the blocks that only a stopped device can save; or the whole device, if it has no pre-copy, only checks before
+the stop, or rereads everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from proto_v3.vfio import uapi
+from proto_v3.vfio.uapi import MigrationFlags
+from proto_v3.vmm.multifd import Multifd
+from proto_v3.vmm.v3 import V3Options
+from sim.device.blocks import VERSION_BYTES
+from sim.device.record import HEADER_BYTES, V3_HEADER_BYTES
+from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import Scenario
+from sim.scenario.tables import Device
+from sim.scenario.units import KIB, ns
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How a protocol moves the devices' data: by v3, by v2's multifd, or (both None) by v2's single channel."""
+
+    v3: V3Options | None
+    multifd: Multifd | None
+
+    @classmethod
+    def of(cls, scenario: Scenario, protocol: Protocol) -> Route:
+        """A v3 source that falls back to v2 takes the route of v2."""
+        if protocol.version == 3 and scenario.v3.target_knows == "v3":
+            return cls(scenario.v3_options(), None)
+        return cls(None, scenario.v2_options().devices_by_multifd)
+
+    @property
+    def single(self) -> bool:
+        """Whether all data takes one channel and one thread at each side."""
+        return self.v3 is None and self.multifd is None
+
+    @property
+    def blocks(self) -> bool:
+        """Whether addressable blocks replace the dirty streams."""
+        return self.v3 is not None and self.v3.blocks
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes before the payload of a record."""
+        return V3_HEADER_BYTES if self.v3 else HEADER_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Data that is moved: its bytes with the records' headers, the SAVE and LOAD commands, the read() calls."""
+
+    size_bytes: int = 0
+    commands: int = 0
+    reads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceJob:
+    """The data of one device. Times are ns from the order to stop."""
+
+    device: Device
+    saved_from_ns: int
+    """When the first SAVE can start."""
+    read_from_ns: int
+    """When the first read() can start."""
+    whole: Part
+    chain: Part
+    """What moves one after the other: in v2 everything; in v3 the largest stream; with blocks everything, by `readers`
+    threads."""
+    late: Part
+    """The part of the chain that cannot be saved before somebody reads, because the driver's chunks are full."""
+    readers: int
+    setup_ns: int
+    """Set-up of critical objects, before the last blocks are loaded."""
+
+
+def stops_ns(devices: Sequence[Device], vcpu_stop_ns: int) -> list[int]:
+    """When each device is stopped, in ns: the vCPUs stop, then all devices go to P2P in turn, then each to STOP."""
+    at_ns = vcpu_stop_ns + sum(ns(device.suspend_ms) for device in devices if "P2P" in device.features)
+    stops = []
+    for device in devices:
+        at_ns += ns(device.quiesce_ms) + (0 if "P2P" in device.features else ns(device.suspend_ms))
+        stops.append(at_ns)
+    return stops
+
+
+class WorkAfterStop:
+    """The jobs of a scenario on a route."""
+
+    def __init__(self, scenario: Scenario, route: Route) -> None:
+        self._scenario = scenario
+        self._route = route
+        self._read_bytes = scenario.switchover_settings().read_bytes
+        stops = stops_ns(scenario.devices, ns(scenario.vmm.vcpu_stop_ms))
+        self.ram_saved_ns = stops[-1] + ns(scenario.ram.final_sync_ms) + ns(scenario.ram.final_scan_ms)
+        """The earliest end of the last pass over RAM, in ns from the order to stop."""
+        self.jobs = [self._job(device, at, stops[-1]) for device, at in zip(scenario.devices, stops, strict=True)]
+
+    def _job(self, device: Device, stopped_ns: int, all_stopped_ns: int) -> DeviceJob:
+        v3, single, by_blocks = self._route.v3, self._route.single, self._route.blocks
+        precopy = MigrationFlags.PRE_COPY in device.flags
+        kind = self._scenario.driver.precopy
+        everything = not precopy or kind in ("check", "reread")
+        blocks = device.blocks if everything else device.stop_only_blocks
+        objects = device.critical.objects if everything else 0
+        # A device without a session goes to STOP_COPY when all are stopped; stopped blocks are asked for only then.
+        saved_from_ns = stopped_ns if precopy and not by_blocks else all_stopped_ns
+        read_from_ns = saved_from_ns if v3 else self.ram_saved_ns if single else all_stopped_ns
+        streams = 1 if v3 is None or by_blocks else v3.wire_streams
+        whole = self._part(device, blocks, objects, streams)
+        chain = late = whole if v3 is None else self._part(device, -(-blocks // streams), 0)
+        if v3 is None and precopy:
+            late = self._beyond_chunks(device, blocks, objects)
+        # v3: a driver that rereads sends the objects again, but the epoch is loaded: the blocks do not wait for them.
+        again = v3 is not None and precopy and kind == "reread"
+        setup_ns = 0 if again else objects * round(device.critical.setup_us * 1_000)
+        readers = v3.wire_streams if v3 and by_blocks else 1
+        return DeviceJob(device, saved_from_ns, read_from_ns, whole, chain, late, readers, setup_ns)
+
+    def _part(self, device: Device, blocks: int, objects: int, streams: int = 1) -> Part:
+        """These objects and blocks as records, with the blocks dealt out to `streams` streams."""
+        object_bytes = round(device.critical.object_kib * KIB)
+        object_commands = -(-objects // self._objects_per_chunk(device))
+        size = objects * object_bytes + object_commands * self._route.header_bytes
+        if self._route.blocks:
+            commands = -(-blocks // max(1, self._read_bytes // device.block_bytes))
+            size += blocks * (VERSION_BYTES + device.block_bytes)
+            size += commands * (V3_HEADER_BYTES + uapi.RecordBlocks.SIZE)
+            object_reads = -(-(objects * object_bytes) // self._read_bytes)  # one may return several records
+            return Part(size, object_commands + commands, object_reads + commands)
+        each, longer = divmod(blocks, streams)
+        per_chunk = self._blocks_per_chunk(device)
+        commands = longer * -(-(each + 1) // per_chunk) + (streams - longer) * -(-each // per_chunk)
+        size += blocks * device.block_bytes + commands * self._route.header_bytes
+        return Part(size, object_commands + commands, -(-size // self._read_bytes))
+
+    def _beyond_chunks(self, device: Device, blocks: int, objects: int) -> Part:
+        """The rest when all of the driver's chunks are full, whichever records fill them."""
+        chunks = self._scenario.driver.chunks
+        object_chunks = min(chunks, -(-objects // self._objects_per_chunk(device)))
+        rest_objects = max(0, objects - chunks * self._objects_per_chunk(device))
+        rest_blocks = max(0, blocks - (chunks - object_chunks) * self._blocks_per_chunk(device))
+        return self._part(device, rest_blocks, rest_objects)
+
+    def _objects_per_chunk(self, device: Device) -> int:
+        return max(1, self._scenario.driver.chunk_bytes // round(device.critical.object_kib * KIB))
+
+    def _blocks_per_chunk(self, device: Device) -> int:
+        return self._scenario.driver.chunk_bytes // device.block_bytes
