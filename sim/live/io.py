@@ -1,11 +1,11 @@
-"""How a process moves bytes through a socket: in threads that block, or when the loop says that it is ready.
+"""How a process moves bytes through a socket: in threads that block, or when the event loop says that it is ready.
 
-A VMM has a thread for each fd that it reads, and blocks in read(). `Threads` does that: each socket gets a thread for
-what comes and one for what goes, when they are first needed. `OnLoop` has no threads: it waits for readiness through
-the event loop, and copies in the loop's own thread. Which one is better is one of the things that are measured.
+A VMM has a thread for each fd that it reads, and blocks in read(). `ThreadPipe` does that: each socket gets a thread to
+receive and one to send, when they are first needed. `LoopPipe` has no threads: it waits for readiness through the event
+loop, and copies in the loop's own thread. Which one is better is one of the things that live mode measures.
 
-A transfer that began is never cut in two: if the task that waits for it is cancelled, it goes on by itself, and the
-next one on that side of the socket waits for it. So a stream stays whole, whoever gives up.
+A transfer that has started is never cut in two: if the task that waits for it is cancelled, the transfer goes on, and
+the next one in that direction waits for it. So a stream stays whole, whoever is cancelled.
 """
 
 from __future__ import annotations
@@ -19,82 +19,80 @@ from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
+from typing_extensions import override
+
 T = TypeVar("T")
 
 Step = Callable[[int], memoryview | None]
 MAX_IOV = 1024
-"""Linux, UIO_MAXIOV: buffers that one call takes."""
+"""Linux, UIO_MAXIOV: the most buffers in one call."""
 
 
 class Pipe(Protocol):
     """A connection, for one reader and one writer at a time."""
 
     def feed(self, view: memoryview, step: Step) -> asyncio.Future[None]:
-        """Receive into the view, then into what `step` gives when it is told how many bytes came, until that is None.
+        """Receive into the view, then into each view that `step` returns, until it returns None.
 
-        One turn for several calls: it goes on whoever waits, and fails with whatever `step` raises. That is told 0 at
-        the end of the stream. It may be called in another thread. ConnectionError if the connection is gone.
+        `step` gets the number of bytes that were just received, 0 at the end of the stream. It may be called in another
+        thread. All its calls are one transfer, which goes on if the caller is cancelled, and fails with whatever `step`
+        raises, or with ConnectionError if the connection is gone.
         """
 
     async def send_all(self, buffers: Sequence[memoryview]) -> None:
-        """Return when the kernel took all of it. ConnectionError if the connection is gone."""
+        """Return when the kernel has taken all bytes. ConnectionError if the connection is gone."""
 
     def close(self) -> None:
-        """End both directions; whoever waits gets ConnectionError. May be called again."""
+        """End both directions; transfers that wait fail with ConnectionError. May be called again."""
 
     async def wait_closed(self) -> None:
         """After close(): return when the descriptors are closed, and no transfer is left."""
 
 
-class Io(Protocol):
-    """A way of moving bytes."""
-
-    name: str
-
-    def pipe(self, sock: socket.socket, name: str) -> Pipe:
-        """Take a socket over; `name` is what its threads are called."""
+MakePipe = Callable[[socket.socket, str], Pipe]
+"""Takes over a socket; the name is for its threads."""
 
 
 def ended() -> ConnectionError:
-    """The stream is at its end where more was due."""
+    """The error of a stream that ended where more bytes were due."""
     return ConnectionResetError("the other side closed the connection")
 
 
 async def fill(pipe: Pipe, view: memoryview) -> None:
     """Receive until the buffer is full. ConnectionError if the stream ends before."""
-    left = view
+    rest = view
 
-    def came(got: int) -> memoryview | None:
-        nonlocal left
-        if not got:
+    def step(size: int) -> memoryview | None:
+        nonlocal rest
+        if not size:
             raise ended()
-        left = left[got:]
-        return left if len(left) else None
+        rest = rest[size:]
+        return rest if len(rest) else None
 
     if len(view):
-        feeding = pipe.feed(view, came)
+        feeding = pipe.feed(view, step)
         if feeding.done():
-            await asyncio.sleep(0)  # others are to have their turn
+            await asyncio.sleep(0)  # let other tasks run
         await asyncio.shield(feeding)
 
 
-def advanced(buffers: Sequence[memoryview], sent: int) -> list[memoryview]:
-    """What is left of the buffers when so many bytes are gone."""
-    left = []
+def advanced(buffers: Sequence[memoryview], size: int) -> list[memoryview]:
+    """The buffers without their first `size` bytes."""
+    rest = []
     for buffer in buffers:
-        if sent >= len(buffer):
-            sent -= len(buffer)
+        if size >= len(buffer):
+            size -= len(buffer)
         else:
-            left.append(buffer[sent:] if sent else buffer)
-            sent = 0
-    return left
+            rest.append(buffer[size:] if size else buffer)
+            size = 0
+    return rest
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
 class Worker:
-    """A thread that does one thing after the other for a task."""
+    """A thread that runs one job after the other."""
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.get_running_loop()
@@ -103,13 +101,14 @@ class Worker:
         threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def start(self, job: Callable[[], T]) -> asyncio.Future[T]:
-        """Do it, after what was asked for before. If the caller is cancelled it is done all the same."""
+        """Run the job after all earlier ones; the future has its result, or its error. A caller that is cancelled does
+        not stop it."""
         done: asyncio.Future[T] = self._loop.create_future()
         self._jobs.put((job, done))
         return done
 
     def stop(self) -> asyncio.Future[None]:
-        """End when all that was asked for is done; what this returns tells when the thread is over."""
+        """End the thread after all jobs that were started; the future is done when it has ended."""
         self._jobs.put(None)
         return self._ended
 
@@ -119,28 +118,28 @@ class Worker:
             try:
                 result = job()
             except BaseException as error:
-                self._tell(_fail, done, error)
+                self._call(_fail, done, error)
             else:
-                self._tell(_succeed, done, result)
-            del item, job, done  # a buffer must not live on in a thread that waits
-        self._tell(set_done, self._ended)
+                self._call(_succeed, done, result)
+            del item, job, done  # a thread that waits must not keep a buffer alive
+        self._call(set_done, self._ended)
 
-    def _tell(self, how: Callable[..., None], *what: object) -> None:
+    def _call(self, callback: Callable[..., None], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(how, *what)
+            self._loop.call_soon_threadsafe(callback, *args)
 
 
 def stop_all(workers: Iterable[Worker | None], then: Callable[[], None]) -> None:
-    """Stop those that there are; `then` is called when the last thread is over, or now if there is none."""
-    endings = [worker.stop() for worker in workers if worker is not None]
-    if endings:
-        asyncio.gather(*endings).add_done_callback(lambda _: then())
+    """Stop the workers; `then` is called when the last thread has ended, or now if there is none."""
+    stopped = [worker.stop() for worker in workers if worker is not None]
+    if stopped:
+        asyncio.gather(*stopped).add_done_callback(lambda _: then())
     else:
         then()
 
 
 def look(done: asyncio.Future[Any]) -> None:
-    """An error that nobody waits for any more is not to be complained of."""
+    """Keep asyncio from logging an error that nobody waits for any more."""
     if not done.cancelled():
         done.exception()
 
@@ -157,12 +156,12 @@ def _fail(done: asyncio.Future[Any], error: BaseException) -> None:
 
 
 def set_done(ready: asyncio.Future[None]) -> None:
-    """Let whoever waits go on; more than once does no harm."""
+    """Set a future done, unless it is."""
     _succeed(ready, None)
 
 
-class ThreadPipe:
-    """See Pipe. Blocking calls in a thread a direction."""
+class ThreadPipe(Pipe):
+    """Blocking calls, in a thread for each direction."""
 
     def __init__(self, sock: socket.socket, name: str) -> None:
         sock.setblocking(True)
@@ -173,22 +172,22 @@ class ThreadPipe:
         self._closed = False
         self._released: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    @override
     def feed(self, view: memoryview, step: Step) -> asyncio.Future[None]:
-        """See Pipe."""
         self._check_open()
         if self._receiver is None:
             self._receiver = Worker(f"{self._name} in")
         return self._receiver.start(lambda: self._feed(view, step))
 
+    @override
     async def send_all(self, buffers: Sequence[memoryview]) -> None:
-        """See Pipe."""
         self._check_open()
         if self._sender is None:
             self._sender = Worker(f"{self._name} out")
         await self._sender.start(lambda: self._send_all(buffers))
 
     def _check_open(self) -> None:
-        if self._closed:  # a thread that was started now would never be stopped
+        if self._closed:  # a thread that started now would never be stopped
             raise ended()
 
     def _feed(self, view: memoryview, step: Step) -> None:
@@ -197,16 +196,16 @@ class ThreadPipe:
             into = step(self._sock.recv_into(into))
 
     def _send_all(self, buffers: Sequence[memoryview]) -> None:
-        left = list(buffers)
-        while left:
-            left = advanced(left, self._sock.sendmsg(left[:MAX_IOV]))
+        rest = list(buffers)
+        while rest:
+            rest = advanced(rest, self._sock.sendmsg(rest[:MAX_IOV]))
 
+    @override
     def close(self) -> None:
-        """See Pipe."""
         if self._closed:
             return
         self._closed = True
-        with contextlib.suppress(OSError):  # ends what blocks in a thread
+        with contextlib.suppress(OSError):  # ends the calls that block in a thread
             self._sock.shutdown(socket.SHUT_RDWR)
         stop_all((self._receiver, self._sender), self._release)
 
@@ -214,38 +213,28 @@ class ThreadPipe:
         self._sock.close()
         set_done(self._released)
 
+    @override
     async def wait_closed(self) -> None:
-        """See Pipe."""
         await asyncio.shield(self._released)
-
-
-class Threads:
-    """See Io: as a VMM does it."""
-
-    name = "threads"
-
-    def pipe(self, sock: socket.socket, name: str) -> Pipe:
-        """See Io."""
-        return ThreadPipe(sock, name)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-class LoopPipe:
-    """See Pipe. Calls that do not block, when the loop says that the socket is ready."""
+class LoopPipe(Pipe):
+    """Calls that do not block, when the event loop says that the socket is ready."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, _name: str) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._incoming: deque[tuple[memoryview, Step, asyncio.Future[None]]] = deque()
         self._outgoing: deque[tuple[list[memoryview], asyncio.Future[None]]] = deque()
-        """What has begun, or is to; of the first one, what is left."""
+        """The transfers that have started or wait for their turn; of the first one, the rest."""
         self._closed = False
 
+    @override
     def feed(self, view: memoryview, step: Step) -> asyncio.Future[None]:
-        """See Pipe."""
         done: asyncio.Future[None] = self._loop.create_future()
         self._incoming.append((view, step, done))
         if len(self._incoming) == 1:
@@ -260,7 +249,7 @@ class LoopPipe:
             self._loop.remove_reader(self._sock.fileno())
 
     def _receive(self) -> None:
-        """As far as it goes without waiting."""
+        """Receive as much as is possible without waiting."""
         while self._incoming:
             view, step, done = self._incoming[0]
             into: memoryview | None = view
@@ -278,49 +267,49 @@ class LoopPipe:
                 set_done(done)
             self._incoming.popleft()
 
+    @override
     async def send_all(self, buffers: Sequence[memoryview]) -> None:
-        """See Pipe."""
-        left = list(buffers)
+        rest = list(buffers)
         if not self._outgoing:
-            left = self._sent(left)
-        if not left:
-            await asyncio.sleep(0)  # others are to have their turn
+            rest = self._send(rest)
+        if not rest:
+            await asyncio.sleep(0)  # let other tasks run
             return
         done: asyncio.Future[None] = self._loop.create_future()
-        self._outgoing.append((left, done))
+        self._outgoing.append((rest, done))
         if len(self._outgoing) == 1:
             self._loop.add_writer(self._sock.fileno(), self._writable)
         await done
 
     def _writable(self) -> None:
         while self._outgoing:
-            left, done = self._outgoing[0]
+            rest, done = self._outgoing[0]
             try:
-                left = self._sent(left)
+                rest = self._send(rest)
             except Exception as error:
                 _fail(done, error)
             else:
-                if left:
-                    self._outgoing[0] = left, done
+                if rest:
+                    self._outgoing[0] = rest, done
                     return
                 set_done(done)
             self._outgoing.popleft()
         self._loop.remove_writer(self._sock.fileno())
 
-    def _sent(self, left: list[memoryview]) -> list[memoryview]:
-        """Send as far as it goes without waiting: what is left."""
+    def _send(self, rest: list[memoryview]) -> list[memoryview]:
+        """Send as much as is possible without waiting, and return the rest."""
         self._check_open()
         with contextlib.suppress(BlockingIOError):
-            while left:
-                left = advanced(left, self._sock.sendmsg(left[:MAX_IOV]))
-        return left
+            while rest:
+                rest = advanced(rest, self._sock.sendmsg(rest[:MAX_IOV]))
+        return rest
 
     def _check_open(self) -> None:
         if self._closed:
             raise ended()
 
+    @override
     def close(self) -> None:
-        """See Pipe."""
         if self._closed:
             return
         self._closed = True
@@ -334,18 +323,11 @@ class LoopPipe:
         self._incoming.clear()
         self._outgoing.clear()
 
+    @override
     async def wait_closed(self) -> None:
-        """See Pipe; close() leaves nothing."""
+        pass  # close() leaves nothing
 
 
-class OnLoop:
-    """See Io: on readiness."""
-
-    name = "loop"
-
-    def pipe(self, sock: socket.socket, name: str) -> Pipe:
-        """See Io."""
-        return LoopPipe(sock)
-
-
-IO: dict[str, type[Threads] | type[OnLoop]] = {Threads.name: Threads, OnLoop.name: OnLoop}
+THREADS, LOOP = "threads", "loop"
+IO: dict[str, MakePipe] = {THREADS: ThreadPipe, LOOP: LoopPipe}
+"""The ways of moving bytes, by the names that a user chooses from."""

@@ -1,6 +1,6 @@
-"""What of a scenario a live run cannot give: delays shorter than timers are late, and what is the machine's own.
+"""What live mode cannot emulate of a scenario: delays shorter than a timer is late, and properties of the machine.
 
-Delays that are too short do not add up (sim.live.real_time), but each of them is as long as the timer makes it.
+Lateness does not add up (sim.live.real_time), but each delay that is too short lasts as long as the timer makes it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ THE_MACHINES_OWN = {
     "link.gbit_per_s": "the network is what it is; per_connection_gbit_per_s is asked of the kernel's pacing",
     "link.round_trip_us": "the network's own",
 }
-"""Keys of a scenario that a live run does not emulate, and what there is in their place."""
+"""Keys of a scenario that a live run does not emulate, and what applies in their place."""
 
 
 async def timer_lateness_ns() -> int:
-    """How late a timer is on this machine now, as a median of some."""
+    """How late a timer is on this machine now: the median of TRIES, in nanoseconds."""
     time = RealTime()
     try:
         clock.use(time)
@@ -38,12 +38,12 @@ async def timer_lateness_ns() -> int:
 
 
 def measured_lateness_ns() -> int:
-    """The same, for who has no loop."""
+    """The same, for callers without an event loop."""
     return asyncio.run(timer_lateness_ns())
 
 
 def delays_ns(scenario: Scenario) -> dict[str, float]:
-    """What a live run sleeps for, by key; nothing for what takes no time."""
+    """The delays of a live run in nanoseconds, by the key of the scenario; without those that are 0."""
     vmm, firmware, ram = scenario.vmm, scenario.firmware, scenario.ram
     asked = {
         "firmware.save_command_us": firmware.save_command_us * NS_PER_US,
@@ -71,5 +71,5 @@ def delays_ns(scenario: Scenario) -> dict[str, float]:
 
 
 def too_short(scenario: Scenario, lateness_ns: int) -> dict[str, float]:
-    """The delays that are shorter than a timer is late: key, nanoseconds."""
+    """The delays in nanoseconds that are shorter than a timer is late, by the key of the scenario."""
     return {key: asked_ns for key, asked_ns in delays_ns(scenario).items() if asked_ns < lateness_ns}

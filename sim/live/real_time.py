@@ -1,10 +1,10 @@
-"""Real time for the model: timers to the nanosecond that the kernel gives, and how late they were.
+"""Real time for the model: the kernel's timers, set to the nanosecond, and a record of how late they were.
 
-uvloop's timers are whole milliseconds, so these are the kernel's: one timerfd, set to the next deadline in absolute
-time, and waited for through the loop. perf_counter_ns() is CLOCK_MONOTONIC on Linux, which is the timerfd's clock too.
+uvloop's timers are whole milliseconds. So one timerfd is set to the next deadline in absolute time, and waited for
+through the event loop. perf_counter_ns() is CLOCK_MONOTONIC on Linux, which is the timerfd's clock too.
 
-A timer wakes its task late, by some 100 us or by as much as the scheduler likes. A task that sleeps again has that
-taken off, so its deadlines are those that it would have had on a clock that is never late, and nothing adds up.
+A timer wakes its task late, by some 100 us, or by more on a busy machine. The next sleep of the task is shorter by that
+much. So its deadlines are those of a clock that is never late, and lateness does not add up.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from typing_extensions import override
 
+from sim.clock.port import Time
 from sim.live.io import set_done
 
 NS_PER_S = 1_000_000_000
@@ -41,7 +43,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _timerfd() -> int:
-    """A timerfd on CLOCK_MONOTONIC (os.timerfd_create is there from Python 3.13 on)."""
+    """A timerfd on CLOCK_MONOTONIC (Python has os.timerfd_create since 3.13)."""
     number: int = _libc.timerfd_create(time.CLOCK_MONOTONIC, _TFD_NONBLOCK | _TFD_CLOEXEC)
     if number < 0:
         raise OSError(ctypes.get_errno(), "timerfd_create")
@@ -55,8 +57,10 @@ def _set(timerfd: int, at_ns: int) -> None:
 
 
 class RealTimer:
-    """See sim.clock.port.Timer. `callback` is what is to run, None once it is cancelled; `asked_ns` the delay
-    until then."""
+    """A timer: `callback` runs after `asked_ns` nanoseconds; it is None once the timer is cancelled.
+
+    It is not derived from sim.clock.port.Timer, whose instances have no slots.
+    """
 
     __slots__ = ("asked_ns", "callback")
 
@@ -65,13 +69,13 @@ class RealTimer:
         self.asked_ns = asked_ns
 
     def cancel(self) -> None:
-        """See sim.clock.port.Timer."""
+        """Keep the callback from running."""
         self.callback = None
 
 
 @dataclass(frozen=True, slots=True)
 class Delays:
-    """What was asked of the timers of a process that ran out, and how late they were. Nanoseconds."""
+    """The timers of a process that fired: the delays asked for, and how late they were, in nanoseconds."""
 
     count: int
     asked_ns: int
@@ -81,11 +85,11 @@ class Delays:
     late_max_ns: int
 
 
-class RealTime:
-    """See sim.clock.port.Time: nanoseconds since `zero_ns` of perf_counter_ns()."""
+class RealTime(Time):
+    """Real time, in nanoseconds since `zero_ns` of perf_counter_ns()."""
 
     def __init__(self, zero_ns: int | None = None) -> None:
-        """To be made in a running loop."""
+        """`zero_ns`: None is now. Must be made in a running event loop."""
         self.zero_ns = time.perf_counter_ns() if zero_ns is None else zero_ns
         self._loop = asyncio.get_running_loop()
         self._timers: list[tuple[int, int, RealTimer]] = []
@@ -103,11 +107,11 @@ class RealTime:
         return time.perf_counter_ns() - self.zero_ns
 
     def now_ns(self) -> int:
-        """For a timeline."""
+        """The time, for a timeline."""
         return time.perf_counter_ns() - self.zero_ns
 
+    @override
     def call_at_ns(self, when_ns: int, callback: Callable[..., object], *args: Any) -> RealTimer:
-        """See sim.clock.port.Time; at once, from the loop, if that is past."""
         timer = RealTimer(lambda: callback(*args), max(0, when_ns - self._now_ns))
         self._number += 1
         heappush(self._timers, (when_ns, self._number, timer))
@@ -120,8 +124,8 @@ class RealTime:
         done: asyncio.Future[None] = self._loop.create_future()
         now = self._now_ns
         if when_ns <= now:
-            # Its time is past already, by what was late before: it is over, and that much less is late. But others
-            # have their turn, or a task that is far behind would keep them all waiting.
+            # Its time has passed already, because the task was late before. The sleep ends now, and the rest of the
+            # lateness is kept. Other tasks run first, or a task that is far behind would keep them all waiting.
             self._was_late(task, now - when_ns)
             self._loop.call_soon(set_done, done)
             return done
@@ -163,11 +167,11 @@ class RealTime:
 
     @property
     def cpu_ns(self) -> int:
-        """CPU time that the process took since this began, all of its threads."""
+        """CPU time that all threads of the process took since this object was made."""
         return time.process_time_ns() - self._cpu_began_ns
 
     def delays(self) -> Delays:
-        """What was asked for so far, and how late it was."""
+        """The timers that fired so far."""
         late = np.array(self._lateness_ns, np.int64)
         if not len(late):
             return Delays(0, 0, 0, 0, 0)
@@ -175,7 +179,7 @@ class RealTime:
         return Delays(len(late), self._asked_ns, median, p99, int(late.max()))
 
     def close(self) -> None:
-        """No timer fires any more. May be called again."""
+        """Let no timer fire any more. May be called again."""
         if self._timerfd >= 0:
             self._loop.remove_reader(self._timerfd)
             os.close(self._timerfd)

@@ -63,12 +63,12 @@ async def pair(
     async with listening(sockets) as (listener, address):
         accepting = asyncio.create_task(
             accept(
-                listener, more.get("judge", agree), io=IO[io](), limits=limits, sockets=sockets,
+                listener, more.get("judge", agree), io=IO[io], limits=limits, sockets=sockets,
                 tls=more.get("server_tls"),
             )
         )  # fmt: skip
         source = await connect(
-            address, more.get("run", RUN), connections, io=IO[io](), limits=limits, sockets=sockets,
+            address, more.get("run", RUN), connections, io=IO[io], limits=limits, sockets=sockets,
             tls=more.get("client_tls"),
         )  # fmt: skip
         target = await accepting
@@ -240,9 +240,7 @@ async def met_by_target(io: str, change: Change, limits: Limits) -> list[Any]:
         over = asyncio.Event()
         peer = SourcePeer(change)
         turned_away: list[str] = []
-        accepting = asyncio.create_task(
-            accept(listener, agree, io=IO[io](), limits=limits, rejected=turned_away.append)
-        )
+        accepting = asyncio.create_task(accept(listener, agree, io=IO[io], limits=limits, rejected=turned_away.append))
         following = asyncio.create_task(peer.follow(peer.script(address), over))
         while not accepting.done() and not any(told.startswith(f"{peer.name}: ") for told in turned_away):
             await asyncio.wait({accepting}, timeout=0.002)
@@ -260,7 +258,7 @@ async def met_by_source(io: str, change: Change, limits: Limits) -> list[Any]:
         over = asyncio.Event()
         peer = TargetPeer(change)
         following = asyncio.create_task(peer.follow(peer.script(listener), over))
-        connecting = asyncio.create_task(connect(address, RUN, 2, io=IO[io](), limits=limits))
+        connecting = asyncio.create_task(connect(address, RUN, 2, io=IO[io], limits=limits))
         return await _met(following, connecting, over)
 
 

@@ -19,7 +19,7 @@ from proto_v3.vmm.negotiate import Hello
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
 from sim.device.record import Bulk
-from sim.live.buffers import Buffers, Lent, as_view
+from sim.live.buffers import Buffers, as_view
 from sim.live.io import IO
 from sim.live.merge_timelines import LATEST, ProcessTimeline, merge
 from sim.live.tcp import message_stream, wire_source
@@ -172,7 +172,7 @@ def test_a_buffer_is_free_again_when_no_view_of_it_is_left() -> None:
     buffers = Buffers(1000, keep=1)
     lent = buffers.take()
     assert (len(lent), len(lent[10:20]), buffers.free) == (1000, 10, 0)
-    lent.view[:3] = b"abc"
+    lent[:3] = b"abc"
     piece = lent[1:3]
     del lent
     assert buffers.free == 0
@@ -187,14 +187,14 @@ def test_a_buffer_is_free_again_when_no_view_of_it_is_left() -> None:
 
 def test_no_more_buffers_are_kept_than_asked_for() -> None:
     buffers = Buffers(10, keep=2)
-    lent: list[Lent] = [buffers.take() for _ in range(5)]
+    lent = [buffers.take() for _ in range(5)]
     del lent
     assert buffers.free == 2
 
 
 def test_a_view_of_whatever_has_bytes() -> None:
     lent = Buffers(10, 1).take()
-    assert as_view(lent).obj is lent.view.obj
+    assert as_view(lent).obj is lent.obj
     for payload in (b"ab", bytearray(b"ab"), memoryview(b"ab"), np.array([[97], [98]], np.uint8).data):
         assert as_view(payload).tobytes() == b"ab"
     with pytest.raises(LocalProtocolError, match="not contiguous"):
@@ -262,8 +262,8 @@ def test_an_offer_beyond_the_targets_limits_is_refused_in_the_same_words_at_both
 ) -> None:
     async def main() -> None:
         async with listening() as (listener, address):
-            accepting = asyncio.create_task(outcome(accept(listener, agree, io=IO["loop"](), limits=theirs)))
-            told = await outcome(connect(address, RUN, connections, io=IO["loop"](), limits=PATIENT))
+            accepting = asyncio.create_task(outcome(accept(listener, agree, io=IO["loop"], limits=theirs)))
+            told = await outcome(connect(address, RUN, connections, io=IO["loop"], limits=PATIENT))
             refused = await accepting
         assert isinstance(told, PeerFailedError)
         assert isinstance(refused, PeerProtocolError)
@@ -281,8 +281,8 @@ def test_what_the_judge_says_is_the_refusal(loop: str, io: str, error: Exception
 
     async def main() -> None:
         async with listening() as (listener, address):
-            accepting = asyncio.create_task(outcome(accept(listener, judge, io=IO[io](), limits=PATIENT)))
-            told = await outcome(connect(address, RUN, 2, io=IO[io](), limits=PATIENT))
+            accepting = asyncio.create_task(outcome(accept(listener, judge, io=IO[io], limits=PATIENT)))
+            told = await outcome(connect(address, RUN, 2, io=IO[io], limits=PATIENT))
             assert await accepting is error
         assert isinstance(told, PeerFailedError)
         assert str(told).endswith(f"refuses: {error}")
@@ -296,8 +296,8 @@ def test_a_bug_in_the_judge_is_no_secret_here_but_there() -> None:
 
     async def main() -> None:
         async with listening() as (listener, address):
-            accepting = asyncio.create_task(outcome(accept(listener, judge, io=IO["loop"](), limits=PATIENT)))
-            told = await outcome(connect(address, RUN, 2, io=IO["loop"](), limits=PATIENT))
+            accepting = asyncio.create_task(outcome(accept(listener, judge, io=IO["loop"], limits=PATIENT)))
+            told = await outcome(connect(address, RUN, 2, io=IO["loop"], limits=PATIENT))
             assert isinstance(await accepting, ZeroDivisionError)
         assert str(told).endswith("refuses: an error of its own")
 
@@ -315,8 +315,8 @@ def test_a_caller_who_gives_up_leaves_nothing_behind(loop: str, io: str) -> None
             for _ in range(15):
                 async with listening() as (listener, address):
                     both = [
-                        asyncio.create_task(accept(listener, judge, io=IO[io](), limits=PATIENT)),
-                        asyncio.create_task(connect(address, RUN, 3, io=IO[io](), limits=PATIENT)),
+                        asyncio.create_task(accept(listener, judge, io=IO[io], limits=PATIENT)),
+                        asyncio.create_task(connect(address, RUN, 3, io=IO[io], limits=PATIENT)),
                     ]
                     for _ in range(rng.randrange(80)):
                         await asyncio.sleep(0)
@@ -331,7 +331,7 @@ def test_a_caller_who_gives_up_leaves_nothing_behind(loop: str, io: str) -> None
 
 def test_what_makes_no_sense_is_the_users_error() -> None:
     async def main() -> None:
-        io = IO["loop"]()
+        io = IO["loop"]
         for address in (("127.0.0.1", 70_000), ("a" * 70 + ".example", 1), ("a\0b", 1)):
             assert isinstance(await outcome(connect(address, RUN, 1, io=io)), (UserError, OSError))
         for connections in (0, 1025):
@@ -379,7 +379,7 @@ def test_two_hosts_with_the_same_boot_id_are_found_out() -> None:
             peer = TargetPeer(lambda _, data: data)
             peer.at_ns = time.perf_counter_ns() + 10**15
             following = asyncio.create_task(peer.follow(peer.script(listener), asyncio.Event()))
-            session = await connect(address, RUN, 2, io=IO["loop"](), limits=PATIENT)
+            session = await connect(address, RUN, 2, io=IO["loop"], limits=PATIENT)
             heard.append(session.peer_clock)
             await session.close()
             await following
@@ -533,7 +533,7 @@ def test_when_the_peer_is_silent_everybody_who_waits_is_told(loop: str, io: str)
             over = asyncio.Event()
             peer: Peer = TargetPeer(lambda stage, data: None if stage == "ping" else data)
             following = asyncio.create_task(peer.follow(peer.script(listener), over))  # type: ignore[attr-defined]
-            session = await connect(address, RUN, 2, io=IO[io](), limits=Limits(60, 0.2))
+            session = await connect(address, RUN, 2, io=IO[io], limits=Limits(60, 0.2))
             found.extend(
                 await asyncio.gather(
                     outcome(session.receive_message(Bye)),
@@ -549,7 +549,7 @@ def test_when_the_peer_is_silent_everybody_who_waits_is_told(loop: str, io: str)
     run(loop, main)
     for told in found:
         assert isinstance(told, ConnectionError)
-        assert str(told) == "the other side said nothing for 0.2 s"
+        assert str(told) == "the other side sent nothing for 0.2 s"
 
 
 async def _send_for_ever(session: Session) -> None:

@@ -141,7 +141,7 @@ def test_a_peer_that_falls_silent_anywhere_is_given_up_in_time(loop: str, io: st
     assert "waited for the answer of the target at 127.0.0.1" in str(found["target accept"])
     assert "to have all data connections" in str(found["target connected"])
     assert "waited for the clock of the target" in str(found["target clock"])
-    assert "the other side said nothing for 0.5 s" in str(found["target ping"])
+    assert "the other side sent nothing for 0.5 s" in str(found["target ping"])
 
 
 def silent_at(silent: str) -> Change:
@@ -202,7 +202,7 @@ def test_strangers_are_turned_away_and_the_source_is_let_in(loop: str, io: str) 
     async def main() -> None:
         async with listening() as (listener, address):
             accepting = asyncio.create_task(
-                accept(listener, agree, io=IO[io](), limits=PATIENT, rejected=rejected.append)
+                accept(listener, agree, io=IO[io], limits=PATIENT, rejected=rejected.append)
             )
             for number, data in enumerate(STRANGERS):
                 reader, writer = await asyncio.open_connection(*address)
@@ -215,7 +215,7 @@ def test_strangers_are_turned_away_and_the_source_is_let_in(loop: str, io: str) 
                 writer.close()
                 while len(rejected) <= number:
                     await asyncio.sleep(0)
-            source = await connect(address, RUN, 2, io=IO[io](), limits=PATIENT)
+            source = await connect(address, RUN, 2, io=IO[io], limits=PATIENT)
             await (await accepting).close()
             await source.close()
 
@@ -233,10 +233,10 @@ def test_those_who_say_nothing_keep_nobody_out(loop: str, io: str, monkeypatch: 
     async def main() -> None:
         async with listening() as (listener, address):
             accepting = asyncio.create_task(
-                accept(listener, agree, io=IO[io](), limits=PATIENT, rejected=rejected.append)
+                accept(listener, agree, io=IO[io], limits=PATIENT, rejected=rejected.append)
             )
             strangers = [await asyncio.open_connection(*address) for _ in range(listener_module.MAX_WAITING + 30)]
-            source = await connect(address, RUN, 3, io=IO[io](), limits=PATIENT)
+            source = await connect(address, RUN, 3, io=IO[io], limits=PATIENT)
             await (await accepting).close()
             await source.close()
             for _, writer in strangers:
@@ -254,7 +254,7 @@ def test_a_stranger_has_only_so_long_to_say_what_it_is(loop: str, io: str) -> No
     async def main() -> None:
         async with listening() as (listener, address):
             accepting = asyncio.create_task(
-                accept(listener, agree, io=IO[io](), limits=Limits(0.05), rejected=rejected.append)
+                accept(listener, agree, io=IO[io], limits=Limits(0.05), rejected=rejected.append)
             )
             reader, writer = await asyncio.open_connection(*address)
             writer.write(b"PROTO-V3")
@@ -308,7 +308,7 @@ def test_strangers_among_the_data_connections_do_not_end_the_session(loop: str, 
         async with listening() as (listener, address):
             peer = Busy(honest)
             following = asyncio.create_task(peer.follow(peer.script(address), asyncio.Event()))
-            session = await accept(listener, agree, io=IO[io](), limits=PATIENT, rejected=rejected.append)
+            session = await accept(listener, agree, io=IO[io], limits=PATIENT, rejected=rejected.append)
             assert (await session.receive_message(Result)).report["rows"] == [1, 2]
             assert (await session.channels[1].recv())[0] == b"h"
             await session.close()
@@ -357,7 +357,7 @@ def test_an_offer_that_cannot_be_is_refused_with_the_reason(changes: dict[str, A
             peer = Curious(honest)
             following = asyncio.create_task(peer.follow(peer.script(address), asyncio.Event()))
             with pytest.raises(PeerProtocolError, match=words) as error:
-                await accept(listener, agree, io=IO["loop"](), limits=PATIENT)
+                await accept(listener, agree, io=IO["loop"], limits=PATIENT)
             await following
             assert told == [{"kind": "refuse", "why": str(error.value)}]
 
@@ -439,11 +439,11 @@ def feed(data: bytes, cuts: random.Random, size: int = 1 << 17) -> list[tuple[by
             got = min(len(room), cuts.choice([1, 7, 8, 9, 100, 5000, 1 << 20, 1 << 20]), len(data) - at)
             if not got and at == len(data) and frames.room() is not None:
                 with contextlib.suppress(ConnectionResetError):
-                    frames.came(0)
+                    frames.received(0)
                 return found
             room[:got] = data[at : at + got]
             at += got
-            room = frames.came(got)
+            room = frames.received(got)
 
 
 @settings(max_examples=200)

@@ -120,9 +120,9 @@ async def meet(server_tls: ssl.SSLContext | None, client_tls: ssl.SSLContext | N
     rejected: list[str] = []
     async with listening() as (listener, address):
         accepting = asyncio.create_task(
-            accept(listener, agree, io=IO["loop"](), limits=PATIENT, tls=server_tls, rejected=rejected.append)
+            accept(listener, agree, io=IO["loop"], limits=PATIENT, tls=server_tls, rejected=rejected.append)
         )
-        told = await outcome(connect(address, RUN, 2, io=IO["loop"](), limits=PATIENT, tls=client_tls))
+        told = await outcome(connect(address, RUN, 2, io=IO["loop"], limits=PATIENT, tls=client_tls))
         while not rejected and not accepting.done():
             await asyncio.sleep(0.01)
         accepting.cancel()
@@ -182,8 +182,8 @@ def test_a_stranger_that_never_begins_tls_keeps_nobody_out(loop: str) -> None:
     async def main() -> None:
         async with listening() as (listener, address):
             _, silent = await asyncio.open_connection(*address)
-            accepting = asyncio.create_task(accept(listener, agree, io=IO["loop"](), limits=PATIENT, tls=server()))
-            source = await connect(("localhost", address[1]), RUN, 2, io=IO["loop"](), limits=PATIENT, tls=client())
+            accepting = asyncio.create_task(accept(listener, agree, io=IO["loop"], limits=PATIENT, tls=server()))
+            source = await connect(("localhost", address[1]), RUN, 2, io=IO["loop"], limits=PATIENT, tls=client())
             await (await accepting).close()
             await source.close()
             silent.close()
@@ -198,7 +198,7 @@ def test_a_stranger_over_tls_has_only_so_long(loop: str) -> None:
     async def main() -> None:
         async with listening() as (listener, address):
             accepting = asyncio.create_task(
-                accept(listener, agree, io=IO["loop"](), limits=Limits(0.2), tls=server(), rejected=rejected.append)
+                accept(listener, agree, io=IO["loop"], limits=Limits(0.2), tls=server(), rejected=rejected.append)
             )
             reader, writer = await asyncio.open_connection(*address)
             with contextlib.suppress(OSError):
@@ -222,8 +222,8 @@ def test_a_caller_who_gives_up_leaves_nothing_behind(loop: str) -> None:
         for _ in range(40):
             async with listening() as (listener, address):
                 both = [
-                    asyncio.create_task(accept(listener, agree, io=IO["loop"](), limits=PATIENT, tls=server_tls)),
-                    asyncio.create_task(connect(address, RUN, 3, io=IO["loop"](), limits=PATIENT, tls=client_tls)),
+                    asyncio.create_task(accept(listener, agree, io=IO["loop"], limits=PATIENT, tls=server_tls)),
+                    asyncio.create_task(connect(address, RUN, 3, io=IO["loop"], limits=PATIENT, tls=client_tls)),
                 ]
                 for _ in range(rng.randrange(150)):
                     await asyncio.sleep(0)

@@ -19,7 +19,7 @@ from sim.live.buffers import Buffers
 from sim.live.fd.calls import Reply
 from sim.live.fd.data_fd import WOKEN
 from sim.live.fd.remote_fd import Devices, RemoteFd
-from sim.live.io import OnLoop, Worker
+from sim.live.io import LOOP, Worker
 
 KEPT_BUFFERS = 2
 """Of each data fd: one is being sent while the next is read. With multifd more are used; those are made anew."""
@@ -43,7 +43,7 @@ class RemoteReadFd(RemoteFd):
         start_ns = self._timeline.now_ns()
         if self._idle is not None and self._idle.done():
             self._idle = None  # its answer is older than this call
-        view = self._buffers.take().view[:max_bytes]
+        view = self._buffers.take()[:max_bytes]
         while True:
             idle = self._idle = self._idle or self._ask("idle")
             if idle.done():
@@ -168,8 +168,8 @@ class RemoteReadBlocksFd(RemoteReadFd, BlocksFd):
         offset, size = answer.body["offset"], answer.body["size"]
         if size > self._buffers.size_bytes:
             self._buffers = Buffers(size, KEPT_BUFFERS)
-        view = self._buffers.take().view[:size]
-        if self._devices.io == OnLoop.name:
+        view = self._buffers.take()[:size]
+        if self._devices.io == LOOP:
             self._pread(view, offset)
         else:
             reader = self._readers.pop() if self._readers else Worker(f"{self.name} reader")

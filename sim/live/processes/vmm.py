@@ -139,7 +139,7 @@ class VmmProcess:
         self.settings = settings
         self.device = device
         self.supervisor = supervisor
-        self.io = IO[settings.io]()
+        self.io = IO[settings.io]
         self.machine: LiveMachine | None = None
         self.channels: list[Channel] = []
 

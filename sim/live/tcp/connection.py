@@ -2,9 +2,9 @@
 
     u16 magic | u16 header bytes | u32 payload bytes | header | payload      (big endian)
 
-A frame leaves in one call, from where its payload lies. It comes in two: the first takes what is before the payload
-and a little of it, the second the rest, right into the buffer that is handed out. Nothing else copies a payload, and
-nothing looks into it.
+A frame is sent in one call, from where its payload lies. It is received in two: the first gets what is before the
+payload and a little of it, the second the rest, right into the buffer that the caller gets. Nothing else copies a
+payload, and nothing looks into it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import asyncio
 import struct
 from typing import Protocol
 
+from typing_extensions import override
+
 from proto_v3.errors import LocalProtocolError, PeerProtocolError
 from proto_v3.timeline import Resource
+from proto_v3.wire.channel import Transport
 from proto_v3.wire.frames import MAX_HEADER_BYTES, Payload
 from sim.live.buffers import Buffers, as_view
 from sim.live.io import Pipe
@@ -25,33 +28,33 @@ FRAME_MAGIC = 0x5633
 _PREFIX = struct.Struct("!HHI")
 PREFIX_BYTES = _PREFIX.size
 AHEAD_BYTES = 4096
-"""What the first call takes at most: a few of the frames that have no payload."""
+"""The most that the first call receives: several frames, if they have no payload."""
 SMALL_BYTES = 64 << 10
-"""Payloads up to this get memory of their own; beyond it, a buffer of the pool."""
+"""A payload of up to this size gets memory of its own, a larger one a buffer of the pool."""
 HELD_UP_NS = 1_000_000
-"""A send that took longer had to wait for the other side."""
+"""A send that takes longer waited for the other side."""
 
 Received = tuple[bytes, memoryview]
 
 
 class Trace(Protocol):
-    """What a connection tells a timeline: see sim.live.merge_timelines.ProcessTimeline."""
+    """What a connection records: a part of sim.live.merge_timelines.ProcessTimeline."""
 
     def now_ns(self) -> int:
-        """The clock of it all."""
+        """The clock."""
 
     def sent(self, edge: str, count: int, /) -> None:
-        """The task is about to send the frame of this number, from 1; or to make room, by taking it."""
+        """The task is about to send the frame of this number, from 1; or to make room, by receiving it."""
 
     def waited_for(self, resource: Resource, what: str, edge: str, count: int, start_ns: int, /) -> None:
-        """The task waited since `start_ns` for the frame of this number; or for room, LATEST."""
+        """The task has waited since `start_ns` for the frame of this number; or for room, LATEST."""
 
     def blocked(self, start_ns: int, /) -> None:
-        """The task was held up since then by a full connection."""
+        """The task has waited since then for room in a full connection."""
 
 
 class Frames:
-    """What came on a connection, cut into frames. It says where the next bytes are to go; no I/O is done here."""
+    """The received bytes of a connection, cut into frames. It says where the next bytes go, and does no I/O."""
 
     def __init__(self, pool: Buffers) -> None:
         self._pool = pool
@@ -60,44 +63,45 @@ class Frames:
         self._stop = 0
         self._header = b""
         self._payload: memoryview | None = None
-        """Of the frame that has begun, once its length is known."""
-        self._here = 0
-        """How much of that payload came."""
+        """Of the frame that is being received, once its length is known."""
+        self._received = 0
+        """Bytes of that payload."""
 
     def take(self) -> Received | None:
-        """The next frame; None if it is not all there. PeerProtocolError if what came is no frame."""
-        payload = self._begun()
-        if payload is None or self._here < len(payload):
+        """The next frame; None if it is not complete. PeerProtocolError if the bytes are no frame."""
+        payload = self._parse()
+        if payload is None or self._received < len(payload):
             return None
         self._payload = None
         return self._header, payload
 
     def room(self) -> memoryview:
-        """Where the next bytes are to go."""
+        """Where the next bytes go."""
         if self._payload is not None:
-            return self._payload[self._here :]
-        here = self._stop - self._start
-        if here == 0 or self._start + PREFIX_BYTES + MAX_HEADER_BYTES > AHEAD_BYTES:
-            self._ahead[:here] = self._ahead[self._start : self._stop]
-            self._start, self._stop = 0, here
+            return self._payload[self._received :]
+        size = self._stop - self._start
+        if size == 0 or self._start + PREFIX_BYTES + MAX_HEADER_BYTES > AHEAD_BYTES:
+            self._ahead[:size] = self._ahead[self._start : self._stop]
+            self._start, self._stop = 0, size
         return self._ahead[self._stop :]
 
-    def came(self, got: int) -> memoryview | None:
-        """So many bytes came there: where the next ones go, or None if a frame is there. 0 is the end of it all."""
-        if not got:
+    def received(self, size: int) -> memoryview | None:
+        """Called with the number of bytes that were received there, 0 at the end of the stream. Returns where the next
+        bytes go, or None if a frame is complete."""
+        if not size:
             inside = " in the middle of a frame" if self._payload is not None or self._start < self._stop else ""
             raise ConnectionResetError(f"the other side closed the connection{inside}")
         if self._payload is not None:
-            self._here += got
+            self._received += size
         else:
-            self._stop += got
-        payload = self._begun()
-        return None if payload is not None and self._here == len(payload) else self.room()
+            self._stop += size
+        payload = self._parse()
+        return None if payload is not None and self._received == len(payload) else self.room()
 
-    def _begun(self) -> memoryview | None:
-        """The payload of the frame that has begun, some of it still to come; None while its length is not known."""
-        here = self._stop - self._start
-        if self._payload is not None or here < PREFIX_BYTES:
+    def _parse(self) -> memoryview | None:
+        """The payload of the frame that is being received, complete or not; None while its length is not known."""
+        size = self._stop - self._start
+        if self._payload is not None or size < PREFIX_BYTES:
             return self._payload
         magic, header_bytes, payload_bytes = _PREFIX.unpack_from(self._ahead, self._start)
         if magic != FRAME_MAGIC:
@@ -108,27 +112,27 @@ class Frames:
             raise PeerProtocolError(
                 f"a payload of {payload_bytes} bytes; at most {self._pool.size_bytes} were agreed on"
             )
-        if here < PREFIX_BYTES + header_bytes:
+        if size < PREFIX_BYTES + header_bytes:
             return None
         at = self._start + PREFIX_BYTES
         self._header = bytes(self._ahead[at : at + header_bytes])
         at += header_bytes
         if payload_bytes > SMALL_BYTES:
-            payload = self._pool.take().view[:payload_bytes]
+            payload = self._pool.take()[:payload_bytes]
         else:
             payload = memoryview(bytearray(payload_bytes))
-        self._here = min(payload_bytes, self._stop - at)
-        payload[: self._here] = self._ahead[at : at + self._here]
-        self._start = at + self._here
+        self._received = min(payload_bytes, self._stop - at)
+        payload[: self._received] = self._ahead[at : at + self._received]
+        self._start = at + self._received
         self._payload = payload
         return payload
 
 
-class Connection:
-    """One of a session's data connections: a proto_v3.wire.channel.Transport, for one task a direction at a time.
+class Connection(Transport):
+    """One data connection of a session, for one task in each direction at a time.
 
-    Whoever is cancelled, the stream of frames stays whole: a frame that is being sent is sent to its end, before any
-    other; one that is being received is the next recv()'s.
+    If a task is cancelled, the stream of frames stays whole: a frame that is being sent is completed before any other;
+    a frame that is being received goes to the next recv().
     """
 
     def __init__(self, pipe: Pipe, index: int, at_source: bool, granted: Granted, pool: Buffers) -> None:
@@ -136,7 +140,7 @@ class Connection:
         self.granted = granted
         self.trace: Trace | None = None
         self.cause: Exception | None = None
-        """Why the session ended it, if it did."""
+        """Why the session ended this connection, if it did."""
         self._name = f"data connection {index}"
         self._out, self._in = f"to target {index}", f"to source {index}"
         if not at_source:
@@ -151,8 +155,8 @@ class Connection:
 
     # --- sending ------------------------------------------------------------------------------------------------------
 
+    @override
     async def send(self, header: bytes, payload: Payload) -> None:
-        """See Transport. Returns when the kernel took all of it."""
         view = as_view(payload)
         if not 1 <= len(header) <= MAX_HEADER_BYTES or len(view) > self._pool.size_bytes:
             allowed = f"at most {MAX_HEADER_BYTES} + {self._pool.size_bytes} are allowed"
@@ -168,20 +172,22 @@ class Connection:
         try:
             await self.pipe.send_all([head, view] if len(view) else [head])
         except OSError as error:
-            raise self._ended(error) from error
+            raise self._error(error) from error
         if trace is not None and trace.now_ns() - start_ns > HELD_UP_NS:
             trace.blocked(start_ns)
             trace.waited_for(Resource.LINK, "room in connection", f"{self._out} room", LATEST, start_ns)
 
-    def _ended(self, error: OSError) -> ConnectionError:
+    def _error(self, error: OSError) -> ConnectionError:
         if self.cause is not None:
             return connection_error(self.cause)
         return ConnectionResetError(f"{self._name}: {reason(error)}")
 
     # --- receiving ----------------------------------------------------------------------------------------------------
 
+    @override
     async def recv(self) -> tuple[bytes, Payload]:
-        """See Transport. PeerProtocolError if what comes is no frame; the connection is closed then."""
+        """The next header and payload. ConnectionError when the connection is gone; PeerProtocolError if the bytes are
+        no frame, and the connection is closed then."""
         trace = self.trace
         start_ns = 0
         if trace is not None:
@@ -200,9 +206,9 @@ class Connection:
             if self._wrong is not None:
                 raise PeerProtocolError(str(self._wrong))
             while self._receiving is not None or (frame := self._frames.take()) is None:
-                await self._fed()
+                await self._feed()
         except OSError as error:
-            raise self._ended(error) from error
+            raise self._error(error) from error
         except PeerProtocolError as error:
             if self._wrong is None:
                 self._wrong = PeerProtocolError(f"{self._name}: {error}")
@@ -210,13 +216,13 @@ class Connection:
             raise PeerProtocolError(str(self._wrong)) from None
         return frame
 
-    async def _fed(self) -> None:
-        """Until the frame that has begun, or is to come, is there. Whoever is cancelled, it still comes."""
+    async def _feed(self) -> None:
+        """Return when a frame is complete. If the caller is cancelled, receiving goes on."""
         if self._receiving is None:
-            self._receiving = self.pipe.feed(self._frames.room(), self._frames.came)
+            self._receiving = self.pipe.feed(self._frames.room(), self._frames.received)
         try:
             if self._receiving.done():
-                await asyncio.sleep(0)  # others are to have their turn
+                await asyncio.sleep(0)  # let other tasks run
             await asyncio.shield(self._receiving)
         finally:
             if self._receiving.done():
@@ -225,18 +231,18 @@ class Connection:
     # --- its end ------------------------------------------------------------------------------------------------------
 
     def end(self, cause: Exception) -> None:
-        """The session ends it; whoever waits gets ConnectionError with this reason."""
+        """Close it; every task that waits gets ConnectionError with this reason."""
         if self.cause is None:
             self.cause = cause
         self.pipe.close()
 
     async def wait_closed(self) -> None:
-        """Until nothing is left of it, after its end."""
+        """After end(): return when its descriptors are closed."""
         await self.pipe.wait_closed()
 
 
 def connection_error(cause: Exception) -> ConnectionError:
-    """A new error of the same words, for one of several that wait."""
+    """A new error with the same text, for one of several tasks that wait."""
     if isinstance(cause, ConnectionError):
         return type(cause)(*cause.args)
     return ConnectionAbortedError(f"given up: {cause}")

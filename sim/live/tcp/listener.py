@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from proto_v3.errors import PeerProtocolError, UserError
-from sim.live.io import Io, Pipe, ended, set_done
+from sim.live.io import MakePipe, Pipe, ended, set_done
 from sim.live.tcp.message_stream import packed
 from sim.live.tcp.messages import Refuse
 from sim.live.tcp.sockets import (
@@ -94,7 +94,7 @@ class Acceptor:
         listener: socket.socket,
         opened: AsyncExitStack,
         *,
-        io: Io,
+        io: MakePipe,
         sockets: SocketSettings,
         tls: ssl.SSLContext | None,
         limit_s: float,
@@ -270,7 +270,7 @@ class Acceptor:
         granted = Granted.of(sock)
         if pipe is None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            pipe = self._io.pipe(sock, f"data {preamble.index}" if is_data else "session")
+            pipe = self._io(sock, f"data {preamble.index}" if is_data else "session")
         self._opened.push_async_callback(finish, pipe)
         connection = Accepted(pipe, name, granted)
         if is_data:

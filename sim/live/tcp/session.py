@@ -1,7 +1,7 @@
-"""What source VMM and target VMM have once they agreed: data connections, and a session to talk over.
+"""What source VMM and target VMM have after the handshake: data connections, and messages.
 
-The session tells each side that the other one lives: each sends a PING every now and then, and one that hears nothing
-for a while gives up, and ends all connections. (TCP by itself would wait for many minutes.)
+Each side sends a PING from time to time. A side that receives nothing for `silent_s` seconds gives up, and closes all
+connections. (TCP by itself would wait for many minutes.)
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from sim.live.tcp.message_stream import MAX_MESSAGE_BYTES, M, MessageStream, Raw
 from sim.live.tcp.messages import Failed, Message, Ping, printable
 from sim.live.tcp.sockets import Granted
 
-MAX_UNREAD = 256
-"""Messages that came and that nobody asked for yet."""
+MAX_QUEUED = 256
+"""Messages that were received, and that no caller has asked for yet."""
 BEATS = 4
-"""PINGs within the time after which silence is the end."""
+"""PINGs in `silent_s` seconds."""
 
 
 class Session:
-    """One end of it. To be made in a running loop, and closed in the same."""
+    """One end of the session. It is made in a running event loop, and must be closed in the same one."""
 
     def __init__(
         self, stream: MessageStream, connections: Sequence[Connection], peer_clock: ClockOffset, silent_s: float
@@ -41,10 +41,10 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._cause: Exception | None = None
         self._grace: asyncio.TimerHandle | None = None
-        self._unread: deque[RawMessage] = deque()
+        self._queue: deque[RawMessage] = deque()
         self._unreceived_bytes = 0
         self._receiver: asyncio.Future[None] | None = None
-        self._in_turn = asyncio.Lock()
+        self._receiving = asyncio.Lock()
         stream.handshake_done()
         self._tasks: set[asyncio.Task[None]] = set()
         self._start(self._listen())
@@ -53,11 +53,11 @@ class Session:
 
     @property
     def sockets(self) -> list[Granted]:
-        """What the kernel gave each data connection."""
+        """What the kernel granted each data connection."""
         return [connection.granted for connection in self._connections]
 
     def trace(self, timeline: Trace | None) -> None:
-        """Record in this timeline, from now on, which frames were sent, and which were waited for."""
+        """From now on, record in this timeline which frames are sent, and which are waited for; None: in none."""
         for connection in self._connections:
             connection.trace = timeline
 
@@ -67,7 +67,7 @@ class Session:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    # --- talking ------------------------------------------------------------------------------------------------------
+    # --- messages -----------------------------------------------------------------------------------------------------
 
     async def send_message(self, message: Message) -> None:
         """Send a message. ConnectionError if the other side is gone, LocalProtocolError if the message is too long, or
@@ -85,15 +85,15 @@ class Session:
         PeerFailedError if the other side sent FAILED, PeerProtocolError if it sent another message or a wrong one,
         ConnectionError if it is gone. Messages that it sent before it went are received first.
         """
-        async with self._in_turn:
-            while not self._unread:
+        async with self._receiving:
+            while not self._queue:
                 if self._cause is not None:
                     if isinstance(self._cause, ProtoV3Error):
                         raise type(self._cause)(*self._cause.args)
                     raise connection_error(self._cause)
                 self._receiver = self._loop.create_future()
                 await self._receiver
-            message = self._unread.popleft()
+            message = self._queue.popleft()
             self._unreceived_bytes -= message.size_bytes
         if message.kind == Failed.kind():
             raise PeerFailedError(f"{self._stream.peer} failed: {printable(message.read_as(Failed).why)}")
@@ -107,9 +107,9 @@ class Session:
                 if message.kind == Ping.kind():
                     continue
                 room = MAX_MESSAGE_BYTES - self._unreceived_bytes
-                if self._unread and (message.size_bytes > room or len(self._unread) >= MAX_UNREAD):
+                if self._queue and (message.size_bytes > room or len(self._queue) >= MAX_QUEUED):
                     raise PeerProtocolError(f"{stream.peer} sends more messages than are received")
-                self._unread.append(message)
+                self._queue.append(message)
                 self._unreceived_bytes += message.size_bytes
                 self._wake()
         except PeerProtocolError as error:
@@ -121,34 +121,34 @@ class Session:
         if self._receiver is not None and not self._receiver.done():
             self._receiver.set_result(None)
 
-    # --- the other side's life ----------------------------------------------------------------------------------------
+    # --- whether the other side lives ---------------------------------------------------------------------------------
 
     async def _beat(self) -> None:
-        """Count beats without a word, not time: while this process is stopped itself, nothing is missed."""
-        heard, missed = self._stream.received_bytes, 0
+        """Count beats in which nothing was received, not time: while this process itself is stopped, none is missed."""
+        received, missed = self._stream.received_bytes, 0
         ping: asyncio.Task[None] | None = None
         while self._cause is None:
-            if ping is None or ping.done():  # one that the other side does not take holds up nothing
+            if ping is None or ping.done():  # a PING that the other side does not receive holds up nothing
                 ping = self._start(self._ping())
             await asyncio.sleep(self._silent_s / BEATS)
-            missed = 0 if self._stream.received_bytes > heard else missed + 1
-            heard = self._stream.received_bytes
+            missed = 0 if self._stream.received_bytes > received else missed + 1
+            received = self._stream.received_bytes
             if missed >= BEATS:
-                self._fail(ConnectionError(f"the other side said nothing for {self._silent_s:g} s"))
+                self._fail(ConnectionError(f"the other side sent nothing for {self._silent_s:g} s"))
 
     async def _ping(self) -> None:
         with contextlib.suppress(ConnectionError):
             await self._stream.send(Ping())
 
     def _session_lost(self, error: Exception) -> None:
-        """What is on its way on the data connections may still be wanted: they end by themselves, or soon."""
+        """Frames on their way may still be wanted: the data connections end by themselves, or after `silent_s`."""
         if self._cause is None:
             self._cause = error
             self._grace = self._loop.call_later(self._silent_s, self._fail, error)
             self._wake()
 
     def _fail(self, cause: Exception) -> None:
-        """End all connections; whoever waits for anything is told the cause."""
+        """Close all connections; every task that waits gets the cause."""
         if self._cause is None:
             self._cause = cause
         self._stream.pipe.close()
@@ -157,11 +157,11 @@ class Session:
         self._wake()
 
     def give_up(self, why: str) -> None:
-        """End all connections; whoever waits for anything here is told why, as a ConnectionError."""
+        """Close all connections; every task that waits on this side gets a ConnectionError with the reason."""
         self._fail(ConnectionAbortedError(why))
 
     async def close(self) -> None:
-        """End all connections, and return when nothing is left of the session. May be called again."""
+        """Close all connections; return when no task and no descriptor of the session is left. May be called again."""
         if self._closing is None:
             self._closing = self._loop.create_task(self._close())
         await asyncio.shield(self._closing)

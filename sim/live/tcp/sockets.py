@@ -1,9 +1,9 @@
-"""TCP connections as both sides set them up: options, addresses, and the 32 bytes that each begins with.
+"""TCP connections as both sides set them up: options, addresses, and the 32 bytes that each connection begins with.
 
     magic "PROTO-V3" | u16 version | u16 role | u32 index | 16 bytes token      (big endian)
 
-The source opens all connections. The token is the target's, from its ACCEPT: who does not have it cannot slip a data
-connection in.
+The source opens all connections. The token comes from the target's ACCEPT, so nobody else can add a data connection to
+the session.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Resolved = tuple[int, int, int, Any]
 
 
 class Role(enum.IntEnum):
-    """What a connection is for."""
+    """The use of a connection."""
 
     SESSION = 0
     DATA = 1
@@ -48,7 +48,7 @@ class Role(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Preamble:
-    """What a connection begins with."""
+    """The first bytes of a connection."""
 
     role: Role
     index: int = 0
@@ -56,12 +56,12 @@ class Preamble:
     version: int = WIRE_VERSION
 
     def pack(self) -> bytes:
-        """Its 32 bytes."""
+        """As 32 bytes."""
         return _PREAMBLE.pack(MAGIC, self.version, self.role, self.index, self.token)
 
     @classmethod
     def of(cls, data: bytes | bytearray) -> Preamble:
-        """PeerProtocolError if it is none. Of another version, only that is known."""
+        """PeerProtocolError if the bytes are no preamble. Of another version, only the version is known."""
         magic, version, role, index, token = _PREAMBLE.unpack(data)
         if magic != MAGIC:
             raise PeerProtocolError(f"connections here begin with {MAGIC!r}, this one with {magic!r}")
@@ -76,10 +76,10 @@ class Preamble:
 
 @dataclass(frozen=True, slots=True)
 class SocketSettings:
-    """Options of data connections; None is the kernel's choice."""
+    """Options of data connections; None: the kernel chooses."""
 
     buffer_bytes: int | None = None
-    """SO_SNDBUF and SO_RCVBUF. The kernel takes it up to net.core.wmem_max and rmem_max, and doubles it."""
+    """SO_SNDBUF and SO_RCVBUF. The kernel limits it to net.core.wmem_max and rmem_max, and doubles it."""
     max_rate_bytes_per_s: int | None = None
     """SO_MAX_PACING_RATE of each connection."""
 
@@ -90,7 +90,7 @@ class SocketSettings:
                 raise UserError(f"{name} = {value} must be from 1 to {most}")
 
     def size(self, sock: socket.socket) -> None:
-        """Set the buffers' sizes: before the socket connects or listens, or the window's scale is fixed already."""
+        """Set the sizes of the buffers. To be called before connect() or listen(), which fix the window scale."""
         if self.buffer_bytes is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.buffer_bytes)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.buffer_bytes)
@@ -103,7 +103,7 @@ class SocketSettings:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """What the kernel really gave a connection."""
+    """What the kernel really granted a connection."""
 
     send_buffer_bytes: int
     receive_buffer_bytes: int
@@ -111,7 +111,7 @@ class Granted:
 
     @classmethod
     def of(cls, sock: socket.socket) -> Granted:
-        """As it is now; without sizes of ours, the kernel's own tuning changes the buffers later."""
+        """As it is now; where no size was set, the kernel tunes the buffers later."""
         rate = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 8), sys.byteorder)
         return cls(
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF),
@@ -121,7 +121,7 @@ class Granted:
 
 
 def text_of(address: Any) -> str:
-    """An address as people write it."""
+    """An address as a user writes it."""
     if not isinstance(address, tuple) or len(address) < 2:
         return "unknown address"
     host, port = address[:2]
@@ -129,7 +129,7 @@ def text_of(address: Any) -> str:
 
 
 def reason(error: OSError) -> str:
-    """Its words; asyncio has none for a connection that is gone, and its own for one that was refused."""
+    """The text of an error. asyncio has none for a connection that is gone, and its own for one that was refused."""
     if isinstance(error, ConnectionError) and error.errno:
         return os.strerror(error.errno)
     return error.strerror or str(error) or str(ended())
@@ -142,10 +142,10 @@ def named(name: str, error: OSError) -> OSError:
 
 
 async def resolved(address: Address) -> list[Resolved]:
-    """Where a host's port is. UserError if the address cannot be one, OSError if nobody knows it."""
+    """The addresses of a host's port. UserError if it cannot be an address, OSError if the host is not known."""
     host, port = address
     try:
-        try:  # a number needs no thread that asks others
+        try:  # a numeric address needs no thread, and no name server
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         except socket.gaierror:
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -157,7 +157,7 @@ async def resolved(address: Address) -> list[Resolved]:
 
 
 async def dialled(to: Resolved, sockets: SocketSettings) -> socket.socket:
-    """Connect, with these options. OSError if nobody answers."""
+    """Connect with these options. OSError if nobody answers."""
     family, kind, protocol, where = to
     sock = socket.socket(family, kind, protocol)
     try:
@@ -176,7 +176,7 @@ async def dialled(to: Resolved, sockets: SocketSettings) -> socket.socket:
 
 
 def listen(address: Address, sockets: SocketSettings) -> socket.socket:
-    """A socket for `accept`; port 0 takes a free one. UserError if the address cannot be had."""
+    """A listening socket for `accept`; port 0: any free one. UserError if the address cannot be used."""
     sock = None
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(
@@ -195,7 +195,7 @@ def listen(address: Address, sockets: SocketSettings) -> socket.socket:
 
 
 async def finish(pipe: Pipe) -> None:
-    """Close, and wait until nothing is left of it."""
+    """Close a connection, and wait until its descriptors are closed."""
     pipe.close()
     with contextlib.suppress(OSError):
         await pipe.wait_closed()

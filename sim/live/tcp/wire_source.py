@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 
 from proto_v3.errors import PeerProtocolError, UserError, leaves
-from sim.live.io import Io, Pipe
+from sim.live.io import MakePipe, Pipe
 from sim.live.tcp.handshake import (
     DEFAULT_LIMITS,
     DEFAULT_SOCKETS,
@@ -39,7 +38,7 @@ from sim.live.tcp.sockets import (
 from sim.live.tcp.tls import TlsPipe
 
 DIALS = 32
-"""Data connections that are set up at a time."""
+"""Data connections that are set up at the same time."""
 
 
 async def connect(
@@ -47,7 +46,7 @@ async def connect(
     run: Run,
     connections: int,
     *,
-    io: Io,
+    io: MakePipe,
     limits: Limits = DEFAULT_LIMITS,
     sockets: SocketSettings = DEFAULT_SOCKETS,
     tls: ssl.SSLContext | None = None,
@@ -98,7 +97,7 @@ class _Dialler:
 
     address: Address
     opened: AsyncExitStack
-    io: Io
+    io: MakePipe
     sockets: SocketSettings
     tls: ssl.SSLContext | None
     limit_s: float
@@ -106,7 +105,7 @@ class _Dialler:
     """Which of the host's addresses answered."""
 
     async def first(self) -> Pipe:
-        """The session's; it has the kernel's own settings."""
+        """The session's connection, with the kernel's own options."""
         error: OSError = OSError(f"{text_of(self.address)}: no such address")
         for to in await resolved(self.address):
             try:
@@ -119,21 +118,20 @@ class _Dialler:
         raise named(text_of(self.address), error) from error
 
     async def rest(self, count: int, token: bytes) -> list[tuple[Pipe, Granted]]:
-        """The data connections, some at a time."""
-        found: dict[int, tuple[Pipe, Granted]] = {}
-        left = iter(range(count))
+        """The data connections, at most DIALS at the same time."""
+        places = asyncio.Semaphore(DIALS)
+
+        async def dial(index: int) -> tuple[Pipe, Granted]:
+            async with places:
+                assert self.to is not None
+                return await self._dial(self.to, Preamble(Role.DATA, index, token), self.sockets)
+
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(count, DIALS)):
-                    group.create_task(self._some(left, token, found))
+                dialled = [group.create_task(dial(index)) for index in range(count)]
         except BaseExceptionGroup as group_error:
             raise next(leaves(group_error)) from None
-        return [found[index] for index in range(count)]
-
-    async def _some(self, left: Iterator[int], token: bytes, found: dict[int, tuple[Pipe, Granted]]) -> None:
-        for index in left:
-            if self.to is not None:
-                found[index] = await self._dial(self.to, Preamble(Role.DATA, index, token), self.sockets)
+        return [each.result() for each in dialled]
 
     async def _dial(self, to: Resolved, preamble: Preamble, sockets: SocketSettings) -> tuple[Pipe, Granted]:
         sock = await dialled(to, sockets)
@@ -142,7 +140,7 @@ class _Dialler:
         if self.tls is not None:
             pipe = await TlsPipe.client(sock, self.tls, self.address[0], self.limit_s)
         else:
-            pipe = self.io.pipe(sock, preamble.role.name.lower())
+            pipe = self.io(sock, preamble.role.name.lower())
         self.opened.push_async_callback(finish, pipe)
         await pipe.send_all([memoryview(preamble.pack())])
         return pipe, granted

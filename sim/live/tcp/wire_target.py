@@ -1,4 +1,4 @@
-"""The target's half of the handshake: it takes connections in, and says whether it does what is asked for."""
+"""The target's half of the handshake: it accepts connections, and accepts or refuses the source's offer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
 from proto_v3.errors import PeerProtocolError
-from sim.live.io import Io
+from sim.live.io import MakePipe
 from sim.live.tcp.handshake import (
     DEFAULT_LIMITS,
     DEFAULT_SOCKETS,
@@ -28,29 +28,30 @@ from sim.live.tcp.session import Session
 from sim.live.tcp.sockets import TOKEN_BYTES, SocketSettings
 
 Judge = Callable[[Run], Awaitable[None]]
-"""Given what the source wants to run: raises what becomes the refusal."""
+"""Decides about what the source wants to run: the error that it raises becomes the refusal."""
 
 
-def _nobody(_: str) -> None:
-    """Who is told of rejected connections if the caller does not want to be."""
+def _ignore(_: str) -> None:
+    pass
 
 
 async def accept(
     listener: socket.socket,
     judge: Judge,
     *,
-    io: Io,
+    io: MakePipe,
     limits: Limits = DEFAULT_LIMITS,
     sockets: SocketSettings = DEFAULT_SOCKETS,
     tls: ssl.SSLContext | None = None,
-    rejected: Callable[[str], None] = _nobody,
+    rejected: Callable[[str], None] = _ignore,
 ) -> Session:
-    """Wait for a source, and set a session up with it.
+    """Wait for a source, and set up a session with it.
 
-    Connections that say nothing or rubbish do not end the wait; `rejected` is told of each. The first one that begins
-    as a session does, however the handshake goes on. Raises what `judge` raised, having told it to the source if it is
-    an OSError or an error of ours; PeerProtocolError or PeerFailedError for what the source did, OSError if it is gone
-    or too slow, or if this host has no descriptors left. The listener stays open; to try again, call this again.
+    Connections that send nothing or rubbish do not end the wait; `rejected` is called with the reason for each. The
+    first connection that begins as a session ends it, whether the handshake succeeds or not. Raises what `judge` raised
+    (the source gets the text if it is an OSError or an error of this project), PeerProtocolError or PeerFailedError for
+    what the source did, OSError if the source is gone or too slow, or if this host has no descriptors left. The
+    listener stays open: to wait for another source, call this again.
     """
     async with AsyncExitStack() as opened:
         acceptor = Acceptor(
