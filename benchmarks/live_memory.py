@@ -80,7 +80,7 @@ async def peak_bytes(mib: int, name: str) -> tuple[int, int]:
 
     result = await run_here(scenario, Protocol.parse(name, scenario), 1, Settings(), started=started)
     assert result.outcome.kind == "COMPLETED", result.outcome.reason
-    return most, result.outcome.peak_reorder_bytes
+    return most, result.outcome.counters.peak_reorder_bytes
 
 
 def main() -> None:

@@ -18,11 +18,12 @@ from sim.clock.port import now_ns
 from sim.clock.virtual import VirtualLoop
 from sim.device.driver import SimDriver
 from sim.device.state import DeviceState, Image
-from sim.host.host import HostResources, devices_at_source, devices_at_target, seeds
+from sim.host.host import HostResources, device_report, devices_at_source, devices_at_target, seeds
 from sim.host.link import ClosedError, NetworkLink
 from sim.host.machine import GuestHere, MachineModel
-from sim.host.vmms import connections, make_source, make_target
-from sim.outcome import DeviceMeasured, Measured, Outcome, completed, ended, failed, with_bound
+from sim.host.vmms import connections, make_source, make_target, side_report
+from sim.outcome import Outcome, RunReport, completed, ended, failed, with_bound
+from sim.report import Counters, SideReport
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.theory.downtime_bound import lower_bound
@@ -101,8 +102,9 @@ class VirtualRun:
             "source": MachineModel(scenario, GuestHere(self.states), timeline, running=True),
             "target": MachineModel(scenario, GuestHere([]), timeline, running=False),
         }
-        source_side = Side(self.machines["source"], self.drivers, settings, timeline)
-        target_side = Side(self.machines["target"], self.drivers_at_target, settings, timeline)
+        self.counters = {"source": Counters(), "target": Counters()}
+        source_side = Side(self.machines["source"], self.drivers, settings, timeline, self.counters["source"])
+        target_side = Side(self.machines["target"], self.drivers_at_target, settings, timeline, self.counters["target"])
         self.channels, channels_there = self._connect(timeline)
         self.source: Source | None = None
         self.target: Target | None = None
@@ -168,45 +170,35 @@ class VirtualRun:
     def _outcome(self, kind: OutcomeKind | None, failures: Sequence[Exception]) -> Outcome:
         """What both sides ended with, as an outcome."""
         if failures:
-            return failed(self._measured(), failures, echoes=(ClosedError,))
+            return failed(self._report(), failures, echoes=(ClosedError,))
         assert kind is not None
-        return completed(self._measured()) if kind is OutcomeKind.COMPLETED else ended(self._measured(), kind)
+        return completed(self._report()) if kind is OutcomeKind.COMPLETED else ended(self._report(), kind)
 
-    def _measured(self) -> Measured:
-        parts = zip(self.states, self.images, self.drivers, self.drivers_at_target, strict=True)
-        return Measured(
-            scenario=self._scenario.name,
-            protocol=self._protocol.name,
-            seed=self._seed,
-            timeline=self.timeline,
-            ended_ns=now_ns(),
-            devices=[_device_measured(*each) for each in parts],
-            wire_bytes=sum(channel.bytes_sent for channel in self.channels),
-            connections=self.link.connections,
-            messages=sum(channel.messages_sent for channel in (*self.channels, *self.channels_there)),
-            network_wakeups=self.link.wakeups,
-            peak_reorder_bytes=self.target.peak_reorder_bytes if self.target else 0,
-            note=self.note,
-            retries=self.source.retries if self.source else 0,
-            retries_stopped_ns=self.source.retries_stopped_ns if self.source else 0,
-            late_final_checks=self.source.late_final_checks if self.source else 0,
+    def _report(self) -> RunReport:
+        devices = zip(self.drivers, self.images, self.states, strict=True)
+        differences = {driver.name: image.differences(state) for driver, image, state in devices}
+        self.counters["source"].wakeups = self.link.wakeups
+        return RunReport(
+            self._scenario.name,
+            self._protocol.name,
+            self._seed,
+            self.timeline,
+            self._side_report("source", self.channels, self.drivers, self.states),
+            self._side_report("target", self.channels_there, self.drivers_at_target, self.images),
+            self.note,
             guest_runs_at=", ".join(side for side, machine in self.machines.items() if machine.running),
+            differences=[f"{name}: {difference}" for name, difference in differences.items() if difference],
         )
 
-
-def _device_measured(
-    state: DeviceState, image: Image, driver: SimDriver, driver_at_target: SimDriver
-) -> DeviceMeasured:
-    difference = image.differences(state)
-    return DeviceMeasured(
-        name=driver.name,
-        needed_bytes=len(state.version) * state.block_bytes + len(state.object_version) * state.object_bytes,
-        reads=driver.read_counts,
-        loads=driver_at_target.load_counts,
-        critical_loads=driver_at_target.critical_loads,
-        reconfigurations_ns=state.activity.reconfiguration_ns[: state.epoch - 1].tolist(),
-        difference=str(difference) if difference else "",
-    )
+    def _side_report(
+        self,
+        name: str,
+        channels: Sequence[Channel],
+        drivers: Sequence[SimDriver],
+        states: Sequence[DeviceState | Image],
+    ) -> SideReport:
+        devices = [device_report(driver, state) for driver, state in zip(drivers, states, strict=True)]
+        return side_report(name, self.counters[name], channels, now_ns(), devices)
 
 
 async def on_own_track(work: Coroutine[Any, Any, T], track: str) -> T:

@@ -22,7 +22,7 @@ from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
 from sim.live.limits import THE_MACHINES_OWN, measured_lateness_ns, too_short
 from sim.live.processes.vmm import Settings, Tls
-from sim.live.run import LiveResult, check, run_here, run_to, serve_one
+from sim.live.run import LiveResult, SideEnd, check, run_here, run_to, serve_one
 from sim.live.tcp.sockets import SocketSettings, listen
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
@@ -208,7 +208,7 @@ def live_manifest(found: Sequence[LiveResult], settings: Settings) -> dict[str, 
         "kernel": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
         "not_emulated": THE_MACHINES_OWN,
-        "sockets": found[0].sockets,
+        "sockets": [asdict(granted) for granted in found[0].sockets],
         "delays_of_the_first_run": {name: asdict(each) for name, each in found[0].delays.items()},
     }
 
@@ -252,11 +252,12 @@ def streams_table(found: Sequence[LiveResult]) -> Table:
         if name in seen or result.outcome.kind is not OutcomeKind.COMPLETED:
             continue
         seen.add(name)
-        for fd, counts in result.streams:
-            reading_s = counts.firmware_ns / 1e9
-            rate = f"{counts.bytes / MIB / reading_s:.0f}" if reading_s else ""
-            calls = [f"{counts.bytes / MIB:.1f}", str(counts.calls), f"{counts.firmware_ns / 1e3 / counts.calls:.0f}"]
-            add_row(shown, name, fd, *calls, rate)
+        for stream in result.streams:
+            counters = stream.counters
+            mib, reading_ns = counters.device_bytes / MIB, counters.read_firmware_ns
+            rate = f"{mib / (reading_ns / 1e9):.0f}" if reading_ns else ""
+            calls = [f"{mib:.1f}", str(counters.reads), f"{reading_ns / 1e3 / counters.reads:.0f}"]
+            add_row(shown, name, stream.name, *calls, rate)
     return shown
 
 
@@ -303,9 +304,9 @@ def run_target_here(where: str, once: bool, settings: Settings) -> int:
     async def work() -> None:
         nonlocal status
         while True:
-            told = await serve_one(listener, settings, heard)
-            status = 0 if told.get("whole") else 1
-            say(_ending(told))
+            end = await serve_one(listener, settings, heard)
+            status = 0 if end.report is not None and end.report.whole else 1
+            say(_ending(end))
             if once:
                 return
 
@@ -316,12 +317,13 @@ def run_target_here(where: str, once: bool, settings: Settings) -> int:
     return status
 
 
-def _ending(told: dict[str, Any]) -> str:
-    """What came of a migration, at the target."""
-    if told.get("whole"):
+def _ending(end: SideEnd) -> str:
+    """How a migration ended, at the target."""
+    report = end.report
+    if report is not None and report.whole:
         return "the guest runs here"
-    why = [*told.get("deaths", []), *(each["text"] for each in told.get("failures", []))]
-    if "error" in told:
-        why.append(told["error"])
-    runs = "the guest runs here" if told.get("running") else "the guest does not run here"
+    why = [*end.deaths, *(failure.text for failure in (report.failures if report is not None else []))]
+    if report is None and not why:
+        why = ["the target VMM is gone"]
+    runs = "the guest runs here" if report is not None and report.guest_runs else "the guest does not run here"
     return f"{runs}: {'; '.join(dict.fromkeys(why)) or 'the source gave up'}"

@@ -12,7 +12,7 @@ import contextlib
 import enum
 import errno
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from proto_v3.errors import (
@@ -47,6 +47,20 @@ class UnsupportedError(LocalProtocolError):
     """A device cannot do what the protocol needs. The guest was not touched."""
 
 
+@dataclass(slots=True)
+class VmmCounters:
+    """What a VMM counts of a migration."""
+
+    retries: int = 0
+    """Source: orders to stop the guest that were taken back, because a new epoch had begun."""
+    retries_stopped_ns: int = 0
+    """Source: how long the guest stood still for them. The downtime counts from the last order."""
+    late_final_checks: int = 0
+    """Source, v3: devices for which the final check found an epoch that is not loaded, over all orders to stop."""
+    peak_reorder_bytes: int = 0
+    """Target: the most that waited in the VMM's memory, because it was early or not written yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class Side:
     """One VMM: its guest, its devices, its settings, and the timeline that gives and records the time."""
@@ -55,6 +69,7 @@ class Side:
     devices: Sequence[MigrationDevice]
     settings: SwitchoverSettings
     timeline: Timeline
+    counters: VmmCounters = field(default_factory=VmmCounters)
 
 
 class Source(abc.ABC):
@@ -67,12 +82,7 @@ class Source(abc.ABC):
         """Data fd of each device's session, by device index. In pre-copy, only of devices that have pre-copy."""
 
         self.back = ReturnPath(channels[0], self.handle)
-        self.retries = 0
-        """Orders to stop the guest that were taken back."""
-        self.retries_stopped_ns = 0
-        """Total time that the guest was stopped for these orders."""
-        self.late_final_checks = 0
-        """v3: devices whose newest epoch was not loaded in a final check; summed over all orders to stop."""
+        self.counters = side.counters
 
     @property
     def handed_over(self) -> bool:
@@ -213,9 +223,9 @@ class Source(abc.ABC):
                 await device.set_state(State.PRE_COPY_P2P if index in self.fds else State.RUNNING_P2P)
         if not await self.check_in_p2p():
             await self._start_guest_again()
-            timeline.stage("retry", start, self.retries)
-            self.retries += 1
-            self.retries_stopped_ns += timeline.now_ns() - start
+            timeline.stage("retry", start, self.counters.retries)
+            self.counters.retries += 1
+            self.counters.retries_stopped_ns += timeline.now_ns() - start
             return False
         for index in range(len(self.side.devices)):
             if index in self.fds:
@@ -296,12 +306,11 @@ class Target(abc.ABC):
     def __init__(self, side: Side, channels: Sequence[Channel]) -> None:
         self.side = side
         self.channels = channels
-        self.peak_reorder_bytes = 0
-        """The most bytes that waited in memory to be put back in order."""
+        self.counters = side.counters
 
     def note_reorder_bytes(self, waiting_bytes: int) -> None:
         """Record that this many bytes wait to be put back in order now."""
-        self.peak_reorder_bytes = max(self.peak_reorder_bytes, waiting_bytes)
+        self.counters.peak_reorder_bytes = max(self.counters.peak_reorder_bytes, waiting_bytes)
 
     async def run(self) -> bool:
         """Load what arrives, then run the guest. Returns False if the source cancelled.

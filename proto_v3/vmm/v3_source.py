@@ -344,5 +344,5 @@ class V3Source(Source):
         for device, fd in self.fds.items():
             info = await fd.stream_info()
             late += info.epoch != self._critical[device].loaded_epoch or info.pending_bytes > 0
-        self.late_final_checks += late
-        return not late or self.retries >= self._options.max_retries
+        self.counters.late_final_checks += late
+        return not late or self.counters.retries >= self._options.max_retries

@@ -115,7 +115,7 @@ class SaveBlocks(SavedFd, BlocksFd):
         asked_ns = now_ns()
         while self._suspended:
             await self._notify.wait()
-            self.reads.wakeups += 1
+            self.counters.wakeups += 1
             self._check_open()
         device = self._device
         device.advance(now_ns())
@@ -160,8 +160,8 @@ class SaveBlocks(SavedFd, BlocksFd):
             locked_ns = now_ns()
             await self._context.memory.copy(record.size_bytes, self._context.call_ns, "read")
             self._check_open()
-        self.reads.add(record.size_bytes, asked_ns, ready_ns, locked_ns)
-        self.reads.wakeups += 1  # the caller slept while the device saved
+        self._count_read(record.size_bytes, asked_ns, ready_ns, locked_ns)
+        self.counters.wakeups += 1  # the caller slept while the device saved
         return Extent([RecordSlice(record, 0, record.size_bytes)])
 
     def pending_bytes(self) -> int:
@@ -206,7 +206,7 @@ class BlocksLoadSession(V3LoadSession):
 
     def _put(self, record: Record, valid: NDArray[np.bool_]) -> None:
         newer = valid & (record.block_versions >= self.image.version[record.blocks])
-        self.counts.stale_bytes += int((valid & ~newer).sum()) * self._block_bytes
+        self.counters.stale_bytes += int((valid & ~newer).sum()) * self._block_bytes
         super()._put(record, newer)
 
 

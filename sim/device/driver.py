@@ -31,15 +31,13 @@ from sim.device.save_v2 import V2Stream
 from sim.device.save_v3 import CriticalStream, DirtyStream
 from sim.device.state import DeviceState, Image
 from sim.device.stream import (
-    CriticalLoad,
     DriverContext,
     DriverLock,
     Faults,
-    LoadCounts,
     MigrationSession,
-    ReadCounts,
     fails,
 )
+from sim.report import Counters, CriticalLoad
 from sim.scenario.tables import Device, Driver
 from sim.scenario.units import ns
 
@@ -79,12 +77,10 @@ class SimDriver:
         self._breaks = 0  # resets, and v3's failures, so far
         self._dirty_streams = 0
         self._stream_flags = NO_STREAM_FLAGS
-        self.read_counts: list[ReadCounts] = []
-        """What reading took, one entry a stream, of every session so far."""
+        self.counters: list[Counters] = []
+        """One entry a stream that is read, and one a session that is loaded, of every session so far."""
         self.critical_loads: list[CriticalLoad] = []
         """What critical data was loaded, in every session so far."""
-        self.load_counts: list[LoadCounts] = []
-        """What loading took, one entry a session so far."""
         side = "source" if state is not None else "target"
         self._faults = Faults([fault for fault in spec.faults if fault.side == side])
         self._saving: list[V2Stream | CriticalStream | DirtyStream | SaveBlocks] = []
@@ -237,7 +233,7 @@ class SimDriver:
             raise fails(errno.EIO)
         self._saving = self._v3_streams(self._device) if self._dirty_streams else [self._v2_stream(self._device)]
         for index, stream in enumerate(self._saving):
-            self.read_counts.append(stream.reads)
+            self.counters.append(stream.counters)
             if not isinstance(stream, SaveBlocks):
                 task = asyncio.create_task(stream.produce(), name=f"{self.name} producer {index}")
                 task.add_done_callback(tell_of_bug)
@@ -320,7 +316,7 @@ class SimDriver:
             self._load_session = session
             self._loading = [critical, *critical.dirty]
         self._load_session.critical_loads = self.critical_loads
-        self.load_counts.append(self._load_session.counts)
+        self.counters.append(self._load_session.counters)
         return self._loading[0]
 
     def _end_loading(self) -> None:

@@ -25,7 +25,8 @@ from sim.clock.port import now_ns, sleep_ns
 from sim.device.load_queue import LoadQueue, StreamError
 from sim.device.record import Extent, Record
 from sim.device.state import Image
-from sim.device.stream import CriticalLoad, DriverLock, LoadCounts, MigrationSession, fails
+from sim.device.stream import DriverLock, MigrationSession, fails
+from sim.report import Counters, CriticalLoad
 
 
 class LoadSession:
@@ -35,7 +36,7 @@ class LoadSession:
         self.image = image
         self.session = session
         self.context = session.context
-        self.counts = LoadCounts()
+        self.counters = Counters()
         self.critical_loads: list[CriticalLoad] = []
         self._setup_ns = setup_ns
         self._open_streams = streams
@@ -85,7 +86,7 @@ class LoadSession:
     def hold(self, size: int) -> None:
         """Add `size` bytes to those in the driver's buffers; negative when they were loaded or dropped."""
         self._held_bytes += size
-        self.counts.peak_held_bytes = max(self.counts.peak_held_bytes, self._held_bytes)
+        self.counters.peak_held_bytes = max(self.counters.peak_held_bytes, self._held_bytes)
 
     async def load(self, record: Record) -> None:
         """Load one whole record."""

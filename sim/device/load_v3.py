@@ -70,12 +70,12 @@ class V3LoadSession(LoadSession):
             await self._notify.wait()
             self.check_open()
         valid = self._valid(record)
-        self.counts.overtaken_bytes += (len(record.blocks) - int(valid.sum())) * self._block_bytes
+        self.counters.overtaken_bytes += (len(record.blocks) - int(valid.sum())) * self._block_bytes
         if not valid.any():
             return
         await self._load_command(record.size_bytes)
         still = self._valid(record)  # an epoch may have come in the meantime
-        self.counts.undone_bytes += int((valid & ~still).sum()) * self._block_bytes
+        self.counters.undone_bytes += int((valid & ~still).sum()) * self._block_bytes
         self._put(record, still)
 
     def _check_there(self, record: Record) -> None:
@@ -101,7 +101,7 @@ class V3LoadSession(LoadSession):
             return
         for each in record.invalidates:
             undone = int(np.count_nonzero(self.image.version[each.slice] >= 0))
-            self.counts.undone_bytes += undone * self._block_bytes
+            self.counters.undone_bytes += undone * self._block_bytes
             self.image.version[each.slice] = -1
             self._valid_from[each.slice] = each.epoch
         self._epoch_loaded = max(self._epoch_loaded, record.epoch)

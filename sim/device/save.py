@@ -154,7 +154,7 @@ class SaveStream(SavedFd):
                 if chunks:
                     self._queue.free(chunks)
                     self._notify.notify()
-            self.reads.add(len(data), asked_ns, ready_ns, locked_ns)
+            self._count_read(len(data), asked_ns, ready_ns, locked_ns)
             return data
         return EMPTY
 
@@ -172,7 +172,7 @@ class SaveStream(SavedFd):
                     return True
                 case ReadState.SAVING:
                     await self._notify.wait()
-                    self.reads.wakeups += 1
+                    self.counters.wakeups += 1
                 case _:
                     await self._call()
                     state = self.state  # something may have come while the call went on
@@ -193,7 +193,7 @@ class SaveStream(SavedFd):
                 async with asyncio.timeout(None if timeout_ns is None else timeout_ns / 1e9):
                     while not self.ready():
                         await self._notify.wait()
-                    self.reads.wakeups += 1
+                    self.counters.wakeups += 1
             except TimeoutError:
                 pass
         return self.ready()
@@ -209,7 +209,7 @@ class SaveStream(SavedFd):
         """Drop records that nobody began to read: what they hold is dirty again."""
         for record in self._queue.drop(drops):
             self._device.unsave(record.blocks, record.objects)
-            self.reads.dropped_bytes += record.size_bytes
+            self.counters.device_bytes_dropped += record.size_bytes
 
     def _refill_if_drained(self) -> bool:
         """Plan what became dirty, if everything before it is read; returns whether it was planned."""

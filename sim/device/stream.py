@@ -19,6 +19,7 @@ from proto_v3.vfio.uapi import PrecopyInfo, StreamInfo
 from proto_v3.wire.frames import Payload
 from sim.clock.port import now_ns, sleep_ns
 from sim.device.firmware import FirmwareModel
+from sim.report import Counters
 from sim.resource import Lock
 from sim.scenario.tables import Driver, Fault
 
@@ -90,29 +91,6 @@ class MigrationSession:
     """v3: put the device into ERROR; every stream answers EIO from then on."""
 
 
-@dataclass(slots=True)
-class ReadCounts:
-    """Statistics of reading one stream: calls that returned data, their bytes, and where their time went."""
-
-    calls: int = 0
-    bytes: int = 0
-    firmware_ns: int = 0
-    lock_ns: int = 0
-    copy_ns: int = 0
-    wakeups: int = 0
-    """Calls of read() or poll() that had to wait, and were woken."""
-    dropped_bytes: int = 0
-    """Saved, and dropped before anybody read them: by REINIT or an epoch, policy `invalidate`."""
-
-    def add(self, size: int, asked_ns: int, ready_ns: int, locked_ns: int) -> None:
-        """Count a read() of `size` bytes that ends now: when it was called, when it had data, when it had the lock."""
-        self.calls += 1
-        self.bytes += size
-        self.firmware_ns += ready_ns - asked_ns
-        self.lock_ns += locked_ns - ready_ns
-        self.copy_ns += now_ns() - locked_ns
-
-
 class FdBuffer:
     """Bytes that the driver handed to the fd and the VMM has not read: always 0 in virtual time.
 
@@ -140,7 +118,7 @@ class SavedFd(DataFd):
     """A data fd that is read from: what all kinds share. Calls that a kind does not have fail as in the kernel."""
 
     def __init__(self, session: MigrationSession) -> None:
-        self.reads = ReadCounts()
+        self.counters = Counters()
         self.buffer = FdBuffer()
         self._session = session
         self._context = session.context
@@ -169,6 +147,15 @@ class SavedFd(DataFd):
     def held_bytes(self) -> tuple[int, int]:
         """Bytes that are saved and not read, and bytes that are being saved. Asking changes nothing."""
         return self.buffer.unread_bytes, 0
+
+    def _count_read(self, size_bytes: int, asked_ns: int, ready_ns: int, locked_ns: int) -> None:
+        """A read() of `size_bytes` ends now: it was called, had data, and had the lock at these times."""
+        counters = self.counters
+        counters.reads += 1
+        counters.device_bytes += size_bytes
+        counters.read_firmware_ns += ready_ns - asked_ns
+        counters.read_lock_ns += locked_ns - ready_ns
+        counters.read_copy_ns += now_ns() - locked_ns
 
     def _check_open(self) -> None:
         if self._closed:
@@ -203,32 +190,3 @@ class SavedFd(DataFd):
     async def get_stream(self, index: int) -> DataFd:
         """The critical fd's (sim.device.save_v3)."""
         raise fails(errno.ENOTTY)
-
-
-@dataclass(slots=True)
-class LoadCounts:
-    """Statistics of loading one device."""
-
-    peak_held_bytes: int = 0
-    """The most that the driver held at once: records that were coming in, waiting for their epoch or being loaded."""
-    overtaken_bytes: int = 0
-    """v3: of blocks that were dropped on arrival, for a later epoch had made them invalid."""
-    undone_bytes: int = 0
-    """v3: of blocks that were loaded, and that a later epoch made invalid."""
-    stale_bytes: int = 0
-    """v3, blocks: that were dropped on arrival, for a newer version was there."""
-
-
-@dataclass(frozen=True, slots=True)
-class CriticalLoad:
-    """Critical objects of one record, loaded at the target."""
-
-    epoch: int
-    complete: bool
-    """These were the last ones of the epoch."""
-    objects: int
-    reconfigured: int
-    """Of these, as the guest made them new; the others as they were from the start."""
-    bytes: int
-    start_ns: int
-    end_ns: int

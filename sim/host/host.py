@@ -13,6 +13,7 @@ from sim.device.guest import make_activity
 from sim.device.state import DeviceState, Image
 from sim.device.stream import CopyModel, DriverContext, DriverLock
 from sim.host.vmms import target_device
+from sim.report import Counters, DeviceReport
 from sim.resource import Lock, Memory
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import GIB
@@ -92,3 +93,14 @@ def devices_at_target(scenario: Scenario, host: HostResources) -> list[tuple[Sim
         there = target_device(scenario, spec)
         devices.append((SimDriver(there, scenario.driver, host.context(spec.pf), host.global_lock, image=image), image))
     return devices
+
+
+def device_report(driver: SimDriver, state: DeviceState | Image) -> DeviceReport:
+    """What a driver knows of its device at the end of a run."""
+    return DeviceReport(
+        driver.name,
+        driver.spec.whole_bytes,
+        Counters.total(driver.counters),
+        driver.critical_loads,
+        state.activity.reconfiguration_ns[: state.epoch - 1].tolist() if isinstance(state, DeviceState) else [],
+    )

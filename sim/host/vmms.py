@@ -12,6 +12,7 @@ from proto_v3.vmm.negotiate import negotiated_source, negotiated_target
 from proto_v3.vmm.v2_source import V2Source
 from proto_v3.vmm.v2_target import V2Target
 from proto_v3.wire.channel import Channel
+from sim.report import Counters, DeviceReport, SideReport
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.tables import Device
@@ -55,3 +56,14 @@ async def make_target(side: Side, channels: Sequence[Channel], scenario: Scenari
         v3 = scenario.v3_options() if scenario.v3.target_knows == "v3" else None
         return await negotiated_target(side, channels, v3, v2)
     return V2Target(side, channels, v2)
+
+
+def side_report(
+    name: str, counters: Counters, channels: Sequence[Channel], ended_ns: int, devices: list[DeviceReport]
+) -> SideReport:
+    """What a side (`source` or `target`) knows at its end. `counters` are those that its VMM counted in."""
+    counters.messages = sum(channel.messages_sent for channel in channels)
+    if name == "source":
+        counters.wire_bytes = sum(channel.bytes_sent for channel in channels)
+        counters.connections = len(channels)
+    return SideReport(ended_ns, counters, devices)

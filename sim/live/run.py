@@ -16,15 +16,16 @@ from typing import Any
 from proto_v3.errors import PeerProtocolError, UserError
 from proto_v3.timeline import Timeline
 from proto_v3.vmm.migration import OutcomeKind
-from sim.device.stream import CriticalLoad, LoadCounts, ReadCounts
 from sim.live import merge_timelines
 from sim.live.fd.store import differences
+from sim.live.plain import from_plain
 from sim.live.processes.children import HANGS, Child, device_main, source_main, start, target_main
+from sim.live.processes.report import ProcessReport, StreamReport, VmmReport
 from sim.live.processes.vmm import Settings, check_size
 from sim.live.real_time import Delays
 from sim.live.tcp.messages import Run
-from sim.live.tcp.sockets import SocketSettings, listen
-from sim.outcome import DeviceMeasured, Measured, Outcome, completed, ended, with_bound
+from sim.live.tcp.sockets import Granted, SocketSettings, listen
+from sim.outcome import Outcome, RunReport, completed, ended, with_bound
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.theory.downtime_bound import lower_bound
@@ -49,16 +50,26 @@ class LiveResult:
     """By process: what was asked of its timers, and how late they were."""
     cpu_ns: dict[str, int] = field(default_factory=dict)
     """By process: CPU time from time 0 to its end, the comparison of the states not counted."""
-    streams: list[tuple[str, ReadCounts]] = field(default_factory=list)
-    """Of each data fd, as its VMM read it."""
+    streams: list[StreamReport] = field(default_factory=list)
+    """Of each data fd that the source read."""
     clock_uncertainty_ns: int = 0
     """How far the clocks of two hosts may be apart; 0 on one."""
-    sockets: list[dict[str, int]] = field(default_factory=list)
-    """What the kernel gave each connection."""
+    sockets: list[Granted] = field(default_factory=list)
+    """What the kernel granted each connection."""
     ran: list[tuple[str, bool, int]] = field(default_factory=list)
     """When a guest began to run or had stopped: side, which, and perf_counter_ns() there."""
     deaths: list[str] = field(default_factory=list)
     """Processes that died before their work was done."""
+
+
+@dataclass(frozen=True, slots=True)
+class SideEnd:
+    """How a side ended."""
+
+    report: VmmReport | None
+    """None if its VMM died before."""
+    deaths: list[str]
+    """Which of its processes died, and how."""
 
 
 @dataclass(slots=True)
@@ -102,15 +113,15 @@ class _Side:
     def children(self) -> tuple[Child, Child]:
         return self.device, self.vmm
 
-    async def result(self) -> dict[str, Any] | None:
-        """What the VMM says at its end; None if it died before."""
+    async def report(self) -> VmmReport | None:
+        """What the VMM reports at its end; None if it died before."""
         await asyncio.wait([self.vmm.result])
         return None if self.vmm.result.cancelled() else self.vmm.result.result()
 
-    async def deaths(self, told: dict[str, Any] | None) -> list[str]:
+    async def deaths(self, report: VmmReport | None) -> list[str]:
         """Which of them died before their work was done. A device process that its VMM lost is dead, or will be killed
         for it hangs; that is waited for, as it may be known here a little later."""
-        if told is not None and told["device_gone"]:
+        if report is not None and report.device_gone:
             await asyncio.wait([self.device.ended], timeout=2 * HANGS * self._settings.silent_s)
         return [child.death for child in self.children if child.death]
 
@@ -172,20 +183,20 @@ async def run_here(
     return _result(scenario, protocol, seed, ends, heard)
 
 
-async def _both(source: _Side, target: _Side, heard: _Heard, settings: Settings) -> dict[str, _End]:
+async def _both(source: _Side, target: _Side, heard: _Heard, settings: Settings) -> dict[str, SideEnd]:
     """How both sides ended. When one has, the other has a while to do so, too."""
-    results = {side: asyncio.ensure_future(side.result()) for side in (source, target)}
+    results = {side: asyncio.ensure_future(side.report()) for side in (source, target)}
     try:
         await asyncio.wait(results.values(), return_when=asyncio.FIRST_COMPLETED)
         waits_in_vain = results[source].done() and not heard.session  # for any source, as a target does
         await asyncio.wait(results.values(), timeout=VAIN_S if waits_in_vain else ENDS_AFTER * settings.silent_s)
         ends = {}
         for side, result in results.items():
-            told = result.result() if result.done() else None
-            deaths = await side.deaths(told)
+            report = result.result() if result.done() else None
+            deaths = await side.deaths(report)
             if not result.done() and not waits_in_vain:
                 deaths = deaths or [f"the {side.vmm.name} (process {side.vmm.pid}) did not end, and was killed"]
-            ends[side.side] = _End(told, deaths)
+            ends[side.side] = SideEnd(report, deaths)
     finally:
         for result in results.values():
             result.cancel()
@@ -205,167 +216,148 @@ async def run_to(
     heard = _Heard(watch)
     source = _Side("source", settings, heard, source_main, Run(scenario.told(), protocol.name, seed), address)
     try:
-        told = await source.result()
-        ends = {"source": _End(told, await source.deaths(told))}
+        report = await source.report()
+        ends = {"source": SideEnd(report, await source.deaths(report))}
     finally:
         await source.end()
     return _result(scenario, protocol, seed, ends, heard)
 
 
-async def serve_one(listener: socket.socket, settings: Settings, watch: Watch | None = None) -> dict[str, Any]:
-    """The target's side of one migration: what came of it."""
+async def serve_one(listener: socket.socket, settings: Settings, watch: Watch | None = None) -> SideEnd:
+    """The target's side of one migration, and how it ended."""
     heard = _Heard(watch)
     side = _Side("target", settings, heard, target_main, listener)
     try:
-        told = await side.result()
-        deaths = await side.deaths(told)
+        report = await side.report()
+        return SideEnd(report, await side.deaths(report))
     finally:
         await side.end()
-    return {**(told or {"error": "; ".join(deaths) or "the target VMM is gone"}), "deaths": deaths}
 
 
-# --- what it was ------------------------------------------------------------------------------------------------------
+# --- the outcome ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _End:
-    """How a side ended."""
-
-    told: dict[str, Any] | None
-    """What its VMM said; None if that died before."""
-    deaths: list[str]
-
-
-def _result(scenario: Scenario, protocol: Protocol, seed: int, ends: dict[str, _End], heard: _Heard) -> LiveResult:
-    source = ends["source"].told or {}
-    if source.get("user"):
-        raise UserError(source["error"])
+def _result(scenario: Scenario, protocol: Protocol, seed: int, ends: dict[str, SideEnd], heard: _Heard) -> LiveResult:
+    source = ends["source"].report
+    if source is not None and source.user_error:
+        raise UserError(source.failures[0].text)
     deaths = [death for end in ends.values() for death in end.deaths]
-    target = source.get("peer") or (ends["target"].told if "target" in ends else None) or {}
-    nothing = Measured(scenario.name, protocol.name, seed, Timeline(lambda: 0), 0)
+    unread = ""
     try:
-        runs_at, guest = _guest(ends, target, heard)
-        nothing = replace(nothing, guest_runs_at=runs_at)
-        if "timeline" not in source:
-            why = _failures(source, target, deaths) or "the source VMM is gone"
-            return LiveResult(ended(nothing, OutcomeKind.FAILED, f"{why}; {guest}"), ran=heard.ran, deaths=deaths)
-        measured, timeline = _measured(scenario, protocol, seed, source, target if "timeline" in target else {})
-        outcome = _outcome(replace(measured, guest_runs_at=runs_at), source, target, deaths, guest)
-    except (PeerProtocolError, KeyError, TypeError, ValueError) as error:
-        why = "; ".join([*deaths, f"what the target measured cannot be read: {error!r}"])
+        target = _target_report(ends)
+    except PeerProtocolError as error:
+        target, unread = None, _unread(error)
+    runs_at, guest = _guest(ends, target, heard)
+    nothing = RunReport(scenario.name, protocol.name, seed, Timeline(lambda: 0), guest_runs_at=runs_at)
+
+    def failed(why: str) -> LiveResult:
         return LiveResult(ended(nothing, OutcomeKind.FAILED, why), ran=heard.ran, deaths=deaths)
-    there = target if "timeline" in target else {}
+
+    if unread:
+        return failed("; ".join([*deaths, unread]))
+    if source is None or source.measured is None:
+        why = _failures([source, target], deaths) or "the source VMM is gone"
+        return failed(f"{why}; {guest}")
+    try:
+        run = _run_report(scenario, nothing, source, target)
+        outcome = _outcome(run, source, target, deaths, guest)
+    except (PeerProtocolError, KeyError, ValueError) as error:
+        return failed("; ".join([*deaths, _unread(error)]))
+    processes = _processes(source, target)
     return LiveResult(
         with_bound(outcome, lower_bound(protocol.applied(scenario), protocol)),
-        timeline,
-        {name: Delays(**told) for name, told in _by_process(source, there, "delays").items()},
-        _by_process(source, there, "cpu_ns"),
-        [(name, ReadCounts(**counts)) for name, counts in source["reads"] if ReadCounts(**counts).bytes],
-        source.get("peer_uncertainty_ns", 0),
-        source.get("sockets", []),
+        run.timeline,
+        {name: process.delays for name, process in processes.items()},
+        {name: process.cpu_ns for name, process in processes.items()},
+        [stream for stream in source.measured.streams if stream.counters.device_bytes],
+        source.clock_uncertainty_ns,
+        source.sockets,
         heard.ran,
         deaths,
     )
 
 
-def _failures(source: dict[str, Any], target: dict[str, Any], deaths: list[str]) -> str:
+def _unread(error: Exception) -> str:
+    return f"what the target measured cannot be read: {error!r}"
+
+
+def _target_report(ends: dict[str, SideEnd]) -> VmmReport | None:
+    """As the source received it, or else as the supervisor did. PeerProtocolError if it is malformed."""
+    source = ends["source"].report
+    if source is not None and source.peer is not None:
+        return from_plain(VmmReport, source.peer)
+    return ends["target"].report if "target" in ends else None
+
+
+def _failures(reports: Sequence[VmmReport | None], deaths: Sequence[str] = ()) -> str:
     """What went wrong, in words; what only echoes it is left out where the cause is known."""
-    failures = [*source.get("failures", []), *target.get("failures", [])]
-    causes = deaths + [each["text"] for each in failures if not each["echo"]]
-    return "; ".join(dict.fromkeys(causes or [each["text"] for each in failures]))
+    failures = [failure for report in reports if report is not None for failure in report.failures]
+    causes = [*deaths, *(failure.text for failure in failures if not failure.echo)]
+    return "; ".join(dict.fromkeys(causes or [failure.text for failure in failures]))
 
 
-def _outcome(
-    measured: Measured, source: dict[str, Any], target: dict[str, Any], deaths: list[str], guest: str
-) -> Outcome:
-    kind = source.get("kind")
-    failures = _failures(source, target, [])
-    whole = kind == OutcomeKind.COMPLETED and target.get("whole") and source["digests"] and target["digests"]
-    if whole and not failures:
-        notes = [measured.note] if measured.note else []
-        return completed(replace(measured, note="; ".join(notes + [f"when all was done, {each}" for each in deaths])))
-    failures = _failures(source, target, deaths)
-    if kind is not None and kind != OutcomeKind.COMPLETED and not failures:
-        return ended(measured, OutcomeKind(kind))
-    if any(each["unsupported"] for each in source.get("failures", [])):
-        return ended(measured, OutcomeKind.UNSUPPORTED, failures)
-    return ended(measured, OutcomeKind.FAILED, f"{failures or 'the target did not say how it ended'}; {guest}")
+def _outcome(run: RunReport, source: VmmReport, target: VmmReport | None, deaths: list[str], guest: str) -> Outcome:
+    whole = source.kind is OutcomeKind.COMPLETED and target is not None and target.whole
+    if whole and target is not None and source.digests and target.digests and not _failures([source, target]):
+        notes = [run.note] if run.note else []
+        return completed(replace(run, note="; ".join(notes + [f"when all was done, {each}" for each in deaths])))
+    failures = _failures([source, target], deaths)
+    if source.kind is not None and source.kind is not OutcomeKind.COMPLETED and not failures:
+        return ended(run, source.kind)
+    if any(failure.unsupported for failure in source.failures):
+        return ended(run, OutcomeKind.UNSUPPORTED, failures)
+    return ended(run, OutcomeKind.FAILED, f"{failures or 'the target did not say how it ended'}; {guest}")
 
 
-def _guest(ends: dict[str, _End], target: dict[str, Any], heard: _Heard) -> tuple[str, str]:
+def _guest(ends: dict[str, SideEnd], target: VmmReport | None, heard: _Heard) -> tuple[str, str]:
     """Where a guest runs that has its devices, if one does; and, in words, what became of it."""
-    source, there = ends["source"].told, ends.get("target")
-    sides = {"source": source or {"running": False}, "target": {"running": False, **target}}
-    runs = {side: told for side, told in sides.items() if told.get("running", True)}  # before all else, at the source
+    source, there = ends["source"].report, ends.get("target")
+    runs = {name: vmm for name, vmm in (("source", source), ("target", target)) if vmm is not None and vmm.guest_runs}
     if len(runs) > 1:
         return ", ".join(runs), "two guests run"
-    for side, told in runs.items():
+    for side, vmm in runs.items():
         words = f"the guest runs {'on at the source' if side == 'source' else 'at the target'}"
-        if told.get("device", not told.get("device_gone")) and not (side in ends and ends[side].deaths):
+        if vmm.has_devices and not (side in ends and ends[side].deaths):
             return side, words
         return "", f"{words}, without its devices"
-    if there is not None and there.told is None and ("target", True) in {each[:2] for each in heard.ran}:
+    if there is not None and there.report is None and ("target", True) in {each[:2] for each in heard.ran}:
         return "", "the guest ran at the target, and is gone with its VMM"
     if source is None:
         return "", "the guest is gone with the source VMM"
-    if source.get("kind") == OutcomeKind.COMPLETED:  # the target said RESUMED, and nothing after that
+    if source.kind is OutcomeKind.COMPLETED:  # the target said RESUMED, and nothing after that
         return "", "the guest ran at the target, which was not heard of since"
     return "", "the guest is stopped at the source"
 
 
-def _measured(
-    scenario: Scenario, protocol: Protocol, seed: int, source: dict[str, Any], target: dict[str, Any]
-) -> tuple[Measured, Timeline]:
-    told = [side for side in (source, target) if side]
-    exports = [side["timeline"] for side in told] + [side["device"]["timeline"] for side in told if side.get("device")]
-    timeline = merge_timelines.merge([(export, 0) for export in exports], 0)
-    measured = Measured(
-        scenario=scenario.name,
-        protocol=protocol.name,
-        seed=seed,
-        timeline=timeline,
-        ended_ns=max(side["ended_ns"] for side in told),
-        devices=_devices(source, target),
-        wire_bytes=source["wire_bytes"],
-        connections=source["connections"],
-        messages=sum(side["messages"] for side in told),
-        peak_reorder_bytes=target.get("peak_reorder_bytes", 0),
-        note=source["note"],
-        retries=source.get("retries", 0),
-        retries_stopped_ns=source.get("retries_stopped_ns", 0),
-        late_final_checks=source.get("late_final_checks", 0),
+def _run_report(scenario: Scenario, run: RunReport, source: VmmReport, target: VmmReport | None) -> RunReport:
+    """`run` with what both sides measured. PeerProtocolError or ValueError if that is malformed."""
+    processes = list(_processes(source, target).items())
+    processes.sort(key=lambda named: named[0].endswith("device"))  # stable: the VMMs come first
+    return replace(
+        run,
+        timeline=merge_timelines.merge([(process.timeline, 0) for _, process in processes], 0),
+        source=source.side,
+        target=target.side if target is not None else None,
+        note=source.note,
+        differences=_differences(scenario, source.digests, target.digests if target is not None else []),
     )
-    return measured, timeline
 
 
-def _devices(source: dict[str, Any], target: dict[str, Any]) -> list[DeviceMeasured]:
-    here = (source.get("device") or {}).get("devices", [])
-    there = (target.get("device") or {}).get("devices", [])
-    both = source.get("digests") and target.get("digests")  # not if one side's devices were gone by then
-    digests = list(zip(source["digests"], target["digests"], strict=True)) if both else []
-    devices = []
-    for at, device in enumerate(here):
-        loaded = there[at] if at < len(there) else {"loads": [], "critical_loads": []}
-        devices.append(
-            DeviceMeasured(
-                name=device["name"],
-                needed_bytes=device["needed_bytes"],
-                reads=[ReadCounts(**counts) for counts in device["reads"]],
-                loads=[LoadCounts(**counts) for counts in loaded["loads"]],
-                critical_loads=[CriticalLoad(**load) for load in loaded["critical_loads"]],
-                reconfigurations_ns=device["reconfigurations_ns"],
-                difference=differences(*digests[at], device["blocks"]) if digests else "",
-            )
-        )
-    return devices
+def _differences(scenario: Scenario, source: list[bytes], target: list[bytes]) -> list[str]:
+    """Where the devices' states differ; nothing if one side's devices were gone by then. ValueError if malformed."""
+    if not source or not target:
+        return []
+    devices = zip(scenario.devices, source, target, strict=True)
+    texts = {device.name: differences(here, there, device.blocks) for device, here, there in devices}
+    return [f"{name}: {text}" for name, text in texts.items() if text]
 
 
-def _by_process(source: dict[str, Any], target: dict[str, Any], what: str) -> dict[str, Any]:
-    """What all processes told of themselves under one name."""
-    told = {}
-    for name, side in (("source", source), ("target", target)):
-        if side:
-            told[f"{name} VMM"] = side[what]
-        if side.get("device"):
-            told[f"{name} device"] = side["device"][what]
-    return told
+def _processes(source: VmmReport, target: VmmReport | None) -> dict[str, ProcessReport]:
+    """What each process measured of itself, by its name."""
+    processes = {}
+    for name, report in (("source", source), ("target", target)):
+        if report is not None and report.measured is not None:
+            processes[f"{name} VMM"] = report.measured.vmm
+            if report.measured.device is not None:
+                processes[f"{name} device"] = report.measured.device
+    return processes

@@ -93,6 +93,11 @@ class Critical(Table):
     object_kib: Annotated[float, Field(ge=1 / KIB, le=1 << 30)]
     setup_us: NonNegative
 
+    @property
+    def object_bytes(self) -> int:
+        """Bytes of an object."""
+        return round(self.object_kib * KIB)
+
 
 class Fault(Table):
     """An arc of a device's state machine that fails: SET_STATE gives `errno`, and leaves the device where it says."""
@@ -188,6 +193,11 @@ class Device(Table):
     def stop_only_blocks(self) -> int:
         """Blocks that can be saved only once the device is stopped; the last ones."""
         return -(-round(self.stop_only_mib * MIB) // self.block_bytes)
+
+    @property
+    def whole_bytes(self) -> int:
+        """One copy of its state: blocks and critical objects."""
+        return self.blocks * self.block_bytes + self.critical.objects * self.critical.object_bytes
 
     @property
     def flags(self) -> MigrationFlags:

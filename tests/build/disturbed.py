@@ -34,7 +34,7 @@ from sim.clock import virtual
 from sim.clock.port import now_ns
 from sim.clock.virtual import VirtualLoop
 from sim.device.driver import SimDriver
-from sim.outcome import Measured, Outcome, ended
+from sim.outcome import Outcome, RunReport, ended
 from sim.run import VirtualRun
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
@@ -184,12 +184,12 @@ class Disturbed(VirtualRun):
 
     def _outcome(self, kind: OutcomeKind | None, failures: Sequence[Exception]) -> Outcome:
         if kind is OutcomeKind.COMPLETED and not failures:
-            return ended(self._measured(), kind)
+            return ended(self._report(), kind)
         return super()._outcome(kind, failures)
 
-    def _measured(self) -> Measured:
+    def _report(self) -> RunReport:
         # No figures: they take time.
-        return Measured(self._scenario.name, self._protocol.name, 1, Timeline(now_ns), 0)
+        return RunReport(self._scenario.name, self._protocol.name, 1, Timeline(now_ns))
 
     # --- events -----------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from sim.live.processes.children import Child
 from sim.live.processes.vmm import Settings
-from sim.live.run import LiveResult, run_here, run_to, serve_one
+from sim.live.run import LiveResult, SideEnd, run_here, run_to, serve_one
 from sim.live.tcp.sockets import SocketSettings, listen
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
@@ -126,7 +126,7 @@ async def live_run(
 
 async def two_hosts(
     protocol: str, act: Act, *, seed: int = 0, settings: Settings | None = None
-) -> tuple[LiveResult, dict[str, Any]]:
+) -> tuple[LiveResult, SideEnd]:
     """A run whose sides have a supervisor each, as on two hosts: what the source's and the target's have to tell.
 
     `act` finds the processes by their names (`children_of`).
@@ -138,9 +138,9 @@ async def two_hosts(
             acting = group.create_task(act(seen))
             address = listener.getsockname()[:2]
             result = await run_to(scenario, Protocol.parse(protocol, scenario), seed, settings, address, seen.watch)
-            told = await serving
+            end = await serving
             acting.cancel()
-    return result, told
+    return result, end
 
 
 def hit(child: Child, number: signal.Signals = signal.SIGKILL) -> bool:

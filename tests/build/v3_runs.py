@@ -90,8 +90,7 @@ class TappedRun(VirtualRun):
         """No device left RUNNING, and the guest was never stopped."""
         assert not self.timeline.marks
         for driver in (*self.drivers, *self.drivers_at_target):
-            assert not driver.read_counts
-            assert not driver.load_counts
+            assert not driver.counters
             assert virtual.run(driver.state()) is State.RUNNING
         assert self.machines["source"].running
         assert not self.machines["target"].running

@@ -259,7 +259,7 @@ def test_a_pause_that_was_taken_back_shows_with_the_vcpus(tmp_path: Path) -> Non
     late = {"objects_each": 4, "during_stop_ms": [0.5]}
     scenario = small_scenario({"device.0.reconfigurations": late, "device.0.critical.setup_us": 2000.0})
     traced, drawn = traced_and_drawn(tmp_path, scenario, "v3-n1-retry")
-    assert traced.outcome.retries == 1
+    assert traced.outcome.counters.retries == 1
     states = [each[2] for each in drawn.slices["/source host/guest/vCPUs"]]
     assert states == ["running", "stopping", "stopped", "starting", "running", "stopping", "stopped"]
 
@@ -298,7 +298,7 @@ def test_counters_tell_what_is_left_unread_dirtied_and_sent(busy: tuple[TracedRu
         assert 50 << 20 < max(value for _, value in rates) <= 100 << 20, "of the 100 MiB/s some hit the same block"
     sent = [value for _, value in drawn.counters["/link/bytes sent"]]
     assert sent == sorted(sent)
-    assert sent[-1] == traced.outcome.wire_bytes
+    assert sent[-1] == traced.outcome.counters.wire_bytes
     assert drawn.counters["/source host/VMM/RAM left"][0][1] == 64 << 20
     assert drawn.counters["/source host/VMM/RAM left"][-1][1] == 0
     assert max(value for _, value in drawn.counters["/link/throughput"]) > 0

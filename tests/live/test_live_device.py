@@ -31,6 +31,8 @@ from sim.live.fd.load import LoadedData
 from sim.live.fd.save import Layout, SocketBuffer
 from sim.live.io import IO
 from sim.live.merge_timelines import ProcessRecord
+from sim.live.plain import from_plain
+from sim.live.processes.report import DeviceProcessReport
 from tests.build.hosts import KINDS
 from tests.build.live_hosts import (
     READ_BYTES,
@@ -1639,12 +1641,14 @@ def test_what_reading_took_is_told_at_the_end() -> None:
         async with live("source", quick()) as rig:
             fds = await opened(rig, PRECOPY, 2)
             sizes = [(await drained(fd))[0] for fd in fds]
-            told = (await rig.calls.call("collect")).body
-            (device,) = told["devices"]
-            assert [each["bytes"] for each in device["reads"]] == sizes == [fd.reads.bytes for fd in fds]
-            assert device["needed_bytes"] == len(rig.store.view)
-            assert told["delays"]["count"] > 0
-            assert set(told["timeline"]) >= {"spans", "sent", "waits"}
+            report = from_plain(DeviceProcessReport, (await rig.calls.call("collect")).body)
+            (device,) = report.devices
+            assert [each.device_bytes for each in rig.process._devices[0].driver.counters] == sizes
+            assert [fd.counters.device_bytes for fd in fds] == sizes
+            assert device.counters.device_bytes == sum(sizes)
+            assert device.needed_bytes == len(rig.store.view)
+            assert report.process.delays.count > 0
+            assert set(report.process.timeline) >= {"spans", "sent", "waits"}
             progress = (await rig.calls.call("progress")).body
             assert progress == {"left_bytes": 0, "written_bytes": 0}
 

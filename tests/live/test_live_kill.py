@@ -260,7 +260,7 @@ def test_a_process_of_the_other_host_is_killed(victim: str) -> None:
 
     async def killed_at(moment: str) -> None:
         before = open_fds()
-        result, told = await two_hosts(draw.choice(PROTOCOLS), at(moment, draw, kill))
+        result, end = await two_hosts(draw.choice(PROTOCOLS), at(moment, draw, kill))
         assert open_fds() == before
         assert not children_of(fork_server())
         assert not result.deaths
@@ -268,7 +268,7 @@ def test_a_process_of_the_other_host_is_killed(victim: str) -> None:
         if outcome.kind is OutcomeKind.COMPLETED:  # it had told all by then
             return
         assert outcome.kind is OutcomeKind.FAILED
-        assert any(f"the {victim} (process " in death for death in told["deaths"])
+        assert any(f"the {victim} (process " in death for death in end.deaths)
         assert guest in ENDS[victim]
         assert guest != "the guest is stopped at the source" or LOST in outcome.reason
         assert outcome.guest_runs_at == WHERE[guest]

@@ -224,7 +224,7 @@ def test_a_plain_migration_is_as_drawn() -> None:
 def test_an_epoch_after_the_order_to_stop_is_as_drawn(policy: str, retries: int) -> None:
     watched = Watched(f"v3-n1-{policy}", EPOCH_2)
     assert watched.outcome.kind is OutcomeKind.COMPLETED
-    assert watched.outcome.retries == retries
+    assert watched.outcome.counters.retries == retries
     assert bool(watched.outcome.late_critical_objects) == (policy == "proceed")
     watched.check_does(steps(LATE, policy))
 

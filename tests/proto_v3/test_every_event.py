@@ -315,7 +315,7 @@ def test_the_events_are_those_of_a_whole_migration(name: str) -> None:
     assert {state.epoch for state in run.states} == {epochs}
     assert sum(int(state.version.sum()) for state in run.states) > 0, "there were no writes"
     assert run.source is not None
-    assert run.source.retries == ("retry" in name)
+    assert run.source.counters.retries == ("retry" in name)
     assert 140 < len(run.events) < 1000
     assert sum(event == CALLBACK for event in run.events) > len(run.events) / 3
     assert {(event.side, event.call) for event in run.events} > CALLS

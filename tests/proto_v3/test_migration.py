@@ -161,7 +161,7 @@ def test_any_machine_ends_and_its_accounts_add_up(scenario: Scenario, name: str,
     assert min(*outcome.phases_ns.values(), *outcome.critical_path_ns.values()) >= 0
     devices = scenario.devices
     state_bytes = sum(device.blocks * device.block_bytes for device in devices)
-    assert outcome.wire_bytes >= outcome.device_bytes >= state_bytes
+    assert outcome.counters.wire_bytes >= outcome.counters.device_bytes >= state_bytes
     slowest = max(device.suspend_ms + device.quiesce_ms for device in devices)
     assert outcome.phases_ns["stop"] >= ns(scenario.vmm.vcpu_stop_ms + slowest)
     # Config is loaded one device at a time, and after the last device that was stopped can be no other order.
@@ -411,7 +411,7 @@ def test_under_one_lock_more_streams_buy_nothing_where_the_copy_binds(lock: str)
     one, eight = (run(small_scenario(STOPPED | FAST | slow), f"v3-n{streams}") for streams in (1, 8))
     assert eight.phases_ns["drain"] == pytest.approx(one.phases_ns["drain"], rel=0.03)
     assert eight.critical_path_ns["lock"] + eight.critical_path_ns["copy"] > 0.9 * eight.phases_ns["drain"]
-    assert eight.read_lock_ns > one.read_lock_ns == 0
+    assert eight.counters.read_lock_ns > one.counters.read_lock_ns == 0
 
 
 @pytest.mark.rule("v3.3.12")
@@ -420,7 +420,7 @@ def test_without_one_lock_streams_copy_at_once_where_the_copy_binds(lock: str) -
     slow = {"host.copy_gib_per_s": 0.625, "firmware.engines": 8, "driver.lock": lock}
     one, eight = (run(small_scenario(STOPPED | FAST | slow), f"v3-n{streams}") for streams in (1, 8))
     assert eight.phases_ns["drain"] == pytest.approx(one.phases_ns["drain"] / 8, rel=0.1)
-    assert eight.read_lock_ns == 0
+    assert eight.counters.read_lock_ns == 0
 
 
 def test_memory_bounds_all_copies_together() -> None:

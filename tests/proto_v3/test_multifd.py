@@ -142,7 +142,7 @@ def test_packets_are_put_back_in_order_whatever_way_they_came(
         for device, length in enumerate(lengths):
             assert rig.fds[device].written == [f"{device}:{number}".encode() for number in range(length)]
         assert sorted(device for device, _, _ in rig.machine.configs) == list(range(len(lengths)))
-        assert 0 <= rig.target.peak_reorder_bytes <= sum(len(frame.payload) for frame, _ in frames)
+        assert 0 <= rig.target.counters.peak_reorder_bytes <= sum(len(frame.payload) for frame, _ in frames)
 
     clock.run(main(), limit_ns=ns(1000))
 
@@ -155,7 +155,7 @@ async def test_what_is_early_waits_and_is_counted() -> None:
             rig.channels[number % 2].put_nowait(packet(0, number))
         await sleep_ns(1000)
         assert rig.fds[0].written == []
-        assert rig.target.peak_reorder_bytes == 3 * len("0:1")
+        assert rig.target.counters.peak_reorder_bytes == 3 * len("0:1")
         rig.channels[0].put_nowait(packet(0, 0))
         await sleep_ns(1000)
         assert rig.fds[0].written == [b"0:0", b"0:1", b"0:2", b"0:3"]
@@ -268,7 +268,7 @@ async def test_more_of_a_device_than_may_wait_is_refused_and_of_each_device_by_i
         for frame in early:
             rig.channels[0].put_nowait(frame)
         await sleep_ns(1000)
-        assert rig.target.peak_reorder_bytes == 2 * limit
+        assert rig.target.counters.peak_reorder_bytes == 2 * limit
     told = await refused(Rig(multifd(1, max_queued_bytes=limit), [Fd(), Fd()]), *early, packet(1, 4))
     assert told.startswith(f"device 1: {4 * len('1:1')} bytes of it wait")
     assert f"vmm.multifd_max_queued_mib allows {limit}" in told
@@ -576,7 +576,7 @@ def test_what_is_saved_in_pre_copy_takes_the_main_channel(carried: dict[Channel,
     main, *channels = [carried[channel] for channel in kept.channels]
     assert main[Kind.DATA] >= 7
     assert 1 <= sum(of[Kind.PACKET] for of in channels) <= 2
-    assert outcome.peak_reorder_bytes < MIB
+    assert outcome.counters.peak_reorder_bytes < MIB
 
 
 def test_ram_counts_as_loaded_only_when_all_of_it_came() -> None:
@@ -699,14 +699,14 @@ def test_the_target_has_the_sources_state_however_the_packets_went(
         assert not image.differences(state)
     assert outcome.critical_path_ns["unexplained"] == 0
     assert sum(outcome.phases_ns.values()) == outcome.downtime_ns
-    assert 0 <= outcome.peak_reorder_bytes <= outcome.device_bytes
+    assert 0 <= outcome.counters.peak_reorder_bytes <= outcome.counters.device_bytes
 
 
 def test_what_waits_at_the_target_is_more_where_nothing_holds_the_channels_up() -> None:
     """QEMU's default is no bound: where loading is slow, most of the device waits. A coupled channel waits instead."""
     machine = AT_ONCE | SLOW["load"] | {"vmm.multifd_channels": 4}
     own, coupled = (
-        migrated(machine | {"vmm.multifd_load": load})[0].peak_reorder_bytes
+        migrated(machine | {"vmm.multifd_load": load})[0].counters.peak_reorder_bytes
         for load in ("device_threads", "channel_threads")
     )
     assert 12 * MIB < own <= 16 * MIB + 1000
@@ -715,4 +715,4 @@ def test_what_waits_at_the_target_is_more_where_nothing_holds_the_channels_up() 
 
 def test_a_single_channel_needs_no_reordering() -> None:
     outcome, _ = migrated(AT_ONCE, "v2")
-    assert outcome.peak_reorder_bytes == 0
+    assert outcome.counters.peak_reorder_bytes == 0

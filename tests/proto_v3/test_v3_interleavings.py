@@ -277,7 +277,7 @@ class Carriers:
             most += sum(dirty_record(scenario, device, stream) for stream in range(self.plan.streams))
         else:
             most += self.plan.readers * blocks_record(device, 64)
-        assert self.hosts.target.load_counts[0].peak_held_bytes <= most
+        assert self.hosts.target.counters[0].peak_held_bytes <= most
 
     def check_critical_writes(self) -> None:
         """With engines for all streams, a write of critical data takes what it costs: its calls and its copy, where the
@@ -507,7 +507,7 @@ def test_frames_may_be_delayed_as_one_likes(scenario: Scenario, name: str, seed:
     # where what is left fits the downtime in the end.
     assert outcome.kind is OutcomeKind.COMPLETED, outcome.reason
     assert outcome.guest_runs_at == "target"
-    run.check_memory(outcome.peak_reorder_bytes, outcome.peak_held_bytes)
+    run.check_memory(outcome.counters.peak_reorder_bytes, outcome.counters.peak_held_bytes)
     delays.check_epochs()
 
 
@@ -685,8 +685,8 @@ def test_the_bound_on_the_vmms_memory_is_reached_and_not_passed(wire: str) -> No
     most = bounds(run.scenario, max(state.epoch for state in run.states))
     options = run.scenario.v3_options()
     of_critical = 2 * (MIB if wire == "streams" else options.credits.critical_bytes)
-    assert 0.99 * (most.reorder_bytes - of_critical) <= outcome.peak_reorder_bytes <= most.reorder_bytes
-    assert 0.9 * most.held_bytes <= outcome.peak_held_bytes <= most.held_bytes
+    assert 0.99 * (most.reorder_bytes - of_critical) <= outcome.counters.peak_reorder_bytes <= most.reorder_bytes
+    assert 0.9 * most.held_bytes <= outcome.counters.peak_held_bytes <= most.held_bytes
 
 
 @pytest.mark.slow

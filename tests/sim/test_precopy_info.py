@@ -499,7 +499,7 @@ async def test_flush_makes_unread_bytes_initial_and_the_new_ones_follow() -> Non
     old, new = records(await read_all(fd))
     assert (len(old.objects), len(old.blocks)) == (0, 15)
     assert (len(new.objects), len(new.blocks)) == (2, 2)
-    assert hosts.source.read_counts[0].dropped_bytes == 0
+    assert hosts.source.counters[0].device_bytes_dropped == 0
 
 
 @pytest.mark.rule("v2.driver.12")
@@ -548,7 +548,7 @@ async def test_where_critical_objects_alone_are_initial_flush_puts_the_new_ones_
     old, new, rest = records(await read_all(fd))
     assert [len(record.objects) for record in (old, new, rest)] == [0, 2, 0]
     assert [len(record.blocks) for record in (old, new, rest)] == [15, 0, 2]
-    assert hosts.source.read_counts[0].dropped_bytes == 0
+    assert hosts.source.counters[0].device_bytes_dropped == 0
 
 
 INVALIDATE = {"driver.reinit": "invalidate"}
@@ -559,7 +559,7 @@ INVALIDATE = {"driver.reinit": "invalidate"}
 async def test_invalidate_drops_unread_dirty_bytes_and_they_are_dirty_again() -> None:
     hosts, fd = await with_unread_dirty_bytes(INVALIDATE)
     assert told(await fd.precopy_info()) == (NEW_OBJECTS_BYTES, 0, True)
-    assert hosts.source.read_counts[0].dropped_bytes == DIRTY_BYTES
+    assert hosts.source.counters[0].device_bytes_dropped == DIRTY_BYTES
     initial = await read_all(fd)
     assert len(objects(initial)) == 2
     assert blocks(initial) == []
@@ -584,7 +584,7 @@ async def test_invalidate_keeps_a_record_that_was_begun() -> None:
     hosts, fd = await with_unread_dirty_bytes(INVALIDATE)
     await read(fd, 1)
     assert told(await fd.precopy_info()) == (DIRTY_BYTES - 1 + NEW_OBJECTS_BYTES, 0, True)
-    assert hosts.source.read_counts[0].dropped_bytes == 0
+    assert hosts.source.counters[0].device_bytes_dropped == 0
     old, new = records(await read_all(fd))
     assert (len(old.blocks), len(new.objects)) == (15, 2)
 
@@ -596,7 +596,7 @@ async def test_invalidate_keeps_unread_initial_bytes() -> None:
     await sleep_until_ns(110 * MS)
     first = FIRST_BYTES + STATE_BYTES + HEADER_BYTES
     assert told(await fd.precopy_info()) == (first + NEW_OBJECTS_BYTES, 0, True)
-    assert hosts.source.read_counts[0].dropped_bytes == 0
+    assert hosts.source.counters[0].device_bytes_dropped == 0
 
 
 @virtual
@@ -608,7 +608,7 @@ async def test_invalidate_gives_the_chunks_of_what_it_drops_back() -> None:
     await read(fd)
     await sleep_until_ns(110 * MS)
     assert told(await fd.precopy_info()) == (NEW_OBJECTS_BYTES, 0, True)
-    assert hosts.source.read_counts[0].dropped_bytes == 2 * (CHUNK_BYTES + HEADER_BYTES)
+    assert hosts.source.counters[0].device_bytes_dropped == 2 * (CHUNK_BYTES + HEADER_BYTES)
     assert await took_ns(fd.poll()) == save_ns(OBJECTS_BYTES // 2)
 
 

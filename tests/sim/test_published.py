@@ -72,8 +72,8 @@ def test_saves_and_loads_overlap_as_they_did() -> None:
 
 def test_the_bytes_are_the_published_ones() -> None:
     for outcome in runs():
-        assert outcome.device_bytes / 1024 == pytest.approx(209_431, rel=0.01)
-        assert outcome.device_bytes_resent < 64 * 1024
+        assert outcome.counters.device_bytes / 1024 == pytest.approx(209_431, rel=0.01)
+        assert outcome.counters.device_bytes_resent < 64 * 1024
 
 
 def test_the_scenario_cites_these_figures() -> None:

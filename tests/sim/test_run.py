@@ -54,8 +54,8 @@ def check_accounts(outcome: Outcome, scenario: Scenario) -> None:
     assert outcome.total_ns is not None
     assert outcome.total_ns >= outcome.downtime_ns
     state_bytes = sum(device.blocks * device.block_bytes for device in scenario.devices)
-    assert outcome.wire_bytes >= outcome.device_bytes >= state_bytes
-    assert outcome.device_bytes_resent >= 0
+    assert outcome.counters.wire_bytes >= outcome.counters.device_bytes >= state_bytes
+    assert outcome.counters.device_bytes_resent >= 0
     assert outcome.guest_runs_at == "target"
 
 
@@ -239,7 +239,7 @@ def test_writes_beyond_the_link_do_not_converge_and_the_guest_goes_on(protocol: 
     assert outcome.downtime_ns is None
     assert outcome.phases_ns == outcome.critical_path_ns == {}
     assert outcome.stages == ()
-    assert outcome.device_bytes_resent == 0
+    assert outcome.counters.device_bytes_resent == 0
     assert outcome.total_ns is not None
     assert outcome.total_ns >= scenario.vmm.give_up_s * 1e9
     assert Mark.STOP_ORDERED not in kept.timeline.marks
@@ -430,7 +430,7 @@ def test_more_streams_than_the_device_has_are_unsupported(has: int, asked: int) 
     assert outcome.kind is OutcomeKind.UNSUPPORTED
     assert outcome.reason == f"dev has {has} dirty streams; {asked} were asked for"
     assert outcome.downtime_ns is None
-    assert outcome.device_bytes == 0
+    assert outcome.counters.device_bytes == 0
     assert virtual.run(kept.drivers[0].state()) is State.RUNNING
 
 
@@ -484,10 +484,10 @@ def test_read_times_are_those_of_the_calls(protocol: str) -> None:
     """Each read that gave data costs at least the call; all of them copy all bytes at the thread's rate."""
     scenario = small_scenario()
     outcome = run(scenario, protocol)
-    copying_ns = outcome.device_bytes / (scenario.host.copy_gib_per_s * (1 << 30)) * 1e9
-    calls_ns = outcome.reads * scenario.driver.call_us * 1e3
-    assert outcome.read_copy_ns == pytest.approx(copying_ns + calls_ns, rel=1e-3)
-    assert outcome.reads >= outcome.device_bytes / (scenario.vmm.read_mib * MIB)
+    copying_ns = outcome.counters.device_bytes / (scenario.host.copy_gib_per_s * (1 << 30)) * 1e9
+    calls_ns = outcome.counters.reads * scenario.driver.call_us * 1e3
+    assert outcome.counters.read_copy_ns == pytest.approx(copying_ns + calls_ns, rel=1e-3)
+    assert outcome.counters.reads >= outcome.counters.device_bytes / (scenario.vmm.read_mib * MIB)
 
 
 def test_bytes_sent_again_are_what_was_written_again() -> None:
@@ -495,8 +495,8 @@ def test_bytes_sent_again_are_what_was_written_again() -> None:
         run(small_scenario(STEADY | {"device.0.writes": {"pattern": "sequential", "mib_per_s": rate}}), "v2")
         for rate in (0.001, 100.0)
     )
-    assert idle.device_bytes_resent < 64 * 1024, "headers only"
-    assert busy.device_bytes_resent > idle.device_bytes_resent + 64 * 1024
+    assert idle.counters.device_bytes_resent < 64 * 1024, "headers only"
+    assert busy.counters.device_bytes_resent > idle.counters.device_bytes_resent + 64 * 1024
 
 
 def test_keep_is_handed_the_timeline_of_the_outcome() -> None:

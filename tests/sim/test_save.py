@@ -382,12 +382,12 @@ async def test_what_reading_took_is_told_by_its_parts() -> None:
     parts: list[RecordSlice] = []
     for _ in range(9):
         parts += (await read(fd)).parts
-    (counts,) = hosts.source.read_counts
-    assert counts.calls == 9
-    assert counts.bytes == size(parts)
-    assert counts.firmware_ns + counts.copy_ns == now_ns() - start
-    assert counts.copy_ns == pytest.approx(9 * CALL_NS + copy_ns(size(parts)), abs=9)
-    assert counts.lock_ns == counts.dropped_bytes == 0
+    (counts,) = hosts.source.counters
+    assert counts.reads == 9
+    assert counts.device_bytes == size(parts)
+    assert counts.read_firmware_ns + counts.read_copy_ns == now_ns() - start
+    assert counts.read_copy_ns == pytest.approx(9 * CALL_NS + copy_ns(size(parts)), abs=9)
+    assert counts.read_lock_ns == counts.device_bytes_dropped == 0
 
 
 @virtual
@@ -522,7 +522,7 @@ async def test_which_reads_take_turns(lock: str, one_fd: int, two_fds: int, two_
         start = now_ns()
         await asyncio.gather(*(asyncio.create_task(fd.read(piece)) for fd in (one, second)))
         assert now_ns() - start == turns * (CALL_NS + copy_ns(piece))
-    lock_ns = sum(counts.lock_ns for source in hosts.sources for counts in source.read_counts)
+    lock_ns = sum(counts.read_lock_ns for source in hosts.sources for counts in source.counters)
     assert lock_ns == (one_fd + two_fds + two_devices - 3) * (CALL_NS + copy_ns(piece))
 
 
@@ -558,7 +558,7 @@ async def test_waiting_for_another_reader_is_told_as_waiting_for_the_lock() -> N
             await fd.read(64 * KIB)
 
     await asyncio.gather(*(asyncio.create_task(read_four_times(fd)) for fd in (one, other)))
-    assert sum(counts.lock_ns for counts in hosts.source.read_counts) == 7 * (CALL_NS + copy_ns(64 * KIB))
+    assert sum(counts.read_lock_ns for counts in hosts.source.counters) == 7 * (CALL_NS + copy_ns(64 * KIB))
 
 
 # --- drivers that only check (hisi_acc, qat) -------------------------------------------------------------------------

@@ -560,7 +560,7 @@ class Halfway:
         hosts, image = self.hosts, self.hosts.image
         invalid = inside(self.range) if hosts.scenario.driver.epochs == "invalidate" else set()
         await write(self.to_critical, await read_all(self.critical))
-        counts = hosts.target.load_counts[0]
+        counts = hosts.target.counters[0]
         assert counts.undone_bytes == len(invalid & set(self.loaded)) * BLOCK_BYTES
         assert set(np.flatnonzero(image.version >= 0).tolist()) == set(self.loaded) - invalid
         for to, parts in zip(self.to_dirty, self.in_vmm, strict=True):
@@ -596,7 +596,7 @@ async def test_with_invalidate_all_of_the_range_that_was_ever_handed_out_comes_a
     assert not ({*at.loaded, *at.blocks_in_vmm, *old} - inside(range_)) & set(new), "and nothing else"
     assert {*at.loaded, *at.blocks_in_vmm, *old, *new} == set(range(BLOCKS))
     invalid = set(range(64, 96, 2)) <= inside(range_)
-    dropped = [each.dropped_bytes for each in at.hosts.source.read_counts]
+    dropped = [each.device_bytes_dropped for each in at.hosts.source.counters]
     assert dropped == [0, invalid * (MIB + V3_HEADER_BYTES), 0], "a record that nobody began to read, if all of it is"
     if range_ == (0, BLOCKS):
         epochs = [[record.epoch for record in records(parts)] for parts in rest]
@@ -616,9 +616,9 @@ async def test_with_keep_no_block_comes_again(range_: tuple[int, int]) -> None:
     came = [*at.loaded, *at.blocks_in_vmm, *blocks(rest[0]), *blocks(rest[1])]
     assert sorted(came) == list(range(BLOCKS))
     await at.check_target(rest)
-    counts = at.hosts.target.load_counts[0]
+    counts = at.hosts.target.counters[0]
     assert (counts.overtaken_bytes, counts.undone_bytes) == (0, 0)
-    assert all(each.dropped_bytes == 0 for each in at.hosts.source.read_counts)
+    assert all(each.device_bytes_dropped == 0 for each in at.hosts.source.counters)
 
 
 @virtual
@@ -647,7 +647,7 @@ async def test_a_record_that_an_epoch_overtakes_while_it_is_loaded_is_not_taken_
     await write(to_critical, second)
     await loading
     assert (hosts.image.version[32:48] == -1).all()
-    assert hosts.target.load_counts[0].undone_bytes == 16 * BLOCK_BYTES
+    assert hosts.target.counters[0].undone_bytes == 16 * BLOCK_BYTES
 
 
 @pytest.mark.rule("v3.4.2", "v3.4.6")
@@ -1221,7 +1221,7 @@ async def test_of_two_records_with_the_same_block_the_newer_one_wins_whatever_th
         await write(to, [whole(both[at])])
     others = 0 if 0 in order else -1
     assert hosts.image.version[:12].tolist() == [others] * 4 + [2, 1, 0, 0] + [others] * 4
-    stale = hosts.target.load_counts[0].stale_bytes // BLOCK_BYTES
+    stale = hosts.target.counters[0].stale_bytes // BLOCK_BYTES
     assert stale == sum(2 for at, one in enumerate(order) if one == 0 and 1 in order[:at]), "4 and 5, each time"
 
 
@@ -1236,7 +1236,7 @@ async def test_blocks_wait_for_their_epoch_and_any_number_of_threads_may_write()
     ]
     await sleep_ns(1 * SECOND)
     assert not any(task.done() for task in waiting)
-    assert hosts.target.load_counts[0].peak_held_bytes == sum(
+    assert hosts.target.counters[0].peak_held_bytes == sum(
         V3_HEADER_BYTES + RecordBlocks.SIZE + 16 * (8 + BLOCK_BYTES) for _ in waiting
     )
     await write(to_critical, await read_all(critical))

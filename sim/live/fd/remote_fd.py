@@ -10,10 +10,10 @@ from typing_extensions import override
 
 from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.uapi import GetStream, PrecopyInfo, StreamInfo, Structure
-from sim.device.stream import ReadCounts
 from sim.live.fd.calls import Calls, Reply
 from sim.live.fd.data_fd import Descriptor, descriptor
 from sim.live.merge_timelines import ProcessTimeline
+from sim.report import Counters
 
 S = TypeVar("S", bound=Structure)
 
@@ -44,7 +44,7 @@ class RemoteFd(DataFd):
 
     def __init__(self, device: int, name: str, number: int, fds: Sequence[int], devices: Devices) -> None:
         """`device`, `number`: as calls name the device and this fd; `fds` were passed with it."""
-        self.reads = ReadCounts()
+        self.counters = Counters()
         """Of this end: calls that returned data, bytes, and all of their time as firmware_ns."""
         self.name = f"{devices.side} {name} fd {number}"
         self._name = name

@@ -50,11 +50,13 @@ class RemoteReadFd(RemoteFd):
                 self._fd.wake()
             size = await self._fd.read(view)
             if size > 0:
-                self.reads.bytes += size
-                self.reads.calls += 1
-                self.reads.firmware_ns += self._timeline.now_ns() - start_ns
-                self._timeline.waited_for(Resource.COPY, "read", f"{self.name} read", self.reads.bytes, start_ns)
-                self._timeline.sent(f"{self.name} room", self.reads.bytes, start_ns)  # it wakes whoever waits for it
+                self.counters.device_bytes += size
+                self.counters.reads += 1
+                self.counters.read_firmware_ns += self._timeline.now_ns() - start_ns
+                total = self.counters.device_bytes
+                self._timeline.waited_for(Resource.COPY, "read", f"{self.name} read", total, start_ns)
+                # it wakes whoever waits for room
+                self._timeline.sent(f"{self.name} room", total, start_ns)
                 return view[:size]
             if size == 0:
                 await asyncio.wait([idle])
@@ -67,16 +69,16 @@ class RemoteReadFd(RemoteFd):
         False if the answer is outdated: there is more in the socket.
         """
         end = answer.body
-        if end["sent"] > self.reads.bytes and not closed and end["what"] != "ERROR":
+        if end["sent"] > self.counters.device_bytes and not closed and end["what"] != "ERROR":
             return False
         self._idle = None
-        self.reads.wakeups += 1
+        self.counters.wakeups += 1
         edge = f"{self._devices.side} answer"
         self._timeline.waited_for(Resource.COPY, "read", edge, answer.number, self._timeline.now_ns())
         if end["what"] != "END":
             raise OSError(end["errno"], end["text"] or os.strerror(end["errno"]))
-        if end["sent"] != self.reads.bytes:
-            raise OSError(errno.ENODEV, f"{self.name}: {self.reads.bytes} bytes of {end['sent']} came")
+        if end["sent"] != self.counters.device_bytes:
+            raise OSError(errno.ENODEV, f"{self.name}: {self.counters.device_bytes} bytes of {end['sent']} came")
         return True
 
     @override
@@ -104,8 +106,8 @@ class RemoteReadFd(RemoteFd):
             found = await self._fd.readable()
             if found == WOKEN and not _is_new(epoch):
                 continue
-            self.reads.wakeups += 1
-            edge, count = f"{self.name} read", self.reads.bytes + 1
+            self.counters.wakeups += 1
+            edge, count = f"{self.name} read", self.counters.device_bytes + 1
             if _is_new(epoch):
                 edge, count = f"{self._devices.side} answer", epoch.result().number
             self._timeline.waited_for(Resource.COPY, "poll", edge, count, start_ns)
@@ -178,10 +180,10 @@ class RemoteReadBlocksFd(RemoteReadFd, BlocksFd):
             reading.add_done_callback(lambda _: self._has_read(reader))
             await asyncio.shield(reading)
         self._done_slots.append(offset)
-        self.reads.calls += 1
-        self.reads.bytes += size
-        self.reads.wakeups += 1
-        self.reads.firmware_ns += self._timeline.now_ns() - start_ns
+        self.counters.reads += 1
+        self.counters.device_bytes += size
+        self.counters.wakeups += 1
+        self.counters.read_firmware_ns += self._timeline.now_ns() - start_ns
         self._timeline.work(Resource.COPY, "read", self._timeline.now_ns())
         return view
 
@@ -200,7 +202,7 @@ class RemoteReadBlocksFd(RemoteReadFd, BlocksFd):
     async def read(self, max_bytes: int) -> Payload:
         answer = await self._calls.call("read_end", fd=self._number, max_bytes=max_bytes)
         data = answer.body["data"]
-        self.reads.bytes += len(data)
+        self.counters.device_bytes += len(data)
         return memoryview(data) if data else EMPTY
 
     @override

@@ -18,7 +18,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from types import ModuleType
@@ -26,7 +26,9 @@ from typing import Any
 
 from proto_v3.errors import ProtoV3Error, UserError
 from sim.live.fd.calls import Calls, Reply
+from sim.live.plain import from_plain, to_plain
 from sim.live.processes.device_process import DeviceProcess
+from sim.live.processes.report import VmmReport
 from sim.live.processes.vmm import Settings, VmmProcess, run_source, run_target, unanswered
 from sim.live.tcp.messages import Run
 
@@ -73,8 +75,8 @@ class Child:
     name: str
     process: ForkServerProcess
     lifeline: Calls
-    result: asyncio.Future[dict[str, Any]]
-    """What it says at its end, where it has something to say; cancelled if it dies before."""
+    result: asyncio.Future[VmmReport]
+    """What a VMM process reports at its end; cancelled if it dies before."""
     ended: asyncio.Future[int]
     """Its exit status, less than 0 for a signal."""
     _pid: int = field(default=0)
@@ -152,13 +154,13 @@ def start(name: str, main: Callable[..., None], heard: Note, *given: Any) -> Chi
     finally:
         sys.modules["__main__"] = caller
         theirs.close()
-    result: asyncio.Future[dict[str, Any]] = loop.create_future()
+    result: asyncio.Future[VmmReport] = loop.create_future()
     ended: asyncio.Future[int] = loop.create_future()
 
     async def handle(what: str, body: dict[str, Any]) -> Reply:
         if what == "result":
             if not result.done():
-                result.set_result(body)
+                result.set_result(from_plain(VmmReport, body))
         else:
             heard(what, body)
         return Reply()
@@ -178,7 +180,7 @@ def start(name: str, main: Callable[..., None], heard: Note, *given: Any) -> Chi
     return child
 
 
-def _no_result(lifeline: Calls, result: asyncio.Future[dict[str, Any]]) -> None:
+def _no_result(lifeline: Calls, result: asyncio.Future[VmmReport]) -> None:
     """The process is dead; what it said before is still to be heard."""
     lifeline.gone.add_done_callback(lambda _: result.cancel())
 
@@ -266,7 +268,7 @@ def source_main(
     async def work() -> None:
         supervisor = Calls(lifeline, "supervisor", _answer)
         vmm = VmmProcess("source", settings, Calls(control, "device process"), supervisor)
-        await _until_gone(supervisor, _tell_result(vmm, run_source(vmm, run, address)))
+        await _until_gone(supervisor, _report(vmm, run_source(vmm, run, address)))
 
     _be(name, settings.loop, work)
 
@@ -283,17 +285,18 @@ def target_main(
         def rejected(why: str) -> None:
             supervisor.note("rejected", why=why)
 
-        await _until_gone(supervisor, _tell_result(vmm, run_target(vmm, listener, rejected)))
+        await _until_gone(supervisor, _report(vmm, run_target(vmm, listener, rejected)))
 
     _be(name, settings.loop, work)
 
 
-async def _tell_result(vmm: VmmProcess, work: Awaitable[dict[str, Any]]) -> None:
-    """Tell the supervisor what came of it; an error in words."""
+async def _report(vmm: VmmProcess, work: Awaitable[VmmReport]) -> None:
+    """Send the supervisor the report of the migration, or of the error that came before it."""
     beating = asyncio.ensure_future(vmm.beat())
     try:
-        told = await work
+        report = await work
     except (OSError, ProtoV3Error) as error:
-        told = {"error": str(error), "user": isinstance(error, UserError), "failures": [vmm.failure(error)]}
+        report = VmmReport(vmm.guest_runs, [vmm.failure(error)], user_error=isinstance(error, UserError))
     beating.cancel()
-    await vmm.supervisor.told("result", device_gone=vmm.device.gone.done(), **told)
+    report = replace(report, device_gone=vmm.device.gone.done())
+    await vmm.supervisor.told("result", **to_plain(report))

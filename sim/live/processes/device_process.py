@@ -11,7 +11,6 @@ import asyncio
 import errno
 import socket
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
 from typing import Any
 
 from proto_v3.vfio import ioctl
@@ -25,7 +24,7 @@ from sim.device.save import SaveStream
 from sim.device.save_v3 import CriticalStream
 from sim.device.state import DeviceState, Image
 from sim.device.stream import fails
-from sim.host.host import LiveHost, devices_at_source, devices_at_target, seeds
+from sim.host.host import LiveHost, device_report, devices_at_source, devices_at_target, seeds
 from sim.live.fd.blocks import BlocksData
 from sim.live.fd.calls import Calls, Reply
 from sim.live.fd.codec import Decoder
@@ -35,7 +34,10 @@ from sim.live.fd.lock import RealLock
 from sim.live.fd.save import SavedData
 from sim.live.fd.store import StateStore
 from sim.live.merge_timelines import ProcessTimeline
+from sim.live.plain import to_plain
+from sim.live.processes.report import DeviceProcessReport, Digests, ProcessReport
 from sim.live.real_time import RealTime
+from sim.report import DeviceReport
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import GIB, MIB
 
@@ -287,8 +289,8 @@ class DeviceProcess:
 
     async def _digests(self, body: dict[str, Any]) -> Reply:
         """Of the state as it is; the guest must be stopped."""
-        told = [await asyncio.to_thread(device.store.digests) for device in self._devices]
-        return Reply({"digests": told})
+        digests = [await asyncio.to_thread(device.store.digests) for device in self._devices]
+        return Reply(to_plain(Digests(digests)))
 
     async def _progress(self, body: dict[str, Any]) -> Reply:
         """For who watches: what is left, and what the guest wrote so far. Bytes."""
@@ -298,13 +300,12 @@ class DeviceProcess:
     async def _collect(self, body: dict[str, Any]) -> Reply:
         for data in self._data.values():
             if isinstance(data, SavedData | BlocksData):
-                counts = data.stream.reads
-                counts.lock_ns, counts.copy_ns = data.lock_ns, data.copy_ns
+                counters = data.stream.counters
+                counters.read_lock_ns, counters.read_copy_ns = data.lock_ns, data.copy_ns
         assert self._time is not None
-        delays = asdict(self._time.delays())
-        devices = [device.told() for device in self._devices]
-        cpu_ns = self._time.cpu_ns
-        return Reply({"timeline": self.timeline.export(), "devices": devices, "delays": delays, "cpu_ns": cpu_ns})
+        process = ProcessReport(self.timeline.export(), self._time.delays(), self._time.cpu_ns)
+        report = DeviceProcessReport(process, [device.report() for device in self._devices])
+        return Reply(to_plain(report))
 
 
 class _Device:
@@ -350,17 +351,6 @@ class _Device:
             case _:
                 raise fails(errno.EINVAL)
 
-    def told(self) -> dict[str, Any]:
-        """What is left of it to be told (sim.outcome.DeviceMeasured)."""
-        state, driver = self._state, self.driver
-        told: dict[str, Any] = {
-            "name": driver.name,
-            "reads": [asdict(counts) for counts in driver.read_counts],
-            "loads": [asdict(counts) for counts in driver.load_counts],
-            "critical_loads": [asdict(load) for load in driver.critical_loads],
-            "needed_bytes": len(self.store.view),
-            "blocks": self.store.blocks,
-        }
-        if isinstance(state, DeviceState):
-            told["reconfigurations_ns"] = state.activity.reconfiguration_ns[: state.epoch - 1].tolist()
-        return told
+    def report(self) -> DeviceReport:
+        """What the driver knows at the end."""
+        return device_report(self.driver, self._state)

@@ -14,24 +14,34 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pydantic
 
 from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error, UserError, leaves
 from proto_v3.timeline import Mark, on_track
-from proto_v3.vmm.migration import Side, Source, Target, UnsupportedError
+from proto_v3.vmm.migration import OutcomeKind, Side, Source, Target, UnsupportedError
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Kind
 from sim.clock import port as clock
 from sim.host.machine import MachineModel
-from sim.host.vmms import connections, make_source, make_target
+from sim.host.vmms import connections, make_source, make_target, side_report
 from sim.live.fd.calls import Calls
 from sim.live.fd.remote import RemoteDevice
 from sim.live.fd.remote_fd import Devices
 from sim.live.io import IO
 from sim.live.merge_timelines import ProcessTimeline
+from sim.live.plain import from_plain, to_plain
+from sim.live.processes.report import (
+    DeviceProcessReport,
+    Digests,
+    Failure,
+    Measured,
+    ProcessReport,
+    StreamReport,
+    VmmReport,
+)
 from sim.live.real_time import RealTime
 from sim.live.tcp.connection import Connection
 from sim.live.tcp.handshake import Limits
@@ -41,6 +51,7 @@ from sim.live.tcp.sockets import SocketSettings
 from sim.live.tcp.tls import tls_client, tls_server
 from sim.live.tcp.wire_source import connect
 from sim.live.tcp.wire_target import accept
+from sim.report import Counters
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import BYTES_PER_S_PER_GBIT, GIB, MIB
@@ -142,6 +153,7 @@ class VmmProcess:
         self.io = IO[settings.io]
         self.machine: LiveMachine | None = None
         self.channels: list[Channel] = []
+        self.counters = Counters()
 
     def prepare(self, run: Run) -> None:
         """Take note of what is run. UserError for a scenario or protocol that is none."""
@@ -171,7 +183,7 @@ class VmmProcess:
             told=self._running,
         )
         self.channels = [Channel(transport) for transport in session.channels]
-        return Side(self.machine, remote, settings, self.timeline)
+        return Side(self.machine, remote, settings, self.timeline, self.counters)
 
     def _running(self, running: bool) -> None:
         self.supervisor.note("running", side=self.side, running=running, at_ns=time.perf_counter_ns())
@@ -208,42 +220,36 @@ class VmmProcess:
                 told = (await self.device.call("progress")).body if self.side == "source" else {}
                 self.supervisor.note("progress", side=self.side, at_ns=self.time.now_ns(), **left(), **told)
 
-    async def collected(self) -> dict[str, Any]:
+    async def measured(self) -> Measured:
         """What this side measured, at its end."""
-        told: dict[str, Any] = {
-            "timeline": self.timeline.export(),
-            "ended_ns": self.time.now_ns(),
-            "running": self.machine is not None and self.machine.running,
-            "wire_bytes": sum(channel.bytes_sent for channel in self.channels),
-            "messages": sum(channel.messages_sent for channel in self.channels),
-            "connections": len(self.channels),
-            "delays": asdict(self.time.delays()),
-            "cpu_ns": self.time.cpu_ns,
-            "reads": [[fd.name, asdict(fd.reads)] for fd in self.devices.fds],
-        }
+        vmm = ProcessReport(self.timeline.export(), self.time.delays(), self.time.cpu_ns)
+        ended_ns = self.time.now_ns()
+        streams = [StreamReport(fd.name, fd.counters) for fd in self.devices.fds]
         try:
-            told["device"] = (await self.device.call("collect")).body
+            report = from_plain(DeviceProcessReport, (await self.device.call("collect")).body)
         except OSError:
-            told["device"] = None
-        return told
+            return Measured(side_report(self.side, self.counters, self.channels, ended_ns, []), vmm, None, streams)
+        side = side_report(self.side, self.counters, self.channels, ended_ns, report.devices)
+        return Measured(side, vmm, report.process, streams)
 
-    async def digests(self, told: dict[str, Any]) -> list[bytes]:
-        """Of the devices' states, at the end of a migration that was completed; its failure is told."""
+    async def digests(self, failures: list[Failure]) -> list[bytes]:
+        """Of the devices' states, at the end of a completed migration. An error is added to the failures."""
         try:
-            digests: list[bytes] = (await self.device.call("digests")).body["digests"]
+            return from_plain(Digests, (await self.device.call("digests")).body).digests
         except OSError as error:
-            told["failures"] = [*told["failures"], self.failure(error)]
+            failures.append(self.failure(error))
             return []
-        return digests
 
-    def failure(self, error: BaseException) -> dict[str, Any]:
-        """An error, for whoever reads the result: whether it only echoes that another process failed, or is gone."""
+    @property
+    def guest_runs(self) -> bool:
+        """The guest, here. Before this side has begun, it runs at the source."""
+        return self.side == "source" if self.machine is None else self.machine.running
+
+    def failure(self, error: BaseException) -> Failure:
+        """An error, for whoever reads the report."""
         device_gone = self.device.gone.done() and isinstance(error, OSError) and error.errno == errno.ENODEV
-        return {
-            "text": str(error) or type(error).__name__,
-            "echo": device_gone or isinstance(error, PeerFailedError | ConnectionError),
-            "unsupported": isinstance(error, UnsupportedError),
-        }
+        echo = device_gone or isinstance(error, PeerFailedError | ConnectionError)
+        return Failure(str(error) or type(error).__name__, echo, isinstance(error, UnsupportedError))
 
 
 async def unanswered(calls: Calls, first_s: float, silent_s: float) -> bool:
@@ -293,7 +299,7 @@ def socket_settings(scenario: Scenario) -> SocketSettings:
 # --- the source -------------------------------------------------------------------------------------------------------
 
 
-async def run_source(vmm: VmmProcess, run: Run, address: tuple[str, int]) -> dict[str, Any]:
+async def run_source(vmm: VmmProcess, run: Run, address: tuple[str, int]) -> VmmReport:
     """Migrate to the target that listens there; what both sides measured, and how it ended."""
     vmm.prepare(run)
     tls = vmm.settings.tls
@@ -318,7 +324,7 @@ def _limits(settings: Settings, largest: int) -> Limits:
     return Limits(handshake_s=settings.handshake_s, silent_s=settings.silent_s, frame_bytes=largest)
 
 
-async def _migrate(vmm: VmmProcess, session: Session) -> dict[str, Any]:
+async def _migrate(vmm: VmmProcess, session: Session) -> VmmReport:
     await session.receive_message(Prepared)  # its device process has the memory
     zero_ns = time.perf_counter_ns() + HEAD_START_NS
     await session.send_message(Start(zero_ns=zero_ns + session.peer_clock.offset_ns))
@@ -330,26 +336,26 @@ async def _migrate(vmm: VmmProcess, session: Session) -> dict[str, Any]:
     note, kind, failures = "", None, []
     try:
         source, note = await make_source(side, vmm.channels, vmm.scenario, vmm.protocol)
-        made = source
-        kind = await vmm.watched(made.run(), lambda: _source_progress(vmm), session)
+        kind = await vmm.watched(source.run(), lambda: _source_progress(vmm), session)
     except (OSError, ProtoV3Error, ExceptionGroup) as error:
         failures = [vmm.failure(each) for each in leaves(error)]
         if source is None or not source.handed_over:
             await _cancel(vmm)
-    told = await vmm.collected()
-    if source is not None:
-        for name in ("retries", "retries_stopped_ns", "late_final_checks"):
-            told[name] = getattr(source, name)
-    told |= {"note": note, "kind": None if kind is None else str(kind), "failures": failures, "side": "source"}
-    told["peer"], told["peer_uncertainty_ns"] = (
-        await _of_peer(vmm, session, failures),
-        session.peer_clock.uncertainty_ns,
+    measured, peer = await vmm.measured(), await _peer_report(vmm, session, failures)
+    report = VmmReport(
+        vmm.guest_runs,
+        failures,
+        measured=measured,
+        digests=await vmm.digests(failures) if kind is OutcomeKind.COMPLETED else [],
+        kind=kind,
+        note=note,
+        peer=peer,
+        clock_uncertainty_ns=session.peer_clock.uncertainty_ns,
+        sockets=session.sockets,
     )
-    told["sockets"] = [asdict(granted) for granted in session.sockets]
-    told["digests"] = await vmm.digests(told) if kind == "COMPLETED" else []
     with contextlib.suppress(OSError, ProtoV3Error):
         await session.send_message(Bye())
-    return told
+    return report
 
 
 async def _cancel(vmm: VmmProcess) -> None:
@@ -360,12 +366,12 @@ async def _cancel(vmm: VmmProcess) -> None:
             await vmm.channels[0].send_control(Kind.CANCEL)
 
 
-async def _of_peer(vmm: VmmProcess, session: Session, failures: Sequence[Any]) -> dict[str, Any] | None:
-    """What the target measured; None if it cannot say, or not soon after this side told it that it failed."""
+async def _peer_report(vmm: VmmProcess, session: Session, failures: Sequence[Failure]) -> dict[str, Any] | None:
+    """What the target reports; None if it cannot, or not soon after this side sent that it failed."""
     try:
         async with asyncio.timeout(vmm.settings.silent_s if failures else None):
-            told = (await session.receive_message(Result)).report
-            return told if isinstance(told, dict) else None
+            report = (await session.receive_message(Result)).report
+            return report if isinstance(report, dict) else None
     except (OSError, TimeoutError, ProtoV3Error):
         return None
 
@@ -374,7 +380,7 @@ def _source_progress(vmm: VmmProcess) -> dict[str, Any]:
     return {
         "phase": _phase(vmm.timeline),
         "wire_bytes": sum(channel.bytes_sent for channel in vmm.channels),
-        "streams": [[fd.name, fd.reads.bytes] for fd in vmm.devices.fds],
+        "streams": [[fd.name, fd.counters.device_bytes] for fd in vmm.devices.fds],
     }
 
 
@@ -390,7 +396,7 @@ def _phase(timeline: ProcessTimeline) -> str:
 # --- the target -------------------------------------------------------------------------------------------------------
 
 
-async def run_target(vmm: VmmProcess, listener: socket.socket, rejected: Callable[[str], None]) -> dict[str, Any]:
+async def run_target(vmm: VmmProcess, listener: socket.socket, rejected: Callable[[str], None]) -> VmmReport:
     """Take one migration in; what this side measured, and how it ended."""
     tls = vmm.settings.tls
     context: ssl.SSLContext | None = None if tls is None else tls_server(tls.cert, tls.key, tls.ca)
@@ -421,7 +427,7 @@ async def run_target(vmm: VmmProcess, listener: socket.socket, rejected: Callabl
         await session.close()
 
 
-async def _take_in(vmm: VmmProcess, session: Session) -> dict[str, Any]:
+async def _take_in(vmm: VmmProcess, session: Session) -> VmmReport:
     await vmm.device.call("init", scenario=vmm.scenario.told(), seed=vmm.run.seed)
     await session.send_message(Prepared())
     zero_ns = (await session.receive_message(Start)).zero_ns
@@ -441,16 +447,15 @@ async def _take_in(vmm: VmmProcess, session: Session) -> dict[str, Any]:
         if side.machine.running:
             _hang_up(session)
     drains = [] if whole else [asyncio.create_task(_drain(channel)) for channel in vmm.channels]
-    told = await vmm.collected()
-    told |= {"whole": whole, "failures": failures, "side": "target"}
-    told["peak_reorder_bytes"] = target.peak_reorder_bytes if target else 0
-    told["digests"] = await vmm.digests(told) if whole else []
+    measured = await vmm.measured()
+    digests = await vmm.digests(failures) if whole else []
+    report = VmmReport(vmm.guest_runs, failures, measured=measured, digests=digests, whole=whole)
     with contextlib.suppress(OSError, ProtoV3Error):
-        await session.send_message(Result(report=told))
+        await session.send_message(Result(report=to_plain(report)))
         await session.receive_message(Bye)
     for drain in drains:
         drain.cancel()
-    return told
+    return report
 
 
 async def _drain(channel: Channel) -> None:

@@ -1,0 +1,180 @@
+"""What sides report: every counter reaches the table of runs, and reports travel, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from functools import cache
+from typing import Any
+
+import msgpack
+import polars as pl
+import pytest
+
+from experiments.runs import table
+from proto_v3.errors import PeerProtocolError
+from proto_v3.timeline import PHASES, Resource, Timeline
+from proto_v3.vmm.migration import OutcomeKind
+from sim.live.plain import MAX_INT, from_plain, to_plain
+from sim.live.processes.report import Failure, Measured, ProcessReport, StreamReport, VmmReport
+from sim.live.real_time import Delays
+from sim.live.tcp.sockets import Granted
+from sim.outcome import Outcome, RunReport, ended
+from sim.report import Counters, CriticalLoad, DeviceReport, SideReport
+from sim.run import simulate
+from sim.scenario.protocol import Protocol
+from tests.build.scenario import small_scenario
+
+COUNTERS = [each.name for each in fields(Counters)]
+SCENARIO = small_scenario()
+
+
+@cache
+def run(protocol: str) -> Outcome:
+    return simulate(SCENARIO, Protocol.parse(protocol, SCENARIO), 1)
+
+
+def counters(name: str, value: int) -> Counters:
+    return Counters(**{name: value})
+
+
+# --- from the fields to the table -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COUNTERS)
+def test_whoever_counts_it_a_counter_reaches_the_table_of_runs(name: str) -> None:
+    """As the sum of all parts; of a peak, as the largest. A new field is tested without a change here."""
+    source = SideReport(1, counters(name, 1), [DeviceReport("a", 0, counters(name, 4))])
+    target = SideReport(1, counters(name, 2), [DeviceReport("a", 0, counters(name, 8))])
+    row = table.row(ended(RunReport("s", "v2", 1, Timeline(lambda: 0), source, target), OutcomeKind.FAILED))
+    (column,) = [key for key, value in counters(name, 1).columns().items() if value]
+    assert row[column] == (8 if name.startswith("peak_") else 15)
+    assert sum(value for key, value in row.items() if key in Counters().columns()) == row[column], "in no other column"
+
+
+def columns_of_a_row(outcome: Outcome) -> list[str]:
+    """By the fields of the outcome and of its counters."""
+    columns: list[str] = []
+    for each in fields(Outcome):
+        match each.name:
+            case "kind":
+                columns.append("outcome")
+            case "phases_ns":
+                columns += [f"phase_{name}_ns" for name in PHASES]
+            case "critical_path_ns":
+                columns += [f"path_{name.name.lower()}_ns" for name in Resource] + ["path_unexplained_ns"]
+            case "counters":
+                columns += Counters().columns()
+            case "stages":
+                columns += [f"stage_{stage.name}_{stage.index}_ns" for stage in outcome.stages]
+            case name:
+                columns.append(name)
+    return columns
+
+
+@pytest.mark.parametrize("protocol", ["v2", "v3-n2"])
+def test_a_row_has_what_the_fields_say_in_their_order(protocol: str) -> None:
+    outcome = run(protocol)
+    assert list(table.row(outcome)) == columns_of_a_row(outcome)
+    failed = replace(outcome, kind=OutcomeKind.FAILED, stages=())
+    assert list(table.row(failed)) == columns_of_a_row(failed)
+
+
+def test_the_columns_of_the_kept_tables_are_there_in_their_order_and_of_their_types() -> None:
+    """A new counter may stand between them."""
+    schema = pl.read_parquet_schema("results/mlx5-2vf/runs.parquet")
+    kept = {name: kind for name, kind in schema.items() if not name.startswith("stage_")}
+    frame = table.table([run("v2")])
+    assert [(name, kind) for name, kind in frame.schema.items() if name in kept] == list(kept.items())
+
+
+def test_every_counter_says_its_unit_or_counts_things() -> None:
+    things = {"retries", "late_final_checks", "connections", "messages", "wakeups", "reads"}
+    assert {name for name in Counters().columns() if "_ns" not in name and "bytes" not in name} == things
+
+
+# --- over a wire ------------------------------------------------------------------------------------------------------
+
+
+def report() -> VmmReport:
+    """A report in which every field has a value, no number twice."""
+    number = iter(range(1, 1000))
+    process = ProcessReport({"names": ["a"], "rows": b"\0"}, Delays(*(next(number) for _ in range(5))), next(number))
+    device = DeviceReport(
+        "a",
+        next(number),
+        Counters(**{name: next(number) for name in COUNTERS}),
+        [CriticalLoad(next(number), True, *(next(number) for _ in range(5)))],
+        [next(number)],
+    )
+    side = SideReport(next(number), Counters(**{name: next(number) for name in COUNTERS}), [device])
+    return VmmReport(
+        guest_runs=True,
+        failures=[Failure("why", True, False)],
+        measured=Measured(side, process, process, [StreamReport("fd", Counters(reads=next(number)))]),
+        digests=[b"12345678"],
+        kind=OutcomeKind.COMPLETED,
+        note="fell back",
+        peer={"anything": [1]},
+        clock_uncertainty_ns=next(number),
+        sockets=[Granted(next(number), next(number), None)],
+    )
+
+
+def sent() -> Any:
+    return msgpack.unpackb(msgpack.packb(to_plain(report())))
+
+
+def test_a_report_arrives_as_it_was_sent() -> None:
+    assert from_plain(VmmReport, sent()) == report()
+
+
+def places(value: Any, name: str = "VmmReport") -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Every field: the map in which it stands, its key, and what errors call it. Not below what may be anything."""
+    if isinstance(value, list):
+        for at, item in enumerate(value):
+            yield from places(item, f"{name}.{at}")
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield value, key, f"{name}.{key}"
+            if key not in ("timeline", "peer"):
+                yield from places(inner, f"{name}.{key}")
+
+
+def refusal(body: Any) -> str:
+    with pytest.raises(PeerProtocolError) as refused:
+        from_plain(VmmReport, body)
+    return str(refused.value)
+
+
+def test_whatever_field_is_missing_or_of_another_type_is_refused_by_its_name() -> None:
+    count = len(list(places(sent())))
+    assert count > 3 * len(COUNTERS)
+    for at in range(count):
+        for how in ("missing", "wrong"):
+            body = sent()
+            table, key, name = list(places(body))[at]
+            if how == "missing":
+                del table[key]
+                assert refusal(body) == f"{name} is missing"
+            else:
+                table[key] = 1.5
+                assert refusal(body).startswith(f"{name} = 1.5: must be ")
+
+
+@pytest.mark.parametrize("value", [MAX_INT + 1, -MAX_INT - 1, 2**64 - 1, True, "1", None])
+def test_a_counter_that_is_no_number_of_its_kind_is_refused(value: object) -> None:
+    body = sent()
+    body["measured"]["side"]["counters"]["retries"] = value
+    assert refusal(body).startswith("VmmReport.measured.side.counters.retries = ")
+
+
+@pytest.mark.parametrize("body", [None, [], {1: 2}, "report", {"guest_runs": True}])
+def test_what_is_no_report_is_refused(body: object) -> None:
+    assert refusal(body).startswith("VmmReport")
+
+
+def test_what_a_report_does_not_have_is_refused() -> None:
+    assert refusal(sent() | {"more": 1}) == "VmmReport has an unknown field 'more'"
+    assert refusal(sent() | {"kind": "DONE"}).startswith("VmmReport.kind = 'DONE': must be COMPLETED or ")
+    assert refusal(sent() | {"note": "x" * 100_000}).endswith("of at most 65536 characters")
