@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from experiments.api.tracing import completed_timeline
 from experiments.draw import downtime, effects, panels, staircase
 from experiments.runs.frame import COMPLETED
-from experiments.study.experiment import WORTH
+from experiments.study.claims import WORTH
 from experiments.trace.traced_run import TracedRun
 from proto_v3.errors import UserError
 from sim.scenario.scenario import Scenario

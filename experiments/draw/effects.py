@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from experiments.draw import panels, style
 from experiments.runs.frame import COMPLETED
-from experiments.study.experiment import WORTH
+from experiments.study.claims import WORTH
 from experiments.study.verdicts import place
 from sim.scenario.units import NS_PER_MS
 

@@ -1,12 +1,13 @@
-"""Panels that the experiments' figures are made of: curves and maps, each with its spread, in the one style.
+"""The panels of the experiments' figures: curves and maps, each with its spread, in one style.
 
-Curves are means with 95 % intervals drawn (experiments.study.statistics); a place without a completed run is no
-point, and a place where some were not completed is drawn hollow.
+Curves show means with 95 % intervals (experiments.study.statistics). A place without a completed run has no point; a
+place where some runs were not completed has a hollow one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -20,16 +21,22 @@ from matplotlib.lines import Line2D
 from experiments.draw import style
 from experiments.draw.downtime import how_made
 from experiments.runs.frame import COMPLETED
+from experiments.study.effects import Measure
 from experiments.study.statistics import Interval, interval, share
+
+Curve = tuple[pl.DataFrame, style.Style]
+"""The runs that a curve shows, and its look."""
+Spot = tuple[float, Interval, bool]
+"""A point of a curve: x, y with its interval, and whether some runs there were not completed."""
 
 
 def sheet(
-    question: str, told: str, command: str, panels: tuple[int, int], size: tuple[float, float]
+    question: str, note: str, command: str, panels: tuple[int, int], size: tuple[float, float]
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of rows x columns panels under its question; `told` is what the reader has to know, in small print."""
+    """A figure of rows x columns panels under its question; `note` says in small print how to read them."""
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(f"{question}\n\n", fontsize=12)
-    figure.text(0.5, 1 - 0.46 / size[1], told, ha="center", va="center", fontsize=7.5, color="#333333")
+    figure.text(0.5, 1 - 0.46 / size[1], note, ha="center", va="center", fontsize=7.5, color="#333333")
     figure.text(0.5, 0.08 / size[1], how_made(command), ha="center", fontsize=6.5, color="#555555", family="monospace")
     return figure, list(figure.subplots(*panels, squeeze=False).flat)
 
@@ -45,56 +52,71 @@ def dress(axis: Axes, title: str, x: str, y: str) -> None:
     axis.set_axisbelow(True)
 
 
-def curves(
-    axis: Axes, frame: pl.DataFrame, x: str, y: str, *, scale: float = 1.0, protocols: Sequence[str] | None = None
-) -> None:
-    """A curve for each protocol: the mean of column `y`, divided by `scale`, against column `x`."""
-    for name in protocols or frame["protocol"].unique(maintain_order=True):
-        curve(axis, frame.filter(pl.col("protocol") == name), x, y, style.protocol(name), scale=scale)
+def log2_axis(axis: Axes, ticks: Sequence[float]) -> None:
+    """The x axis of a quantity that is doubled from tick to tick."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+
+
+def say(axis: Axes, text: str) -> None:
+    """Text in the middle of a panel that has nothing else to show."""
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center")
+
+
+def by_protocol(frame: pl.DataFrame, protocols: Sequence[str]) -> list[Curve]:
+    """A curve for each protocol, in its own look."""
+    return [(frame.filter(protocol=name), style.protocol(name)) for name in protocols]
+
+
+def panel(axis: Axes, curves: Iterable[Curve], measure: Measure, x: str, x_label: str) -> None:
+    """Curves of the mean of a measure against column `x`; the measure's label is the title, its unit the y axis."""
+    for runs, look in curves:
+        curve(axis, runs, x, measure.column, look, scale=measure.scale)
+    dress(axis, measure.label, x_label, measure.unit)
 
 
 def curve(
     axis: Axes, runs: pl.DataFrame, x: str, y: str, look: style.Style, *, scale: float = 1.0, width: float = 1.5
 ) -> None:
-    """One curve, in a look of its own."""
-    places = []
+    """The mean of column `y`, divided by `scale`, against column `x`."""
+    spots = []
     for (at,), some in runs.group_by(x, maintain_order=True):
         values = some.filter(COMPLETED)[y].drop_nulls()
         if len(values):
-            places.append((float(at), interval(values.to_numpy() / scale), len(values) < some.height))
-    _drawn(axis, places, look, width)
+            spots.append((float(at), interval(values.to_numpy() / scale), len(values) < some.height))
+    draw_curve(axis, spots, look, width)
 
 
 def completed(axis: Axes, frame: pl.DataFrame, x: str, protocols: Sequence[str]) -> None:
-    """A curve for each protocol: which part of its runs completes, %, with Wilson's interval."""
+    """A curve for each protocol: the part of its runs that complete, %, with Wilson's interval."""
     for name in protocols:
-        places = []
-        for (at,), some in frame.filter(pl.col("protocol") == name).group_by(x, maintain_order=True):
-            told = share(some.filter(COMPLETED).height, some.height)
-            places.append((float(at), Interval(100 * told.mean, 100 * told.low, 100 * told.high, told.count), False))
-        _drawn(axis, places, style.protocol(name), 1.5)
+        of_protocol = frame.filter(protocol=name).group_by(x, maintain_order=True)
+        spots = [
+            (float(at), share(some.filter(COMPLETED).height, some.height).percent, False) for (at,), some in of_protocol
+        ]
+        draw_curve(axis, spots, style.protocol(name))
 
 
-def _drawn(axis: Axes, places: list[tuple[float, Interval, bool]], look: style.Style, width: float) -> None:
-    """Where, what was found there, and whether some runs of it were not completed."""
-    places.sort(key=lambda place: place[0])
-    if not places:
+def draw_curve(axis: Axes, spots: Sequence[Spot], look: style.Style, width: float = 1.5) -> None:
+    """A line through the means, with a marker and the interval at each."""
+    if not spots:
         return
-    at, means = [place[0] for place in places], [place[1].mean for place in places]
+    spots = sorted(spots, key=lambda spot: spot[0])
+    at, means = [spot[0] for spot in spots], [spot[1].mean for spot in spots]
     axis.plot(at, means, color=look.colour, linestyle=look.line, linewidth=width, label=look.label, zorder=3)
-    for place, told, cut in places:
-        face = "white" if cut else look.colour
-        axis.plot([place], [told.mean], look.marker, color=look.colour, markerfacecolor=face, markersize=5, zorder=4)
-        axis.plot([place, place], [told.low, told.high], color=look.colour, linewidth=3, alpha=0.35, zorder=2)
+    for x, y, hollow in spots:
+        face = "white" if hollow else look.colour
+        axis.plot([x], [y.mean], look.marker, color=look.colour, markerfacecolor=face, markersize=5, zorder=4)
+        axis.plot([x, x], [y.low, y.high], color=look.colour, linewidth=3, alpha=0.35, zorder=2)
 
 
 def legend(figure: Figure, protocols: Sequence[str], columns: int = 5) -> None:
-    """What each protocol looks like, below all panels."""
+    """The look of each protocol, below all panels."""
     handles_below(figure, [handle(style.protocol(name)) for name in protocols], columns)
 
 
 def handle(look: style.Style) -> Line2D:
-    """A curve in a legend."""
+    """A curve's entry in a legend."""
     return Line2D([], [], color=look.colour, linestyle=look.line, marker=look.marker, markersize=5, label=look.label)
 
 
@@ -115,24 +137,30 @@ def handles_below(figure: Figure, handles: Sequence[Artist], columns: int = 5) -
     engine.set(rect=(0, below, 1, 1 - below))
 
 
+def stack(axis: Axes, at: float, parts: Iterable[tuple[float, style.Style]], width: float, **edge: Any) -> None:
+    """One bar of parts, from the bottom to the top; `edge` is passed to matplotlib."""
+    bottom = 0.0
+    for height, look in parts:
+        axis.bar(at, height, width, bottom, color=look.colour, hatch=look.hatch, **edge)
+        bottom += height
+
+
 def heat(
     axis: Axes,
-    values: np.ndarray,
+    squares: Sequence[Sequence[tuple[float, str]]],
     columns: Sequence[str],
     rows: Sequence[str],
     *,
     least: float,
     most: float,
-    colours: str = "cividis",
-    text: Sequence[Sequence[str]] | None = None,
 ) -> AxesImage:
-    """A map, rows from below to above; NaN is left white, `text` stands in the squares."""
-    image = axis.imshow(values, origin="lower", aspect="auto", cmap=colours, vmin=least, vmax=most)
+    """A map with its rows from bottom to top: each square has a value (NaN is left white) and a text."""
+    values = np.array([[value for value, _ in row] for row in squares], float).reshape(len(rows), len(columns))
+    image = axis.imshow(values, origin="lower", aspect="auto", cmap="cividis", vmin=least, vmax=most)
     axis.set_xticks(range(len(columns)), columns)
     axis.set_yticks(range(len(rows)), rows)
     for (row, column), value in np.ndenumerate(values):
-        if text is not None:
-            dark = np.isfinite(value) and (value - least) / max(most - least, 1e-12) < 0.55
-            ink = "white" if dark else "black"
-            axis.text(column, row, text[row][column], ha="center", va="center", fontsize=7, color=ink)
+        dark = np.isfinite(value) and (value - least) / max(most - least, 1e-12) < 0.55
+        ink = "white" if dark else "black"
+        axis.text(column, row, squares[row][column][1], ha="center", va="center", fontsize=7, color=ink)
     return image

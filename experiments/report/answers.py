@@ -10,7 +10,8 @@ from typing import Any
 
 import polars as pl
 
-from experiments.study.experiment import CLAIMS, NAMES, Finding, Verdict
+from experiments.study.claims import CLAIMS, Finding, Verdict
+from experiments.study.experiment import NAMES
 from proto_v3.errors import UserError
 
 BEGIN = "<!-- answers: written by `proto-v3 report`, from the tables -->"

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from experiments.report import answers
 from experiments.runs.manifest import clone
-from experiments.study.experiment import CLAIMS, find
+from experiments.study.claims import CLAIMS
+from experiments.study.experiment import find
 from proto_v3.errors import UserError
 
 T = TypeVar("T")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 
 from experiments.runs.frame import COMPLETED, protocols
-from experiments.study.experiment import WORTH
+from experiments.study.claims import WORTH
 from experiments.study.statistics import effect
 from experiments.study.verdicts import verdict
 from proto_v3.errors import UserError
@@ -47,7 +47,7 @@ def _judged(runs: pl.DataFrame, base: str, other: str, worth: float) -> tuple[st
     change = effect(runs, "downtime_ns", base, other)
     done = [runs.filter(COMPLETED & (pl.col("protocol") == name)).height for name in (base, other)]
     word = verdict(change, done[0], done[1], worth)
-    numbers = change.told("ms", 1e6) if change else f"completed are {done[0]} and {done[1]} runs"
+    numbers = change.text("ms", 1e6) if change else f"completed are {done[0]} and {done[1]} runs"
     return word, f"{other} against {base}: {numbers}: {word}."
 
 

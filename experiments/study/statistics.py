@@ -1,8 +1,8 @@
-"""What can be said of repeated runs: means with intervals, paired effects, and a scaling law fitted.
+"""Statistics over repeated runs: means with intervals, paired effects, and a fitted scaling law.
 
-Runs with the same seed have the same guest and the same firmware: so two protocols are compared seed by seed, and what
-seeds differ in does not hide what protocols differ in. Intervals are of 95 %, by the bootstrap over seeds (scipy's,
-bias-corrected and accelerated), with a fixed generator: the same runs give the same interval.
+Runs with the same seed have the same guest and the same firmware. So two protocols are compared seed by seed, and the
+differences between seeds do not hide the difference between protocols. Intervals are 95 % intervals, by bootstrap over
+seeds (scipy's, bias-corrected and accelerated), with a fixed generator: the same runs give the same interval.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean of `count` values, and its 95 % interval, which is a point if they are equal, or one."""
+    """A mean of `count` values with its 95 % interval; the interval is a point if all values are equal, or if there is
+    only one."""
 
     mean: float
     low: float
@@ -36,62 +37,73 @@ class Interval:
     def __contains__(self, value: float) -> bool:
         return self.low <= value <= self.high
 
-    def told(self, unit: str = "", digits: int = 1) -> str:
-        """`12.3 ms (95 % interval 11.9 to 12.8)`."""
-        unit = f" {unit}" if unit else ""
-        return f"{self.mean:.{digits}f}{unit} (95 % interval {self.low:.{digits}f} to {self.high:.{digits}f})"
+    def per(self, scale: float) -> Interval:
+        """In another unit: all divided by `scale`."""
+        return Interval(self.mean / scale, self.low / scale, self.high / scale, self.count)
+
+    @property
+    def percent(self) -> Interval:
+        """A share in per cent."""
+        return Interval(100 * self.mean, 100 * self.low, 100 * self.high, self.count)
+
+    def text(self, unit: str = "", digits: int = 1, sign: str = "") -> str:
+        """`12.3 ms (95 % interval 11.9 to 12.8)`; with `sign` "+", a sign before each number."""
+        mean, low, high = (f"{value:{sign}z.{digits}f}" for value in (self.mean, self.low, self.high))
+        return f"{mean}{f' {unit}' if unit else ''} (95 % interval {low} to {high})"
 
 
 def interval(values: Sequence[float] | Floats) -> Interval:
-    """The mean of the values with its interval. ValueError if there is none."""
-    told = np.asarray(values, float)
-    if not len(told):
+    """The mean of the values with its interval. ValueError if there are no values."""
+    array = np.asarray(values, float)
+    if not len(array):
         raise ValueError("no values: there is no mean")
-    mean = float(told.mean())
-    if len(told) < 2 or np.ptp(told) <= 1e-12 * max(1.0, abs(mean)):
-        return Interval(mean, mean, mean, len(told))
-    found = _bootstrap((told,), np.mean, paired=False)
-    return Interval(mean, *found, len(told))
+    mean = float(array.mean())
+    if len(array) < 2 or np.ptp(array) <= 1e-12 * max(1.0, abs(mean)):
+        return Interval(mean, mean, mean, len(array))
+    found = _bootstrap((array,), np.mean, paired=False)
+    return Interval(mean, *found, len(array))
 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What `other` does to a column against `base`, over the seeds that were completed under both."""
+    """How `other` changes a column against `base`, over the seeds that were completed under both."""
 
     base: str
     other: str
     difference: Interval
-    """Of the means, other minus base, in the column's unit."""
+    """Mean of other minus base, in the column's unit."""
     ratio: Interval
-    """Of the means, other over base."""
+    """Mean of other over mean of base."""
     pairs: int
     lost: int
-    """Seeds that one of the two did not complete: what is said is about the others."""
+    """Seeds that one of the two did not complete: they are not part of the effect."""
+
+    @property
+    def gain(self) -> Interval:
+        """What `other` takes off, in per cent of the mean of `base`; negative if it adds."""
+        mean, low, high = (100 * (1 - value) for value in (self.ratio.mean, self.ratio.high, self.ratio.low))
+        return Interval(mean, low, high, self.ratio.count)
 
     @property
     def shown(self) -> bool:
-        """Whether the difference's interval leaves 0 out; one pair has none, and shows nothing."""
+        """True if the difference's interval does not contain 0. One pair has no interval, and shows nothing."""
         return self.pairs > 1 and 0.0 not in self.difference
 
-    def told(self, unit: str, scale: float = 1.0, digits: int = 1) -> str:
-        """In words: difference, ratio, intervals, pairs; `scale` of the column's unit make one of `unit`."""
-        d, r = self.difference, self.ratio
-        low, high, mean = d.low / scale, d.high / scale, d.mean / scale
-        percent = [100 * (value - 1) for value in (r.mean, r.low, r.high)]
+    def text(self, unit: str, scale: float = 1.0, digits: int = 1) -> str:
+        """Difference, ratio, intervals and pairs; `scale` of the column's unit make one `unit`."""
+        difference = self.difference.per(scale)
+        mean, low, high = (f"{100 * (ratio - 1):+.1f}" for ratio in (self.ratio.mean, self.ratio.low, self.ratio.high))
         lost = f", {self.lost} seed(s) not completed under both" if self.lost else ""
         if self.pairs == 1:
-            return f"{mean:+.{digits}f} {unit}, {percent[0]:+.1f} %, one pair{lost}: no interval"
+            return f"{difference.mean:+.{digits}f} {unit}, {mean} %, one pair{lost}: no interval"
         verdict = "" if self.shown else ": no difference is shown"
-        return (
-            f"{mean:+.{digits}f} {unit} (95 % interval {low:+.{digits}f} to {high:+.{digits}f}), "
-            f"{percent[0]:+.1f} % ({percent[1]:+.1f} to {percent[2]:+.1f}), {self.pairs} pairs{lost}{verdict}"
-        )
+        return f"{difference.text(unit, digits, '+')}, {mean} % ({low} to {high}), {self.pairs} pairs{lost}{verdict}"
 
 
 def effect(frame: pl.DataFrame, column: str, base: str, other: str) -> Effect | None:
-    """Paired by seed: `frame` has the runs of one place of a grid, at least those of the two protocols.
+    """The effect paired by seed; None if no seed was completed under both.
 
-    None if no seed was completed under both.
+    `frame` has the runs of one place of a grid, at least those of the two protocols.
     """
     planned = frame.filter(pl.col("protocol").is_in([base, other]))["seed"].n_unique()
     wide = paired(frame, column, base, other)
@@ -124,10 +136,10 @@ def _ratio(before: Floats, after: Floats) -> Interval:
 
 
 def _bootstrap(values: tuple[Floats, ...], statistic: object, *, paired: bool) -> tuple[float, float]:
-    """BCa; where that is not defined (a statistic that hardly varies), by percentiles."""
+    """The BCa interval; where it is not defined (a statistic that hardly varies), the percentile interval."""
     for method in ("BCa", "percentile"):
         with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # looked for below
+            warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # checked below
             found = stats.bootstrap(
                 values,
                 statistic,
@@ -144,7 +156,7 @@ def _bootstrap(values: tuple[Floats, ...], statistic: object, *, paired: bool) -
 
 
 def share(successes: int, count: int) -> Interval:
-    """How often something happened, with Wilson's interval. ValueError for a count of 0."""
+    """The part of `count` runs in which something happened, with Wilson's interval. ValueError for a count of 0."""
     if count < 1:
         raise ValueError("no runs: there is no share")
     found = stats.binomtest(successes, count).proportion_ci(LEVEL, method="wilson")
@@ -159,41 +171,41 @@ class Usl:
     """Gunther's Universal Scalability Law: throughput(n) = rate n / (1 + contention (n - 1) + coherency n (n - 1))."""
 
     rate: float
-    """Of one, in the unit that was given."""
+    """Throughput of one, in the unit of the fitted values."""
     contention: float
     coherency: float
     r_squared: float
 
     @property
     def best_n(self) -> float:
-        """Where the throughput is greatest; infinity if it never falls."""
+        """The n with the greatest throughput; infinity if it never falls."""
         if self.coherency <= 0:
             return float("inf")
         return float(np.sqrt(max(0.0, 1 - self.contention) / self.coherency))
 
     def at(self, n: Floats | float) -> Floats:
-        """The throughput of so many."""
+        """The throughput of n."""
         return _usl(np.asarray(n, float), self.rate, self.contention, self.coherency)
 
 
 def _usl(n: Floats, rate: float, contention: float, coherency: float) -> Floats:
-    told: Floats = rate * n / (1 + contention * (n - 1) + coherency * n * (n - 1))
-    return told
+    throughput: Floats = rate * n / (1 + contention * (n - 1) + coherency * n * (n - 1))
+    return throughput
 
 
 def usl(n: Sequence[float] | Floats, throughput: Sequence[float] | Floats) -> Usl:
-    """Fit the law by least squares, with contention and coherency from 0 on. ValueError for less than three points."""
-    at, got = np.asarray(n, float), np.asarray(throughput, float)
+    """Fit the law by least squares, with contention and coherency at least 0. ValueError for fewer than three n."""
+    at, measured = np.asarray(n, float), np.asarray(throughput, float)
     if len(np.unique(at)) < 3:
         raise ValueError(f"the scaling law needs at least three N; there are {len(np.unique(at))}")
-    first = float(got[at == at.min()].mean() / at.min())
+    first = float(measured[at == at.min()].mean() / at.min())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optimize.OptimizeWarning)  # of the covariance, which nobody asks for
+        warnings.simplefilter("ignore", optimize.OptimizeWarning)  # about the covariance, which is not used
         fitted, _ = optimize.curve_fit(
-            _usl, at, got, p0=[first, 0.05, 1e-4], bounds=([0, 0, 0], [np.inf, 1, 1]), x_scale=[first, 0.1, 0.01]
+            _usl, at, measured, p0=[first, 0.05, 1e-4], bounds=([0, 0, 0], [np.inf, 1, 1]), x_scale=[first, 0.1, 0.01]
         )
-    left = got - _usl(at, *fitted)
-    spread = float(((got - got.mean()) ** 2).sum())
+    residual = measured - _usl(at, *fitted)
+    spread = float(((measured - measured.mean()) ** 2).sum())
     return Usl(
-        float(fitted[0]), float(fitted[1]), float(fitted[2]), 1 - float((left**2).sum()) / spread if spread else 1.0
+        float(fitted[0]), float(fitted[1]), float(fitted[2]), 1 - float((residual**2).sum()) / spread if spread else 1.0
     )

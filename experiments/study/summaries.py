@@ -13,7 +13,7 @@ import polars as pl
 from scipy.optimize import OptimizeWarning
 
 from experiments.runs.frame import COMPLETED, completed_runs, number, path_shares, protocols
-from experiments.study.experiment import places
+from experiments.study.effects import places
 from experiments.study.statistics import interval, usl
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import polars as pl
 
 from experiments.runs.frame import COMPLETED, protocols
-from experiments.study.experiment import WORTH, effect_row, places
+from experiments.study.claims import WORTH
+from experiments.study.effects import effect_row, places
 from experiments.study.statistics import Effect, effect
 from proto_v3.errors import UserError
 

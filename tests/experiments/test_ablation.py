@@ -8,7 +8,9 @@ from typing import Any
 import polars as pl
 import pytest
 
-from experiments.questions.ablation.grid import (
+from experiments.questions.ablation import EXPERIMENT
+from experiments.questions.ablation.figures import figures
+from experiments.questions.ablation.question import (
     ACKED,
     BUSY,
     CASE,
@@ -20,8 +22,11 @@ from experiments.questions.ablation.grid import (
     STEPS,
     TWO_FDS,
     V2,
+    answer,
+    by_reconfiguring,
+    effects,
+    interaction,
 )
-from experiments.questions.ablation.question import EXPERIMENT, answer, by_reconfiguring, effects, figures, interaction
 from experiments.study.experiment import Planned
 from tests.build.grids import table_of
 
@@ -38,13 +43,13 @@ Of = Callable[[str, str, int], float]
 def made_up(downtime_ms: Of | None = None, setup_ms: Of | None = None, **columns: Any) -> pl.DataFrame:
     """All cases and protocols, some seeds, alike unless it is said otherwise."""
     rows = []
-    for case in CASES:
-        for protocol in (*(step.protocol for step in STEPS), *case.others):
+    for name, case in CASES.items():
+        for protocol in (*STEPS, *case.others):
             for seed in SEEDS:
-                down = downtime_ms(case.name, protocol, seed) if downtime_ms else DOWNTIME_MS.get(protocol, 500)
-                setup = setup_ms(case.name, protocol, seed) if setup_ms else SETUP_MS.get(protocol, 0)
+                down = downtime_ms(name, protocol, seed) if downtime_ms else DOWNTIME_MS.get(protocol, 500)
+                setup = setup_ms(name, protocol, seed) if setup_ms else SETUP_MS.get(protocol, 0)
                 row: dict[str, Any] = {
-                    CASE: case.name,
+                    CASE: name,
                     "protocol": protocol,
                     "seed": seed,
                     "outcome": "COMPLETED",

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import polars as pl
 import pytest
 
-from experiments.questions.buffer_and_chunk.grid import (
+from experiments.questions.buffer_and_chunk import EXPERIMENT
+from experiments.questions.buffer_and_chunk.question import (
     LARGE_KIB,
     LARGEST_KIB,
     MOVED,
@@ -16,9 +17,10 @@ from experiments.questions.buffer_and_chunk.grid import (
     QEMU_KIB,
     REGIMES,
     SMALL_KIB,
+    knee_kib,
     points,
+    steps_up,
 )
-from experiments.questions.buffer_and_chunk.question import EXPERIMENT, knee_kib, steps_up
 from experiments.study.experiment import Planned
 from tests.build.grids import table_of
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import polars as pl
 import pytest
 
+from experiments.questions.read_scaling import EXPERIMENT
 from experiments.questions.read_scaling import grid as read_scaling_grid
 from experiments.questions.read_scaling.grid import LOOKS, Place, part_column, points, shares, v3_places, with_parts
-from experiments.questions.read_scaling.question import EXPERIMENT
 from experiments.study.experiment import Answer, Planned
 from tests.build.grids import table_of
 

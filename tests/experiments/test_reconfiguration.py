@@ -9,7 +9,8 @@ import pytest
 
 from experiments.questions import reconfiguration
 from experiments.questions.reconfiguration import ACKED, EXPERIMENT, FACTOR, PROTOCOLS, outrun_per_s
-from experiments.study.experiment import ACK_COMES_TOO_LATE, Planned
+from experiments.study.claims import ACK_COMES_TOO_LATE
+from experiments.study.experiment import Planned
 from tests.build.grids import table_of
 
 
@@ -81,7 +82,7 @@ def test_where_nothing_completed_it_says_so() -> None:
     answer = EXPERIMENT.answer(frame)
     assert "no run completed" in answer.answer
     assert [finding.verdict for finding in answer.findings] == ["under conditions", "under conditions"]
-    assert any("from 5 a second on not all complete" in detail for detail in answer.details)
+    assert any("from 5 a second on, not all runs complete" in detail for detail in answer.details)
     assert EXPERIMENT.figures(frame, "a command")["reconfiguration"].axes
 
 

@@ -8,11 +8,13 @@ from typing import Any
 import polars as pl
 import pytest
 
+from experiments.questions.reorder_memory import EXPERIMENT
 from experiments.questions.reorder_memory import grid as reorder_memory_grid
-from experiments.questions.reorder_memory.grid import bound, with_bounds
-from experiments.questions.reorder_memory.question import EXPERIMENT
-from experiments.study.experiment import CLAIMS, Planned
+from experiments.questions.reorder_memory.grid import with_bounds
+from experiments.study.claims import CLAIMS
+from experiments.study.experiment import Planned
 from sim.scenario.units import MIB
+from sim.theory.memory_bound import memory_bound
 from tests.build.grids import table_of
 from tests.build.memory_bounds import bounds
 
@@ -75,7 +77,7 @@ def test_the_bound_is_no_larger_than_the_one_that_random_runs_are_held_against()
         cell = Planned.of(point, 1).cell
         if cell.protocol.version == 3:
             scenario = cell.protocol.applied(cell.scenario)
-            ours, theirs = bound(scenario), bounds(scenario, 0)
+            ours, theirs = memory_bound(scenario), bounds(scenario, 0)
             assert ours.vmm_bytes == theirs.reorder_bytes
             assert 0 < ours.driver_bytes <= theirs.held_bytes
 

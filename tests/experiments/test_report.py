@@ -17,7 +17,8 @@ from experiments.cli import main
 from experiments.commands import run as sweep
 from experiments.report import answers, left_out
 from experiments.runs.folder import ResultFolder
-from experiments.study.experiment import CLAIMS, Answer, Experiment, Finding, Point, Verdict
+from experiments.study.claims import CLAIMS, Finding, Verdict
+from experiments.study.experiment import Answer, Experiment, Point
 from proto_v3.errors import UserError
 from tests.build.grids import table_of
 

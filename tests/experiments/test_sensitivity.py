@@ -9,14 +9,16 @@ import numpy as np
 import polars as pl
 import pytest
 
+from experiments.questions.sensitivity import EXPERIMENT
 from experiments.questions.sensitivity import grid as sensitivity_grid
-from experiments.questions.sensitivity.bars import MULTIFD, WORTH, bars, base
 from experiments.questions.sensitivity.figures import figures
 from experiments.questions.sensitivity.grid import BASES, CONCLUSIONS, ENGINES, IDLE, MAPS, NIC, PARAMETERS, V3, points
-from experiments.questions.sensitivity.question import EXPERIMENT, answer
+from experiments.questions.sensitivity.question import MULTIFD, WORTH, answer, bars, base
 from experiments.runs import table as results
 from experiments.runs.pool import run_cell
-from experiments.study.experiment import CLAIMS, NOT_BOTH, Planned, Point, find
+from experiments.study.claims import CLAIMS
+from experiments.study.effects import NOT_BOTH
+from experiments.study.experiment import Planned, Point, find
 from sim.scenario.file import load
 
 SEEDS = 4

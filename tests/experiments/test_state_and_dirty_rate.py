@@ -9,12 +9,11 @@ from functools import lru_cache
 import polars as pl
 import pytest
 
-from experiments.questions.state_and_dirty_rate import convergence
+from experiments.questions.state_and_dirty_rate import EXPERIMENT
 from experiments.questions.state_and_dirty_rate import question as experiment
-from experiments.questions.state_and_dirty_rate.convergence import ENGINES, MAP, NARROW, ONE_ENGINE
-from experiments.questions.state_and_dirty_rate.question import EXPERIMENT
+from experiments.questions.state_and_dirty_rate.question import ENGINES, MAP, NARROW, ONE_ENGINE
 from experiments.study.experiment import Planned
-from sim.scenario.file import load
+from sim.theory.rates import precopy_mib_per_s
 from tests.build.grids import table_of
 
 
@@ -39,9 +38,9 @@ def test_large_states_are_repeated_less_but_where_downtimes_are_compared() -> No
 
 def test_what_is_carried_is_bound_by_what_streams_share() -> None:
     def carried(machine: str, protocol: str) -> float:
-        return convergence.carried_mib_per_s(load(convergence.BASE, convergence.settings(machine, 4096)), protocol)
+        return precopy_mib_per_s(*experiment.applied(machine, 4096, protocol))
 
-    connection, link = convergence.connection_mib_per_s(), convergence.link_mib_per_s()
+    connection, link = experiment.connection_mib_per_s(), experiment.link_mib_per_s()
     assert carried(MAP, "v2") == carried(MAP, "v2-multifd") == carried(MAP, "v3-n1") == connection
     assert carried(MAP, "v3-n4") == carried(MAP, "v3-blocks-n4") == carried(ENGINES, "v3-n4") == link
     assert carried(ONE_ENGINE, "v3-n4") == 2000.0
@@ -49,10 +48,8 @@ def test_what_is_carried_is_bound_by_what_streams_share() -> None:
 
 
 def test_a_state_that_fits_the_downtime_limit_always_converges() -> None:
-    assert math.isinf(convergence.boundary_mib_per_s(MAP, 64, "v2"))
-    assert convergence.boundary_mib_per_s(MAP, 65536, "v2") == pytest.approx(
-        convergence.connection_mib_per_s(), rel=0.01
-    )
+    assert math.isinf(experiment.boundary_mib_per_s(MAP, 64, "v2"))
+    assert experiment.boundary_mib_per_s(MAP, 65536, "v2") == pytest.approx(experiment.connection_mib_per_s(), rel=0.01)
 
 
 def _rows(planned: list[Planned]) -> pl.DataFrame:
@@ -101,7 +98,7 @@ def _verdicts(frame: pl.DataFrame) -> dict[str, str]:
 
 
 def _theory(machine: str, protocol: str) -> float:
-    return 1e9 if machine == convergence.HOTSPOT else convergence.boundary_mib_per_s(machine, 4096, protocol)
+    return 1e9 if machine == experiment.HOTSPOT else experiment.boundary_mib_per_s(machine, 4096, protocol)
 
 
 def test_runs_as_theory_has_them_support_both_claims() -> None:

@@ -10,7 +10,8 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from experiments.study.experiment import kept_out, kinds_told
+from experiments.study.claims import kept_out
+from experiments.study.effects import outcome_counts
 from experiments.study.statistics import RESAMPLES, Interval, Usl, effect, interval, share, usl
 
 SAMPLES = 300
@@ -105,8 +106,8 @@ def test_no_values_have_no_mean() -> None:
 
 
 def test_an_interval_in_words() -> None:
-    assert Interval(12.34, 11.0, 13.96, 30).told("ms") == "12.3 ms (95 % interval 11.0 to 14.0)"
-    assert Interval(0.5, 0.25, 0.75, 4).told(digits=2) == "0.50 (95 % interval 0.25 to 0.75)"
+    assert Interval(12.34, 11.0, 13.96, 30).text("ms") == "12.3 ms (95 % interval 11.0 to 14.0)"
+    assert Interval(0.5, 0.25, 0.75, 4).text(digits=2) == "0.50 (95 % interval 0.25 to 0.75)"
 
 
 # --- effects, paired by seed -----------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ def test_seeds_that_one_of_them_did_not_complete_are_counted_and_left_out() -> N
     assert told is not None
     assert (told.pairs, told.lost) == (2, 2)
     assert told.difference == Interval(-10, -10, -10, 2)
-    assert "2 seed(s) not completed under both" in told.told("ns")
+    assert "2 seed(s) not completed under both" in told.text("ns")
 
 
 def test_seeds_that_only_one_of_them_was_given_are_lost_too() -> None:
@@ -183,14 +184,14 @@ def test_an_effect_whose_interval_holds_zero_is_not_shown() -> None:
     told = effect(both(rng.normal(100, 5, 30), rng.normal(100, 5, 30)), "downtime_ns", "v2", "v3")
     assert told is not None
     assert not told.shown
-    assert "no difference is shown" in told.told("ms")
+    assert "no difference is shown" in told.text("ms")
 
 
 def test_a_difference_that_is_the_same_for_all_seeds_is_a_point() -> None:
     told = effect(both([100, 200, 300], [110, 210, 310]), "downtime_ns", "v2", "v3")
     assert told is not None
     assert told.difference == Interval(10, 10, 10, 3)
-    assert told.told("ns").startswith("+10.0 ns (95 % interval +10.0 to +10.0), +5.0 % (")
+    assert told.text("ns").startswith("+10.0 ns (95 % interval +10.0 to +10.0), +5.0 % (")
 
 
 def test_a_ratio_that_is_the_same_for_all_seeds_is_a_point() -> None:
@@ -245,12 +246,12 @@ def test_one_pair_has_no_interval_and_shows_nothing() -> None:
     told = effect(frame, "downtime_ns", "v2", "v3-n1")
     assert told is not None
     assert not told.shown
-    assert told.told("ms", 1e6) == "-2.0 ms, -20.0 %, one pair: no interval"
+    assert told.text("ms", 1e6) == "-2.0 ms, -20.0 %, one pair: no interval"
 
 
 def test_kinds_of_outcome_are_all_told_the_most_frequent_first() -> None:
     kinds = ["COMPLETED"] * 3 + ["FAILED"] * 5 + ["DID_NOT_CONVERGE"]
-    assert kinds_told(pl.DataFrame({"outcome": kinds})) == "5 FAILED, 3 COMPLETED, 1 DID_NOT_CONVERGE"
+    assert outcome_counts(pl.DataFrame({"outcome": kinds})) == "5 FAILED, 3 COMPLETED, 1 DID_NOT_CONVERGE"
 
 
 @pytest.mark.parametrize(

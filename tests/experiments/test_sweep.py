@@ -24,7 +24,9 @@ from experiments.runs import pool as runs
 from experiments.runs.pool import Cell, Done
 from experiments.runs.resume import RunStore
 from experiments.study import experiment
-from experiments.study.experiment import CLAIMS, NAMES, Answer, Experiment, Finding, Planned, Point, effect_row, find
+from experiments.study.claims import CLAIMS, Finding
+from experiments.study.effects import effect_row
+from experiments.study.experiment import NAMES, Answer, Experiment, Planned, Point, find
 from experiments.study.statistics import effect
 from proto_v3.errors import UserError
 from sim.outcome import Outcome

@@ -7,8 +7,9 @@ from typing import Any
 import polars as pl
 import pytest
 
-from experiments.questions.switchover_hazard import grid as switchover_hazard_grid
-from experiments.questions.switchover_hazard.grid import (
+from experiments.questions.switchover_hazard import EXPERIMENT
+from experiments.questions.switchover_hazard.figures import figures
+from experiments.questions.switchover_hazard.question import (
     AT_RANDOM,
     FOR_SURE,
     GAVE_UP,
@@ -22,12 +23,12 @@ from experiments.questions.switchover_hazard.grid import (
     STOOD_STILL,
     TOO_LATE,
     TOOK_BACK,
-    at_random,
+    answer,
     expected,
     for_sure,
     marked,
+    window_ms,
 )
-from experiments.questions.switchover_hazard.question import EXPERIMENT, answer, figures, table
 from experiments.study.experiment import Planned
 from experiments.study.statistics import share
 from tests.build.grids import table_of
@@ -155,7 +156,7 @@ def test_how_often_is_held_against_the_window() -> None:
 
 def test_the_table_has_wilsons_intervals() -> None:
     frame = runs(v2_reinit_flush_ack=LATE_32)
-    told = table(at_random(frame), for_sure(frame))
+    told = answer(frame).table
     row = told.filter((pl.col("other") == ONE_SHOT_REINIT) & (pl.col("what") == "share of runs: too late")).to_dicts()[
         0
     ]
@@ -186,5 +187,5 @@ def test_one_kind_of_runs_is_missing() -> None:
 
 def test_the_chance_of_the_window() -> None:
     assert float(expected(0.0)) == 0.0
-    ms = switchover_hazard_grid.window_ms()
+    ms = window_ms()
     assert float(expected(1000 / ms)) == pytest.approx(0.632, abs=1e-3)

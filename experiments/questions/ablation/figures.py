@@ -1,4 +1,4 @@
-"""The figures of ablation: a waterfall a case, from v2's level down to v3's."""
+"""The figures of ablation: in each case, waterfalls from v2's level down to v3's; and lines that cross or do not."""
 
 from __future__ import annotations
 
@@ -9,178 +9,145 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from experiments.draw import panels as charts
-from experiments.draw import style
-from experiments.questions.ablation.grid import (
+from experiments.draw import panels, style
+from experiments.questions.ablation.question import (
     BUSY,
-    CASE,
     CASES,
     IDLE,
+    MEASURES,
     N_FDS,
     N_FDS_ONE_CONNECTION,
     RECONFIGURED,
     STEPS,
     TWO_FDS,
     TWO_FDS_ONE_CONNECTION,
+    cases,
+    steps,
 )
-from experiments.runs.frame import COMPLETED
-from experiments.study.statistics import Effect, Interval, interval
+from experiments.study.effects import Measure, mean
+from experiments.study.statistics import Effect, Interval
 
-Steps = Sequence[tuple[str, Effect | None]]
-Cases = Mapping[str, tuple[pl.DataFrame, Mapping[str, Steps]]]
-"""By case: its runs, and by column what each step does."""
-SHORTER, LONGER, NIL = "#999999", "#D55E00", "white"
-WITH_CRITICAL = (RECONFIGURED, BUSY)
-CROSSED = (("downtime", "downtime_ns"), ("set-up in the downtime", "setup_in_downtime_ns"), ("drain", "phase_drain_ns"))
+SHORTER, LONGER, NONE = "#999999", "#D55E00", "white"
+DOWNTIME, SETUP, LAG, DRAIN, _ = MEASURES
 LINES = (
     (BUSY, (TWO_FDS, N_FDS), style.wire("", "reconfigured, a connection a stream")),
     (IDLE, (TWO_FDS, N_FDS), style.Style("#777777", "", "never reconfigured", "o", (0, (6, 2)))),
-    (
-        BUSY,
-        (TWO_FDS_ONE_CONNECTION, N_FDS_ONE_CONNECTION),
-        style.wire("-one", "reconfigured, one connection"),
-    ),
+    (BUSY, (TWO_FDS_ONE_CONNECTION, N_FDS_ONE_CONNECTION), style.wire("-one", "reconfigured, one connection")),
 )
 """Case, protocols with N = 1 and 4, look."""
 
 
-def figures(frame: pl.DataFrame, cases: Cases, command: str) -> Mapping[str, Figure]:
+def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
     """Downtime step by step; set-up and lag; what N does with and without reconfigurations."""
+    runs = dict(cases(frame))
+    critical = [name for name in (RECONFIGURED, BUSY) if name in runs]
     return {
-        "ablation": downtime(cases, command),
-        "ablation_critical": critical(cases, command),
-        "ablation_crossed": crossed(frame, command),
+        "ablation": _waterfalls(
+            "What does each step from v2 to v3 bring to the downtime?",
+            [(runs[name], DOWNTIME, f"{name}: {CASES[name].about}", "downtime, ms") for name in runs],
+            command,
+        ),
+        "ablation_critical": _waterfalls(
+            "What does each step bring to critical data?",
+            [(runs[name], of, f"{name}: {of.label}", "ms") for name in critical for of in (SETUP, LAG)],
+            command,
+        ),
+        "ablation_crossed": _crossed(frame, command),
     }
 
 
-def downtime(cases: Cases, command: str) -> Figure:
-    """A waterfall for each case."""
-    rows = -(-max(1, len(cases)) // 2)
-    figure, axes = charts.sheet(
-        "What does each step from v2 to v3 bring to the downtime?",
-        f"{_seeds(cases)} seeds; each step against the one before, paired by seed, in ms; black: its 95 % interval",
+def _waterfalls(question: str, shown: Sequence[tuple[pl.DataFrame, Measure, str, str]], command: str) -> Figure:
+    """A waterfall for each of (runs, measure, title, x axis), two in a row."""
+    rows = -(-max(1, len(shown)) // 2)
+    seeds = max((runs["seed"].n_unique() for runs, *_ in shown), default=0)
+    figure, axes = panels.sheet(
+        question,
+        f"{seeds} seeds; each step against the one before, paired by seed, in ms; black: its 95 % interval",
         command,
         (rows, 2),
         (13, 0.8 + 3.1 * rows),
     )
-    told = {case.name: case.told for case in CASES}
-    for axis, (name, (runs, by_column)) in zip(axes, cases.items(), strict=False):
-        waterfall(axis, runs, by_column["downtime_ns"], "downtime_ns")
-        charts.dress(axis, f"{name}: {told.get(name, '')}", "downtime, ms", "")
-    for axis in axes[len(cases) :]:
+    for axis, (runs, measure, title, x) in zip(axes, shown, strict=False):
+        _waterfall(axis, runs, measure.column)
+        panels.dress(axis, title, x, "")
+    for axis in axes[len(shown) :]:
         axis.set_axis_off()
-    _legend(figure)
-    return figure
-
-
-def critical(cases: Cases, command: str) -> Figure:
-    """The same for set-up in the downtime and the longest lag, where there is critical data to speak of."""
-    known = {name: cases[name] for name in WITH_CRITICAL if name in cases}
-    figure, axes = charts.sheet(
-        "What does each step bring to critical data?",
-        f"{_seeds(cases)} seeds; each step against the one before, paired by seed, in ms; black: its 95 % interval",
-        command,
-        (max(1, len(known)), 2),
-        (13, 0.8 + 3.1 * max(1, len(known))),
+    looks = (
+        (SHORTER, "", "the step takes off"),
+        (LONGER, "////", "the step adds"),
+        (NONE, "", "no difference is shown: the interval holds 0"),
     )
-    measures = (("set-up in the downtime", "setup_in_downtime_ns"), ("longest critical lag", "critical_lag_max_ns"))
-    panels = [(name, what, column) for name in known for what, column in measures]
-    for axis, (name, what, column) in zip(axes, panels, strict=False):
-        runs, by_column = known[name]
-        waterfall(axis, runs, by_column[column], column)
-        charts.dress(axis, f"{name}: {what}", "ms", "")
-    _legend(figure)
+    handles = [Patch(facecolor=c, edgecolor="black", hatch=hatch, label=label) for c, hatch, label in looks]
+    panels.handles_below(figure, handles)
     return figure
 
 
-def _seeds(cases: Cases) -> int:
-    return max((runs["seed"].n_unique() for runs, _ in cases.values()), default=0)
-
-
-def waterfall(axis: Axes, runs: pl.DataFrame, told: Steps, column: str) -> None:
-    """v2's mean, what each step adds or takes off to come to its own, and the last one's. Milliseconds, downwards."""
-    labels = [STEPS[0].label, *(label for label, _ in told), STEPS[-1].protocol]
-    means = [_mean(runs, step.protocol, column) for step in STEPS]
-    widest = max((mean.high for mean in means if mean), default=0.0) or 1.0
-    _level(axis, means[0], STEPS[0].protocol, 0)
-    for at, (_, of) in enumerate(told, 1):
+def _waterfall(axis: Axes, runs: pl.DataFrame, column: str) -> None:
+    """v2's mean, what each step adds or takes off to reach its own mean, and the last mean. Milliseconds, downwards."""
+    found = steps(runs, column)
+    names = list(STEPS)
+    labels = [STEPS[names[0]], *(label for label, _ in found), names[-1]]
+    means = [mean(runs, column, protocol=name) for name in names]
+    widest = max((each.high for each in means if each), default=0.0) or 1.0
+    _level(axis, means[0], names[0], 0)
+    for at, (_, step) in enumerate(found, 1):
         after = means[at]
-        if of is None or after is None:
+        if step is None or after is None:
             axis.text(0, at, "  no seed completed under both", va="center", fontsize=7)
         else:
-            _step(axis, at, after.mean, of)
-    _level(axis, means[-1], STEPS[-1].protocol, len(labels) - 1)
+            _step(axis, at, after.mean, step)
+    _level(axis, means[-1], names[-1], len(labels) - 1)
     axis.set_yticks(range(len(labels)), labels)
     axis.set_ylim(len(labels) - 0.4, -0.6)
     axis.set_xlim(0, widest * 1.55)
 
 
-def _mean(runs: pl.DataFrame, protocol: str, column: str) -> Interval | None:
-    values = runs.filter(COMPLETED & (pl.col("protocol") == protocol))[column].drop_nulls()
-    return interval(values.to_numpy() / 1e6) if len(values) else None
-
-
-def _level(axis: Axes, told: Interval | None, protocol: str, at: int) -> None:
-    if told is None:
+def _level(axis: Axes, level: Interval | None, protocol: str, at: int) -> None:
+    if level is None:
         axis.text(0, at, "  no run completed", va="center", fontsize=7)
         return
-    axis.barh(at, told.mean, color=style.protocol(protocol).colour, edgecolor="black", linewidth=0.6, height=0.65)
-    axis.plot([told.low, told.high], [at, at], color="black", linewidth=2)
-    axis.text(max(told.mean, told.high), at, f"  {told.mean:.0f}", va="center", fontsize=7.5)
+    axis.barh(at, level.mean, color=style.protocol(protocol).colour, edgecolor="black", linewidth=0.6, height=0.65)
+    axis.plot([level.low, level.high], [at, at], color="black", linewidth=2)
+    axis.text(max(level.mean, level.high), at, f"  {level.mean:.0f}", va="center", fontsize=7.5)
 
 
-def _step(axis: Axes, at: int, after: float, of: Effect) -> None:
-    """A bar from before to `after`, so that seeds that were lost in the pairs do not add up along the way."""
-    change = Interval(of.difference.mean / 1e6, of.difference.low / 1e6, of.difference.high / 1e6, of.pairs)
-    colour = NIL if not of.shown else SHORTER if change.mean < 0 else LONGER
+def _step(axis: Axes, at: int, after: float, step: Effect) -> None:
+    """A bar that ends at `after`, so that seeds that are missing in the pairs do not add up along the way."""
+    change = step.difference.per(1e6)
+    colour = NONE if not step.shown else SHORTER if change.mean < 0 else LONGER
     before = after - change.mean
     hatch = "////" if colour == LONGER else ""
     axis.barh(at, change.mean, left=before, color=colour, edgecolor="black", hatch=hatch, linewidth=0.6, height=0.65)
     axis.plot([before, before], [at - 0.67, at + 0.33], color="#777777", linewidth=0.6)
     axis.plot([before + change.low, before + change.high], [at, at], color="black", linewidth=2)
     right = max(before, after, before + change.high)
-    lost = f"; {of.lost} lost" if of.lost else ""
-    ends = f"{_signed(change.low)} to {_signed(change.high)}"
-    axis.text(right, at, f"  {_signed(change.mean)} ({ends}{lost})", va="center", fontsize=7)
+    lost = f"; {step.lost} lost" if step.lost else ""
+    text = f"  {change.mean:+z.1f} ({change.low:+z.1f} to {change.high:+z.1f}{lost})"
+    axis.text(right, at, text, va="center", fontsize=7)
 
 
-def _signed(value: float) -> str:
-    """Without a minus in front of 0."""
-    return f"{round(value, 1) + 0.0:+.1f}"
-
-
-def _legend(figure: Figure) -> None:
-    looks = (
-        (SHORTER, "", "the step takes off"),
-        (LONGER, "////", "the step adds"),
-        (NIL, "", "no difference is shown: the interval holds 0"),
-    )
-    handles = [Patch(facecolor=c, edgecolor="black", hatch=hatch, label=label) for c, hatch, label in looks]
-    charts.handles_below(figure, handles)
-
-
-def crossed(frame: pl.DataFrame, command: str) -> Figure:
+def _crossed(frame: pl.DataFrame, command: str) -> Figure:
     """N = 1 and 4, with and without reconfigurations: parallel lines are independent gains."""
-    figure, axes = charts.sheet(
+    figure, axes = panels.sheet(
         "Does what N gains hang on reconfigurations, or on the connections?",
         f"{BUSY}: half the state saved when stopped, four engines; {frame['seed'].n_unique()} seeds, means with 95 % "
         "intervals. Parallel lines: the gains add up",
         command,
-        (1, len(CROSSED)),
+        (1, 3),
         (12, 4.4),
     )
-    for axis, (title, column) in zip(axes, CROSSED, strict=True):
+    for axis, measure in zip(axes, (DOWNTIME, SETUP, DRAIN), strict=True):
         for shift, (case, protocols, look) in enumerate(LINES):
-            runs = frame.filter(pl.col(CASE) == case)
-            known = [(at, _mean(runs, name, column)) for at, name in enumerate(protocols)]
+            runs = frame.filter(case=case)
+            known = [(at, mean(runs, measure.column, protocol=name)) for at, name in enumerate(protocols)]
             there = [(at + 0.03 * (shift - 1), of) for at, of in known if of]
             x, y = [at for at, _ in there], [of.mean for _, of in there]
             axis.plot(x, y, color=look.colour, linestyle=look.line, marker=look.marker)
             for at, of in there:
                 axis.plot([at, at], [of.low, of.high], color=look.colour, linewidth=4, alpha=0.4)
         axis.set_xlim(-0.3, 1.3)
-        charts.dress(axis, title, "dirty streams (N)", "ms")
+        panels.dress(axis, measure.label, "dirty streams (N)", "ms")
         axis.set_xticks([0, 1], ["1", "4"])
         axis.set_ylim(0, max(1.0, axis.get_ylim()[1]))
-    charts.handles_below(figure, [charts.handle(look) for _, _, look in LINES])
+    panels.handles_below(figure, [panels.handle(look) for _, _, look in LINES])
     return figure

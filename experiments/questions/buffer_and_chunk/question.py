@@ -1,13 +1,4 @@
-"""How large should a read() be, and how large the driver's chunks? Does QEMU's 1 MiB come out as enough?
-
-QEMU reads a device's data with a buffer of 1 MiB (hw/vfio/migration.c, VFIO_MIG_DEFAULT_DATA_BUFFER_SIZE). One device,
-all of whose state moves after the stop, is read in sizes from 4 KiB to 128 MiB, one doubling after the other; where
-the firmware's SAVE binds, as with mlx5, and where nothing but read() does. *Time to move* is from the device stopped to
-its last data loaded (drain, transfer, load), without what finishing the load takes, which no size changes.
-
-Small reads are many: those below 128 KiB are of a state of 16 MiB in chunks of 1 MiB, so that a stream still has
-several chunks.
-"""
+"""The sizes of reads and of chunks that buffer_and_chunk tries, and what each step up in size brings."""
 
 from __future__ import annotations
 
@@ -17,48 +8,103 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from experiments.questions.buffer_and_chunk.figures import figures
-from experiments.questions.buffer_and_chunk.grid import (
-    BASE,
-    COUNTS,
-    LARGEST_KIB,
-    MLX5_CHUNK_MIB,
-    MLX5_CHUNKS,
-    MOVED,
-    QEMU_KIB,
-    SMALL_KIB,
-    TOLD,
-    points,
-    size_told,
-)
 from experiments.runs.frame import COMPLETED, number
-from experiments.study.experiment import NOT_BOTH, Answer, Experiment, effect_row, places
-from experiments.study.statistics import Effect, Interval
+from experiments.study.effects import NOT_BOTH, effect_row, places, sentence, table
+from experiments.study.experiment import Answer, Point
+from experiments.study.statistics import Effect
 from experiments.study.statistics import effect as paired
 from sim.scenario.file import load
 
+BASE = "stop-only"
+PROTOCOLS = ("v2", "v2-multifd", "v3-n1", "v3-n4")
+LARGEST_KIB = 128 * 1024
+SMALL_KIB = tuple(4 << i for i in range(6))
+"""4 to 128 KiB, of a state of 16 MiB. A read is at most a 32nd of what one of four streams carries: the last one
+overlaps with nothing, and if it were larger it would cost more than a doubling saves."""
+LARGE_KIB = tuple(128 << i for i in range(11))
+"""128 KiB to 128 MiB, of a state of 512 MiB."""
+QUICK_SMALL_KIB = (16, 64)
+QUICK_LARGE_KIB = (256, 1024, 2048, 16384)
+QEMU_KIB = 1024
+CHUNK_MIB = (1, 2, 4, 8, 16, 32, 64)
+CHUNKS = (1, 2, 4)
+QUICK_CHUNK_MIB = (1, 8)
+QUICK_CHUNKS = (1, 2)
+MLX5 = {"chunk_mib": 8, "chunks": 2}
+HELD_KIB = MLX5["chunks"] * MLX5["chunk_mib"] * 1024
+"""A read() returns no more than that."""
+ENGINES = "firmware.engines=4"
+"""As many as the most streams in the grid."""
+FAST_FIRMWARE = (
+    "firmware.save_mib_per_s=20000",
+    "firmware.save_command_us=0",
+    "firmware.load_mib_per_s=40000",
+    "firmware.load_command_us=0",
+)
+REGIMES = {"SAVE": (), "read": FAST_FIRMWARE, "calls": (*FAST_FIRMWARE, "driver.call_us=10")}
+"""What binds: the firmware, as mlx5's; read(), with a firmware that is several times as fast as a copy; and read()
+where a call costs ten times as much. The last is there because call_us is assumed, and the answer depends on it."""
+BINDS = {"SAVE": "SAVE binds", "read": "read() binds", "calls": "read() binds, 10 us a call"}
+STATES = {"small": ("device.0.state_mib=16", "device.0.stop_only_mib=16", "vmm.downtime_limit_ms=13.6"), "large": ()}
+"""The limit is what the given bandwidth needs for the state, as in the base: so RAM is moved before the stop."""
+ROOM_MIB = LARGEST_KIB // 1024
+ROOM = (
+    "firmware.load_finish_ms=0",
+    "ram.final_sync_ms=0",
+    f"link.socket_buffer_mib={ROOM_MIB}",
+    f"v3.critical_credit_mib={ROOM_MIB}",
+    f"v3.dirty_credit_mib={ROOM_MIB}",
+)
+"""Sockets hold one read of any size, and are the same for all. The time has no part that no size changes."""
+MOVED = (pl.col("phase_drain_ns") + pl.col("phase_transfer_ns") + pl.col("phase_load_ns")).alias("moved_ns")
 NO_GAIN = 0.01
-"""A step up that takes off less than this is no gain."""
-HELD_KIB = MLX5_CHUNKS * MLX5_CHUNK_MIB * 1024
-"""A read() gives at most that."""
+"""A step up that takes off less than this part is no gain."""
 
 
-@dataclass(frozen=True, slots=True)
-class SizeStep:
-    """One step up in size, a doubling but for quick runs: what it changes in the time to move."""
+def points(quick: bool) -> list[Point]:
+    """Read sizes in every regime; chunk sizes and counts where reads are of 1 MiB."""
+    sizes = {"small": QUICK_SMALL_KIB, "large": QUICK_LARGE_KIB} if quick else {"small": SMALL_KIB, "large": LARGE_KIB}
+    size, count = MLX5["chunk_mib"], MLX5["chunks"]
+    reads = [
+        _point("read", protocol, regime, state, kib, size if state == "large" else 1, count)
+        for regime in (("SAVE", "read") if quick else REGIMES)
+        for state in STATES
+        for kib in sizes[state]
+        for protocol in PROTOCOLS
+    ]
+    shapes = [(each, count) for each in (QUICK_CHUNK_MIB if quick else CHUNK_MIB)]
+    shapes += [(size, each) for each in (QUICK_CHUNKS if quick else CHUNKS) if each != count]
+    return reads + [
+        _point("chunk", protocol, regime, "large", QEMU_KIB, *shape)
+        for regime in ("SAVE", "read")
+        for shape in shapes
+        for protocol in PROTOCOLS
+    ]
 
-    protocol: str
-    regime: str
-    state: str
-    from_kib: int
-    to_kib: int
-    told: Effect | None
-    """Of the time to move, ns, paired by seed."""
 
-    @property
-    def gain(self) -> float:
-        """What it takes off, as a share; less than 0 if it costs. 0 where there is nothing to compare."""
-        return 1 - self.told.ratio.mean if self.told else 0.0
+def _point(sweep: str, protocol: str, regime: str, state: str, read_kib: int, chunk_mib: int, chunks: int) -> Point:
+    settings = (ENGINES, *ROOM, *REGIMES[regime], *STATES[state], f"vmm.read_mib={read_kib / 1024:g}")
+    return Point(
+        BASE,
+        protocol,
+        (*settings, f"driver.chunk_mib={chunk_mib}", f"driver.chunks={chunks}"),
+        {
+            "sweep": sweep,
+            "regime": regime,
+            "state": state,
+            "read_kib": read_kib,
+            "chunk_mib": chunk_mib,
+            "chunks": chunks,
+        },
+    )
+
+
+def size_text(kib: int) -> str:
+    """`64 KiB`, `2 MiB`."""
+    return f"{kib} KiB" if kib < 1024 else f"{kib // 1024} MiB"
+
+
+# --- the answer -------------------------------------------------------------------------------------------------------
 
 
 def answer(frame: pl.DataFrame) -> Answer:
@@ -66,44 +112,42 @@ def answer(frame: pl.DataFrame) -> Answer:
     frame = frame.with_columns(MOVED)
     steps = list(steps_up(frame))
     return Answer(
-        f"QEMU's finding, no gain above {size_told(QEMU_KIB)}: {'; '.join(_finding(steps, of) for of in TOLD)}. "
+        f"QEMU's finding, no gain above {size_text(QEMU_KIB)}: {'; '.join(_finding(steps, of) for of in BINDS)}. "
         f"{_from_where(steps)}",
         f"A read() costs here its call ({load(BASE).driver.call_us:g} us assumed, unless said otherwise), its copy and "
         "the wait for a lock; page faults of a fresh buffer, caches, and what a VMM does for each packet cost nothing, "
-        "and a thread's CPU time is not simulated. The finding is one of the model's, which has little in it that "
-        "large reads could save.",
+        "and a thread's CPU time is not simulated. So the finding is the model's, which has little that large reads "
+        "could save.",
         [*_ladders(steps), *_costs(steps), *_late(frame), *_counts(frame), *_chunks(frame)],
         [],
-        effects(frame, steps),
+        table(_rows(frame, steps)),
     )
 
 
-def _finding(steps: Sequence[SizeStep], regime: str) -> str:
-    """Whether a step up from 1 MiB or more gains, where this binds."""
-    above = [step for step in steps if step.regime == regime and step.from_kib >= QEMU_KIB and step.told]
-    if not above:
-        return f"where {TOLD[regime]}, not seen"
-    gaining = [step for step in above if step.gain >= NO_GAIN]
-    most = max(above, key=lambda step: step.gain)
-    return (
-        f"where {TOLD[regime]}, it {'does not come out' if gaining else 'comes out'}, {len(gaining)} of {len(above)} "
-        f"steps up take off {100 * NO_GAIN:.0f} % or more, at the most {_told(most)} of the time to move "
-        f"({size_told(most.from_kib)} to {size_told(most.to_kib)}, {most.protocol})"
-    )
+@dataclass(frozen=True, slots=True)
+class SizeStep:
+    """One step up in size, a doubling but for quick runs: how it changes the time to move."""
 
+    protocol: str
+    regime: str
+    state: str
+    from_kib: int
+    to_kib: int
+    found: Effect | None
+    """On the time to move, ns, paired by seed."""
 
-# --- steps up --------------------------------------------------------------------------------------------------------
+    @property
+    def gain(self) -> float:
+        """The part that it takes off; negative if it costs. 0 where there is nothing to compare."""
+        return 1 - self.found.ratio.mean if self.found else 0.0
 
 
 def steps_up(frame: pl.DataFrame) -> Iterator[SizeStep]:
     """Each size against the next one of the same state, regime and protocol."""
-    reads = frame.filter(pl.col("sweep") == "read")
-    for at, runs in places(reads, ["regime", "state", "protocol"]):
-        sizes = sorted(runs["read_kib"].unique())
-        for small, large in itertools.pairwise(sizes):
-            yield SizeStep(
-                at["protocol"], at["regime"], at["state"], small, large, _effect(runs, "read_kib", small, large)
-            )
+    for at, runs in places(frame.filter(sweep="read"), ["regime", "state", "protocol"]):
+        for small, large in itertools.pairwise(sorted(runs["read_kib"].unique())):
+            found = _effect(runs, "read_kib", small, large)
+            yield SizeStep(at["protocol"], at["regime"], at["state"], small, large, found)
 
 
 def _effect(runs: pl.DataFrame, column: str, base: int, other: int) -> Effect | None:
@@ -112,29 +156,32 @@ def _effect(runs: pl.DataFrame, column: str, base: int, other: int) -> Effect | 
     return paired(named, "moved_ns", str(base), str(other))
 
 
-def _named(step: SizeStep) -> str:
-    return f"{step.protocol}, {TOLD[step.regime]}"
-
-
-def _told(step: SizeStep) -> str:
-    """What it takes off, with its interval."""
-    if step.told is None:
-        return NOT_BOTH
-    ratio = step.told.ratio
-    mean, low, high = (100 * (1 - each) for each in (ratio.mean, ratio.high, ratio.low))
-    return Interval(mean, low, high, ratio.count).told("%", 2)
+def _finding(steps: Sequence[SizeStep], regime: str) -> str:
+    """Does a step up from 1 MiB or more gain, where this binds?"""
+    above = [step for step in steps if step.regime == regime and step.from_kib >= QEMU_KIB and step.found]
+    if not above:
+        return f"where {BINDS[regime]}, not seen"
+    gaining = [step for step in above if step.gain >= NO_GAIN]
+    most = max(above, key=lambda step: step.gain)
+    gain = most.found.gain.text("%", 2) if most.found else NOT_BOTH
+    return (
+        f"where {BINDS[regime]}, it {'does not come out' if gaining else 'comes out'}, {len(gaining)} of {len(above)} "
+        f"steps up take off {100 * NO_GAIN:.0f} % or more, at the most {gain} of the time to move "
+        f"({size_text(most.from_kib)} to {size_text(most.to_kib)}, {most.protocol})"
+    )
 
 
 def knee_kib(steps: Sequence[SizeStep]) -> int | None:
-    """The least size from which on no step up gains; of one protocol and regime, both states together. None if there
+    """The least size from which on no step up gains; for one protocol and regime, both states together. None if there
     is nothing to compare."""
-    known = [step for step in steps if step.told]
+    known = [step for step in steps if step.found]
     if not known:
         return None
     return max((step.to_kib for step in known if step.gain >= NO_GAIN), default=min(step.from_kib for step in known))
 
 
 def _by_ladder(steps: Sequence[SizeStep]) -> dict[tuple[str, str], list[SizeStep]]:
+    """By regime and protocol."""
     ladders: dict[tuple[str, str], list[SizeStep]] = {}
     for step in steps:
         ladders.setdefault((step.regime, step.protocol), []).append(step)
@@ -142,147 +189,116 @@ def _by_ladder(steps: Sequence[SizeStep]) -> dict[tuple[str, str], list[SizeStep
 
 
 def _from_where(steps: Sequence[SizeStep]) -> str:
-    told = []
-    for regime, name in TOLD.items():
-        knees = {
-            protocol: knee
-            for (of, protocol), ladder in _by_ladder(steps).items()
-            if of == regime and (knee := knee_kib(ladder)) is not None
-        }
-        if knees:
-            each = ", ".join(f"{size_told(knee)} ({protocol})" for protocol, knee in knees.items())
-            told.append(f"{name}: {each}")
-    if not told:
-        return "No size was completed."
-    return f"From where on a step up takes off less than {100 * NO_GAIN:.0f} %: {'; '.join(told)}."
-
-
-def _ladders(steps: Sequence[SizeStep]) -> list[str]:
-    """What each step up takes off, up to reads of all that a driver holds."""
-    told = []
+    by_regime: dict[str, list[str]] = {}
     for (regime, protocol), ladder in _by_ladder(steps).items():
-        gains = [f"{size_told(step.from_kib)} {_short(step)}" for step in ladder if step.from_kib < HELD_KIB]
-        told.append(f"{protocol}, {TOLD[regime]}, what the step up from each size takes off, %: {', '.join(gains)}.")
-    beyond = [abs(step.gain) for step in steps if step.from_kib >= HELD_KIB and step.told]
+        if knee := knee_kib(ladder):
+            by_regime.setdefault(regime, []).append(f"{size_text(knee)} ({protocol})")
+    parts = [f"{BINDS[regime]}: {', '.join(by_regime[regime])}" for regime in BINDS if regime in by_regime]
+    start = f"From where on a step up takes off less than {100 * NO_GAIN:.0f} %: "
+    return "".join(sentence(start, parts)) or "No size was completed."
+
+
+def _ladders(steps: Sequence[SizeStep]) -> Iterator[str]:
+    """What each step up takes off, up to reads of all that a driver holds."""
+    for (regime, protocol), ladder in _by_ladder(steps).items():
+        gains = [f"{size_text(step.from_kib)} {_gain_text(step)}" for step in ladder if step.from_kib < HELD_KIB]
+        yield f"{protocol}, {BINDS[regime]}, what the step up from each size takes off, %: {', '.join(gains)}."
+    beyond = [abs(step.gain) for step in steps if step.from_kib >= HELD_KIB and step.found]
     if beyond:
-        told.append(
-            f"Above {size_told(HELD_KIB)}, which is all that {MLX5_CHUNKS} chunks hold, a step changes at most "
+        yield (
+            f"Above {size_text(HELD_KIB)}, which is all that {MLX5['chunks']} chunks hold, a step changes at most "
             f"{100 * max(beyond):.2f} %."
         )
-    return told
 
 
-def _short(step: SizeStep) -> str:
-    if step.told is None:
+def _gain_text(step: SizeStep) -> str:
+    if step.found is None:
         return "(not completed)"
-    ratio = step.told.ratio
-    return f"{100 * step.gain:.2f} ({100 * (1 - ratio.high):.2f} to {100 * (1 - ratio.low):.2f})"
+    gain = step.found.gain
+    return f"{gain.mean:.2f} ({gain.low:.2f} to {gain.high:.2f})"
 
 
 def _costs(steps: Sequence[SizeStep]) -> list[str]:
     """Steps up that make it slower."""
-    worse = [step for step in steps if step.told and step.gain <= -NO_GAIN]
+    worse = [step for step in steps if step.found and step.gain <= -NO_GAIN]
     if not worse:
         return [f"No step up costs {100 * NO_GAIN:.0f} % or more."]
     worst = min(worse, key=lambda step: step.gain)
     return [
-        f"{len(worse)} steps up cost {100 * NO_GAIN:.0f} % or more, from {size_told(min(s.from_kib for s in worse))} "
-        f"on; the worst is {size_told(worst.from_kib)} to {size_told(worst.to_kib)}, {_named(worst)}: "
-        f"{-100 * worst.gain:.1f} %."
+        f"{len(worse)} steps up cost {100 * NO_GAIN:.0f} % or more, from {size_text(min(s.from_kib for s in worse))} "
+        f"on; the worst is {size_text(worst.from_kib)} to {size_text(worst.to_kib)}, {worst.protocol}, "
+        f"{BINDS[worst.regime]}: {-100 * worst.gain:.1f} %."
     ]
 
 
 def _late(frame: pl.DataFrame) -> list[str]:
-    """Reads so small that critical data is not through when the guest is stopped."""
-    late = frame.filter(COMPLETED & (pl.col("sweep") == "read") & (pl.col("setup_in_downtime_ns") > 0))
-    if late.is_empty():
-        return ["No size leaves set-up of critical objects for the downtime."]
-    told = [
-        f"{at['protocol']} with reads of {', '.join(size_told(kib) for kib in sorted(runs['read_kib'].unique()))}, "
+    """Reads so small that not all critical data is read when the guest is stopped."""
+    late = frame.filter(COMPLETED, pl.col("setup_in_downtime_ns") > 0, sweep="read")
+    parts = [
+        f"{at['protocol']} with reads of {', '.join(size_text(kib) for kib in sorted(runs['read_kib'].unique()))}, "
         f"{number(runs['setup_in_downtime_ns'].mean()) / 1e6:.1f} ms"
         for at, runs in places(late, ["protocol"])
     ]
-    return [
-        f"Set-up of critical objects is left for the downtime by {'; '.join(told)}: one read() a round has not read "
-        "the initial data when the rest fits. What a step from these sizes takes off is this, too."
-    ]
+    return sentence(
+        "Set-up of critical objects is left for the downtime by ",
+        parts,
+        ": one read() a round has not read the initial data when the rest fits. What a step from these sizes takes off "
+        "is this, too.",
+    ) or ["No size leaves set-up of critical objects for the downtime."]
 
 
-def _counts(frame: pl.DataFrame) -> list[str]:
+def _counts(frame: pl.DataFrame) -> Iterator[str]:
     """Calls, wake-ups and messages of the least, QEMU's and the largest read."""
-    told = []
-    for state, sizes in (("small", SMALL_KIB[:1]), ("large", (QEMU_KIB, LARGEST_KIB))):
-        for size in sizes:
-            runs = frame.filter(
-                COMPLETED & (pl.col("sweep") == "read") & (pl.col("regime") == "SAVE"),
-                (pl.col("state") == state) & (pl.col("read_kib") == size),
-            )
-            each = [
-                f"{at['protocol']} {', '.join(f'{number(some[c].mean()):.0f} {c}' for c in COUNTS)}"
-                for at, some in places(runs, ["protocol"])
-            ]
-            if each:
-                told.append(
-                    f"Reads of {size_told(size)}, {TOLD['SAVE']}, {state} state, means a run: {'; '.join(each)}."
-                )
-    return told
+    for state, size in (("small", SMALL_KIB[0]), ("large", QEMU_KIB), ("large", LARGEST_KIB)):
+        runs = frame.filter(COMPLETED, sweep="read", regime="SAVE", state=state, read_kib=size)
+        parts = []
+        for at, some in places(runs, ["protocol"]):
+            counts = [f"{number(some[column].mean()):.0f} {column}" for column in ("reads", "wakeups", "messages")]
+            parts.append(f"{at['protocol']} {', '.join(counts)}")
+        yield from sentence(f"Reads of {size_text(size)}, {BINDS['SAVE']}, {state} state, means a run: ", parts)
 
 
 # --- chunks -----------------------------------------------------------------------------------------------------------
 
 
-def _chunks(frame: pl.DataFrame) -> list[str]:
+def chunk_sweep(runs: pl.DataFrame, column: str) -> pl.DataFrame:
+    """The runs that change this column, `chunk_mib` or `chunks`; the other one is mlx5's."""
+    (fixed,) = MLX5.keys() - {column}
+    return runs.filter(pl.col(fixed) == MLX5[fixed], sweep="chunk")
+
+
+def _chunk_effects(runs: pl.DataFrame, column: str) -> Iterator[tuple[int, Effect | None]]:
+    """Each other value of the column against mlx5's."""
+    some = chunk_sweep(runs, column)
+    for other in sorted(some[column].unique()):
+        if other != MLX5[column]:
+            yield other, _effect(some, column, MLX5[column], other)
+
+
+def _chunks(frame: pl.DataFrame) -> Iterator[str]:
     """mlx5's chunk against others, in size and number."""
-    told = []
-    chunk = frame.filter(pl.col("sweep") == "chunk")
-    for at, runs in places(chunk, ["regime", "protocol"]):
-        sizes = runs.filter(pl.col("chunks") == MLX5_CHUNKS)
-        counts = runs.filter(pl.col("chunk_mib") == MLX5_CHUNK_MIB)
-        by_size = [f"{n} MiB {_change(sizes, 'chunk_mib', MLX5_CHUNK_MIB, n)}" for n in _others(sizes, "chunk_mib")]
-        by_count = [f"{n} {_change(counts, 'chunks', MLX5_CHUNKS, n)}" for n in _others(counts, "chunks")]
-        told.append(
-            f"{at['protocol']}, {TOLD[at['regime']]}, time to move against {MLX5_CHUNKS} chunks of {MLX5_CHUNK_MIB} "
-            f"MiB, %: chunks of {', '.join(by_size)}; number of chunks {', '.join(by_count)}."
+    for at, runs in places(frame.filter(sweep="chunk"), ["regime", "protocol"]):
+        by_size = [f"{n} MiB {_change(found)}" for n, found in _chunk_effects(runs, "chunk_mib")]
+        by_count = [f"{n} {_change(found)}" for n, found in _chunk_effects(runs, "chunks")]
+        yield (
+            f"{at['protocol']}, {BINDS[at['regime']]}, time to move against {MLX5['chunks']} chunks of "
+            f"{MLX5['chunk_mib']} MiB, %: chunks of {', '.join(by_size)}; number of chunks {', '.join(by_count)}."
         )
-    return told
 
 
-def _others(runs: pl.DataFrame, column: str) -> list[int]:
-    mlx5 = {"chunk_mib": MLX5_CHUNK_MIB, "chunks": MLX5_CHUNKS}[column]
-    return [each for each in sorted(runs[column].unique()) if each != mlx5]
-
-
-def _change(runs: pl.DataFrame, column: str, base: int, other: int) -> str:
-    told = _effect(runs, column, base, other)
-    if told is None:
+def _change(found: Effect | None) -> str:
+    if found is None:
         return "(not completed)"
-    ratio = told.ratio
-    return f"{100 * (ratio.mean - 1):+.1f} ({100 * (ratio.low - 1):+.1f} to {100 * (ratio.high - 1):+.1f})"
+    mean, low, high = (100 * (ratio - 1) for ratio in (found.ratio.mean, found.ratio.low, found.ratio.high))
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def effects(frame: pl.DataFrame, steps: Sequence[SizeStep]) -> pl.DataFrame:
+def _rows(frame: pl.DataFrame, steps: Sequence[SizeStep]) -> Iterator[dict[str, object]]:
     """Each step up; each chunk size and number against mlx5's."""
-    rows = []
     for step in steps:
         at = {"sweep": "read_kib", "regime": step.regime, "state": step.state, "protocol": step.protocol}
-        rows.append(at | effect_row(step.told, str(step.from_kib), str(step.to_kib), 1e6, "ms"))
-    for at, runs in places(frame.filter(pl.col("sweep") == "chunk"), ["regime", "state", "protocol"]):
-        for column, base, fixed in (
-            ("chunk_mib", MLX5_CHUNK_MIB, pl.col("chunks") == MLX5_CHUNKS),
-            ("chunks", MLX5_CHUNKS, pl.col("chunk_mib") == MLX5_CHUNK_MIB),
-        ):
-            for other in _others(runs.filter(fixed), column):
-                told = _effect(runs.filter(fixed), column, base, other)
-                rows.append({"sweep": column} | at | effect_row(told, str(base), str(other), 1e6, "ms"))
-    return pl.DataFrame(rows, infer_schema_length=None)
-
-
-EXPERIMENT = Experiment(
-    name="buffer_and_chunk",
-    question="How large should a read() and a driver's chunk be: is there a gain above QEMU's 1 MiB?",
-    claims=(),
-    points=points,
-    answer=answer,
-    figures=figures,
-    quick_repeats=2,
-)
+        yield at | effect_row(step.found, str(step.from_kib), str(step.to_kib))
+    for at, runs in places(frame.filter(sweep="chunk"), ["regime", "state", "protocol"]):
+        for column, base in MLX5.items():
+            for other, found in _chunk_effects(runs, column):
+                yield {"sweep": column} | at | effect_row(found, str(base), str(other))

@@ -1,4 +1,4 @@
-"""The grid of read_scaling: what stays and what changes, and what is to be expected of each place by its rates."""
+"""The grid of read_scaling: its places, the rates of each by theory, and the measures of a run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import polars as pl
 
 from experiments.draw import style
 from experiments.runs.frame import COMPLETED, number
-from experiments.study.experiment import Point, places
+from experiments.study.effects import places
+from experiments.study.experiment import Point
 from experiments.study.statistics import Usl, usl
 from sim.scenario.file import load
 from sim.scenario.scenario import Scenario
-from sim.scenario.units import BYTES_PER_S_PER_GBIT, GIB, MIB, NS_PER_S
+from sim.scenario.units import GIB, MIB, NS_PER_S
+from sim.theory.rates import stopped_gib_per_s
 
 BASE = "stop-only"
 STREAMS = (1, 2, 4, 8, 16, 32)
@@ -32,18 +34,17 @@ LINK_GBIT_PER_S = (10.0, 25.0, 50.0, 100.0)
 READ_MIB = (0.5, 4.0)
 MOST_A_CONNECTION_GBIT_PER_S = 100.0
 LEAST_N = 4
-"""To fit a law to."""
+"""The least number of different N for a fit of the law."""
 V2 = ("v2", "v2-multifd")
 
 PLACE = ("lock", "engines", "copy_gib_per_s", "link_gbit_per_s", "read_mib")
-
 PARTS = {
     "read": "copy and lock",
     "SAVE": "firmware at the source",
     "link": "the network",
     "LOAD": "firmware at the target",
 }
-"""Of the critical path: what may bind while the state moves."""
+"""The parts of the critical path that may bind while the state moves."""
 LOOKS = {
     "none": style.Style("#999999", "", "no lock", "o", ":"),
     "per_fd": style.Style("#332288", "", "a lock a fd", "s", "-"),
@@ -62,28 +63,35 @@ class Place:
     link_gbit_per_s: float = 400.0
     read_mib: float = 1.0
 
-    def point(self, protocol: str) -> Point:
-        """A run of it."""
-        connection = min(self.link_gbit_per_s, MOST_A_CONNECTION_GBIT_PER_S)
-        settings = (
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """KEY=VALUE."""
+        return (
             f"driver.lock={self.lock}",
             f"firmware.engines={self.engines:g}",
             f"host.copy_gib_per_s={self.copy_gib_per_s:g}",
             f"link.gbit_per_s={self.link_gbit_per_s:g}",
-            f"link.per_connection_gbit_per_s={connection:g}",
+            f"link.per_connection_gbit_per_s={min(self.link_gbit_per_s, MOST_A_CONNECTION_GBIT_PER_S):g}",
             f"vmm.read_mib={self.read_mib:g}",
         )
+
+    @property
+    def factors(self) -> dict[str, str | float]:
+        """The place's columns."""
+        return {name: getattr(self, name) for name in PLACE}
+
+    def point(self, protocol: str) -> Point:
+        """A run of it."""
         kind, _, n = protocol.rpartition("-n")
         kind, streams = (kind, int(n)) if n.isdecimal() else (protocol, 1)
-        factors = {name: getattr(self, name) for name in PLACE}
-        return Point(BASE, protocol, settings, {"kind": kind, "streams": streams, **factors})
+        return Point(BASE, protocol, self.settings, {"kind": kind, "streams": streams, **self.factors})
 
     def of(self, frame: pl.DataFrame, kind: str = "v3") -> pl.DataFrame:
         """Its runs."""
-        return frame.filter(pl.col("kind") == kind, *[pl.col(name) == getattr(self, name) for name in PLACE])
+        return frame.filter(kind=kind, **self.factors)
 
     @property
-    def named(self) -> str:
+    def text(self) -> str:
         """In words."""
         return (
             f"{LOOKS[self.lock].label}, {engines(self.engines)}, copy {self.copy_gib_per_s:g} GiB/s, "
@@ -91,23 +99,11 @@ class Place:
         )
 
     def bounds_gib_per_s(self, streams: int) -> dict[str, float]:
-        """What firmware, read() and link each carry with so many streams: the least of them is what is to be expected
-        of the whole, were all of them busy from the first byte to the last."""
-        of = scenario()
-        chunk, firmware = of.driver.chunk_mib, of.firmware
-        save_s = firmware.save_command_us * 1e-6 + chunk / firmware.save_mib_per_s
-        call_s, read_gib = of.driver.call_us * 1e-6, self.read_mib * MIB / GIB
-        copy = read_gib / (call_s + read_gib / self.copy_gib_per_s)
-        threads = streams if self.lock in ("none", "per_fd") else 1
-        connections = min(self.link_gbit_per_s, streams * MOST_A_CONNECTION_GBIT_PER_S)
-        return {
-            "SAVE": min(streams, self.engines) * chunk * MIB / GIB / save_s,
-            "read": min(threads * copy, of.host.memory_gib_per_s),
-            "link": connections * BYTES_PER_S_PER_GBIT / GIB,
-        }
+        """The rates of firmware, read() and link with this number of streams, by theory."""
+        return stopped_gib_per_s(scenario(self), streams)
 
     def bound(self, streams: int) -> str:
-        """What binds by these rates."""
+        """The part that binds, by these rates."""
         bounds = self.bounds_gib_per_s(streams)
         return min(bounds, key=lambda name: bounds[name])
 
@@ -118,33 +114,37 @@ def engines(count: float) -> str:
 
 
 @lru_cache
-def scenario() -> Scenario:
-    """The base."""
-    return load(BASE)
+def scenario(place: Place | None = None) -> Scenario:
+    """The base, or a place's."""
+    return load(BASE, place.settings if place else ())
 
 
 def points(quick: bool) -> list[Point]:
     """Lock x engines x N; around the base point: copy rate, link, read size, blocks; and v2."""
     streams, few = (QUICK_STREAMS, QUICK_STREAMS) if quick else (STREAMS, FEW_STREAMS)
     many = QUICK_ENGINES if quick else ENGINES
+    copies = QUICK_COPY_GIB_PER_S if quick else COPY_GIB_PER_S
+    locks, ends = ("per_fd", "global"), (ENGINES[0], ENGINES[-1])
     grid = [(Place(lock="per_fd", engines=each), n) for each in many for n in streams]
     grid += [(Place(lock="global", engines=each), n) for each in many if each in GLOBAL_ENGINES for n in streams]
     grid += [(Place(lock=lock), n) for lock in ("none", "device") for n in streams]
-    copies = QUICK_COPY_GIB_PER_S if quick else COPY_GIB_PER_S
-    locks, ends = ("per_fd", "global"), (ENGINES[0], ENGINES[-1])
     grid += [(Place(lock, each, copy), n) for copy in copies for lock in locks for each in ends for n in few]
     grid += [(Place(link_gbit_per_s=link), n) for link in LINK_GBIT_PER_S[: 1 if quick else None] for n in few]
     if not quick:
         grid += [(Place(lock, read_mib=size), n) for size in READ_MIB for lock in locks for n in (1, 16)]
-    told = [place.point(f"v3-n{n}") for place, n in grid]
-    told += [Place(lock=lock).point(f"v3-blocks-n{n}") for lock in ("none", "per_fd") for n in streams]
-    told += [Place(engines=each).point(name) for each in ends for name in V2]
-    return told
+    return [
+        *(place.point(f"v3-n{n}") for place, n in grid),
+        *(Place(lock=lock).point(f"v3-blocks-n{n}") for lock in ("none", "per_fd") for n in streams),
+        *(Place(engines=each).point(name) for each in ends for name in V2),
+    ]
+
+
+# --- what the runs of the grid are ------------------------------------------------------------------------------------
 
 
 def v3_places(frame: pl.DataFrame) -> Iterator[tuple[Place, int, pl.DataFrame]]:
-    """All with dirty streams: what they are, N, and their runs."""
-    for at, runs in places(frame.filter(pl.col("kind") == "v3"), [*PLACE, "streams"]):
+    """All places with dirty streams: the place, N, and their runs."""
+    for at, runs in places(frame.filter(kind="v3"), [*PLACE, "streams"]):
         yield Place(**{name: at[name] for name in PLACE}), at["streams"], runs
 
 
@@ -165,12 +165,12 @@ def with_parts(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def part_column(name: str) -> str:
-    """Of a part, in nanoseconds."""
+    """The column of a part, in nanoseconds."""
     return f"part_{name.lower()}_ns"
 
 
 def shares(runs: pl.DataFrame) -> dict[str, float]:
-    """Each part's share of them all, over the completed runs."""
+    """Each part's share of their sum, over the completed runs."""
     done = runs.filter(COMPLETED)
     parts = {name: number(done[part_column(name)].sum()) for name in PARTS} if done.height else {}
     whole = sum(parts.values())
@@ -178,7 +178,7 @@ def shares(runs: pl.DataFrame) -> dict[str, float]:
 
 
 def largest(parts: Mapping[str, float]) -> str:
-    """The name of the largest."""
+    """The name of the largest part."""
     return max(parts, key=lambda name: parts[name])
 
 

@@ -1,21 +1,15 @@
-"""The grid of reorder_memory, and the bound that each of its runs has."""
+"""The grid of reorder_memory, and the bound of each of its runs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import polars as pl
 
 from experiments.study.experiment import Point
-from proto_v3.vfio.uapi import RecordBlocks, RecordEnd
-from proto_v3.wire.streams import Wire
-from sim.device.record import V3_HEADER_BYTES
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
-from sim.scenario.scenario import Scenario
-from sim.scenario.tables import Device
-from sim.scenario.units import KIB, MIB
+from sim.theory.memory_bound import MemoryBound, memory_bound
 
 SLOW_LOAD = (
     "link.gbit_per_s=25",
@@ -31,13 +25,13 @@ SLOW_LOAD = (
 """favours-v2 on a faster link and with a slower LOAD, so that data comes faster than it is loaded. The bandwidth that
 the VMM is given lets all of them stop at once, with the whole state still to be moved."""
 LOAD_MIB_PER_S = 100
-"""By one command; four run at full speed."""
+"""The rate of one command; four run at full speed."""
 STATE_MIB = 128
 STREAMS = (1, 2, 4, 8, 16)
 STREAMS_STATE_MIB = 256
-"""With 16 streams two records each: one alone the driver would take at once, and nothing would wait in the VMM."""
+"""With 16 streams two records each: the driver would take a single one at once, and nothing would wait in the VMM."""
 MANY = 4
-"""The N at which all else but N is swept."""
+"""The N of all sweeps that do not sweep N."""
 STATES_MIB = (64, 128, 256, 512)
 LOADS_MIB_PER_S = (100, 400, 1600, 6400)
 BUSY_STREAMS = (1, 2, 4)
@@ -45,8 +39,8 @@ BUSY_STREAMS = (1, 2, 4)
 streams by their number modulo N, so a hotspot of many blocks comes out even. One of fewer blocks than streams does not,
 and neither does a state of fewer blocks than streams."""
 SETUPS_US = (0, 1000, 4000, 8000)
-"""Of each critical object: dirty records of an epoch wait that long for its 32 objects; the last is more than the
-target can set up between two reconfigurations."""
+"""The set-up of each critical object: dirty records of an epoch wait for its 32 objects. With the last value the target
+cannot set up all between two reconfigurations."""
 DIRTY_CREDITS_MIB = (1, 4, 16, 64, 256)
 CRITICAL_CREDITS_MIB = (1, 4, 16)
 DEFAULT_CREDIT_MIB = 64
@@ -76,88 +70,32 @@ UNBOUNDED = "v2-multifd"
 SHARED = f"v3-n{MANY}-pool"
 ONE_READER = "v3-n1-pool"
 """One stream and one load at a time, as multifd has for a device: what they differ in is the bound."""
-FACTORS = ("part", "streams", "state_mib", "load_mib_per_s", "busy_streams", "setup_us")
-PLACE = (*FACTORS, "dirty_credit_mib", "critical_credit_mib", "image")
-BOUNDS = ("vmm", "driver")
+PLACE = (
+    "part",
+    "streams",
+    "state_mib",
+    "load_mib_per_s",
+    "busy_streams",
+    "setup_us",
+    "dirty_credit_mib",
+    "critical_credit_mib",
+    "image",
+)
 PEAKS = {"vmm": "peak_reorder_bytes", "driver": "peak_held_bytes"}
-
-
-# --- the bound --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryBound:
-    """The most that a v3 run may hold at the target."""
-
-    vmm_bytes: int
-    """Of all devices."""
-    driver_bytes: int
-    """Of the device that may hold most."""
-    sockets_bytes: int
-    """What the connections' buffers may hold, of both hosts together: memory too, but neither VMM's nor driver's."""
-
-
-def bound(scenario: Scenario) -> MemoryBound:
-    """What docs/protocol-v3.md says, with D devices of L dirty wire streams each. `scenario` is as applied.
-
-        VMM      a connection a stream    D x (read + L x frame)
-                 shared connections       D x (max(critical credit, read) + max(dirty credit, frame))
-        driver   streams                  critical record + sum over the dirty streams (dirty record)
-                 addressable blocks       critical record + L x frame
-
-    A frame is what one read() gives, and with addressable blocks a record of as many blocks as fit into one. A record's
-    payload is a chunk, or one object or block where that is larger; before the stop, in a driver that saves images as a
-    whole, all objects, or all blocks of the stream. Epochs leave earlier data valid: else a critical record has their
-    ranges besides.
-    """
-    options, read = scenario.v3_options(), scenario.switchover_settings().read_bytes
-    vmm = driver = 0
-    for device in scenario.devices:
-        frame = _blocks_record(device, read) if options.blocks else read
-        credits = options.credits
-        if options.wire is Wire.STREAMS:
-            vmm += read + options.wire_streams * frame
-        else:
-            vmm += max(credits.critical_bytes, read) + max(credits.dirty_bytes, frame)
-        dirty = [_dirty_record(scenario, device, at, options.wire_streams) for at in range(options.wire_streams)]
-        of_dirty = options.wire_streams * frame if options.blocks else sum(dirty)
-        driver = max(driver, _critical_record(scenario, device) + of_dirty)
-    sockets = options.connections(len(scenario.devices)) * round(scenario.link.socket_buffer_mib * MIB)
-    return MemoryBound(vmm, driver, sockets)
-
-
-def _blocks_record(device: Device, read_bytes: int) -> int:
-    blocks = max(1, read_bytes // device.block_bytes)
-    return V3_HEADER_BYTES + RecordBlocks.SIZE + blocks * (8 + device.block_bytes)
-
-
-def _critical_record(scenario: Scenario, device: Device) -> int:
-    object_bytes = round(device.critical.object_kib * KIB)
-    payload = device.critical.objects * object_bytes
-    if scenario.driver.precopy_image == "chunks":
-        payload = min(payload, max(object_bytes, scenario.driver.chunk_bytes))
-    return V3_HEADER_BYTES + max(payload, RecordEnd.SIZE)
-
-
-def _dirty_record(scenario: Scenario, device: Device, stream: int, streams: int) -> int:
-    """A device all of whose state comes after the stop gives chunks, whatever its image before it."""
-    before_stop = device.blocks - device.stop_only_blocks
-    whole = len(range(stream, before_stop, streams)) * device.block_bytes
-    chunk = min(scenario.driver.chunk_bytes, len(range(stream, device.blocks, streams)) * device.block_bytes)
-    payload = chunk if scenario.driver.precopy_image == "chunks" else max(whole, chunk)
-    return V3_HEADER_BYTES + max(payload, RecordEnd.SIZE)
+"""The peak that each of the two bounds is for."""
 
 
 @lru_cache(maxsize=1024)
 def bound_of(base: str, settings: tuple[str, ...], protocol: str) -> MemoryBound | None:
-    """Of a run; None under v2, which has none."""
+    """The bound of a run; None under v2, which has none."""
     scenario = load(base, settings)
     parsed = Protocol.parse(protocol, scenario)
-    return bound(parsed.applied(scenario)) if parsed.version == 3 else None
+    return memory_bound(parsed.applied(scenario)) if parsed.version == 3 else None
 
 
 def with_bounds(frame: pl.DataFrame) -> pl.DataFrame:
-    """The runs, each with the bounds that it has and what it took of them. One that broke took nothing that counts."""
+    """The runs, each with its bounds and the parts of them that it took. Runs that broke are left out: what they took
+    does not count."""
     frame = frame.filter(pl.col("digest") != "")
     bounds = [
         bound_of(base, tuple(settings), protocol)
@@ -167,17 +105,14 @@ def with_bounds(frame: pl.DataFrame) -> pl.DataFrame:
         pl.Series(f"{name}_bytes", [getattr(each, f"{of}_bytes") if each else None for each in bounds], pl.Int64)
         for name, of in (("vmm_bound", "vmm"), ("driver_bound", "driver"), ("sockets", "sockets"))
     ]
-    ratios = [(pl.col(PEAKS[name]) / pl.col(f"{name}_bound_bytes")).alias(f"{name}_of_bound") for name in BOUNDS]
+    ratios = [(pl.col(peak) / pl.col(f"{name}_bound_bytes")).alias(f"{name}_of_bound") for name, peak in PEAKS.items()]
     return frame.with_columns(columns).with_columns(ratios)
 
 
 def of_kind(frame: pl.DataFrame, kind: str) -> pl.DataFrame:
     """The runs that a curve shows."""
-    if kind == "blocks":
-        return frame.filter(pl.col("protocol").str.contains("-blocks"))
-    if kind == UNBOUNDED:
-        return frame.filter(pl.col("protocol") == UNBOUNDED)
-    return frame.filter(pl.col("protocol").str.contains(rf"^v3-n\d+{kind}$"))
+    names = {"blocks": "-blocks", UNBOUNDED: f"^{UNBOUNDED}$"}
+    return frame.filter(pl.col("protocol").str.contains(names.get(kind, rf"^v3-n\d+{kind}$")))
 
 
 # --- the grid ---------------------------------------------------------------------------------------------------------
@@ -204,37 +139,19 @@ def _slow(
         f"firmware.load_mib_per_s={load_mib_per_s}",
         f"v3.dirty_credit_mib={credit_mib}",
     )
-    factors: dict[str, str | int | float | bool] = {
-        "part": part,
-        "streams": streams,
-        "state_mib": state_mib,
-        "load_mib_per_s": load_mib_per_s,
-        "busy_streams": busy or streams,
-        "setup_us": 0,
-        "dirty_credit_mib": credit_mib,
-        "critical_credit_mib": 4,
-        "image": "chunks",
-    }
-    return Point("favours-v2", protocol, settings, factors)
+    place = (part, streams, state_mib, load_mib_per_s, busy or streams, 0, credit_mib, 4, "chunks")
+    return Point("favours-v2", protocol, settings, dict(zip(PLACE, place, strict=True)))
 
 
 def _held_back(
     part: str, protocol: str, setup_us: int, *settings: str, critical_mib: int = 4, busy: int = MANY
 ) -> Point:
     """A guest that reconfigures: dirty records wait for their epoch's set-up."""
-    factors: dict[str, str | int | float | bool] = {
-        "part": part,
-        "streams": MANY,
-        "state_mib": STATE_MIB,
-        "load_mib_per_s": 6000,
-        "busy_streams": busy,
-        "setup_us": setup_us,
-        "dirty_credit_mib": 16 if LARGE_OBJECTS[0] in settings else DEFAULT_CREDIT_MIB,
-        "critical_credit_mib": critical_mib,
-        "image": "chunks" if CHUNKS in settings else "whole",
-    }
-    told = (f"device.0.critical.setup_us={setup_us}", f"v3.critical_credit_mib={critical_mib}")
-    return Point("nic-reconfig", protocol, (*LATE, *told, *settings), factors)
+    credit_mib = 16 if LARGE_OBJECTS[0] in settings else DEFAULT_CREDIT_MIB
+    image = "chunks" if CHUNKS in settings else "whole"
+    place = (part, MANY, STATE_MIB, 6000, busy, setup_us, credit_mib, critical_mib, image)
+    settings = (f"device.0.critical.setup_us={setup_us}", f"v3.critical_credit_mib={critical_mib}", *settings)
+    return Point("nic-reconfig", protocol, (*LATE, *settings), dict(zip(PLACE, place, strict=True)))
 
 
 def points(quick: bool) -> list[Point]:
@@ -246,13 +163,18 @@ def points(quick: bool) -> list[Point]:
     credits = (DIRTY_CREDITS_MIB[0], DEFAULT_CREDIT_MIB) if quick else DIRTY_CREDITS_MIB
     criticals = CRITICAL_CREDITS_MIB[:1] if quick else CRITICAL_CREDITS_MIB
     busy = BUSY_STREAMS[:1] if quick else BUSY_STREAMS
-    many = [f"v3-n{MANY}{wire}" for wire in WIRES]
+
+    def protocols(n: int) -> list[str]:
+        return [*(f"v3-n{n}{wire}" for wire in WIRES), f"v3-blocks-n{n}"]
+
+    *many, many_blocks = protocols(MANY)
+    images = [f"driver.precopy_image={image}" for image in ("chunks", "whole")]
     return [
-        *(_slow("streams", name, streams=n, state_mib=STREAMS_STATE_MIB) for n in streams for name in _all_of(n)),
+        *(_slow("streams", name, streams=n, state_mib=STREAMS_STATE_MIB) for n in streams for name in protocols(n)),
         *(_slow("uneven", name, busy=few) for few in busy for name in many),
         *(_hot(name, few) for few in busy for name in many),
-        *(_held_back("late", name, us, CHUNKS) for us in setups for name in [*many, f"v3-blocks-n{MANY}"]),
-        *(_held_back("image", name, setups[1], f"driver.precopy_image={how}") for how in _IMAGES for name in many[:2]),
+        *(_held_back("late", name, us, CHUNKS) for us in setups for name in [*many, many_blocks]),
+        *(_held_back("image", name, setups[1], image) for image in images for name in many[:2]),
         *(_slow("credits", name, credit_mib=credit) for credit in credits for name in many[1:]),
         *(
             _held_back("critical credit", SHARED, SETUPS_US[2], CHUNKS, *LARGE_OBJECTS, critical_mib=credit)
@@ -264,13 +186,6 @@ def points(quick: bool) -> list[Point]:
 
 
 def _hot(protocol: str, busy: int) -> Point:
-    """Nearly all writes go to so many blocks, each of another stream, while dirty records are held back."""
+    """Nearly all writes go to `busy` blocks, each of another stream, while dirty records are held back."""
     fraction = f"device.0.writes.hot_fraction={busy / HOT_OF_BLOCKS:.6f}"
     return _held_back("hot", protocol, HOT_SETUP_US, CHUNKS, *HOT, fraction, busy=busy)
-
-
-_IMAGES = ("chunks", "whole")
-
-
-def _all_of(streams: int) -> list[str]:
-    return [*(f"v3-n{streams}{wire}" for wire in WIRES), f"v3-blocks-n{streams}"]

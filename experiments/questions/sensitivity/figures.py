@@ -1,8 +1,9 @@
-"""The figures of experiments/questions/sensitivity/question.py: a tornado for each conclusion, and the maps."""
+"""The figures of sensitivity: a tornado for each conclusion, and the maps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -11,11 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from experiments.draw import panels as charts
-from experiments.questions.sensitivity.bars import FEWEST, Bar, bars, base, maps_run, ratio_of, sides, square
+from experiments.draw import panels
 from experiments.questions.sensitivity.grid import CONCLUSIONS, V3
-from experiments.study.experiment import NOT_BOTH, WORTH
-from experiments.study.statistics import Effect, Interval
+from experiments.questions.sensitivity.question import FEWEST, Bar, bars, base, maps_run, sides, square
+from experiments.study.claims import WORTH
+from experiments.study.effects import NOT_BOTH
+from experiments.study.statistics import Effect
 
 BARS = 15
 """In a tornado; the others are in effects.parquet."""
@@ -23,18 +25,17 @@ LOW_COLOUR, HIGH_COLOUR = "#9ECAE1", "#08519C"
 
 
 def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
-    """The tornados, and the maps."""
-    told = {"sensitivity": _tornados(frame, command)}
-    return told | ({"sensitivity_region": _region(frame, command)} if maps_run(frame) else {})
+    """The tornados, and the maps if they were run."""
+    drawn = {"sensitivity": _tornados(frame, command)}
+    return drawn | ({"sensitivity_region": _region(frame, command)} if maps_run(frame) else {})
 
 
 def _tornados(frame: pl.DataFrame, command: str) -> Figure:
-    seeds = frame["seed"].n_unique()
-    figure, axes = charts.sheet(
+    figure, axes = panels.sheet(
         "Which parameters does v3's gain hang on?",
-        f"ratio of downtimes; bars from the base's ratio (line) to that at the parameter's ends, {seeds} paired seeds, "
-        f"with 95 % intervals; the {BARS} longest. Dashed: a gain of {100 * WORTH:.0f} %. x: less than {FEWEST} seeds "
-        "completed by both",
+        f"ratio of downtimes; bars from the base's ratio (line) to that at the parameter's ends, "
+        f"{frame['seed'].n_unique()} paired seeds, with 95 % intervals; the {BARS} longest. Dashed: a gain of "
+        f"{100 * WORTH:.0f} %. x: less than {FEWEST} seeds completed by both",
         command,
         (2, 2),
         (13, 11),
@@ -42,7 +43,7 @@ def _tornados(frame: pl.DataFrame, command: str) -> Figure:
     for axis, conclusion in zip(axes, CONCLUSIONS, strict=True):
         _tornado(axis, bars(frame, conclusion), base(frame, conclusion))
         title = f"({conclusion.mark}) against {conclusion.against},\n{conclusion.base}"
-        charts.dress(axis, title, f"downtime of {V3} / of {conclusion.against} (ratio)", "")
+        panels.dress(axis, title, f"downtime of {V3} / of {conclusion.against} (ratio)", "")
         axis.tick_params(axis="y", labelsize=7)
     handles = [
         Patch(facecolor=LOW_COLOUR, edgecolor="black", hatch="//", linewidth=0.5, label="parameter at its low end"),
@@ -50,98 +51,78 @@ def _tornados(frame: pl.DataFrame, command: str) -> Figure:
         Line2D([], [], color="black", linewidth=1, label="base, with its interval"),
         Line2D([], [], color="black", linestyle="--", linewidth=1, label=f"gain of {100 * WORTH:.0f} %"),
     ]
-    charts.handles_below(figure, handles, 4)
+    panels.handles_below(figure, handles, 4)
     return figure
 
 
-def _tornado(axis: Axes, told: Sequence[Bar], at_base: Effect | None) -> None:
-    gone = [bar for bar in told if not (bar.low.told and bar.high.told)]
-    shown = told[:BARS]
-    shown = [*shown, *(bar for bar in gone if bar not in shown)]
-    axis.set_yticks(
-        range(len(shown)), [f"{bar.parameter}: {bar.low.at} to {bar.high.at}" for bar in shown], fontsize=7.5
-    )
+def _tornado(axis: Axes, found: Sequence[Bar], at_base: Effect | None) -> None:
+    """The longest bars, and below them those that have no ratio at an end."""
+    shown = [*found[:BARS], *(bar for bar in found[BARS:] if not (bar.low.found and bar.high.found))]
+    labels = [f"{bar.parameter}: {bar.low.at} to {bar.high.at}" for bar in shown]
+    axis.set_yticks(range(len(shown)), labels, fontsize=7.5)
     axis.axvline(1 - WORTH, color="black", linestyle="--", linewidth=1)
     if at_base is None:
-        axis.text(0.5, 0.5, f"at the base {NOT_BOTH}", transform=axis.transAxes, ha="center")
+        panels.say(axis, f"at the base {NOT_BOTH}")
         return
     middle = at_base.ratio.mean
     axis.axvspan(at_base.ratio.low, at_base.ratio.high, color="#BBBBBB", alpha=0.5, linewidth=0)
     axis.axvline(middle, color="black", linewidth=1)
     for place, bar in enumerate(shown):
-        for end, colour, hatch, up in ((bar.low, LOW_COLOUR, "//", -0.16), (bar.high, HIGH_COLOUR, "", 0.16)):
+        for end, colour, hatch, y in (
+            (bar.low, LOW_COLOUR, "//", place - 0.16),
+            (bar.high, HIGH_COLOUR, "", place + 0.16),
+        ):
             if end.ratio is None:
-                words = f"  x {'low' if end is bar.low else 'high'} end: too few"
-                axis.text(middle, place + up, words, fontsize=6.5, va="center", ha="left").set_in_layout(False)
+                text = f"  x {'low' if end is bar.low else 'high'} end: too few"
+                axis.text(middle, y, text, fontsize=6.5, va="center", ha="left").set_in_layout(False)
                 continue
-            mean = end.ratio.mean
-            axis.barh(
-                place + up,
-                mean - middle,
-                0.32,
-                middle,
-                color=colour,
-                hatch=hatch,
-                edgecolor="black",
-                linewidth=0.4,
-                zorder=3,
-            )
-            axis.plot([end.ratio.low, end.ratio.high], [place + up] * 2, color="#D55E00", linewidth=2, zorder=4)
+            look: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "black", "linewidth": 0.4}
+            axis.barh(y, end.ratio.mean - middle, 0.32, middle, zorder=3, **look)
+            axis.plot([end.ratio.low, end.ratio.high], [y, y], color="#D55E00", linewidth=2, zorder=4)
     axis.invert_yaxis()
 
 
 def _region(frame: pl.DataFrame, command: str) -> Figure:
-    panels = maps_run(frame)
-    figure, axes = charts.sheet(
+    shown = maps_run(frame)
+    figure, axes = panels.sheet(
         f"For which device does v3 bring less than {100 * WORTH:.0f} %?",
         f"gain of {V3} in downtime, %, with its 95 % interval; white: not completed by both; "
         f"at the orange line it passes {100 * WORTH:.0f} %, in the mean",
         command,
-        (1, len(panels)),
-        (5 * len(panels), 5),
+        (1, len(shown)),
+        (5 * len(shown), 5),
     )
-    for axis, (of, against) in zip(axes, panels, strict=True):
+    for axis, (of, against) in zip(axes, shown, strict=True):
         engines, values = sides(frame, of)
-        found = [[ratio_of(square(frame, of, each, value, against)) for value in values] for each in engines]
-        gains = np.array([[100 * (1 - one.mean) if one else np.nan for one in row] for row in found])
-        text = [[_in_square(one) for one in row] for row in found]
+        squares = [[_square(square(frame, of, each, value, against)) for value in values] for each in engines]
+        gains = np.array([[gain for gain, _ in row] for row in squares])
         most = max(40.0, float(np.nanmax(gains))) if np.isfinite(gains).any() else 40.0
-        charts.heat(
-            axis,
-            gains,
-            [f"{value:g}" for value in values],
-            [f"{each:g}" for each in engines],
-            least=0,
-            most=most,
-            text=text,
-        )
+        columns, rows = ([f"{each:g}" for each in side] for side in (values, engines))
+        panels.heat(axis, squares, columns, rows, least=0, most=most)
         _border(axis, gains < 100 * WORTH)
-        charts.dress(axis, f"against {against}, {of.base}", of.words, "firmware engines")
+        panels.dress(axis, f"against {against}, {of.base}", of.label, "firmware engines")
         axis.grid(visible=False)
-    line = Line2D(
-        [], [], color="#D55E00", linewidth=3, label=f"between less than {100 * WORTH:.0f} % and more, in the mean"
-    )
-    charts.handles_below(figure, [line])
+    text = f"between less than {100 * WORTH:.0f} % and more, in the mean"
+    panels.handles_below(figure, [Line2D([], [], color="#D55E00", linewidth=3, label=text)])
     return figure
+
+
+def _square(found: Effect | None) -> tuple[float, str]:
+    """The gain in per cent, and the text of the square."""
+    if found is None:
+        return np.nan, "-"
+    gain = found.gain
+    return gain.mean, f"{gain.mean:.1f}\n{gain.low:.1f} to {gain.high:.1f}"
 
 
 def _border(axis: Axes, under: np.ndarray) -> None:
     """A line around the squares in which the gain is too small."""
     rows, columns = under.shape
     for row, column in np.ndindex(rows, columns):
-        for down, right in ((1, 0), (0, 1)):
-            if (
-                row + down < rows
-                and column + right < columns
-                and under[row, column] != under[row + down, column + right]
-            ):
-                x = [column + 0.5] * 2 if right else [column - 0.5, column + 0.5]
-                y = [row + 0.5] * 2 if down else [row - 0.5, row + 0.5]
+        for other, x, y in (
+            ((row + 1, column), [column - 0.5, column + 0.5], [row + 0.5] * 2),
+            ((row, column + 1), [column + 0.5] * 2, [row - 0.5, row + 0.5]),
+        ):
+            if other[0] < rows and other[1] < columns and under[row, column] != under[other]:
                 axis.plot(x, y, color="white", linewidth=5, zorder=3, solid_capstyle="projecting")
                 axis.plot(x, y, color="#D55E00", linewidth=3, zorder=4, solid_capstyle="projecting")
-
-
-def _in_square(of: Interval | None) -> str:
-    if of is None:
-        return "-"
-    return f"{100 * (1 - of.mean):.1f}\n{100 * (1 - of.high):.1f} to {100 * (1 - of.low):.1f}"

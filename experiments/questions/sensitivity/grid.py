@@ -1,5 +1,4 @@
-"""What experiments/questions/sensitivity/question.py moves: each parameter with its range and why, the two bases,
-the two maps."""
+"""The grid of sensitivity: each parameter with its range and the reason for it, the two bases, the two maps."""
 
 from __future__ import annotations
 
@@ -7,16 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.study.experiment import Point
+from experiments.questions.reconfiguration import ACKED, ACKED_MULTIFD
+from experiments.study.experiment import Factor, Point
 from sim.scenario.file import load
 from sim.scenario.scenario import Scenario, parameters
 
 V3 = "v3-n4"
 IDLE, NIC = "mlx5-2vf", "nic-reconfig"
-ACKED = "v2-reinit-flush-ack-reusable"
-ACKED_MULTIFD = "v2-multifd-reinit-flush-ack-reusable"
 BASES = {
-    # RAM is small, for it is not the question; 0.35 GiB leave as much at the stop as mlx5-2vf has with 200 GiB.
+    # RAM is small, for the question is not about it; 0.35 GiB leave as much at the stop as mlx5-2vf has with 200 GiB.
     IDLE: (
         *("ram.size_gib=2", "ram.nonzero_gib=0.35", "ram.frame_mib=4", "device.0.block_kib=1024"),
         *("vmm.setup_ms=80", "vmm.give_up_s=10"),
@@ -31,7 +29,7 @@ BASES = {
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """What is moved: a key, from low to high."""
+    """A key of the scenario that is moved from low to high."""
 
     name: str
     """In words, with its unit."""
@@ -39,23 +37,18 @@ class Parameter:
     low: float | str
     high: float | str
     why: str
-    """That range."""
+    """The reason for this range."""
     times: bool = True
-    """Low and high are multiples of the base's value; else values."""
+    """Low and high are multiples of the base's value; if False, values."""
     bases: tuple[str, ...] = (IDLE, NIC)
     also: str = ""
     """A key that moves with it."""
 
     def at(self, scenario: Scenario, side: str) -> str:
-        """The value at this end, as a setting takes it."""
+        """The value at this end, as `--set` takes it."""
         end = self.low if side == "low" else self.high
         value = float(end) * float(parameters(scenario)[self.key]) if self.times else end
         return value if isinstance(value, str) else f"{value:.6g}"
-
-    def settings(self, scenario: Scenario, side: str) -> tuple[str, ...]:
-        """KEY=VALUE."""
-        value = self.at(scenario, side)
-        return (f"{self.key}={value}", *([f"{self.also}={value}"] if self.also else []))
 
 
 def _p(name: str, key: str, why: str, low: float = 1 / 4, high: float = 4, **more: Any) -> Parameter:
@@ -110,15 +103,15 @@ QUICK_PARAMETERS = ("firmware engines", "SAVE rate, MiB/s", "driver's lock")
 
 @dataclass(frozen=True, slots=True)
 class Conclusion:
-    """v3 against something, on a base."""
+    """v3 against another protocol, on a base."""
 
     mark: str
     base: str
     against: str
 
     @property
-    def told(self) -> str:
-        """In words."""
+    def text(self) -> str:
+        """`v3-n4 against v2, mlx5-2vf`."""
         return f"{V3} against {self.against}, {self.base}"
 
 
@@ -132,12 +125,12 @@ CONCLUSIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """Two parameters at once, on a base."""
+    """Two parameters that are moved at once, on a base: the engines, and another one."""
 
     base: str
     column: str
-    """Of the second parameter, in the table; the first are the engines."""
-    words: str
+    """The other parameter's column in the table."""
+    label: str
     keys: tuple[str, ...]
     values: tuple[float, ...]
     protocols: tuple[str, ...]
@@ -164,7 +157,7 @@ MAPS = (
     ),
 )
 QUICK_STEP = 2
-"""Along each side of a map, if it is to be quick."""
+"""Along each side of a map, in a quick run."""
 
 
 def points(quick: bool) -> list[Point]:
@@ -177,9 +170,8 @@ def _against(base: str) -> list[str]:
 
 
 def _bases() -> Iterator[Point]:
-    more: dict[str, list[str]] = {IDLE: [], NIC: ["v2-multifd", ACKED_MULTIFD]}
     for base, settings in BASES.items():
-        for protocol in [*_against(base), *more[base]]:
+        for protocol in [*_against(base), *(["v2-multifd", ACKED_MULTIFD] if base == NIC else [])]:
             yield Point(base, protocol, settings, _factors("base", "", "base", ""))
 
 
@@ -190,10 +182,10 @@ def _tornados(quick: bool) -> Iterator[Point]:
             if base not in parameter.bases or (quick and parameter.name not in QUICK_PARAMETERS):
                 continue
             for side in ("low", "high"):
-                moved = (*settings, *parameter.settings(scenario, side))
-                factors = _factors("tornado", parameter.name, side, parameter.at(scenario, side))
-                for protocol in _against(base):
-                    yield Point(base, protocol, moved, factors)
+                at = parameter.at(scenario, side)
+                moved = (*settings, f"{parameter.key}={at}", *([f"{parameter.also}={at}"] if parameter.also else []))
+                factors = _factors("tornado", parameter.name, side, at)
+                yield from (Point(base, protocol, moved, factors) for protocol in _against(base))
 
 
 def _maps(quick: bool) -> Iterator[Point]:
@@ -203,9 +195,9 @@ def _maps(quick: bool) -> Iterator[Point]:
             for value in each.values[::step]:
                 moved = (f"firmware.engines={engines}", *(f"{key}={value}" for key in each.keys))
                 factors = _factors("map", "", "", "") | {ENGINES_COLUMN: engines, each.column: value}
-                for protocol in each.protocols:
-                    yield Point(each.base, protocol, (*BASES[each.base], *moved), factors)
+                settings = (*BASES[each.base], *moved)
+                yield from (Point(each.base, protocol, settings, factors) for protocol in each.protocols)
 
 
-def _factors(part: str, parameter: str, side: str, at: str) -> dict[str, str | int | float | bool]:
+def _factors(part: str, parameter: str, side: str, at: str) -> dict[str, Factor]:
     return {"part": part, "parameter": parameter, "side": side, "at": at}

@@ -1,185 +1,268 @@
-"""Which parameters do the conclusions hang on, and for which device does v3 bring next to nothing?
-
-Each parameter is moved from low to high, the others stay; so a tornado for each conclusion. Two maps, over the
-parameters that decide most, show where the gain is less than `WORTH`: for such a device nobody should build v3.
-The parameters with their ranges are in experiments/questions/sensitivity/grid.py.
-"""
+"""What the runs of sensitivity say: the effect at each base, at each end of a parameter, in each square of a map."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
-from experiments.questions.sensitivity.bars import (
-    FEWEST,
-    MULTIFD,
-    Bar,
-    bars,
-    base,
-    gain_told,
-    is_under,
-    maps_run,
-    ratio_of,
-    ratio_told,
-    sides,
-    square,
+from experiments.questions.reconfiguration import ACKED_MULTIFD
+from experiments.questions.sensitivity.grid import (
+    CONCLUSIONS,
+    ENGINES_COLUMN,
+    IDLE,
+    MAPS,
+    NIC,
+    V3,
+    Conclusion,
+    Map,
 )
-from experiments.questions.sensitivity.figures import figures
-from experiments.questions.sensitivity.grid import ACKED_MULTIFD, CONCLUSIONS, IDLE, NIC, V3, Conclusion, points
 from experiments.runs.frame import COMPLETED, number
-from experiments.study.experiment import NOT_BOTH, WORTH, Answer, Experiment, Finding, effect_row
-from experiments.study.statistics import Effect
+from experiments.study.claims import WORTH, Finding, verdict
+from experiments.study.effects import NOT_BOTH, effect_row, sentence, table
+from experiments.study.experiment import Answer
+from experiments.study.statistics import Effect, Interval, effect
 
+FEWEST = 3
+"""Seeds that both completed, for a ratio at an end of a parameter."""
+MULTIFD = CONCLUSIONS[1]
+"""The strongest v2 for idle devices."""
 NULL_SWING = 0.01
-"""A ratio that moves by less over the whole range of a parameter does not hang on it."""
+"""A ratio that moves by less over the whole range of a parameter does not depend on it."""
 TOP = 3
 ONE_ENGINE, ONE_LOCK = "firmware engines", "driver's lock"
-"""The parameters that claim C3 is about, at the low and at the high end."""
+"""The parameters of claim C3, at the low and at the high end."""
+
+
+# --- effects ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RangeEnd:
+    """An end of a parameter's range: its value, the effect there, and the runs that were not completed."""
+
+    at: str
+    found: Effect | None
+    not_completed: str
+    """`v2 10 DID_NOT_CONVERGE`; empty if all were completed."""
+
+    @property
+    def ratio(self) -> Interval | None:
+        """Downtime of v3 over the other's."""
+        return ratio_of(self.found)
+
+    @property
+    def text(self) -> str:
+        """`0.912 (0.905 to 0.918) at 195`."""
+        if self.found is None:
+            return f"no ratio at {self.at} ({self.not_completed or NOT_BOTH})"
+        pairs = f", {self.found.pairs} pairs" if self.found.lost else ""
+        return f"{ratio_text(self.found)} at {self.at}{pairs}"
+
+    @property
+    def is_under(self) -> bool:
+        """True if it is shown that the gain is less than WORTH."""
+        return is_under(self.found)
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """How far a conclusion's ratio moves with a parameter."""
+
+    parameter: str
+    base: Effect | None
+    low: RangeEnd
+    high: RangeEnd
+
+    @property
+    def swing(self) -> float:
+        """From the least to the greatest ratio, of the base and the two ends that have one."""
+        means = [each.ratio.mean for each in (self.base, self.low, self.high) if each and each.ratio]
+        return max(means) - min(means) if means else 0.0
+
+
+def ratio_of(found: Effect | None) -> Interval | None:
+    """Its ratio, if there is an effect."""
+    return found.ratio if found else None
+
+
+def ratio_text(found: Effect) -> str:
+    """`0.912 (0.905 to 0.918)`."""
+    return f"{found.ratio.mean:.3f} ({found.ratio.low:.3f} to {found.ratio.high:.3f})"
+
+
+def gain_text(found: Effect) -> str:
+    """`8.8 % (8.2 to 9.5)`."""
+    gain = found.gain
+    return f"{gain.mean:.1f} % ({gain.low:.1f} to {gain.high:.1f})"
+
+
+def is_under(found: Effect | None) -> bool:
+    """True if it is shown that the gain is less than WORTH."""
+    return found is not None and found.ratio.low > 1 - WORTH
+
+
+def _effect(runs: pl.DataFrame, conclusion: Conclusion) -> Effect | None:
+    return effect(runs.filter(base=conclusion.base), "downtime_ns", conclusion.against, V3)
+
+
+def _enough(found: Effect | None, runs: pl.DataFrame) -> Effect | None:
+    """None if too few seeds were completed by both for a ratio."""
+    return found if found is not None and found.pairs >= min(FEWEST, runs["seed"].n_unique()) else None
+
+
+def base(frame: pl.DataFrame, conclusion: Conclusion) -> Effect | None:
+    """With no parameter moved."""
+    return _effect(frame.filter(part="base"), conclusion)
+
+
+def bars(frame: pl.DataFrame, conclusion: Conclusion) -> list[Bar]:
+    """Each parameter that was moved, the greatest swing first."""
+    runs = frame.filter(part="tornado", base=conclusion.base)
+    at_base, found = base(frame, conclusion), []
+    for (parameter,), of_parameter in runs.group_by("parameter", maintain_order=True):
+        low, high = (_end(of_parameter.filter(side=side), conclusion) for side in ("low", "high"))
+        found.append(Bar(str(parameter), at_base, low, high))
+    return sorted(found, key=lambda bar: bar.swing, reverse=True)
+
+
+def _end(runs: pl.DataFrame, conclusion: Conclusion) -> RangeEnd:
+    others = runs.filter(~COMPLETED, pl.col("protocol").is_in([conclusion.against, V3]))
+    counts = others.group_by("protocol", "outcome", maintain_order=True).len("runs")
+    text = ", ".join(f"{protocol} {count} {kind}" for protocol, kind, count in counts.iter_rows())
+    return RangeEnd(str(runs["at"].first()) if runs.height else "", _enough(_effect(runs, conclusion), runs), text)
+
+
+def square(frame: pl.DataFrame, of: Map, engines: float, value: float, against: str) -> Effect | None:
+    """A place of a map."""
+    runs = frame.filter(pl.col(ENGINES_COLUMN) == engines, pl.col(of.column) == value, part="map")
+    return _enough(_effect(runs, Conclusion("", of.base, against)), runs)
+
+
+def maps_run(frame: pl.DataFrame) -> list[tuple[Map, str]]:
+    """The maps that were run, with each protocol that v3 is compared with there."""
+    return [(of, against) for of in MAPS if of.column in frame.columns for against in of.protocols if against != V3]
+
+
+def sides(frame: pl.DataFrame, of: Map) -> tuple[list[float], list[float]]:
+    """The engines and the values of the other parameter that were run."""
+    runs = frame.filter(part="map", base=of.base)
+    return sorted(runs[ENGINES_COLUMN].unique()), sorted(runs[of.column].unique())
+
+
+# --- the answer -------------------------------------------------------------------------------------------------------
 
 
 def answer(frame: pl.DataFrame) -> Answer:
-    """What each conclusion hangs on, and where v3 brings less than WORTH."""
-    at_base = base(frame, MULTIFD)
-    told = bars(frame, MULTIFD)
-    ratio = ratio_told(at_base.ratio) if at_base else "no known part"
+    """What each conclusion depends on, and where v3 brings less than WORTH."""
+    at_base, found = base(frame, MULTIFD), bars(frame, MULTIFD)
     return Answer(
-        f"{V3}'s downtime is {ratio} (95 % interval) of v2-multifd's on {IDLE}, and that hangs most on "
-        f"{_hangs(told)}. {_do_not_build(told)}",
+        f"{V3}'s downtime is {ratio_text(at_base) if at_base else 'no known part'} (95 % interval) of v2-multifd's on "
+        f"{IDLE}, and that depends most on {_depends(found)}. {_do_not_build(found)}",
         "Two bases, one parameter at a time (two in the maps): what several do together is not "
         "shown, nor N, which is 4 throughout; ranges are judgements, and a wider one makes a longer bar.",
         [*_regions(frame), *_details(frame)],
-        [_c3(frame, told)],
-        effects(frame),
+        [_c3(frame, found)],
+        table(_rows(frame)),
     )
 
 
-def _hangs(told: Sequence[Bar]) -> str:
+def _depends(found: Sequence[Bar]) -> str:
     """The parameters with the greatest swing, and the ratios at their ends."""
-    return "; ".join(f"{bar.parameter}: {bar.low.words}, {bar.high.words}" for bar in told[:TOP]) or "nothing"
+    return "; ".join(f"{bar.parameter}: {bar.low.text}, {bar.high.text}" for bar in found[:TOP]) or "nothing"
 
 
-def _do_not_build(told: Sequence[Bar]) -> str:
-    ends = [
-        (end.ratio, f"{bar.parameter} = {end.at}: {gain_told(end.ratio)}")
-        for bar in told
-        for end in (bar.low, bar.high)
-        if end.ratio is not None and is_under(end.ratio)
-    ]
-    ends.sort(key=lambda end: end[0].mean, reverse=True)
-    if not ends:
-        least = max((end.ratio.mean for bar in told for end in (bar.low, bar.high) if end.ratio), default=None)
-        closest = "" if least is None else f"; the least gain is {100 * (1 - least):.1f} %"
+def _do_not_build(found: Sequence[Bar]) -> str:
+    """The ends at which v3 is shown to bring less than WORTH, the least gain first."""
+    ends = [(end.found, f"{bar.parameter} = {end.at}") for bar in found for end in (bar.low, bar.high)]
+    known = sorted(((each, name) for each, name in ends if each), key=lambda end: -end[0].ratio.mean)
+    under = [f"{name}: {gain_text(each)}" for each, name in known if is_under(each)]
+    if not under:
+        closest = f"; the least gain is {known[0][0].gain.mean:.1f} %" if known else ""
         return f"No single parameter is shown to bring the gain under {100 * WORTH:.0f} %{closest}."
     return (
         f"It brings less than {100 * WORTH:.0f} %, so do not build it for such a device, with any one of "
-        f"{'; '.join(words for _, words in ends)}."
+        f"{'; '.join(under)}."
     )
 
 
-def _details(frame: pl.DataFrame) -> list[str]:
-    told = []
+def _details(frame: pl.DataFrame) -> Iterator[str]:
     for conclusion in CONCLUSIONS:
-        at_base, of_it = base(frame, conclusion), bars(frame, conclusion)
+        at_base, found, name = base(frame, conclusion), bars(frame, conclusion), conclusion.text
         if conclusion is not MULTIFD:
-            ratio = ratio_told(at_base.ratio) if at_base else NOT_BOTH
-            told.append(f"{conclusion.told}: {ratio}; it hangs most on {_hangs(of_it)}. {_do_not_build(of_it)}")
-        null = [bar for bar in of_it if bar.swing < NULL_SWING]
-        told.append(
-            f"{conclusion.told}: {len(null)} of {len(of_it)} parameters move the ratio by less than {NULL_SWING:g}."
-        )
+            ratio = ratio_text(at_base) if at_base else NOT_BOTH
+            yield f"{name}: {ratio}; it depends most on {_depends(found)}. {_do_not_build(found)}"
+        null = [bar for bar in found if bar.swing < NULL_SWING]
+        yield f"{name}: {len(null)} of {len(found)} parameters move the ratio by less than {NULL_SWING:g}."
         gone = [
-            f"{bar.parameter} = {end.at} ({end.left})" for bar in of_it for end in (bar.low, bar.high) if not end.told
+            f"{bar.parameter} = {end.at} ({end.not_completed})"
+            for bar in found
+            for end in (bar.low, bar.high)
+            if not end.found
         ]
-        if gone:
-            told.append(
-                f"{conclusion.told}: no ratio, for less than {FEWEST} seeds are completed by both, at "
-                f"{'; '.join(gone)}."
-            )
+        yield from sentence(f"{name}: no ratio, for fewer than {FEWEST} seeds are completed by both, at ", gone)
     strongest = base(frame, Conclusion("", NIC, ACKED_MULTIFD))
-    told.append(f"{V3} against {ACKED_MULTIFD}, {NIC}: {ratio_told(strongest.ratio) if strongest else NOT_BOTH}.")
-    return told
+    yield f"{V3} against {ACKED_MULTIFD}, {NIC}: {ratio_text(strongest) if strongest else NOT_BOTH}."
 
 
-def _regions(frame: pl.DataFrame) -> list[str]:
+def _regions(frame: pl.DataFrame) -> Iterator[str]:
     """For each map and base: the squares in which less than WORTH is shown, engines by engines."""
-    told = []
     for of, against in maps_run(frame):
         engines, values = sides(frame, of)
         lines = []
         for each in engines:
-            found = [value for value in values if is_under(ratio_of(square(frame, of, each, value, against)))]
+            found = [value for value in values if is_under(square(frame, of, each, value, against))]
             where = "nowhere" if not found else "everywhere" if found == values else "at " + _listed(found)
             lines.append(f"{each:g} engine(s): {where}")
-        told.append(
-            f"{V3} is shown to bring less than {100 * WORTH:.0f} % over {against}, {of.base}, of {of.words} "
+        yield (
+            f"{V3} is shown to bring less than {100 * WORTH:.0f} % over {against}, {of.base}, of {of.label} "
             f"{_listed(values)}: {'; '.join(lines)}."
         )
-    return told
 
 
 def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def _c3(frame: pl.DataFrame, told: Sequence[Bar]) -> Finding:
+def _c3(frame: pl.DataFrame, found: Sequence[Bar]) -> Finding:
     """Under one big lock, or with one engine, N buys nothing: here, less than WORTH over v2-multifd."""
-    by_name = {bar.parameter: bar for bar in told}
+    by_name = {bar.parameter: bar for bar in found}
     engine = by_name[ONE_ENGINE].low if ONE_ENGINE in by_name else None
     lock = by_name[ONE_LOCK].high if ONE_LOCK in by_name else None
-    if engine is None or lock is None or engine.ratio is None or lock.ratio is None:
+    if engine is None or lock is None or engine.found is None or lock.found is None:
         return Finding("C3", "under conditions", "one of the two was not completed under both protocols here.")
-    both = [is_under(engine.ratio), is_under(lock.ratio)]
-    why = (
-        f"{V3} gains {gain_told(engine.ratio)} over v2-multifd with {engine.at} engine, and {gain_told(lock.ratio)} "
+    return Finding(
+        "C3",
+        verdict(supported=engine.is_under and lock.is_under, refuted=not (engine.is_under or lock.is_under)),
+        f"{V3} gains {gain_text(engine.found)} over v2-multifd with {engine.at} engine, and {gain_text(lock.found)} "
         f"under a {lock.at} lock, on {IDLE}, where copies and waits for the lock are {_locked_percent(frame):.1f} % of "
-        f"{V3}'s critical path."
+        f"{V3}'s critical path.",
     )
-    return Finding("C3", "supported" if all(both) else "under conditions" if any(both) else "refuted", why)
 
 
 def _locked_percent(frame: pl.DataFrame) -> float:
-    """Of v3's downtime under the global lock: what that lock can hold up."""
-    there = (pl.col("base") == IDLE) & (pl.col("parameter") == ONE_LOCK) & (pl.col("side") == "high")
-    runs = frame.filter(COMPLETED & there & (pl.col("protocol") == V3))
+    """The part of v3's downtime under the global lock that this lock can hold up."""
+    runs = frame.filter(COMPLETED, base=IDLE, parameter=ONE_LOCK, side="high", protocol=V3)
     locked = number(runs["path_lock_ns"].sum()) + number(runs["path_copy_ns"].sum())
     return 100 * locked / number(runs["downtime_ns"].sum())
 
 
-def effects(frame: pl.DataFrame) -> pl.DataFrame:
+def _rows(frame: pl.DataFrame) -> Iterator[dict[str, Any]]:
     """Each conclusion's effect at its base, at each end, and in each square of the maps."""
-    rows: list[dict[str, Any]] = []
-
-    def add(told: Effect | None, conclusion: Conclusion, **where: Any) -> None:
-        rows.append(
-            {"scenario": conclusion.base}
-            | {"part": "base", "parameter": "", "side": "", "at": "", "not_completed": ""}
-            | where
-            | effect_row(told, conclusion.against, V3, 1e6, "ms")
-        )
-
+    nowhere = {"part": "base", "parameter": "", "side": "", "at": "", "not_completed": ""}
     for conclusion in CONCLUSIONS:
-        add(base(frame, conclusion), conclusion)
+        at = {"scenario": conclusion.base} | nowhere
+        yield at | effect_row(base(frame, conclusion), conclusion.against, V3)
         for bar in bars(frame, conclusion):
             for side, end in (("low", bar.low), ("high", bar.high)):
-                where = {"parameter": bar.parameter, "side": side, "at": end.at, "not_completed": end.left}
-                add(end.told, conclusion, part="tornado", **where)
+                place = {"part": "tornado", "parameter": bar.parameter, "side": side, "at": end.at}
+                found = effect_row(end.found, conclusion.against, V3)
+                yield at | place | {"not_completed": end.not_completed} | found
     for of, against in maps_run(frame):
         engines, values = sides(frame, of)
-        for each in engines:
-            for value in values:
-                at = f"{each:g} engines, {of.words} {value:g}"
-                told = square(frame, of, each, value, against)
-                add(told, Conclusion("", of.base, against), part="map", at=at)
-    return pl.DataFrame(rows, infer_schema_length=None)
-
-
-EXPERIMENT = Experiment(
-    name="sensitivity",
-    question="Which parameters do the conclusions hang on, and for which device does v3 bring less than 5 %?",
-    claims=("C3",),
-    points=points,
-    answer=answer,
-    figures=figures,
-)
+        for each, value in ((each, value) for each in engines for value in values):
+            place = {"part": "map", "at": f"{each:g} engines, {of.label} {value:g}"}
+            found = effect_row(square(frame, of, each, value, against), against, V3)
+            yield {"scenario": of.base} | nowhere | place | found

@@ -1,62 +1,140 @@
-"""How often does critical data come too late, after the order to stop the guest, and what does that cost?
-
-Between the moment when a VMM last knew what a device has and the moment when the vCPUs stand still, the guest may
-reconfigure the device once more. What the target has to set up then falls into the downtime
-(`late_reconfigured_objects`), unless the VMM looks again, and gives the migration up (QEMU 11.1's reusable ack) or
-takes the stop back (v3's `retry`). Reconfigurations at random, at several rates, say how often; one for sure, 10 ms
-after the order to stop, of several sizes, says what it costs.
-"""
+"""The runs of switchover_hazard, what became of critical data that came too late, and what that cost."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 
+import numpy as np
 import polars as pl
-from matplotlib.figure import Figure
 
-from experiments.questions.switchover_hazard import figures as figures_switchover_hazard
-from experiments.questions.switchover_hazard.grid import (
-    ACK_MODES,
-    AT_RANDOM,
-    BLIND,
-    FOR_SURE,
-    GAVE_UP,
-    LATE,
-    NO_ACK,
-    ONE_SHOT_REINIT,
-    PAID,
-    POLICIES,
-    POLLS,
-    PROCEED,
-    PROCEED_INVALIDATE,
-    RATE,
-    RETRY,
-    RETRY_INVALIDATE,
-    REUSABLE,
-    REUSABLE_INVALIDATE,
-    STOOD_STILL,
-    TOO_LATE,
-    TOOK_BACK,
-    at_random,
-    expected,
-    for_sure,
-    points,
-    window_ms,
-)
 from experiments.runs.frame import COMPLETED, number
-from experiments.study.experiment import Answer, Experiment, Finding, effect_row, places
-from experiments.study.statistics import Effect, Interval, effect, interval, share
+from experiments.study.claims import Finding, gave_up, verdict
+from experiments.study.effects import Measure, Place, change_text, effect_row, mean, places, sentence, table
+from experiments.study.experiment import Answer, Point
+from experiments.study.statistics import Effect, Floats, Interval, effect, interval, share
+from sim.scenario.file import load
+from sim.scenario.units import NS_PER_MS
 
-V2_LOOKING = (REUSABLE, REUSABLE + POLLS, REUSABLE_INVALIDATE, REUSABLE_INVALIDATE + POLLS)
-"""Who looks once more when the vCPUs stand still, as v3 does; and so knows what came too late."""
+BASE = "nic-reconfig"
+LATE_BASE = "late-reconfig"
+"""The same device, reconfigured once, while the vCPUs are stopped for the first time."""
+SMALL = (
+    "ram.size_gib=2",
+    "ram.nonzero_gib=0.25",
+    "ram.dirty_mib_per_s=20",
+    "ram.working_set_mib=64",
+    "ram.frame_mib=4",
+    "device.0.state_mib=256",
+    "device.0.block_kib=256",
+    "vmm.give_up_s=20",
+)
+"""The question is how a migration ends, not how soon: half the state and less RAM make runs cheaper, and a rare event
+needs many. Set-up is as in the scenario."""
+RATES_PER_S = (1.0, 4.0, 8.0)
+"""Below the 15.6 a second that the target can set up: beyond, a VMM that waits never stops (see reconfiguration)."""
+QUICK_RATES_PER_S = (8.0,)
+LATE_OBJECTS = (32, 128, 512)
+"""Of 2 ms of set-up each: 64 ms, which something else may hide; 256 ms, which nothing can; all of the device's."""
+QUICK_LATE_OBJECTS = (128,)
+
+NO_ACK = "v2"
+ONE_SHOT = "v2-ack"
+ONE_SHOT_REINIT = "v2-reinit-flush-ack"
+REUSABLE = "v2-reinit-flush-ack-reusable"
+REUSABLE_INVALIDATE = "v2-reinit-invalidate-ack-reusable"
+ACK_MODES = (NO_ACK, ONE_SHOT, ONE_SHOT_REINIT, REUSABLE, REUSABLE_INVALIDATE)
+BLIND = (NO_ACK, ONE_SHOT, ONE_SHOT_REINIT)
+"""The modes without a final check once the vCPUs stand still."""
+POLLS = "-polls"
+"""Suffix of the user that asks in every round; without it, the user deduces, as QEMU does."""
+CHECKS = (REUSABLE, REUSABLE + POLLS, REUSABLE_INVALIDATE, REUSABLE_INVALIDATE + POLLS)
+"""v2 with a final check when the vCPUs stand still, as v3 has; so it knows what came too late."""
+PROCEED = "v3-n4"
+RETRY = "v3-n4-retry"
+PROCEED_INVALIDATE = "v3-n4-invalidate"
+RETRY_INVALIDATE = "v3-n4-invalidate-retry"
+POLICIES = (PROCEED, RETRY, PROCEED_INVALIDATE, RETRY_INVALIDATE)
+AT_RANDOM = (*(mode + user for mode in ACK_MODES for user in ("", POLLS)), *POLICIES)
+FOR_SURE = (NO_ACK, ONE_SHOT_REINIT, REUSABLE, *POLICIES)
+"""Nobody asks any more, so the kind of user makes no difference (docs/model.md)."""
+PAIRS = (
+    (ONE_SHOT_REINIT, PROCEED),
+    (RETRY, PROCEED),
+    (RETRY_INVALIDATE, PROCEED_INVALIDATE),
+    (PROCEED, PROCEED_INVALIDATE),
+)
+"""Base and other, compared over the runs with one reconfiguration for sure."""
+
+RATE = "reconfigurations_per_s"
+LATE = "objects_during_stop"
+"""Objects of the one reconfiguration while the vCPUs are stopped; 0 in the runs at random."""
+PAID, GAVE_UP, TOOK_BACK, TOO_LATE = "paid", "gave_up", "took_back", "too_late"
+WAYS = {TOO_LATE: "too late", PAID: "paid in the downtime", GAVE_UP: "gave up", TOOK_BACK: "stop taken back"}
+STOOD_STILL = "stood_still_ns"
+COSTS = (
+    Measure("downtime_ms", "downtime_ns"),
+    Measure("setup_in_downtime_ms", "setup_in_downtime_ns"),
+    Measure("late_critical_objects", "late_critical_objects", 1.0),
+    Measure("late_reconfigured_objects", "late_reconfigured_objects", 1.0),
+    Measure("retries", "retries", 1.0),
+    Measure("retries_stopped_ms", "retries_stopped_ns"),
+)
 MOST_PAID = 0.02
-"""Of the runs of who takes a last look: if more have late data in their downtime, the look is of no use."""
-NO_RUN = "no run"
-NONE_COMPLETED = "no run completed"
+"""The part of the runs with a final check that may have late data in their downtime; if more have, it is of no use."""
+
+
+def points(quick: bool) -> list[Point]:
+    """Every user, mode and policy at every rate; and each mode and policy with one reconfiguration during the stop."""
+    random, sure = "device.0.reconfigurations.poisson_per_s", "device.0.reconfigurations.objects_each"
+    return [
+        Point(BASE, name, (*SMALL, f"{random}={rate:g}"), {RATE: rate, LATE: 0})
+        for rate in (QUICK_RATES_PER_S if quick else RATES_PER_S)
+        for name in AT_RANDOM
+    ] + [
+        Point(LATE_BASE, name, (*SMALL, f"{sure}={size}"), {RATE: 0.0, LATE: size})
+        for size in (QUICK_LATE_OBJECTS if quick else LATE_OBJECTS)
+        for name in FOR_SURE
+    ]
+
+
+def marked(frame: pl.DataFrame) -> pl.DataFrame:
+    """With columns of yes and no for what became of critical data that came too late, and the time that the guest stood
+    still in all, with the pauses of retries (null where the run was not completed)."""
+    late = pl.col("late_reconfigured_objects").cast(pl.Int64).fill_null(0) > 0
+    return frame.with_columns(
+        (COMPLETED & late).alias(PAID),
+        gave_up().alias(GAVE_UP),
+        (pl.col("retries") > 0).alias(TOOK_BACK),
+        (pl.col("downtime_ns").cast(pl.Int64) + pl.col("retries_stopped_ns")).alias(STOOD_STILL),
+    ).with_columns((pl.col(PAID) | pl.col(GAVE_UP) | pl.col(TOOK_BACK)).alias(TOO_LATE))
+
+
+def at_random(frame: pl.DataFrame) -> pl.DataFrame:
+    """The runs with reconfigurations at random, marked."""
+    return marked(frame.filter(pl.col(LATE) == 0))
+
+
+def for_sure(frame: pl.DataFrame) -> pl.DataFrame:
+    """The runs with one reconfiguration during the stop, marked."""
+    return marked(frame.filter(pl.col(LATE) > 0))
+
+
+def window_ms() -> float:
+    """The time that the vCPUs take to stop: no VMM can have asked about what happens in it."""
+    return load(BASE, SMALL).vmm.vcpu_stop_ms
+
+
+def expected(rates_per_s: Floats | float) -> Floats:
+    """The share of migrations with a reconfiguration in that window, if they come at random."""
+    share: Floats = 1 - np.exp(-np.asarray(rates_per_s, float) * window_ms() * NS_PER_MS / 1e9)
+    return share
+
+
+# --- the answer -------------------------------------------------------------------------------------------------------
 
 
 def answer(frame: pl.DataFrame) -> Answer:
-    """How often, under whom, and at what price."""
+    """How often, under which protocol, and at what price."""
     random, sure = at_random(frame), for_sure(frame)
     at, chance, busy = "an unknown rate of reconfigurations", "", random
     if random.height:
@@ -64,7 +142,7 @@ def answer(frame: pl.DataFrame) -> Answer:
         at = f"{rate:g} reconfigurations a second"
         chance = f" (chance of one in the {window_ms():g} ms of the vCPUs' stop: {100 * float(expected(rate)):.0f} %)"
         busy = random.filter(pl.col(RATE) == rate)
-    told = "; ".join(
+    shares = "; ".join(
         f"{name} {_percent(busy, name, column)} {what}"
         for name, column, what in (
             (NO_ACK, PAID, "(paid in the downtime)"),
@@ -75,7 +153,7 @@ def answer(frame: pl.DataFrame) -> Answer:
         )
     )
     return Answer(
-        f"At {at} critical data comes too late in this share of runs: {told}{chance}.",
+        f"At {at} critical data comes too late in this share of runs: {shares}{chance}.",
         "One device, whose vCPUs take one fixed time to stop and whose reconfigurations come at random: a guest that "
         "reconfigures because it is being migrated, or never in its last seconds, has other chances; that QEMU 11.1 "
         "looks at just this point is inferred (docs/model.md).",
@@ -85,10 +163,10 @@ def answer(frame: pl.DataFrame) -> Answer:
             *_prices(sure),
             *_unseen(random),
             *_blind(random),
-            *_other_ends(frame),
+            *_other_ends(pl.concat([random, sure])),
         ],
         [_c1(random)],
-        table(random, sure),
+        table(_rows(random, sure)),
     )
 
 
@@ -96,21 +174,21 @@ def answer(frame: pl.DataFrame) -> Answer:
 
 
 def _share(runs: pl.DataFrame, name: str, column: str) -> Interval | None:
-    of = runs.filter(pl.col("protocol") == name)[column]
+    of = runs.filter(protocol=name)[column]
     return share(int(of.sum()), len(of)) if len(of) else None
 
 
 def _percent(runs: pl.DataFrame, name: str, column: str) -> str:
-    told = _share(runs, name, column)
-    if told is None:
-        return NO_RUN
-    return f"{100 * told.mean:.0f} % (95 % interval {100 * told.low:.0f} to {100 * told.high:.0f})"
+    part = _share(runs, name, column)
+    if part is None:
+        return "no run"
+    mean, low, high = (f"{100 * value:.0f}" for value in (part.mean, part.low, part.high))
+    return f"{mean} % (95 % interval {low} to {high})"
 
 
-def _how_often(random: pl.DataFrame) -> list[str]:
-    """Those who look, all together, against what the length of the window lets expect."""
-    lines = []
-    for what, names in (("v2 with the reusable ack", V2_LOOKING), ("v3", (PROCEED, PROCEED_INVALIDATE))):
+def _how_often(random: pl.DataFrame) -> Iterator[str]:
+    """All protocols with a final check together, against what the length of the window lets expect."""
+    for what, names in (("v2 with the reusable ack", CHECKS), ("v3", (PROCEED, PROCEED_INVALIDATE))):
         runs = random.filter(pl.col("protocol").is_in(names))
         if runs.is_empty():
             continue
@@ -118,218 +196,147 @@ def _how_often(random: pl.DataFrame) -> list[str]:
         of_guests = runs.group_by(RATE, "seed", maintain_order=True).agg(pl.col(TOO_LATE).cast(pl.Float64).mean())
         found = interval(100 * of_guests[TOO_LATE].to_numpy())
         chance = 100 * float(expected(runs[RATE].to_numpy().astype(float)).mean())
-        fits = "as expected" if chance in found else "NOT as expected"
-        lines.append(
-            f"{what} ({', '.join(names)}), all rates: too late in {found.told('%')} of {runs.height} runs with "
+        yield (
+            f"{what} ({', '.join(names)}), all rates: too late in {found.text('%')} of {runs.height} runs with "
             f"{of_guests.height} guests; that a reconfiguration falls into the vCPUs' stop has a chance of "
-            f"{chance:.1f} %: {fits}."
+            f"{chance:.1f} %: {'as expected' if chance in found else 'NOT as expected'}."
         )
-    return lines
 
 
-def _pooled(random: pl.DataFrame) -> pl.DataFrame:
-    """All rates as one place of pairs, every run counted, whichever way it ended."""
-    return random.with_columns(
+def user_effects(random: pl.DataFrame) -> dict[str, Effect | None]:
+    """By ack mode: how polling changes the share of runs in which it is too late, in per cent. All rates are one place
+    of pairs, and every run counts, whichever way it ended."""
+    pooled = random.with_columns(
         pl.format("{}/{}", RATE, "seed").alias("seed"),
         pl.lit("COMPLETED").alias("outcome"),
         (pl.col(TOO_LATE).cast(pl.Float64) * 100).alias("too_late_percent"),
     )
-
-
-def user_effects(random: pl.DataFrame) -> dict[str, Effect | None]:
-    """By ack mode: what a user that polls does to the share of runs in which it is too late, in per cent."""
-    pooled = _pooled(random)
     return {mode: effect(pooled, "too_late_percent", mode, mode + POLLS) for mode in ACK_MODES}
 
 
 def _users(random: pl.DataFrame) -> list[str]:
-    told = [
+    parts = [
         f"{mode} {of.difference.mean:+.1f} ({of.difference.low:+.1f} to {of.difference.high:+.1f})"
         for mode, of in user_effects(random).items()
         if of
     ]
-    return (
-        [f"What polling in every round changes, in points of that share, all rates: {', '.join(told)}."] if told else []
-    )
+    start = "What polling in every round changes, in points of that share, all rates: "
+    return sentence(start, parts, separator=", ")
 
 
 def _unseen(random: pl.DataFrame) -> list[str]:
-    """A retry can only take back what its look finds; what was loaded by then is late all the same."""
-    told = []
+    """A retry can only take back what its final check finds; what was loaded by then is late all the same."""
+    parts = []
     for name in (RETRY, RETRY_INVALIDATE):
-        runs = random.filter(pl.col("protocol") == name)
+        runs = random.filter(protocol=name)
         if runs.height:
-            told.append(f"{name} {int(runs[PAID].sum())} of {runs.height}, {int(runs[TOOK_BACK].sum())} taken back")
-    why = "loaded between the order to stop and the last look, or after the last retry"
-    return [f"Late data in the downtime in spite of retry ({why}): {'; '.join(told)}."] if told else []
+            parts.append(f"{name} {int(runs[PAID].sum())} of {runs.height}, {int(runs[TOOK_BACK].sum())} taken back")
+    why = "loaded between the order to stop and the final check, or after the last retry"
+    return sentence(f"Late data in the downtime in spite of retry ({why}): ", parts)
 
 
 def _blind(random: pl.DataFrame) -> list[str]:
-    """Whether who takes no last look always has set-up in the downtime."""
-    told = []
+    """Do the modes without a final check always have set-up in the downtime?"""
+    parts = []
     for name in BLIND:
-        runs = random.filter(COMPLETED & (pl.col("protocol") == name))
+        runs = random.filter(COMPLETED, protocol=name)
         if runs.height:
-            any_late = runs.filter(pl.col("late_critical_objects").cast(pl.Int64) > 0).height
-            told.append(f"{name} {any_late} of {runs.height}")
-    return [
-        f"Runs with any critical object, initial or new, loaded after the order to stop: {', '.join(told)}."
-    ] * bool(told)
+            late = runs.filter(pl.col("late_critical_objects").cast(pl.Int64) > 0)
+            parts.append(f"{name} {late.height} of {runs.height}")
+    start = "Runs with any critical object, initial or new, loaded after the order to stop: "
+    return sentence(start, parts, separator=", ")
 
 
-def _other_ends(frame: pl.DataFrame) -> list[str]:
-    """Runs that did not complete: those that failed for late data, and the others, whatever they are."""
-    both = pl.concat([at_random(frame), for_sure(frame)])
-    lines = []
-    for reason, gave_up in both.filter(pl.col(GAVE_UP)).group_by("reason", maintain_order=True):
-        names = ", ".join(gave_up["protocol"].unique(maintain_order=True))
-        lines.append(f"FAILED for late data: {gave_up.height} of {both.height} runs ({names}): {reason[0]!r}.")
-    left = both.filter(~COMPLETED & ~pl.col(GAVE_UP))
-    kinds = left.group_by("protocol", "outcome", maintain_order=True).len("runs")
-    return lines + [
-        f"{row['protocol']}: {row['runs']} {row['outcome']}, not for late data." for row in kinds.to_dicts()
-    ]
+def _other_ends(frame: pl.DataFrame) -> Iterator[str]:
+    """Runs that did not complete: those that failed for late data, and all others."""
+    for reason, runs in frame.filter(pl.col(GAVE_UP)).group_by("reason", maintain_order=True):
+        names = ", ".join(runs["protocol"].unique(maintain_order=True))
+        yield f"FAILED for late data: {runs.height} of {frame.height} runs ({names}): {reason[0]!r}."
+    others = frame.filter(~COMPLETED & ~pl.col(GAVE_UP))
+    for protocol, outcome, count in others.group_by("protocol", "outcome", maintain_order=True).len().iter_rows():
+        yield f"{protocol}: {count} {outcome}, not for late data."
 
 
 # --- what it costs ----------------------------------------------------------------------------------------------------
 
-PAIRS = (
-    (ONE_SHOT_REINIT, PROCEED),
-    (RETRY, PROCEED),
-    (RETRY_INVALIDATE, PROCEED_INVALIDATE),
-    (PROCEED, PROCEED_INVALIDATE),
-)
-"""Base and other, of the runs with one for sure."""
 
-
-def _prices(sure: pl.DataFrame) -> list[str]:
-    """By size: how much of the set-up lengthens the downtime, and whether a retry is worth its pause."""
-    lines = []
+def _prices(sure: pl.DataFrame) -> Iterator[str]:
+    """By size: the set-up that lengthens the downtime, and whether a retry is worth its pause."""
     for at, runs in places(sure, [LATE]):
-        told = []
+        parts = []
         for retry, proceed in PAIRS[1:3]:
             down, still = (effect(runs, column, retry, proceed) for column in ("downtime_ns", STOOD_STILL))
             if down and still:
-                told.append(
-                    f"{proceed} has {_mean_ms(runs, proceed, 'setup_in_downtime_ns')} of set-up in its downtime, which "
-                    f"against that of {retry} is {_ms(down)}; the retry's pause included, {_ms(still)}: "
-                    f"{_better(still, retry, proceed)}"
+                setup = mean(runs, "setup_in_downtime_ns", protocol=proceed)
+                parts.append(
+                    f"{proceed} has {f'{setup.mean:.0f} ms' if setup else 'no run completed'} of set-up in its "
+                    f"downtime, which against that of {retry} is {change_text(down.difference, 0)}; the retry's pause "
+                    f"included, {change_text(still.difference, 0)}: {_better(still)}"
                 )
-        if told:
-            lines.append(f"One reconfiguration of {at[LATE]} objects during the stop: {'; '.join(told)}.")
-    return lines
+        yield from sentence(f"One reconfiguration of {at[LATE]} objects during the stop: ", parts)
 
 
-def _better(still: Effect, retry: str, proceed: str) -> str:
+def _better(still: Effect) -> str:
     if not still.shown:
         return "neither is shown to be better"
-    return f"{retry if still.difference.mean > 0 else proceed} has the guest stand still for less"
-
-
-def _ms(of: Effect) -> str:
-    told = of.difference
-    return f"{told.mean / 1e6:+.0f} ms (95 % interval {told.low / 1e6:+.0f} to {told.high / 1e6:+.0f})"
-
-
-def _mean_ms(runs: pl.DataFrame, name: str, column: str) -> str:
-    values = runs.filter(COMPLETED & (pl.col("protocol") == name))[column].drop_nulls()
-    return f"{interval(values.to_numpy() / 1e6).mean:.0f} ms" if len(values) else NONE_COMPLETED
+    return f"{still.base if still.difference.mean > 0 else still.other} has the guest stand still for less"
 
 
 def _c1(random: pl.DataFrame) -> Finding:
     """v3 keeps late set-up out of the downtime, and v2 cannot tell that there is some."""
-    retry = random.filter(pl.col("protocol") == RETRY)
-    looked = random.filter(pl.col("protocol").is_in(V2_LOOKING))
-    blind = random.filter(pl.col("protocol").is_in(BLIND))
-    policies = {name: random.filter(pl.col("protocol") == name) for name in POLICIES}
-    if retry.is_empty() or looked.is_empty():
-        return Finding("C1", "under conditions", "it could not be tried: v3 with retry, or v2 that looks, has no run.")
-    completed, paid = retry.filter(COMPLETED).height, {name: int(runs[PAID].sum()) for name, runs in policies.items()}
-    unseen, seen = int(looked[PAID].sum()), int(looked[GAVE_UP].sum())
-    why = (
-        f"late data in the downtime have, of v3's policies, "
-        f"{', '.join(f'{name} {paid[name]} of {runs.height}' for name, runs in policies.items())}; with retry v3 "
-        f"completed {completed} of {retry.height}; v2 without a last look has some in "
-        f"{int(blind[PAID].sum())} of {blind.height}, but with the reusable ack v2 can tell: of {looked.height} runs "
-        f"{seen} FAILED over it, and {unseen} paid without having seen it."
-    )
+    policies = {name: random.filter(protocol=name) for name in POLICIES}
+    retry = policies[RETRY]
+    checked, blind = (random.filter(pl.col("protocol").is_in(names)) for names in (CHECKS, BLIND))
+    if retry.is_empty() or checked.is_empty():
+        return Finding(
+            "C1", "under conditions", "it could not be tried: v3 with retry, or v2 with a final check, has no run."
+        )
+    paid = {name: int(runs[PAID].sum()) for name, runs in policies.items()}
     few = {name: paid[name] <= MOST_PAID * runs.height for name, runs in policies.items()}
-    if not few[RETRY]:  # the policy that is made for it
-        return Finding("C1", "refuted", why)
-    v2_cannot_tell = unseen > MOST_PAID * looked.height
-    fine = completed == retry.height and all(few.values())
-    return Finding("C1", "supported" if fine and v2_cannot_tell else "under conditions", why)
+    counts = ", ".join(f"{name} {paid[name]} of {runs.height}" for name, runs in policies.items())
+    completed, unseen, seen = retry.filter(COMPLETED).height, int(checked[PAID].sum()), int(checked[GAVE_UP].sum())
+    v2_cannot_tell = unseen > MOST_PAID * checked.height
+    return Finding(
+        "C1",
+        verdict(
+            supported=completed == retry.height and all(few.values()) and v2_cannot_tell,
+            refuted=not few[RETRY],  # the policy that is made for it
+        ),
+        f"runs with late data in the downtime are, under v3's policies, {counts}; with retry v3 completed {completed} "
+        f"of {retry.height}; v2 without a final check has some in {int(blind[PAID].sum())} of {blind.height}, but with "
+        f"the reusable ack v2 can tell: of {checked.height} runs {seen} FAILED because of it, and {unseen} paid "
+        "without having seen it.",
+    )
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-WAYS = ((TOO_LATE, "too late"), (PAID, "paid in the downtime"), (GAVE_UP, "gave up"), (TOOK_BACK, "stop taken back"))
-COSTS = (
-    ("downtime_ns", 1e6, "downtime_ms"),
-    ("setup_in_downtime_ns", 1e6, "setup_in_downtime_ms"),
-    ("late_critical_objects", 1.0, "late_critical_objects"),
-    ("late_reconfigured_objects", 1.0, "late_reconfigured_objects"),
-    ("retries", 1.0, "retries"),
-    ("retries_stopped_ns", 1e6, "retries_stopped_ms"),
-)
 
-
-def table(random: pl.DataFrame, sure: pl.DataFrame) -> pl.DataFrame:
+def _rows(random: pl.DataFrame, sure: pl.DataFrame) -> Iterator[dict[str, object]]:
     """Shares with Wilson's intervals, mean costs of completed runs with bootstrap intervals, paired effects."""
-    rows = []
     for frame, names in ((random, AT_RANDOM), (sure, FOR_SURE)):
         for at, runs in places(frame, [RATE, LATE]):
             for name in names:
-                rows += [at | row for row in _rows(runs.filter(pl.col("protocol") == name), name)]
+                yield from _of_protocol(at, runs.filter(protocol=name), name)
     for at, runs in places(sure, [RATE, LATE]):
-        for base, other in PAIRS:
+        for pair in PAIRS:
             for column, what in (("downtime_ns", "downtime"), (STOOD_STILL, "downtime and pauses of retries")):
-                told = effect(runs, column, base, other)
-                rows.append(at | {"what": f"effect on {what}"} | effect_row(told, base, other, 1e6, "ms"))
-    for mode, told in user_effects(random).items():
-        row = effect_row(told, mode, mode + POLLS, 1.0, "points")
-        rows.append({"what": "effect of polling on the share too late, all rates"} | row)
-    return pl.DataFrame(rows, infer_schema_length=None)
+                yield at | {"what": f"effect on {what}"} | effect_row(effect(runs, column, *pair), *pair)
+    for mode, found in user_effects(random).items():
+        row = effect_row(found, mode, mode + POLLS, 1.0, "points")
+        yield {"what": "effect of polling on the share too late, all rates"} | row
 
 
-def _rows(runs: pl.DataFrame, name: str) -> list[dict[str, object]]:
-    """Of one protocol at one place."""
-    rows: list[dict[str, object]] = []
-    for column, what in WAYS:
-        if (told := _share(runs, name, column)) is not None:
-            rows.append(_row(name, f"share of runs: {what}", told, "share", runs.height))
-    done = runs.filter(COMPLETED)
-    for column, scale, what in COSTS:
-        values = done[column].drop_nulls()
-        if len(values):
-            rows.append(_row(name, what, interval(values.to_numpy() / scale), "mean", runs.height))
-    return rows
+def _of_protocol(at: Place, runs: pl.DataFrame, name: str) -> Iterator[dict[str, object]]:
+    """The shares and means of one protocol at one place."""
 
+    def row(what: str, found: Interval, kind: str) -> dict[str, object]:
+        numbers = {kind: found.mean, f"{kind}_low": found.low, f"{kind}_high": found.high}
+        return at | {"other": name, "what": what} | numbers | {"runs": runs.height, "counted": found.count}
 
-def _row(name: str, what: str, told: Interval, kind: str, runs: int) -> dict[str, object]:
-    return {
-        "other": name,
-        "what": what,
-        f"{kind}": told.mean,
-        f"{kind}_low": told.low,
-        f"{kind}_high": told.high,
-        "runs": runs,
-        "counted": told.count,
-    }
-
-
-def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
-    """How often, against the rate; and what one costs, by policy."""
-    return figures_switchover_hazard.figures(at_random(frame), for_sure(frame), command)
-
-
-EXPERIMENT = Experiment(
-    name="switchover_hazard",
-    question="How often does critical data come too late for the stop, by user, ack and policy, and what does it cost?",
-    claims=("C1",),
-    points=points,
-    answer=answer,
-    figures=figures,
-    repeats=60,
-)
-"""60 repeats: at 8 reconfigurations a second 15 % of migrations are expected to meet one while the vCPUs stop."""
+    for column, what in WAYS.items():
+        if part := _share(runs, name, column):
+            yield row(f"share of runs: {what}", part, "share")
+    for of in COSTS:
+        if cost := mean(runs, of.column, of.scale):
+            yield row(of.label, cost, "mean")
