@@ -108,6 +108,7 @@ def test_a_step_that_costs_is_told_as_one() -> None:
     assert any("cost: '+ N = 4' +200.0 ms" in line for line in told.details)
 
 
+@pytest.mark.slow
 def test_c1_hangs_on_whether_the_ack_does_it_as_well() -> None:
     assert verdicts(made_up())["C1"] == "under conditions"
     acked = made_up(setup_ms=lambda case, protocol, seed: 0 if protocol.startswith("v3") else 1000)
@@ -116,6 +117,7 @@ def test_c1_hangs_on_whether_the_ack_does_it_as_well() -> None:
     assert verdicts(made_up(setup_ms=lambda case, protocol, seed: 0))["C1"] == "refuted"
 
 
+@pytest.mark.slow
 def test_c4_hangs_on_all_its_parts() -> None:
     def without_ack(case: str, protocol: str, seed: int) -> float:
         return 0 if protocol.startswith("v3") else 1000
@@ -148,6 +150,7 @@ def test_an_interaction_is_paired_by_seed() -> None:
     assert between.mean == 0
 
 
+@pytest.mark.slow
 def test_a_seed_that_was_lost_in_one_of_four_is_left_out() -> None:
     frame = made_up().with_columns(
         outcome=pl.when((pl.col("seed") < 5) & (pl.col(CASE) == IDLE) & (pl.col("protocol") == N_FDS))
@@ -160,6 +163,7 @@ def test_a_seed_that_was_lost_in_one_of_four_is_left_out() -> None:
     assert any(f"{IDLE}, {N_FDS}: 4 FAILED." in line for line in answer(frame).details)
 
 
+@pytest.mark.slow
 def test_nothing_completed() -> None:
     columns = ("downtime_ns", "setup_in_downtime_ns", "critical_lag_max_ns", "phase_drain_ns", "total_ns")
     frame = made_up().with_columns(

@@ -110,6 +110,7 @@ def python(*arguments: str, cwd: Path, **more: Any) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=environment, text=True, **pipes, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["script", "stdin", "-c"])
 def test_processes_need_no_guard_in_the_main_module(how: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT.format(seeds=2))
@@ -119,6 +120,7 @@ def test_processes_need_no_guard_in_the_main_module(how: str, tmp_path: Path) ->
     assert (out, err) == (f"main\n4 {sum(runs['downtime_ns'])}\n", "")
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_all_processes(tmp_path: Path) -> None:
     process = python("-c", SCRIPT.format(seeds=500), cwd=tmp_path, start_new_session=True)
     assert process.stdout is not None
@@ -150,6 +152,7 @@ def test_one_run_with_its_files(tmp_path: Path) -> None:
     assert api.draw_path({"v3-n2": run}).get_suptitle().startswith("What did the downtime wait for?")
 
 
+@pytest.mark.slow
 def test_all_figures_are_drawn() -> None:
     scenario = small_scenario()
     runs = api.compare(scenario, PROTOCOLS, 2)

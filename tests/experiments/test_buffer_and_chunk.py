@@ -84,6 +84,7 @@ def test_real_runs_are_answered_and_drawn(real: pl.DataFrame) -> None:
     assert set(EXPERIMENT.figures(real, "command")) == {"read_size", "cost_of_reads", "chunks"}
 
 
+@pytest.mark.slow
 def test_smaller_reads_are_more_calls(real: pl.DataFrame) -> None:
     reads = real.filter(pl.col("sweep") == "read", pl.col("state") == "small").sort("read_kib")
     counts = reads.group_by("read_kib", maintain_order=True).agg(pl.col("reads").mean())["reads"].to_list()
@@ -94,6 +95,7 @@ def test_smaller_reads_are_more_calls(real: pl.DataFrame) -> None:
 # --- made-up runs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kib", "comes_out"), [(256, True), (1024, True), (2048, False), (LARGEST_KIB, False)])
 def test_whether_qemus_finding_comes_out_follows_the_runs(kib: int, comes_out: bool) -> None:
     told = EXPERIMENT.answer(made_up(flat_from(kib))).answer
@@ -108,12 +110,14 @@ def test_the_knee_is_found(kib: int) -> None:
         assert knee_kib([step for step in steps if (step.protocol, step.regime) == (protocol, "SAVE")]) == kib
 
 
+@pytest.mark.slow
 def test_steps_up_that_cost_are_told() -> None:
     told = EXPERIMENT.answer(made_up(lambda kib: 100.0 + kib / 100)).details
     assert any("steps up cost 1 % or more" in detail and "No step up" not in detail for detail in told)
     assert any("No step up costs" in d for d in EXPERIMENT.answer(made_up(lambda kib: 100.0)).details)
 
 
+@pytest.mark.slow
 def test_set_up_that_small_reads_leave_for_the_downtime_is_told() -> None:
     frame = made_up(lambda kib: 100.0)
     small = (pl.col("read_kib") == 4) & (pl.col("protocol") == "v2")

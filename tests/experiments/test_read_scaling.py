@@ -107,6 +107,7 @@ def test_real_runs_are_answered_and_drawn(real: pl.DataFrame) -> None:
     assert set(EXPERIMENT.figures(real, "command")) == {"scaling", "read_latency", "bottleneck"}
 
 
+@pytest.mark.slow
 def test_real_runs_move_as_the_rates_say(real: pl.DataFrame) -> None:
     runs = with_parts(real)
     for place, n in ((Place(), 16), (Place("global"), 16), (Place(engines=1.0), 16), (Place(link_gbit_per_s=10.0), 16)):

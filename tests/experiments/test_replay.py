@@ -84,6 +84,7 @@ def test_a_run_of_compare_is_made_again(compared: Path, here: Path, folder: str)
     assert (here / "out/small-v3-n2-2.perfetto-trace").exists()
 
 
+@pytest.mark.slow
 def test_the_files_are_written_where_it_is_said(compared: Path, here: Path) -> None:
     done = replay("small:v2:1", "--trace", "a/b.trace", "--spans", "a/spans.parquet")
     assert done.exit_code == 0, done.output
@@ -92,6 +93,7 @@ def test_the_files_are_written_where_it_is_said(compared: Path, here: Path) -> N
     assert not (here / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_colon_in_its_name(compared: Path) -> None:
     compared.rename(compared.parent / "a:b")
     assert replay("a:b:v2:1", "--trace", "x").exit_code == 0
@@ -116,6 +118,7 @@ def test_a_sweeps_trace_has_the_whole_cell_in_its_name(swept: Path, here: Path) 
 # --- runs that are not -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_digest_is_exit_status_1_and_names_the_revision(compared: Path) -> None:
     rewrite(compared, digest="0" * 64)
     told = json.loads((compared / "manifest.json").read_text())
@@ -126,6 +129,7 @@ def test_another_digest_is_exit_status_1_and_names_the_revision(compared: Path) 
     assert "Trace: " in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_broke_is_never_the_same(compared: Path) -> None:
     rewrite(compared, digest="", outcome="FAILED")
     done = replay("small:v2:1")
@@ -136,6 +140,7 @@ def test_a_run_that_broke_is_never_the_same(compared: Path) -> None:
 # --- which run is meant ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_name_is_told_in_a_line(compared: Path, swept: Path) -> None:
     del compared, swept
     told = {
@@ -156,6 +161,7 @@ def test_a_mistake_in_the_name_is_told_in_a_line(compared: Path, swept: Path) ->
         assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_is_found_out_before_the_run(compared: Path) -> None:
     done = replay("small:v2:1", "--trace", ".")
     assert (done.exit_code, done.stdout) == (2, "")
@@ -172,6 +178,7 @@ def test_live_runs_cannot_be_made_again(name: str) -> None:
     assert "holds live runs, which no two times are the same" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_used_is_told(compared: Path) -> None:
     def told() -> str:
         done = replay("small:v2:1")

@@ -150,6 +150,7 @@ def test_c3_depends_on_the_runs(ratios: dict[tuple[str, str], float], verdict: s
     assert "are 2.0 % of v3-n4's critical path" in finding.why
 
 
+@pytest.mark.slow
 def test_the_regions_are_told_engines_by_engines() -> None:
     nowhere = [line for line in answer(made_up({})).details if line.startswith(f"{V3} is shown to bring less than 5 %")]
     assert len(nowhere) == 3

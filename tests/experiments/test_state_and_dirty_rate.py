@@ -101,6 +101,7 @@ def _theory(machine: str, protocol: str) -> float:
     return 1e9 if machine == experiment.HOTSPOT else experiment.boundary_mib_per_s(machine, 4096, protocol)
 
 
+@pytest.mark.slow
 def test_runs_as_theory_has_them_support_both_claims() -> None:
     assert _verdicts(_frame(_theory)) == {"C2": "supported", "C3": "supported"}
 
@@ -124,6 +125,7 @@ def test_one_engine_that_moves_it_refutes() -> None:
     assert _verdicts(frame.with_columns(dirty_mib_per_s=rate))["C3"] == "refuted"
 
 
+@pytest.mark.slow
 def test_nothing_completed_is_said() -> None:
     frame = _frame(lambda *_: -1.0)
     assert "below 0 MiB/s" in EXPERIMENT.answer(frame).answer

@@ -201,6 +201,7 @@ def test_a_ratio_that_is_the_same_for_all_seeds_is_a_point() -> None:
     assert [told.ratio.low, told.ratio.high] == pytest.approx([0.5, 0.5], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_ratio_is_of_the_means_and_its_interval_holds_it_as_often_as_it_says() -> None:
     """Of the means: not the mean of the ratios, which is greater here."""
     rng, true, held = np.random.default_rng(9), 0.8, []

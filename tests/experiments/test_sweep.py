@@ -506,6 +506,7 @@ def test_a_scheduler_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pyte
     assert "no Dask scheduler answers there" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_cluster_without_dask_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UserError, match=r"install proto-v3\[distributed\]"):

@@ -176,6 +176,7 @@ def test_nothing_completed() -> None:
     figures(frame, "test")
 
 
+@pytest.mark.slow
 def test_one_kind_of_runs_is_missing() -> None:
     random = runs()
     answer(random)

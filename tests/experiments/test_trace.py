@@ -311,6 +311,7 @@ def test_unread_bytes_are_what_the_driver_saved_ahead(tmp_path: Path) -> None:
     assert 1 << 20 < ahead < (2 << 20) + 4096, "two chunks of 1 MiB, with their headers"
 
 
+@pytest.mark.slow
 def test_a_long_run_has_no_more_looks_than_can_be_drawn() -> None:
     patient = small_scenario({"device.0.stop_only_mib": 8.0, "vmm.bandwidth_gbit_per_s": 0.1, "vmm.give_up_s": 9.0})
     samples = Samples()
@@ -419,6 +420,7 @@ def test_the_command_writes_a_trace_and_says_where(here: Path) -> None:
     assert [path.name for path in (here / "out").iterdir()] == ["small-v3-n2-3.perfetto-trace"]
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes_in_any_process(here: Path) -> None:
     assert trace("--protocol", "v2", "--out", "a b/1.x", "--spans", "a b/1.parquet").exit_code == 0
     command = [sys.executable, "-m", "experiments.cli", "trace", "mine.toml", "--protocol", "v2"]

@@ -158,6 +158,7 @@ def test_compare_shows_a_table_for_every_entry_whose_protocol_was_run(capsys: py
 # --- bands and exit statuses -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "outside", "status"),
     [
@@ -179,6 +180,7 @@ def test_an_error_is_marked_by_its_band_and_the_widest_one_decides(
     assert f"{100 * error:+.1f} %" in lines[0]
 
 
+@pytest.mark.slow
 def test_one_bad_figure_among_good_ones_is_enough(write: Write, tmp_path: Path) -> None:
     good = write("good", [published(downtime_ms=off_by(0.01))])
     bad = write("bad", [published(downtime_ms=off_by(0.01), total_ms=off_by(0.3, "total_ns"))])
@@ -191,6 +193,7 @@ def test_a_figure_that_was_used_to_fit_must_be_right_too(write: Write, tmp_path:
     assert validated(tmp_path / "out", case) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_is_enough_whatever_the_others_give(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,6 +241,7 @@ def test_a_case_that_does_not_converge_gives_no_figure(
 # --- what is run -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_case_is_run_under_the_protocols_of_its_figures(write: Write, tmp_path: Path) -> None:
     one = write("one", [published(protocol="v3-n2", downtime_ms=5.0), published(protocol="v3-n1")])
     two = write("two", [published(downtime_ms=5.0), published(setup_ms=1.0), published(protocol="v3-n1", stop_ms=1.0)])
@@ -306,6 +310,7 @@ def test_the_table_has_a_row_a_figure(write: Write, tmp_path: Path) -> None:
     assert table["error"].to_list() == pytest.approx([save / 2 - 1, 0.07, -0.05])
 
 
+@pytest.mark.slow
 def test_the_manifest_tells_how_it_was_made(write: Write, tmp_path: Path) -> None:
     case = write("case", [published(downtime_ms=off_by(0))])
     validated(tmp_path / "out", case)
@@ -358,6 +363,7 @@ def row_of(text: str, begins: str) -> list[str]:
     return line.split()
 
 
+@pytest.mark.slow
 def test_the_summary_counts_what_is_within_the_bands_fitted_and_predicted_apart(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -372,6 +378,7 @@ def test_the_summary_counts_what_is_within_the_bands_fitted_and_predicted_apart(
     assert row_of(text, "all") == ["all", "6", "2", "4"]
 
 
+@pytest.mark.slow
 def test_the_downtimes_of_all_cases_stand_in_one_table(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -385,6 +392,7 @@ def test_the_downtimes_of_all_cases_stand_in_one_table(
     assert "+5.0" in lines[2]
 
 
+@pytest.mark.slow
 def test_what_had_to_differ_is_told_with_its_source(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -413,6 +421,7 @@ def test_what_had_to_differ_is_told_with_its_source(
     assert "read_mib" not in text
 
 
+@pytest.mark.slow
 def test_a_case_that_differs_in_nothing_or_builds_on_nothing_is_told_as_that(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

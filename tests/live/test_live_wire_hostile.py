@@ -410,6 +410,7 @@ def test_a_frame_that_is_none_ends_its_connection_alone(loop: str, io: str) -> N
 # --- without a network ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=1000)
 @given(
     st.binary(max_size=200)

@@ -18,6 +18,7 @@ PATH = re.compile(r"`([a-z_0-9./-]+\.(?:py|toml|j2|ipynb)|(?:proto_v3|sim|experi
 CODE = ("proto_v3", "sim", "experiments", "tests", "benchmarks", "scenarios")
 
 
+@pytest.mark.slow
 def test_the_python_lines_compare_two_protocols_and_plot_it(tmp_path: Path) -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     assert len([line for line in code.splitlines() if line]) == 5

@@ -179,6 +179,7 @@ def test_a_cancel_after_the_order_to_stop_has_no_effect(name: str) -> None:
         assert Watched(small_scenario({"vmm.cancel_after_s": at_s}), name).outcome() == outcome
 
 
+@pytest.mark.slow
 @pytest.mark.rule("v2.vmm.13")
 @settings(max_examples=60)
 @given(at_ms=st.floats(0.001, 60), name=st.sampled_from(PROTOCOLS))
