@@ -71,7 +71,7 @@ def device_face(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
     def opted_in_and_out(self: SimDriver, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
-        for streams in (min(4, self._spec.max_dirty_streams), 0):
+        for streams in (min(4, self.spec.max_dirty_streams), 0):
             with contextlib.suppress(StopIteration, OSError):  # ENOTTY: a device that knows v2 only
                 self.set_streams(streams).send(None)  # it never waits
 

@@ -1131,7 +1131,7 @@ def test_a_read_that_waits_is_woken_when_what_was_planned_is_dropped(io: str) ->
         async with live("source", quick(), io) as rig:
             _, fd = await opened(rig, PRECOPY, 1)
             await drained(fd)
-            stream: Any = rig.driver._saving[1]
+            stream: Any = rig.driver._saving.streams[1]
             stream._queue.free_chunks = 0  # what is planned cannot be saved
 
             def plan(blocks: Any) -> None:

@@ -16,10 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proto_v3.timeline import Mark
+from proto_v3.vfio import fsm
 from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.uapi import FeatureMigStreams, MigrationFlags, State, StreamFlags
 from proto_v3.vmm.migration import read_some
 from sim.clock.port import now_ns, sleep_ns
+from sim.device.arcs import ARCS
 from sim.device.driver import SimDriver
 from sim.device.record import Extent
 from sim.scenario.units import KIB, MIB
@@ -74,6 +76,10 @@ def with_features(features: str) -> dict[str, Any]:
 
 
 # --- arcs ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_arc_that_some_device_has_is_in_the_table_of_costs() -> None:
+    assert ARCS.keys() == {arc for features in fsm.FEATURE_SETS for arc in fsm.arcs(features)}
 
 
 @pytest.mark.rule("v2.contract.7")

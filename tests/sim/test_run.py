@@ -336,7 +336,7 @@ def test_v3_stops_the_guest_when_critical_data_is_loaded_and_the_rest_fits_by_v2
         ram_bytes = kept.machines["source"].ram.pending_bytes()
         exact = bool(looks) and looks[-1][0] == "estimate" and looks[-1][2]
         if exact:  # it made the devices tell, and so it is what they have but for what was written meanwhile
-            left = sum(stream.left_bytes() for driver in kept.drivers for stream in driver._saving)
+            left = sum(stream.left_bytes() for driver in kept.drivers for stream in driver._saving.streams)
             assert device_bytes <= left <= device_bytes + MIB
         else:
             assert self._ready

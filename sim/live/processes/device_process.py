@@ -18,10 +18,11 @@ from proto_v3.vfio.device import DataFd, Ready
 from proto_v3.vfio.uapi import FEATURE_MASK, DeviceFeature, Feature, FeatureOp
 from sim.clock import port as clock
 from sim.device.blocks import LoadBlocks, SaveBlocks
-from sim.device.driver import SimDriver, tell_of_bug
+from sim.device.driver import SimDriver
 from sim.device.load import LoadStream
 from sim.device.save import SaveStream
 from sim.device.save_v3 import CriticalStream
+from sim.device.sessions import report_bug
 from sim.device.state import DeviceState, Image
 from sim.device.stream import fails
 from sim.host.host import LiveHost, device_report, devices_at_source, devices_at_target, seeds
@@ -129,7 +130,7 @@ class DeviceProcess:
         self._devices = [_Device(*each, store) for each, store in zip(made, self._stores, strict=True)]
         if self.side == "source":
             self._guest = asyncio.create_task(self._run_guest(), name="guest")
-            self._guest.add_done_callback(tell_of_bug)
+            self._guest.add_done_callback(report_bug)
         return Reply()
 
     async def _run_guest(self) -> None:

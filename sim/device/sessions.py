@@ -1,0 +1,162 @@
+"""The two kinds of migration session of one device: which data fds each has, and what goes on besides reading them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+
+from proto_v3.timeline import Resource
+from proto_v3.vfio.device import DataFd
+from proto_v3.vfio.uapi import StreamFlags
+from sim.clock.port import now_ns, sleep_ns
+from sim.device.blocks import BlocksLoadSession, LoadBlocks, SaveBlocks
+from sim.device.load import LoadSession, LoadStream
+from sim.device.load_v3 import V3LoadSession, V3LoadStream
+from sim.device.save_v2 import V2Stream
+from sim.device.save_v3 import CriticalStream, DirtyStream
+from sim.device.state import DeviceState, Image
+from sim.device.stream import DriverLock, MigrationSession
+from sim.scenario.tables import Device
+
+SavedStream = V2Stream | CriticalStream | DirtyStream | SaveBlocks
+NewLock = Callable[[], DriverLock]
+
+
+class SavingSession:
+    """The streams that are saved, their producers, and in v3 the watch for new epochs."""
+
+    def __init__(
+        self,
+        device: DeviceState,
+        session: MigrationSession,
+        new_lock: NewLock,
+        *,
+        dirty_streams: int,
+        flags: StreamFlags,
+        reports_reinit: bool,
+    ) -> None:
+        """`new_lock` makes the lock of an fd's read(); `dirty_streams` 0 is v2."""
+        self._device = device
+        self._session = session
+        self._tasks: list[asyncio.Task[None]] = []
+        self._watching: asyncio.Task[None] | None = None
+        self.streams: list[SavedStream]
+        """The first is the fd that SET_STATE returns."""
+        if not dirty_streams:
+            self.streams = [V2Stream(device, session, new_lock(), reports_reinit=reports_reinit)]
+        elif StreamFlags.BLOCKS in flags:
+            self._start_v3(CriticalStream(device, session, new_lock()), [SaveBlocks(device, session, new_lock())])
+        else:
+            dirty = [
+                DirtyStream(1 + i, device, session, new_lock(), slice(i, None, dirty_streams))
+                for i in range(dirty_streams)
+            ]
+            self._start_v3(CriticalStream(device, session, new_lock()), dirty)
+        for index, stream in enumerate(self.streams):
+            if not isinstance(stream, SaveBlocks):
+                task = asyncio.create_task(stream.produce(), name=f"{device.spec.name} producer {index}")
+                task.add_done_callback(report_bug)
+                self._tasks.append(task)
+
+    def _start_v3(self, critical: CriticalStream, dirty: list[DirtyStream] | list[SaveBlocks]) -> None:
+        device = self._device
+        critical.dirty = dirty
+        self.streams = [critical, *dirty]
+
+        def epochs_began(first: int, last: int) -> None:
+            invalidates = []
+            if self._session.driver.epochs == "invalidate":
+                invalidates = [device.touched_blocks(epoch) for epoch in range(first, last + 1)]
+            for each in invalidates:
+                for stream in dirty:
+                    stream.invalidate(each)
+                device.invalidate(each)
+            critical.epoch_began(invalidates)
+
+        device.advance(now_ns())  # what was before the session is in its first epoch
+        device.on_epochs = epochs_began
+        device.on_new_events = self._watch
+        self._watch()
+
+    def _watch(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        self._watching = asyncio.create_task(self._watch_epochs(), name=f"{self._device.spec.name} epochs")
+
+    async def _watch_epochs(self) -> None:
+        """v3: save new critical data as soon as an epoch begins, not when somebody asks."""
+        device = self._device
+        while (at := device.next_reconfiguration_ns()) is not None:
+            start = now_ns()
+            await sleep_ns(max(0, at - start))
+            # The guest runs until it reconfigures the device.
+            self._session.context.timeline.work(Resource.FIXED, "guest runs", start)
+            device.advance(now_ns())
+
+    def start_precopy(self) -> None:
+        """The session starts in pre-copy."""
+        for stream in self.streams:
+            stream.start_precopy()
+
+    def set_suspended(self, suspended: bool) -> None:
+        """The device enters or leaves PRE_COPY_P2P."""
+        for stream in self.streams:
+            stream.suspended = suspended
+
+    async def settle(self) -> None:
+        """Wait for the SAVEs in flight."""
+        for stream in self.streams:
+            await stream.settle()
+
+    def finish(self) -> None:
+        """The device is stopped: what is left is saved, then the ENDs."""
+        for stream in self.streams:
+            stream.finish()
+
+    def end(self, code: int = errno.ENODEV) -> None:
+        """The session is over: every call on its fds fails with this error."""
+        for task in self._tasks:
+            task.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
+        for stream in self.streams:
+            stream.end_session(code)
+        self._device.on_new_events = self._device.on_epochs = None
+        self._device.forget_saves()
+
+
+class LoadingSession:
+    """The streams that are loaded, and what they share."""
+
+    def __init__(
+        self,
+        spec: Device,
+        image: Image,
+        session: MigrationSession,
+        new_lock: NewLock,
+        *,
+        dirty_streams: int,
+        flags: StreamFlags,
+    ) -> None:
+        """`new_lock` makes the lock of an fd's write(); `dirty_streams` 0 is v2."""
+        setup_ns = round(spec.critical.setup_us * 1_000)
+        self.load: LoadSession
+        self.fds: list[DataFd]
+        """The first is the fd that SET_STATE returns."""
+        if not dirty_streams:
+            self.load = LoadSession(image, session, setup_ns, 1)
+            self.fds = [LoadStream(0, self.load, session.state_lock, new_lock())]
+            return
+        count = 1 + dirty_streams
+        kind = BlocksLoadSession if StreamFlags.BLOCKS in flags else V3LoadSession
+        self.load = load = kind(image, spec, session, setup_ns, count)
+        critical, *dirty = [V3LoadStream(i, load, new_lock()) for i in range(count)]
+        critical.dirty = [LoadBlocks(load)] if isinstance(load, BlocksLoadSession) else dirty
+        self.fds = [critical, *critical.dirty]
+
+
+def report_bug(task: asyncio.Task[None]) -> None:
+    """Report the error of a task that nobody waits for: others would wait for ever for what it does not produce."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        task.get_loop().call_exception_handler({"message": f"{task.get_name()} died", "exception": error, "task": task})
