@@ -1,4 +1,4 @@
-"""The command line. Heavy imports are made inside the commands, so that `--help` answers at once."""
+"""The command line. A command imports its module only when it is called, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Cli(click.Group):
             click.echo(f"proto-v3: error: {error}", err=True)
             ctx.exit(2)
         except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of our output has enough: click's business
+            if error.errno == errno.EPIPE:  # the reader of our output closed it: click handles that
                 raise
             click.echo(f"proto-v3: error: {error}", err=True)
             ctx.exit(1)
@@ -129,12 +129,12 @@ def compare(
     help="Write the table, the figure and the manifest into this folder.",
 )
 def validate(cases: tuple[str, ...], seeds: int, jobs: int | None, out: str) -> None:
-    """Hold the simulation against what was published: the error of each figure, and how many are small.
+    """Compare the simulation with published figures: the error of each figure, and how many errors are small.
 
-    A CASE is a scenario with published figures, by name or as a TOML file; without one, all that are shipped are run.
-    Each is run under the protocols that its figures were measured with. Told apart are figures that parameters were
-    fitted to and figures that are predicted, and for each case what had to differ from the set of parameters that it
-    builds on.
+    A CASE is a scenario with published figures, by name or as a TOML file; without one, all shipped cases are run.
+    Each is run under the protocols that its figures were measured with. Figures that parameters were fitted to and
+    predicted figures are counted apart. For each case there is a table of the parameters that differ from the set that
+    it builds on.
 
     Exit status: 0 if all figures are within 15 %; 1 if one is not, or a run FAILED; 2 for bad input; 130 if interrupted
     (nothing is written then).
@@ -163,7 +163,7 @@ def validate(cases: tuple[str, ...], seeds: int, jobs: int | None, out: str) -> 
 def run(
     names: tuple[str, ...], quick: bool, resume: bool, jobs: int | None, scheduler: str | None, out: str | None
 ) -> None:
-    """Answer a question that was asked on the list: run a sweep, draw it, say what it shows.
+    """Answer a question that was asked on the kvm list: run a sweep, draw it, print the answer.
 
     NAME is one of the experiments, or several, or `all`:
 
@@ -196,8 +196,8 @@ def run(
 def report(results: str, out: str | None) -> None:
     """Put all answers, figures and tables on one HTML page that needs nothing beside itself.
 
-    On it are the answers first, then each experiment, what the model is held against, all parameters with their
-    sources, and limits. The answers are also written into the README.md of the results folder, if it has one.
+    The answers come first, then each experiment, what the model is compared with, all parameters with their sources,
+    and limits. The answers are also written into the README.md of the results folder, if it has one.
 
     Exit status: 0; 2 if there is no such folder, or it is damaged.
     """
@@ -210,7 +210,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def live_options(command: F) -> F:
-    """How the processes of a live run move bytes, and whom they trust."""
+    """Add the options of a live run: how its processes move bytes, and which certificates they trust."""
     options = [
         click.option(
             "--io",
@@ -230,7 +230,7 @@ def live_options(command: F) -> F:
             type=click.FloatRange(0.5, 3600),
             default=10.0,
             show_default=True,
-            help="A peer or a process that is silent for so long is given up.",
+            help="Give up a peer or a process that is silent for this time.",
         ),
     ]
     for option in reversed(options):
@@ -268,9 +268,10 @@ def live(
 ) -> None:
     """Migrate SCENARIO for real: processes, file descriptors, TCP, bytes; the clock is the machine's.
 
-    Four processes: a device process and a VMM at each side. The device processes hold the state, up to 4 GiB, and pace
-    firmware and locks as the scenario says; a guest writes to it meanwhile; at the end all blocks are compared. Figures
-    are those of `compare`, but no two runs are the same to the nanosecond. To see how near they are: `proto-v3 agree`.
+    There are four processes: a device process and a VMM at each side. The device processes hold the state, up to 4 GiB,
+    and pace firmware and locks as the scenario says; a guest writes to the state meanwhile; at the end all blocks are
+    compared. The tables and figures are those of `compare`, but no two runs are the same to the nanosecond. How near
+    they are to virtual time: `proto-v3 agree`.
 
     Exit status: 0; 1 if a run FAILED; 2 for bad input; 130 if interrupted (what was done by then is kept).
     """
@@ -280,8 +281,11 @@ def live(
     names = [name.strip() for name in protocols.split(",")]
     seeds = range(first_seed, first_seed + runs)
     command = ["proto-v3", *sys.argv[1:]]
-    told = live_settings(how, progress=True)
-    ctx.exit(run_live(scenario, names, seeds, connect, told, out, table_format, command, settings))
+    ctx.exit(
+        run_live(
+            scenario, names, seeds, connect, live_settings(how, progress=True), out, table_format, command, settings
+        )
+    )
 
 
 @main.command("live-target")
@@ -300,14 +304,14 @@ def live(
     type=click.IntRange(1, 1 << 20),
     default=4096,
     show_default=True,
-    help="Of all devices of a migration: the source says how much, and it is held in memory.",
+    help="The most state that a migration may have, all devices together; it is held in memory.",
 )
 @live_options
 def live_target(listen: str, once: bool, max_state_mib: int, **how: Any) -> None:
-    """Be the target of migrations from another host: wait, take them in one after the other, until Ctrl-C.
+    """Be the target of migrations from another host: wait for them, one after the other, until Ctrl-C.
 
-    What is migrated the source says. Without TLS, whoever reaches the address can have it take in what they like, up to
-    --max-state-mib; so it listens on this machine alone, unless told otherwise.
+    The source decides what is migrated. Without TLS, everybody who reaches the address can send any state up to
+    --max-state-mib; therefore the default address is reachable from this machine only.
 
     Exit status: 0; with --once, 1 if the migration was not completed; 2 for bad input; 130 if interrupted.
     """
@@ -318,7 +322,7 @@ def live_target(listen: str, once: bool, max_state_mib: int, **how: Any) -> None
 
 
 def live_settings(how: dict[str, Any], **more: Any) -> Settings:
-    """The options of live_options()."""
+    """The settings that the options of live_options() give."""
     from experiments.commands.live import tls_of
     from sim.live.processes.vmm import Settings
 
@@ -338,8 +342,8 @@ def live_settings(how: dict[str, Any], **more: Any) -> Settings:
 def agree(scenario: str, protocols: str, runs: int, out: str | None, settings: tuple[str, ...], **how: Any) -> None:
     """Run SCENARIO in virtual time and live, with the same seeds: every figure side by side, with its ratio.
 
-    Aimed at is that downtime and throughput are within 10 % of the simulation, in the median of the runs. The machine
-    should have nothing else to do meanwhile.
+    The aim: downtime and throughput are within 10 % of the simulation, in the median of the runs. The machine should be
+    idle otherwise.
 
     Exit status: 0 if they are; 1 if not, or a run FAILED; 2 for bad input; 130 if interrupted (nothing is written).
     """
@@ -347,8 +351,17 @@ def agree(scenario: str, protocols: str, runs: int, out: str | None, settings: t
 
     ctx = click.get_current_context()
     names = [name.strip() for name in protocols.split(",")]
-    told = live_settings(how, progress=True)
-    ctx.exit(run_agree(scenario, names, range(1, runs + 1), told, out, ["proto-v3", *sys.argv[1:]], settings))
+    ctx.exit(
+        run_agree(
+            scenario,
+            names,
+            range(1, runs + 1),
+            live_settings(how, progress=True),
+            out,
+            ["proto-v3", *sys.argv[1:]],
+            settings,
+        )
+    )
 
 
 @main.command()
@@ -361,11 +374,11 @@ def agree(scenario: str, protocols: str, runs: int, out: str | None, settings: t
 def trace(
     scenario: str, protocol: str, seed: int, settings: tuple[str, ...], out: str | None, spans: str | None
 ) -> None:
-    """Make one run of SCENARIO in virtual time, and draw all that happened in it, for https://ui.perfetto.dev.
+    """Make one run of SCENARIO in virtual time, and write a trace of it for https://ui.perfetto.dev.
 
     There is a track for each thread, device stream, firmware command queue, lock and connection, for the phases of the
-    downtime and for its critical path; arrows lead from what a span waited for to the span; counters tell what is left
-    to send, how fast the guest dirties it, and what was sent. The same run gives the same file.
+    downtime and for its critical path. An arrow leads to a span from the span that it waited for. Counters show what
+    remains to be sent, how fast the guest dirties it, and what was sent. The same run gives the same file.
 
     Exit status: 0; 1 if the run FAILED; 2 for bad input.
     """
@@ -379,10 +392,10 @@ def trace(
 @click.option("--trace", "trace_file", metavar="FILE", help="The trace.  [default: out/RUN.perfetto-trace]")
 @click.option("--spans", metavar="FILE", help="Write a table of all spans too, in Parquet.")
 def replay(run: str, trace_file: str | None, spans: str | None) -> None:
-    """Make one run of a results folder again: is it the same, and what happened in it?
+    """Make one run of a results folder again, check that it is the same, and write a trace of it.
 
-    RUN is FOLDER:PROTOCOL:SEED, as in results/mlx5-2vf:v2:1, or for the runs of `proto-v3 run` FOLDER:CELL, as much of
-    CELL as tells it from others. FOLDER is a path, or a name in results/.
+    RUN is FOLDER:PROTOCOL:SEED, as in results/mlx5-2vf:v2:1, or for the runs of `proto-v3 run` FOLDER:CELL; the first
+    characters of CELL are enough if no other cell begins with them. FOLDER is a path, or a name in results/.
 
     Exit status: 0; 1 if the digest is not the table's; 2 for bad input.
     """

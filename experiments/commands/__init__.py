@@ -1,1 +1,1 @@
-"""The commands of the command line, one file each. Imports all other rooms of experiments but the api."""
+"""The commands of the command line, one file each. Imports all rooms of experiments except the api."""

@@ -1,7 +1,7 @@
 """`proto-v3 agree`: the same scenario in virtual time and live, with the same seeds; every figure with its ratio.
 
-Whether the simulator's answers are artefacts of the simulator. Medians, for a live run can be hit by anything else that
-the machine does. What the simulator leaves out is what is left: docs/live.md.
+It shows whether the simulator's answers are artefacts of the simulator. Figures are medians, because anything else that
+the machine does can disturb a live run. The remaining difference is what the simulator leaves out: docs/live.md.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from sim.live.processes.vmm import Settings
 from sim.scenario.units import MIB, NS_PER_S
 
 AIM = 0.10
-"""How far downtime and throughput may be off."""
+"""The largest relative difference of downtime and throughput that is aimed at."""
 AIMED_AT = ("downtime", "throughput")
 NEGLIGIBLE = 0.01
-"""Of the downtime: a part smaller than this has no ratio that says anything."""
+"""A share of the downtime. The ratio of a smaller part says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A figure of a run, and how it is got from the table of runs."""
+    """A figure of a run, and its expression over the table of runs."""
 
     name: str
     unit: str
@@ -98,8 +98,8 @@ def run_agree(
     outcomes = [*simulated, *(result.outcome for result in live)]
     folder.write_table(frame, "runs", "parquet")
     folder.write_table(compared, "agree", "parquet")
-    told = manifest.of_scenario(scenario, scenario_name, command, outcomes, 2 * len(jobs))
-    folder.write_json(told | {"live": live_manifest(live, settings)}, "manifest")
+    how_made = manifest.of_scenario(scenario, scenario_name, command, outcomes, 2 * len(jobs))
+    folder.write_json(how_made | {"live": live_manifest(live, settings)}, "manifest")
     folder.remove("agree.png", "agree.svg")
     _show(folder, scenario.name, scenario.description, frame, compared, command)
     failed = any(outcome.kind is OutcomeKind.FAILED for outcome in outcomes)
@@ -109,7 +109,7 @@ def run_agree(
 def compare(frame: pl.DataFrame) -> pl.DataFrame:
     """The medians of the completed runs: one row a protocol and figure, with the ratio of live to virtual.
 
-    `ratio` is null where a figure is nothing, or too little to tell.
+    `ratio` is null where the figure is 0 in virtual time, or too small to say anything.
     """
     completed = frame.filter(COMPLETED)
     rows = []
@@ -121,7 +121,7 @@ def compare(frame: pl.DataFrame) -> pl.DataFrame:
         for figure in FIGURES:
             virtual, live = (_median(runs, clock, figure) for clock in ("virtual", "live"))
             least = NEGLIGIBLE * (downtime[0] or 0) if figure.unit == "ms" else 0
-            tells = virtual is not None and live is not None and virtual > least
+            comparable = virtual is not None and live is not None and virtual > least
             rows.append(
                 {
                     "protocol": protocol,
@@ -131,7 +131,7 @@ def compare(frame: pl.DataFrame) -> pl.DataFrame:
                     "live": live,
                     "live_least": _median(runs, "live", figure, "min"),
                     "live_most": _median(runs, "live", figure, "max"),
-                    "ratio": live / virtual if tells and live is not None and virtual else None,
+                    "ratio": live / virtual if comparable and live is not None and virtual else None,
                 }
             )
     columns = ["virtual", "live", "live_least", "live_most", "ratio"]
@@ -145,7 +145,7 @@ def _median(runs: pl.DataFrame, clock: str, figure: Figure, of: str = "median") 
 
 
 def within_aim(compared: pl.DataFrame) -> bool:
-    """Whether all that is aimed at is met, and there is something to be met by every protocol."""
+    """Whether every protocol with completed runs meets the aim, and there is at least one."""
     aimed_at = compared.filter(pl.col("figure").is_in(AIMED_AT))
     return not aimed_at.is_empty() and all(ratio is not None and abs(ratio - 1) <= AIM for ratio in aimed_at["ratio"])
 
@@ -197,8 +197,8 @@ def _compared(rows: pl.DataFrame) -> Table:
 
 
 def verdicts(compared: pl.DataFrame) -> list[str]:
-    """For each protocol, whether what is aimed at is met, and what takes most of the difference in the downtime."""
-    told = []
+    """For each protocol: whether it meets the aim, and which part of the critical path differs most."""
+    sentences = []
     for protocol in protocols(compared):
         rows = {row["figure"]: row for row in compared.filter(pl.col("protocol") == protocol).iter_rows(named=True)}
         parts = []
@@ -211,8 +211,8 @@ def verdicts(compared: pl.DataFrame) -> list[str]:
             )
         paths = {name: row["live"] - row["virtual"] for name, row in rows.items() if name.startswith("path ")}
         most = max(paths, key=lambda name: abs(paths[name]))
-        told.append(
+        sentences.append(
             f"{protocol}: live against virtual, {', '.join(parts)} {100 * AIM:.0f} %; of the critical path, "
             f"{most.removeprefix('path ')} differs most, by {paths[most]:+.1f} ms."
         )
-    return told
+    return sentences

@@ -1,6 +1,6 @@
-"""The main job: the same devices migrated under each protocol, with the same seeds.
+"""`proto-v3 compare`: the same devices migrated under each protocol, with the same seeds.
 
-What it shows is read off the runs: tables, a figure, and a few sentences whose numbers are computed.
+It prints tables, draws figures, and states in sentences what they show.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`proto-v3 replay`: one run of a results folder made again, and held against what the table has of it.
+"""`proto-v3 replay`: one run of a results folder made again, and compared with its row in the table of runs.
 
-A folder of `compare` has one scenario, in its manifest; one of `run` has several, and each run settings of its own and
-a cell that names it. A run that broke breaks again, where it can be seen.
+A folder of `compare` has one scenario, in its manifest. A folder of `run` has several, and each run has settings and a
+cell that names it. A run that raised an error raises it again, where it can be seen.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from sim.scenario.units import NS_PER_MS, NS_PER_S, did_you_mean
 HOW = "must be FOLDER:PROTOCOL:SEED or FOLDER:CELL, as in results/mlx5-2vf:v2:1"
 CAN_BE = "what can be made again are runs in virtual time, by `compare` or `run`"
 RESULTS = Path("results")
-A_FEW = 5
-"""Runs that are told of where none or several are meant."""
+EXAMPLES = 5
+"""Runs that an error message lists if no run, or more than one, fits the name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Results:
 
     @property
     def revision(self) -> str:
-        """Of the code that made them."""
+        """The git revision of the code that made the runs."""
         return str(self.manifest.get("git_revision", "unknown"))
 
 
@@ -70,10 +70,10 @@ def run_replay(run: str, trace: str | None, spans: str | None) -> int:
 
 
 def _parsed(run: str) -> tuple[Path, list[str]]:
-    """The folder, and a cell or a protocol and a seed."""
+    """The folder, and either [cell] or [protocol, seed]."""
     parts = run.split(":")
     tried = [":".join(parts[:-count]) for count in (1, 2) if len(parts) > count]
-    for count, named in enumerate(tried, 1):  # a folder's name may have a colon in it
+    for count, named in enumerate(tried, 1):  # the name of a folder can have a colon in it
         for folder in (Path(named), RESULTS / named):
             if named and folder.is_dir():
                 return folder, parts[-count:]
@@ -85,7 +85,7 @@ def _parsed(run: str) -> tuple[Path, list[str]]:
 
 
 def read_results(folder: Path) -> Results:
-    """UserError if the folder has no runs that can be made again."""
+    """Read a folder of results. UserError if it has no runs that can be made again."""
     manifest = _manifest(folder)
     file = folder / "runs.parquet"
     if not file.exists():
@@ -110,14 +110,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{file}: is not JSON: {error}") from error
     if isinstance(manifest, dict) and "live" in manifest:
-        raise UserError(f"{folder}: holds live runs, which no two times are the same; {CAN_BE}")
+        raise UserError(f"{folder}: holds live runs, and no live run can be repeated exactly; {CAN_BE}")
     if not isinstance(manifest, dict) or not any(isinstance(manifest.get(key), dict) for key in ("scenario", "bases")):
         raise UserError(f"{file}: has no scenario that its runs could be made from; {CAN_BE}")
     return manifest
 
 
 def _row(read: Results, which: Sequence[str], run: str) -> dict[str, Any]:
-    """The one run that is meant."""
+    """The row of the one run that `which` names. UserError if there is none, or more than one."""
     cells = "cell" in read.table.columns
     if len(which) == 1:
         if not cells:
@@ -130,11 +130,11 @@ def _row(read: Results, which: Sequence[str], run: str) -> dict[str, Any]:
         found = read.table.filter((pl.col("protocol") == protocol) & (pl.col("seed") == int(seed)))
     if found.height == 1:
         return found.row(0, named=True)
-    told = [_named(row) for row in (found if found.height else read.table).head(A_FEW).iter_rows(named=True)]
-    few = ", ".join(told) + (", ..." if (found.height or read.table.height) > A_FEW else "")
+    names = [_named(row) for row in (found if found.height else read.table).head(EXAMPLES).iter_rows(named=True)]
+    few = ", ".join(names) + (", ..." if (found.height or read.table.height) > EXAMPLES else "")
     if found.height:
-        raise UserError(f"{run}: {found.height} runs in {read.folder} are called that: {few}; name one by its cell")
-    raise UserError(f"{run}: no run in {read.folder} is called that; there are {few}")
+        raise UserError(f"{run}: {found.height} runs in {read.folder} fit this name: {few}; name one by its cell")
+    raise UserError(f"{run}: no run in {read.folder} has this name; there are {few}")
 
 
 def _named(row: dict[str, Any]) -> str:
@@ -142,19 +142,19 @@ def _named(row: dict[str, Any]) -> str:
 
 
 def _scenario(read: Results, row: dict[str, Any]) -> Scenario:
-    whence = str(read.folder / "manifest.json")
+    file = str(read.folder / "manifest.json")
     if "bases" not in read.manifest:
-        return from_dump(read.manifest["scenario"], whence)
+        return from_dump(read.manifest["scenario"], file)
     if not isinstance(read.manifest["bases"].get(row["base"]), dict):
-        raise UserError(f"{whence}: has no base {row['base']!r}, which cell {row['cell']} builds on")
-    return from_dump(read.manifest["bases"][row["base"]], f"{whence}, base {row['base']}", row["settings"] or [])
+        raise UserError(f"{file}: has no base {row['base']!r}, which cell {row['cell']} builds on")
+    return from_dump(read.manifest["bases"][row["base"]], f"{file}, base {row['base']}", row["settings"] or [])
 
 
-# --- what came out ---------------------------------------------------------------------------------------------------
+# --- is it the same? -------------------------------------------------------------------------------------------------
 
 
 def _print(console: Console, read: Results, row: dict[str, Any], outcome: Outcome) -> bool:
-    """Both side by side; whether they are the same run, to the last span."""
+    """Print both side by side; returns whether they are the same run, to the last span."""
     again = results.row(outcome)
     settings = [f"--set {setting}" for setting in row.get("settings") or []]
     named = " ".join([row.get("base") or outcome.scenario, *settings])

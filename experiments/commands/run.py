@@ -1,4 +1,4 @@
-"""`proto-v3 run`: the runs of experiments, made where they are missing; then the answer, the figures, the manifest."""
+"""`proto-v3 run`: make the missing runs of experiments; then write answer, figures and manifest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from proto_v3.errors import UserError
 from sim.scenario.file import load
 
 KEPT = "runs.sqlite"
-"""Beside the results, until all runs are done."""
+"""The finished runs, beside the results until all are done."""
 
 
 def run_experiments(
@@ -83,13 +83,13 @@ class _Sweep:
         self._scheduler = scheduler
 
     def rows(self, resume: bool, progress: Progress, whole: TaskID) -> pl.DataFrame:
-        """All rows, in the grid's order; with `resume`, those that are there already are not made again."""
+        """All rows, in the order of the grid; with `resume`, those that exist already are not made again."""
         if not resume:
             self.forget()
         revision = manifest.git_revision()
         with RunStore(self._kept, revision) as store:
             done = self._done(store, revision) if resume else {}
-            if not store.fits:  # nothing in it is wanted, or _done() would have refused it
+            if not store.fits:  # nothing in it is needed, or _done() would have refused it
                 store.begin_anew()
             missing = [each for each in self._planned if each.key not in done]
             cells = [each.cell for each in missing]
@@ -106,7 +106,7 @@ class _Sweep:
         return pl.DataFrame([done[each.key] for each in self._planned], infer_schema_length=None)
 
     def check(self) -> None:
-        """UserError if what is kept cannot be gone on with: before the sweeps that come first are run."""
+        """UserError if the kept runs cannot be used: to be called before the sweeps that come first are run."""
         if self._kept.exists():
             revision = manifest.git_revision()
             with RunStore(self._kept, revision) as store:
@@ -118,17 +118,17 @@ class _Sweep:
         if done and not store.fits:
             raise UserError(
                 f"--resume: the runs in {self._kept} were made by another version ({store.made_by}); "
-                "leave --resume out to make all anew"
+                "leave --resume out to make all of them again"
             )
         return _finished(self.folder.folder, keys, revision) | done
 
     def forget(self) -> None:
-        """There is nothing to go on with."""
+        """Remove the kept runs."""
         self._kept.unlink(missing_ok=True)
 
 
 def _finished(folder: Path, keys: set[str], revision: str) -> dict[str, dict[str, Any]]:
-    """The runs of a sweep that came to its end, if it was made by this version."""
+    """The rows of a sweep that was finished, if this version made it."""
     try:
         if json.loads((folder / "manifest.json").read_text())["git_revision"] != revision:
             return {}
@@ -141,9 +141,9 @@ def _finished(folder: Path, keys: set[str], revision: str) -> dict[str, dict[str
 def write(
     experiment: Experiment, frame: pl.DataFrame, folder: ResultFolder, *, quick: bool
 ) -> tuple[Answer, list[Path]]:
-    """The table of runs, the answer with its table, the figures, the manifest.
+    """Write the table of runs, the answer with its table, the figures and the manifest.
 
-    The command that they tell is the one that makes this experiment's alone, whatever else was run with it.
+    They name the command that makes this experiment alone, even if others were run with it.
     """
     command = ["proto-v3", "run", experiment.name, *(["--quick"] if quick else [])]
     folder.write_table(frame, "runs", "parquet")
@@ -151,12 +151,12 @@ def write(
     answer = experiment.answer(frame)
     folder.write_table(answer.table, "effects", "parquet")
     figures = experiment.figures(frame, shlex.join(command))
-    folder.write_json(answer_told(experiment, answer, list(figures)), "answer")
+    folder.write_json(answer_as_json(experiment, answer, list(figures)), "answer")
     return answer, [path for name, figure in figures.items() for path in folder.write_figure(figure, name)]
 
 
-def answer_told(experiment: Experiment, answer: Answer, figures: Sequence[str]) -> dict[str, Any]:
-    """The answer as JSON, with the names of its figures, the one that says most first."""
+def answer_as_json(experiment: Experiment, answer: Answer, figures: Sequence[str]) -> dict[str, Any]:
+    """The answer as JSON, with the names of its figures, the most important one first."""
     return {
         "experiment": experiment.name,
         "question": experiment.question,
@@ -169,7 +169,7 @@ def answer_told(experiment: Experiment, answer: Answer, figures: Sequence[str]) 
 
 
 def how_made(experiment: Experiment, frame: pl.DataFrame, command: Sequence[str], *, quick: bool) -> dict[str, Any]:
-    """How the runs were made: with it, each row can be made again."""
+    """The manifest: with it, each row can be made again."""
     return manifest.of_sweep(
         {
             "experiment": experiment.name,

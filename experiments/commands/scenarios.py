@@ -1,4 +1,4 @@
-"""What scenarios there are, and what they assume."""
+"""`proto-v3 scenarios`: which scenarios there are, and what they assume."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sim.scenario.file import bases, load, shipped
 
 
 def list_scenarios() -> None:
-    """Print names and descriptions."""
+    """Print the names and descriptions of all shipped scenarios."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("name", no_wrap=True)
     table.add_column("what")

@@ -1,4 +1,4 @@
-"""The published migrations, simulated: how far off is each figure, and what had to differ from case to case?"""
+"""`proto-v3 validate`: published migrations, simulated: the error of each figure, and how the cases differ."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 
 BANDS = (0.10, 0.15)
-"""Errors within the first are small, beyond the second too large."""
+"""Relative errors: within the first they are small, beyond the second too large."""
 HELD_CONSTANT = ("firmware", "driver", "device", "host", "link", "vmm")
-"""The tables that describe a machine: a case that has to differ in them from its base is the weaker for it."""
+"""The scenario's tables that describe a machine. A case is weaker evidence if it differs from its base in them."""
 COLUMNS = {
     "scenario": pl.String,
     "case": pl.String,
@@ -45,16 +45,16 @@ COLUMNS = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A published figure, against the mean of the runs."""
+    """A published figure, compared with the mean of the runs."""
 
     scenario: str
     case: str
-    """What the measurement is called: as the scenario, if it does not say otherwise."""
+    """The name of the measurement; the scenario's if it has none."""
     protocol: str
     held: PublishedFigure
 
     def within(self, band: float) -> bool:
-        """Whether the error is at most `band`; a figure that was not simulated never is."""
+        """Whether the error is at most `band`; False if the figure was not simulated."""
         return self.held.error is not None and abs(self.held.error) <= band
 
 
@@ -92,7 +92,7 @@ def run_validate(names: Sequence[str], seeds: Sequence[int], out: str, jobs: int
 
 
 def _cases(names: Sequence[str]) -> dict[str, Scenario]:
-    """The scenarios by the name or file that was given, or by the published case's; without one, all that have any."""
+    """The scenarios by the name or file that the user gave: a scenario's or a case's; without any, all with figures."""
     by_case: dict[str, list[str]] = {}
     if set(names) - set(shipped()):
         for name in shipped():
@@ -104,7 +104,7 @@ def _cases(names: Sequence[str]) -> dict[str, Scenario]:
         cases = {name: scenario for name, scenario in cases.items() if _protocols(scenario)}
     without = [name for name, scenario in cases.items() if not _protocols(scenario)]
     if without:
-        raise UserError(f"{', '.join(without)}: no published figures to hold the runs against ([[published]])")
+        raise UserError(f"{', '.join(without)}: no published figures to compare the runs with ([[published]])")
     called = [scenario.name for scenario in cases.values()]
     if len(set(names)) < len(names) or len(set(called)) < len(called):
         raise UserError(f"{', '.join(names)}: two cases have the same name")
@@ -112,7 +112,7 @@ def _cases(names: Sequence[str]) -> dict[str, Scenario]:
 
 
 def _protocols(scenario: Scenario) -> list[str]:
-    """The protocols that there are published figures of."""
+    """The protocols that have published figures."""
     return list(dict.fromkeys(published.protocol for published in scenario.published if published.figures()))
 
 
@@ -130,7 +130,7 @@ def _failed(outcomes: Sequence[Outcome]) -> bool:
 
 
 def tidy(rows: Sequence[Row]) -> pl.DataFrame:
-    """One row a figure; what was not simulated is null."""
+    """One row a figure; null if it was not simulated."""
     held = [row.held for row in rows]
     values = {
         "scenario": [row.scenario for row in rows],
@@ -146,7 +146,7 @@ def tidy(rows: Sequence[Row]) -> pl.DataFrame:
 
 
 def _write(folder: ResultFolder, frame: pl.DataFrame, how_made: dict[str, Any]) -> list[Path]:
-    """Write all files; returns the figure's, none if there is nothing to draw."""
+    """Write all files; returns those of the figure, none if there is nothing to draw."""
     folder.write_table(frame, "validate", "parquet")
     folder.write_json(how_made, "manifest")
     if frame["simulated_ms"].is_null().all():
@@ -158,7 +158,7 @@ def _write(folder: ResultFolder, frame: pl.DataFrame, how_made: dict[str, Any]) 
     return folder.write_figure(figure, "validate")
 
 
-# --- what is told ----------------------------------------------------------------------------------------------------
+# --- printing --------------------------------------------------------------------------------------------------------
 
 
 def _print_case(console: Console, scenario: Scenario, frame: pl.DataFrame, rows: Sequence[Row]) -> None:
@@ -174,13 +174,13 @@ def _print_case(console: Console, scenario: Scenario, frame: pl.DataFrame, rows:
 
 
 def _outside(row: Row) -> str:
-    """The widest band that a figure is outside of."""
-    left = [band for band in BANDS if not row.within(band)]
-    return f"{100 * left[-1]:.0f} %" if left else ""
+    """The widest band that the figure is outside of."""
+    outside = [band for band in BANDS if not row.within(band)]
+    return f"{100 * outside[-1]:.0f} %" if outside else ""
 
 
 def _print_differences(console: Console, name: str, scenario: Scenario) -> None:
-    """What the case changes of the set of parameters at the bottom of what it extends."""
+    """The parameters that differ from the file at the bottom of what the case extends."""
     extended = bases(name)
     if not extended:
         say(console, f"{scenario.name} extends nothing: all parameters are its own.")

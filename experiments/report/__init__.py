@@ -1,1 +1,2 @@
-"""All results on one page. Imports study and runs."""
+"""Results in words and tables: for a terminal, for the page of all results, and read back. Imports questions, study,
+runs."""

@@ -1,1 +1,1 @@
-"""How many runs are made, kept and written. Imports sim only."""
+"""Many runs: made in processes or on a cluster, kept, and written as tables with a manifest. Imports sim only."""

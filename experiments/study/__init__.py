@@ -1,1 +1,1 @@
-"""How a question is judged: experiments, claims, effects, statistics. Imports runs."""
+"""How a question is judged: experiments, claims, effects, verdicts, statistics. Imports runs."""

@@ -1,1 +1,1 @@
-"""A run as tracks, samples and a Perfetto file. Imports sim only."""
+"""A run as tracks, samples, a table of spans and a Perfetto file. Imports runs and sim."""

@@ -1,8 +1,8 @@
 """Tracks and counters as a Perfetto trace, which ui.perfetto.dev opens.
 
-Every lane is a track of its own to Perfetto, for on one of its tracks slices must nest; lanes have the name of their
-track, by which the UI draws them as one. What a span waited for is told by flows: arrows from the cause to it. The same
-run gives the same bytes.
+Every lane is a track of its own to Perfetto, because slices must nest on its tracks. Lanes have the name of their
+track, so that the UI draws them as one. Flows are arrows that lead to a span from the span that it waited for. The
+same run gives the same bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from experiments.trace.tracks import Counter, Group, Slice, Track, Unit
 SEQUENCE = 1
 """All packets come from one writer."""
 SPAN_IID = 1
-"""Stands for the name of the annotation that tells a span's number."""
+"""The id of the name of the annotation with a span's number."""
 
 
 class _Edge(NamedTuple):
@@ -27,14 +27,14 @@ class _Edge(NamedTuple):
 
     at_ns: int
     number: int
-    """Of the slice, in order of start and end: its start comes before its end, and its end before the next start."""
+    """The slice's rank by start and end: its start comes before its end, and its end before the next start."""
     is_end: bool
     track: int
     drawn: Slice
 
 
 class _Value(NamedTuple):
-    """A counter's, from then on."""
+    """The value of a counter, from this time on."""
 
     at_ns: int
     track: int
@@ -44,7 +44,7 @@ class _Value(NamedTuple):
 def write_trace(
     path: Path, title: str, description: str, drawn: Sequence[Track | Counter], causes: Mapping[int, int]
 ) -> None:
-    """Write a run's trace. `causes` tells for a span what it waited for; both by number."""
+    """Write a run's trace. `causes` has the number of the span that a span waited for, by the number of the latter."""
     slices = [each for track in drawn if isinstance(track, Track) for lane in track.lanes for each in lane]
     with path.open("wb") as file:
         writer = _Writer(StreamingTraceProtoBuilder(file), slices, Flows(slices, causes))
@@ -62,11 +62,11 @@ def write_trace(
             else:
                 lanes += [(writer.track(each.name, inside, rank), lane) for lane in each.lanes]
         moments: list[_Edge | _Value] = [*values, *_edges(lanes)]
-        for told in sorted(moments, key=lambda moment: moment.at_ns):  # it keeps the edges' order
-            if isinstance(told, _Edge):
-                writer.edge(told)
+        for event in sorted(moments, key=lambda moment: moment.at_ns):  # stable: edges keep their order
+            if isinstance(event, _Edge):
+                writer.edge(event)
             else:
-                writer.value(told)
+                writer.value(event)
 
 
 def _edges(lanes: Sequence[tuple[int, list[Slice]]]) -> list[_Edge]:
@@ -82,7 +82,7 @@ def _edges(lanes: Sequence[tuple[int, list[Slice]]]) -> list[_Edge]:
 
 
 def _values(counter: Counter, track: int) -> Iterator[_Value]:
-    """Where they change, and the last one."""
+    """The values where they change, and the last one."""
     before = None
     last = len(counter.at_ns) - 1
     for at, (at_ns, value) in enumerate(zip(counter.at_ns.tolist(), counter.values.tolist(), strict=True)):
@@ -161,17 +161,17 @@ class _Writer:
     def edge(self, edge: _Edge) -> None:
         """The start or the end of a slice."""
         packet = self._packet(edge.at_ns)
-        told, drawn = packet.track_event, edge.drawn
-        told.track_uuid = edge.track
-        told.type = pb.TrackEvent.TYPE_SLICE_END if edge.is_end else pb.TrackEvent.TYPE_SLICE_BEGIN
+        event, drawn = packet.track_event, edge.drawn
+        event.track_uuid = edge.track
+        event.type = pb.TrackEvent.TYPE_SLICE_END if edge.is_end else pb.TrackEvent.TYPE_SLICE_BEGIN
         if not edge.is_end:
-            told.name_iid = self._names[drawn.name]
-            told.category_iids.append(self._categories[drawn.category])
+            event.name_iid = self._names[drawn.name]
+            event.category_iids.append(self._categories[drawn.category])
             if drawn.span is not None:
-                told.debug_annotations.add(name_iid=SPAN_IID, int_value=drawn.span)
+                event.debug_annotations.add(name_iid=SPAN_IID, int_value=drawn.span)
             if drawn.span is not None and drawn.whole:
-                told.flow_ids.extend(self._flows.out(drawn.span))
-                told.terminating_flow_ids.extend(self._flows.into(drawn.span))
+                event.flow_ids.extend(self._flows.out(drawn.span))
+                event.terminating_flow_ids.extend(self._flows.into(drawn.span))
         self._builder.write_packet(packet)
 
     def value(self, value: _Value) -> None:

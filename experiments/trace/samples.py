@@ -1,8 +1,8 @@
-"""How much is left, dirtied and sent, looked at from time to time while a run goes on, and without touching it.
+"""Bytes left, dirtied and sent, sampled while a run goes on, without changing it.
 
-A timeline knows when something was done, not how many bytes it was. So a task beside the run looks at its parts, and
-takes no more looks than can be drawn: when there are many, every other one is dropped, and the next ones come half as
-often. The stop has looks of its own, closer together.
+A timeline knows when something was done, not how many bytes it was. Therefore a task beside the run samples its parts,
+and keeps no more samples than can be drawn: when there are many, it drops every other one and takes the next ones half
+as often. The time after the order to stop has samples of its own, closer together.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from sim.device.state import DeviceState
 from sim.run import Parts
 from sim.scenario.units import NS_PER_S, ns
 
-MOST_LOOKS = 4000
-"""Of each of the two stretches."""
+MAX_SAMPLES = 4000
+"""Of each of the two stretches: before and after the order to stop."""
 FIRST_INTERVALS_NS = (ns(1.0), ns(0.1))
-"""Before the order to stop the vCPUs, and from then on."""
+"""Between samples: before the order to stop the vCPUs, and after it."""
 DIRTY_WINDOW_NS = ns(100.0)
 SENT_WINDOW_NS = ns(10.0)
 SENT = "bytes sent"
@@ -37,20 +37,20 @@ class _Stretch:
     def add(self, at_ns: int, row: list[int]) -> None:
         self.at_ns.append(at_ns)
         self.rows.append(row)
-        if len(self.rows) > MOST_LOOKS:
+        if len(self.rows) > MAX_SAMPLES:
             self.at_ns, self.rows = self.at_ns[::2], self.rows[::2]
             self.interval_ns *= 2
 
 
 class Samples:
-    """What was seen of one run. `watch` is for sim.run.simulate."""
+    """The samples of one run. `watch` is an argument of sim.run.simulate."""
 
     def __init__(self) -> None:
         self._names: list[tuple[Group, str, Unit]] = []
         self._stretches = [_Stretch(interval_ns) for interval_ns in FIRST_INTERVALS_NS]
 
     async def watch(self, parts: Parts) -> None:
-        """Look until the guest runs at the target; without that, until the guest's activity ends."""
+        """Take samples until the guest runs at the target, or until the guest's activity ends."""
         for driver in parts.drivers:
             group = device_group("source", driver.name)
             self._names += [(group, name, Unit.BYTES) for name in ("bytes left", "unread bytes")]
@@ -59,11 +59,11 @@ class Samples:
         marks = parts.timeline.marks
         while Mark.RESUMED not in marks and now_ns() <= parts.scenario.horizon_ns:
             stretch = self._stretches[Mark.STOP_ORDERED in marks]
-            stretch.add(now_ns(), _look(parts))
+            stretch.add(now_ns(), _sample(parts))
             await sleep_ns(stretch.interval_ns)
 
     def counters(self) -> list[Counter]:
-        """All figures, in the order of the devices."""
+        """All counters, in the order of the devices."""
         at_ns = np.array([at for stretch in self._stretches for at in stretch.at_ns], np.int64)
         rows = [row for stretch in self._stretches for row in stretch.rows]
         table = np.array(rows, np.int64).reshape(len(rows), len(self._names))
@@ -71,24 +71,24 @@ class Samples:
         return counters + [_throughput(counter) for counter in counters if counter.name == SENT]
 
 
-def _look(parts: Parts) -> list[int]:
-    """One figure a name, in the names' order."""
+def _sample(parts: Parts) -> list[int]:
+    """One value for each name, in their order."""
     source = parts.machines["source"]
     row = []
     for driver, state in zip(parts.drivers, parts.states, strict=True):
-        row += [_left_bytes(driver, state, source.running), driver.held_bytes()[0]]
+        row += [_remaining_bytes(driver, state, source.running), driver.held_bytes()[0]]
         row.append(_dirty_bytes_per_s(state) if source.running else 0)
     return [*row, source.ram.pending_bytes(), sum(channel.bytes_sent for channel in parts.channels)]
 
 
-def _left_bytes(driver: SimDriver, state: DeviceState, running: bool) -> int:
-    """What would still have to be read from a device, were it stopped now; headers of what is not saved yet left out.
+def _remaining_bytes(driver: SimDriver, state: DeviceState, running: bool) -> int:
+    """Bytes that would still have to be read from a device if it were stopped now, without the headers of unsaved data.
 
-    With addressable blocks, one that is being saved is no longer left.
+    With addressable blocks, a block that is being saved no longer counts.
     """
     dirty = state.version != state.saved
     new = state.object_version != state.object_saved
-    if running:  # what the guest did, and the state was not asked for yet
+    if running:  # the guest did it, but the state has not been advanced to now
         activity = state.activity
         dirty[activity.write_blocks[state.written_bytes // state.block_bytes : activity.writes_until(now_ns())]] = True
         events = slice(state.epoch - 1, activity.reconfigurations_until(now_ns()))
@@ -98,7 +98,7 @@ def _left_bytes(driver: SimDriver, state: DeviceState, running: bool) -> int:
 
 
 def _dirty_bytes_per_s(state: DeviceState) -> int:
-    """Of distinct blocks that the guest wrote in the last DIRTY_WINDOW_NS."""
+    """The rate of distinct blocks that the guest wrote in the last DIRTY_WINDOW_NS."""
     at_ns = now_ns()
     window_ns = min(DIRTY_WINDOW_NS, at_ns)
     first, last = (state.activity.writes_until(at) for at in (at_ns - window_ns, at_ns))
@@ -109,7 +109,7 @@ def _dirty_bytes_per_s(state: DeviceState) -> int:
 
 
 def _throughput(sent: Counter) -> Counter:
-    """What was handed to the connections in the last SENT_WINDOW_NS, or since the look before."""
+    """The rate of bytes handed to the connections in the last SENT_WINDOW_NS, or since the sample before."""
     last = np.arange(len(sent.at_ns))
     first = np.searchsorted(sent.at_ns, sent.at_ns - SENT_WINDOW_NS, side="right") - 1
     first = np.clip(first, 0, np.maximum(last - 1, 0))

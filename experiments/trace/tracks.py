@@ -1,9 +1,9 @@
 """Where each span of a run is drawn: tracks and counters in groups, in a fixed order; lanes on which nothing overlaps.
 
-A span is drawn once, by what it uses: commands in the firmware's engines, a lane for each that is under way (they share
-the engines if there are more), waits for locks with the locks, frames with their connection, all else with the thread
-or stream that did it. What else there is to see stands on top: the phases of the downtime, its critical path, the VMMs'
-stages; and for each host whether the guest runs there.
+A span is drawn once, by what it uses. Firmware commands are drawn in the engines, a lane for each command under way (if
+there are more commands than engines, they share them); waits for locks with the locks; frames with their connection;
+everything else with the thread or stream that did it. On top are the phases of the downtime, its critical path and the
+VMMs' stages. Each host has a track that shows whether the guest runs there.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class Slice(NamedTuple):
     name: str
     category: str
     span: int | None = None
-    """The number of the span that it is a piece of, if any."""
+    """The number of the span that it is a part of, if any."""
     whole: bool = False
-    """It is the span itself."""
+    """Whether it is the whole span."""
 
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """Slices that are drawn together, in lanes: within one, each ends before or when the next one starts."""
+    """Slices that are drawn together, in lanes. Slices of one lane do not overlap."""
 
     group: Group
     name: str
@@ -66,7 +66,7 @@ class Track:
 
 
 class Unit(enum.StrEnum):
-    """Of a counter."""
+    """The unit of a counter."""
 
     BYTES = "bytes"
     BYTES_PER_S = "bytes/s"
@@ -74,7 +74,7 @@ class Unit(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Counter:
-    """A figure over time."""
+    """A value over time."""
 
     group: Group
     name: str
@@ -100,9 +100,9 @@ def tracks(timeline: Timeline, devices: Devices) -> list[Track]:
 
 
 def lanes(slices: Iterable[Slice]) -> list[list[Slice]]:
-    """As few lanes as do: each slice goes to the first one that is free at its start."""
+    """The least number of lanes: each slice goes to the first lane that is free at its start."""
     filled: list[list[Slice]] = []
-    busy: list[tuple[int, int]] = []  # a heap: until when, which lane
+    busy: list[tuple[int, int]] = []  # a heap: when the lane becomes free, its index
     free: list[int] = []  # a heap
     for drawn in sorted(slices, key=lambda each: (each.start_ns, each.end_ns)):
         while busy and busy[0][0] <= drawn.start_ns:
@@ -135,7 +135,7 @@ def _spans(recorded: Recorded, devices: Devices) -> Iterable[Placed]:
 
 
 def place(resource: Resource, what: str, track: str, devices: Devices) -> tuple[Group, str, str]:
-    """The group and track of a span, by the timeline's track and what it used; and how it is called there."""
+    """The group and the track of a span, from its track in the timeline and its resource; and its name there."""
     side, _, task = track.partition(" ")
     if side not in ("source", "target"):
         return LINK if resource is Resource.LINK else ("other",), track, what
@@ -158,30 +158,30 @@ def place(resource: Resource, what: str, track: str, devices: Devices) -> tuple[
 
 
 def _device_thread(index: int, devices: Devices) -> str:
-    """A track that says a device's number, with its name instead."""
+    """The track's name, with the device's name in place of its number."""
     return f"{list(devices)[index]} device thread" if index < len(devices) else f"device {index}"
 
 
 def _order(drawn: Track | Counter, devices: Devices) -> tuple[list[int], list[str | int]]:
-    """What to sort by: the downtime, the source, the link, the target; in a host, the guest first."""
+    """The sort key: the downtime, the source, the link, the target; in a host, the guest first."""
     outer = [DOWNTIME[0], "source host", LINK[0], "target host", "other"]
     inner = ["guest", "VMM", *(f"device {device}" for device in devices), "firmware", "locks"]
     first = ["phases", "critical path", "main thread", "vCPUs"]
     ranks = [outer.index(drawn.group[0]), *(inner.index(part) for part in drawn.group[1:])]
-    if isinstance(drawn, Counter):  # they stay in the order in which they are given
+    if isinstance(drawn, Counter):  # counters keep their order
         return [*ranks, -1], []
     ranks.append(first.index(drawn.name) if drawn.name in first else len(first))
     return ranks, [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", drawn.name)]
 
 
-# --- what is not a span ----------------------------------------------------------------------------------------------
+# --- slices that are no spans ----------------------------------------------------------------------------------------
 
 
 def _downtime(timeline: Timeline) -> Iterable[Placed]:
     for stage in timeline.stages:
         name = f"{stage.name} {stage.index}"
         yield (DOWNTIME, "stages of the VMMs"), Slice(stage.start_ns, stage.end_ns, name, "stage")
-    if Mark.RESUMED not in timeline.marks:  # there was no hand-over, and so no downtime
+    if Mark.RESUMED not in timeline.marks:  # no hand-over, so no downtime
         return
     bound = timeline.marks[Mark.STOP_ORDERED]
     for name, took_ns in timeline.phases_ns().items():
@@ -201,7 +201,7 @@ def _blocked(recorded: Recorded) -> Iterable[Placed]:
 
 
 def _guest(recorded: Recorded) -> Iterable[Placed]:
-    """Whether the vCPUs run, at each host: by the spans of stopping and starting them, and by the marks."""
+    """Whether the vCPUs run at each host, from the spans of stopping and starting them and from the marks."""
     end_ns = int(max(recorded.spans["end_ns"], default=0))
     marks = {mark: at_ns for mark, (at_ns, _) in recorded.marks.items()}
     stops, starts = _named(recorded, "vCPUs stop"), _named(recorded, "vCPUs start")
@@ -227,7 +227,7 @@ def _turns(spans: Iterable[tuple[int, int]], during: str, after: str) -> list[tu
 
 
 def _named(recorded: Recorded, what: str) -> dict[str, list[tuple[int, int]]]:
-    """Start and end of the spans of a name, by side."""
+    """Start and end (ns) of the spans with this name, by side."""
     found: dict[str, list[tuple[int, int]]] = {"source": [], "target": []}
     if what not in recorded.names:
         return found

@@ -149,10 +149,10 @@ def test_a_mistake_in_the_name_is_told_in_a_line(compared: Path, swept: Path) ->
         "smal:v2:1": "smal is no folder, nor one in results/; did you mean small?",
         "zzz:v2:1": "zzz is no folder, nor one in results/; in results/ there are small, sweep",
         "small:v2:x": "the seed 'x' must be a whole number",
-        "small:v2:9": "no run in results/small is called that; there are v2:1, v3-n2:1, v2:2, v3-n2:2",
+        "small:v2:9": "no run in results/small has this name; there are v2:1, v3-n2:1, v2:2, v3-n2:2",
         "small:0a1b": "have no cells: name one by FOLDER:PROTOCOL:SEED",
-        "sweep:ffff": "no run in results/sweep is called that; there are 0a1b2c3d4e5f (v2:7), 0a1fffffffff (v3-n2:7)",
-        "sweep:0a1": "2 runs in results/sweep are called that: 0a1b2c3d4e5f (v2:7), 0a1fffffffff (v3-n2:7); name one",
+        "sweep:ffff": "no run in results/sweep has this name; there are 0a1b2c3d4e5f (v2:7), 0a1fffffffff (v3-n2:7)",
+        "sweep:0a1": "2 runs in results/sweep fit this name: 0a1b2c3d4e5f (v2:7), 0a1fffffffff (v3-n2:7); name one",
     }
     for run, expected in told.items():
         done = replay(run)
@@ -175,7 +175,7 @@ def test_what_cannot_be_written_is_found_out_before_the_run(compared: Path) -> N
 def test_live_runs_cannot_be_made_again(name: str) -> None:
     done = replay(f"{Path(__file__).parents[2] / 'results' / name}:v2:1")
     assert done.exit_code == 2
-    assert "holds live runs, which no two times are the same" in done.stderr
+    assert "holds live runs, and no live run can be repeated exactly" in done.stderr
 
 
 @pytest.mark.slow

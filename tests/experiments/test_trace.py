@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as pb
 
 from experiments.cli import main
-from experiments.trace.samples import MOST_LOOKS, Samples
+from experiments.trace.samples import MAX_SAMPLES, Samples
 from experiments.trace.traced_run import TracedRun, spans_table, traced_run, write_trace
 from experiments.trace.tracks import Slice, lanes, place
 from proto_v3.timeline import NO_CAUSE, Mark, Resource
@@ -318,7 +318,7 @@ def test_a_long_run_has_no_more_looks_than_can_be_drawn() -> None:
     outcome = simulate(patient, Protocol.parse("v2", patient), 1, watch=samples.watch)
     assert outcome.kind == "DID_NOT_CONVERGE"
     at_ns = samples.counters()[0].at_ns
-    assert MOST_LOOKS / 2 < len(at_ns) <= MOST_LOOKS
+    assert MAX_SAMPLES / 2 < len(at_ns) <= MAX_SAMPLES
     assert len(set(at_ns[1:] - at_ns[:-1])) == 1
 
 

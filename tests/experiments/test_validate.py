@@ -271,7 +271,7 @@ def test_bad_cases_are_refused_before_anything_is_written(write: Write, tmp_path
     out = tmp_path / "out"
     with pytest.raises(UserError, match="no scenario 'no-such'"):
         validated(out, "no-such")
-    with pytest.raises(UserError, match=r"bare\.toml: no published figures to hold the runs against"):
+    with pytest.raises(UserError, match=r"bare\.toml: no published figures to compare the runs with"):
         validated(out, good, bare)
     for twice in (good, str(namesake)):
         with pytest.raises(UserError, match="two cases have the same name"):
