@@ -160,7 +160,7 @@ def bare_relay(mib: int, read_mib: int) -> tuple[float, float]:
     total, piece = mib * MIB, read_mib * MIB
     device_out, vmm_in = data_fd(ROOM)
     vmm_out, device_in = data_fd(ROOM)
-    listener = listen(("127.0.0.1", 0), SocketSettings())
+    listener = listen(("127.0.0.1", 0))
     ready, go = context.Semaphore(0), context.Event()
     took_s, began_s, cpu_s = (context.Value("d", 0.0) for _ in range(3))
     parts: list[tuple[Callable[..., None], tuple[Any, ...]]] = [

@@ -23,7 +23,7 @@ from proto_v3.vmm.migration import OutcomeKind
 from sim.live.limits import THE_MACHINES_OWN, measured_lateness_ns, too_short
 from sim.live.processes.vmm import Settings, Tls
 from sim.live.run import LiveResult, SideEnd, check, run_here, run_to, serve_one
-from sim.live.tcp.sockets import SocketSettings, listen
+from sim.live.tcp.sockets import listen
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
@@ -283,7 +283,7 @@ def delays_table(found: Sequence[LiveResult]) -> Table:
 def run_target_here(where: str, once: bool, settings: Settings) -> int:
     """Listen, and take migrations in, one after the other, until Ctrl-C; returns the exit status."""
     host, port = address(where, "--listen")
-    listener = listen((host, port), SocketSettings())
+    listener = listen((host, port))
     console = Console(stderr=True)
 
     def say(text: str) -> None:

@@ -26,11 +26,6 @@ class Buffers:
         self.size_bytes = size_bytes
         self._free: deque[Block] = deque(maxlen=keep)  # appended to by whichever thread drops the last view
 
-    @property
-    def free(self) -> int:
-        """The number of free buffers."""
-        return len(self._free)
-
     def take(self) -> memoryview:
         """A view of a whole buffer. It still has what the last user left in it."""
         try:

@@ -25,21 +25,20 @@ THE_MACHINES_OWN = {
 """Keys of a scenario that a live run does not emulate, and what applies in their place."""
 
 
-async def timer_lateness_ns() -> int:
-    """How late a timer is on this machine now: the median of TRIES, in nanoseconds."""
-    time = RealTime()
-    try:
-        clock.use(time)
-        for _ in range(TRIES):
-            await clock.sleep_ns(TRIED_NS)
-        return time.delays().late_median_ns
-    finally:
-        time.close()
-
-
 def measured_lateness_ns() -> int:
-    """The same, for callers without an event loop."""
-    return asyncio.run(timer_lateness_ns())
+    """How late a timer is on this machine now: the median of TRIES, in nanoseconds."""
+
+    async def measure() -> int:
+        time = RealTime()
+        try:
+            clock.use(time)
+            for _ in range(TRIES):
+                await clock.sleep_ns(TRIED_NS)
+            return time.delays().late_median_ns
+        finally:
+            time.close()
+
+    return asyncio.run(measure())
 
 
 def delays_ns(scenario: Scenario) -> dict[str, float]:

@@ -1,4 +1,6 @@
-"""Merge the timelines of several processes, each on its own clock, into one: a Lamport-clock merge with clock error.
+"""Merge the timelines of several processes into one: a Lamport-clock merge with clock error.
+
+The processes count nanoseconds from the same moment, as far as their clocks are known to each other.
 
 A process records in a `ProcessTimeline`. What goes from one process to another is an *edge*: a named counter that only
 grows (bytes written to a data fd, frames sent on a connection, calls made on a control socket, room made for a sender).
@@ -82,7 +84,7 @@ MAX_NAME_CHARS = 200
 MAX_INDEX = 2**31
 MAX_COUNT = 2**63 - 1
 MAX_TIME_NS = 2**60
-"""36 years; sums of four of these fit 64 bits."""
+"""36 years."""
 BACK = 8
 """How many causes back a sender's span is looked for that had ended when the wait did."""
 LATEST = 0
@@ -90,7 +92,7 @@ LATEST = 0
 
 
 class ProcessTimeline(Timeline):
-    """The timeline of one process, on its own clock."""
+    """The timeline of one process."""
 
     def __init__(self, now_ns: Callable[[], int] = time.perf_counter_ns) -> None:
         super().__init__(now_ns)
@@ -169,22 +171,19 @@ def _by_column(table: str, rows: Sequence[tuple[int, ...]]) -> dict[str, list[in
 # --- merging ----------------------------------------------------------------------------------------------------------
 
 
-def merge(parts: Sequence[tuple[dict[str, Any], int]], start_ns: int) -> Timeline:
-    """One timeline of several parts, in nanoseconds since `start_ns` of the first part's clock.
+def merge(parts: Iterable[dict[str, Any]]) -> Timeline:
+    """One timeline of several parts: what `ProcessTimeline.export` returned in each process.
 
-    A part is what `ProcessTimeline.export` returned, and the nanoseconds to add to its times to get those of the first
-    part's clock. Times before `start_ns` become negative. Of a mark that several parts have, the latest counts. Nothing
-    can be recorded in the merged timeline. Raises PeerProtocolError if a part is malformed.
+    Of a mark that several parts have, the latest counts. Nothing can be recorded in the merged timeline. Raises
+    PeerProtocolError if a part is malformed.
     """
     records: list[ProcessRecord] = []
     names: dict[str, int] = {}
     edges: dict[str, int] = {}
     spans_before = 0
-    for part, offset_ns in parts:
-        if abs(offset_ns - start_ns) > MAX_TIME_NS:
-            raise _malformed("clock", offset_ns)
+    for part in parts:
         record = ProcessRecord.of(part)
-        record.move(offset_ns - start_ns, spans_before, names, edges)
+        record.renumber(spans_before, names, edges)
         records.append(record)
         spans_before += len(record.tables["spans"]["cause"])
     if len(names) > MAX_ALL_NAMES:
@@ -348,14 +347,12 @@ class ProcessRecord:
             if np.any(np.diff(rows["count"]) < 0):
                 raise _malformed("edge, for it shrinks:", self.edges[edge])
 
-    def move(self, by_ns: int, base: int, names: dict[str, int], edges: dict[str, int]) -> None:
-        """Move its times, count its spans from `base`, and its names and edges as in these, which grow."""
+    def renumber(self, base: int, names: dict[str, int], edges: dict[str, int]) -> None:
+        """Count its spans from `base`, and number its names and edges as in these dicts, which grow."""
         name_numbers, edge_numbers = _numbered(self.names, names), _numbered(self.edges, edges)
         for table in self.tables.values():
             for column, values in table.items():
-                if column.endswith("_ns"):
-                    values += by_ns
-                elif column in ("cause", "span"):
+                if column in ("cause", "span"):
                     values[values != NO_CAUSE] += base
                 elif column in ("what", "track"):
                     table[column] = name_numbers[values]

@@ -24,7 +24,7 @@ from sim.live.processes.report import ProcessReport, StreamReport, VmmReport
 from sim.live.processes.vmm import Settings, check_size
 from sim.live.real_time import Delays
 from sim.live.tcp.messages import Run
-from sim.live.tcp.sockets import Granted, SocketSettings, listen
+from sim.live.tcp.sockets import Granted, listen
 from sim.outcome import Outcome, RunReport, completed, ended, with_bound
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
@@ -157,7 +157,7 @@ async def run_here(
     check(scenario, protocol, settings)
     heard = _Heard(watch)
     run = Run(scenario.told(), protocol.name, seed)
-    listener = listen((LOOPBACK, 0), SocketSettings())
+    listener = listen((LOOPBACK, 0))
     sides: list[_Side] = []
     beside: asyncio.Future[None] | None = None
     try:
@@ -335,7 +335,7 @@ def _run_report(scenario: Scenario, run: RunReport, source: VmmReport, target: V
     processes.sort(key=lambda named: named[0].endswith("device"))  # stable: the VMMs come first
     return replace(
         run,
-        timeline=merge_timelines.merge([(process.timeline, 0) for _, process in processes], 0),
+        timeline=merge_timelines.merge(process.timeline for _, process in processes),
         source=source.side,
         target=target.side if target is not None else None,
         note=source.note,

@@ -19,7 +19,7 @@ from typing import Any
 from sim.live.processes.children import Child
 from sim.live.processes.vmm import Settings
 from sim.live.run import LiveResult, SideEnd, run_here, run_to, serve_one
-from sim.live.tcp.sockets import SocketSettings, listen
+from sim.live.tcp.sockets import listen
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from tests.build.scenario import small_scenario
@@ -132,7 +132,7 @@ async def two_hosts(
     `act` finds the processes by their names (`children_of`).
     """
     scenario, seen, settings = live_scenario(), Seen(), settings or Settings()
-    with closing(listen(("127.0.0.1", 0), SocketSettings())) as listener:
+    with closing(listen(("127.0.0.1", 0))) as listener:
         async with asyncio.timeout(HANG_S), asyncio.TaskGroup() as group:
             serving = group.create_task(serve_one(listener, settings, seen.watch))
             acting = group.create_task(act(seen))

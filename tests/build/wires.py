@@ -43,7 +43,8 @@ async def agree(_: Run) -> None:
 
 @asynccontextmanager
 async def listening(sockets: SocketSettings = PLAIN) -> AsyncIterator[tuple[socket.socket, tuple[str, int]]]:
-    listener = listen(LOCAL, sockets)
+    listener = listen(LOCAL)
+    sockets.size(listener)
     try:
         yield listener, listener.getsockname()
     finally:
@@ -63,8 +64,7 @@ async def pair(
     async with listening(sockets) as (listener, address):
         accepting = asyncio.create_task(
             accept(
-                listener, more.get("judge", agree), io=IO[io], limits=limits, sockets=sockets,
-                tls=more.get("server_tls"),
+                listener, more.get("judge", agree), io=IO[io], limits=limits, tls=more.get("server_tls"),
             )
         )  # fmt: skip
         source = await connect(

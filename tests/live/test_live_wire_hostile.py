@@ -329,8 +329,8 @@ def test_strangers_among_the_data_connections_do_not_end_the_session(loop: str, 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"connections": 0}, "0 data connections are offered; 1 to 1024 are allowed here"),
-        ({"connections": 1025}, "1025 data connections are offered; 1 to 1024 are allowed here"),
+        ({"connections": 0}, "0 data connections are offered; 1 to 1024 are allowed"),
+        ({"connections": 1025}, "1025 data connections are offered; 1 to 1024 are allowed"),
         ({"frame_bytes": 1 << 21}, "frames of up to 2097152 bytes are offered; 1 to 1048576 are allowed here"),
         ({"frame_bytes": 0}, "frames of up to 0 bytes are offered"),
         ({"frame_bytes": True}, "OFFER: frame_bytes = True: .* valid integer"),

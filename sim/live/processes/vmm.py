@@ -412,7 +412,6 @@ async def run_target(vmm: VmmProcess, listener: socket.socket, rejected: Callabl
         judge,
         io=vmm.io,
         limits=_limits(vmm.settings, 1 << 30),
-        sockets=SocketSettings(),
         tls=context,
         rejected=rejected,
     )

@@ -26,7 +26,7 @@ from sim.live.io import Pipe
 from sim.live.tcp.connection import Connection
 from sim.live.tcp.message_stream import MessageStream
 from sim.live.tcp.messages import MAX_BOOT_ID_CHARS, Begin, ClockReply, ClockRequest
-from sim.live.tcp.sockets import Granted, SocketSettings
+from sim.live.tcp.sockets import Granted
 
 CLOCK_REQUESTS = 20
 MAX_CLOCK_REQUESTS = 1000
@@ -46,20 +46,13 @@ class Limits:
     """A peer that was silent for that long is given up."""
     frame_bytes: int = 1 << 20
     """The largest payload of a frame, either way: the source's value is used if it is not above the target's."""
-    connections: int = MAX_CONNECTIONS
-    """At the target: the most data connections of a session."""
 
     def __post_init__(self) -> None:
         for name in ("handshake_s", "silent_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} = {getattr(self, name)} must be above 0")
-        for name, most in (("frame_bytes", MAX_FRAME_BYTES), ("connections", MAX_CONNECTIONS)):
-            if not 1 <= getattr(self, name) <= most:
-                raise UserError(f"{name} = {getattr(self, name)} must be from 1 to {most}")
-
-
-DEFAULT_LIMITS = Limits()
-DEFAULT_SOCKETS = SocketSettings()
+        if not 1 <= self.frame_bytes <= MAX_FRAME_BYTES:
+            raise UserError(f"frame_bytes = {self.frame_bytes} must be from 1 to {MAX_FRAME_BYTES}")
 
 
 @dataclass(slots=True)

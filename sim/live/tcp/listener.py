@@ -31,7 +31,6 @@ from sim.live.tcp.sockets import (
     Granted,
     Preamble,
     Role,
-    SocketSettings,
     finish,
     reason,
     text_of,
@@ -95,7 +94,6 @@ class Acceptor:
         opened: AsyncExitStack,
         *,
         io: MakePipe,
-        sockets: SocketSettings,
         tls: ssl.SSLContext | None,
         limit_s: float,
         rejected: Callable[[str], None],
@@ -105,7 +103,6 @@ class Acceptor:
         self._listener = listener
         self._opened = opened
         self._io = io
-        self._sockets = sockets
         self._tls = tls
         self._limit_s = limit_s
         self._rejected = rejected
@@ -264,9 +261,6 @@ class Acceptor:
 
     def _keep(self, sock: socket.socket, pipe: Pipe | None, name: str, preamble: Preamble) -> None:
         is_data = preamble.role == Role.DATA
-        if is_data:
-            self._sockets.size(sock)
-            self._sockets.pace(sock)
         granted = Granted.of(sock)
         if pipe is None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

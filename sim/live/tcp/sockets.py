@@ -175,7 +175,7 @@ async def dialled(to: Resolved, sockets: SocketSettings) -> socket.socket:
     return sock
 
 
-def listen(address: Address, sockets: SocketSettings) -> socket.socket:
+def listen(address: Address) -> socket.socket:
     """A listening socket for `accept`; port 0: any free one. UserError if the address cannot be used."""
     sock = None
     try:
@@ -184,7 +184,6 @@ def listen(address: Address, sockets: SocketSettings) -> socket.socket:
         )[0]
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sockets.size(sock)
         sock.bind(where)
         sock.listen(BACKLOG)
     except (OSError, ValueError, OverflowError, TypeError) as error:

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from proto_v3.errors import PeerProtocolError, UserError, leaves
 from sim.live.io import MakePipe, Pipe
 from sim.live.tcp.handshake import (
-    DEFAULT_LIMITS,
-    DEFAULT_SOCKETS,
     MAX_CONNECTIONS,
     Limits,
     boot_id,
@@ -39,6 +37,7 @@ from sim.live.tcp.tls import TlsPipe
 
 DIALS = 32
 """Data connections that are set up at the same time."""
+KERNEL_CHOICE = SocketSettings()
 
 
 async def connect(
@@ -47,8 +46,8 @@ async def connect(
     connections: int,
     *,
     io: MakePipe,
-    limits: Limits = DEFAULT_LIMITS,
-    sockets: SocketSettings = DEFAULT_SOCKETS,
+    limits: Limits,
+    sockets: SocketSettings = KERNEL_CHOICE,
     tls: ssl.SSLContext | None = None,
 ) -> Session:
     """Set up a session, with this many data connections, with the target that listens at the address.
@@ -109,7 +108,7 @@ class _Dialler:
         error: OSError = OSError(f"{text_of(self.address)}: no such address")
         for to in await resolved(self.address):
             try:
-                pipe, _ = await self._dial(to, Preamble(Role.SESSION), DEFAULT_SOCKETS)
+                pipe, _ = await self._dial(to, Preamble(Role.SESSION), KERNEL_CHOICE)
             except OSError as why:
                 error = why
             else:

@@ -12,8 +12,7 @@ from contextlib import AsyncExitStack
 from proto_v3.errors import PeerProtocolError
 from sim.live.io import MakePipe
 from sim.live.tcp.handshake import (
-    DEFAULT_LIMITS,
-    DEFAULT_SOCKETS,
+    MAX_CONNECTIONS,
     Handshake,
     Limits,
     answer_clock,
@@ -25,7 +24,7 @@ from sim.live.tcp.listener import Accepted, Acceptor
 from sim.live.tcp.message_stream import MessageStream
 from sim.live.tcp.messages import Accept, Begin, ClockRequest, Connected, Offer, Run
 from sim.live.tcp.session import Session
-from sim.live.tcp.sockets import TOKEN_BYTES, SocketSettings
+from sim.live.tcp.sockets import TOKEN_BYTES
 
 Judge = Callable[[Run], Awaitable[None]]
 """Decides about what the source wants to run: the error that it raises becomes the refusal."""
@@ -40,8 +39,7 @@ async def accept(
     judge: Judge,
     *,
     io: MakePipe,
-    limits: Limits = DEFAULT_LIMITS,
-    sockets: SocketSettings = DEFAULT_SOCKETS,
+    limits: Limits,
     tls: ssl.SSLContext | None = None,
     rejected: Callable[[str], None] = _ignore,
 ) -> Session:
@@ -54,9 +52,7 @@ async def accept(
     listener stays open: to wait for another source, call this again.
     """
     async with AsyncExitStack() as opened:
-        acceptor = Acceptor(
-            listener, opened, io=io, sockets=sockets, tls=tls, limit_s=limits.handshake_s, rejected=rejected
-        )
+        acceptor = Acceptor(listener, opened, io=io, tls=tls, limit_s=limits.handshake_s, rejected=rejected)
         async with acceptor:
             first_connection = await acceptor.session()
             stream = MessageStream(first_connection.pipe, "source", first_connection.name)
@@ -82,10 +78,8 @@ async def accept(
 
 def _check(offer: Offer, limits: Limits) -> None:
     """PeerProtocolError if this side does not accept the offer."""
-    if not 1 <= offer.connections <= limits.connections:
-        raise PeerProtocolError(
-            f"{offer.connections} data connections are offered; 1 to {limits.connections} are allowed here"
-        )
+    if not 1 <= offer.connections <= MAX_CONNECTIONS:
+        raise PeerProtocolError(f"{offer.connections} data connections are offered; 1 to {MAX_CONNECTIONS} are allowed")
     if not 1 <= offer.frame_bytes <= limits.frame_bytes:
         raise PeerProtocolError(
             f"frames of up to {offer.frame_bytes} bytes are offered; 1 to {limits.frame_bytes} are allowed here"
