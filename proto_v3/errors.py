@@ -1,7 +1,7 @@
 """The project's errors.
 
-One base class, so that a caller can catch all of ours and nothing else. What the user got wrong (a scenario, an
-argument), what this side of a migration did wrong, and what the peer did wrong are told apart, as h11 does.
+All have one base class, so a caller can catch these and nothing else. Separate classes for a mistake of the user (a
+scenario, an argument), of this side of a migration, and of the peer, as in h11.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class ProtoV3Error(Exception):
 
 
 class UserError(ProtoV3Error):
-    """Bad input: a scenario, an option, an output folder. The message says what would be right; shown alone."""
+    """Bad input: a scenario, an option, an output folder. The message says what would be right, and is shown alone."""
 
 
 class LocalProtocolError(ProtoV3Error):
@@ -22,11 +22,11 @@ class LocalProtocolError(ProtoV3Error):
 
 
 class PeerProtocolError(ProtoV3Error):
-    """The other side sent something that the protocol does not allow."""
+    """The other side sent something the protocol does not allow."""
 
 
 class PeerFailedError(ProtoV3Error):
-    """The other side said that it cannot go on."""
+    """The other side reported that it cannot continue."""
 
 
 class LostAfterCommitError(ProtoV3Error):
@@ -34,7 +34,7 @@ class LostAfterCommitError(ProtoV3Error):
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:
-    """The errors of a group, and of the groups in it; or the error itself."""
+    """The single errors in a group and its inner groups; or the error itself."""
     if isinstance(error, BaseExceptionGroup):
         for inner in error.exceptions:
             yield from leaves(inner)

@@ -1,4 +1,4 @@
-"""Waiting for a change, in a way that the timeline can follow."""
+"""Waiting for a change, so that the timeline can follow the cause."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from proto_v3.timeline import cause, caused_by
 
 
 class Notify:
-    """Wakes all who wait for a change; what rang it becomes the cause of their going on.
+    """Wakes all tasks that wait for a change. The span that notified becomes the cause of what they do next.
 
-    To be used as `while not there_is_something: await notify.wait()`.
+    Use: `while not condition: await notify.wait()`.
     """
 
     def __init__(self) -> None:
@@ -18,23 +18,23 @@ class Notify:
 
     @property
     def waited_for(self) -> bool:
-        """Whether anybody waits."""
+        """Whether any task waits."""
         return any(not waiter.done() for waiter in self._waiters)
 
     def notify(self, by: int | None = None) -> None:
-        """Wake all. `by` is the span that is the cause; the current task's cursor if it is left out."""
+        """Wake all waiting tasks. `by`: the span that is the cause; by default the current task's cursor."""
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(cause() if by is None else by)
 
     async def wait(self) -> None:
-        """Wait for the next ring."""
+        """Wait for the next notify()."""
         waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
         try:
             caused_by(await waiter)
-        except asyncio.CancelledError:  # also at a timeout: else it would be kept until the next ring, if there is one
+        except asyncio.CancelledError:  # also a timeout; else the waiter would stay until the next notify()
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
             raise

@@ -1,18 +1,18 @@
-"""One timeline of spans: the downtime, its phases and its critical path all come out of it.
+"""One timeline of spans, from which the downtime, its phases and its critical path are computed.
 
 A *span* is work on one resource, with a start, an end, and a *cause*: the span whose end allowed this one to start.
-Every task carries a cursor, "the last thing that had to happen before now":
+Every task has a cursor, the last span that had to end before now:
 
-- work moves the cursor to the span just recorded;
-- a wait for data or for room moves it to the span that gave them (the cause travels with the chunk, the frame, the
-  credit, the task that is joined);
-- a wait for a resource that somebody else uses (a lock, an engine) is a span of that resource: the question is which
-  resource holds the migration up, not who happened to have it.
+- Work moves the cursor to the span just recorded.
+- A wait for data or for room moves it to the span that provided them. The cause travels with the chunk, the frame, the
+  credit, or the task that is joined.
+- A wait for a resource that somebody else uses (a lock, a command slot) is a span of that resource. The question is
+  which resource holds the migration up, not who used it at the time.
 
-So the causes form a chain from the end of the downtime back to its start, and walking it gives the critical path.
-What the chain does not cover is reported as `unexplained`; in virtual time it is 0, and a test says so.
+So the causes form a chain from the end of the downtime back to its start, and this chain is the critical path. Time
+that the chain does not cover is reported as `unexplained`. In virtual time it is 0, and a test checks that.
 
-Times are integer nanoseconds of one clock. Spans are kept in columns, for a large run has millions.
+Times are integer nanoseconds of one clock. Spans are kept in columns, because a large run has millions.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Resource(enum.IntEnum):
 
     FIRMWARE = 0  # SAVE in the source's firmware, its queue included
     LOCK = 1  # waiting for a lock of the driver
-    COPY = 2  # copy to or from user, and the cost of the calls
+    COPY = 2  # copies to or from user space, and the cost of the calls
     LINK = 3  # serialisation, propagation and queueing on the network
     LOAD = 4  # LOAD in the target's firmware, its queue included
     SETUP = 5  # set-up of critical objects at the target
@@ -53,7 +53,7 @@ class Resource(enum.IntEnum):
 
 
 class Mark(enum.StrEnum):
-    """Moments that bound the phases of the downtime, in their order."""
+    """Moments between the phases of the downtime, in order."""
 
     STOP_ORDERED = "stop_ordered"  # the order to stop the vCPUs: the downtime starts
     STOPPED = "stopped"  # vCPUs stopped, every device in STOP_COPY
@@ -76,7 +76,7 @@ PHASES: dict[str, Mark] = {
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A named stretch of one side's work, as a VMM would trace it (QEMU's vmstate_downtime_save and _load)."""
+    """A named part of one side's work, as a VMM would trace it (QEMU's vmstate_downtime_save and _load)."""
 
     name: str
     index: int
@@ -96,17 +96,17 @@ class PathStep:
 
 
 SPAN_COLUMNS = {"resource": "b", "what": "h", "track": "h", "start_ns": "q", "end_ns": "q", "cause": "q"}
-"""The columns of spans and their types, as `array` and numpy name them; `what` and `track` are indices of names."""
+"""The columns of spans and their types, named as in `array` and numpy. `what` and `track` are indices of names."""
 BLOCKED_COLUMNS = {"start_ns": "q", "end_ns": "q"}
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """All that a timeline holds, as data: to be sent elsewhere, or put together with what another one holds."""
+    """The contents of a timeline as data, to send them elsewhere or merge them with those of another."""
 
     names: list[str]
     spans: dict[str, NDArray[Any]]
-    """Keys and types: SPAN_COLUMNS. The cause of a span is an index, or NO_CAUSE."""
+    """Keys and types: SPAN_COLUMNS. The cause of a span is the index of a span, or NO_CAUSE."""
     blocked: dict[str, NDArray[Any]]
     """Keys and types: BLOCKED_COLUMNS."""
     marks: dict[Mark, tuple[int, int]]
@@ -117,7 +117,7 @@ class Recorded:
 class Timeline:
     """Spans, marks and stages of one run.
 
-    `now_ns` is the clock that all of them are told in.
+    `now_ns` is the clock of all times.
     """
 
     def __init__(self, now_ns: Callable[[], int]) -> None:
@@ -137,7 +137,7 @@ class Timeline:
 
     @classmethod
     def of(cls, recorded: Recorded, now_ns: Callable[[], int]) -> Self:
-        """A timeline that holds this. It is not checked: indices must be in range, and causes form no cycle."""
+        """A timeline with these contents. They are not checked: indices must be in range, and causes form no cycle."""
         timeline = cls(now_ns)
         timeline._names = {name: index for index, name in enumerate(recorded.names)}
         for name, column in zip(SPAN_COLUMNS, timeline._span_columns(), strict=True):
@@ -150,7 +150,7 @@ class Timeline:
         return timeline
 
     def recorded(self) -> Recorded:
-        """A copy of all that was recorded up to now."""
+        """A copy of everything recorded up to now."""
         return Recorded(
             names=list(self._names),
             spans={name: np.array(column) for name, column in zip(SPAN_COLUMNS, self._span_columns(), strict=True)},
@@ -171,11 +171,11 @@ class Timeline:
     # --- recording -------------------------------------------------------------------------------------------------
 
     def work(self, resource: Resource, what: str, start_ns: int, end_ns: int | None = None) -> None:
-        """Record work of the current task from `start_ns` to now (or `end_ns`); it becomes the task's cursor."""
+        """Record work of the current task, from `start_ns` to now or `end_ns`. It becomes the task's cursor."""
         _cursor.set(self.span(resource, what, start_ns, self.now_ns() if end_ns is None else end_ns))
 
     def span(self, resource: Resource, what: str, start_ns: int, end_ns: int, track: str = "") -> int:
-        """Record a span that the current task caused but does not wait for (a frame on its way). The cursor stays."""
+        """Record a span that the current task caused and does not wait for (a frame on its way). The cursor stays."""
         names = self._names
         self._resource.append(resource)
         self._what.append(names.setdefault(what, len(names)))
@@ -187,17 +187,17 @@ class Timeline:
         return len(self._start_ns) - 1
 
     def blocked(self, start_ns: int) -> None:
-        """Record that a send was held up since `start_ns` by a full connection."""
+        """Record that a send waited from `start_ns` until now for room in a full connection."""
         self._blocked_start_ns.append(start_ns)
         self._blocked_end_ns.append(self.now_ns())
 
     def mark(self, mark: Mark) -> None:
-        """Say that a phase's bound is now. Said more than once (by each of several streams), the last one holds."""
+        """Record that a phase ends now. If marked more than once (by each of several streams), the last time holds."""
         self.marks[mark] = self.now_ns()
         self._mark_cause[mark] = _cursor.get()
 
     def stage(self, name: str, start_ns: int, index: int = 0) -> None:
-        """Record a stage of a VMM's work that started at `start_ns` and ends now."""
+        """Record a stage of a VMM's work, from `start_ns` to now."""
         self.stages.append(Stage(name, index, start_ns, self.now_ns()))
 
     # --- reading ---------------------------------------------------------------------------------------------------
@@ -208,10 +208,10 @@ class Timeline:
         return self.marks[Mark.RESUMED] - self.marks[Mark.STOP_ORDERED]
 
     def phases_ns(self) -> dict[str, int]:
-        """The phases of the downtime; they tile it exactly.
+        """Nanoseconds of each phase of the downtime. Their sum is the downtime.
 
-        A phase ends at its mark, or where the one before it ended if its mark came earlier (with parallel streams a
-        device's config may be loaded while another still transfers): then it takes no time of its own.
+        A phase ends at its mark. If its mark is before the end of the previous phase (with parallel streams one
+        device's config may load while another still transfers), it ends there and takes no time of its own.
         """
         bound = self.marks[Mark.STOP_ORDERED]
         end = self.marks[Mark.RESUMED]
@@ -223,7 +223,7 @@ class Timeline:
         return phases
 
     def critical_spans(self) -> list[tuple[int, int, int]]:
-        """The chain of causes through the downtime, in order of time: spans, and from when to when each was on it."""
+        """The chain of causes through the downtime, in order of time: of each span its index, start and end there."""
         start, until = self.marks[Mark.STOP_ORDERED], self.marks[Mark.RESUMED]
         chain: list[tuple[int, int, int]] = []
         span = self._mark_cause[Mark.RESUMED]
@@ -236,7 +236,7 @@ class Timeline:
         return chain[::-1]
 
     def critical_path(self) -> list[PathStep]:
-        """The chain of causes through the downtime, in order of time, cut to the downtime."""
+        """The chain of causes through the downtime, in order of time."""
         names = list(self._names)
         return [
             PathStep(Resource(self._resource[span]), names[self._what[span]], names[self._on_track[span]], begin, end)
@@ -244,7 +244,7 @@ class Timeline:
         ]
 
     def critical_path_ns(self) -> dict[str, int]:
-        """Nanoseconds of the downtime's critical path by resource, `unexplained` last; they sum to the downtime."""
+        """Nanoseconds of the critical path by resource, `unexplained` last. Their sum is the downtime."""
         shares = {resource.name.lower(): 0 for resource in Resource}
         for step in self.critical_path():
             shares[step.resource.name.lower()] += step.end_ns - step.start_ns
@@ -252,12 +252,12 @@ class Timeline:
         return shares
 
     def in_downtime_ns(self, resource: Resource) -> int:
-        """How much of a resource's work fell into the downtime, on the critical path or beside it."""
+        """Nanoseconds of a resource's work inside the downtime, on the critical path or not."""
         inside = self._inside_downtime(self._start_ns, self._end_ns)
         return int(inside[np.array(self._resource, np.int8) == resource].sum())
 
     def blocked_in_downtime_ns(self) -> int:
-        """How long sends were held up by full connections in the downtime, summed over connections."""
+        """Nanoseconds that sends waited for full connections in the downtime, summed over connections."""
         return int(self._inside_downtime(self._blocked_start_ns, self._blocked_end_ns).sum())
 
     def _inside_downtime(self, start_ns: array[int], end_ns: array[int]) -> NDArray[np.int64]:
@@ -266,35 +266,35 @@ class Timeline:
         return inside.clip(min=0)
 
     def digest(self) -> str:
-        """A fingerprint of everything that was recorded: equal for two runs that did the same at the same times."""
-        told = sha256(repr((self.marks, self._mark_cause, self.stages, self._names)).encode())
+        """A fingerprint of everything recorded: equal for two runs that did the same at the same times."""
+        digest = sha256(repr((self.marks, self._mark_cause, self.stages, self._names)).encode())
         for column in (*self._span_columns(), *self._blocked_columns()):
-            told.update(column.tobytes())
-        return told.hexdigest()
+            digest.update(column.tobytes())
+        return digest.hexdigest()
 
 
 # --- the cursor ------------------------------------------------------------------------------------------------------
 
 
 def cause() -> int:
-    """The current task's cursor: to hand on with whatever another task waits for."""
+    """The current task's cursor, to pass on with whatever another task waits for."""
     return _cursor.get()
 
 
 def caused_by(span: int) -> None:
-    """The current task was waiting, and `span` ended the wait."""
+    """Record that the current task waited, and that `span` ended the wait."""
     _cursor.set(span)
 
 
 def on_track(name: str) -> None:
-    """The current task's spans are drawn on this track from now on."""
+    """Draw the current task's spans on this track from now on."""
     _track.set(name)
 
 
 class Join:
-    """A TaskGroup whose end, where it had to be waited for, is caused by the child that finished last.
+    """A TaskGroup. If its end has to be waited for, the child that finished last is the cause.
 
-    A child that is cancelled has finished nothing, and causes nothing. Each child runs on a track of its own name.
+    A cancelled child finished nothing and causes nothing. Each child runs on a track of its own name.
     Errors and cancellation are those of asyncio.TaskGroup.
     """
 
@@ -317,7 +317,7 @@ class Join:
     def start(self, work: Coroutine[Any, Any, T], track: str) -> asyncio.Task[T]:
         """Start a child task."""
         task = self._group.create_task(self._run(work, track), name=track)
-        task.add_done_callback(lambda _: work.close())  # one that was cancelled before it began would leave it waiting
+        task.add_done_callback(lambda _: work.close())  # if the task is cancelled before it starts, `work` never ran
         return task
 
     async def _run(self, work: Coroutine[Any, Any, T], track: str) -> T:

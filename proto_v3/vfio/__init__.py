@@ -1,2 +1,2 @@
 """What the kernel promises: structures, state machine, ioctls and the port of a device. Imports the wire's payloads
-and the ground (errors)."""
+and the errors."""

@@ -3,9 +3,9 @@
 The kernel's table gives the *next hop* from a state toward a target, for a device that has every feature. Two rules
 make the path:
 
-1. Take the next hop; if the device lacks the feature that the hop's state needs, take the table again from that hop
-   (so the state is passed over, never entered).
-2. Repeat until the target is reached. A hop of ERROR means that there is no way: EINVAL.
+1. Take the next hop. If the device lacks a feature that the hop's state needs, look up the table again from that hop
+   (the state is skipped, never entered).
+2. Repeat until the target is reached. A hop of ERROR means that there is no path: EINVAL.
 
 Source: Linux `drivers/vfio/vfio_main.c`, vfio_mig_get_next_state().
 """
@@ -65,7 +65,7 @@ NEXT_HOP: dict[State, dict[State, State]] = {
         STOP_COPY: STOP_COPY,
         RESUMING: STOP,
         RUNNING_P2P: STOP,
-        # One session must not go back to pre-copy; before the fix of June 2026 the kernel looped for ever here.
+        # A session must not return to pre-copy. Before the fix of June 2026 the kernel looped for ever here.
         PRE_COPY: ERROR,
         PRE_COPY_P2P: ERROR,
     },
@@ -89,20 +89,20 @@ NEXT_HOP: dict[State, dict[State, State]] = {
     },
 }
 
-# What a device must have beside STOP_COPY for a state to exist.
+# The features that a state needs besides STOP_COPY.
 REQUIRED: dict[State, MigrationFlags] = {
     RUNNING_P2P: MigrationFlags.P2P,
     PRE_COPY: MigrationFlags.PRE_COPY,
     PRE_COPY_P2P: MigrationFlags.PRE_COPY | MigrationFlags.P2P,
 }
 
-# The arcs that begin a session, each answered with a new data fd: to save, or (into RESUMING) to load. Source: vfio.h,
-# the text above enum vfio_device_mig_state.
+# The arcs that begin a session and return a new data fd: to save, or (into RESUMING) to load. Source: vfio.h, the text
+# above enum vfio_device_mig_state.
 BEGINS_SESSION = frozenset({(RUNNING, PRE_COPY), (RUNNING_P2P, PRE_COPY_P2P), (STOP, STOP_COPY), (STOP, RESUMING)})
 
 
 class InvalidTransitionError(ProtoV3Error, OSError):
-    """The state machine has no way to the target. `errno` is EINVAL, as SET_STATE would answer."""
+    """The state machine has no path to the target. `errno` is EINVAL, as SET_STATE returns."""
 
     def __init__(self, current: int, target: int, why: str) -> None:
         super().__init__(errno.EINVAL, f"{_name(current)} -> {_name(target)}: {why}")
@@ -113,16 +113,16 @@ def _name(state: int) -> str:
 
 
 def supports(features: MigrationFlags, state: State) -> bool:
-    """Whether a device with these features has the state. One without STOP_COPY does not migrate, and has none."""
+    """Whether a device with these features has the state. Without STOP_COPY it does not migrate, and has none."""
     needed = MigrationFlags.STOP_COPY | REQUIRED.get(state, MigrationFlags(0))
     return features & needed == needed
 
 
 def path(current: int, target: int, features: MigrationFlags) -> list[State]:
-    """The states that SET_STATE passes through, the target last; empty when already there.
+    """The states that SET_STATE enters, the target last. Empty if the device is there already.
 
     States may be given as the kernel's numbers. Raises InvalidTransitionError (EINVAL) for a number that is no state,
-    for ERROR as start or target, for a state that the device does not have, and where the table refuses.
+    for ERROR as start or target, for a state that the device does not have, and if the table has no path.
     """
     for state in (current, target):
         if state not in STATES:
@@ -147,11 +147,11 @@ FEATURE_SETS = [
     for p2p in (MigrationFlags(0), MigrationFlags.P2P)
     for pre_copy in (MigrationFlags(0), MigrationFlags.PRE_COPY)
 ]
-"""What v2 devices there are."""
+"""The kinds of v2 devices."""
 
 
 def arcs(features: MigrationFlags) -> list[tuple[State, State]]:
-    """The steps that a device with these features takes at once: what its driver implements."""
+    """The single steps of a device with these features: what its driver implements."""
     states = [state for state in NEXT_HOP if supports(features, state)]
     return [(a, b) for a in states for b in states if _is_arc(a, b, features)]
 

@@ -1,7 +1,7 @@
-"""The state machine's table, drawn: `python -m proto_v3.vfio.fsm_diagram > docs/states.md`.
+"""A document of the state machine's table: `python -m proto_v3.vfio.fsm_diagram > docs/states.md`.
 
-The arcs and hops come from proto_v3.vfio.fsm and nowhere else, so that the document cannot say what the code does
-not do. A test fails when the file in docs/ is not what this prints.
+The arcs and hops are read from proto_v3.vfio.fsm, so the document cannot differ from the code. A test fails if the file
+in docs/ is not what this prints.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ PAGE = """\
 # The states of a migrating device
 
 Made by `python -m proto_v3.vfio.fsm_diagram` from the table in `proto_v3/vfio/fsm.py`, which follows Linux
-`drivers/vfio/vfio_main.c`, vfio_mig_get_next_state(). Do not edit: change the table and run that again.
+`drivers/vfio/vfio_main.c`, vfio_mig_get_next_state(). Do not edit: change the table and run the command again.
 
 ## Arcs
 
-What a device that has every feature does in one step. **fd**: the arc begins a session and gives a new data fd, to read
-or to write. A feature in brackets is one that the arc's ends need; STOP_COPY, which all need, is not repeated.
+The single steps of a device that has every feature. **fd**: the arc begins a session and returns a new data fd, to read
+or to write. The states of an arc need the features in brackets. STOP_COPY, which all need, is not repeated.
 
 ```mermaid
 {diagram}
 ```
 
-Not drawn: an arc that fails may leave the device in ERROR; VFIO_DEVICE_RESET takes it from any state to RUNNING.
+Not drawn: an arc that fails may leave the device in ERROR. VFIO_DEVICE_RESET goes from any state to RUNNING.
 
-A device that lacks a feature passes over the states that need it, and so has arcs that the others do not have:
+A device that lacks a feature skips the states that need it, and so has additional arcs:
 
 {shortcuts}
 
 ## Next hop
 
-From the state of a row toward the state of a column. A path takes one hop after the other until the target is reached;
-a state that the device lacks is not entered, and the table is taken again from there.
+From the state of a row toward the state of a column. A path takes one hop after the other until the target is reached.
+A state that the device lacks is not entered; the next hop is then looked up from that state.
 
 {table}
 """
@@ -55,7 +55,7 @@ def _diagram() -> str:
 
 
 def _label(current: State, target: State) -> str:
-    """What is special about an arc. Mermaid ends a label at a colon or semicolon."""
+    """The fd and the features of an arc. Mermaid ends a label at a colon or semicolon."""
     parts = []
     if (current, target) in BEGINS_SESSION:
         parts.append("fd to write" if target is RESUMING else "fd to read")

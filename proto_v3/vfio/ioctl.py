@@ -1,9 +1,9 @@
-"""The migration ioctls on bytes: what VFIO_DEVICE_FEATURE and the ioctls of a data fd do with a caller's buffer.
+"""The migration ioctls on bytes: VFIO_DEVICE_FEATURE and the ioctls of a data fd, on a caller's buffer.
 
-They stand before the port (proto_v3.vfio.device), as the kernel's core stands before its drivers, and answer in the
-same order with the same errno. Source: Linux 7.1 `drivers/vfio/vfio_main.c`, vfio_ioctl_device_feature() and what
-it calls; `include/linux/vfio.h`, vfio_check_feature() and vfio_check_precopy_ioctl(). What differs is said where it
-does. What is v3's is experimental, and has its source in docs/vfio_v3.h.
+They call the port (proto_v3.vfio.device), as the kernel's core calls its drivers, and check in the same order with the
+same errno. Source: Linux 7.1 `drivers/vfio/vfio_main.c`, vfio_ioctl_device_feature() and what it calls;
+`include/linux/vfio.h`, vfio_check_feature() and vfio_check_precopy_ioctl(). Differences are stated where they are. The
+calls of v3 are experimental; their source is docs/vfio_v3.h.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from proto_v3.vfio.uapi import (
 )
 
 GET_OR_SET = FeatureOp.GET | FeatureOp.SET
-KNOWN_FLAGS = FEATURE_MASK | int(GET_OR_SET | FeatureOp.PROBE)  # an int: ~ of a Flag has no more bits than the Flag
+KNOWN_FLAGS = FEATURE_MASK | int(
+    GET_OR_SET | FeatureOp.PROBE
+)  # an int, because ~ of a Flag has only the bits of the Flag
 
 FEATURES: dict[int, tuple[FeatureOp, int]] = {
     Feature.MIGRATION: (FeatureOp.GET, FeatureMigration.SIZE),
@@ -44,28 +46,27 @@ FEATURES: dict[int, tuple[FeatureOp, int]] = {
     Feature.MIG_PRECOPY_INFOV2: (FeatureOp.SET, 0),
     Feature.MIG_STREAMS: (GET_OR_SET, FeatureMigStreams.SIZE),
 }
-"""What each feature can do, and the bytes of data that it needs. DMA logging is not modelled: the guest's memory is
-tracked by the simulated VMM, so it answers as a device without it does, ENOTTY."""
+"""The operations of each feature, and the bytes of data that it needs. DMA logging is not modelled, because the
+simulated VMM tracks the guest's memory: it fails with ENOTTY, as on a device without it."""
 
 
 async def device_feature(
     device: MigrationDevice, buffer: bytearray, install_fd: Callable[[DataFd], int]
 ) -> DataFd | None:
-    """VFIO_DEVICE_FEATURE: `buffer` holds a DeviceFeature and its data, and takes the answer.
+    """VFIO_DEVICE_FEATURE: `buffer` holds a DeviceFeature and its data, and receives the answer.
 
-    Where SET of MIG_DEVICE_STATE begins a session, the data fd is returned too; `install_fd` gives it the number that
-    the caller reads in data_fd, and may refuse with OSError (EMFILE). data_fd is -1 where there is none, and after a
-    SET that the device or `install_fd` refused; any other error leaves the buffer as it was.
+    If SET of MIG_DEVICE_STATE begins a session, the data fd is returned, too. `install_fd` gives it the number that the
+    caller reads in data_fd, and may refuse with OSError (EMFILE). data_fd is -1 if there is no fd, and after a SET that
+    the device or `install_fd` refused. Any other error leaves the buffer unchanged.
 
     Raises OSError:
-    - EFAULT if the buffer is shorter than the header, or than its argsz. (The kernel notices only if it has to touch
-      what is missing; to claim more than there is, is a mistake in any case.)
-    - EINVAL for an argsz shorter than header and data, a flag that does not exist, GET with SET, neither of them, one
-      that the feature does not have, a state that does not exist, MIG_PRECOPY_INFOV2 without PRE_COPY. A PROBE takes
-      GET with SET, neither of them, and needs no data.
-    - ENOTTY for a feature that does not exist, on a device that does not migrate, or for MIG_STREAMS without
-      MULTI_STREAM.
-    - what the device answers; flags of MIG_STREAMS that do not exist are its EINVAL.
+    - EFAULT if the buffer is shorter than the header, or than its argsz. (The kernel notices only if it has to access
+      the missing bytes; a too large argsz is a mistake in any case.)
+    - EINVAL for an argsz shorter than header and data, an unknown flag, GET with SET, neither of them, an operation
+      that the feature does not have, a state that does not exist, MIG_PRECOPY_INFOV2 without PRE_COPY. A PROBE accepts
+      GET with SET and neither of them, and needs no data.
+    - ENOTTY for an unknown feature, on a device that does not migrate, or for MIG_STREAMS without MULTI_STREAM.
+    - the errors of the device; it answers unknown flags of MIG_STREAMS with EINVAL.
     """
     header = _header(buffer)
     number = header.flags & FEATURE_MASK
@@ -73,7 +74,7 @@ async def device_feature(
         raise OSError(errno.ENOTTY, f"no feature {number}")
     features = await device.migration_flags()
     if number == Feature.MIG_PRECOPY_INFOV2:
-        # The kernel looks at the flags alone here, so a device that does not migrate gives EINVAL, not ENOTTY.
+        # The kernel checks only the flags here, so a device that does not migrate returns EINVAL, not ENOTTY.
         if MigrationFlags.PRE_COPY not in features:
             raise OSError(errno.EINVAL, "this device has no PRE_COPY")
     elif not features:
@@ -136,7 +137,7 @@ def _put(buffer: bytearray, data: Structure) -> None:
 
 async def _set_state(device: MigrationDevice, buffer: bytearray, install_fd: Callable[[DataFd], int]) -> DataFd | None:
     target = FeatureMigState.unpack(buffer[DeviceFeature.SIZE :]).device_state
-    _put(buffer, FeatureMigState(target, data_fd=-1))  # whatever fails now, no stale number is taken for a data fd
+    _put(buffer, FeatureMigState(target, data_fd=-1))  # if it fails from here on, no stale number is read as a data fd
     if target not in STATES:
         raise OSError(errno.EINVAL, f"there is no state {target}")
     fd = await device.set_state(State(target))
@@ -146,15 +147,15 @@ async def _set_state(device: MigrationDevice, buffer: bytearray, install_fd: Cal
 
 
 async def get_precopy_info(fd: DataFd, buffer: bytearray, *, opted_in: bool) -> None:
-    """VFIO_MIG_GET_PRECOPY_INFO: `buffer` holds a PrecopyInfo and takes the answer; the caller's argsz stays.
+    """VFIO_MIG_GET_PRECOPY_INFO: `buffer` holds a PrecopyInfo and receives the answer; the caller's argsz stays.
 
-    `opted_in` is whether the device was given MIG_PRECOPY_INFOV2. Without it the caller gets its own flags back: before
-    flags had a meaning, drivers copied the structure in and out again and never set them, and the kernel keeps to that.
-    With it they are the device's: REINIT or none. Source: Linux commits d7140b5dde45 and 50ff3f404617 (Yishai Hadas,
+    `opted_in`: whether MIG_PRECOPY_INFOV2 was set on the device. If not, the flags stay the caller's: before flags had
+    a meaning, drivers copied the structure in and out and never set them, and the kernel keeps that behaviour. If it
+    was, the flags are the device's: REINIT or none. Source: Linux commits d7140b5dde45 and 50ff3f404617 (Yishai Hadas,
     series 20260317161753.18964).
 
-    Raises OSError: EFAULT for a short buffer, as device_feature(); EINVAL for an argsz shorter than the structure; what
-    the data fd answers, EINVAL outside of PRE_COPY and PRE_COPY_P2P.
+    Raises OSError: EFAULT for a short buffer, as device_feature(); EINVAL for an argsz shorter than the structure; the
+    errors of the data fd, among them EINVAL outside of PRE_COPY and PRE_COPY_P2P.
     """
     asked = _asked(PrecopyInfo, buffer)
     info = await fd.precopy_info()
@@ -163,7 +164,7 @@ async def get_precopy_info(fd: DataFd, buffer: bytearray, *, opted_in: bool) -> 
 
 
 def _asked(structure: type[Structure], buffer: bytearray) -> dict[str, int]:
-    """What the caller of a data fd's ioctl gave, in the kernel's order: EFAULT or EINVAL if it is not all there."""
+    """The members of the caller's structure. EFAULT or EINVAL if it is incomplete, in the kernel's order of checks."""
     if len(buffer) < structure.SIZE:
         raise OSError(errno.EFAULT, f"the buffer has {len(buffer)} bytes, the structure {structure.SIZE}")
     asked = structure.members(buffer)
@@ -175,7 +176,7 @@ def _asked(structure: type[Structure], buffer: bytearray) -> dict[str, int]:
 
 
 def _answer(buffer: bytearray, structure: Structure) -> None:
-    """Into the caller's buffer, all but argsz."""
+    """Write the answer to the caller's buffer, except argsz."""
     after_argsz = offset_of(type(structure), "flags")
     buffer[after_argsz : structure.SIZE] = structure.pack()[after_argsz:]
 
@@ -184,7 +185,7 @@ def _answer(buffer: bytearray, structure: Structure) -> None:
 
 
 def _asked_without_flags(structure: type[Structure], buffer: bytearray) -> dict[str, int]:
-    """As _asked(); EINVAL for any flag too, for none is defined."""
+    """As _asked(). EINVAL also for any flag, as none is defined."""
     asked = _asked(structure, buffer)
     if asked["flags"]:
         raise OSError(errno.EINVAL, f"flags {asked['flags']:#x}: none is defined")
@@ -192,13 +193,13 @@ def _asked_without_flags(structure: type[Structure], buffer: bytearray) -> dict[
 
 
 async def get_stream(fd: DataFd, buffer: bytearray, install_fd: Callable[[DataFd], int]) -> DataFd:
-    """VFIO_MIG_GET_STREAM: `buffer` holds a GetStream and takes the answer; the dirty fd is returned too.
+    """VFIO_MIG_GET_STREAM: `buffer` holds a GetStream and receives the answer; the dirty fd is returned, too.
 
-    `install_fd` gives it a number, as in device_feature(). Where it refuses, the fd is not closed, for that would fail
-    a device that is loaded: it stays the session's, and can be asked for again.
+    `install_fd` gives it a number, as in device_feature(). If it refuses, the fd is not closed, because that would fail
+    a device that is being loaded. It stays open in the session, and the caller can ask again.
 
-    Raises OSError: EFAULT and EINVAL as get_precopy_info(), EINVAL for flags, all of which leave the buffer alone; what
-    the critical fd or `install_fd` answers: the fd in the buffer is -1 then.
+    Raises OSError: EFAULT and EINVAL as get_precopy_info(), EINVAL for flags; these leave the buffer unchanged. The
+    errors of the critical fd or of `install_fd`; the fd in the buffer is then -1.
     """
     asked = _asked_without_flags(GetStream, buffer)
     index = asked["index"]
@@ -209,24 +210,25 @@ async def get_stream(fd: DataFd, buffer: bytearray, install_fd: Callable[[DataFd
 
 
 async def get_stream_info(fd: DataFd, buffer: bytearray) -> None:
-    """VFIO_MIG_GET_STREAM_INFO: `buffer` holds a StreamInfo and takes the answer; the caller's argsz stays.
+    """VFIO_MIG_GET_STREAM_INFO: `buffer` holds a StreamInfo and receives the answer; the caller's argsz stays.
 
-    Raises OSError, and leaves the buffer alone: EFAULT and EINVAL as get_precopy_info(), EINVAL for flags; what the
-    data fd answers.
+    Raises OSError and leaves the buffer unchanged: EFAULT and EINVAL as get_precopy_info(), EINVAL for flags, the
+    errors of the data fd.
     """
     _asked_without_flags(StreamInfo, buffer)
     _answer(buffer, await fd.stream_info())
 
 
 async def get_dirty_blocks(fd: BlocksFd, buffer: bytearray, bitmap: bytearray) -> None:
-    """VFIO_MIG_GET_DIRTY_BLOCKS: `buffer` holds a GetDirtyBlocks and takes the answer, all but argsz and the address.
+    """VFIO_MIG_GET_DIRTY_BLOCKS: `buffer` holds a GetDirtyBlocks and receives the answer, except argsz and the address.
 
     `bitmap` is the memory at that address. Bits are set in it, and none is cleared.
 
-    Raises OSError: EFAULT and EINVAL as get_precopy_info(), EINVAL for flags, EFAULT if `bitmap` has not the bits that
-    the caller's `blocks` says; EINVAL for fewer bits than the device has blocks: block_bytes and blocks are answered
-    then all the same; what the data fd answers. None of these uses up what the fd has to tell. (A kernel that cannot
-    write the bitmap notices after it was told: EFAULT, and every block is to be taken for dirty.)
+    Raises OSError: EFAULT and EINVAL as get_precopy_info(); EINVAL for flags; EFAULT if `bitmap` has fewer bits than
+    the caller's `blocks`; EINVAL for fewer bits than the device has blocks, with block_bytes and blocks answered all
+    the same; the errors of the data fd. After any of these the fd still reports the same blocks. (A kernel that cannot
+    write the bitmap notices it only after the driver reported the blocks: EFAULT, and the user should then take every
+    block as dirty.)
     """
     asked = _asked_without_flags(GetDirtyBlocks, buffer)
     if asked["blocks"] > 8 * len(bitmap):

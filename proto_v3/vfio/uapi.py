@@ -1,10 +1,10 @@
 """States, feature bits and structures of the VFIO migration protocol, as numbers and as bytes.
 
-Source of v2: Linux `include/uapi/linux/vfio.h`, as of Linux 7.1. What v3 adds is experimental, exists in no kernel, and
-is marked as such.
+Source of v2: Linux `include/uapi/linux/vfio.h`, as of Linux 7.1. Additions of v3 are experimental, exist in no kernel,
+and are marked as such.
 
-The header aligns each 64-bit member to 8 bytes and leaves no hole between members, so a structure has one layout on
-every architecture, 32-bit user space included. Its byte order is the machine's.
+The header aligns each 64-bit member to 8 bytes and leaves no hole between members. So a structure has the same layout
+on every architecture, 32-bit user space included. The byte order is the machine's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Self, TypeAlias
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
-"""What a structure is unpacked from; collections.abc.Buffer needs Python 3.12."""
+"""The types that a structure can be unpacked from. collections.abc.Buffer needs Python 3.12."""
 
 
 class State(enum.IntEnum):
@@ -33,7 +33,7 @@ class State(enum.IntEnum):
 
 
 class MigrationFlags(enum.IntFlag):
-    """What `VFIO_DEVICE_FEATURE_MIGRATION` reports (`VFIO_MIGRATION_*`)."""
+    """Flags of `VFIO_DEVICE_FEATURE_MIGRATION` (`VFIO_MIGRATION_*`)."""
 
     STOP_COPY = 1 << 0
     P2P = 1 << 1
@@ -42,13 +42,13 @@ class MigrationFlags(enum.IntFlag):
 
 
 class PrecopyFlags(enum.IntFlag):
-    """What `VFIO_MIG_GET_PRECOPY_INFO` says in its flags (`VFIO_PRECOPY_INFO_*`), after MIG_PRECOPY_INFOV2 only."""
+    """Flags of `VFIO_MIG_GET_PRECOPY_INFO` (`VFIO_PRECOPY_INFO_*`); only after MIG_PRECOPY_INFOV2 was set."""
 
-    REINIT = 1 << 0  # there is new initial data, and initial_bytes and dirty_bytes are counted anew
+    REINIT = 1 << 0  # there is new initial data; initial_bytes and dirty_bytes are counted anew
 
 
 def _io(number: int) -> int:
-    """`_IO(VFIO_TYPE, VFIO_BASE + number)`: no direction and no size in the number, for the structure has its argsz."""
+    """`_IO(VFIO_TYPE, VFIO_BASE + number)`: without direction and size, because the structure has its argsz."""
     vfio_type, vfio_base = ord(";"), 100
     return vfio_type << 8 | vfio_base + number
 
@@ -62,7 +62,7 @@ VFIO_MIG_GET_DIRTY_BLOCKS = _io(24)  # v3, experimental: on the fd of blocks
 
 
 class Feature(enum.IntEnum):
-    """Indices for the low half of `vfio_device_feature.flags` (`VFIO_DEVICE_FEATURE_*`); migration's ones only."""
+    """Indices in the low half of `vfio_device_feature.flags` (`VFIO_DEVICE_FEATURE_*`), those of migration only."""
 
     MIGRATION = 1
     MIG_DEVICE_STATE = 2
@@ -71,18 +71,18 @@ class Feature(enum.IntEnum):
     DMA_LOGGING_REPORT = 8
     MIG_DATA_SIZE = 9
     MIG_PRECOPY_INFOV2 = 12
-    MIG_STREAMS = 14  # v3, experimental: the next number that is free; 13 is ZPCI_ERROR in Linux 7.3-rc1
+    MIG_STREAMS = 14  # v3, experimental: the next free number; 13 is ZPCI_ERROR in Linux 7.3-rc1
 
 
 FEATURE_MASK = 0xFFFF
 
 
 class FeatureOp(enum.IntFlag):
-    """What to do with a feature: the high half of `vfio_device_feature.flags`."""
+    """The operation on a feature: the high half of `vfio_device_feature.flags`."""
 
     GET = 1 << 16
     SET = 1 << 17
-    PROBE = 1 << 18  # only ask whether the feature, and GET or SET of it where given, exists
+    PROBE = 1 << 18  # only ask whether the feature exists, and GET or SET of it where given
 
 
 class CType(enum.StrEnum):
@@ -95,7 +95,7 @@ class CType(enum.StrEnum):
 
 
 class Structure:
-    """Base of the structures: a dataclass, whose LAYOUT names the members that C has, in C's order."""
+    """Base of the structures: dataclasses whose LAYOUT names the members of the C structure, in its order."""
 
     __slots__ = ()
     LAYOUT: ClassVar[dict[str, CType]] = {}
@@ -105,7 +105,7 @@ class Structure:
         cls.SIZE = sum(map(struct.calcsize, cls.LAYOUT.values()))
 
     def pack(self) -> bytes:
-        """The SIZE bytes that C has. ValueError for a value that its member cannot hold."""
+        """The structure as C has it, SIZE bytes. ValueError for a value that its member cannot hold."""
         packed = bytearray()
         for member, ctype in self.LAYOUT.items():
             value = getattr(self, member)
@@ -118,12 +118,12 @@ class Structure:
 
     @classmethod
     def unpack(cls, buffer: Buffer) -> Self:
-        """From the first SIZE bytes of `buffer`. EINVAL if it has fewer."""
+        """Parse the first SIZE bytes of `buffer`. OSError EINVAL if it has fewer."""
         return cls(**cls.members(buffer))
 
     @classmethod
     def members(cls, buffer: Buffer) -> dict[str, int]:
-        """What unpack() finds in each of C's members, by its name."""
+        """The values of the C members by name. OSError EINVAL as unpack()."""
         if len(buffer) < cls.SIZE:
             raise OSError(errno.EINVAL, f"{cls.__name__} has {cls.SIZE} bytes, the buffer {len(buffer)}")
         return {
@@ -132,7 +132,7 @@ class Structure:
 
 
 def offset_of(structure: type[Structure], member: str) -> int:
-    """Bytes before `member`: C's offsetof. ValueError if there is no such member."""
+    """Bytes before `member`, as C's offsetof. ValueError if there is no such member."""
     members = list(structure.LAYOUT)
     return sum(struct.calcsize(structure.LAYOUT[before]) for before in members[: members.index(member)])
 
@@ -142,7 +142,7 @@ class DeviceFeature(Structure):
     """`struct vfio_device_feature`, without its data: what VFIO_DEVICE_FEATURE takes. The data follows it."""
 
     LAYOUT: ClassVar = {"argsz": CType.U32, "flags": CType.U32}
-    argsz: int  # bytes of the header and its data, as the caller has them
+    argsz: int  # bytes of the caller's header and data
     flags: int  # a Feature and FeatureOp bits
 
 
@@ -155,7 +155,7 @@ class FeatureMigration(Structure):
 
     @classmethod
     def unpack(cls, buffer: Buffer) -> Self:
-        """As Structure.unpack(); bits that have no name are kept."""
+        """As Structure.unpack(). Unknown bits are kept."""
         return cls(MigrationFlags(cls.members(buffer)["flags"]))
 
 
@@ -178,7 +178,7 @@ class FeatureMigDataSize(Structure):
 
 @dataclass(frozen=True, slots=True)
 class PrecopyInfo(Structure):
-    """What `VFIO_MIG_GET_PRECOPY_INFO` on a data fd answers (`struct vfio_precopy_info`)."""
+    """The answer of `VFIO_MIG_GET_PRECOPY_INFO` on a data fd (`struct vfio_precopy_info`)."""
 
     LAYOUT: ClassVar = {
         "argsz": CType.U32,
@@ -192,28 +192,28 @@ class PrecopyInfo(Structure):
 
     @property
     def argsz(self) -> int:
-        """Bytes of the structure, as the kernel of this header has it."""
+        """Bytes of the structure in the kernel of this header."""
         return self.SIZE
 
     @property
     def reinit(self) -> bool:
-        """Whether the device has new initial data, so that the caller has to judge anew whether it is ready to stop."""
+        """Whether the device has new initial data, so that the caller must check again whether it is ready to stop."""
         return PrecopyFlags.REINIT in self.flags
 
     @classmethod
     def unpack(cls, buffer: Buffer) -> Self:
-        """As Structure.unpack(); the caller's argsz is not kept, flags that have no name are."""
+        """As Structure.unpack(). The caller's argsz is not kept; unknown flags are."""
         members = cls.members(buffer)
         return cls(members["initial_bytes"], members["dirty_bytes"], PrecopyFlags(members["flags"]))
 
 
-# --- v3, experimental: as docs/vfio_v3.h has it in C ------------------------------------------------------------------
+# --- v3, experimental: docs/vfio_v3.h has it in C ---------------------------------------------------------------------
 
 
 class StreamFlags(enum.IntFlag):
-    """How a device's state is to be read (`VFIO_MIG_STREAMS_*`)."""
+    """How a device's state is read (`VFIO_MIG_STREAMS_*`)."""
 
-    BLOCKS = 1 << 0  # one fd of addressable blocks in place of the dirty streams
+    BLOCKS = 1 << 0  # one fd of addressable blocks instead of the dirty streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,19 +221,19 @@ class FeatureMigStreams(Structure):
     """`struct vfio_device_feature_mig_streams`: data of MIG_STREAMS, GET and SET."""
 
     LAYOUT: ClassVar = {"dirty_streams": CType.U32, "flags": CType.U32}
-    dirty_streams: int  # GET: the most that the device has. SET: how many, 0 for v2
-    flags: StreamFlags = field(default=StreamFlags(0))  # GET: what the device can do. SET: what the caller wants
+    dirty_streams: int  # GET: the maximum of the device. SET: the number to use, 0 for v2
+    flags: StreamFlags = field(default=StreamFlags(0))  # GET: the flags that the device knows. SET: those to use
 
     @classmethod
     def unpack(cls, buffer: Buffer) -> Self:
-        """As Structure.unpack(); bits that have no name are kept."""
+        """As Structure.unpack(). Unknown bits are kept."""
         members = cls.members(buffer)
         return cls(members["dirty_streams"], StreamFlags(members["flags"]))
 
 
 @dataclass(frozen=True, slots=True)
 class GetStream(Structure):
-    """`struct vfio_mig_get_stream`: what `VFIO_MIG_GET_STREAM` on the critical fd takes and answers."""
+    """`struct vfio_mig_get_stream`: argument and answer of `VFIO_MIG_GET_STREAM` on the critical fd."""
 
     LAYOUT: ClassVar = {"argsz": CType.U32, "flags": CType.U32, "index": CType.U32, "fd": CType.S32}
     argsz: int
@@ -244,14 +244,13 @@ class GetStream(Structure):
 
 @dataclass(frozen=True, slots=True)
 class StreamInfo(Structure):
-    """`struct vfio_mig_stream_info`: what `VFIO_MIG_GET_STREAM_INFO` on any stream's fd answers."""
+    """`struct vfio_mig_stream_info`: the answer of `VFIO_MIG_GET_STREAM_INFO` on the fd of any stream."""
 
     LAYOUT: ClassVar = {"argsz": CType.U32, "flags": CType.U32, "epoch": CType.U64, "pending_bytes": CType.U64}
     epoch: int
-    """The newest generation of critical data that the device has begun; 1 until it is stopped, if it gives nothing of
-    its state before."""
+    """Newest epoch of critical data. Stays 1 until STOP_COPY on devices without pre-copy."""
     pending_bytes: int
-    """This stream's unread bytes, those that wait to be saved included."""
+    """Unread bytes of this stream, including those not saved yet."""
     flags: int = 0  # none is defined
 
     @property
@@ -261,14 +260,14 @@ class StreamInfo(Structure):
 
     @classmethod
     def unpack(cls, buffer: Buffer) -> Self:
-        """As Structure.unpack(); the caller's argsz is not kept."""
+        """As Structure.unpack(). The caller's argsz is not kept."""
         members = cls.members(buffer)
         return cls(members["epoch"], members["pending_bytes"], members["flags"])
 
 
 @dataclass(frozen=True, slots=True)
 class GetDirtyBlocks(Structure):
-    """`struct vfio_mig_dirty_blocks`: what `VFIO_MIG_GET_DIRTY_BLOCKS` on the fd of blocks takes and answers."""
+    """`struct vfio_mig_dirty_blocks`: argument and answer of `VFIO_MIG_GET_DIRTY_BLOCKS` on the fd of blocks."""
 
     LAYOUT: ClassVar = {
         "argsz": CType.U32,
@@ -279,13 +278,13 @@ class GetDirtyBlocks(Structure):
     }
     argsz: int
     flags: int  # none is defined
-    block_bytes: int  # answered
-    blocks: int  # in: bits that the bitmap has room for; out: blocks of the device
+    block_bytes: int  # out: bytes of a block
+    blocks: int  # in: bits in the bitmap; out: blocks of the device
     bitmap: int  # address of the bitmap; the kernel sets bits in it and clears none
 
 
 class RecordClass(enum.IntEnum):
-    """What a record of a stream is (`VFIO_MIG_RECORD_*`). A VMM does not look at it."""
+    """The kind of a record (`VFIO_MIG_RECORD_*`). A VMM does not look at it."""
 
     CRITICAL = 1
     DIRTY = 2
@@ -294,7 +293,7 @@ class RecordClass(enum.IntEnum):
 
 
 class RecordFlags(enum.IntFlag):
-    """What a critical record says (`VFIO_MIG_RECORD_F_*`)."""
+    """Flags of a critical record (`VFIO_MIG_RECORD_F_*`)."""
 
     EPOCH_COMPLETE = 1 << 0  # the last critical record of its epoch
     INVALIDATES = 1 << 1  # the payload begins with a RecordRanges and its ranges
@@ -302,7 +301,7 @@ class RecordFlags(enum.IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class RecordHeader(Structure):
-    """`struct vfio_mig_record`: what is before each record's payload."""
+    """`struct vfio_mig_record`: the header before each record's payload."""
 
     LAYOUT: ClassVar = {
         "record_class": CType.U16,
@@ -322,9 +321,9 @@ class RecordHeader(Structure):
 
 @dataclass(frozen=True, slots=True)
 class RecordEnd(Structure):
-    """`struct vfio_mig_record_end`: an END record's payload; it tells of all records before it in the stream.
+    """`struct vfio_mig_record_end`: the payload of an END record, about all records before it in the stream.
 
-    On the fd of blocks it tells of all blocks as they are: their number, 0 bytes, a digest of their versions.
+    On the fd of blocks it is about all blocks in STOP_COPY: their number, 0 bytes, a digest of their versions.
     """
 
     LAYOUT: ClassVar = {"records": CType.U64, "bytes": CType.U64, "digest": CType.U64}
@@ -335,7 +334,7 @@ class RecordEnd(Structure):
 
 @dataclass(frozen=True, slots=True)
 class RecordRanges(Structure):
-    """`struct vfio_mig_record_ranges`: how many BlockRange follow."""
+    """`struct vfio_mig_record_ranges`: the number of BlockRange that follow."""
 
     LAYOUT: ClassVar = {"count": CType.U64}
     count: int
@@ -343,7 +342,7 @@ class RecordRanges(Structure):
 
 @dataclass(frozen=True, slots=True)
 class BlockRange(Structure):
-    """`struct vfio_mig_block_range`: dirty data of these blocks is invalid if it is of an epoch before `epoch`."""
+    """`struct vfio_mig_block_range`: dirty data of these blocks from an epoch before `epoch` is invalid."""
 
     LAYOUT: ClassVar = {"first_block": CType.U64, "blocks": CType.U64, "epoch": CType.U64}
     first_block: int
@@ -352,14 +351,14 @@ class BlockRange(Structure):
 
     @property
     def slice(self) -> slice:
-        """Of arrays by block."""
+        """The range as a slice of an array by block."""
         return slice(self.first_block, self.first_block + self.blocks)
 
 
 @dataclass(frozen=True, slots=True)
 class RecordBlocks(Structure):
-    """`struct vfio_mig_record_blocks`: a BLOCKS record's payload begins so; a U64 version a block, and their data
-    follow."""
+    """`struct vfio_mig_record_blocks`: the start of a BLOCKS record's payload. A U64 version for each block follows,
+    then their data."""
 
     LAYOUT: ClassVar = {"first_block": CType.U64, "blocks": CType.U64}
     first_block: int

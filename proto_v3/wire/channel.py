@@ -1,6 +1,6 @@
 """Channels: ordered frames between the two VMMs, over a transport.
 
-A transport is the port that the surroundings provide: a simulated link or a socket. The channel puts frames on it.
+A transport is a port: a simulated link or a socket implements it. The channel sends and receives frames on it.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from proto_v3.wire.frames import Frame, Kind, Payload, decode, encode_header
 
 
 class Transport(Protocol):
-    """One end of a connection: reliable, ordered, bounded; what is not read at one end holds up the other."""
+    """One end of a connection: reliable, ordered, bounded. If one end does not read, the other end waits."""
 
     async def send(self, header: bytes, payload: Payload) -> None:
-        """Return when the bytes are accepted; the call waits while the connection's buffer is full.
+        """Return when the bytes are accepted. Waits while the connection's buffer is full.
 
         Raises ConnectionError when the connection is gone.
         """
 
     async def recv(self) -> tuple[bytes, Payload]:
-        """The next header and payload. Waits for them; ConnectionError when the connection is gone."""
+        """Wait for the next header and payload. ConnectionError when the connection is gone."""
 
 
 class Channel:
-    """Frames over one transport; their bytes are counted."""
+    """Frames over one transport. Counts bytes and messages."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self.bytes_sent = 0
         self.messages_sent = 0
-        """Of the frames, those without payload: what the protocol says beside the data."""
+        """Frames without payload: what the protocol sends besides the data."""
 
     async def send(self, frame: Frame) -> None:
-        """Send one frame; waits while the connection is full."""
+        """Send one frame. Waits while the connection is full."""
         header = encode_header(frame)
         self.bytes_sent += len(header) + len(frame.payload)
         self.messages_sent += not len(frame.payload)
@@ -49,7 +49,7 @@ class Channel:
         return decode(*await self._transport.recv())
 
     async def expect(self, kind: Kind) -> None:
-        """Wait for a frame that must be of this kind. PeerProtocolError if it is another."""
+        """Wait for a frame of this kind. PeerProtocolError if another kind arrives."""
         frame = await self.recv()
         if frame.kind is not kind:
             raise PeerProtocolError(f"{frame.kind.name} came where {kind.name} was due")

@@ -1,8 +1,8 @@
-"""The wire: a msgpack header, and the payload raw behind it.
+"""The wire format: a msgpack header, followed by the raw payload.
 
-A header is the array `[kind, device, stream, value, payload_bytes]`, and a frame of a shared connection has its place
-behind that. The payload is never looked into: it is the driver's stream, or pages of RAM, and only its length and
-slices of it are used. (HELLO's is the protocol's own.)
+A header is the array `[kind, device, stream, value, payload_bytes]`; on a shared connection the frame's place follows.
+The payload is never parsed: it is the driver's stream, or pages of RAM, and only its length and slices of it are used.
+(HELLO's payload is the protocol's own.)
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import msgpack
 from proto_v3.errors import PeerProtocolError
 
 MAX_HEADER_BYTES = 64
-"""No header of ours is longer: six integers of at most nine bytes each, and the array's own byte."""
+"""No header is longer: six integers of at most nine bytes each, and one byte for the array."""
 
 
 class Payload(Protocol):
-    """Opaque bytes: a memoryview, or what stands for one in virtual time."""
+    """Opaque bytes: a memoryview, or an object that stands for one in virtual time."""
 
     def __len__(self) -> int:
         """Bytes."""
@@ -33,32 +33,32 @@ EMPTY: Payload = memoryview(b"")
 
 
 class Kind(enum.IntEnum):
-    """What a frame is for. `device` and `stream` are indices; `value` is told here where it is used."""
+    """What a frame is for. `device` and `stream` are indices. `value` is described here where it is used."""
 
     SETUP = 1  # value: number of devices
     RAM = 2  # payload: pages
     RAM_BEGIN = 3  # the last pass over RAM starts, vCPUs stopped
     RAM_END = 4
     DATA = 5  # payload: bytes of the device's stream, in order
-    DEVICE_BEGIN = 6  # stop-copy data of the device follows
+    DEVICE_BEGIN = 6  # the device's stop-copy data follows
     STREAM_END = 7  # the stream was read to its end
-    CONFIG = 8  # the device's config (PCI, MSI): to be loaded after its data; multifd: value as PACKET's
+    CONFIG = 8  # the device's config (PCI, MSI), to be loaded after its data; multifd: value as in PACKET
     END = 9  # nothing follows on this connection
-    CANCEL = 10  # the migration is given up; the guest goes on at the source
-    EPOCH_SENT = 11  # v3; value: the epoch whose critical data was all sent
-    INIT_DATA_SENT = 12  # v2; value: which request for an ack this is for, counted from 1 a device
-    PACKET = 13  # multifd; value: its place among the device's packets; payload: bytes of the device's stream
+    CANCEL = 10  # the migration is given up; the guest runs on at the source
+    EPOCH_SENT = 11  # v3; value: the epoch; all its critical data was sent
+    INIT_DATA_SENT = 12  # v2; value: the request for an ack, counted from 1 for each device
+    PACKET = 13  # multifd; value: its number among the device's packets; payload: bytes of the device's stream
     SYNC = 14  # multifd: no RAM follows on this connection
     SWITCHOVER_START = 15  # multifd: the guest is stopped, load threads start
     HELLO = 16  # v3, in both directions, before all else; payload: see proto_v3/vmm/negotiate.py
-    LAST = 17  # v3, blocks; payload: the END record, to be written when all the device's wire streams have ended
+    LAST = 17  # v3, blocks; payload: the END record, to be written when all wire streams of the device ended
     # target to source
-    EPOCH_LOADED = 20  # v3; value: the epoch whose critical data is all loaded
+    EPOCH_LOADED = 20  # v3; value: the epoch; all its critical data is loaded
     LOADED = 21  # everything is loaded; the target waits for COMMIT (v3)
     RESUMED = 22  # the guest runs at the target
     SWITCHOVER_ACK = 23  # v2; value: the request that it answers, 0 for all devices at once
-    FAILED = 24  # the target cannot go on
-    CREDIT = 25  # v3, shared connections; stream: 0 critical, 1 dirty; value: bytes that its driver took
+    FAILED = 24  # the target cannot continue
+    CREDIT = 25  # v3, shared connections; stream: 0 critical, 1 dirty; value: bytes that the driver took
     # source to target, after LOADED
     COMMIT = 30  # v3: the source gives up its right to run
 
@@ -73,18 +73,18 @@ class Frame:
     value: int = 0
     payload: Payload = EMPTY
     place: int = 0
-    """On a shared connection: its number in its wire stream, from 1."""
+    """On a shared connection: the frame's number in its wire stream, from 1. Else 0."""
 
 
 def encode_header(frame: Frame) -> bytes:
-    """The bytes that go before the frame's payload."""
+    """The bytes sent before the frame's payload."""
     fields = [int(frame.kind), frame.device, frame.stream, frame.value, len(frame.payload)]
     header: bytes = msgpack.packb([*fields, frame.place] if frame.place else fields)
     return header
 
 
 def decode(header: bytes, payload: Payload) -> Frame:
-    """The frame of a header and its payload. PeerProtocolError if they are not what this protocol allows."""
+    """Parse a header and its payload. PeerProtocolError if this protocol does not allow them."""
     if len(header) > MAX_HEADER_BYTES:
         raise PeerProtocolError(f"frame header of {len(header)} bytes; at most {MAX_HEADER_BYTES} are allowed")
     try:
