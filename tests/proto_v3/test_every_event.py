@@ -141,7 +141,7 @@ MIGRATIONS: dict[str, Migration] = {
     "v3-n2-invalidate": Migration("v3-n2-invalidate", connections=4, cut_alone=0),
     "v3-n2-cancelled": Migration("v3-n2", CANCELLED, connections=4, cut_alone=2, ends=OutcomeKind.CANCELLED),
     "v3-n1-one-two": Migration("v3-n1-one", TWO),
-    "fallback": Migration("v3-n2", {"v3.target_knows": "v2"}, every="event"),
+    "fallback": Migration("v3-n2", {"v3.target_knows": "v2"}),
 }
 CASES = [(name, done) for name, migration in MIGRATIONS.items() for done in migration.all_done]
 

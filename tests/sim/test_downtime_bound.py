@@ -29,7 +29,7 @@ PROTOCOLS = [
 MOST_MIB = 512.0
 """A larger state is cut to this, so that the runs are quick."""
 FEW = ["v2", "v2-multifd", "v3-n4", "v3-blocks-n4"]
-FEW_OF = ("late-reconfig", "nic-reconfig", "vgpu-32g", "szmigiero-4vf-", "vmware-v100-2", "vmware-v100-4")
+FEW_OF = ("late-reconfig", "nic-reconfig", "vgpu-32g", "szmigiero-2vf", "szmigiero-4vf-", "vmware-", "live-", "ufim")
 """Slow to run, or with all else like another one when the state is cut."""
 
 
