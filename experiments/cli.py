@@ -315,10 +315,10 @@ def live_target(listen: str, once: bool, max_state_mib: int, **how: Any) -> None
 
     Exit status: 0; with --once, 1 if the migration was not completed; 2 for bad input; 130 if interrupted.
     """
-    from experiments.commands.live import run_target_here
+    from experiments.commands.live_target import run_target
 
     ctx = click.get_current_context()
-    ctx.exit(run_target_here(listen, once, live_settings(how, max_state_bytes=max_state_mib << 20)))
+    ctx.exit(run_target(listen, once, live_settings(how, max_state_bytes=max_state_mib << 20)))
 
 
 def live_settings(how: dict[str, Any], **more: Any) -> Settings:

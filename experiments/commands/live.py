@@ -1,16 +1,15 @@
-"""`proto-v3 live` and `live-target`: real migrations, each in processes of its own, and what they measured."""
+"""`proto-v3 live`: real migrations, each in processes of its own, and what they measured."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import platform
 import shlex
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,8 +21,7 @@ from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
 from sim.live.limits import THE_MACHINES_OWN, measured_lateness_ns, too_short
 from sim.live.processes.vmm import Settings, Tls
-from sim.live.run import LiveResult, SideEnd, check, run_here, run_to, serve_one
-from sim.live.tcp.sockets import listen
+from sim.live.run import LiveResult, check, run_here, run_to
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
@@ -32,7 +30,6 @@ from sim.scenario.units import MIB
 if TYPE_CHECKING:
     import polars as pl
 
-T = TypeVar("T")
 DEFAULT_PORT = 22067
 """0x5633: V3."""
 DEFAULT_LISTEN = f"127.0.0.1:{DEFAULT_PORT}"
@@ -47,7 +44,7 @@ class Job:
 
 
 def address(text: str, option: str) -> tuple[str, int]:
-    """`HOST:PORT`, `[V6]:PORT`, or a host alone, with the default port. UserError if it is none."""
+    """Host and port of `HOST:PORT`, `[V6]:PORT`, or a host alone, with the default port. UserError for another text."""
     host, colon, port = text.rpartition(":")
     if not colon or "]" in port or (":" in host and not host.startswith("[")):
         host, port = text, str(DEFAULT_PORT)
@@ -58,13 +55,15 @@ def address(text: str, option: str) -> tuple[str, int]:
 
 
 def tls_of(cert: str | None, key: str | None, ca: str | None) -> Tls | None:
-    """The files of both sides' certificates. UserError unless there are all three, or none."""
+    """The files for TLS, None without TLS. UserError if some of the three are missing."""
     given = {"--tls-cert": cert, "--tls-key": key, "--tls-ca": ca}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         return None
     if cert is None or key is None or ca is None:
-        raise UserError(f"{', '.join(missing)}: must be given too; TLS takes a certificate, its key, and whom to trust")
+        raise UserError(
+            f"{', '.join(missing)}: must be given too; TLS takes a certificate, its key, and the certificates to trust"
+        )
     return Tls(cert, key, ca)
 
 
@@ -92,13 +91,13 @@ def run_live(
     if not found:
         stderr.print("interrupted before the first run was done; nothing was written", markup=False)
         return INTERRUPTED
-    from experiments.runs import manifest  # heavy: not before the runs, whose memory is counted
+    from experiments.runs import manifest  # after the runs, whose memory is measured: it is heavy
 
     frame = table(found, settings)
     folder.write_table(frame, "runs", table_format)
     outcomes = [result.outcome for result in found]
-    told = manifest.of_scenario(scenario, scenario_name, command, outcomes, len(jobs))
-    folder.write_json(told | {"live": live_manifest(found, settings)}, "manifest")
+    how_made = manifest.of_scenario(scenario, scenario_name, command, outcomes, len(jobs))
+    folder.write_json(how_made | {"live": live_manifest(found, settings)}, "manifest")
     folder.remove("live.png", "live.svg", "runs.parquet" if table_format == "csv" else "runs.csv")
     if interrupted:
         stderr.print(f"interrupted: {len(found)} of {len(jobs)} runs were done and are kept in {folder.folder}")
@@ -110,7 +109,7 @@ def run_live(
 def prepared(
     scenario_name: str, protocol_names: Sequence[str], changes: Sequence[str], settings: Settings
 ) -> tuple[Scenario, list[Protocol]]:
-    """Scenario and protocols, checked: UserError for what cannot be run live."""
+    """The scenario and the protocols. UserError if one of them is unknown or cannot be run live."""
     scenario = load(scenario_name, changes)
     protocols = [Protocol.parse(name, scenario) for name in protocol_names]
     if len({protocol.name for protocol in protocols}) < len(protocols):
@@ -121,14 +120,14 @@ def prepared(
 
 
 def warn(stderr: Console, scenario: Scenario) -> None:
-    """Say which of the scenario's delays are shorter than what timers give here."""
+    """Print which of the scenario's delays are shorter than timers can be here."""
     lateness_ns = measured_lateness_ns()
     short = too_short(scenario, lateness_ns)
     if short:
-        told = ", ".join(f"{key} ({asked_ns / 1000:.3g} us)" for key, asked_ns in short.items())
+        delays = ", ".join(f"{key} ({asked_ns / 1000:.3g} us)" for key, asked_ns in short.items())
         stderr.print(
             f"warning: a timer is {lateness_ns / 1000:.0f} us late here (median), so these delays come out longer than "
-            f"the scenario says: {told}",
+            f"the scenario says: {delays}",
             markup=False,
             highlight=False,
         )
@@ -137,7 +136,7 @@ def warn(stderr: Console, scenario: Scenario) -> None:
 def run_jobs(
     scenario: Scenario, jobs: Sequence[Job], settings: Settings, stderr: Console, to: tuple[str, int] | None = None
 ) -> tuple[list[LiveResult], bool]:
-    """Make the runs, one after the other: what was done, and whether Ctrl-C cut it short."""
+    """Make the runs, one after the other; returns the finished ones, and whether Ctrl-C stopped it early."""
     done: list[LiveResult] = []
 
     async def work() -> None:
@@ -154,7 +153,7 @@ def run_jobs(
 
 
 def interruptible(work: Callable[[], Awaitable[None]]) -> bool:
-    """Run it to its end; False if Ctrl-C ended it: then all that it has begun is ended in good order."""
+    """Run `work` to its end; False if Ctrl-C cancelled it, which lets it clean up."""
 
     async def main() -> bool:
         task = asyncio.ensure_future(work())
@@ -175,7 +174,7 @@ def interruptible(work: Callable[[], Awaitable[None]]) -> bool:
 
 
 def table(found: Sequence[LiveResult], settings: Settings) -> pl.DataFrame:
-    """The runs as a table: what a run in virtual time has, and how late timers were."""
+    """The runs as a table: the columns of a run in virtual time, and how late timers were."""
     import polars as pl
 
     from experiments.runs import table as results
@@ -202,7 +201,7 @@ def table(found: Sequence[LiveResult], settings: Settings) -> pl.DataFrame:
 
 
 def live_manifest(found: Sequence[LiveResult], settings: Settings) -> dict[str, Any]:
-    """What a live run depends on beside the scenario."""
+    """For the manifest: what a live run depends on beside the scenario."""
     return {
         "settings": asdict(settings),
         "kernel": f"{platform.system()} {platform.release()}",
@@ -242,7 +241,7 @@ def _show(
 
 
 def streams_table(found: Sequence[LiveResult]) -> Table:
-    """What each data fd gave, and how fast: of the first completed run of each protocol."""
+    """Bytes and rate of each data fd, of the first completed run of each protocol."""
     from experiments.report.tables import add_row, plain_table
 
     shown = plain_table(["protocol", "data fd", "MiB", "read() calls", "us a call", "MiB/s while reading"])
@@ -262,7 +261,7 @@ def streams_table(found: Sequence[LiveResult]) -> Table:
 
 
 def delays_table(found: Sequence[LiveResult]) -> Table:
-    """By process, over all runs: worst of the runs."""
+    """How late timers were in each process, in the worst of the runs."""
     from experiments.report.tables import add_row, plain_table
 
     shown = plain_table(["process", "timers", "asked for s", "late us, median", "99 %", "most", "CPU s a run"])
@@ -275,55 +274,3 @@ def delays_table(found: Sequence[LiveResult]) -> Table:
         lateness = [f"{late_ns / 1000:.0f}" for late_ns in worst]
         add_row(shown, process, count, f"{asked_s:.2f}", *lateness, f"{cpu_s:.2f}")
     return shown
-
-
-# --- the target -------------------------------------------------------------------------------------------------------
-
-
-def run_target_here(where: str, once: bool, settings: Settings) -> int:
-    """Listen, and take migrations in, one after the other, until Ctrl-C; returns the exit status."""
-    host, port = address(where, "--listen")
-    listener = listen((host, port))
-    console = Console(stderr=True)
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    bound = listener.getsockname()
-    say(f"listening on {bound[0]}:{bound[1]}, at most {settings.max_state_bytes // MIB} MiB of state a migration")
-    if not bound[0].startswith("127.") and bound[0] != "::1" and settings.tls is None:
-        say("warning: whoever reaches this address can have migrations taken in: use --tls-cert, --tls-key, --tls-ca")
-    status = 0
-
-    def heard(what: str, body: dict[str, Any]) -> None:
-        if what == "session":
-            say(f"{body['peer']}: {body['scenario']}, {body['protocol']}")
-        elif what == "rejected":
-            say(f"turned away: {body['why']}")
-
-    async def work() -> None:
-        nonlocal status
-        while True:
-            end = await serve_one(listener, settings, heard)
-            status = 0 if end.report is not None and end.report.whole else 1
-            say(_ending(end))
-            if once:
-                return
-
-    with contextlib.closing(listener):
-        if not interruptible(work):
-            say("interrupted")
-            return INTERRUPTED
-    return status
-
-
-def _ending(end: SideEnd) -> str:
-    """How a migration ended, at the target."""
-    report = end.report
-    if report is not None and report.whole:
-        return "the guest runs here"
-    why = [*end.deaths, *(failure.text for failure in (report.failures if report is not None else []))]
-    if report is None and not why:
-        why = ["the target VMM is gone"]
-    runs = "the guest runs here" if report is not None and report.guest_runs else "the guest does not run here"
-    return f"{runs}: {'; '.join(dict.fromkeys(why)) or 'the source gave up'}"

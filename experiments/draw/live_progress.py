@@ -1,4 +1,4 @@
-"""How a live run goes, on a terminal: phase, what is left, what the guest writes, how fast each stream is."""
+"""The progress of a live run on a terminal: phase, remaining bytes, what the guest writes, the rate of each stream."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sim.scenario.units import MIB
 
 
 class Progress:
-    """To be used as a context around the runs; `heard` is handed to them."""
+    """A context around the runs; its `heard` is passed to them."""
 
     def __init__(self, stderr: Console, scenario: str, runs: int) -> None:
         self._live = Live(console=stderr, transient=True, auto_refresh=False)
@@ -37,21 +37,21 @@ class Progress:
         self._live.stop()
 
     def begin(self, protocol: str) -> None:
-        """The next run begins."""
+        """Begin the next run."""
         self._run += 1
         self._protocol = protocol
         self._before = {}
         self._draw("starting", [])
 
-    def heard(self, what: str, told: dict[str, Any]) -> None:
-        """What a process says (sim.live.run.Watch)."""
-        if what != "progress" or told["side"] != "source":
+    def heard(self, what: str, report: dict[str, Any]) -> None:
+        """Show what a process reports (sim.live.run.Watch)."""
+        if what != "progress" or report["side"] != "source":
             return
-        rates = rates_mib_per_s(self._before, told)
-        lines = [f"{told['left_bytes'] / MIB:.1f} MiB left of the devices"] if "left_bytes" in told else []
+        rates = rates_mib_per_s(self._before, report)
+        lines = [f"{report['left_bytes'] / MIB:.1f} MiB left of the devices"] if "left_bytes" in report else []
         lines += [f"{name} {rate:.1f} MiB/s" for name, rate in rates.items()]
-        self._before = told
-        self._draw(f"{told['phase']}, {told['at_ns'] / 1e9:.1f} s", lines)
+        self._before = report
+        self._draw(f"{report['phase']}, {report['at_ns'] / 1e9:.1f} s", lines)
 
     def _draw(self, phase: str, lines: list[str]) -> None:
         if not self._shown:
@@ -64,7 +64,7 @@ class Progress:
 
 
 def rates_mib_per_s(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, float]:
-    """What the guest wrote, what went over the wire, and each stream, since the last report."""
+    """MiB/s since the last report: of the guest's writes, of the wire, and of each stream."""
     elapsed_s = (now["at_ns"] - before.get("at_ns", 0)) / 1e9
     if not before or elapsed_s <= 0:
         return {}
