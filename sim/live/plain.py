@@ -1,21 +1,31 @@
-"""Dataclasses as the plain values that msgpack carries, and back again, checked: what processes and hosts report."""
+"""Dataclasses as the plain values that msgpack carries, and back again, checked: what processes and hosts send."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from reprlib import repr as short
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from proto_v3.errors import PeerProtocolError
 
-MAX_INT = 2**60
-"""Of either sign. In nanoseconds 36 years; sums of a few stay within 64 bits."""
-MAX_TEXT_CHARS = 1 << 16
-
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """Bounds of a field, for `Annotated`: of an int's value, or of the length of text or bytes."""
+
+    low: int
+    high: int
+
+
+MAX_INT = 2**60
+ANY_INT = Within(-MAX_INT, MAX_INT)
+"""In nanoseconds 36 years; sums of a few stay within 64 bits."""
+ANY_TEXT = Within(0, 1 << 16)
 
 
 def to_plain(value: Any) -> Any:
@@ -30,8 +40,9 @@ def to_plain(value: Any) -> Any:
 def from_plain(kind: type[T], value: object) -> T:
     """The dataclass that `to_plain` made `value` of.
 
-    All fields must be there, and no others, each of its type. What is of type `Any` is not looked into. Raises
-    PeerProtocolError with the field, its value, and what it must be.
+    All fields must be there, and no others, each of its type and within its bounds: those that the field is annotated
+    with, else ANY_INT or ANY_TEXT. What is of type `Any` is not looked into. Raises PeerProtocolError with the field,
+    its value, and what it must be.
     """
     read: T = _read(kind, value, kind.__name__)
     return read
@@ -43,6 +54,8 @@ def _read(kind: Any, value: Any, name: str) -> Any:
     if isinstance(kind, type) and is_dataclass(kind):
         return _read_fields(kind, value, name)
     origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _bounded(inner[0], inner[1], value, name)
     if origin is UnionType:
         return None if value is None and NoneType in inner else _read(inner[0], value, name)
     if origin is list:
@@ -54,11 +67,15 @@ def _read(kind: Any, value: Any, name: str) -> Any:
         if value not in set(kind):
             raise _wrong(name, value, " or ".join(kind))
         return kind(value)
-    _checked(kind, value, name)
-    if kind is int and abs(value) > MAX_INT:
-        raise _wrong(name, value, f"from {-MAX_INT} to {MAX_INT}")
-    if kind is str and len(value) > MAX_TEXT_CHARS:
-        raise _wrong(name, value, f"of at most {MAX_TEXT_CHARS} characters")
+    if kind is int:
+        return _bounded(int, ANY_INT, value, name)
+    return _bounded(str, ANY_TEXT, value, name) if kind is str else _checked(kind, value, name)
+
+
+def _bounded(kind: type, within: Within, value: Any, name: str) -> Any:
+    size = _checked(kind, value, name) if kind is int else len(_checked(kind, value, name))
+    if not within.low <= size <= within.high:
+        raise _wrong(name, value, f"{'' if kind is int else 'of a length '}from {within.low} to {within.high}")
     return value
 
 
@@ -75,12 +92,12 @@ def _read_fields(kind: type, value: Any, name: str) -> Any:
 
 @functools.cache
 def _types(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+    return get_type_hints(kind, include_extras=True)
 
 
 def _checked(kind: type, value: Any, name: str) -> Any:
     if type(value) is not kind:
-        raise _wrong(name, value, f"a {kind.__name__}")
+        raise _wrong(name, value, f"of type {kind.__name__}")
     return value
 
 

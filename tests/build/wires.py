@@ -150,7 +150,12 @@ class Peer:
                     await writer.wait_closed()
 
 
-OFFER = {"frame_bytes": 1 << 16, "connections": 2, "boot_id": "", "scenario": "{}", "protocol": "v2", "seed": 1}
+OFFER = {
+    "frame_bytes": 1 << 16,
+    "connections": 2,
+    "boot_id": "",
+    "run": {"scenario": "{}", "protocol": "v2", "seed": 1},
+}
 ACCEPT = {
     "boot_id": "",
     "token": bytes(range(16)),

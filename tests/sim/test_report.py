@@ -177,4 +177,4 @@ def test_what_is_no_report_is_refused(body: object) -> None:
 def test_what_a_report_does_not_have_is_refused() -> None:
     assert refusal(sent() | {"more": 1}) == "VmmReport has an unknown field 'more'"
     assert refusal(sent() | {"kind": "DONE"}).startswith("VmmReport.kind = 'DONE': must be COMPLETED or ")
-    assert refusal(sent() | {"note": "x" * 100_000}).endswith("of at most 65536 characters")
+    assert refusal(sent() | {"note": "x" * 100_000}).endswith("must be of a length from 0 to 65536")

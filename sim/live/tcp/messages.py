@@ -1,29 +1,25 @@
 """Every message of the session, with its fields and their bounds.
 
-They may come from another host. So the types are checked strictly, and PeerProtocolError names the field that is wrong.
-How a message becomes bytes: `message_stream`.
+They may come from another host: `sim.live.plain` checks types and bounds, and PeerProtocolError names the field that is
+wrong. How a message becomes bytes: `message_stream`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from reprlib import repr as short
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from proto_v3.errors import PeerProtocolError
+from sim.live.plain import Within
 from sim.live.tcp.sockets import TOKEN_BYTES
 
 MAX_WHY_CHARS = 2000
 MAX_BOOT_ID_CHARS = 64
 MAX_SCENARIO_CHARS = 256 << 10
-MAX_PROTOCOL_CHARS = 200
 MAX_TIME_NS = 2**62
 
-BootId = Annotated[str, Field(max_length=MAX_BOOT_ID_CHARS)]
-Time = Annotated[int, Field(ge=-MAX_TIME_NS, le=MAX_TIME_NS)]
-Size = Annotated[int, Field(ge=0, lt=2**63)]
+BootId = Annotated[str, Within(0, MAX_BOOT_ID_CHARS)]
+Time = Annotated[int, Within(-MAX_TIME_NS, MAX_TIME_NS)]
+Size = Annotated[int, Within(0, 2**63 - 1)]
 
 
 def printable(text: str) -> str:
@@ -31,26 +27,14 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\n" else "?" for char in text[:MAX_WHY_CHARS])
 
 
-class Message(BaseModel):
+@dataclass(frozen=True, slots=True)
+class Message:
     """A message. Its kind on the wire is the name of the class, in lower case."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     @classmethod
     def kind(cls) -> str:
         """What the wire calls it."""
         return cls.__name__.lower()
-
-    @classmethod
-    def of(cls, fields: dict[str, Any]) -> Self:
-        """The message with these fields. PeerProtocolError names the first field that is missing, unknown or wrong."""
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            name = str(first["loc"][0])
-            value = f" = {short(fields[name])}" if name in fields else ""
-            raise PeerProtocolError(printable(f"{cls.kind().upper()}: {name}{value}: {first['msg']}")) from None
 
 
 # --- the handshake ----------------------------------------------------------------------------------------------------
@@ -60,12 +44,13 @@ class Message(BaseModel):
 class Run:
     """What is run: the source decides it, and offers it to the target."""
 
-    scenario: str
+    scenario: Annotated[str, Within(0, MAX_SCENARIO_CHARS)]
     """As JSON."""
     protocol: str
-    seed: int
+    seed: Size
 
 
+@dataclass(frozen=True, slots=True)
 class Offer(Message):
     """Source: what it asks for."""
 
@@ -74,24 +59,19 @@ class Offer(Message):
     connections: Size
     """Data connections."""
     boot_id: BootId
-    scenario: Annotated[str, Field(max_length=MAX_SCENARIO_CHARS)]
-    protocol: Annotated[str, Field(max_length=MAX_PROTOCOL_CHARS)]
-    seed: Size
-
-    @property
-    def run(self) -> Run:
-        """What is to be run."""
-        return Run(self.scenario, self.protocol, self.seed)
+    run: Run
 
 
+@dataclass(frozen=True, slots=True)
 class Accept(Message):
     """Target: the offer is accepted."""
 
     boot_id: BootId
-    token: Annotated[bytes, Field(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
+    token: Annotated[bytes, Within(TOKEN_BYTES, TOKEN_BYTES)]
     """Each data connection begins with it."""
 
 
+@dataclass(frozen=True, slots=True)
 class Refuse(Message):
     """Either side: the handshake is over."""
 
@@ -106,18 +86,20 @@ class ClockRequest(Message):
     """Source: what is the time at the target?"""
 
 
+@dataclass(frozen=True, slots=True)
 class ClockReply(Message):
     """Target: its time.perf_counter_ns()."""
 
     at_ns: Time
 
 
+@dataclass(frozen=True, slots=True)
 class Begin(Message):
     """Source: the session begins."""
 
     offset_ns: Time
     """The target's time.perf_counter_ns() minus the source's."""
-    uncertainty_ns: Annotated[int, Field(ge=0, le=MAX_TIME_NS)]
+    uncertainty_ns: Annotated[int, Within(0, MAX_TIME_NS)]
     """How far that may be off, either way."""
 
 
@@ -128,6 +110,7 @@ class Ping(Message):
     """Either side: it lives."""
 
 
+@dataclass(frozen=True, slots=True)
 class Failed(Message):
     """Either side: it failed. The other side's receive_message() raises PeerFailedError with the reason."""
 
@@ -138,6 +121,7 @@ class Prepared(Message):
     """Target: its device process has the memory."""
 
 
+@dataclass(frozen=True, slots=True)
 class Start(Message):
     """Source: when the run's time 0 is."""
 
@@ -149,6 +133,7 @@ class Started(Message):
     """Target: it runs on that time, too."""
 
 
+@dataclass(frozen=True, slots=True)
 class Result(Message):
     """Target: what it measured. The receiver checks the report."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import ssl
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from proto_v3.errors import PeerProtocolError, UserError, leaves
+from proto_v3.errors import UserError, leaves
 from sim.live.io import MakePipe, Pipe
 from sim.live.tcp.handshake import (
     MAX_CONNECTIONS,
@@ -58,11 +58,7 @@ async def connect(
     """
     if not 1 <= connections <= MAX_CONNECTIONS:
         raise UserError(f"{connections} data connections; there must be from 1 to {MAX_CONNECTIONS}")
-    fields = {"frame_bytes": limits.frame_bytes, "connections": connections, "boot_id": boot_id(), **asdict(run)}
-    try:
-        offer = Offer.of(fields)
-    except PeerProtocolError as error:
-        raise UserError(str(error)) from error
+    offer = Offer(limits.frame_bytes, connections, boot_id(), run)
     peer = text_of(address)
     async with AsyncExitStack() as opened:
         dialler = _Dialler(address, opened, io, sockets, tls, limits.handshake_s)
