@@ -1,8 +1,7 @@
-"""Servers with a rate, and locks that account for waiting.
+"""Servers with a rate, and locks that record waiting.
 
-A pipe is first come, first served, so its end times are known when work is handed in: one timer a job, however long the
-queue. The firmware shares what it has among all commands in progress. Rates are bytes/s; times are nanoseconds of
-virtual time.
+A FifoServer knows a job's end when it is handed in: one timer a job, however long the queue. The firmware's command
+slots share their speed among all commands in progress. Rates are bytes/s; times are nanoseconds of virtual time.
 """
 
 from __future__ import annotations
@@ -18,61 +17,60 @@ from sim.clock.port import now_ns, sleep_until_ns
 from sim.scenario.units import NS_PER_S
 
 ROUNDING_NS = 1e-3
-"""Of the division of an engine's time among commands; far below the clock's nanosecond."""
+"""Rounding error of dividing an engine's time among commands; far below the clock's nanosecond."""
 
 
 def duration_ns(size_bytes: int, bytes_per_s: float) -> int:
-    """How long so many bytes take at a rate."""
+    """Time that `size_bytes` take at a rate."""
     return round(size_bytes * NS_PER_S / bytes_per_s)
 
 
 class FifoServer:
-    """One server, in order of arrival: memory, a link, a connection."""
+    """One server, first come, first served: memory, a link, a connection."""
 
     def __init__(self, bytes_per_s: float) -> None:
         self.bytes_per_s = bytes_per_s
         self._free_ns = 0
 
     def book(self, size_bytes: int, now: int) -> tuple[int, int]:
-        """Take the next place for so many bytes; returns when they start and when they are through."""
+        """Put a job of `size_bytes` into the queue at `now`; returns the times of its start and its end."""
         start = max(now, self._free_ns)
         self._free_ns = start + duration_ns(size_bytes, self.bytes_per_s)
         return start, self._free_ns
 
 
 class _Command(NamedTuple):
-    """A command in progress: what is done at its end, and the task that waits for it."""
+    """A command in progress: the future that its end sets, and the task that waits for it."""
 
     done: asyncio.Future[None]
     task: asyncio.Task[Any] | None
 
 
 class CommandSlots:
-    """The firmware's engines: commands in progress share them, none waits for another to end.
+    """The firmware's command slots: commands in progress share the engines, none waits for another to end.
 
-    Each command runs at full speed while there are no more commands than engines, and all slow down alike beyond that
-    (processor sharing). `engines` may be a fraction: it says how many times one command's speed all of them reach.
+    Each command runs at full speed while there are no more commands than engines; with more, all slow down alike
+    (processor sharing). `engines` may be a fraction: the total speed of all commands, in units of one command's speed.
 
     Why sharing: four loads handed to one PF at once took twice as long as one alone, all four of them (Maciej
     Szmigiero, 6240036b-f8b8-4592-8f80-21ee6d3eaa1e@maciej.szmigiero.name); in order of arrival the first two would have
-    been quick. A command that was handed in runs to its end even if its caller is cancelled: the firmware knows nothing
-    of it.
+    been quick. A command runs to its end even if its caller is cancelled: the firmware does not know of that.
     """
 
     def __init__(self, engines: float) -> None:
         self._engines = engines
-        # What a command would have got that was there from the start, in nanoseconds of full speed. All that are in
-        # progress get the same, so each is through when this has grown by its own service time.
+        # The service, in nanoseconds of full speed, of a command that has been there from the start. All commands in
+        # progress are served alike, so each ends when this has grown by its own service time.
         self._served_ns = 0.0
         self._settled_ns = 0
-        self._commands: list[tuple[float, int, _Command]] = []  # a heap: ends at, number, whose
+        self._commands: list[tuple[float, int, _Command]] = []  # a heap: served_ns at its end, number
         self._number = 0
         self._timer: clock.Timer | None = None
 
     async def run(self, service_ns: int) -> None:
         """Run a command that takes `service_ns` at full speed.
 
-        One that is handed in late, because a real timer woke its caller late, is as far as if it had been in time.
+        If a real timer woke the caller late, the command is credited with the time that it missed.
         """
         time = clock.current()
         self._settle(time._now_ns)
@@ -90,7 +88,7 @@ class CommandSlots:
         if self._commands:
             self._served_ns += (now - self._settled_ns) * self._speed(len(self._commands))
         else:
-            self._served_ns = 0.0  # nobody compares with what was before: start anew, and keep the numbers small
+            self._served_ns = 0.0  # no command compares with older values: start anew, and keep the numbers small
         self._settled_ns = now
 
     def _set_timer(self, time: clock.Time) -> None:
@@ -124,8 +122,8 @@ class Memory:
     async def copy(self, size_bytes: int, call_ns: int, what: str) -> None:
         """Copy on the calling thread, with a fixed cost of `call_ns` before."""
         start = now_ns()
-        _, through = self._memory.book(size_bytes, start + call_ns)
-        await sleep_until_ns(max(through, start + call_ns + duration_ns(size_bytes, self._copy_bytes_per_s)))
+        _, end = self._memory.book(size_bytes, start + call_ns)
+        await sleep_until_ns(max(end, start + call_ns + duration_ns(size_bytes, self._copy_bytes_per_s)))
         self._timeline.work(Resource.COPY, what, start)
 
 
@@ -137,7 +135,7 @@ class Lock:
         self._timeline = timeline
 
     async def __aenter__(self) -> None:
-        # A lock that is free may still be promised to somebody who waits: only the clock tells whether this one waited.
+        # A free lock may still be due to an earlier waiter: only the clock shows whether this task waited.
         start = now_ns()
         await self._lock.acquire()
         if now_ns() > start:

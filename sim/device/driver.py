@@ -36,8 +36,7 @@ from sim.scenario.tables import Device, Driver
 class SimDriver(MigrationDevice):
     """A VFIO device fd as its driver implements it.
 
-    `state` is the device's state at the source, `image` what is loaded at the target; a device has the one that it is
-    used for.
+    `state`: the device's state at the source. `image`: what is loaded at the target. A device has one of them.
     """
 
     def __init__(

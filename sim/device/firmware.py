@@ -1,7 +1,7 @@
-"""A PF's firmware: engines that run SAVE and LOAD commands for all of its VFs.
+"""A PF's firmware: command slots that run SAVE and LOAD for all of its VFs.
 
-A command costs a fixed time and its bytes at the engine's rate, times a factor with mean 1: service times vary. The
-factors are gamma-distributed (positive, and any coefficient of variation), drawn from the seed before the run.
+A command takes a fixed time and its bytes at the engine's rate, times a factor with mean 1: service times vary. The
+factors are gamma-distributed (positive, with any coefficient of variation), drawn from the seed before the run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sim.scenario.tables import Firmware
 from sim.scenario.units import MIB, ns
 
 FACTORS = 4096
-"""Drawn a run; commands beyond that use them again from the start."""
+"""Drawn for a run; later commands use them again from the start."""
 
 
 def service_factors(cv: float, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -27,32 +27,32 @@ def service_factors(cv: float, rng: np.random.Generator) -> NDArray[np.float64]:
 
 
 class FirmwareModel:
-    """One PF's engines at one host."""
+    """One PF's firmware at one host."""
 
     def __init__(self, settings: Firmware, rng: np.random.Generator, timeline: Timeline) -> None:
         self._settings = settings
-        self._engines = CommandSlots(settings.engines)
+        self._slots = CommandSlots(settings.engines)
         self._factors = service_factors(settings.service_cv, rng)
         self._commands = 0
         self._timeline = timeline
 
     async def save(self, size_bytes: int) -> None:
-        """A SAVE command; it takes longer while others of the PF run."""
+        """Run a SAVE command; it takes longer while others of the PF run."""
         fixed_ns = round(self._settings.save_command_us * 1_000)
         await self._run(Resource.FIRMWARE, "SAVE", fixed_ns, size_bytes, self._settings.save_mib_per_s * MIB)
 
     async def load(self, size_bytes: int) -> None:
-        """A LOAD command."""
+        """Run a LOAD command."""
         fixed_ns = round(self._settings.load_command_us * 1_000)
         await self._run(Resource.LOAD, "LOAD", fixed_ns, size_bytes, self._settings.load_mib_per_s * MIB)
 
     async def finish_load(self) -> None:
-        """What a device's image costs once it is whole, however it came."""
+        """Run the command that ends a device's load, after its last record."""
         await self._run(Resource.LOAD, "LOAD finish", ns(self._settings.load_finish_ms), 0, 1)
 
     async def _run(self, resource: Resource, what: str, fixed_ns: int, size_bytes: int, bytes_per_s: float) -> None:
         factor = float(self._factors[self._commands % FACTORS])
         self._commands += 1
         start = now_ns()
-        await self._engines.run(round((fixed_ns + duration_ns(size_bytes, bytes_per_s)) * factor))
+        await self._slots.run(round((fixed_ns + duration_ns(size_bytes, bytes_per_s)) * factor))
         self._timeline.work(resource, what, start)

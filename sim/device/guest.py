@@ -1,8 +1,8 @@
-"""What the guest does to its devices, made from the seed before the run and equal for every protocol.
+"""What the guest does to its devices: drawn from the seed before the run, and equal for every protocol.
 
-Writes come at a constant rate, one whole block each, and are kept as an array of block numbers: the k-th write is at
-(k + 1) / rate. Nothing happens when one falls due: `DeviceState` applies them up to the moment of asking.
-Reconfigurations are times and, for each, the critical objects that it makes new: neighbours, from one drawn at random.
+Writes have a constant rate and are one whole block each. They are an array of block numbers: the k-th write is at
+(k + 1) / rate. Nothing runs at these times: `DeviceState` applies the writes when its state is requested.
+Reconfigurations are times and, for each, the critical objects that it changes: neighbours, from one drawn at random.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """One device's share of the guest's activity, up to the horizon.
+    """The guest's activity on one device, up to the horizon.
 
     `write_blocks`: int32 (writes,), block numbers in order of time. `writes_per_s`: their rate.
     `reconfiguration_ns`: int64 (events,), ascending. `reconfiguration_objects`: int32 (events, objects each).
@@ -32,28 +32,28 @@ class Activity:
     reconfiguration_ns: Int64
     reconfiguration_objects: Int32
     during_stop_ns: Int64
-    """Reconfigurations at times counted from the order to stop the vCPUs, ascending."""
+    """Reconfigurations during the stop: nanoseconds after the order to stop the vCPUs, ascending."""
     during_stop_objects: Int32
     reconfiguration_blocks: Int64
-    """int64 (events, 2): for each the first of the blocks, and how many, whose earlier data it makes invalid where the
-    driver says so."""
+    """int64 (events, 2): first block and number of blocks whose earlier data it makes invalid (`epochs = invalidate`).
+    """
     during_stop_blocks: Int64
 
     @property
     def busy(self) -> bool:
-        """Whether there is any."""
+        """Whether there is any activity."""
         return bool(len(self.write_blocks) or len(self.reconfiguration_ns) or len(self.during_stop_ns))
 
     def writes_until(self, at_ns: int) -> int:
-        """How many writes have happened at a time."""
+        """Number of writes up to a time."""
         return min(len(self.write_blocks), int(at_ns * self.writes_per_s // NS_PER_S))
 
     def reconfigurations_until(self, at_ns: int) -> int:
-        """How many reconfigurations have happened at a time."""
+        """Number of reconfigurations up to a time."""
         return int(np.searchsorted(self.reconfiguration_ns, at_ns, side="right"))
 
     def with_events_during_stop(self, ordered_ns: int) -> Activity:
-        """The same, with the reconfigurations of a stop that was ordered at a time put in among the others."""
+        """A copy with the reconfigurations of a stop that was ordered at `ordered_ns`, in order among the others."""
         times = np.concatenate([self.reconfiguration_ns, ordered_ns + self.during_stop_ns])
         objects = np.concatenate([self.reconfiguration_objects, self.during_stop_objects])
         order = np.argsort(times, kind="stable")
@@ -69,7 +69,7 @@ class Activity:
 def make_activity(device: Device, horizon_ns: int, rng: np.random.Generator) -> Activity:
     """Draw a device's activity up to the horizon."""
     writable = device.blocks - device.stop_only_blocks
-    # Apart, so that adding reconfigurations leaves the writes as they were.
+    # Separate generators: adding reconfigurations does not change the writes.
     writes_rng, events_rng, ranges_rng = rng.spawn(3)
     blocks, per_s = _writes(device.writes, writable, device.block_bytes, horizon_ns, writes_rng)
     times, objects = _reconfigurations(device, horizon_ns, events_rng)

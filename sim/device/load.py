@@ -118,7 +118,7 @@ class LoadSession:
             self.check_open()
 
     async def _set_up(self, record: Record, start_ns: int) -> None:
-        """Make the critical objects that were loaded ready to run."""
+        """Make the loaded critical objects ready to run."""
         setup_start = now_ns()
         await sleep_ns(self._setup_ns * len(record.objects))
         self.context.timeline.work(Resource.SETUP, "critical set-up", setup_start)
@@ -159,7 +159,7 @@ class LoadedFd(DataFd):
         await self._session.changed()
 
     def refuse(self, why: str) -> OSError:
-        """The error of bytes that are no stream at all: as of one that is not the source's."""
+        """The error of bytes that are no stream at all: as of a stream that is not the source's."""
         return self._session.refuse(errno.EPROTO, why)
 
     @override

@@ -1,4 +1,4 @@
-"""Records between write() and LOAD. Pure: bytes in, whole records out; no I/O, no clock, nobody who waits."""
+"""Records between write() and LOAD. Pure: bytes in, whole records out; no I/O, no clock, no waiting."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StreamError(Exception):
 
 
 class LoadQueue:
-    """The next bytes of one stream, and what was in it so far."""
+    """One stream: its place so far, and a tally of its records."""
 
     def __init__(self, stream: int) -> None:
         self.ended = False
@@ -55,6 +55,6 @@ class LoadQueue:
             code = errno.EALREADY
         else:
             code = errno.EILSEQ if record.sequence > self._sequence else errno.EPROTO
-        came = f"byte {start} of record {record.sequence} of stream {record.stream} came"
+        received = f"byte {start} of record {record.sequence} of stream {record.stream} came"
         due = "after the END" if self.ended else f"where byte {self._offset} of record {self._sequence} was due"
-        return StreamError(code, f"stream {self._stream}: {came} {due}")
+        return StreamError(code, f"stream {self._stream}: {received} {due}")

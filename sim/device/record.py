@@ -1,8 +1,8 @@
-"""What the driver's stream is made of, in virtual time: records, and runs of their bytes.
+"""The contents of a driver's stream in virtual time: records, and runs of their bytes.
 
-A record stands for a header and a payload of so many bytes. To the VMM its bytes are opaque: it sees an `Extent`,
-which has a length and can be cut, as a memoryview has. The target driver sees which bytes of which record came, in
-what order.
+A record stands for a header and a payload; the bytes themselves are not made. To the VMM they are opaque: it sees an
+`Extent`, which has a length and can be cut, like a memoryview. The target driver sees which bytes of which record it
+received, and in which order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STOP_COPY_SIZE_BYTES = 8
 """struct mlx5_vf_migration_tag_stop_copy_data: u64 stop_copy_size, so that the target can allocate (the same file)."""
 V3_HEADER_BYTES = uapi.RecordHeader.SIZE
 TABLE = struct.Struct("<QQIII")
-"""A table's fixed part: epoch, sequence, flags, objects, blocks; their numbers and versions follow, 32 bits each."""
+"""Fixed part of a table: epoch, sequence, flags, objects, blocks. Their numbers and versions follow, 32 bits each."""
 TALLY = struct.Struct("<QQQ")
 """In the table of v2's END: records, bytes, digest."""
 
@@ -34,27 +34,27 @@ NO_VERSIONS: Int32 = np.empty(0, np.int32)
 
 
 def ranges_bytes(invalidates: tuple[BlockRange, ...]) -> int:
-    """What the ranges take in a critical record's payload."""
+    """Bytes of the ranges in a critical record's payload."""
     return uapi.RecordRanges.SIZE + len(invalidates) * BlockRange.SIZE if invalidates else 0
 
 
 def table_bytes(record: Record) -> int:
-    """What tells a reader of a record which blocks and objects it holds (sim/live/fd/codec.py)."""
+    """Bytes of a record's table, which lists its blocks and objects (sim/live/fd/codec.py)."""
     if record.header_bytes == V3_HEADER_BYTES and (record.end or record.by_number):
-        return 0  # their payloads say it (uapi.RecordEnd, uapi.RecordBlocks)
+        return 0  # it is in their payloads (uapi.RecordEnd, uapi.RecordBlocks)
     return TABLE.size + 8 * (len(record.objects) + len(record.blocks)) + (TALLY.size if record.end else 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What a stream carried up to its END: how many records, how many bytes, and a digest of what they said."""
+    """What a stream carried before its END: numbers of records and bytes, and a digest of their heads and tables."""
 
     records: int = 0
     bytes: int = 0
     digest: int = 0
 
     def add(self, record: Record) -> Tally:
-        """With one more record."""
+        """The tally with one more record."""
         return Tally(self.records + 1, self.bytes + record.size_bytes, record.digest(self.digest))
 
 
@@ -66,7 +66,7 @@ class Record:
     epoch: int
     payload_bytes: int
     sequence: int = -1
-    """Its place in the stream, from 0; given when its first byte is read, for until then it may be dropped."""
+    """Its place in the stream, from 0; -1 until its first byte is read, for until then it may be dropped."""
     blocks: Indices = field(default_factory=lambda: NO_INDICES)
     block_versions: Int32 = field(default_factory=lambda: NO_VERSIONS)
     objects: Indices = field(default_factory=lambda: NO_INDICES)
@@ -75,21 +75,21 @@ class Record:
     """Its bytes count as v2's initial_bytes."""
     header_bytes: int = HEADER_BYTES
     table_bytes: int = 0
-    """Behind the header: which blocks and objects these are. In live mode, where somebody has to be told."""
+    """Bytes of the table behind the header, which lists its blocks and objects. Only in live mode."""
     by_number: bool = False
-    """v3, blocks: it was asked for by number."""
+    """v3, blocks: it was requested by the numbers of its blocks."""
     chunk: bool = False
     """It takes one of the stream's chunks until it is read."""
     epoch_complete: bool = False
     """The last record of its epoch's critical data."""
     invalidates: tuple[BlockRange, ...] = ()
-    """v3: what the epochs since the last that was told make invalid of the dirty data before them."""
+    """v3: the blocks whose earlier dirty data is invalid since the epochs that this record reports."""
     end: bool = False
     """The stream's END record."""
     data: memoryview | None = None
-    """Live, blocks: the bytes of its blocks, until it is known which of them are wanted."""
+    """Live, addressable blocks: the bytes of its blocks, until it is known which of them are loaded."""
     tally: Tally | None = None
-    """In the END record, once it is being read: what came before it."""
+    """Of the END record, set when its first byte is read: the records before it."""
 
     @property
     def size_bytes(self) -> int:
@@ -98,7 +98,7 @@ class Record:
 
     @property
     def record_class(self) -> RecordClass:
-        """v3: what its header says that it is."""
+        """v3: the class in its header."""
         if self.end:
             return RecordClass.END
         if self.by_number:
@@ -106,9 +106,9 @@ class Record:
         return RecordClass.DIRTY if len(self.blocks) else RecordClass.CRITICAL
 
     def digest(self, before: int) -> int:
-        """A digest of the records before and of this one: it stands for one of the bytes, which are not made."""
-        told = repr((self.stream, self.sequence, self.epoch, self.payload_bytes, self.epoch_complete, self.invalidates))
-        before = crc32(told.encode(), before)
+        """The digest `before`, updated with this record. It stands for a digest of the bytes, which are not made."""
+        head = repr((self.stream, self.sequence, self.epoch, self.payload_bytes, self.epoch_complete, self.invalidates))
+        before = crc32(head.encode(), before)
         for column in (self.blocks, self.block_versions, self.objects, self.object_versions):
             before = crc32(column.tobytes(), before)
         return before
@@ -138,7 +138,7 @@ class Extent:
     def __getitem__(self, piece: slice, /) -> Extent:
         begin, end, step = piece.indices(self._bytes)
         if step != 1:
-            raise ValueError("a run of bytes is cut with step 1")
+            raise ValueError("a run of bytes can be cut with step 1 only")
         parts, at = [], 0
         for part in self.parts:
             size = part.stop - part.start
@@ -150,7 +150,7 @@ class Extent:
 
 
 class Bulk:
-    """So many bytes of which only the number matters: pages of guest RAM."""
+    """Bytes of which only the number matters: pages of guest RAM."""
 
     __slots__ = ("_bytes",)
 

@@ -1,11 +1,11 @@
-"""A data fd to read from: a stream that is saved from the device; what v2 (`sim/device/save_v2`) and v3
-(`sim/device/save_v3`) share.
+"""A data fd to read from: a stream that is saved from the device. v2 (`sim/device/save_v2`) and v3
+(`sim/device/save_v3`) share this.
 
 A producer saves what is planned (`sim/device/save_plan`), one SAVE command at a time, and appends a record to the queue
 (`sim/device/save_queue`); readers take its bytes out under the fd's lock. Entering PRE_COPY plans the whole state;
 entering STOP_COPY plans what is left. That SAVE is only queued then: the first read() pays its latency. It comes in
-chunks, of which two exist; the next SAVE waits until one is read (Linux drivers/vfio/pci/mlx5/main.c). What is planned
-in between is what v2 and v3 differ in.
+chunks, of which two exist; the next SAVE waits until one is read (Linux drivers/vfio/pci/mlx5/main.c). v2 and v3 differ
+in what is planned in between.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sim.scenario.units import ns
 
 
 class SaveStream(SavedFd):
-    """A stream of records, as its plan says; the producer is a task of the driver (`produce()`)."""
+    """A stream of the records that its plan makes; its producer, produce(), is a task of the driver."""
 
     def __init__(
         self, index: int, device: DeviceState, session: MigrationSession, fd_lock: DriverLock, plan: SavePlan
@@ -203,7 +203,7 @@ class SaveStream(SavedFd):
         readable = self.state in (ReadState.DATA, ReadState.END, ReadState.OVER)
         return Ready.READABLE if readable else Ready.NOTHING
 
-    # --- what is left -------------------------------------------------------------------------------------------------
+    # --- bytes that remain --------------------------------------------------------------------------------------------
 
     def _drop_unread(self, drops: Callable[[Record], bool]) -> None:
         """Drop records that nobody began to read: what they hold is dirty again."""

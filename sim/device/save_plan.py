@@ -1,4 +1,4 @@
-"""What a stream saves next. Pure: no I/O and no clock; whoever asks brings the device up to date before.
+"""What a stream saves next. Pure: no I/O and no clock; the caller advances the device before.
 
 A plan is critical objects first, then blocks. `next_record()` takes the next of them into a record, with the versions
 that they have then; so what is written later is dirty again. How large a record is depends on the driver: in chunks,
@@ -28,7 +28,7 @@ def image_bytes(spec: Device, driver: Driver, objects: int, blocks: int, header_
 
 
 class SavePlan:
-    """The plan of one stream: v2's, with everything in it."""
+    """The plan of one stream. As it stands here, v2's."""
 
     header_bytes = HEADER_BYTES
     end_bytes = 0
@@ -39,13 +39,13 @@ class SavePlan:
     ) -> None:
         """`stripe`: the blocks that the stream carries (None: it has none); `objects`: it carries the critical ones."""
         self.final = False
-        """The device is stopped: an END record comes after what is planned."""
+        """The device is stopped: an END record follows the plan."""
         self.objects: Indices = NO_INDICES
         self.blocks: Indices = NO_INDICES
         self.initial = False
-        """What is planned counts as v2's initial_bytes."""
+        """The plan counts as v2's initial_bytes."""
         self.epoch = 0
-        """The device's when this was planned."""
+        """The device's epoch when the plan was made."""
         self._stream = stream
         self._device = device
         self._driver = driver
@@ -71,8 +71,7 @@ class SavePlan:
         return self._device.dirty_objects() if self._carries_objects else NO_INDICES
 
     def dirty_blocks(self, *, stopped: bool) -> Indices:
-        """Blocks of this stream that have to be saved (again), with those that only a stopped device gives or without
-        them."""
+        """Blocks of this stream that have to be saved (again); the stop-only ones only if `stopped`."""
         return NO_INDICES if self._stripe is None else self._device.dirty_blocks(self._stripe, stopped=stopped)
 
     # --- records ------------------------------------------------------------------------------------------------------
@@ -149,7 +148,7 @@ class SavePlan:
         return ()
 
     def plain_record(self, payload_bytes: int) -> Record:
-        """A record that holds no state: what drivers tell each other at the start. It counts as initial."""
+        """A record without state: a message between drivers at the start. It counts as initial."""
         return Record(self._stream, self._device.epoch, payload_bytes, initial=True, header_bytes=self.header_bytes)
 
     # --- bytes --------------------------------------------------------------------------------------------------------

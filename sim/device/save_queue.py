@@ -1,4 +1,4 @@
-"""Records between SAVE and read(). Pure: records in, bytes out; no I/O, no clock, nobody who waits."""
+"""Records between SAVE and read(). Pure: records in, bytes out; no I/O, no clock, no waiting."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Taken(NamedTuple):
 
     data: Extent
     initial_bytes: int
-    """The first of the bytes, which count as v2's initial_bytes."""
+    """The number of them, from the first, that count as v2's initial_bytes."""
     chunks: int
     """Chunks that were read to their end: free() them when the bytes are copied."""
 
@@ -114,7 +114,7 @@ class SaveQueue:
             self._tally = self._tally.add(record)
 
     def free(self, chunks: int) -> None:
-        """The bytes of so many chunks are copied: another SAVE can have them."""
+        """The bytes of `chunks` chunks are copied: other SAVEs can use them."""
         self.free_chunks += chunks
 
     def drop(self, drops: Callable[[Record], bool]) -> list[Record]:

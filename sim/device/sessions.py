@@ -110,7 +110,7 @@ class SavingSession:
             await stream.settle()
 
     def finish(self) -> None:
-        """The device is stopped: what is left is saved, then the ENDs."""
+        """The device is stopped: save the rest, then the ENDs."""
         for stream in self.streams:
             stream.finish()
 

@@ -1,8 +1,8 @@
-"""The device's state, and nothing else: blocks and critical objects with versions, and the epoch. The truth of a run.
+"""The device's state, and nothing else: blocks and critical objects with versions, and the epoch.
 
-At the source, `version` counts the writes to a block, `saved` is the version that was last handed to an image (-1:
-none), and a block is dirty while the two differ. At the target, `Image` holds the versions that were loaded; when all
-is done it must equal the source's, block by block.
+At the source, `version` counts the writes to a block, and `saved` is the version that was last saved (-1: none). A
+block is dirty while the two differ. At the target, `Image` holds the versions that were loaded. At the end of a run it
+must equal the source's, block by block.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Content(Protocol):
         """The guest wrote these blocks, some of them more than once; `version` has the newest of all blocks."""
 
     def write_objects(self, made_new: Int32, version: Int32) -> None:
-        """The guest made these critical objects new, in the same way."""
+        """The guest changed these critical objects; `version` has the newest of all objects."""
 
 
 class DeviceState:
-    """A device at the source, written to by its guest until that is stopped."""
+    """A device at the source; the guest writes to it until it is stopped."""
 
     def __init__(self, device: Device, activity: Activity) -> None:
         self.spec = device
@@ -46,18 +46,18 @@ class DeviceState:
         self.activity = activity
         self.epoch = 1
         self.on_new_events: Callable[[], None] | None = None
-        """Called when reconfigurations are put in that were not foreseen."""
+        """Called when reconfigurations were added that next_reconfiguration_ns() did not know."""
         self.on_epochs: Callable[[int, int], None] | None = None
-        """Called when epochs began, with the first and the last of them."""
+        """Called when epochs began, with the numbers of the first and the last of them."""
         self.content: Content | None = None
-        """The bytes themselves, where there are any: in live mode."""
+        """The bytes themselves, in live mode only."""
         self._writes = 0
         self._reconfigurations = 0
         self._stopped_ns: int | None = None
         self._stop_orders = 0
 
     def advance(self, now_ns: int) -> None:
-        """Apply what the guest did up to now, or up to when it was stopped."""
+        """Apply the guest's writes and reconfigurations up to now, or up to its stop."""
         if self._stopped_ns is not None:
             now_ns = min(now_ns, self._stopped_ns)
         writes = self.activity.writes_until(now_ns)
@@ -81,20 +81,20 @@ class DeviceState:
 
     @property
     def written_bytes(self) -> int:
-        """What the guest wrote so far, each write a whole block."""
+        """Bytes that the guest wrote so far; each write is a whole block."""
         return self._writes * self.block_bytes
 
     def touched_blocks(self, epoch: int) -> BlockRange:
-        """The blocks whose earlier data the reconfiguration that began an epoch made invalid."""
+        """The blocks whose earlier data is invalid since the reconfiguration that began this epoch."""
         first, count = self.activity.reconfiguration_blocks[epoch - 2]  # the device starts in epoch 1
         return BlockRange(int(first), int(count), epoch)
 
     def invalidate(self, blocks: BlockRange) -> None:
-        """What was ever saved of these blocks counts no more: they are dirty again."""
+        """These blocks are dirty again, whatever was saved of them."""
         self.saved[blocks.slice] = -1
 
     def next_reconfiguration_ns(self) -> int | None:
-        """When the guest reconfigures the device next; None if it does not any more."""
+        """Time of the guest's next reconfiguration; None if there is none."""
         times = self.activity.reconfiguration_ns
         if self._reconfigurations >= len(times):
             return None
@@ -102,8 +102,8 @@ class DeviceState:
         return None if self._stopped_ns is not None and at > self._stopped_ns else at
 
     def order_stop(self, now_ns: int) -> None:
-        """The vCPUs are about to be stopped: what the scenario has the guest do until they are."""
-        self.advance(now_ns)  # those that are put in come after what was applied
+        """The vCPUs are about to be stopped: add the reconfigurations that the scenario has for this time."""
+        self.advance(now_ns)  # the added ones come after what was applied
         self._stop_orders += 1
         plan = self.spec.reconfigurations
         if plan is not None and plan.during_stop_ms and self._stop_orders <= plan.during_stops:
@@ -118,11 +118,11 @@ class DeviceState:
             self._stopped_ns = now_ns
 
     def start(self) -> None:
-        """The vCPUs run again, for the migration failed. What the plan held for the time in between did happen late."""
+        """Restart the guest after a failed migration. Planned writes that fell into the stop are applied now."""
         self._stopped_ns = None
 
     def dirty_blocks(self, stripe: slice, stopped: bool) -> Indices:
-        """Numbers of the blocks of a stripe that have to be saved (again); the stop-only ones once it is stopped."""
+        """Numbers of the blocks of a stripe that have to be saved (again); the stop-only ones only if `stopped`."""
         last = len(self.version) if stopped else len(self.version) - self.spec.stop_only_blocks
         inside = slice(stripe.start, last, stripe.step)
         first, step = stripe.start or 0, stripe.step or 1
@@ -133,46 +133,45 @@ class DeviceState:
         return np.flatnonzero(self.object_version != self.object_saved)
 
     def save_blocks(self, blocks: Indices) -> Int32:
-        """Take the blocks' versions for an image."""
+        """Save these blocks; returns their versions."""
         versions = self.version[blocks]
         self.saved[blocks] = versions
         return versions
 
     def forget_saves(self, stripe: slice = slice(None), *, objects: bool = True) -> None:
-        """All of a stripe is to be saved again, whatever was saved of it: for a new session, or a driver that
-        rereads."""
+        """All of a stripe has to be saved again: for a new session, or a driver that rereads."""
         self.saved[stripe] = -1
         if objects:
             self.object_saved.fill(-1)
 
     def unsave(self, blocks: Indices, objects: Indices) -> None:
-        """What was saved of these was dropped before anybody read it: they are dirty again."""
+        """Their saved data was dropped before anybody read it: they are dirty again."""
         self.saved[blocks] = -1
         self.object_saved[objects] = -1
 
     def save_objects(self, objects: Indices) -> Int32:
-        """Take the critical objects' versions for an image."""
+        """Save these critical objects; returns their versions."""
         versions = self.object_version[objects]
         self.object_saved[objects] = versions
         return versions
 
 
 Place = Callable[[Indices, memoryview, NDArray[np.bool_]], None]
-"""Takes blocks by number, the bytes of all of them, and which of them are wanted."""
+"""Called with numbers of blocks, the bytes of all of them, and a mask of those to be put in place."""
 
 
 class Image:
-    """A device's state at the target, as far as it is loaded."""
+    """The part of a device's state that is loaded at the target."""
 
     def __init__(self, device: Device) -> None:
         self.version: Int32 = np.full(device.blocks, -1, np.int32)
         self.object_version: Int32 = np.full(device.critical.objects, -1, np.int32)
         self.object_bytes = round(device.critical.object_kib * KIB)
         self.place: Place | None = None
-        """Live, blocks: puts the bytes of those that are wanted where they belong."""
+        """Live, addressable blocks: copies the bytes of the loaded ones to their place."""
 
     def differences(self, source: DeviceState) -> Difference:
-        """How it differs from the source's state as of the stop."""
+        """Compare with the source's state as of the stop."""
         return Difference(
             blocks=int(np.count_nonzero(self.version != source.version)),
             objects=int(np.count_nonzero(self.object_version != source.object_version)),
@@ -181,7 +180,7 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How many blocks and critical objects have not the source's version."""
+    """Numbers of blocks and critical objects whose version is not the source's."""
 
     blocks: int
     objects: int

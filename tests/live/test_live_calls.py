@@ -148,7 +148,7 @@ def test_a_bug_in_a_handler_is_answered_and_complained_of_and_others_go_on() -> 
     run(main)
 
 
-def test_a_note_is_not_answered_and_told_returns_when_it_is_on_its_way() -> None:
+def test_a_note_is_not_answered_and_send_note_returns_when_it_is_on_its_way() -> None:
     heard: list[tuple[str, dict[str, Any]]] = []
     all_heard = asyncio.Event()
 
@@ -161,7 +161,7 @@ def test_a_note_is_not_answered_and_told_returns_when_it_is_on_its_way() -> None
     async def main() -> None:
         async with pair(handle) as (calls, _):
             calls.note("first", at=1)
-            await calls.told("last", data=b"x" * (4 << 20))
+            await calls.send_note("last", data=b"x" * (4 << 20))
             calls.close()
             await all_heard.wait()
             assert [name for name, _ in heard] == ["first", "last"]
@@ -300,7 +300,7 @@ def test_when_the_peer_is_gone_all_who_wait_are_told_so(loop: str, how: str) -> 
             with pytest.raises(OSError, match="the peer is gone"):
                 await calls.call("later")
             calls.note("later")
-            await calls.told("later")
+            await calls.send_note("later")
 
 
 def test_who_closes_says_why() -> None:

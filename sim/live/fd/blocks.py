@@ -1,8 +1,8 @@
-"""v3's fd of addressable blocks, read: a memfd in which the driver puts the records that were asked for.
+"""The driver's end of v3's fd of addressable blocks, read: a memfd for the records that a VMM requests.
 
-pread() wants an offset, which a socket has not. So a reader asks by a call for the blocks; the driver saves them, and
-puts the record into a slot of the memfd, under its lock; the reader pread()s it there. The slot is free for others when
-its reader asks for the next one.
+pread() takes an offset, which a socket does not have. So a reader requests blocks by a call; the driver saves them, and
+copies the record into a slot of the memfd, under its lock; the reader pread()s it there. The reader frees the slot with
+its next request.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sim.scenario.units import NS_PER_S
 
 
 class BlocksData:
-    """The driver's end."""
+    """The driver's end: the memfd, its slots, and the threads that copy."""
 
     def __init__(
         self, stream: SaveBlocks, store: StateStore, mutex: Mutex | None, bytes_per_s: float, timeline: ProcessTimeline
@@ -39,10 +39,11 @@ class BlocksData:
         self._timeline = timeline
         self._memfd = os.memfd_create("blocks", os.MFD_CLOEXEC)
         self._slots: dict[int, int] = {}
-        """Bytes by offset."""
+        """Bytes of each slot, by its offset."""
         self._free: list[int] = []
+        """Offsets of the slots that no reader has."""
         self._workers: list[Worker] = []
-        """Threads that have nothing to do: as many as copy at once, for as many may read."""
+        """Idle threads. There are as many threads as copies at once, for any number of readers may read."""
         self._copies = 0
         self._notify = Notify()
 
@@ -51,7 +52,7 @@ class BlocksData:
         return [os.dup(self._memfd)]
 
     async def read_blocks(self, first: int, count: int, free: int) -> tuple[int, int]:
-        """Save blocks; where the record is in the memfd, and its bytes. `free` is a slot's offset, or -1."""
+        """Save blocks; returns the record's offset in the memfd, and its bytes. `free`: a slot to be freed, or -1."""
         if free >= 0:
             self._free.append(free)
         record = await self.stream.read_blocks(first, count)
@@ -76,7 +77,7 @@ class BlocksData:
         self._notify.notify()
 
     def _copy(self, buffers: list[memoryview], offset: int) -> tuple[int, int, int]:
-        """When the lock was asked for, when it was there, when the copy was done."""
+        """Returns when the lock was requested, when it was taken, and when the copy was done."""
         now_ns = self._timeline.now_ns
         asked_ns = now_ns()
         with self._lock:
@@ -84,13 +85,13 @@ class BlocksData:
             at = offset
             for buffer in buffers:
                 at += os.pwrite(self._memfd, buffer, at)
-            left_s = (at - offset) / self._bytes_per_s - (now_ns() - locked_ns) / NS_PER_S
-            if left_s > 0:
-                time.sleep(left_s)
+            remaining_s = (at - offset) / self._bytes_per_s - (now_ns() - locked_ns) / NS_PER_S
+            if remaining_s > 0:
+                time.sleep(remaining_s)
             return asked_ns, locked_ns, now_ns()
 
     def _slot(self, size: int) -> int:
-        """The offset of a free slot that is large enough, or of a new one at the end of the memfd."""
+        """Take a free slot that is large enough, or a new one at the end of the memfd; returns its offset."""
         for offset in self._free:
             if self._slots[offset] >= size:
                 self._free.remove(offset)
@@ -101,7 +102,7 @@ class BlocksData:
         return offset
 
     async def read(self, max_bytes: int) -> bytes:
-        """The END record, or nothing behind it; the errors of read() else."""
+        """The bytes of the END record, empty after it; or the errors of read()."""
         end = await self.stream.read(max_bytes)
         return b"".join(self._layout.pieces(end)) if isinstance(end, Extent) else b""
 

@@ -1,8 +1,8 @@
-"""Calls between a VMM and its device process, on a UNIX socket: what ioctls on a VFIO device would be.
+"""Calls between a VMM and its device process, on a UNIX socket, in place of ioctls on a VFIO device.
 
 A message is its length and a msgpack array; file descriptors go with it (SCM_RIGHTS). Calls are answered in any order,
 so that one may wait (for a stream to be drained, for an epoch) while others go on. When the other process is gone, all
-that wait are told, with ENODEV: to a VMM, its device is gone.
+waiting calls fail with ENODEV: to a VMM, its device is gone.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ from sim.live.io import look
 from sim.live.merge_timelines import ProcessTimeline
 
 MAX_MESSAGE_BYTES = 512 << 20
-"""Digests of 4 GiB in the smallest blocks, and timelines, are far below."""
+"""Digests of 4 GiB in the smallest blocks, and timelines, are far smaller."""
 READ_BYTES = 1 << 18
 MAX_FDS = 64
 LONG_AGO_NS = -(10**12)
-"""A call waits for nobody until it is made: whoever answers it is caused by the caller, from then on."""
+"""Start of the wait for a call: the task that answers one has waited for nothing else before it."""
 _LENGTH = struct.Struct("<I")
 CALL, ANSWER, ERROR, NOTE = range(4)
 
 
 class CallsError(ProtoV3Error):
-    """The other process broke the rules of these messages."""
+    """The other process sent something that breaks the rules of these messages."""
 
 
 @dataclass(slots=True)
 class Reply:
-    """What a call gave: a map, and file descriptors that now belong to the caller."""
+    """The result of a call: a map, and file descriptors that belong to the caller."""
 
     body: dict[str, Any] = field(default_factory=dict)
     fds: Sequence[int] = ()
     number: int = 0
-    """Of all answers of that process so far."""
+    """The number of this answer, of all answers of that process."""
 
 
 Handler = Callable[[str, dict[str, Any]], Awaitable[Reply]]
-"""Answers a call by its name; OSError goes to the caller as it is."""
+"""Answers a call by its name. An OSError that it raises is raised at the caller, too."""
 
 
 class Calls:
     """One end of the socket."""
 
     def __init__(self, sock: socket.socket, peer: str, handler: Handler | None = None) -> None:
-        """To be made in a running loop; `peer` is who is at the other end, for errors."""
+        """Create it in a running loop. `peer` names the process at the other end, for errors."""
         sock.setblocking(False)
         self._sock = sock
         self._peer = peer
@@ -77,13 +77,13 @@ class Calls:
         self._loop.add_reader(sock.fileno(), self._readable)
 
     def trace(self, timeline: ProcessTimeline, side: str) -> None:
-        """Tell the timeline of calls and answers from now on."""
+        """Record calls and answers in the timeline from now on."""
         self._timeline, self._edge = timeline, side
 
     # --- calling ------------------------------------------------------------------------------------------------------
 
     async def call(self, name: str, **body: Any) -> Reply:
-        """Call the other process. OSError as it answers, or ENODEV if it is gone."""
+        """Call the other process. Raises the OSError that it answers with, ENODEV if it is gone."""
         start_ns = 0 if self._timeline is None else self._timeline.now_ns()
         answer = await self.begin(name, **body)
         if self._timeline is not None:
@@ -91,7 +91,7 @@ class Calls:
         return answer
 
     def begin(self, name: str, **body: Any) -> asyncio.Future[Reply]:
-        """Call, and leave it to the caller when to wait for the answer."""
+        """Send a call; returns a future of the answer."""
         done: asyncio.Future[Reply] = self._loop.create_future()
         done.add_done_callback(look)
         if self.gone.done():
@@ -105,12 +105,12 @@ class Calls:
         return done
 
     def note(self, name: str, **body: Any) -> None:
-        """Tell the other process something that it does not answer."""
+        """Send a message that is not answered."""
         if not self.gone.done():
             self._send([0, NOTE, name, body], ())
 
-    async def told(self, name: str, **body: Any) -> None:
-        """The same, and return when all that was to be sent is, or the other process is gone."""
+    async def send_note(self, name: str, **body: Any) -> None:
+        """The same; returns when all messages are sent, or the other process is gone."""
         self.note(name, **body)
         while self._out and not self.gone.done():
             await asyncio.sleep(0.001)
@@ -185,19 +185,19 @@ class Calls:
         del self._in[:at]
 
     def _checked(self, message: Any) -> tuple[int, int, Any, Any, list[int]]:
-        """A message's parts, with the descriptors that came with it. CallsError if it is none."""
+        """A message's parts, with its descriptors. CallsError if it is malformed."""
         if not isinstance(message, list) or len(message) != 5:
-            raise CallsError("a message that is none")
+            raise CallsError("a malformed message")
         number, kind, what, body, fds = message
         kinds = {CALL: (str, dict), NOTE: (str, dict), ANSWER: (int, dict), ERROR: (int, str)}
         if type(number) is not int or type(kind) is not int or kind not in kinds or type(fds) is not int:
-            raise CallsError("a message that is none")
+            raise CallsError("a malformed message")
         if not isinstance(what, kinds[kind][0]) or not isinstance(body, kinds[kind][1]):
-            raise CallsError("a message that is none")
+            raise CallsError("a malformed message")
         if kind in (CALL, NOTE) and (self._handler is None or fds):
             raise CallsError(f"a call of {what!r}, which nobody answers here")
         if not 0 <= fds <= len(self._fds):
-            raise CallsError(f"{fds} descriptors are said to come, {len(self._fds)} came")
+            raise CallsError(f"{fds} descriptors are announced, {len(self._fds)} came")
         return number, kind, what, body, [self._fds.popleft() for _ in range(fds)]
 
     def _take(self, number: int, kind: int, what: Any, body: Any, fds: list[int]) -> None:
@@ -235,7 +235,7 @@ class Calls:
             self._send([number, ANSWER, self._answers, answer.body], answer.fds)
 
     def close(self, why: str = "is gone") -> None:
-        """The socket is closed: nobody is answered any more; `why` is what those are told who wait."""
+        """Close the socket. Waiting calls fail with ENODEV and `why`."""
         if self.gone.done():
             return
         self._why = why

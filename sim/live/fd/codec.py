@@ -1,24 +1,24 @@
-"""Records as bytes: what is before a record's data, and the other way round.
+"""Records as bytes: the head of a record, which is all before its data, is packed here and parsed.
 
-A record begins with its header: in v2 the one of mlx5, in v3 `struct vfio_mig_record`. Behind it comes a table that is
-the driver's own business: epoch, sequence and flags, and which blocks and critical objects, in which versions, the data
-are of. (The simulation needs none: there, a record is the object itself.) v3's END and BLOCKS records have the payload
-that docs/vfio_v3.h gives them, and no table.
+A record begins with its header: in v2 that of mlx5, in v3 `struct vfio_mig_record`. Behind it comes a table that is
+private to the driver: epoch, sequence and flags, and the numbers and versions of the blocks and critical objects whose
+data follows. (In virtual time there is none: a record is the object itself.) v3's END and BLOCKS records have the
+payload of docs/vfio_v3.h, and no table.
 
-At the target nothing is taken for granted: a length, number or flag that cannot be gives ValueError.
+The parser trusts nothing: an impossible length, number or flag raises ValueError.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator
 
 import numpy as np
 
 from proto_v3.vfio import uapi
 from proto_v3.vfio.uapi import BlockRange, RecordClass, RecordFlags
 from sim.device.blocks import VERSION_BYTES
-from sim.device.record import HEADER_BYTES, TABLE, TALLY, V3_HEADER_BYTES, Record, Tally
+from sim.device.record import HEADER_BYTES, TABLE, TALLY, V3_HEADER_BYTES, Record, Tally, ranges_bytes
 from sim.scenario.tables import Device
 from sim.scenario.units import KIB
 
@@ -27,14 +27,14 @@ V2_HEADER = struct.Struct("<QII")
 END, INITIAL, COMPLETE = 1, 2, 4
 """Flags of the table."""
 MAX_PLAIN_BYTES = 1 << 20
-"""Of a record that holds neither blocks nor objects: what v2's drivers tell each other."""
+"""Payload of a record that holds neither blocks nor objects: messages between v2's drivers."""
 MAX_RANGES = 4096
 MAX_NUMBER = (1 << 31) - 1
 """Of versions and epochs: the drivers keep them in 32 bits."""
 
 
 def head(record: Record) -> bytes:
-    """All of a record that is before its data."""
+    """Pack all of a record that is before its data."""
     if record.header_bytes == V3_HEADER_BYTES:
         return _v3_header(record) + _v3_fixed(record)
     header = V2_HEADER.pack(record.size_bytes - HEADER_BYTES, 0, int(record.end))
@@ -81,49 +81,55 @@ def _table(record: Record) -> bytes:
     return table
 
 
-@dataclass(slots=True)
-class Decoder:
-    """Takes the head of one record apart, as its bytes come. v2 has one stream, which is 0.
+Steps = Generator[int, None, Record]
+"""Parses a head: yields the bytes that it must have to go on, and returns its record."""
 
-    `wanted` is how many bytes of it have to be there to go on; once `record` is set, all of the head is.
+
+class Decoder:
+    """Parses the head of one record, as its bytes come. Pure: whoever has the bytes appends them.
+
+    Append to `head` until it has `wanted` bytes, and call take(); repeat until `record` is set. v2 has one stream: 0.
     """
 
-    spec: Device
-    v3: bool
-    record: Record | None = None
-    head: bytearray = field(default_factory=bytearray)
-    wanted: int = 0
-
-    def __post_init__(self) -> None:
-        self.wanted = V3_HEADER_BYTES if self.v3 else HEADER_BYTES
+    def __init__(self, spec: Device, v3: bool) -> None:
+        self.head = bytearray()
+        self.record: Record | None = None
+        self._spec = spec
+        self._steps = self._v3() if v3 else self._v2()
+        self.wanted = next(self._steps)
 
     def take(self) -> None:
-        """What was wanted is there. ValueError if it cannot be a record's head."""
+        """`head` has the wanted bytes. ValueError if it cannot be a record's head."""
         assert len(self.head) == self.wanted
-        if self.v3:
-            self._take_v3()
-        else:
-            self._take_v2()
+        try:
+            self.wanted = next(self._steps)
+        except StopIteration as end:
+            self.record = end.value
+
+    def _until(self, size: int) -> Iterator[int]:
+        """Wait until the head has `size` bytes."""
+        if len(self.head) < size:
+            yield size
 
     # --- v2 -----------------------------------------------------------------------------------------------------------
 
-    def _take_v2(self) -> None:
+    def _v2(self) -> Steps:
+        yield HEADER_BYTES
         size, flags, tag = V2_HEADER.unpack_from(self.head)
         if flags or tag > 1:
             raise ValueError(f"flags {flags:#x} and tag {tag} in a header")
-        self._take_table(HEADER_BYTES, size)
-        if self.record is not None and self.record.end != bool(tag):
+        record = yield from self._table(HEADER_BYTES, size)
+        if record.end != bool(tag):
             raise ValueError("header and table do not agree")
+        return record
 
-    def _take_table(self, at: int, payload_bytes: int) -> None:
-        """The table at `at`, of a record with so many bytes behind `at`."""
-        if len(self.head) < at + TABLE.size:
-            if payload_bytes < TABLE.size:
-                raise ValueError(f"{payload_bytes} bytes have no room for a table")
-            self.wanted = at + TABLE.size
-            return
+    def _table(self, at: int, payload_bytes: int) -> Steps:
+        """The table at `at`, of a record with `payload_bytes` behind `at`."""
+        if payload_bytes < TABLE.size:
+            raise ValueError(f"{payload_bytes} bytes have no room for a table")
+        yield from self._until(at + TABLE.size)
         epoch, sequence, flags, objects, blocks = TABLE.unpack_from(self.head, at)
-        if objects > self.spec.critical.objects or blocks > self.spec.blocks:
+        if objects > self._spec.critical.objects or blocks > self._spec.blocks:
             raise ValueError(f"{blocks} blocks and {objects} critical objects in one record")
         end = bool(flags & END)
         if flags & ~(END | INITIAL | COMPLETE) or (end and (flags & COMPLETE or objects or blocks)):
@@ -131,21 +137,20 @@ class Decoder:
         if not 1 <= epoch <= MAX_NUMBER:
             raise ValueError(f"epoch {epoch}")
         size = TABLE.size + 8 * (objects + blocks) + (TALLY.size if end else 0)
-        if len(self.head) < at + size:
-            if payload_bytes < size:
-                raise ValueError(f"{payload_bytes} bytes have no room for a table of {size}")
-            self.wanted = at + size
-            return
-        numbers = np.frombuffer(self.head, "<i4", 2 * (objects + blocks), at + TABLE.size)
+        if payload_bytes < size:
+            raise ValueError(f"{payload_bytes} bytes have no room for a table of {size}")
+        yield from self._until(at + size)
+        # A copy: a bytearray cannot grow while an array is a view of it.
+        numbers = np.frombuffer(self.head, "<i4", 2 * (objects + blocks), at + TABLE.size).copy()
         parts = np.split(numbers, [objects, 2 * objects, 2 * objects + blocks])
         record = Record(
             0,
             epoch,
             payload_bytes - size,
             sequence,
-            blocks=_numbers(parts[2], self.spec.blocks),
+            blocks=_numbers(parts[2], self._spec.blocks),
             block_versions=_versions(parts[3]),
-            objects=_numbers(parts[0], self.spec.critical.objects),
+            objects=_numbers(parts[0], self._spec.critical.objects),
             object_versions=_versions(parts[1]),
             initial=bool(flags & INITIAL),
             header_bytes=HEADER_BYTES,
@@ -155,29 +160,25 @@ class Decoder:
         )
         if end:
             record.tally = Tally(*TALLY.unpack_from(self.head, at + size - TALLY.size))
-        self._finish_table(record, at)
+        yield from self._plain_bytes(record, at + size)
+        return record
 
-    def _finish_table(self, record: Record, at: int) -> None:
-        """What is behind the table must be the data of its blocks and objects, or a few bytes that are no state."""
-        data = self._data_bytes(record)
-        extra = record.payload_bytes - data
+    def _plain_bytes(self, record: Record, at: int) -> Iterator[int]:
+        """Behind the table come the data of its blocks and objects, or a few bytes that are no state."""
+        object_bytes = round(self._spec.critical.object_kib * KIB)
+        extra = record.payload_bytes - len(record.blocks) * self._spec.block_bytes - len(record.objects) * object_bytes
         if len(record.blocks) or len(record.objects) or record.end or record.epoch_complete:
             if extra:
                 raise ValueError(f"{extra} bytes too many")
         elif not 0 <= extra <= MAX_PLAIN_BYTES:
             raise ValueError(f"{extra} bytes that are no state")
-        elif len(self.head) < at + record.table_bytes + extra:
-            self.wanted = at + record.table_bytes + extra
-            return
-        self.record = record
-
-    def _data_bytes(self, record: Record) -> int:
-        object_bytes = round(self.spec.critical.object_kib * KIB)
-        return len(record.blocks) * self.spec.block_bytes + len(record.objects) * object_bytes
+        else:
+            yield from self._until(at + extra)
 
     # --- v3 -----------------------------------------------------------------------------------------------------------
 
-    def _take_v3(self) -> None:
+    def _v3(self) -> Steps:
+        yield V3_HEADER_BYTES
         header = uapi.RecordHeader.unpack(self.head)
         if header.record_class not in RecordClass.__members__.values():
             raise ValueError(f"there is no record class {header.record_class}")
@@ -188,86 +189,74 @@ class Decoder:
             raise ValueError(f"epoch {header.epoch}")
         match RecordClass(header.record_class):
             case RecordClass.END:
-                self._take_end(header)
+                return (yield from self._end(header))
             case RecordClass.BLOCKS:
-                self._take_blocks(header)
+                return (yield from self._blocks(header))
             case _:
-                self._take_data(header)
+                return (yield from self._data(header))
 
-    def _new(self, header: uapi.RecordHeader, **more: object) -> Record:
-        record = Record(header.stream, header.epoch, header.length, header.sequence, header_bytes=V3_HEADER_BYTES)
-        for name, value in more.items():
-            setattr(record, name, value)
-        return record
+    def _record(self, header: uapi.RecordHeader) -> Record:
+        return Record(header.stream, header.epoch, header.length, header.sequence, header_bytes=V3_HEADER_BYTES)
 
-    def _take_end(self, header: uapi.RecordHeader) -> None:
+    def _end(self, header: uapi.RecordHeader) -> Steps:
         if header.length != uapi.RecordEnd.SIZE:
             raise ValueError(f"an END of {header.length} bytes")
-        if not self._has(V3_HEADER_BYTES + header.length):
-            return
+        yield from self._until(V3_HEADER_BYTES + header.length)
         end = uapi.RecordEnd.unpack(self.head[V3_HEADER_BYTES:])
-        self.record = self._new(header, end=True, tally=Tally(end.records, end.bytes, end.digest))
+        record = self._record(header)
+        record.end, record.tally = True, Tally(end.records, end.bytes, end.digest)
+        return record
 
-    def _take_blocks(self, header: uapi.RecordHeader) -> None:
+    def _blocks(self, header: uapi.RecordHeader) -> Steps:
         fixed = V3_HEADER_BYTES + uapi.RecordBlocks.SIZE
-        if not self._has(fixed):
-            return
+        yield from self._until(fixed)
         of = uapi.RecordBlocks.unpack(self.head[V3_HEADER_BYTES:fixed])
-        if not 1 <= of.blocks <= self.spec.blocks or of.first_block + of.blocks > self.spec.blocks:
+        if not 1 <= of.blocks <= self._spec.blocks or of.first_block + of.blocks > self._spec.blocks:
             raise ValueError(f"blocks {of.first_block} to {of.first_block + of.blocks - 1}")
-        size = uapi.RecordBlocks.SIZE + of.blocks * (VERSION_BYTES + self.spec.block_bytes)
+        size = uapi.RecordBlocks.SIZE + of.blocks * (VERSION_BYTES + self._spec.block_bytes)
         if header.length != size:
             raise ValueError(f"{of.blocks} blocks in {header.length} bytes")
-        if not self._has(fixed + of.blocks * VERSION_BYTES):
-            return
+        yield from self._until(fixed + of.blocks * VERSION_BYTES)
         versions = np.frombuffer(self.head, "<u8", of.blocks, fixed)
         if versions.max() > MAX_NUMBER:
             raise ValueError("a version that no block can have")
-        blocks = np.arange(of.first_block, of.first_block + of.blocks)
-        self.record = self._new(header, blocks=blocks, block_versions=versions.astype(np.int32), by_number=True)
+        record = self._record(header)
+        record.by_number = True
+        record.blocks = np.arange(of.first_block, of.first_block + of.blocks)
+        record.block_versions = versions.astype(np.int32)
+        return record
 
-    def _take_data(self, header: uapi.RecordHeader) -> None:
-        at = V3_HEADER_BYTES
-        invalidates: tuple[BlockRange, ...] = ()
-        if header.flags & RecordFlags.INVALIDATES:
-            if not self._has(at + uapi.RecordRanges.SIZE):
-                return
-            count = uapi.RecordRanges.unpack(self.head[at : at + uapi.RecordRanges.SIZE]).count
-            if not 1 <= count <= MAX_RANGES:
-                raise ValueError(f"{count} ranges")
-            end = at + uapi.RecordRanges.SIZE + count * BlockRange.SIZE
-            if header.length < end - V3_HEADER_BYTES:
-                raise ValueError(f"{header.length} bytes have no room for {count} ranges")
-            if not self._has(end):
-                return
-            ranges = self.head[at + uapi.RecordRanges.SIZE : end]
-            invalidates = tuple(
-                BlockRange.unpack(ranges[i : i + BlockRange.SIZE]) for i in range(0, len(ranges), BlockRange.SIZE)
-            )
-            if any(each.first_block + each.blocks > self.spec.blocks for each in invalidates):
-                raise ValueError("a range of blocks that do not exist")
-            if any(not 1 <= each.epoch <= header.epoch for each in invalidates):
-                raise ValueError("a range of an epoch that has not begun")
-            at = end
-        self._take_table(at, header.length - (at - V3_HEADER_BYTES))
-        if self.record is not None:
-            record = self.record
-            record.stream, record.header_bytes = header.stream, V3_HEADER_BYTES
-            record.payload_bytes += at - V3_HEADER_BYTES
-            record.invalidates = invalidates
-            if (record.epoch, record.sequence, record.end) != (header.epoch, header.sequence, False):
-                raise ValueError("header and table do not agree")
-            if record.record_class != header.record_class or record.epoch_complete != bool(
-                header.flags & RecordFlags.EPOCH_COMPLETE
-            ):
-                raise ValueError("header and table do not agree")
+    def _data(self, header: uapi.RecordHeader) -> Steps:
+        invalidates = (yield from self._ranges(header)) if header.flags & RecordFlags.INVALIDATES else ()
+        ranges = ranges_bytes(invalidates)
+        record = yield from self._table(V3_HEADER_BYTES + ranges, header.length - ranges)
+        record.stream, record.header_bytes = header.stream, V3_HEADER_BYTES
+        record.payload_bytes += ranges
+        record.invalidates = invalidates
+        complete = bool(header.flags & RecordFlags.EPOCH_COMPLETE)
+        of_table = (record.epoch, record.sequence, record.end, record.record_class, record.epoch_complete)
+        if of_table != (header.epoch, header.sequence, False, header.record_class, complete):
+            raise ValueError("header and table do not agree")
+        return record
 
-    def _has(self, size: int) -> bool:
-        """Whether so many bytes of the head are there; they are wanted, if not."""
-        if len(self.head) >= size:
-            return True
-        self.wanted = size
-        return False
+    def _ranges(self, header: uapi.RecordHeader) -> Generator[int, None, tuple[BlockRange, ...]]:
+        first = V3_HEADER_BYTES + uapi.RecordRanges.SIZE
+        yield from self._until(first)
+        count = uapi.RecordRanges.unpack(self.head[V3_HEADER_BYTES:first]).count
+        if not 1 <= count <= MAX_RANGES:
+            raise ValueError(f"{count} ranges")
+        end = first + count * BlockRange.SIZE
+        if header.length < end - V3_HEADER_BYTES:
+            raise ValueError(f"{header.length} bytes have no room for {count} ranges")
+        yield from self._until(end)
+        invalidates = tuple(
+            BlockRange.unpack(self.head[at : at + BlockRange.SIZE]) for at in range(first, end, BlockRange.SIZE)
+        )
+        if any(each.first_block + each.blocks > self._spec.blocks for each in invalidates):
+            raise ValueError("a range of blocks that do not exist")
+        if any(not 1 <= each.epoch <= header.epoch for each in invalidates):
+            raise ValueError("a range of an epoch that has not begun")
+        return invalidates
 
 
 def _numbers(

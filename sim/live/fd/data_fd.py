@@ -1,4 +1,4 @@
-"""The VMM's end of a data fd: real read(), write() and poll(), in threads or as the loop says (see sim.live.io)."""
+"""The VMM's end of a data fd: real read(), write() and poll(), in threads or on the event loop (see sim.live.io)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import select
 from collections.abc import Callable
 from typing import Protocol
 
+from typing_extensions import override
+
 from sim.device.stream import fails
 from sim.live.io import Worker, set_done, stop_all
 
 WOKEN = -1
-"""What read() and readable() give when wake() ended the wait."""
+"""Returned by read() and readable() when wake() ended the wait."""
 
 
 class Descriptor(Protocol):
@@ -23,29 +25,29 @@ class Descriptor(Protocol):
     number: int
 
     async def read(self, view: memoryview) -> int:
-        """read(): how many bytes came, 0 at the end, or WOKEN if wake() was called and there is nothing.
+        """read(): returns the number of bytes, 0 at the end, or WOKEN if wake() was called and there are no bytes.
 
-        If the caller is cancelled, nothing is lost: what came is for the next one.
+        If the caller is cancelled, no bytes are lost: the next call returns them.
         """
 
     async def readable(self) -> int:
-        """poll() for reading: 1 if there are bytes, or the end; or WOKEN, as above."""
+        """poll() for reading: returns 1 if there are bytes or the end; or WOKEN, as read()."""
 
     def readable_now(self) -> bool:
-        """The same without waiting."""
+        """Whether there are bytes or the end, without waiting."""
 
     async def write(self, view: memoryview, piece_bytes: int) -> None:
-        """write() all of it, at most so many bytes a call. OSError as write() gives it."""
+        """write() all of it, at most `piece_bytes` a call. OSError of write()."""
 
     def wake(self) -> None:
-        """End a read() or readable() that waits, or the next one that would."""
+        """End a waiting read() or readable(), or the next one that would wait."""
 
     def close(self) -> None:
-        """Close it; whoever waits gets ENODEV. May be called again."""
+        """Close it; waiting calls fail with ENODEV. May be called again."""
 
 
-class ThreadDescriptor:
-    """See Descriptor: a thread a direction blocks."""
+class ThreadDescriptor(Descriptor):
+    """With one thread a direction, which blocks."""
 
     def __init__(self, number: int, name: str) -> None:
         os.set_blocking(number, False)  # so that poll() is what blocks, and close() can end it
@@ -62,32 +64,32 @@ class ThreadDescriptor:
         self._reader: Worker | None = None
         self._writer: Worker | None = None
         self._given_up: tuple[asyncio.Future[int], memoryview] | None = None
-        """A read that nobody waits for any more, until it has ended."""
-        self._left = memoryview(b"")  # of what it got
+        """A read whose caller was cancelled, until it has ended."""
+        self._unread = memoryview(b"")  # bytes of such a read
         self._closed = False
 
+    @override
     async def read(self, view: memoryview) -> int:
-        """See Descriptor."""
         await self._end_given_up()
-        if len(self._left):
-            got = min(len(view), len(self._left))
-            view[:got], self._left = self._left[:got], self._left[got:]
-            return got
+        if len(self._unread):
+            size = min(len(view), len(self._unread))
+            view[:size], self._unread = self._unread[:size], self._unread[size:]
+            return size
         return await self._read_in_thread(lambda: self._read(view), view)
 
+    @override
     async def readable(self) -> int:
-        """See Descriptor."""
         await self._end_given_up()
-        if len(self._left):
+        if len(self._unread):
             return 1
         return await self._read_in_thread(lambda: 1 if self._wait_in() else WOKEN, memoryview(b""))
 
+    @override
     def readable_now(self) -> bool:
-        """See Descriptor."""
-        return bool(len(self._left)) or _readable_now(self.number, closed=self._closed)
+        return bool(len(self._unread)) or _readable_now(self.number, closed=self._closed)
 
+    @override
     async def write(self, view: memoryview, piece_bytes: int) -> None:
-        """See Descriptor."""
         self._check_open()
         if self._writer is None:
             self._writer = Worker(f"{self._name} write")
@@ -106,27 +108,27 @@ class ThreadDescriptor:
             raise
 
     async def _end_given_up(self) -> None:
-        """See to the end of a read that was given up: it would take what the next one is to have, wake() included."""
+        """Wait for the end of a read whose caller was cancelled: it would take bytes and wake() from the next one."""
         if self._given_up is not None:
             reading, view = self._given_up
             await asyncio.wait([reading])
             if self._given_up is not None:
                 self._given_up = None
                 if reading.exception() is None and len(view):
-                    self._left = view[: max(0, reading.result())]
-                self.wake()  # it may have been told what was meant for the next one
+                    self._unread = view[: max(0, reading.result())]
+                self.wake()  # it may have taken a wake() that was meant for the next one
 
     def _check_open(self) -> None:
         if self._closed:
             raise fails(errno.ENODEV)
 
+    @override
     def wake(self) -> None:
-        """See Descriptor."""
         if not self._closed:
             os.eventfd_write(self._wake, 1)
 
+    @override
     def close(self) -> None:
-        """See Descriptor."""
         if self._closed:
             return
         self._closed = True
@@ -146,7 +148,7 @@ class ThreadDescriptor:
                     return WOKEN
 
     def _wait_in(self) -> bool:
-        """Wait for bytes, or the end; False if it was woken before."""
+        """Wait for bytes or the end; False if wake() was first."""
         ready = {fd for fd, _ in self._in.poll()}
         if self._closing in ready:
             raise fails(errno.ENODEV)
@@ -172,8 +174,8 @@ def _readable_now(number: int, *, closed: bool) -> bool:
     return bool(now.poll(0))
 
 
-class LoopDescriptor:
-    """See Descriptor: when the loop says that it is ready; copies are made in the loop's thread."""
+class LoopDescriptor(Descriptor):
+    """When the event loop finds it ready; copies are made in the loop's thread."""
 
     def __init__(self, number: int) -> None:
         os.set_blocking(number, False)
@@ -183,8 +185,8 @@ class LoopDescriptor:
         self._reading: asyncio.Future[None] | None = None
         self._writing: asyncio.Future[None] | None = None
 
+    @override
     async def read(self, view: memoryview) -> int:
-        """See Descriptor."""
         while True:
             self._check_open()
             try:
@@ -193,13 +195,13 @@ class LoopDescriptor:
                 if not await self._wait_in():
                     return WOKEN
 
+    @override
     async def readable(self) -> int:
-        """See Descriptor."""
         self._check_open()
         return 1 if await self._wait_in() else WOKEN
 
+    @override
     def readable_now(self) -> bool:
-        """See Descriptor."""
         return _readable_now(self.number, closed=self._closed)
 
     async def _wait_in(self) -> bool:
@@ -216,8 +218,8 @@ class LoopDescriptor:
         woken, self._woken = self._woken, False
         return not woken
 
+    @override
     async def write(self, view: memoryview, piece_bytes: int) -> None:
-        """See Descriptor."""
         while len(view):
             self._check_open()
             try:
@@ -236,14 +238,14 @@ class LoopDescriptor:
         if self._closed:
             raise fails(errno.ENODEV)
 
+    @override
     def wake(self) -> None:
-        """See Descriptor."""
         self._woken = True
         if self._reading is not None:
             set_done(self._reading)
 
+    @override
     def close(self) -> None:
-        """See Descriptor."""
         if self._closed:
             return
         self._closed = True
@@ -256,5 +258,5 @@ class LoopDescriptor:
 
 
 def descriptor(number: int, name: str, io: str) -> Descriptor:
-    """A data fd that was passed, read and written in the way that `io` names (sim.live.io.IO)."""
+    """A data fd that was passed, used in the way that `io` names (sim.live.io.IO)."""
     return ThreadDescriptor(number, name) if io == "threads" else LoopDescriptor(number)

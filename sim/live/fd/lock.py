@@ -1,7 +1,7 @@
-"""A mutex of the driver as a real one: taken by threads while they copy, and by calls of the loop.
+"""A real mutex of the driver: taken by threads while they copy, and by tasks of the loop.
 
-It is handed on in the order in which it was asked for, as in virtual time: a thread that copies piece after piece would
-else take it again before a call that waits has woken up. Waiting for it is recorded as Resource.LOCK.
+It is first come, first served, as in virtual time. Otherwise a thread that copies piece after piece would take it again
+before a waiting task has woken up. Waiting for it is recorded as Resource.LOCK.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sim.clock.port import now_ns
 
 
 class Mutex:
-    """Mutual exclusion of threads, first come, first served. Any thread may let go of it."""
+    """Mutual exclusion of threads, first come, first served. Any thread may release it."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()  # of what follows; never held for long
@@ -25,7 +25,7 @@ class Mutex:
         self._queue: deque[Callable[[], None]] = deque()
 
     def take(self, granted: Callable[[], None]) -> bool:
-        """True if it is free, and taken; else `granted` is called when it is, by whoever lets go."""
+        """True if it was free: the caller has it. Otherwise `granted` is called, by the thread that hands it over."""
         with self._guard:
             if self._held:
                 self._queue.append(granted)
@@ -34,12 +34,12 @@ class Mutex:
             return True
 
     def give_up(self, granted: Callable[[], None]) -> None:
-        """Do not wait any more. It may be too late: it is granted then all the same."""
+        """Stop waiting. If it is too late for that, `granted` is or was called all the same."""
         with self._guard, contextlib.suppress(ValueError):
             self._queue.remove(granted)
 
     def release(self) -> None:
-        """Hand it on to the one who has waited for longest."""
+        """Hand it over to the longest waiter, if there is one."""
         with self._guard:
             self._held = bool(self._queue)
             granted = self._queue.popleft() if self._queue else None
@@ -57,7 +57,7 @@ class Mutex:
 
 
 class RealLock:
-    """See sim.resource.Lock. `mutex` is what a thread takes."""
+    """An asyncio lock over a `mutex` that threads take, too; records waiting as sim.resource.Lock does."""
 
     def __init__(self, timeline: Timeline) -> None:
         self.mutex = Mutex()

@@ -1,7 +1,7 @@
-"""A device's state as bytes: its blocks, and behind them its critical objects, in anonymous memory.
+"""A device's state as bytes: its blocks, then its critical objects, in anonymous memory.
 
-What the guest writes is made of the block's number and version, so that a block that is old, torn or in the wrong place
-differs from the one that should be there.
+The guest's data is computed from the block's number and version: a block that is old, torn or in the wrong place
+differs from the right one.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from sim.device.guest import Int32
-from sim.device.state import Indices
+from sim.device.state import Content, Indices
 from sim.scenario.tables import Device
 from sim.scenario.units import KIB
 
@@ -24,18 +25,18 @@ DIGEST_BYTES = 8
 BLOCK_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 VERSION_MULTIPLIER = np.uint64(0xC2B2AE3D27D4EB4F)
 FILL_BYTES = 4 << 20
-"""Filled at once, when the state is made."""
+"""Filled in one step, when the state is made."""
 
 Words = NDArray[np.uint64]
 Runs = tuple[Indices, Indices]
-"""Runs of bytes in a store: where each begins, and how many bytes it has."""
+"""Runs of bytes in a store: their offsets, and their numbers of bytes."""
 
 
-class StateStore:
-    """The bytes of one device (sim.device.state.Content)."""
+class StateStore(Content):
+    """The bytes of one device."""
 
     def __init__(self, device: Device, *, filled: bool) -> None:
-        """`filled`: as the guest has written it, every version 0; else empty, to be loaded into."""
+        """`filled`: with the guest's data, every version 0; otherwise zeros, to be loaded into."""
         self.block_bytes = device.block_bytes
         self.blocks = device.blocks
         self.objects = device.critical.objects
@@ -65,14 +66,14 @@ class StateStore:
             np.add(self._row, marks[:, None], out=self._block_words[numbers[0] : numbers[-1] + 1])
         self._put_objects(np.arange(self.objects), np.zeros(self.objects, np.int32))
 
+    @override
     def write_blocks(self, written: Int32, version: Int32) -> None:
-        """See sim.device.state.Content."""
         numbers = np.unique(written)
         for number, mark in zip(numbers.tolist(), _marks(numbers, version[numbers]), strict=True):
             np.add(self._row, mark, out=self._block_words[number])
 
+    @override
     def write_objects(self, made_new: Int32, version: Int32) -> None:
-        """See sim.device.state.Content."""
         numbers = np.unique(made_new)
         self._put_objects(numbers, version[numbers])
 
@@ -86,12 +87,12 @@ class StateStore:
         return self.view[start : start + self.object_bytes]
 
     def block_pieces(self, numbers: Indices) -> Iterator[memoryview]:
-        """The bytes of these blocks, in their order; neighbours as one piece. A view is made when it is asked for:
-        thousands of them would be more than all else that a stream takes."""
+        """The bytes of these blocks, in their order; neighbours are one piece. Views are made one by one: thousands of
+        them would take more memory than all else of a stream."""
         return self._pieces(self.block_runs(numbers))
 
     def object_pieces(self, numbers: Indices) -> Iterator[memoryview]:
-        """The bytes of these critical objects, in the same way."""
+        """The bytes of these critical objects; neighbours are one piece."""
         return self._pieces(self.object_runs(numbers))
 
     def _pieces(self, runs: Runs) -> Iterator[memoryview]:
@@ -99,21 +100,21 @@ class StateStore:
             yield self.view[start : start + size]
 
     def block_runs(self, numbers: Indices) -> Runs:
-        """Where the bytes of these blocks are, in their order; neighbours are one run."""
+        """The runs of these blocks, in their order; neighbours are one run."""
         return _runs(numbers, 0, self.block_bytes)
 
     def object_runs(self, numbers: Indices) -> Runs:
-        """Where the bytes of these critical objects are, in the same way."""
+        """The runs of these critical objects; neighbours are one run."""
         return _runs(numbers, self._objects_at, self.object_bytes)
 
     def digests(self) -> bytes:
-        """A digest a block, then one a critical object, of DIGEST_BYTES each. Takes a while: for a thread."""
-        told = bytearray()
+        """One digest a block, then one a critical object, of DIGEST_BYTES each. Slow: call it in a thread."""
+        digests = bytearray()
         for start in range(0, self._objects_at, self.block_bytes):
-            told += _digest(self.view[start : start + self.block_bytes])
+            digests += _digest(self.view[start : start + self.block_bytes])
         for number in range(self.objects):
-            told += _digest(self.object_at(number))
-        return bytes(told)
+            digests += _digest(self.object_at(number))
+        return bytes(digests)
 
 
 def _runs(numbers: Indices, base: int, size: int) -> Runs:
@@ -126,13 +127,13 @@ def _digest(piece: memoryview) -> bytes:
 
 
 def _row(words: int) -> Words:
-    """What a block or object holds without its mark: each word differs, so that none can stand for another."""
+    """The words of a block or object without its mark; all differ, so that none can pass for another."""
     row: Words = np.arange(words, dtype=np.uint64) << np.uint64(32)
     return row
 
 
 def _marks(numbers: NDArray[Any], versions: Int32) -> Words:
-    """A word for each block, of its number and version."""
+    """One word a block, computed from its number and version."""
     with np.errstate(over="ignore"):
         of_block = (numbers.astype(np.uint64) + np.uint64(1)) * BLOCK_MULTIPLIER
         marks: Words = of_block ^ (versions.astype(np.uint64) + np.uint64(1)) * VERSION_MULTIPLIER
@@ -140,7 +141,7 @@ def _marks(numbers: NDArray[Any], versions: Int32) -> Words:
 
 
 def differences(source: bytes, target: bytes, blocks: int) -> str:
-    """How two devices' digests differ, in words; nothing where they are equal."""
+    """How two devices' digests differ, in words; empty if they are equal."""
     if source == target:
         return ""
     if len(source) != len(target):

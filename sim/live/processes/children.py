@@ -299,4 +299,4 @@ async def _report(vmm: VmmProcess, work: Awaitable[VmmReport]) -> None:
         report = VmmReport(vmm.guest_runs, [vmm.failure(error)], user_error=isinstance(error, UserError))
     beating.cancel()
     report = replace(report, device_gone=vmm.device.gone.done())
-    await vmm.supervisor.told("result", **to_plain(report))
+    await vmm.supervisor.send_note("result", **to_plain(report))
