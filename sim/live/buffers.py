@@ -2,7 +2,7 @@
 
 A buffer is free again when nothing refers to its memory any more: no view that was taken, and no slice of one. For each
 view that is taken, a new array object over the buffer is made; all slices keep it alive, and its end frees the buffer.
-So a view never changes in the hands of its owner, whoever passed it on.
+So the bytes of a view never change while anybody has it.
 """
 
 from __future__ import annotations

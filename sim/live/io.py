@@ -5,7 +5,7 @@ receive and one to send, when they are first needed. `LoopPipe` has no threads: 
 loop, and copies in the loop's own thread. Which one is better is one of the things that live mode measures.
 
 A transfer that has started is never cut in two: if the task that waits for it is cancelled, the transfer goes on, and
-the next one in that direction waits for it. So a stream stays whole, whoever is cancelled.
+the next one in that direction waits for it. So a stream stays whole, even if tasks are cancelled.
 """
 
 from __future__ import annotations

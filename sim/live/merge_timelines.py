@@ -86,7 +86,7 @@ MAX_COUNT = 2**63 - 1
 MAX_TIME_NS = 2**60
 """36 years."""
 BACK = 8
-"""How many causes back a sender's span is looked for that had ended when the wait did."""
+"""The most steps back along the sender's causes, in search of a span that ended before the wait did."""
 LATEST = 0
 """As a count that is waited for: whatever was sent last before the wait ended. For room that others made."""
 

@@ -41,8 +41,8 @@ def from_plain(kind: type[T], value: object) -> T:
     """The dataclass that `to_plain` made `value` of.
 
     All fields must be there, and no others, each of its type and within its bounds: those that the field is annotated
-    with, else ANY_INT or ANY_TEXT. What is of type `Any` is not looked into. Raises PeerProtocolError with the field,
-    its value, and what it must be.
+    with, else ANY_INT or ANY_TEXT. Values of type `Any` are not checked. Raises PeerProtocolError with the field, its
+    value, and what it must be.
     """
     read: T = _read(kind, value, kind.__name__)
     return read

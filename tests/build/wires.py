@@ -114,8 +114,8 @@ def message(kind: str, **fields: Any) -> bytes:
 
 async def read_message(reader: asyncio.StreamReader) -> dict[str, Any]:
     size = int.from_bytes(await reader.readexactly(4), "big")
-    told: dict[str, Any] = msgpack.unpackb(await reader.readexactly(size))
-    return told
+    fields: dict[str, Any] = msgpack.unpackb(await reader.readexactly(size))
+    return fields
 
 
 class Peer:
@@ -200,8 +200,8 @@ class TargetPeer(Peer):
         reader, session = await self._take(listener)
         await reader.readexactly(32)
         offer = await read_message(reader)
-        told = {**ACCEPT, "boot_id": offer["boot_id"]}
-        await self.send("accept", session, message("accept", **told))
+        fields = {**ACCEPT, "boot_id": offer["boot_id"]}
+        await self.send("accept", session, message("accept", **fields))
         data = []
         for _ in range(2):
             opening, writer = await self._take(listener)
@@ -247,7 +247,7 @@ async def met_by_target(io: str, change: Change, limits: Limits) -> list[Any]:
         turned_away: list[str] = []
         accepting = asyncio.create_task(accept(listener, agree, io=IO[io], limits=limits, rejected=turned_away.append))
         following = asyncio.create_task(peer.follow(peer.script(address), over))
-        while not accepting.done() and not any(told.startswith(f"{peer.name}: ") for told in turned_away):
+        while not accepting.done() and not any(text.startswith(f"{peer.name}: ") for text in turned_away):
             await asyncio.wait({accepting}, timeout=0.002)
         if not accepting.done():  # it waits for the next source, as it should
             accepting.cancel()
@@ -272,7 +272,7 @@ async def _met(following: asyncio.Task[None], meeting: asyncio.Task[Session], ov
     session = found[0]
     try:
         if isinstance(session, Session):
-            found = list(await asyncio.gather(_hear_out(session), *map(_receive_all, session.channels)))
+            found = list(await asyncio.gather(_receive_messages(session), *map(_receive_all, session.channels)))
     finally:
         over.set()
         if isinstance(session, Session):
@@ -282,16 +282,16 @@ async def _met(following: asyncio.Task[None], meeting: asyncio.Task[Session], ov
     return found
 
 
-async def _hear_out(session: Session) -> Any:
-    while not isinstance(told := await outcome(session.receive_message(Result)), Exception):
+async def _receive_messages(session: Session) -> Any:
+    while not isinstance(result := await outcome(session.receive_message(Result)), Exception):
         pass
-    return told
+    return result
 
 
 async def _receive_all(channel: Any) -> Any:
-    while not isinstance(told := await outcome(channel.recv()), Exception):
+    while not isinstance(result := await outcome(channel.recv()), Exception):
         pass
-    return told
+    return result
 
 
 # --- what may happen to bytes -----------------------------------------------------------------------------------------
@@ -333,16 +333,16 @@ ODD = [
 def _other_message(rng: random.Random, data: bytes) -> bytes:
     """If it is a message: with another value, another name or a name less."""
     try:
-        told = msgpack.unpackb(data[4:])
-        name = rng.choice(sorted(told))
+        fields = msgpack.unpackb(data[4:])
+        name = rng.choice(sorted(fields))
     except (ValueError, TypeError, AttributeError, IndexError, msgpack.UnpackException):
         return data[::-1]
     match rng.randrange(4):
         case 0:
-            del told[name]
+            del fields[name]
         case 1:
-            told[rng.choice([1, b"kind", "more"])] = told[name]
+            fields[rng.choice([1, b"kind", "more"])] = fields[name]
         case _:
-            told[name] = rng.choice(ODD)
-    body: bytes = msgpack.packb(told)
+            fields[name] = rng.choice(ODD)
+    body: bytes = msgpack.packb(fields)
     return len(body).to_bytes(4, "big") + body

@@ -1,6 +1,6 @@
 """Real time that does not drift, and the driver's locks as real ones.
 
-What would depend on the machine is taken out: time is told by a fake clock that a test moves, and what a timer was set
+What would depend on the machine is taken out: a test moves a fake clock, and what a timer was set
 to is looked at in place of when it fired.
 """
 
@@ -50,8 +50,8 @@ class Kernel:
 def kernel() -> Any:
     made = Kernel()
     with pytest.MonkeyPatch.context() as patch:
-        told = SimpleNamespace(**vars(time) | {"perf_counter_ns": lambda: made.now})
-        patch.setattr(live_clock, "time", told)
+        fake = SimpleNamespace(**vars(time) | {"perf_counter_ns": lambda: made.now})
+        patch.setattr(live_clock, "time", fake)
         patch.setattr(live_clock, "_set", made.settime)
         yield made
 
@@ -242,12 +242,12 @@ def test_delays_tell_what_was_asked_for_and_how_late_it_was(timers: list[tuple[i
             real.call_at_ns(now_ns() + asked, lambda: None)
             made.now += asked + late
             real._fire()
-        told = real.delays()
+        delays = real.delays()
         late = sorted(late for _, late in timers)
-        assert (told.count, told.asked_ns) == (len(timers), sum(asked for asked, _ in timers))
-        assert told.late_median_ns == int(statistics.median(late))
-        assert told.late_max_ns == late[-1]
-        assert told.late_median_ns <= told.late_p99_ns <= told.late_max_ns
+        assert (delays.count, delays.asked_ns) == (len(timers), sum(asked for asked, _ in timers))
+        assert delays.late_median_ns == int(statistics.median(late))
+        assert delays.late_max_ns == late[-1]
+        assert delays.late_median_ns <= delays.late_p99_ns <= delays.late_max_ns
 
     on_fake_time(work)
 

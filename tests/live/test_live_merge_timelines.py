@@ -28,12 +28,12 @@ from sim.live.merge_timelines import (
     merge,
 )
 
-Told = dict[str, Any]
+Exported = dict[str, Any]
 SOURCE, SOURCE_DEVICE, TARGET, TARGET_DEVICE = NAMES = ("source", "source device", "target", "target device")
 
 
 class Process:
-    """A process with one task; what it does is told with the moment at which it is over, on the true clock."""
+    """A process with one task; each call gives the time at which its action is over, on the true clock."""
 
     def __init__(self, name: str, ahead_ns: int = 0) -> None:
         self.ahead_ns = ahead_ns
@@ -43,8 +43,8 @@ class Process:
         self._do(caused_by, NO_CAUSE)
         self._do(on_track, name)
 
-    def _do(self, what: Callable[..., Any], *told: Any) -> Any:
-        return self._context.run(what, *told)
+    def _do(self, what: Callable[..., Any], *args: Any) -> Any:
+        return self._context.run(what, *args)
 
     def at(self, now: int) -> Process:
         self.now = now
@@ -68,7 +68,7 @@ class Process:
     def cause(self) -> int:
         return int(self._do(cause))
 
-    def told(self) -> Told:
+    def export(self) -> Exported:
         return self.part.export()
 
 
@@ -77,9 +77,9 @@ def path(timeline: Timeline) -> list[tuple[str, str, int, int]]:
 
 
 def spans(timeline: Timeline) -> list[tuple[str, int, int, int]]:
-    told = timeline.recorded()
-    columns = (told.spans[name].tolist() for name in ("what", "start_ns", "end_ns", "cause"))
-    return [(told.names[what], *rest) for what, *rest in zip(*columns, strict=True)]
+    recorded = timeline.recorded()
+    columns = (recorded.spans[name].tolist() for name in ("what", "start_ns", "end_ns", "cause"))
+    return [(recorded.names[what], *rest) for what, *rest in zip(*columns, strict=True)]
 
 
 def walks_end(timeline: Timeline) -> bool:
@@ -141,7 +141,7 @@ PATH = [
 
 
 def test_the_critical_path_leads_through_all_processes() -> None:
-    merged = merge([process.told() for process in migration()])
+    merged = merge([process.export() for process in migration()])
     assert path(merged) == PATH
     assert merged.critical_path()[5] == PathStep(Resource.LINK, "frame", "target", 155, 170)
     shares = {name: share for name, share in merged.critical_path_ns().items() if share}
@@ -150,7 +150,7 @@ def test_the_critical_path_leads_through_all_processes() -> None:
 
 
 def test_the_phases_of_a_migration_tile_its_downtime() -> None:
-    merged = merge([process.told() for process in migration()])
+    merged = merge([process.export() for process in migration()])
     assert merged.phases_ns() == {"stop": 10, "drain": 43, "transfer": 17, "load": 53, "config": 0, "resume": 7}
     assert sum(merged.phases_ns().values()) == merged.downtime_ns
 
@@ -164,7 +164,7 @@ def test_what_no_process_tells_of_is_unexplained() -> None:
     target.waited_for(Resource.LINK, "frame", "connection 0", 1, 0, 20)
     target.work(Resource.LOAD, "LOAD", 21, 30)
     target.mark(Mark.RESUMED, 30)
-    shares = merge([source.told(), target.told()]).critical_path_ns()
+    shares = merge([source.export(), target.export()]).critical_path_ns()
     assert {name: share for name, share in shares.items() if share} == {
         "fixed": 8,
         "link": 7,
@@ -175,7 +175,7 @@ def test_what_no_process_tells_of_is_unexplained() -> None:
 
 @pytest.mark.parametrize("ahead_ns", [(0, 1, -1, 1), (2, 0, 1, 0), (0, 5, 7, 9), (0, 0, -9, -9)])
 def test_clocks_that_are_off_by_a_little_do_not_change_whom_the_path_leads_through(ahead_ns: tuple[int, ...]) -> None:
-    merged = merge([process.told() for process in migration(*ahead_ns)])
+    merged = merge([process.export() for process in migration(*ahead_ns)])
     tracks = [track for track, *_ in path(merged)]
     assert [track for track, _ in groupby(tracks)] == [
         "source",
@@ -188,23 +188,23 @@ def test_clocks_that_are_off_by_a_little_do_not_change_whom_the_path_leads_throu
 
 
 def test_what_was_before_the_start_is_below_zero() -> None:
-    merged = merge([process.told() for process in migration(start=-105)])
+    merged = merge([process.export() for process in migration(start=-105)])
     assert merged.marks[Mark.STOP_ORDERED] == -5
     assert spans(merged)[0] == ("stop", -5, 5, NO_CAUSE)
     assert [step[2:] for step in path(merged)] == [(start - 105, end - 105) for _, _, start, end in PATH]
 
 
 def test_the_order_of_the_parts_makes_no_difference_to_the_path() -> None:
-    told = [process.told() for process in migration()]
-    assert path(merge(told[::-1])) == PATH
-    assert path(merge([told[2], told[0], told[3], told[1]])) == PATH
+    exported = [process.export() for process in migration()]
+    assert path(merge(exported[::-1])) == PATH
+    assert path(merge([exported[2], exported[0], exported[3], exported[1]])) == PATH
 
 
 def test_msgpack_carries_a_part() -> None:
-    told = [process.told() for process in migration()]
-    carried = [msgpack.unpackb(msgpack.packb(part)) for part in told]
-    assert carried == told
-    assert merge(carried).digest() == merge(told).digest()
+    exported = [process.export() for process in migration()]
+    carried = [msgpack.unpackb(msgpack.packb(part)) for part in exported]
+    assert carried == exported
+    assert merge(carried).digest() == merge(exported).digest()
 
 
 def test_a_part_alone_stays_as_it_was_recorded() -> None:
@@ -223,7 +223,7 @@ def test_a_timeline_of_what_another_one_recorded_is_the_same() -> None:
 
 def test_no_part_and_parts_in_which_nothing_happened() -> None:
     assert len(merge([])) == 0
-    merged = merge([ProcessTimeline().export(), migration()[0].told(), ProcessTimeline().export()])
+    merged = merge([ProcessTimeline().export(), migration()[0].export(), ProcessTimeline().export()])
     assert len(merged) == len(migration()[0].part)
 
 
@@ -231,8 +231,8 @@ def test_a_part_is_on_the_real_clock() -> None:
     part = ProcessTimeline()
     before = part.now_ns()
     part.sent("calls 0", 1)
-    told = part.export()["sent"]
-    assert before <= int.from_bytes(told["at_ns"], "little") <= part.now_ns()
+    exported = part.export()["sent"]
+    assert before <= int.from_bytes(exported["at_ns"], "little") <= part.now_ns()
 
 
 def test_nothing_can_be_recorded_in_a_merged_timeline() -> None:
@@ -250,8 +250,8 @@ def test_a_mark_of_several_parts_is_the_latest_of_them_with_its_cause() -> None:
     early.mark(Mark.RESUMED, 20)
     late.work(Resource.LOAD, "late", 5, 30)
     late.mark(Mark.RESUMED, 30)
-    for told in ([early.told(), late.told()], [late.told(), early.told()]):
-        merged = merge(told)
+    for exported in ([early.export(), late.export()], [late.export(), early.export()]):
+        merged = merge(exported)
         assert merged.marks == {Mark.STOP_ORDERED: 0, Mark.RESUMED: 30}
         assert path(merged) == [("late", "late", 5, 30)]
 
@@ -260,7 +260,7 @@ def test_stages_are_united_in_the_order_in_which_they_ended() -> None:
     source, target = Process("source"), Process("target")
     target.at(40).part.stage("device_load", 20, 1)
     source.at(30).part.stage("device_save", 10, 0)
-    merged = merge([target.told(), source.told()])
+    merged = merge([target.export(), source.export()])
     assert merged.stages == [Stage("device_save", 0, 10, 30), Stage("device_load", 1, 20, 40)]
 
 
@@ -270,7 +270,7 @@ def test_sends_that_were_held_up_are_united() -> None:
     source.at(30).part.blocked(5)
     target.at(60).part.blocked(40)
     target.mark(Mark.RESUMED, 50)
-    assert merge([source.told(), target.told()]).blocked_in_downtime_ns() == 20 + 10
+    assert merge([source.export(), target.export()]).blocked_in_downtime_ns() == 20 + 10
 
 
 # --- whom a wait was for ---------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def pair() -> tuple[Process, Process]:
 
 def received(sender: Process, receiver: Process, *others: Process) -> list[tuple[str, int, int, int]]:
     """The receiver's spans, with the numbers of the sender's after its own."""
-    return spans(merge([process.told() for process in (receiver, sender, *others)]))[: len(receiver.part)]
+    return spans(merge([process.export() for process in (receiver, sender, *others)]))[: len(receiver.part)]
 
 
 def test_what_was_there_already_is_the_receivers_own_time() -> None:
@@ -393,7 +393,7 @@ def test_a_sender_that_waits_for_room_waits_for_the_receiver() -> None:
     source.waited_for(Resource.LINK, "room", "room of connection 0", 1, 1, 52)
     source.work(Resource.COPY, "send", 52, 60)
     source.mark(Mark.RESUMED, 60)
-    assert path(merge([source.told(), target.told()])) == [
+    assert path(merge([source.export(), target.export()])) == [
         ("target", "frame", 0, 3),
         ("target", "LOAD", 3, 50),
         ("source", "room", 50, 52),
@@ -414,7 +414,7 @@ def test_two_that_wait_for_each_other_at_the_same_moment_do_not_make_a_circle() 
     other.waited_for(Resource.LINK, "frame", "back", 1, 0, 10)
     one.sent("back", 1, 10)
     other.sent("there", 1, 10)
-    assert walks_end(merge([one.told(), other.told()]))
+    assert walks_end(merge([one.export(), other.export()]))
 
 
 # What a process does: works, gives to an edge, or waits for one; for how long; on which of three edges; and how much.
@@ -426,10 +426,10 @@ DEEDS = st.lists(
 
 @given(st.lists(st.tuples(DEEDS, st.integers(-4, 4)), min_size=1, max_size=4))
 def test_whatever_the_clocks_say_walking_ends_and_the_shares_sum_up(
-    told: list[tuple[list[tuple[str, int, int, int]], int]],
+    exported: list[tuple[list[tuple[str, int, int, int]], int]],
 ) -> None:
     processes = []
-    for number, (deeds, off_ns) in enumerate(told):
+    for number, (deeds, off_ns) in enumerate(exported):
         process = Process(f"process {number}", off_ns)
         for deed, length, edge, count in deeds:
             now = process.now + length
@@ -442,7 +442,7 @@ def test_whatever_the_clocks_say_walking_ends_and_the_shares_sum_up(
         process.mark(Mark.RESUMED, process.now)
         processes.append(process)
     processes[0].mark(Mark.STOP_ORDERED, 0)
-    merged = merge([process.told() for process in processes])
+    merged = merge([process.export() for process in processes])
     assert walks_end(merged)
     assert all(start <= end for _, start, end, _ in spans(merged))
     shares = merged.critical_path_ns()
@@ -455,28 +455,30 @@ def test_whatever_the_clocks_say_walking_ends_and_the_shares_sum_up(
 WRONG: list[object] = [None, True, -2, 1.5, 2**70, "x", "\n", b"", b"x", [], [0], [[]], {}, {"x": 0}, {0: 0}]
 
 
-def whole() -> Told:
+def whole() -> Exported:
     """A part that has something of everything."""
     processes = migration()
     part = processes[2].at(230).part
     part.stage("device_load", 170, 1)
     part.blocked(200)
-    return processes[2].told()
+    return processes[2].export()
 
 
-def places(told: object, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def places(exported: object, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """All places in it, the whole one first."""
     yield at
-    within = told.items() if isinstance(told, dict) else enumerate(told) if isinstance(told, list) else ()
+    within = (
+        exported.items() if isinstance(exported, dict) else enumerate(exported) if isinstance(exported, list) else ()
+    )
     for key, value in within:
         yield from places(value, (*at, key))
 
 
-def put(told: Told, place: tuple[Any, ...], value: object) -> Any:
+def put(exported: Exported, place: tuple[Any, ...], value: object) -> Any:
     """A copy with something else in that place; `...` for nothing at all."""
     if not place:
         return value
-    changed = inside = copy.deepcopy(told)
+    changed = inside = copy.deepcopy(exported)
     for key in place[:-1]:
         inside = inside[key]
     if value is ...:
@@ -486,20 +488,20 @@ def put(told: Told, place: tuple[Any, ...], value: object) -> Any:
     return changed
 
 
-def column(told: Told, table: str, name: str, row: int, value: int) -> Told:
+def column(exported: Exported, table: str, name: str, row: int, value: int) -> Exported:
     """A copy with another number in a column."""
     size = np.dtype(parts.TABLES[table][name]).itemsize
-    data = bytearray(told[table][name])
+    data = bytearray(exported[table][name])
     data[row * size : (row + 1) * size] = value.to_bytes(size, "little", signed=True)
-    changed: Told = put(told, (table, name), bytes(data))
+    changed: Exported = put(exported, (table, name), bytes(data))
     return changed
 
 
-def refused(told: object) -> bool:
+def refused(exported: object) -> bool:
     """Whether it is; one that is not must be as good as any. Any other error than PeerProtocolError goes through."""
-    others = [process.told() for process in migration()[:2]]
+    others = [process.export() for process in migration()[:2]]
     try:
-        merged = merge([*others, told])  # type: ignore[list-item]
+        merged = merge([*others, exported])  # type: ignore[list-item]
     except PeerProtocolError:
         return True
     assert walks_end(merged)
@@ -524,26 +526,26 @@ def test_a_part_from_which_something_is_missing_is_refused(place: tuple[Any, ...
 
 @pytest.mark.parametrize("place", PLACES, ids=repr)
 def test_a_part_with_something_of_a_wrong_kind_is_refused(place: tuple[Any, ...]) -> None:
-    told = whole()
-    before: Any = told
+    exported = whole()
+    before: Any = exported
     for key in place:
         before = before[key]
     for wrong in WRONG:
         another_name = isinstance(before, str) and wrong == "x"
-        assert refused(put(told, place, wrong)) != another_name, wrong
+        assert refused(put(exported, place, wrong)) != another_name, wrong
 
 
 @pytest.mark.parametrize("place", [place for place in PLACES if place], ids=repr)
 def test_a_part_with_something_more_is_refused(place: tuple[Any, ...]) -> None:
-    told = whole()
-    inside: Any = told
+    exported = whole()
+    inside: Any = exported
     for key in place:
         inside = inside[key]
     if isinstance(inside, dict):
-        assert refused(put(told, (*place, "more"), 0))
+        assert refused(put(exported, (*place, "more"), 0))
     elif isinstance(inside, bytes):
         for wrong in (inside + b"\0", inside + inside, inside[:-1], inside[: len(inside) // 2]):
-            assert refused(put(told, place, wrong))
+            assert refused(put(exported, place, wrong))
 
 
 def test_a_key_more_is_refused() -> None:
@@ -585,9 +587,9 @@ def test_a_number_out_of_range_is_refused(table: str, name: str, row: int, value
 
 def test_a_mark_may_have_no_cause_but_is_there_once() -> None:
     assert not refused(column(whole(), "marks", "cause", 0, NO_CAUSE))
-    told = whole()
-    first = told["marks"]["mark"][0]
-    assert refused(column(told, "marks", "mark", 1, first))
+    exported = whole()
+    first = exported["marks"]["mark"][0]
+    assert refused(column(exported, "marks", "mark", 1, first))
 
 
 def test_a_counter_that_shrinks_is_refused() -> None:
@@ -595,9 +597,9 @@ def test_a_counter_that_shrinks_is_refused() -> None:
     for count in (5, 6, 7):
         sender.sent("data", count, count)
         sender.sent("other data", 10 - count, count)
-    told = sender.told()
-    assert not refused(told)
-    assert refused(column(told, "sent", "count", 3, 4))
+    exported = sender.export()
+    assert not refused(exported)
+    assert refused(column(exported, "sent", "count", 3, 4))
 
 
 @pytest.mark.parametrize("span", [0, 1])
@@ -605,26 +607,26 @@ def test_waits_that_are_not_in_the_order_of_their_spans_are_refused(span: int) -
     receiver = Process("receiver")
     for now in (5, 6):
         receiver.waited_for(Resource.COPY, "read", "data", now, 0, now)
-    told = receiver.told()
-    assert not refused(told)
-    assert refused(column(column(told, "waits", "span", 0, span), "waits", "span", 1, 0))
+    exported = receiver.export()
+    assert not refused(exported)
+    assert refused(column(column(exported, "waits", "span", 0, span), "waits", "span", 1, 0))
 
 
 def test_names_are_few_and_short_and_differ() -> None:
     for key in ("names", "stage_names", "edges"):
-        told = whole()
-        there = told[key]
+        exported = whole()
+        there = exported[key]
         for more in (["x" * (MAX_NAME_CHARS + 1)], ["a\x1b[2J"], [there[0]], [f"name {n}" for n in range(MAX_NAMES)]):
-            assert refused({**told, key: [*there, *more]})
+            assert refused({**exported, key: [*there, *more]})
         for more in (["x" * MAX_NAME_CHARS], [f"name {n}" for n in range(MAX_NAMES - len(there))]):
-            assert not refused({**told, key: [*there, *more]})
+            assert not refused({**exported, key: [*there, *more]})
 
 
 def test_parts_with_more_names_than_a_timeline_can_have_are_refused() -> None:
-    told = [{**ProcessTimeline().export(), "names": [f"{part}.{n}" for n in range(MAX_NAMES)]} for part in range(5)]
-    assert len(merge(told[:4])) == 0
+    exported = [{**ProcessTimeline().export(), "names": [f"{part}.{n}" for n in range(MAX_NAMES)]} for part in range(5)]
+    assert len(merge(exported[:4])) == 0
     with pytest.raises(PeerProtocolError, match="number of names"):
-        merge(told)
+        merge(exported)
 
 
 def test_too_many_stages_are_refused() -> None:
@@ -642,14 +644,14 @@ def test_absurd_counts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @given(st.data())
 def test_bytes_that_changed_on_the_way_are_refused_or_do_no_harm(data: st.DataObject) -> None:
-    told = whole()
+    exported = whole()
     for _ in range(data.draw(st.integers(1, 4))):
         table = data.draw(st.sampled_from(sorted(parts.TABLES)))
         name = data.draw(st.sampled_from(sorted(parts.TABLES[table])))
-        changed = bytearray(told[table][name])
+        changed = bytearray(exported[table][name])
         changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
-        told[table][name] = bytes(changed)
-    refused(told)
+        exported[table][name] = bytes(changed)
+    refused(exported)
 
 
 # --- size ------------------------------------------------------------------------------------------------------------
@@ -670,10 +672,10 @@ def test_a_long_run_is_merged() -> None:
         target.sent("room of connection 0", number, now + 9)
         source.waited_for(Resource.LINK, "room", "room of connection 0", number, now + 3, now + 10)
     target.mark(Mark.RESUMED, target.now)
-    told = [source.told(), target.told()]
-    assert sum(sys.getsizeof(data) for part in told for data in part["spans"].values()) < 29 * 200_000 + 10_000
+    exported = [source.export(), target.export()]
+    assert sum(sys.getsizeof(data) for part in exported for data in part["spans"].values()) < 29 * 200_000 + 10_000
     tracemalloc.start()
-    merged = merge(told)
+    merged = merge(exported)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes < 10 * 29 * 200_000

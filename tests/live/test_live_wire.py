@@ -71,7 +71,7 @@ def test_frames_of_all_sizes_come_as_they_were_sent_both_ways_on_all_connections
 def test_a_stream_of_frames_stays_whole_whoever_is_cancelled(loop: str, io: str) -> None:
     rng = random.Random(5)
     begun: list[int] = []
-    came: list[int] = []
+    received: list[int] = []
 
     async def send_one(session: Session, number: int) -> None:
         begun.append(number)
@@ -95,19 +95,19 @@ def test_a_stream_of_frames_stays_whole_whoever_is_cancelled(loop: str, io: str)
         async with pair(io, 1, sockets=settings) as (source, target):
             sending = asyncio.create_task(send_all(source))
             while True:
-                got = await pestered(asyncio.create_task(target.channels[0].recv()))
-                if isinstance(got, asyncio.CancelledError):
+                frame_or_error = await pestered(asyncio.create_task(target.channels[0].recv()))
+                if isinstance(frame_or_error, asyncio.CancelledError):
                     continue
-                header, payload = got
+                header, payload = frame_or_error
                 if header == b"end":
                     break
                 assert as_view(payload) == content(int(header), len(payload))
-                came.append(int(header))
+                received.append(int(header))
             await sending
 
     run(loop, main)
-    assert came == begun
-    assert len(came) > 100
+    assert received == begun
+    assert len(received) > 100
 
 
 @both_ways
@@ -265,12 +265,12 @@ def test_an_offer_beyond_the_targets_limits_is_refused_in_the_same_words_at_both
     async def main() -> None:
         async with listening() as (listener, address):
             accepting = asyncio.create_task(outcome(accept(listener, agree, io=IO["loop"], limits=theirs)))
-            told = await outcome(connect(address, RUN, connections, io=IO["loop"], limits=PATIENT))
+            result = await outcome(connect(address, RUN, connections, io=IO["loop"], limits=PATIENT))
             refused = await accepting
-        assert isinstance(told, PeerFailedError)
+        assert isinstance(result, PeerFailedError)
         assert isinstance(refused, PeerProtocolError)
         assert str(refused) == words
-        assert f"refuses: {words}" in str(told)
+        assert f"refuses: {words}" in str(result)
 
     run("asyncio", main)
 
@@ -284,10 +284,10 @@ def test_what_the_judge_says_is_the_refusal(loop: str, io: str, error: Exception
     async def main() -> None:
         async with listening() as (listener, address):
             accepting = asyncio.create_task(outcome(accept(listener, judge, io=IO[io], limits=PATIENT)))
-            told = await outcome(connect(address, RUN, 2, io=IO[io], limits=PATIENT))
+            result = await outcome(connect(address, RUN, 2, io=IO[io], limits=PATIENT))
             assert await accepting is error
-        assert isinstance(told, PeerFailedError)
-        assert str(told).endswith(f"refuses: {error}")
+        assert isinstance(result, PeerFailedError)
+        assert str(result).endswith(f"refuses: {error}")
 
     run(loop, main)
 
@@ -299,9 +299,9 @@ def test_a_bug_in_the_judge_is_no_secret_here_but_there() -> None:
     async def main() -> None:
         async with listening() as (listener, address):
             accepting = asyncio.create_task(outcome(accept(listener, judge, io=IO["loop"], limits=PATIENT)))
-            told = await outcome(connect(address, RUN, 2, io=IO["loop"], limits=PATIENT))
+            result = await outcome(connect(address, RUN, 2, io=IO["loop"], limits=PATIENT))
             assert isinstance(await accepting, ZeroDivisionError)
-        assert str(told).endswith("refuses: an error of its own")
+        assert str(result).endswith("refuses: an error of its own")
 
     run("asyncio", main)
 
@@ -374,7 +374,7 @@ def test_on_two_hosts_the_clocks_offset_is_measured(monkeypatch: pytest.MonkeyPa
 
 def test_two_hosts_with_the_same_boot_id_are_found_out() -> None:
     """A virtual machine that was copied while it ran has the original's boot_id, and another clock."""
-    heard: list[ClockOffset] = []
+    clocks: list[ClockOffset] = []
 
     async def main() -> None:
         async with listening() as (listener, address):
@@ -382,13 +382,13 @@ def test_two_hosts_with_the_same_boot_id_are_found_out() -> None:
             peer.at_ns = time.perf_counter_ns() + 10**15
             following = asyncio.create_task(peer.follow(peer.script(listener), asyncio.Event()))
             session = await connect(address, RUN, 2, io=IO["loop"], limits=PATIENT)
-            heard.append(session.peer_clock)
+            clocks.append(session.peer_clock)
             await session.close()
             await following
 
     run("asyncio", main)
-    assert heard[0].uncertainty_ns > 0
-    assert abs(heard[0].offset_ns - 10**15) < 10**12
+    assert clocks[0].uncertainty_ns > 0
+    assert abs(clocks[0].offset_ns - 10**15) < 10**12
 
 
 # --- talking ----------------------------------------------------------------------------------------------------------
@@ -440,9 +440,9 @@ def test_a_peer_that_says_more_than_anybody_asks_for_is_given_up() -> None:
             with pytest.raises(ConnectionAbortedError, match="sends more messages than are received"):
                 await target.channels[0].recv()
             assert (await target.receive_message(Start)).zero_ns == 0
-            while not isinstance(told := await outcome(target.receive_message(Start)), Exception):
+            while not isinstance(result := await outcome(target.receive_message(Start)), Exception):
                 pass
-            assert isinstance(told, PeerProtocolError)
+            assert isinstance(result, PeerProtocolError)
 
     run("asyncio", main)
 
@@ -501,9 +501,9 @@ def test_whoever_waits_is_told_when_this_side_closes(loop: str, io: str) -> None
             for _ in range(20):
                 await asyncio.sleep(0)
             await asyncio.gather(source.close(), source.close())
-            for told in await asyncio.gather(*waiting):
-                assert isinstance(told, ConnectionAbortedError)
-                assert str(told) == "this side closed the session"
+            for result in await asyncio.gather(*waiting):
+                assert isinstance(result, ConnectionAbortedError)
+                assert str(result) == "this side closed the session"
             with pytest.raises(ConnectionAbortedError):
                 await source.channels[0].send(b"h", content(0, 9))
 
@@ -549,9 +549,9 @@ def test_when_the_peer_is_silent_everybody_who_waits_is_told(loop: str, io: str)
             await following
 
     run(loop, main)
-    for told in found:
-        assert isinstance(told, ConnectionError)
-        assert str(told) == "the other side sent nothing for 0.2 s"
+    for result in found:
+        assert isinstance(result, ConnectionError)
+        assert str(result) == "the other side sent nothing for 0.2 s"
 
 
 async def _send_for_ever(session: Session) -> None:
@@ -563,7 +563,7 @@ async def _send_for_ever(session: Session) -> None:
 
 
 class Notes:
-    """A timeline that notes what it is told; its clock stands still unless it is moved."""
+    """A timeline that notes what is recorded; its clock stands still unless it is moved."""
 
     def __init__(self) -> None:
         self.now = 1000
@@ -652,8 +652,8 @@ def test_a_send_that_was_held_up_waited_for_what_the_receiver_did(loop: str, io:
             await sending
 
     run(loop, main)
-    told = merge([here.export(), there.export()]).recorded()
-    what = [told.names[number] for number in told.spans["what"]]
+    recorded = merge([here.export(), there.export()]).recorded()
+    what = [recorded.names[number] for number in recorded.spans["what"]]
     room, load = what.index("room in connection"), what.index("LOAD")
-    assert told.spans["cause"][room] == load
-    assert told.spans["start_ns"][room] >= told.spans["end_ns"][load]
+    assert recorded.spans["cause"][room] == load
+    assert recorded.spans["start_ns"][room] >= recorded.spans["end_ns"][load]

@@ -65,8 +65,8 @@ def damages(seed: int, stages: list[str]) -> Change:
 
 
 def check(found: list[Any]) -> None:
-    for told in found:
-        assert isinstance(told, ALLOWED), repr(told)
+    for result in found:
+        assert isinstance(result, ALLOWED), repr(result)
 
 
 # --- peers that break off anywhere ------------------------------------------------------------------------------------
@@ -81,8 +81,8 @@ def test_the_scripts_are_good_as_long_as_nothing_is_changed(loop: str, io: str) 
         found.extend(await met_by_source(io, honest, PATIENT))
 
     run(loop, main)
-    assert [type(told) for told in found] == [ConnectionResetError] * 6
-    assert sum("data connection" in str(told) for told in found) == 4
+    assert [type(result) for result in found] == [ConnectionResetError] * 6
+    assert sum("data connection" in str(result) for result in found) == 4
 
 
 @pytest.mark.parametrize("start", range(0, 1200, 100))
@@ -92,10 +92,10 @@ def test_a_target_stands_whatever_a_source_damages(start: int) -> None:
     async def main() -> None:
         for batch in range(start, start + 100, 50):  # some wait until they are given up: together
             seeds = range(batch, batch + 50)
-            for told in await asyncio.gather(
+            for result in await asyncio.gather(
                 *(met_by_target(io, damages(seed, SOURCE_STAGES), SHORT) for seed in seeds)
             ):
-                check(told)
+                check(result)
 
     run(loop, main)
 
@@ -107,10 +107,10 @@ def test_a_source_stands_whatever_a_target_damages(start: int) -> None:
     async def main() -> None:
         for batch in range(start, start + 100, 50):
             seeds = range(batch, batch + 50)
-            for told in await asyncio.gather(
+            for result in await asyncio.gather(
                 *(met_by_source(io, damages(seed, TARGET_STAGES), SHORT) for seed in seeds)
             ):
-                check(told)
+                check(result)
 
     run(loop, main)
 
@@ -132,9 +132,9 @@ def test_a_peer_that_falls_silent_anywhere_is_given_up_in_time(loop: str, io: st
                 group.create_task(one(f"target {stage}", met_by_source(io, silent_at(stage), limits)))
 
     run(loop, main)
-    for name, told in found.items():
-        check(told)
-        for error in told:
+    for name, errors in found.items():
+        check(errors)
+        for error in errors:
             assert "3 s" in str(error) or "0.5 s" in str(error) or "refuses" in str(error), (name, error)
     assert "waited for the offer of the source at 127.0.0.1" in str(found["source offer"])
     assert "waited for data connections 1 of 2 of the source" in str(found["source data preamble 1"])
@@ -221,9 +221,9 @@ def test_strangers_are_turned_away_and_the_source_is_let_in(loop: str, io: str) 
             await source.close()
 
     run(loop, main)
-    for told, words in zip(rejected, STRANGERS.values(), strict=True):
-        assert told.startswith("127.0.0.1:")
-        assert words in told
+    for text, words in zip(rejected, STRANGERS.values(), strict=True):
+        assert text.startswith("127.0.0.1:")
+        assert words in text
 
 
 @both_ways
@@ -245,7 +245,7 @@ def test_those_who_say_nothing_keep_nobody_out(loop: str, io: str, monkeypatch: 
 
     run(loop, main)
     assert rejected
-    assert all("sent no preamble yet, and was closed to make room for others" in told for told in rejected)
+    assert all("sent no preamble yet, and was closed to make room for others" in text for text in rejected)
 
 
 @both_ways
@@ -318,8 +318,8 @@ def test_strangers_among_the_data_connections_do_not_end_the_session(loop: str, 
                 writer.close()
 
     run(loop, main)
-    words = [told.split(": ", 1)[1] for told in rejected]
-    assert sum("without the session's token" in told for told in words) == 4
+    words = [text.split(": ", 1)[1] for text in rejected]
+    assert sum("without the session's token" in text for text in words) == 4
     assert words.count("another source is being served") == 2
     assert words.count("data connection 0 a second time") == 1
     assert words.count("data connection 2; there are 2, counted from 0") == 1
@@ -350,13 +350,13 @@ def test_strangers_among_the_data_connections_do_not_end_the_session(loop: str, 
     ],
 )
 def test_an_offer_that_cannot_be_is_refused_with_the_reason(changes: dict[str, Any], words: str) -> None:
-    told: list[Any] = []
+    answers: list[Any] = []
 
     class Curious(SourcePeer):
         async def script(self, address: tuple[str, int]) -> None:
             reader, writer = await self._dial(address)
             writer.write(Preamble(Role.SESSION).pack() + message(**{"kind": "offer", **OFFER, **changes}))
-            told.append(msgpack.unpackb((await reader.read())[4:]))
+            answers.append(msgpack.unpackb((await reader.read())[4:]))
 
     async def main() -> None:
         async with listening() as (listener, address):
@@ -365,7 +365,7 @@ def test_an_offer_that_cannot_be_is_refused_with_the_reason(changes: dict[str, A
             with pytest.raises(PeerProtocolError, match=words) as error:
                 await accept(listener, agree, io=IO["loop"], limits=PATIENT)
             await following
-            assert told == [{"kind": "refuse", "why": str(error.value)}]
+            assert answers == [{"kind": "refuse", "why": str(error.value)}]
 
     run("asyncio", main)
 
@@ -443,14 +443,14 @@ def feed(data: bytes, cuts: random.Random, size: int = 1 << 17) -> list[tuple[by
             found.append((whole[0], bytes(whole[1])))
         room: memoryview | None = frames.room()
         while room is not None:
-            got = min(len(room), cuts.choice([1, 7, 8, 9, 100, 5000, 1 << 20, 1 << 20]), len(data) - at)
-            if not got and at == len(data) and frames.room() is not None:
+            cut = min(len(room), cuts.choice([1, 7, 8, 9, 100, 5000, 1 << 20, 1 << 20]), len(data) - at)
+            if not cut and at == len(data) and frames.room() is not None:
                 with contextlib.suppress(ConnectionResetError):
                     frames.received(0)
                 return found
-            room[:got] = data[at : at + got]
-            at += got
-            room = frames.received(got)
+            room[:cut] = data[at : at + cut]
+            at += cut
+            room = frames.received(cut)
 
 
 @settings(max_examples=200)

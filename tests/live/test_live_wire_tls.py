@@ -83,11 +83,11 @@ def test_frames_over_tls_stay_whole_whoever_is_cancelled(loop: str) -> None:
                 await asyncio.sleep(0)
                 if number % 2:
                     waiting.cancel()
-                got: Any = (await asyncio.gather(waiting, return_exceptions=True))[0]
-                if isinstance(got, asyncio.CancelledError):
-                    got = await target.channels[0].recv()
-                assert got[0] == b"%d" % number
-                assert as_view(got[1]) == bytes([number]) * 90_000
+                received: Any = (await asyncio.gather(waiting, return_exceptions=True))[0]
+                if isinstance(received, asyncio.CancelledError):
+                    received = await target.channels[0].recv()
+                assert received[0] == b"%d" % number
+                assert as_view(received[1]) == bytes([number]) * 90_000
 
     run(loop, main)
 
@@ -103,9 +103,9 @@ def test_whoever_waits_is_told_when_this_side_closes(loop: str) -> None:
             ]
             await asyncio.sleep(0.1)
             await source.close()
-            for told in await asyncio.gather(*waiting):
-                assert isinstance(told, ConnectionAbortedError)
-                assert str(told) == "this side closed the session"
+            for result in await asyncio.gather(*waiting):
+                assert isinstance(result, ConnectionAbortedError)
+                assert str(result) == "this side closed the session"
 
     run(loop, main)
 
@@ -122,12 +122,12 @@ async def meet(server_tls: ssl.SSLContext | None, client_tls: ssl.SSLContext | N
         accepting = asyncio.create_task(
             accept(listener, agree, io=IO["loop"], limits=PATIENT, tls=server_tls, rejected=rejected.append)
         )
-        told = await outcome(connect(address, RUN, 2, io=IO["loop"], limits=PATIENT, tls=client_tls))
+        result = await outcome(connect(address, RUN, 2, io=IO["loop"], limits=PATIENT, tls=client_tls))
         while not rejected and not accepting.done():
             await asyncio.sleep(0.01)
         accepting.cancel()
         await asyncio.wait({accepting})
-    return told, rejected
+    return result, rejected
 
 
 @both_loops
@@ -141,8 +141,8 @@ def test_a_source_without_a_certificate_that_the_target_trusts_is_turned_away(lo
         found.extend(await meet(server(), context))
 
     run(loop, main)
-    told, rejected = found
-    assert isinstance(told, OSError)
+    result, rejected = found
+    assert isinstance(result, OSError)
     assert "CERTIFICATE" in rejected[0].upper()
 
 
@@ -156,9 +156,9 @@ def test_a_source_turns_a_target_away_that_it_does_not_trust(loop: str) -> None:
         found.append(await meet(server("source"), client()))  # it has another name
 
     run(loop, main)
-    for told, _ in found:
-        assert isinstance(told, OSError)
-        assert "certificate verify failed" in str(told)
+    for result, _ in found:
+        assert isinstance(result, OSError)
+        assert "certificate verify failed" in str(result)
     assert "not valid for '127.0.0.1'" in str(found[2][0])
 
 
@@ -171,8 +171,8 @@ def test_plain_text_and_tls_do_not_mix(loop: str) -> None:
         found.append(await meet(None, client()))
 
     run(loop, main)
-    for told, rejected in found:
-        assert isinstance(told, OSError)
+    for result, rejected in found:
+        assert isinstance(result, OSError)
         assert rejected
     assert "begin with b'PROTO-V3'" in found[1][1][0]
 

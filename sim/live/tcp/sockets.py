@@ -129,7 +129,7 @@ def text_of(address: Any) -> str:
 
 
 def reason(error: OSError) -> str:
-    """The text of an error. asyncio has none for a connection that is gone, and its own for one that was refused."""
+    """The text of an error. asyncio has no text for a connection that is gone, and one of its own for a refused one."""
     if isinstance(error, ConnectionError) and error.errno:
         return os.strerror(error.errno)
     return error.strerror or str(error) or str(ended())
