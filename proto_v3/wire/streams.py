@@ -106,26 +106,16 @@ class InStreams(Protocol):
 # --- a connection each ------------------------------------------------------------------------------------------------
 
 
-class _OwnConnections:
-    """Wire stream `index` of a device has connection 1 + device x streams + index."""
+class OwnOutStreams(OutStreams):
+    """Each wire stream is the channel of its own connection. `streams`: wire streams of each device."""
 
     def __init__(self, channels: Sequence[Channel], streams: int) -> None:
         self._channels = channels
         self._streams = streams
 
-    def channel(self, device: int, index: int) -> Channel:
-        return self._channels[1 + device * self._streams + index]
-
-
-class OwnOutStreams(OutStreams):
-    """Each wire stream is the channel of its own connection. `streams`: wire streams of each device."""
-
-    def __init__(self, channels: Sequence[Channel], streams: int) -> None:
-        self._connections = _OwnConnections(channels, streams)
-
     @override
     def stream(self, device: int, index: int) -> OutStream:
-        return self._connections.channel(device, index)
+        return self._channels[1 + device * self._streams + index]
 
     @override
     def work(self) -> list[Work]:
@@ -159,12 +149,13 @@ class OwnInStreams(InStreams):
     """Each wire stream has a connection of its own. `streams`: wire streams of each device."""
 
     def __init__(self, channels: Sequence[Channel], streams: int, on_held: OnHeld) -> None:
-        self._connections = _OwnConnections(channels, streams)
+        self._channels = channels
+        self._streams = streams
         self._on_held = on_held
 
     @override
     def stream(self, device: int, index: int) -> InStream:
-        return _OwnIn(self._connections.channel(device, index), device, index, self._on_held)
+        return _OwnIn(self._channels[1 + device * self._streams + index], device, index, self._on_held)
 
     @override
     def work(self) -> list[Work]:
