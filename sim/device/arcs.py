@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from proto_v3.vfio.uapi import State
 from sim.scenario.tables import Device
-from sim.scenario.units import ns
 
 
 class Cost(enum.Flag):
@@ -28,15 +27,12 @@ class Cost(enum.Flag):
 
     def time_ns(self, device: Device) -> int:
         """The fixed time on this device; waiting for SAVEs comes on top."""
-        return sum(
-            ns(ms)
-            for cost, ms in (
-                (Cost.SUSPEND, device.suspend_ms),
-                (Cost.QUIESCE, device.quiesce_ms),
-                (Cost.RESUME, device.resume_ms),
-            )
-            if cost in self
-        )
+        times_ns = {
+            Cost.SUSPEND: device.suspend_ns,
+            Cost.QUIESCE: device.quiesce_ns,
+            Cost.RESUME: device.resume_ns,
+        }
+        return sum(time_ns for cost, time_ns in times_ns.items() if cost in self)
 
 
 class SessionStep(enum.Enum):

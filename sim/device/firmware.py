@@ -13,7 +13,6 @@ from proto_v3.timeline import Resource, Timeline
 from sim.clock.port import now_ns
 from sim.resource import CommandSlots, duration_ns
 from sim.scenario.tables import Firmware
-from sim.scenario.units import MIB, ns
 
 FACTORS = 4096
 """Drawn for a run; later commands use them again from the start."""
@@ -38,17 +37,17 @@ class FirmwareModel:
 
     async def save(self, size_bytes: int) -> None:
         """Run a SAVE command; it takes longer while others of the PF run."""
-        fixed_ns = round(self._settings.save_command_us * 1_000)
-        await self._run(Resource.FIRMWARE, "SAVE", fixed_ns, size_bytes, self._settings.save_mib_per_s * MIB)
+        settings = self._settings
+        await self._run(Resource.FIRMWARE, "SAVE", settings.save_command_ns, size_bytes, settings.save_bytes_per_s)
 
     async def load(self, size_bytes: int) -> None:
         """Run a LOAD command."""
-        fixed_ns = round(self._settings.load_command_us * 1_000)
-        await self._run(Resource.LOAD, "LOAD", fixed_ns, size_bytes, self._settings.load_mib_per_s * MIB)
+        settings = self._settings
+        await self._run(Resource.LOAD, "LOAD", settings.load_command_ns, size_bytes, settings.load_bytes_per_s)
 
     async def finish_load(self) -> None:
         """Run the command that ends a device's load, after its last record."""
-        await self._run(Resource.LOAD, "LOAD finish", ns(self._settings.load_finish_ms), 0, 1)
+        await self._run(Resource.LOAD, "LOAD finish", self._settings.load_finish_ns, 0, 1)
 
     async def _run(self, resource: Resource, what: str, fixed_ns: int, size_bytes: int, bytes_per_s: float) -> None:
         factor = float(self._factors[self._commands % FACTORS])

@@ -25,7 +25,6 @@ from sim.device.save_plan import SavePlan
 from sim.device.save_queue import ReadState, SaveQueue
 from sim.device.state import DeviceState
 from sim.device.stream import DriverLock, MigrationSession, SavedFd, fails
-from sim.scenario.units import ns
 
 
 class SaveStream(SavedFd):
@@ -215,7 +214,7 @@ class SaveStream(SavedFd):
         """Plan what became dirty, if everything before it is read; returns whether it was planned."""
         if self.state is not ReadState.DRAINED or self.buffer.unread_bytes or self._driver.precopy == "check":
             return False
-        if self._driver.precopy == "reread" and now_ns() - self._planned_ns < ns(self._driver.reread_ms):
+        if self._driver.precopy == "reread" and now_ns() - self._planned_ns < self._driver.reread_ns:
             return False
         self.plan_all()
         return True

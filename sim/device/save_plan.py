@@ -16,12 +16,11 @@ from proto_v3.vfio.uapi import BlockRange
 from sim.device.record import HEADER_BYTES, NO_INDICES, V3_HEADER_BYTES, Record, ranges_bytes
 from sim.device.state import DeviceState, Indices
 from sim.scenario.tables import Device, Driver
-from sim.scenario.units import KIB
 
 
 def image_bytes(spec: Device, driver: Driver, objects: int, blocks: int, header_bytes: int = HEADER_BYTES) -> int:
     """Bytes of an image in chunks, with `objects` critical objects and `blocks` blocks; headers included."""
-    object_bytes = round(spec.critical.object_kib * KIB)
+    object_bytes = spec.critical.object_bytes
     chunk_bytes = driver.chunk_bytes
     records = -(-objects // max(1, chunk_bytes // object_bytes)) + -(-blocks // (chunk_bytes // spec.block_bytes))
     return objects * object_bytes + blocks * spec.block_bytes + records * header_bytes

@@ -140,7 +140,7 @@ class LoadingSession:
         flags: StreamFlags,
     ) -> None:
         """`new_lock` makes the lock of an fd's write(); `dirty_streams` 0 is v2."""
-        setup_ns = round(spec.critical.setup_us * 1_000)
+        setup_ns = spec.critical.setup_ns
         self.load: LoadSession
         self.fds: list[DataFd]
         """The first is the fd that SET_STATE returns."""

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from proto_v3.vfio.uapi import BlockRange
 from sim.device.guest import Activity, Int32
 from sim.scenario.tables import Device
-from sim.scenario.units import KIB
 
 Indices = NDArray[np.intp]
 
@@ -38,7 +37,7 @@ class DeviceState:
     def __init__(self, device: Device, activity: Activity) -> None:
         self.spec = device
         self.block_bytes = device.block_bytes
-        self.object_bytes = round(device.critical.object_kib * KIB)
+        self.object_bytes = device.critical.object_bytes
         self.version: Int32 = np.zeros(device.blocks, np.int32)
         self.saved: Int32 = np.full(device.blocks, -1, np.int32)
         self.object_version: Int32 = np.zeros(device.critical.objects, np.int32)
@@ -166,7 +165,7 @@ class Image:
     def __init__(self, device: Device) -> None:
         self.version: Int32 = np.full(device.blocks, -1, np.int32)
         self.object_version: Int32 = np.full(device.critical.objects, -1, np.int32)
-        self.object_bytes = round(device.critical.object_kib * KIB)
+        self.object_bytes = device.critical.object_bytes
         self.place: Place | None = None
         """Live, addressable blocks: copies the bytes of the loaded ones to their place."""
 

@@ -16,7 +16,6 @@ from sim.host.vmms import target_device
 from sim.report import Counters, DeviceReport
 from sim.resource import Lock, Memory
 from sim.scenario.scenario import Scenario
-from sim.scenario.units import GIB
 
 
 class HostResources:
@@ -29,10 +28,9 @@ class HostResources:
             pf: FirmwareModel(scenario.firmware, np.random.default_rng(child), timeline)
             for pf, child in zip(pfs, seed.spawn(len(pfs)), strict=True)
         }
-        self._memory: CopyModel = Memory(
-            scenario.host.copy_gib_per_s * GIB, scenario.host.memory_gib_per_s * GIB, timeline
-        )
-        self._call_ns = round(scenario.driver.call_us * 1_000)
+        host = scenario.host
+        self._memory: CopyModel = Memory(host.copy_bytes_per_s, host.memory_bytes_per_s, timeline)
+        self._call_ns = scenario.driver.call_ns
         self.global_lock: DriverLock = Lock(timeline)
 
     def context(self, pf: int) -> DriverContext:

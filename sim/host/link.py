@@ -22,7 +22,6 @@ from sim.clock.port import now_ns
 from sim.clock.virtual import VirtualLoop
 from sim.resource import FifoServer
 from sim.scenario.tables import Link
-from sim.scenario.units import BYTES_PER_S_PER_GBIT, MIB
 
 
 class ClosedError(ConnectionResetError):
@@ -35,9 +34,9 @@ class _OneWay:
     def __init__(self, settings: Link, link: FifoServer, loop: VirtualLoop, timeline: Timeline, name: str) -> None:
         self._link = link
         self._loop = loop
-        self._connection = FifoServer(settings.per_connection_gbit_per_s * BYTES_PER_S_PER_GBIT)
-        self._buffer_bytes = round(settings.socket_buffer_mib * MIB)
-        self._latency_ns = round(settings.round_trip_us * 500)
+        self._connection = FifoServer(settings.per_connection_bytes_per_s)
+        self._buffer_bytes = settings.socket_buffer_bytes
+        self._latency_ns = settings.latency_ns
         self._timeline = timeline
         self._name = name
         self._in_flight_bytes = 0
@@ -134,8 +133,7 @@ class NetworkLink:
         self._settings = settings
         self._loop = loop
         self._timeline = timeline
-        bytes_per_s = settings.gbit_per_s * BYTES_PER_S_PER_GBIT
-        self._there, self._back = FifoServer(bytes_per_s), FifoServer(bytes_per_s)
+        self._there, self._back = FifoServer(settings.bytes_per_s), FifoServer(settings.bytes_per_s)
         self._ways: list[_OneWay] = []
 
     @property

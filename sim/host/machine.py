@@ -20,7 +20,7 @@ from sim.device.state import DeviceState
 from sim.resource import duration_ns
 from sim.scenario.scenario import Scenario
 from sim.scenario.tables import Ram
-from sim.scenario.units import GIB, MIB, NS_PER_S, PAGE_BYTES, ns
+from sim.scenario.units import GIB, MIB, NS_PER_S, PAGE_BYTES
 
 ZERO_PAGE_BYTES = 9
 """A page of zeros on the wire: 8 bytes of offset and flags, 1 of fill (QEMU migration/ram.c, RAM_SAVE_FLAG_ZERO)."""
@@ -35,8 +35,6 @@ class RamModel:
         self._timeline = timeline
         self._zero_bytes = round((settings.size_gib - settings.nonzero_gib) * GIB)
         self._dirty_bytes = round(settings.nonzero_gib * GIB)
-        self._scan_bytes_per_s = settings.scan_gib_per_s * GIB
-        self._send_bytes_per_s = settings.send_gib_per_s * GIB
         self._synced_ns = 0
         self._stopped_ns: int | None = None
 
@@ -56,30 +54,32 @@ class RamModel:
 
     async def sync(self) -> None:
         """See proto_v3.vmm.machine.GuestRam."""
-        await self._fixed(self._settings.sync_ms, "RAM sync")
+        await self._fixed(self._settings.sync_ns, "RAM sync")
         self._collect()
 
     async def final_sync(self) -> None:
         """See proto_v3.vmm.machine.GuestRam."""
-        await self._fixed(self._settings.final_sync_ms, "last RAM sync")
+        await self._fixed(self._settings.final_sync_ns, "last RAM sync")
         self._collect()
 
     async def final_scan(self) -> None:
         """See proto_v3.vmm.machine.GuestRam."""
-        await self._fixed(self._settings.final_scan_ms, "last RAM scan")
+        await self._fixed(self._settings.final_scan_ns, "last RAM scan")
 
     async def take(self, budget_ns: int) -> Payload | None:
         """See proto_v3.vmm.machine.GuestRam."""
         start = now_ns()
         if self._zero_bytes:
-            scanned = min(self._zero_bytes, max(PAGE_BYTES, int(self._scan_bytes_per_s * budget_ns / NS_PER_S)))
-            await sleep_ns(duration_ns(scanned, self._scan_bytes_per_s))
+            scanned = min(
+                self._zero_bytes, max(PAGE_BYTES, int(self._settings.scan_bytes_per_s * budget_ns / NS_PER_S))
+            )
+            await sleep_ns(duration_ns(scanned, self._settings.scan_bytes_per_s))
             self._zero_bytes -= scanned
             self._timeline.work(Resource.RAM, "RAM scan", start)
             return self._pages(-(-scanned // PAGE_BYTES) * ZERO_PAGE_BYTES)
         if self._dirty_bytes:
-            size = min(self._dirty_bytes, round(self._settings.frame_mib * MIB))
-            await sleep_ns(duration_ns(size, self._send_bytes_per_s))
+            size = min(self._dirty_bytes, self._settings.frame_bytes)
+            await sleep_ns(duration_ns(size, self._settings.send_bytes_per_s))
             self._dirty_bytes -= size
             self._timeline.work(Resource.RAM, "RAM pages", start)
             return self._pages(size)
@@ -93,12 +93,12 @@ class RamModel:
         elapsed_s = max(0, until - self._synced_ns) / NS_PER_S
         self._synced_ns = until
         working_set = self._settings.working_set_mib * MIB
-        written = self._settings.dirty_mib_per_s * MIB * elapsed_s
+        written = self._settings.dirty_bytes_per_s * elapsed_s
         self._dirty_bytes += round(working_set * -math.expm1(-written / working_set))
 
-    async def _fixed(self, cost_ms: float, what: str) -> None:
+    async def _fixed(self, cost_ns: int, what: str) -> None:
         start = now_ns()
-        await sleep_ns(ns(cost_ms))
+        await sleep_ns(cost_ns)
         self._timeline.work(Resource.FIXED, what, start)
 
 
@@ -154,28 +154,29 @@ class MachineModel:
         self.running = running
         self.ram = RamModel(scenario.ram, timeline, pages)
         self._vmm = scenario.vmm
-        self._config_load_ns = [ns(device.config_load_ms) for device in scenario.devices]
+        self._config_load_ns = [device.config_load_ns for device in scenario.devices]
         self._guest = guest
         self._config_lock = asyncio.Lock()
         self._timeline = timeline
 
     async def set_up(self) -> None:
         """See proto_v3.vmm.machine.Machine."""
-        await self._fixed(ns(self._vmm.setup_ms), "migration set-up")
+        await self._fixed(self._vmm.setup_ns, "migration set-up")
 
     async def stop_vcpus(self) -> None:
         """See proto_v3.vmm.machine.Machine."""
         await self._guest.order_stop()
-        await self._fixed(ns(self._vmm.vcpu_stop_ms), "vCPUs stop")
+        await self._fixed(self._vmm.vcpu_stop_ns, "vCPUs stop")
         self.ram.stop()
         await self._guest.stop()
         self.running = False
 
     async def buffer_device_data(self, size_bytes: int) -> None:
         """See proto_v3.vmm.machine.Machine."""
-        if self._vmm.device_buffer_gib_per_s is not None:
+        bytes_per_s = self._vmm.device_buffer_bytes_per_s
+        if bytes_per_s is not None:
             start = now_ns()
-            await sleep_ns(duration_ns(size_bytes, self._vmm.device_buffer_gib_per_s * GIB))
+            await sleep_ns(duration_ns(size_bytes, bytes_per_s))
             self._timeline.work(Resource.COPY, "VMM buffers", start)
 
     async def load_other_devices(self) -> None:
@@ -183,7 +184,7 @@ class MachineModel:
         if self._vmm.other_load_ms:
             start = now_ns()
             async with self._config_lock:  # QEMU's big lock; to wait for it is to wait for a config, a fixed cost too
-                await sleep_ns(ns(self._vmm.other_load_ms))
+                await sleep_ns(self._vmm.other_load_ns)
                 self._timeline.work(Resource.FIXED, "other devices", start)
 
     async def load_config(self, device: int) -> None:
@@ -195,7 +196,7 @@ class MachineModel:
 
     async def start_vcpus(self) -> None:
         """See proto_v3.vmm.machine.Machine."""
-        await self._fixed(ns(self._vmm.vcpu_start_ms), "vCPUs start")
+        await self._fixed(self._vmm.vcpu_start_ns, "vCPUs start")
         self.running = True
         self.ram.start()
         await self._guest.start()

@@ -10,9 +10,8 @@ import asyncio
 from sim.clock import port as clock
 from sim.live.real_time import RealTime
 from sim.scenario.scenario import Scenario
-from sim.scenario.units import GIB, MIB, NS_PER_MS, NS_PER_S
+from sim.scenario.units import NS_PER_S
 
-NS_PER_US = 1_000
 TRIES = 50
 TRIED_NS = 200_000
 
@@ -45,27 +44,27 @@ def delays_ns(scenario: Scenario) -> dict[str, float]:
     """The delays of a live run in nanoseconds, by the key of the scenario; without those that are 0."""
     vmm, firmware, ram = scenario.vmm, scenario.firmware, scenario.ram
     asked = {
-        "firmware.save_command_us": firmware.save_command_us * NS_PER_US,
-        "firmware.load_command_us": firmware.load_command_us * NS_PER_US,
-        "firmware.load_finish_ms": firmware.load_finish_ms * NS_PER_MS,
-        "ram.sync_ms": ram.sync_ms * NS_PER_MS,
-        "ram.final_sync_ms": ram.final_sync_ms * NS_PER_MS,
-        "ram.final_scan_ms": ram.final_scan_ms * NS_PER_MS,
-        "ram.send_gib_per_s": ram.frame_mib * MIB / (ram.send_gib_per_s * GIB) * NS_PER_S,
-        "vmm.setup_ms": vmm.setup_ms * NS_PER_MS,
-        "vmm.vcpu_stop_ms": vmm.vcpu_stop_ms * NS_PER_MS,
-        "vmm.vcpu_start_ms": vmm.vcpu_start_ms * NS_PER_MS,
-        "vmm.other_load_ms": vmm.other_load_ms * NS_PER_MS,
+        "firmware.save_command_us": firmware.save_command_ns,
+        "firmware.load_command_us": firmware.load_command_ns,
+        "firmware.load_finish_ms": firmware.load_finish_ns,
+        "ram.sync_ms": ram.sync_ns,
+        "ram.final_sync_ms": ram.final_sync_ns,
+        "ram.final_scan_ms": ram.final_scan_ns,
+        "ram.send_gib_per_s": ram.frame_bytes / ram.send_bytes_per_s * NS_PER_S,
+        "vmm.setup_ms": vmm.setup_ns,
+        "vmm.vcpu_stop_ms": vmm.vcpu_stop_ns,
+        "vmm.vcpu_start_ms": vmm.vcpu_start_ns,
+        "vmm.other_load_ms": vmm.other_load_ns,
     }
-    if vmm.device_buffer_gib_per_s is not None:
-        asked["vmm.device_buffer_gib_per_s"] = vmm.read_mib * MIB / (vmm.device_buffer_gib_per_s * GIB) * NS_PER_S
+    if vmm.device_buffer_bytes_per_s is not None:
+        asked["vmm.device_buffer_gib_per_s"] = vmm.read_bytes / vmm.device_buffer_bytes_per_s * NS_PER_S
     for at, device in enumerate(scenario.device):
         key = f"device.{at}"
-        asked[f"{key}.suspend_ms"] = device.suspend_ms * NS_PER_MS
-        asked[f"{key}.quiesce_ms"] = device.quiesce_ms * NS_PER_MS
-        asked[f"{key}.resume_ms"] = device.resume_ms * NS_PER_MS
-        asked[f"{key}.config_load_ms"] = device.config_load_ms * NS_PER_MS
-        asked[f"{key}.critical.setup_us"] = device.critical.setup_us * NS_PER_US
+        asked[f"{key}.suspend_ms"] = device.suspend_ns
+        asked[f"{key}.quiesce_ms"] = device.quiesce_ns
+        asked[f"{key}.resume_ms"] = device.resume_ns
+        asked[f"{key}.config_load_ms"] = device.config_load_ns
+        asked[f"{key}.critical.setup_us"] = device.critical.setup_ns
     return {key: value for key, value in asked.items() if value > 0}
 
 

@@ -26,8 +26,8 @@ from typing_extensions import override
 
 from sim.clock.port import Time
 from sim.live.io import set_done
+from sim.scenario.units import NS_PER_S
 
-NS_PER_S = 1_000_000_000
 _TFD_NONBLOCK, _TFD_CLOEXEC, _TFD_TIMER_ABSTIME = os.O_NONBLOCK, os.O_CLOEXEC, 1
 
 

@@ -136,13 +136,13 @@ class Scenario(Table):
         vmm = self.vmm
         given = vmm.bandwidth_gbit_per_s
         return SwitchoverSettings(
-            downtime_limit_ns=ns(vmm.downtime_limit_ms),
-            bandwidth_window_ns=ns(vmm.bandwidth_window_ms),
-            decision_interval_ns=ns(vmm.decision_interval_ms),
-            give_up_ns=round(vmm.give_up_s * NS_PER_S),
-            read_bytes=round(vmm.read_mib * MIB),
-            write_bytes=vmm.write_kib * KIB,
-            ram_budget_ns=ns(vmm.ram_budget_ms),
+            downtime_limit_ns=vmm.downtime_limit_ns,
+            bandwidth_window_ns=vmm.bandwidth_window_ns,
+            decision_interval_ns=vmm.decision_interval_ns,
+            give_up_ns=vmm.give_up_ns,
+            read_bytes=vmm.read_bytes,
+            write_bytes=vmm.write_bytes,
+            ram_budget_ns=vmm.ram_budget_ns,
             cancel_ns=None if vmm.cancel_after_s is None else round(vmm.cancel_after_s * NS_PER_S),
             given_bandwidth_bytes_per_s=None if given is None else given * BYTES_PER_S_PER_GBIT,
         )
@@ -173,7 +173,7 @@ class Scenario(Table):
             blocks=v3.blocks,
             wire=Wire(v3.wire),
             pool_connections=v3.pool_connections,
-            credits=Credits(round(v3.critical_credit_mib * MIB), round(v3.dirty_credit_mib * MIB)),
+            credits=Credits(v3.critical_credit_bytes, v3.dirty_credit_bytes),
             max_retries=v3.max_retries if v3.late_epoch == "retry" else 0,
         )
 

@@ -11,7 +11,20 @@ from pydantic import Field, model_validator
 
 from proto_v3.vfio.fsm import FEATURE_SETS, arcs
 from proto_v3.vfio.uapi import MigrationFlags
-from sim.scenario.units import KIB, MIB, PAGE_BYTES, Fraction, NonNegative, Positive, PositiveMs, Table
+from sim.scenario.units import (
+    GIB,
+    KIB,
+    MIB,
+    NS_PER_US,
+    PAGE_BYTES,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveMs,
+    Rate,
+    Table,
+    Whole,
+)
 
 MAX_STREAMS = 64
 MAX_BLOCKS = 1 << 24
@@ -34,6 +47,14 @@ class Ram(Table):
     final_sync_ms: NonNegative
     final_scan_ms: NonNegative
     frame_mib: Annotated[float, Field(ge=PAGE_BYTES / MIB, le=1024)] = 1.0
+
+    frame_bytes = Whole("frame_mib")
+    sync_ns = Whole("sync_ms")
+    final_sync_ns = Whole("final_sync_ms")
+    final_scan_ns = Whole("final_scan_ms")
+    scan_bytes_per_s = Rate("scan_gib_per_s")
+    send_bytes_per_s = Rate("send_gib_per_s")
+    dirty_bytes_per_s = Rate("dirty_mib_per_s")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -93,10 +114,8 @@ class Critical(Table):
     object_kib: Annotated[float, Field(ge=1 / KIB, le=1 << 30)]
     setup_us: NonNegative
 
-    @property
-    def object_bytes(self) -> int:
-        """Bytes of an object."""
-        return round(self.object_kib * KIB)
+    object_bytes = Whole("object_kib")
+    setup_ns = Whole("setup_us")
 
 
 class Fault(Table):
@@ -149,6 +168,12 @@ class Device(Table):
     reconfigurations: Reconfigurations | None = None
     faults: list[Fault] = []
 
+    suspend_ns = Whole("suspend_ms")
+    quiesce_ns = Whole("quiesce_ms")
+    resume_ns = Whole("resume_ms")
+    config_load_ns = Whole("config_load_ms")
+    block_bytes = Whole("block_kib")
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if "STOP_COPY" not in self.features:
@@ -178,11 +203,6 @@ class Device(Table):
                 f"critical.objects = {self.critical.objects}"
             )
         return self
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block."""
-        return self.block_kib * KIB
 
     @property
     def blocks(self) -> int:
@@ -219,6 +239,12 @@ class Firmware(Table):
     load_finish_ms: NonNegative
     service_cv: Annotated[float, Field(ge=0, le=2)]
 
+    save_bytes_per_s = Rate("save_mib_per_s")
+    save_command_ns = Whole("save_command_us")
+    load_bytes_per_s = Rate("load_mib_per_s")
+    load_command_ns = Whole("load_command_us")
+    load_finish_ns = Whole("load_finish_ms")
+
     @model_validator(mode="after")
     def _varies_or_not(self) -> Self:
         if 0 < self.service_cv < 1e-3:
@@ -251,10 +277,9 @@ class Driver(Table):
     reread_ms: PositiveMs = 1000.0
     check_bytes: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
 
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of a chunk."""
-        return self.chunk_mib * MIB
+    chunk_bytes = Whole("chunk_mib")
+    call_ns = Whole("call_us")
+    reread_ns = Whole("reread_ms")
 
 
 class Host(Table):
@@ -262,6 +287,9 @@ class Host(Table):
 
     copy_gib_per_s: Positive
     memory_gib_per_s: Positive
+
+    copy_bytes_per_s = Rate("copy_gib_per_s")
+    memory_bytes_per_s = Rate("memory_gib_per_s")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -280,6 +308,15 @@ class Link(Table):
     per_connection_gbit_per_s: Positive
     round_trip_us: NonNegative
     socket_buffer_mib: Annotated[float, Field(gt=0, le=4096)]
+
+    bytes_per_s = Rate("gbit_per_s")
+    per_connection_bytes_per_s = Rate("per_connection_gbit_per_s")
+    socket_buffer_bytes = Whole("socket_buffer_mib")
+
+    @property
+    def latency_ns(self) -> int:
+        """Half a round trip."""
+        return round(self.round_trip_us * NS_PER_US / 2)
 
 
 class Vmm(Table):
@@ -326,6 +363,23 @@ class Vmm(Table):
     """So much of a device's state may wait at the target to be written, or the migration fails; if left out, any amount
     may, as by QEMU's default (its x-migration-max-queued-buffers-size)."""
 
+    read_bytes = Whole("read_mib")
+    write_bytes = Whole("write_kib")
+    setup_ns = Whole("setup_ms")
+    vcpu_stop_ns = Whole("vcpu_stop_ms")
+    vcpu_start_ns = Whole("vcpu_start_ms")
+    downtime_limit_ns = Whole("downtime_limit_ms")
+    bandwidth_window_ns = Whole("bandwidth_window_ms")
+    decision_interval_ns = Whole("decision_interval_ms")
+    ram_budget_ns = Whole("ram_budget_ms")
+    give_up_ns = Whole("give_up_s")
+    other_load_ns = Whole("other_load_ms")
+
+    @property
+    def device_buffer_bytes_per_s(self) -> float | None:
+        """None: the buffers cost nothing."""
+        return None if self.device_buffer_gib_per_s is None else self.device_buffer_gib_per_s * GIB
+
     @model_validator(mode="after")
     def _channels_for_ram(self) -> Self:
         if self.multifd_dedicated >= self.multifd_channels:
@@ -366,6 +420,9 @@ class V3(Table):
     """The target's VMM; if that is v2 only, the source falls back."""
     target_max_dirty_streams: Annotated[int, Field(ge=0, le=MAX_STREAMS)] | None = None
     """Of the target's devices; as the source's if it is left out."""
+
+    critical_credit_bytes = Whole("critical_credit_mib")
+    dirty_credit_bytes = Whole("dirty_credit_mib")
 
 
 NO_FIGURES = {"citation", "case", "protocol", "fitted"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sim.scenario.scenario import Scenario
 from sim.scenario.tables import Device
-from sim.scenario.units import GIB, MIB, NS_PER_S, ns
+from sim.scenario.units import NS_PER_S
 from sim.theory.work import Part, Route
 
 ROUNDED_NS = 2
@@ -18,10 +18,10 @@ class Costs:
         self._scenario = scenario
         self._route = route
         self._write_bytes = scenario.switchover_settings().write_bytes
-        self._call_ns = round(scenario.driver.call_us * 1_000)
-        self.latency_ns = round(scenario.link.round_trip_us * 500)
+        self._call_ns = scenario.driver.call_ns
+        self.latency_ns = scenario.link.latency_ns
         """Half a round trip."""
-        self.finish_ns = ns(scenario.firmware.load_finish_ms)
+        self.finish_ns = scenario.firmware.load_finish_ns
         """The command that ends a device's load."""
 
     # --- data ---------------------------------------------------------------------------------------------------------
@@ -29,12 +29,12 @@ class Costs:
     def save_ns(self, part: Part) -> float:
         """SAVE commands, one after the other."""
         firmware = self._scenario.firmware
-        return _commands_ns(part, firmware.save_command_us, firmware.save_mib_per_s)
+        return _commands_ns(part, firmware.save_command_ns, firmware.save_bytes_per_s)
 
     def load_ns(self, part: Part) -> float:
         """LOAD commands, one after the other."""
         firmware = self._scenario.firmware
-        return _commands_ns(part, firmware.load_command_us, firmware.load_mib_per_s)
+        return _commands_ns(part, firmware.load_command_ns, firmware.load_bytes_per_s)
 
     def moved_ns(self, part: Part, bytes_per_s: float, call_ns: int = 0) -> float:
         """The bytes at a rate, read by read, with `call_ns` for each read."""
@@ -43,33 +43,33 @@ class Costs:
 
     def read_ns(self, part: Part) -> float:
         """read() on one thread; with the single channel also the copy through its buffers."""
-        copy_ns = self.moved_ns(part, self._scenario.host.copy_gib_per_s * GIB, self._call_ns)
+        copy_ns = self.moved_ns(part, self._scenario.host.copy_bytes_per_s, self._call_ns)
         return copy_ns + self._buffer_ns(part)
 
     def write_ns(self, part: Part) -> float:
         """write() on one thread, without the LOAD in it; with the single channel also the copy through its buffers."""
         calls = -(-part.size_bytes // self._write_bytes) if self._route.single else part.reads
-        copy_ns = self.moved_ns(part, self._scenario.host.copy_gib_per_s * GIB)
+        copy_ns = self.moved_ns(part, self._scenario.host.copy_bytes_per_s)
         return calls * self._call_ns + copy_ns + self._buffer_ns(part)
 
     def _buffer_ns(self, part: Part) -> float:
-        rate = self._scenario.vmm.device_buffer_gib_per_s
-        return self.moved_ns(part, rate * GIB) if self._route.single and rate is not None else 0.0
+        rate = self._scenario.vmm.device_buffer_bytes_per_s
+        return self.moved_ns(part, rate) if self._route.single and rate is not None else 0.0
 
     # --- what follows, to the end of the downtime ---------------------------------------------------------------------
 
     def resume_ns(self) -> int:
         """After the last config: devices and vCPUs start. v3 asks the source first, which takes a round trip."""
-        resume_ns = sum(ns(device.resume_ms) for device in self._scenario.devices)
-        return resume_ns + ns(self._scenario.vmm.vcpu_start_ms) + (2 * self.latency_ns if self._route.v3 else 0)
+        resume_ns = sum(device.resume_ns for device in self._scenario.devices)
+        return resume_ns + self._scenario.vmm.vcpu_start_ns + (2 * self.latency_ns if self._route.v3 else 0)
 
     def after_load_ns(self, device: Device) -> int:
         """After the end of a device's load. With the single channel all configs follow, else perhaps only its own."""
         vmm = self._scenario.vmm
         if self._route.single:
-            configs_ns = ns(vmm.other_load_ms) + sum(ns(each.config_load_ms) for each in self._scenario.devices)
+            configs_ns = vmm.other_load_ns + sum(each.config_load_ns for each in self._scenario.devices)
         else:
-            configs_ns = ns(device.config_load_ms)
+            configs_ns = device.config_load_ns
         return configs_ns + self.resume_ns()
 
     def after_read_ns(self, device: Device) -> float:
@@ -81,6 +81,5 @@ class Costs:
         return self.load_ns(Part(device.block_bytes, 1))
 
 
-def _commands_ns(part: Part, command_us: float, mib_per_s: float) -> float:
-    command_ns = round(command_us * 1_000) - ROUNDED_NS
-    return max(0.0, part.commands * command_ns + part.size_bytes * NS_PER_S / (mib_per_s * MIB))
+def _commands_ns(part: Part, command_ns: int, bytes_per_s: float) -> float:
+    return max(0.0, part.commands * (command_ns - ROUNDED_NS) + part.size_bytes * NS_PER_S / bytes_per_s)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from proto_v3.wire.streams import Wire
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
-from sim.scenario.units import BYTES_PER_S_PER_GBIT, GIB, ns
 from sim.theory.costs import Costs
 from sim.theory.work import DeviceJob, Route, WorkAfterStop
 
@@ -116,7 +115,7 @@ class LowerBound:
 
     def memory_ns(self) -> float:
         """Lemma 5: all copies at the source share the memory's bandwidth."""
-        bytes_per_s = self._scenario.host.memory_gib_per_s * GIB
+        bytes_per_s = self._scenario.host.memory_bytes_per_s
         return self._shared_ns(lambda job: self._costs.moved_ns(job.whole, bytes_per_s))
 
     def lock_ns(self) -> float:
@@ -136,7 +135,7 @@ class LowerBound:
 
     def link_ns(self) -> float:
         """Lemma 7: all bytes share the link, or the shared connections if those are slower."""
-        bytes_per_s = self._scenario.link.gbit_per_s * BYTES_PER_S_PER_GBIT
+        bytes_per_s = self._scenario.link.bytes_per_s
         shared = self._shared_connections()
         if shared:
             bytes_per_s = min(bytes_per_s, shared * self._connection_bytes_per_s())
@@ -188,7 +187,7 @@ class LowerBound:
 
     def ram_ns(self) -> float:
         """Lemma 12: the other devices are loaded after the last pass over RAM."""
-        other_ns = ns(self._scenario.vmm.other_load_ms)
+        other_ns = self._scenario.vmm.other_load_ns
         return self._ram_saved_ns + self._costs.latency_ns + other_ns + self._costs.resume_ns()
 
     def config_ns(self) -> float:
@@ -198,8 +197,8 @@ class LowerBound:
         if self._route.single:
             return max(at + costs.after_load_ns(job.device) for at, job in zip(loaded_ns, jobs, strict=True))
         resume_ns = costs.resume_ns()
-        configs = [(at, resume_ns, ns(j.device.config_load_ms)) for at, j in zip(loaded_ns, jobs, strict=True)]
-        others = (self._ram_saved_ns + costs.latency_ns, resume_ns, ns(self._scenario.vmm.other_load_ms))
+        configs = [(at, resume_ns, j.device.config_load_ns) for at, j in zip(loaded_ns, jobs, strict=True)]
+        others = (self._ram_saved_ns + costs.latency_ns, resume_ns, self._scenario.vmm.other_load_ns)
         return max(max(at for at, _, _ in configs) + resume_ns, queue_ns([*configs, others]))
 
     # --- what the lemmas are made of ----------------------------------------------------------------------------------
@@ -244,7 +243,7 @@ class LowerBound:
         return v3.pool_connections if v3.wire is Wire.POOL else 0
 
     def _connection_bytes_per_s(self) -> float:
-        return self._scenario.link.per_connection_gbit_per_s * BYTES_PER_S_PER_GBIT
+        return self._scenario.link.per_connection_bytes_per_s
 
     def _sent_alone_ns(self, job: DeviceJob) -> float:
         """ns to send a job's chain, each reader on its own connection."""

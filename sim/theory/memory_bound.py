@@ -22,7 +22,6 @@ from proto_v3.wire.streams import Wire
 from sim.device.record import V3_HEADER_BYTES
 from sim.scenario.scenario import Scenario
 from sim.scenario.tables import Device
-from sim.scenario.units import KIB, MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ def memory_bound(scenario: Scenario) -> MemoryBound:
         dirty = [_dirty_record(scenario, device, at, options.wire_streams) for at in range(options.wire_streams)]
         of_dirty = options.wire_streams * frame if options.blocks else sum(dirty)
         driver = max(driver, _critical_record(scenario, device) + of_dirty)
-    sockets = options.connections(len(scenario.devices)) * round(scenario.link.socket_buffer_mib * MIB)
+    sockets = options.connections(len(scenario.devices)) * scenario.link.socket_buffer_bytes
     return MemoryBound(vmm, driver, sockets)
 
 
@@ -61,7 +60,7 @@ def _blocks_record(device: Device, read_bytes: int) -> int:
 
 
 def _critical_record(scenario: Scenario, device: Device) -> int:
-    object_bytes = round(device.critical.object_kib * KIB)
+    object_bytes = device.critical.object_bytes
     payload = device.critical.objects * object_bytes
     if scenario.driver.precopy_image == "chunks":
         payload = min(payload, max(object_bytes, scenario.driver.chunk_bytes))

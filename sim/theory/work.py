@@ -18,7 +18,6 @@ from sim.device.record import HEADER_BYTES, V3_HEADER_BYTES
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.tables import Device
-from sim.scenario.units import KIB, ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +81,10 @@ class DeviceJob:
 
 def stops_ns(devices: Sequence[Device], vcpu_stop_ns: int) -> list[int]:
     """When each device is stopped, in ns: the vCPUs stop, then all devices go to P2P in turn, then each to STOP."""
-    at_ns = vcpu_stop_ns + sum(ns(device.suspend_ms) for device in devices if "P2P" in device.features)
+    at_ns = vcpu_stop_ns + sum(device.suspend_ns for device in devices if "P2P" in device.features)
     stops = []
     for device in devices:
-        at_ns += ns(device.quiesce_ms) + (0 if "P2P" in device.features else ns(device.suspend_ms))
+        at_ns += device.quiesce_ns + (0 if "P2P" in device.features else device.suspend_ns)
         stops.append(at_ns)
     return stops
 
@@ -97,8 +96,8 @@ class WorkAfterStop:
         self._scenario = scenario
         self._route = route
         self._read_bytes = scenario.switchover_settings().read_bytes
-        stops = stops_ns(scenario.devices, ns(scenario.vmm.vcpu_stop_ms))
-        self.ram_saved_ns = stops[-1] + ns(scenario.ram.final_sync_ms) + ns(scenario.ram.final_scan_ms)
+        stops = stops_ns(scenario.devices, scenario.vmm.vcpu_stop_ns)
+        self.ram_saved_ns = stops[-1] + scenario.ram.final_sync_ns + scenario.ram.final_scan_ns
         """The earliest end of the last pass over RAM, in ns from the order to stop."""
         self.jobs = [self._job(device, at, stops[-1]) for device, at in zip(scenario.devices, stops, strict=True)]
 
@@ -119,13 +118,13 @@ class WorkAfterStop:
             late = self._beyond_chunks(device, blocks, objects)
         # v3: a driver that rereads sends the objects again, but the epoch is loaded: the blocks do not wait for them.
         again = v3 is not None and precopy and kind == "reread"
-        setup_ns = 0 if again else objects * round(device.critical.setup_us * 1_000)
+        setup_ns = 0 if again else objects * device.critical.setup_ns
         readers = v3.wire_streams if v3 and by_blocks else 1
         return DeviceJob(device, saved_from_ns, read_from_ns, whole, chain, late, readers, setup_ns)
 
     def _part(self, device: Device, blocks: int, objects: int, streams: int = 1) -> Part:
         """These objects and blocks as records, with the blocks dealt out to `streams` streams."""
-        object_bytes = round(device.critical.object_kib * KIB)
+        object_bytes = device.critical.object_bytes
         object_commands = -(-objects // self._objects_per_chunk(device))
         size = objects * object_bytes + object_commands * self._route.header_bytes
         if self._route.blocks:
@@ -149,7 +148,7 @@ class WorkAfterStop:
         return self._part(device, rest_blocks, rest_objects)
 
     def _objects_per_chunk(self, device: Device) -> int:
-        return max(1, self._scenario.driver.chunk_bytes // round(device.critical.object_kib * KIB))
+        return max(1, self._scenario.driver.chunk_bytes // device.critical.object_bytes)
 
     def _blocks_per_chunk(self, device: Device) -> int:
         return self._scenario.driver.chunk_bytes // device.block_bytes

@@ -20,7 +20,6 @@ from proto_v3.vfio.uapi import BlockRange, RecordClass, RecordFlags
 from sim.device.blocks import VERSION_BYTES
 from sim.device.record import HEADER_BYTES, TABLE, TALLY, V3_HEADER_BYTES, Record, Tally, ranges_bytes
 from sim.scenario.tables import Device
-from sim.scenario.units import KIB
 
 V2_HEADER = struct.Struct("<QII")
 """struct mlx5_vf_migration_header: record_size, flags, tag (Linux drivers/vfio/pci/mlx5/cmd.h)."""
@@ -165,7 +164,7 @@ class Decoder:
 
     def _plain_bytes(self, record: Record, at: int) -> Iterator[int]:
         """Behind the table come the data of its blocks and objects, or a few bytes that are no state."""
-        object_bytes = round(self._spec.critical.object_kib * KIB)
+        object_bytes = self._spec.critical.object_bytes
         extra = record.payload_bytes - len(record.blocks) * self._spec.block_bytes - len(record.objects) * object_bytes
         if len(record.blocks) or len(record.objects) or record.end or record.epoch_complete:
             if extra:

@@ -19,7 +19,6 @@ from typing_extensions import override
 from sim.device.guest import Int32
 from sim.device.state import Content, Indices
 from sim.scenario.tables import Device
-from sim.scenario.units import KIB
 
 DIGEST_BYTES = 8
 BLOCK_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -40,7 +39,7 @@ class StateStore(Content):
         self.block_bytes = device.block_bytes
         self.blocks = device.blocks
         self.objects = device.critical.objects
-        self.object_bytes = round(device.critical.object_kib * KIB)
+        self.object_bytes = device.critical.object_bytes
         self._objects_at = self.blocks * self.block_bytes
         size = self._objects_at + self.objects * self.object_bytes
         self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

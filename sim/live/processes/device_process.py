@@ -40,7 +40,6 @@ from sim.live.processes.report import DeviceProcessReport, Digests, ProcessRepor
 from sim.live.real_time import RealTime
 from sim.report import DeviceReport
 from sim.scenario.scenario import Scenario
-from sim.scenario.units import GIB, MIB
 
 GUEST_TICK_NS = 2_000_000
 """How often the guest catches up with what it should have written: short beside all that is asked of a device."""
@@ -178,12 +177,12 @@ class DeviceProcess:
         scenario = self._scenario
         lock = device.driver.lock_for_a_copy()
         mutex = lock.mutex if isinstance(lock, RealLock) else None
-        rate = scenario.host.copy_gib_per_s * GIB
+        rate = scenario.host.copy_bytes_per_s
         v3 = device.driver.dirty_streams > 0
         room_bytes = scenario.driver.chunk_bytes  # the socket is the end of the driver's chunks
         data: Data
         if isinstance(fd, SaveStream):
-            copier, piece_bytes = Copier(mutex, rate), round(scenario.vmm.read_mib * MIB)
+            copier, piece_bytes = Copier(mutex, rate), scenario.vmm.read_bytes
             data = SavedData(
                 fd, device.store, copier, self.timeline, name, room_bytes=room_bytes, piece_bytes=piece_bytes
             )

@@ -25,7 +25,7 @@ from proto_v3.vmm.migration import OutcomeKind, Side, Source, Target, Unsupporte
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Kind
 from sim.clock import port as clock
-from sim.host.machine import MachineModel
+from sim.host.machine import ZERO_PAGE_BYTES, MachineModel
 from sim.host.vmms import connections, make_source, make_target, side_report
 from sim.live.fd.calls import Calls
 from sim.live.fd.remote import RemoteDevice
@@ -54,7 +54,7 @@ from sim.live.tcp.wire_target import accept
 from sim.report import Counters
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
-from sim.scenario.units import BYTES_PER_S_PER_GBIT, GIB, MIB
+from sim.scenario.units import GIB, MIB, NS_PER_S, PAGE_BYTES
 
 HEAD_START_NS = 50_000_000
 """From the moment that time 0 is agreed on to time 0."""
@@ -281,9 +281,9 @@ def check_size(scenario: Scenario, most_bytes: int) -> None:
 
 def frame_bytes(scenario: Scenario) -> int:
     """The largest payload that a source sends."""
-    ram_scan = scenario.ram.scan_gib_per_s * GIB * scenario.vmm.ram_budget_ms / 1e3 / 4096 * 9
+    ram_scan = scenario.ram.scan_bytes_per_s * scenario.vmm.ram_budget_ns / NS_PER_S / PAGE_BYTES * ZERO_PAGE_BYTES
     block = max(device.block_bytes for device in scenario.devices)
-    largest = max(scenario.vmm.read_mib * MIB, scenario.ram.frame_mib * MIB, ram_scan, block)
+    largest = max(scenario.vmm.read_bytes, scenario.ram.frame_bytes, ram_scan, block)
     return round(largest * (1 + 1 / 128)) + FRAME_SLACK_BYTES
 
 
@@ -291,8 +291,8 @@ def socket_settings(scenario: Scenario) -> SocketSettings:
     """What the scenario says of a connection, as options of a socket: the kernel's pacing, and its buffers."""
     link = scenario.link
     return SocketSettings(
-        buffer_bytes=round(link.socket_buffer_mib * MIB / 2),  # sender's and receiver's together
-        max_rate_bytes_per_s=round(link.per_connection_gbit_per_s * BYTES_PER_S_PER_GBIT),
+        buffer_bytes=link.socket_buffer_bytes // 2,  # sender's and receiver's together
+        max_rate_bytes_per_s=round(link.per_connection_bytes_per_s),
     )
 
 
