@@ -24,7 +24,7 @@ from sim.host.machine import GuestHere, MachineModel
 from sim.host.vmms import connections, make_source, make_target, side_report
 from sim.outcome import Outcome, RunReport, completed, ended, failed, with_bound
 from sim.report import Counters, SideReport
-from sim.scenario.protocol import Protocol
+from sim.scenario.protocol import AppliedScenario, Protocol
 from sim.scenario.scenario import Scenario
 from sim.theory.downtime_bound import lower_bound
 
@@ -66,24 +66,23 @@ def simulate(
     run is the same with it.
     """
     applied = protocol.applied(scenario)
-    run = VirtualRun(applied, protocol, seed, keep, watch)
+    run = VirtualRun(applied, seed, keep, watch)
     outcome = Context().run(lambda: virtual.run(run.outcome()))  # no cause or track of the caller's gets into it
-    return with_bound(outcome, lower_bound(applied, protocol))
+    return with_bound(outcome, lower_bound(applied))
 
 
 class VirtualRun:
-    """One migration in virtual time. `scenario` has what the protocol's name changes (Protocol.applied)."""
+    """One migration in virtual time."""
 
     def __init__(
         self,
-        scenario: Scenario,
-        protocol: Protocol,
+        applied: AppliedScenario,
         seed: int,
         keep: Callable[[Timeline], None] | None,
         watch: Watch | None = None,
     ) -> None:
-        self._scenario = scenario
-        self._protocol = protocol
+        self._applied = applied
+        self._scenario = applied.scenario
         self._seed = seed
         self._keep = keep
         self._watch = watch
@@ -130,11 +129,11 @@ class VirtualRun:
             watching.cancel()
 
     async def _run_source(self, side: Side, channels: Sequence[Channel]) -> OutcomeKind:
-        self.source, self.note = await make_source(side, channels, self._scenario, self._protocol)
+        self.source, self.note = await make_source(side, channels, self._applied)
         return await self.source.run()
 
     async def _run_target(self, side: Side, channels: Sequence[Channel]) -> bool:
-        self.target = await make_target(side, channels, self._scenario, self._protocol)
+        self.target = await make_target(side, channels, self._applied)
         return self.target is not None and await self.target.run()
 
     async def _both(
@@ -163,7 +162,7 @@ class VirtualRun:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         self.link = link = NetworkLink(self._scenario.link, loop, timeline)
-        ends = [link.connect(f"connection {i}") for i in range(connections(self._scenario, self._protocol))]
+        ends = [link.connect(f"connection {i}") for i in range(connections(self._applied))]
         self.channels_there = [Channel(there) for _, there in ends]
         return [Channel(here) for here, _ in ends], self.channels_there
 
@@ -180,7 +179,7 @@ class VirtualRun:
         self.counters["source"].wakeups = self.link.wakeups
         return RunReport(
             self._scenario.name,
-            self._protocol.name,
+            self._applied.protocol.name,
             self._seed,
             self.timeline,
             self._side_report("source", self.channels, self.drivers, self.states),

@@ -21,7 +21,7 @@ from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
 from sim.live.limits import THE_MACHINES_OWN, measured_lateness_ns, too_short
 from sim.live.processes.vmm import Settings, Tls
-from sim.live.run import LiveResult, check, run_here, run_to
+from sim.live.run import LiveResult, applied, run_here, run_to
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
@@ -115,7 +115,7 @@ def prepared(
     if len({protocol.name for protocol in protocols}) < len(protocols):
         raise UserError(f"--protocol {','.join(protocol_names)}: one is named twice")
     for protocol in protocols:
-        check(scenario, protocol, settings)
+        applied(scenario, protocol, settings)  # it may refuse
     return scenario, protocols
 
 

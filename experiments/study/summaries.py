@@ -64,7 +64,7 @@ def bounds(scenario: Scenario, protocol_names: Sequence[str]) -> pl.DataFrame:
     rows = []
     for name in protocol_names:
         protocol = Protocol.parse(name, scenario)
-        least = lower_bound(protocol.applied(scenario), protocol)
+        least = lower_bound(protocol.applied(scenario))
         row = {"protocol": protocol.name, "bound_ms": round(least.total_ns / NS_PER_MS, 1), "set_by": least.resource}
         rows.append(row | {f"{resource}_ms": round(ns / NS_PER_MS, 1) for resource, ns in least.by_resource_ns.items()})
     return pl.DataFrame(rows)

@@ -1,7 +1,4 @@
-"""The two VMMs' sides of a migration, made from a scenario and a protocol, whichever clock and transport they get.
-
-The scenario is the one with what the protocol's name changes (Protocol.applied).
-"""
+"""The two VMMs' sides of a migration, made from a scenario and a protocol, for any clock and transport."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from proto_v3.vmm.v2_source import V2Source
 from proto_v3.vmm.v2_target import V2Target
 from proto_v3.wire.channel import Channel
 from sim.report import Counters, DeviceReport, SideReport
-from sim.scenario.protocol import Protocol
+from sim.scenario.protocol import AppliedScenario
 from sim.scenario.scenario import Scenario
 from sim.scenario.tables import Device
 
@@ -24,35 +21,36 @@ def target_device(scenario: Scenario, device: Device) -> Device:
     return device if most is None else device.model_copy(update={"max_dirty_streams": most})
 
 
-def connections(scenario: Scenario, protocol: Protocol) -> int:
+def connections(applied: AppliedScenario) -> int:
     """How many connections the source makes, the main channel's included: v2's too, if it may fall back to that."""
+    scenario = applied.scenario
     count = scenario.v2_options().channels
-    if protocol.version != 3:
+    if applied.protocol.version != 3:
         return count
     needed = scenario.v3_options().connections(len(scenario.devices))
     return max(count, needed) if scenario.v3.target_knows == "v2" else needed
 
 
-async def make_source(
-    side: Side, channels: Sequence[Channel], scenario: Scenario, protocol: Protocol
-) -> tuple[Source, str]:
+async def make_source(side: Side, channels: Sequence[Channel], applied: AppliedScenario) -> tuple[Source, str]:
     """The source, ready to run, and what there is to note of how it came about (as that it fell back to v2).
 
     v3 agrees with the target on the protocol first. Errors as of proto_v3.vmm.negotiate.negotiated_source.
     """
+    scenario = applied.scenario
     v2 = scenario.v2_options()
-    if protocol.version == 3:
+    if applied.protocol.version == 3:
         return await negotiated_source(side, channels, scenario.v3_options(), v2)
     return V2Source(side, channels, v2), ""
 
 
-async def make_target(side: Side, channels: Sequence[Channel], scenario: Scenario, protocol: Protocol) -> Target | None:
+async def make_target(side: Side, channels: Sequence[Channel], applied: AppliedScenario) -> Target | None:
     """The target, ready to run; None if the source gave up before there was anything to run.
 
     Errors as of proto_v3.vmm.negotiate.negotiated_target.
     """
+    scenario = applied.scenario
     v2 = scenario.v2_options()
-    if protocol.version == 3:
+    if applied.protocol.version == 3:
         v3 = scenario.v3_options() if scenario.v3.target_knows == "v3" else None
         return await negotiated_target(side, channels, v3, v2)
     return V2Target(side, channels, v2)

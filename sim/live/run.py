@@ -26,7 +26,7 @@ from sim.live.real_time import Delays
 from sim.live.tcp.messages import Run
 from sim.live.tcp.sockets import Granted, listen
 from sim.outcome import Outcome, RunReport, completed, ended, with_bound
-from sim.scenario.protocol import Protocol
+from sim.scenario.protocol import AppliedScenario, Protocol
 from sim.scenario.scenario import Scenario
 from sim.theory.downtime_bound import lower_bound
 
@@ -138,11 +138,13 @@ class _Side:
             child.bury()
 
 
-def check(scenario: Scenario, protocol: Protocol, settings: Settings) -> None:
-    """UserError for what cannot be run live."""
+def applied(scenario: Scenario, protocol: Protocol, settings: Settings) -> AppliedScenario:
+    """The scenario as the protocol runs it. UserError if that cannot be run live."""
     if not sys.platform.startswith("linux"):
         raise UserError("live mode needs Linux: timerfd, eventfd, memfd, descriptors passed over UNIX sockets")
-    check_size(protocol.applied(scenario), settings.max_state_bytes)
+    what = protocol.applied(scenario)
+    check_size(what.scenario, settings.max_state_bytes)
+    return what
 
 
 async def run_here(
@@ -154,9 +156,9 @@ async def run_here(
     started: Callable[[Sequence[Child]], Awaitable[None]] | None = None,
 ) -> LiveResult:
     """Both sides on this machine. `started` is given the processes, while they run; an error of its own is raised."""
-    check(scenario, protocol, settings)
+    what = applied(scenario, protocol, settings)
     heard = _Heard(watch)
-    run = Run(scenario.told(), protocol.name, seed)
+    run = Run(scenario.to_json(), protocol.name, seed)
     listener = listen((LOOPBACK, 0))
     sides: list[_Side] = []
     beside: asyncio.Future[None] | None = None
@@ -180,7 +182,7 @@ async def run_here(
                 side.bury()
     if beside is not None and beside.done() and not beside.cancelled():
         beside.result()
-    return _result(scenario, protocol, seed, ends, heard)
+    return _result(what, seed, ends, heard)
 
 
 async def _both(source: _Side, target: _Side, heard: _Heard, settings: Settings) -> dict[str, SideEnd]:
@@ -212,15 +214,15 @@ async def run_to(
     watch: Watch | None = None,
 ) -> LiveResult:
     """The source's side here, the target's where somebody listens (`serve_one`)."""
-    check(scenario, protocol, settings)
+    what = applied(scenario, protocol, settings)
     heard = _Heard(watch)
-    source = _Side("source", settings, heard, source_main, Run(scenario.told(), protocol.name, seed), address)
+    source = _Side("source", settings, heard, source_main, Run(scenario.to_json(), protocol.name, seed), address)
     try:
         report = await source.report()
         ends = {"source": SideEnd(report, await source.deaths(report))}
     finally:
         await source.end()
-    return _result(scenario, protocol, seed, ends, heard)
+    return _result(what, seed, ends, heard)
 
 
 async def serve_one(listener: socket.socket, settings: Settings, watch: Watch | None = None) -> SideEnd:
@@ -237,7 +239,7 @@ async def serve_one(listener: socket.socket, settings: Settings, watch: Watch | 
 # --- the outcome ------------------------------------------------------------------------------------------------------
 
 
-def _result(scenario: Scenario, protocol: Protocol, seed: int, ends: dict[str, SideEnd], heard: _Heard) -> LiveResult:
+def _result(what: AppliedScenario, seed: int, ends: dict[str, SideEnd], heard: _Heard) -> LiveResult:
     source = ends["source"].report
     if source is not None and source.user_error:
         raise UserError(source.failures[0].text)
@@ -248,7 +250,7 @@ def _result(scenario: Scenario, protocol: Protocol, seed: int, ends: dict[str, S
     except PeerProtocolError as error:
         target, unread = None, _unread(error)
     runs_at, guest = _guest(ends, target, heard)
-    nothing = RunReport(scenario.name, protocol.name, seed, Timeline(lambda: 0), guest_runs_at=runs_at)
+    nothing = RunReport(what.scenario.name, what.protocol.name, seed, Timeline(lambda: 0), guest_runs_at=runs_at)
 
     def failed(why: str) -> LiveResult:
         return LiveResult(ended(nothing, OutcomeKind.FAILED, why), ran=heard.ran, deaths=deaths)
@@ -259,13 +261,13 @@ def _result(scenario: Scenario, protocol: Protocol, seed: int, ends: dict[str, S
         why = _failures([source, target], deaths) or "the source VMM is gone"
         return failed(f"{why}; {guest}")
     try:
-        run = _run_report(scenario, nothing, source, target)
+        run = _run_report(what.scenario, nothing, source, target)
         outcome = _outcome(run, source, target, deaths, guest)
     except (PeerProtocolError, KeyError, ValueError) as error:
         return failed("; ".join([*deaths, _unread(error)]))
     processes = _processes(source, target)
     return LiveResult(
-        with_bound(outcome, lower_bound(protocol.applied(scenario), protocol)),
+        with_bound(outcome, lower_bound(what)),
         run.timeline,
         {name: process.delays for name, process in processes.items()},
         {name: process.cpu_ns for name, process in processes.items()},

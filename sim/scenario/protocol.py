@@ -75,19 +75,27 @@ class Protocol:
         if name == "v3":
             name = f"v3-n{scenario.v3.dirty_streams}"
         protocol = cls(name, int(version[1]), _changes(name, version))
-        protocol.applied(scenario)
+        protocol.applied(scenario)  # it may refuse
         return protocol
 
-    def applied(self, scenario: Scenario) -> Scenario:
+    def applied(self, scenario: Scenario) -> AppliedScenario:
         """The scenario with what the name changes. UserError if it does not allow that."""
         tables = {table: getattr(scenario, table).model_dump() | keys for table, keys in self.changes.items()}
         if "vmm" in tables and tables["vmm"]["switchover_ack"] == "reusable" and not tables["vmm"]["reinit"]:
             raise UserError(
                 f"protocol {self.name!r}: a reusable ack goes with REINIT only: add -reinit-flush or -reinit-invalidate"
             )
-        return scenario.model_copy(
-            update={table: type(getattr(scenario, table)).model_validate(keys) for table, keys in tables.items()}
-        )
+        changed = {table: type(getattr(scenario, table)).model_validate(keys) for table, keys in tables.items()}
+        return AppliedScenario(scenario.model_copy(update=changed), self)
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedScenario:
+    """A scenario as a protocol runs it. Only Protocol.applied makes one, where a run or a bound begins."""
+
+    scenario: Scenario
+    """With what the protocol's name changes."""
+    protocol: Protocol
 
 
 def _changes(name: str, version: str) -> Changes:

@@ -111,8 +111,8 @@ class Scenario(Table):
                 )
         return self
 
-    def told(self) -> str:
-        """As JSON that Scenario.model_validate_json() reads: what is set, as it is."""
+    def to_json(self) -> str:
+        """What is set, as JSON that Scenario.model_validate_json() reads."""
         return self.model_dump_json(exclude_unset=True)
 
     @property

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from proto_v3.wire.streams import Wire
-from sim.scenario.protocol import Protocol
+from sim.scenario.protocol import AppliedScenario, Protocol
 from sim.scenario.scenario import Scenario
 from sim.theory.costs import Costs
 from sim.theory.work import DeviceJob, Route, WorkAfterStop
@@ -32,9 +32,9 @@ class DowntimeBound:
     """The bound that each resource sets: firmware, copy, lock, link, load, ram, config."""
 
 
-def lower_bound(scenario: Scenario, protocol: Protocol) -> DowntimeBound:
-    """The least downtime of a run that completes. `scenario` has the protocol applied (Protocol.applied)."""
-    by_resource_ns = LowerBound(scenario, protocol).by_resource_ns()
+def lower_bound(applied: AppliedScenario) -> DowntimeBound:
+    """The least downtime of a run that completes."""
+    by_resource_ns = LowerBound(applied.scenario, applied.protocol).by_resource_ns()
     resource = max(by_resource_ns, key=by_resource_ns.__getitem__)
     return DowntimeBound(by_resource_ns[resource], resource, by_resource_ns)
 

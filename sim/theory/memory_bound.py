@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from proto_v3.vfio.uapi import RecordBlocks, RecordEnd
 from proto_v3.wire.streams import Wire
 from sim.device.record import V3_HEADER_BYTES
+from sim.scenario.protocol import AppliedScenario
 from sim.scenario.scenario import Scenario
 from sim.scenario.tables import Device
 
@@ -36,8 +37,9 @@ class MemoryBound:
     """In the connections' buffers of both hosts: memory too, but neither the VMM's nor the driver's."""
 
 
-def memory_bound(scenario: Scenario) -> MemoryBound:
-    """The bound of a v3 run. `scenario` is as the protocol changes it (sim.scenario.protocol.Protocol.applied)."""
+def memory_bound(applied: AppliedScenario) -> MemoryBound:
+    """The bound of a v3 run."""
+    scenario = applied.scenario
     options, read = scenario.v3_options(), scenario.switchover_settings().read_bytes
     vmm = driver = 0
     for device in scenario.devices:

@@ -130,7 +130,7 @@ async def live(side: str, scenario: Scenario, io: str = "threads", *, seed: int 
     timeline = Timeline()
     devices = Devices(calls, side, io, timeline, READ_BYTES)
     try:
-        await calls.call("init", scenario=scenario.told(), seed=seed)
+        await calls.call("init", scenario=scenario.to_json(), seed=seed)
         await calls.call("start", zero_ns=time.perf_counter_ns())
         calls.trace(timeline, side)
         yield Live(process, calls, devices, scenario)

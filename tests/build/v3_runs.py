@@ -58,7 +58,7 @@ class TappedRun(VirtualRun):
 
     def __init__(self, scenario: Scenario, name: str, tap: Tap, seed: int = 1) -> None:
         protocol = Protocol.parse(name, scenario)
-        super().__init__(protocol.applied(scenario), protocol, seed, None)
+        super().__init__(protocol.applied(scenario), seed, None)
         self.scenario = self._scenario
         self._tap = tap
 

@@ -76,8 +76,8 @@ def test_the_bound_is_no_larger_than_the_one_that_random_runs_are_held_against()
     for point in EXPERIMENT.points(False):
         cell = Planned.of(point, 1).cell
         if cell.protocol.version == 3:
-            scenario = cell.protocol.applied(cell.scenario)
-            ours, theirs = memory_bound(scenario), bounds(scenario, 0)
+            applied = cell.protocol.applied(cell.scenario)
+            ours, theirs = memory_bound(applied), bounds(applied.scenario, 0)
             assert ours.vmm_bytes == theirs.reorder_bytes
             assert 0 < ours.driver_bytes <= theirs.held_bytes
 

@@ -271,7 +271,7 @@ def about_a_guest_that_does_not_run(run: Disturbed, outcome: Outcome) -> Iterato
 
 def hands_over_early(run: Disturbed) -> bool:
     """END comes before all that the target needs."""
-    return run._protocol.name == "v2-multifd"
+    return run._applied.protocol.name == "v2-multifd"
 
 
 def is_lost_and_told(run: Disturbed, outcome: Outcome) -> bool:

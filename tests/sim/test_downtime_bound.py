@@ -35,7 +35,7 @@ FEW_OF = ("late-reconfig", "nic-reconfig", "vgpu-32g", "szmigiero-2vf", "szmigie
 
 def bound_of(scenario: Scenario, protocol: str) -> DowntimeBound:
     parsed = Protocol.parse(protocol, scenario)
-    return lower_bound(parsed.applied(scenario), parsed)
+    return lower_bound(parsed.applied(scenario))
 
 
 def ratio(scenario: Scenario, protocol: str) -> float:

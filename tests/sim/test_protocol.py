@@ -106,14 +106,14 @@ def test_v2_alone_is_v2_as_the_scenario_sets_it_up() -> None:
     for scenario in (SCENARIO, EVERYTHING):
         protocol = Protocol.parse("v2", scenario)
         assert protocol == Protocol("v2", 2, {})
-        assert protocol.applied(scenario) == scenario
+        assert protocol.applied(scenario).scenario == scenario
 
 
 def test_v3_alone_is_v3_as_the_scenario_sets_it_up_and_is_named_with_its_streams() -> None:
     assert Protocol.parse("v3", SCENARIO) == Protocol("v3-n4", 3, {"v3": {"dirty_streams": 4}})
     assert Protocol.parse("v3", small_scenario({"v3.dirty_streams": 7})).name == "v3-n7"
     for scenario in (SCENARIO, EVERYTHING):
-        assert Protocol.parse("v3", scenario).applied(scenario) == scenario
+        assert Protocol.parse("v3", scenario).applied(scenario).scenario == scenario
 
 
 def test_every_suffix_is_told_of_here_and_in_the_help() -> None:
@@ -133,7 +133,7 @@ def test_a_suffix_changes_what_it_says_and_nothing_else(version: str, suffix: st
         also = meaning("v2", "no-ack") if suffix == "no-reinit" else {}
         protocol = Protocol.parse(name, scenario)
         assert (protocol.name, protocol.version) == (name, int(version[1]))
-        applied = protocol.applied(scenario)
+        applied = protocol.applied(scenario).scenario
         assert flat(applied) == flat(scenario) | meaning(version, suffix) | also
         rest = {"vmm", "driver", "v3"}
         assert applied.model_dump(exclude=rest) == scenario.model_dump(exclude=rest)
@@ -146,7 +146,7 @@ def test_no_suffix_is_without_effect(version: str, suffix: str) -> None:
 
 
 def test_a_name_is_what_the_vmm_does() -> None:
-    applied = Protocol.parse("v2-multifd-reinit-flush-ack-reusable-polls", SCENARIO).applied(SCENARIO)
+    applied = Protocol.parse("v2-multifd-reinit-flush-ack-reusable-polls", SCENARIO).applied(SCENARIO).scenario
     options = applied.v2_options()
     assert (options.reinit, options.ack, options.polls) == (True, Ack.REUSABLE, True)
     assert options.devices_by_multifd is not None
@@ -158,7 +158,7 @@ def test_a_name_is_what_the_vmm_does() -> None:
 def test_single_keeps_multifd_for_ram_only() -> None:
     """As QEMU before 10.0: RAM has channels of its own, the devices' data stays on the main one."""
     scenario = small_scenario({"vmm.multifd": True})
-    options = Protocol.parse("v2-single", scenario).applied(scenario).v2_options()
+    options = Protocol.parse("v2-single", scenario).applied(scenario).scenario.v2_options()
     assert options.multifd is not None
     assert options.devices_by_multifd is None
 
@@ -168,10 +168,10 @@ def test_a_name_of_v3_is_what_its_vmms_do() -> None:
     plain = SCENARIO.v3_options()
     assert plain == V3Options(4, False, Wire.STREAMS, 4, credits, 0)
     assert (plain.asked, plain.flags, plain.connections(2)) == ("4", StreamFlags(0), 1 + 2 * 5)
-    applied = Protocol.parse("v3-n8-pool-retry", SCENARIO).applied(SCENARIO).v3_options()
+    applied = Protocol.parse("v3-n8-pool-retry", SCENARIO).applied(SCENARIO).scenario.v3_options()
     assert applied == V3Options(8, False, Wire.POOL, 4, credits, 3)
     assert applied.connections(2) == 1 + 4
-    applied = Protocol.parse("v3-blocks-n8-one", SCENARIO).applied(SCENARIO).v3_options()
+    applied = Protocol.parse("v3-blocks-n8-one", SCENARIO).applied(SCENARIO).scenario.v3_options()
     assert applied == V3Options(8, True, Wire.ONE, 4, credits, 0)
     assert (applied.asked, applied.flags, applied.connections(2)) == ("addressable blocks", StreamFlags.BLOCKS, 1)
 
@@ -190,7 +190,7 @@ def test_any_choice_of_suffixes_in_any_order_means_all_of_them(version: str, dat
         with pytest.raises(UserError, match="a reusable ack goes with REINIT only"):
             Protocol.parse(name, SCENARIO)
     else:
-        assert flat(Protocol.parse(name, SCENARIO).applied(SCENARIO)) == wanted
+        assert flat(Protocol.parse(name, SCENARIO).applied(SCENARIO).scenario) == wanted
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_a_reusable_ack_needs_reinit_from_the_name_or_from_the_scenario() -> Non
     with pytest.raises(UserError, match="REINIT only: add -reinit-flush or -reinit-invalidate"):
         Protocol.parse("v2-ack-reusable", SCENARIO)
     with_reinit = small_scenario({"vmm.reinit": True})
-    assert Protocol.parse("v2-ack-reusable", with_reinit).applied(with_reinit).vmm.switchover_ack == "reusable"
+    assert Protocol.parse("v2-ack-reusable", with_reinit).applied(with_reinit).scenario.vmm.switchover_ack == "reusable"
     with pytest.raises(UserError, match="a reusable ack goes with REINIT only"):
         Protocol.parse("v2-no-reinit", EVERYTHING)
 

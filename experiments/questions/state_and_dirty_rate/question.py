@@ -122,7 +122,7 @@ def applied(machine: str, state_mib: int, protocol: str) -> tuple[Scenario, int]
     """The scenario as the protocol changes it, and the streams that carry a device's data in pre-copy: v2 has one, with
     multifd too, which carries only what comes after the stop."""
     scenario = load(BASE, settings(machine, state_mib))
-    scenario = Protocol.parse(protocol, scenario).applied(scenario)
+    scenario = Protocol.parse(protocol, scenario).applied(scenario).scenario
     return scenario, scenario.v3.dirty_streams if protocol.startswith("v3") else 1
 
 

@@ -159,8 +159,8 @@ class VmmProcess:
         """Take note of what is run. UserError for a scenario or protocol that is none."""
         self.run = run
         scenario = Scenario.model_validate_json(run.scenario)
-        self.protocol = Protocol.parse(run.protocol, scenario)
-        self.scenario = self.protocol.applied(scenario)
+        self.applied = Protocol.parse(run.protocol, scenario).applied(scenario)
+        self.scenario = self.applied.scenario
         check_size(self.scenario, self.settings.max_state_bytes)
 
     def begin(self, zero_ns: int, session: Session) -> Side:
@@ -304,11 +304,11 @@ async def run_source(vmm: VmmProcess, run: Run, address: tuple[str, int]) -> Vmm
     vmm.prepare(run)
     tls = vmm.settings.tls
     context = None if tls is None else tls_client(tls.cert, tls.key, tls.ca)
-    await vmm.device.call("init", scenario=vmm.scenario.told(), seed=run.seed)
+    await vmm.device.call("init", scenario=vmm.scenario.to_json(), seed=run.seed)
     session = await connect(
         address,
         run,
-        connections(vmm.scenario, vmm.protocol),
+        connections(vmm.applied),
         io=vmm.io,
         limits=_limits(vmm.settings, frame_bytes(vmm.scenario)),
         sockets=socket_settings(vmm.scenario),
@@ -335,7 +335,7 @@ async def _migrate(vmm: VmmProcess, session: Session) -> VmmReport:
     source: Source | None = None
     note, kind, failures = "", None, []
     try:
-        source, note = await make_source(side, vmm.channels, vmm.scenario, vmm.protocol)
+        source, note = await make_source(side, vmm.channels, vmm.applied)
         kind = await vmm.watched(source.run(), lambda: _source_progress(vmm), session)
     except (OSError, ProtoV3Error, ExceptionGroup) as error:
         failures = [vmm.failure(each) for each in leaves(error)]
@@ -427,7 +427,7 @@ async def run_target(vmm: VmmProcess, listener: socket.socket, rejected: Callabl
 
 
 async def _take_in(vmm: VmmProcess, session: Session) -> VmmReport:
-    await vmm.device.call("init", scenario=vmm.scenario.told(), seed=vmm.run.seed)
+    await vmm.device.call("init", scenario=vmm.scenario.to_json(), seed=vmm.run.seed)
     await session.send_message(Prepared())
     zero_ns = (await session.receive_message(Start)).zero_ns
     if abs(zero_ns - time.perf_counter_ns()) > 10_000_000_000:
@@ -438,7 +438,7 @@ async def _take_in(vmm: VmmProcess, session: Session) -> VmmReport:
     target: Target | None = None
     whole, failures = False, []
     try:
-        target = await make_target(side, vmm.channels, vmm.scenario, vmm.protocol)
+        target = await make_target(side, vmm.channels, vmm.applied)
         if target is not None:
             whole = await vmm.watched(target.run(), lambda: _target_progress(vmm), session)
     except (OSError, ProtoV3Error, ExceptionGroup) as error:
