@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.scenario.tables import Device, Writes
-from sim.scenario.units import MIB, NS_PER_S, ns
+from sim.scenario.units import NS_PER_S, ns
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -86,7 +86,7 @@ def _writes(
 ) -> tuple[Int32, float]:
     if writes is None:
         return np.empty(0, np.int32), 0.0
-    per_s = writes.mib_per_s * MIB / block_bytes
+    per_s = writes.bytes_per_s / block_bytes
     count = int(per_s * horizon_ns // NS_PER_S)
     if writes.pattern == "sequential":
         first = int(rng.integers(blocks))

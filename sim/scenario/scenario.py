@@ -6,7 +6,7 @@ comes from: `published`, `kernel`, `qemu`, `fitted`, `derived` or `assumed`, a c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
@@ -19,6 +19,7 @@ from proto_v3.wire.streams import Credits, Wire
 from sim.scenario.tables import MAX_BLOCKS, MAX_WRITES, V3, Device, Driver, Firmware, Host, Link, Published, Ram, Vmm
 from sim.scenario.units import BYTES_PER_S_PER_GBIT, KIB, MIB, NS_PER_S, Table, did_you_mean, ns, short
 
+MAX_DEVICES = 64
 SOURCE_KINDS = ("published", "kernel", "qemu", "fitted", "derived", "assumed")
 
 
@@ -39,76 +40,11 @@ class Scenario(Table):
     sources: dict[str, str] = {}
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
-        names = [device.name for device in self.device]
-        if len(set(names)) != len(names):
-            raise ValueError(f"device.name = {names}: must differ from table to table; count makes several alike")
-        unfolded = [device.name for device in self.devices]
-        if len(set(unfolded)) != len(unfolded):
-            raise ValueError(f"device.name = {names}: must differ also where count adds a number: {unfolded}")
-        if len(self.devices) > 64:
-            raise ValueError(f"device.count: makes {len(self.devices)} devices; must make at most 64")
-        for at, device in enumerate(self.device):
-            where = f"device.{at}"
-            chunk = self.driver.chunk_bytes
-            if chunk % device.block_bytes:
-                raise ValueError(
-                    f"{where}.block_kib = {device.block_kib}: must divide driver.chunk_mib, {chunk // KIB} KiB"
-                )
-            if device.writes and device.stop_only_blocks == device.blocks:
-                raise ValueError(
-                    f"{where}.stop_only_mib = {device.stop_only_mib:g}: must leave something for writes to dirty"
-                )
-            if device.reconfigurations and device.reconfigurations.poisson_per_s * self.vmm.give_up_s > 1e6:
-                raise ValueError(
-                    f"{where}.reconfigurations.poisson_per_s = {device.reconfigurations.poisson_per_s:g}: must make at "
-                    "most 1e6 events within vmm.give_up_s"
-                )
-        blocks = sum(device.blocks for device in self.devices)
-        if blocks > MAX_BLOCKS:
-            raise ValueError(f"device.block_kib: makes {blocks} blocks in all; must make at most {MAX_BLOCKS}")
-        writes = 0.0
-        for at, device in enumerate(self.device):
-            if device.writes:
-                writes += device.count * device.writes.mib_per_s * MIB / device.block_bytes * self.vmm.give_up_s
-                if writes > MAX_WRITES:
-                    raise ValueError(
-                        f"device.{at}.writes.mib_per_s = {device.writes.mib_per_s:g}: makes {writes:.3g} writes within "
-                        f"vmm.give_up_s; must make at most {MAX_WRITES:.3g}: take larger blocks or give up earlier"
-                    )
-        for at, published in enumerate(self.published):
-            for key, value in published:
-                if isinstance(value, list) and key != "fitted" and len(value) not in (0, len(self.devices)):
-                    raise ValueError(
-                        f"published.{at}.{key} = {value}: must have one value a device, {len(self.devices)}"
-                    )
-        if self.link.per_connection_gbit_per_s > self.link.gbit_per_s:
-            raise ValueError(
-                f"link.per_connection_gbit_per_s = {self.link.per_connection_gbit_per_s:g}: must be at most "
-                f"link.gbit_per_s = {self.link.gbit_per_s:g}"
-            )
-        if self.link.socket_buffer_mib < self.vmm.read_mib:
-            raise ValueError(
-                f"link.socket_buffer_mib = {self.link.socket_buffer_mib:g}: must be at least one read, "
-                f"vmm.read_mib = {self.vmm.read_mib:g}"
-            )
-        for key in ("critical_credit_mib", "dirty_credit_mib"):
-            if getattr(self.v3, key) < self.vmm.read_mib:
-                raise ValueError(
-                    f"v3.{key} = {getattr(self.v3, key):g}: must be at least one read, "
-                    f"vmm.read_mib = {self.vmm.read_mib:g}"
-                )
-        known = set(parameters(self))
-        for key, source in self.sources.items():
-            if key not in known:
-                raise ValueError(
-                    f"sources.{key} = {short(source)}: must be a key that the file sets{did_you_mean(key, known)}"
-                )
-            kind, colon, _ = source.partition(":")
-            if not colon or kind not in SOURCE_KINDS:
-                raise ValueError(
-                    f"sources.{key} = {short(source)}: must begin with {', '.join(SOURCE_KINDS)}, and a colon"
-                )
+    def _rules(self) -> Self:
+        """Those that tables have with one another; a rule of one table stands there."""
+        for rule in RULES:
+            for problem in rule(self):
+                raise ValueError(problem)
         return self
 
     def to_json(self) -> str:
@@ -176,6 +112,104 @@ class Scenario(Table):
             credits=Credits(v3.critical_credit_bytes, v3.dirty_credit_bytes),
             max_retries=v3.max_retries if v3.late_epoch == "retry" else 0,
         )
+
+
+# --- rules between tables: each yields its problems, by the dotted key ------------------------------------------------
+
+
+def _device_names(scenario: Scenario) -> Iterator[str]:
+    names = [device.name for device in scenario.device]
+    if len(set(names)) != len(names):
+        yield f"device.name = {names}: must differ from table to table; count makes several alike"
+    unfolded = [device.name for device in scenario.devices]
+    if len(set(unfolded)) != len(unfolded):
+        yield f"device.name = {names}: must differ also where count adds a number: {unfolded}"
+
+
+def _number_of_devices(scenario: Scenario) -> Iterator[str]:
+    count = len(scenario.devices)
+    if count > MAX_DEVICES:
+        yield f"device.count: makes {count} devices; must make at most {MAX_DEVICES}"
+
+
+def _blocks_in_chunks(scenario: Scenario) -> Iterator[str]:
+    chunk_bytes = scenario.driver.chunk_bytes
+    for at, device in enumerate(scenario.device):
+        if chunk_bytes % device.block_bytes:
+            key = f"device.{at}.block_kib"
+            yield f"{key} = {device.block_kib}: must divide driver.chunk_mib, {chunk_bytes // KIB} KiB"
+
+
+def _number_of_events(scenario: Scenario) -> Iterator[str]:
+    for at, device in enumerate(scenario.device):
+        if device.reconfigurations and device.reconfigurations.poisson_per_s * scenario.vmm.give_up_s > 1e6:
+            key = f"device.{at}.reconfigurations.poisson_per_s"
+            rate = device.reconfigurations.poisson_per_s
+            yield f"{key} = {rate:g}: must make at most 1e6 events within vmm.give_up_s"
+
+
+def _number_of_blocks(scenario: Scenario) -> Iterator[str]:
+    blocks = sum(device.blocks for device in scenario.devices)
+    if blocks > MAX_BLOCKS:
+        yield f"device.block_kib: makes {blocks} blocks in all; must make at most {MAX_BLOCKS}"
+
+
+def _number_of_writes(scenario: Scenario) -> Iterator[str]:
+    writes = 0.0
+    for at, device in enumerate(scenario.device):
+        if device.writes:
+            writes += device.count * device.writes.bytes_per_s / device.block_bytes * scenario.vmm.give_up_s
+            if writes > MAX_WRITES:
+                yield (
+                    f"device.{at}.writes.mib_per_s = {device.writes.mib_per_s:g}: makes {writes:.3g} writes within "
+                    f"vmm.give_up_s; must make at most {MAX_WRITES:.3g}: take larger blocks or give up earlier"
+                )
+
+
+def _published_values(scenario: Scenario) -> Iterator[str]:
+    count = len(scenario.devices)
+    for at, published in enumerate(scenario.published):
+        for key, value in published:
+            if isinstance(value, list) and key != "fitted" and len(value) not in (0, count):
+                yield f"published.{at}.{key} = {value}: must have one value a device, {count}"
+
+
+def _room_for_a_read(scenario: Scenario) -> Iterator[str]:
+    read_mib = scenario.vmm.read_mib
+    rooms_mib = {
+        "link.socket_buffer_mib": scenario.link.socket_buffer_mib,
+        "v3.critical_credit_mib": scenario.v3.critical_credit_mib,
+        "v3.dirty_credit_mib": scenario.v3.dirty_credit_mib,
+    }
+    for key, room_mib in rooms_mib.items():
+        if room_mib < read_mib:
+            yield f"{key} = {room_mib:g}: must be at least one read, vmm.read_mib = {read_mib:g}"
+
+
+def _source_of_each_key(scenario: Scenario) -> Iterator[str]:
+    known = set(parameters(scenario))
+    for key, source in scenario.sources.items():
+        if key not in known:
+            yield f"sources.{key} = {short(source)}: must be a key that the file sets{did_you_mean(key, known)}"
+        kind, colon, _ = source.partition(":")
+        if not colon or kind not in SOURCE_KINDS:
+            yield f"sources.{key} = {short(source)}: must begin with {', '.join(SOURCE_KINDS)}, and a colon"
+
+
+RULES: tuple[Callable[[Scenario], Iterator[str]], ...] = (
+    _device_names,
+    _number_of_devices,
+    _blocks_in_chunks,
+    _number_of_events,
+    _number_of_blocks,
+    _number_of_writes,
+    _published_values,
+    _room_for_a_read,
+    _source_of_each_key,
+)
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
 
 
 def parameters(scenario: Scenario) -> dict[str, Any]:

@@ -78,6 +78,8 @@ class Writes(Table):
     hot_share: Fraction = 0.9
     hot_fraction: Fraction = 0.1
 
+    bytes_per_s = Rate("mib_per_s")
+
     @model_validator(mode="after")
     def _keys_of_pattern(self) -> Self:
         if self.pattern != "hotspot" and {"hot_share", "hot_fraction"} & self.model_fields_set:
@@ -202,6 +204,8 @@ class Device(Table):
                 f"reconfigurations.objects_each = {self.reconfigurations.objects_each}: must be at most "
                 f"critical.objects = {self.critical.objects}"
             )
+        if self.writes and self.stop_only_blocks == self.blocks:
+            raise ValueError(f"stop_only_mib = {self.stop_only_mib:g}: must leave something for writes to dirty")
         return self
 
     @property
@@ -312,6 +316,15 @@ class Link(Table):
     bytes_per_s = Rate("gbit_per_s")
     per_connection_bytes_per_s = Rate("per_connection_gbit_per_s")
     socket_buffer_bytes = Whole("socket_buffer_mib")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.per_connection_gbit_per_s > self.gbit_per_s:
+            raise ValueError(
+                f"per_connection_gbit_per_s = {self.per_connection_gbit_per_s:g}: must be at most "
+                f"link.gbit_per_s = {self.gbit_per_s:g}"
+            )
+        return self
 
     @property
     def latency_ns(self) -> int:
