@@ -226,8 +226,8 @@ def _resolve_waits(spans: Table, records: Sequence[ProcessRecord]) -> None:
     wait, sent_ns, sender = _senders(spans, records)
     is_before = _order(spans, records)
     own_cause = spans["cause"].copy()
-    in_time = sent_ns > spans["start_ns"][wait]  # else it was there already
-    wait, sent_ns, sender = wait[in_time], sent_ns[in_time], sender[in_time]
+    waited = sent_ns > spans["start_ns"][wait]  # else it was there already
+    wait, sent_ns, sender = wait[waited], sent_ns[waited], sender[waited]
     without_cause = sender == NO_CAUSE
     for _ in range(BACK):
         late = (sender != NO_CAUSE) & ~is_before(sender, wait)
@@ -281,9 +281,7 @@ def _by_edge(table: Table) -> dict[int, Table]:
     """The table's rows of each edge that occurs, in the order in which they were recorded."""
     order = np.argsort(table["edge"], kind="stable")
     edges, starts = np.unique(table["edge"][order], return_index=True)
-    rows_of = zip(
-        edges.tolist(), np.split(order, starts[1:]), strict=False
-    )  # of an empty table, split returns one part
+    rows_of = zip(edges.tolist(), np.split(order, starts[1:]), strict=False)  # an empty table has one part, and no edge
     return {edge: {name: column[rows] for name, column in table.items()} for edge, rows in rows_of}
 
 

@@ -44,7 +44,7 @@ async def agree(_: Run) -> None:
 @asynccontextmanager
 async def listening(sockets: SocketSettings = PLAIN) -> AsyncIterator[tuple[socket.socket, tuple[str, int]]]:
     listener = listen(LOCAL)
-    sockets.size(listener)
+    sockets.apply(listener)  # what is accepted inherits them
     try:
         yield listener, listener.getsockname()
     finally:

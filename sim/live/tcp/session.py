@@ -42,7 +42,7 @@ class Session:
         self._cause: Exception | None = None
         self._grace: asyncio.TimerHandle | None = None
         self._queue: deque[RawMessage] = deque()
-        self._unreceived_bytes = 0
+        self._queued_bytes = 0
         self._receiver: asyncio.Future[None] | None = None
         self._receiving = asyncio.Lock()
         stream.handshake_done()
@@ -94,7 +94,7 @@ class Session:
                 self._receiver = self._loop.create_future()
                 await self._receiver
             message = self._queue.popleft()
-            self._unreceived_bytes -= message.size_bytes
+            self._queued_bytes -= message.size_bytes
         if message.kind == Failed.kind():
             raise PeerFailedError(f"{self._stream.peer} failed: {printable(message.read_as(Failed).why)}")
         return message.read_as(*kinds)
@@ -106,11 +106,11 @@ class Session:
                 message = await stream.recv()
                 if message.kind == Ping.kind():
                     continue
-                room = MAX_MESSAGE_BYTES - self._unreceived_bytes
+                room = MAX_MESSAGE_BYTES - self._queued_bytes
                 if self._queue and (message.size_bytes > room or len(self._queue) >= MAX_QUEUED):
                     raise PeerProtocolError(f"{stream.peer} sends more messages than are received")
                 self._queue.append(message)
-                self._unreceived_bytes += message.size_bytes
+                self._queued_bytes += message.size_bytes
                 self._wake()
         except PeerProtocolError as error:
             self._fail(error)

@@ -89,14 +89,11 @@ class SocketSettings:
             if value is not None and not 1 <= value <= most:
                 raise UserError(f"{name} = {value} must be from 1 to {most}")
 
-    def size(self, sock: socket.socket) -> None:
-        """Set the sizes of the buffers. To be called before connect() or listen(), which fix the window scale."""
+    def apply(self, sock: socket.socket) -> None:
+        """Set the options. To be called before connect(), which fixes the window scale."""
         if self.buffer_bytes is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.buffer_bytes)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.buffer_bytes)
-
-    def pace(self, sock: socket.socket) -> None:
-        """Limit the rate at which a connection sends."""
         if self.max_rate_bytes_per_s is not None:
             sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("Q", self.max_rate_bytes_per_s))
 
@@ -162,8 +159,7 @@ async def dialled(to: Resolved, sockets: SocketSettings) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setblocking(False)
-        sockets.size(sock)
-        sockets.pace(sock)
+        sockets.apply(sock)
         try:
             await asyncio.get_running_loop().sock_connect(sock, where)
         except OverflowError as error:
