@@ -18,6 +18,7 @@ import pytest
 
 import experiments
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("proto_v3", "sim", "experiments", "scenarios")
 SMALL = "ufimtseva-small"
@@ -94,21 +95,18 @@ def ended(*processes: subprocess.Popen[str]) -> Iterator[None]:
             process.communicate()
 
 
-@pytest.mark.slow
 def test_its_modules_are_those_of_the_environment(installed: Installed) -> None:
     code = f"import {', '.join(PACKAGES)}; print(*(each.__file__ for each in ({', '.join(PACKAGES)})))"
     files = installed.run("python", "-c", code).split()
     assert [Path(file).is_relative_to(installed.packages) for file in files] == [True] * len(PACKAGES)
 
 
-@pytest.mark.slow
 def test_all_files_are_in_it(installed: Installed) -> None:
     files = [path.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("*") if path.is_file()]
     missing = [str(file) for file in files if not (installed.packages / file).exists()]
     assert [file for file in missing if not file.endswith(".pyc")] == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", [("proto-v3",), ("python", "-m", "experiments")])
 def test_the_revision_of_another_repository_is_not_its_own(installed: Installed, command: Sequence[str]) -> None:
     subprocess.run(["git", "init", "-q", installed.packages], check=True)
@@ -116,7 +114,6 @@ def test_the_revision_of_another_repository_is_not_its_own(installed: Installed,
     assert installed.run(*command, "--version") == f"proto-v3, version {experiments.__version__}\n"
 
 
-@pytest.mark.slow
 def test_a_shipped_scenario_and_a_file_of_ones_own(installed: Installed) -> None:
     assert "mlx5-2vf" in installed.run("proto-v3", "scenarios")
     (installed.folder / "mine.toml").write_text(
@@ -130,7 +127,6 @@ def test_a_shipped_scenario_and_a_file_of_ones_own(installed: Installed) -> None
         assert (made / "compare.svg").stat().st_size > 10_000
 
 
-@pytest.mark.slow
 def test_a_replay_a_trace_and_a_report(installed: Installed) -> None:
     installed.run("proto-v3", "compare", SMALL, "--seeds", "1", "--protocols", "v2", "--out", "results/one")
     assert "The same run, to the last span." in installed.run("proto-v3", "replay", "one:v2:1")
@@ -141,13 +137,11 @@ def test_a_replay_a_trace_and_a_report(installed: Installed) -> None:
     assert SMALL in page
 
 
-@pytest.mark.slow
 def test_the_api(installed: Installed) -> None:
     code = f"from experiments import api; print(api.compare('{SMALL}', 'v2,v3-n2', 2, jobs=2)['outcome'].to_list())"
     assert installed.run("python", "-c", code) == f"{['COMPLETED'] * 4}\n"
 
 
-@pytest.mark.slow
 def test_a_live_target_takes_a_migration(installed: Installed) -> None:
     target = installed.start("proto-v3", "live-target", "--listen", "127.0.0.1:0", "--once")
     with ended(target):
@@ -177,7 +171,6 @@ print(sorted((at, outcome.kind.value) for at, outcome in made))
 """
 
 
-@pytest.mark.slow
 def test_a_dask_worker_makes_runs(installed: Installed) -> None:
     file = installed.folder / "scheduler.json"
     options = ("--no-dashboard", "--scheduler-file", file.name)
