@@ -10,6 +10,7 @@ in and out. (test_v2_on_v3.py compares whole migrations on both.)
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from typing import Any
 
@@ -29,6 +30,12 @@ settings.load_profile("repeatable")
 def pytest_configure() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what it does not wait for
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: live tests mostly wait."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

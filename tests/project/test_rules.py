@@ -22,6 +22,7 @@ def test_no_test_is_marked_with_a_rule_that_there_is_not() -> None:
     assert set(names_by_rule()) - set(rules()) == set()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.name)
 def test_the_column_of_tests_is_that_of_the_marks(doc: Path) -> None:
     """If not: `make docs`."""
