@@ -24,7 +24,7 @@ from sim.device.guest import Int32
 from sim.device.load_v3 import V3LoadedFd, V3LoadSession
 from sim.device.record import V3_HEADER_BYTES, Extent, Record, RecordSlice, Tally
 from sim.device.state import DeviceState
-from sim.device.stream import DriverLock, MigrationSession, SavedFd, fails
+from sim.device.stream import DriverLock, MigrationSession, SavedFd, WriteOnlyBlocksFd, fails
 
 VERSION_BYTES = 8
 """Of each block's version in a BLOCKS record."""
@@ -210,7 +210,7 @@ class BlocksLoadSession(V3LoadSession):
         super()._put(record, newer)
 
 
-class LoadBlocks(V3LoadedFd, BlocksFd):
+class LoadBlocks(V3LoadedFd, WriteOnlyBlocksFd):
     """The fd to write to: one whole record a write, from any number of threads."""
 
     what = "blocks"
@@ -251,18 +251,3 @@ class LoadBlocks(V3LoadedFd, BlocksFd):
         session.hold(record.size_bytes)
         await session.load(record)
         session.hold(-record.size_bytes)
-
-    @override
-    async def geometry(self) -> tuple[int, int]:
-        """Not for a session that is loaded: EBADF."""
-        raise fails(errno.EBADF)
-
-    @override
-    async def dirty_blocks(self) -> DirtyBlocks:
-        """Not for a session that is loaded: EBADF."""
-        raise fails(errno.EBADF)
-
-    @override
-    async def read_blocks(self, first: int, count: int) -> Payload:
-        """Not for a session that is loaded: EBADF."""
-        raise fails(errno.EBADF)

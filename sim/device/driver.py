@@ -13,6 +13,7 @@ SET_STATE, GET_PRECOPY_INFO, MIG_DATA_SIZE and v2's write() take turns under the
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 from typing_extensions import override
@@ -26,7 +27,7 @@ from sim.device.arcs import ARCS, Cost, SessionStep
 from sim.device.record import HEADER_BYTES, V3_HEADER_BYTES
 from sim.device.save_plan import image_bytes
 from sim.device.save_v2 import V2Stream
-from sim.device.sessions import LoadingSession, SavingSession
+from sim.device.sessions import LoadingSession, SavedStream, SavingSession
 from sim.device.state import DeviceState, Image
 from sim.device.stream import DriverContext, DriverLock, Faults, MigrationSession, fails
 from sim.report import Counters, CriticalLoad
@@ -76,9 +77,13 @@ class SimDriver(MigrationDevice):
         """The number that the user opted in to; 0: the device is v2's."""
         return self._dirty_streams
 
+    @property
+    def _saved_streams(self) -> Sequence[SavedStream]:
+        return self._saving.streams if self._saving else ()
+
     def held_bytes(self) -> tuple[int, int]:
         """Of the session's streams: bytes that are saved and not read, and bytes that are being saved."""
-        held = [stream.held_bytes() for stream in self._saving.streams] if self._saving else []
+        held = [stream.held_bytes() for stream in self._saved_streams]
         return sum(unread for unread, _ in held), sum(saving for _, saving in held)
 
     # --- the device fd ------------------------------------------------------------------------------------------------
@@ -116,7 +121,7 @@ class SimDriver(MigrationDevice):
     async def stop_copy_bytes(self) -> int:
         async with self._state_lock:
             if self._saving:
-                return sum(stream.left_bytes() for stream in self._saving.streams)
+                return sum(stream.left_bytes() for stream in self._saved_streams)
             header_bytes = V3_HEADER_BYTES if self._dirty_streams else HEADER_BYTES
             return image_bytes(self.spec, self._settings, self.spec.critical.objects, self.spec.blocks, header_bytes)
 
@@ -125,8 +130,9 @@ class SimDriver(MigrationDevice):
         if MigrationFlags.PRE_COPY not in self.spec.flags:
             raise fails(errno.EINVAL)
         self._precopy_info_v2 = True
-        if self._saving and isinstance(stream := self._saving.streams[0], V2Stream):
-            stream.reports_reinit = True
+        for stream in self._saved_streams:
+            if isinstance(stream, V2Stream):
+                stream.reports_reinit = True
 
     @override
     async def streams(self) -> FeatureMigStreams:
@@ -151,8 +157,9 @@ class SimDriver(MigrationDevice):
     async def _pay_for(self, hop: State) -> None:
         """Wait for as long as the arc to `hop` takes."""
         cost = ARCS[self._state, hop].cost
-        if Cost.SAVES in cost and self._saving:
-            await self._saving.settle()
+        if Cost.SAVES in cost:
+            for stream in self._saved_streams:
+                await stream.settle()
         if cost_ns := cost.time_ns(self.spec):
             start = now_ns()
             await sleep_ns(cost_ns)
@@ -169,36 +176,33 @@ class SimDriver(MigrationDevice):
 
     def _enter(self, hop: State) -> DataFd | None:
         """The arc itself; returns a data fd where it starts a session."""
-        match ARCS[self._state, hop].session:
-            case SessionStep.STARTS_PRECOPY:
-                saving = self._start_saving()
-                saving.start_precopy()
-                saving.set_suspended(hop is State.PRE_COPY_P2P)
-                return saving.streams[0]
-            case SessionStep.STARTS_STOP_COPY:
-                saving = self._start_saving()
-                saving.finish()
-                return saving.streams[0]
+        fd: DataFd | None = None
+        match step := ARCS[self._state, hop].session:
             case SessionStep.STARTS_LOADING:
-                return self._start_loading().fds[0]
+                fd = self._start_loading()
             case SessionStep.ENDS_LOADING:
                 self._end_loading()
-            case SessionStep.PAUSES | SessionStep.CONTINUES as step:
-                assert self._saving is not None
-                self._saving.set_suspended(step is SessionStep.PAUSES)
-            case SessionStep.FINISHES:
-                assert self._saving is not None
-                self._saving.finish()
+            case SessionStep.STARTS_PRECOPY | SessionStep.STARTS_STOP_COPY:
+                fd = self._start_saving()
             case SessionStep.ENDS_SAVING:
                 self._end_saving(errno.ENODEV)
-        return None
+        for stream in self._saved_streams:
+            match step:
+                case SessionStep.STARTS_PRECOPY:
+                    stream.start_precopy()
+                    stream.suspended = hop is State.PRE_COPY_P2P
+                case SessionStep.PAUSES | SessionStep.CONTINUES:
+                    stream.suspended = step is SessionStep.PAUSES
+                case SessionStep.STARTS_STOP_COPY | SessionStep.FINISHES:
+                    stream.finish()
+        return fd
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
     def _session(self) -> MigrationSession:
         return MigrationSession(self._context, self._settings, self._state_lock, self._faults, self._fail)
 
-    def _start_saving(self) -> SavingSession:
+    def _start_saving(self) -> DataFd:
         if self._device is None:
             raise fails(errno.EIO)
         self._saving = SavingSession(
@@ -210,9 +214,9 @@ class SimDriver(MigrationDevice):
             reports_reinit=self._precopy_info_v2,
         )
         self.counters += [stream.counters for stream in self._saving.streams]
-        return self._saving
+        return self._saving.streams[0]
 
-    def _start_loading(self) -> LoadingSession:
+    def _start_loading(self) -> DataFd:
         if self._image is None:
             raise fails(errno.EIO)
         self._loading = LoadingSession(
@@ -225,7 +229,7 @@ class SimDriver(MigrationDevice):
         )
         self._loading.load.critical_loads = self.critical_loads
         self.counters.append(self._loading.load.counters)
-        return self._loading
+        return self._loading.fds[0]
 
     def _end_saving(self, code: int) -> None:
         if self._saving is not None:

@@ -18,14 +18,14 @@ from typing_extensions import override
 
 from proto_v3.notify import Notify
 from proto_v3.timeline import Resource
-from proto_v3.vfio.device import DataFd, Ready
+from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.uapi import PrecopyInfo, StreamInfo
 from proto_v3.wire.frames import Payload
 from sim.clock.port import now_ns, sleep_ns
 from sim.device.load_queue import LoadQueue, StreamError
 from sim.device.record import Extent, Record
 from sim.device.state import Image
-from sim.device.stream import DriverLock, MigrationSession, fails
+from sim.device.stream import DriverLock, MigrationSession, WriteOnlyFd, fails
 from sim.report import Counters, CriticalLoad
 
 
@@ -138,7 +138,7 @@ class LoadSession:
         )
 
 
-class LoadedFd(DataFd):
+class LoadedFd(WriteOnlyFd):
     """A data fd that is written to: what all kinds share."""
 
     def __init__(self, session: LoadSession) -> None:
@@ -161,16 +161,6 @@ class LoadedFd(DataFd):
     def refuse(self, why: str) -> OSError:
         """The error of bytes that are no stream at all: as of a stream that is not the source's."""
         return self._session.refuse(errno.EPROTO, why)
-
-    @override
-    async def read(self, max_bytes: int) -> Payload:
-        """EBADF, as for any fd that is open for writing only."""
-        raise fails(errno.EBADF)
-
-    @override
-    async def poll(self, timeout_ns: int | None = None) -> Ready:
-        """Nothing can be read from it, ever."""
-        return Ready.NOTHING
 
     @override
     async def get_stream(self, index: int) -> DataFd:

@@ -151,7 +151,7 @@ class SaveStream(SavedFd):
                 await copy(data)
                 self._check_open()
                 if chunks:
-                    self._queue.free(chunks)
+                    self._queue.free_chunks += chunks
                     self._notify.notify()
             self._count_read(len(data), asked_ns, ready_ns, locked_ns)
             return data

@@ -32,7 +32,7 @@ class Taken(NamedTuple):
     initial_bytes: int
     """The number of them, from the first, that count as v2's initial_bytes."""
     chunks: int
-    """Chunks that were read to their end: free() them when the bytes are copied."""
+    """Chunks that were read to their end: they are free when the bytes are copied."""
 
 
 class SaveQueue:
@@ -43,6 +43,7 @@ class SaveQueue:
 
     def __init__(self, chunks: int) -> None:
         self.free_chunks = chunks
+        """Chunks that hold no record; the reader returns those that it has copied."""
         self.unread_bytes = 0
         self.saving: Record | None = None
         """Its SAVE is in flight."""
@@ -112,10 +113,6 @@ class SaveQueue:
             record.tally = self._tally
         else:
             self._tally = self._tally.add(record)
-
-    def free(self, chunks: int) -> None:
-        """The bytes of `chunks` chunks are copied: other SAVEs can use them."""
-        self.free_chunks += chunks
 
     def drop(self, drops: Callable[[Record], bool]) -> list[Record]:
         """Drop records of which no byte was taken, if `drops` says so; returns them."""

@@ -94,26 +94,6 @@ class SavingSession:
             self._session.context.timeline.work(Resource.FIXED, "guest runs", start)
             device.advance(now_ns())
 
-    def start_precopy(self) -> None:
-        """The session starts in pre-copy."""
-        for stream in self.streams:
-            stream.start_precopy()
-
-    def set_suspended(self, suspended: bool) -> None:
-        """The device enters or leaves PRE_COPY_P2P."""
-        for stream in self.streams:
-            stream.suspended = suspended
-
-    async def settle(self) -> None:
-        """Wait for the SAVEs in flight."""
-        for stream in self.streams:
-            await stream.settle()
-
-    def finish(self) -> None:
-        """The device is stopped: save the rest, then the ENDs."""
-        for stream in self.streams:
-            stream.finish()
-
     def end(self, code: int = errno.ENODEV) -> None:
         """The session is over: every call on its fds fails with this error."""
         for task in self._tasks:

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from proto_v3.notify import Notify
 from proto_v3.timeline import Resource, Timeline
-from proto_v3.vfio.device import DataFd
+from proto_v3.vfio.device import BlocksFd, DataFd, DirtyBlocks, Ready
 from proto_v3.vfio.uapi import PrecopyInfo, StreamInfo
 from proto_v3.wire.frames import Payload
 from sim.clock.port import now_ns, sleep_ns
@@ -114,7 +114,49 @@ class FdBuffer:
         """Count all unread bytes as initial."""
 
 
-class SavedFd(DataFd):
+class ReadOnlyFd(DataFd):
+    """A data fd that is open for reading only."""
+
+    @override
+    async def write(self, payload: Payload, piece_bytes: int) -> None:
+        """EBADF."""
+        raise fails(errno.EBADF)
+
+
+class WriteOnlyFd(DataFd):
+    """A data fd that is open for writing only."""
+
+    @override
+    async def read(self, max_bytes: int) -> Payload:
+        """EBADF."""
+        raise fails(errno.EBADF)
+
+    @override
+    async def poll(self, timeout_ns: int | None = None) -> Ready:
+        """Nothing can be read from it, ever."""
+        return Ready.NOTHING
+
+
+class WriteOnlyBlocksFd(WriteOnlyFd, BlocksFd):
+    """A fd of addressable blocks that is open for writing only."""
+
+    @override
+    async def geometry(self) -> tuple[int, int]:
+        """EBADF."""
+        raise fails(errno.EBADF)
+
+    @override
+    async def dirty_blocks(self) -> DirtyBlocks:
+        """EBADF."""
+        raise fails(errno.EBADF)
+
+    @override
+    async def read_blocks(self, first: int, count: int) -> Payload:
+        """EBADF."""
+        raise fails(errno.EBADF)
+
+
+class SavedFd(ReadOnlyFd):
     """A data fd that is read from: what all kinds share. Calls that a kind does not have fail as in the kernel."""
 
     def __init__(self, session: MigrationSession) -> None:
@@ -166,11 +208,6 @@ class SavedFd(DataFd):
         start = now_ns()
         await sleep_ns(self._context.call_ns)
         self._context.timeline.work(Resource.COPY, "call", start)
-
-    @override
-    async def write(self, payload: Payload, piece_bytes: int) -> None:
-        """EBADF, as for any fd that is open for reading only."""
-        raise fails(errno.EBADF)
 
     @override
     async def close(self) -> None:

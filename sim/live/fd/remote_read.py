@@ -14,7 +14,7 @@ from proto_v3.timeline import Resource
 from proto_v3.vfio.device import BlocksFd, DirtyBlocks, Ready
 from proto_v3.vfio.uapi import GetDirtyBlocks, StreamInfo
 from proto_v3.wire.frames import EMPTY, Payload
-from sim.device.stream import fails
+from sim.device.stream import ReadOnlyFd, fails
 from sim.live.buffers import Buffers
 from sim.live.fd.calls import Reply
 from sim.live.fd.data_fd import WOKEN
@@ -25,7 +25,7 @@ KEPT_BUFFERS = 2
 """Of each data fd: one is being sent while the next is read. With multifd more are used; those are made anew."""
 
 
-class RemoteReadFd(RemoteFd):
+class RemoteReadFd(RemoteFd, ReadOnlyFd):
     """A stream that is saved."""
 
     def __init__(self, device: int, name: str, number: int, fds: Sequence[int], devices: Devices) -> None:
@@ -120,11 +120,6 @@ class RemoteReadFd(RemoteFd):
         if self._epoch is not None and _is_new(self._epoch):
             self._epoch = None  # answers come in order: that one is older than this one
         return info
-
-    @override
-    async def write(self, payload: Payload, piece_bytes: int) -> None:
-        """EBADF, as for any fd that is open for reading only."""
-        raise fails(errno.EBADF)
 
 
 def _is_new(epoch: asyncio.Future[Reply]) -> bool:

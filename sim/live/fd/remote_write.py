@@ -13,9 +13,8 @@ from typing import NamedTuple
 from typing_extensions import override
 
 from proto_v3.timeline import Resource
-from proto_v3.vfio.device import BlocksFd, DirtyBlocks, Ready
 from proto_v3.wire.frames import Payload
-from sim.device.stream import fails
+from sim.device.stream import WriteOnlyBlocksFd, WriteOnlyFd, fails
 from sim.live.buffers import as_view
 from sim.live.fd.remote_fd import Devices, RemoteFd
 from sim.live.fd.write_protocol import SIZE, AnnouncedBytes, WriteAnswer, WriteAnswerReader
@@ -34,7 +33,7 @@ class _PendingWrite(NamedTuple):
     """The number of the answer."""
 
 
-class RemoteWriteFd(RemoteFd):
+class RemoteWriteFd(RemoteFd, WriteOnlyFd):
     """A stream that is loaded."""
 
     def __init__(self, device: int, name: str, number: int, fds: Sequence[int], devices: Devices) -> None:
@@ -124,16 +123,6 @@ class RemoteWriteFd(RemoteFd):
             error = fails(later_errno)
 
     @override
-    async def read(self, max_bytes: int) -> Payload:
-        """EBADF, as for any fd that is open for writing only."""
-        raise fails(errno.EBADF)
-
-    @override
-    async def poll(self, timeout_ns: int | None = None) -> Ready:
-        """Nothing can be read from it, ever."""
-        return Ready.NOTHING
-
-    @override
     def drop(self) -> None:
         if self._listening:
             asyncio.get_running_loop().remove_reader(self._fd.number)
@@ -149,7 +138,7 @@ def _succeed(writer: _PendingWrite, number: int) -> None:
         writer.answered.set_result(number)
 
 
-class RemoteWriteBlocksFd(RemoteWriteFd, BlocksFd):
+class RemoteWriteBlocksFd(RemoteWriteFd, WriteOnlyBlocksFd):
     """Addressable blocks: each write() is one record, and is answered by itself, in any order."""
 
     @override
@@ -161,21 +150,6 @@ class RemoteWriteBlocksFd(RemoteWriteFd, BlocksFd):
         for writer in [writer for writer in self._writers if writer.end == taken]:
             self._writers.remove(writer)
             _succeed(writer, number)
-
-    @override
-    async def geometry(self) -> tuple[int, int]:
-        """Not for a session that is loaded: EBADF."""
-        raise fails(errno.EBADF)
-
-    @override
-    async def dirty_blocks(self) -> DirtyBlocks:
-        """Not for a session that is loaded: EBADF."""
-        raise fails(errno.EBADF)
-
-    @override
-    async def read_blocks(self, first: int, count: int) -> Payload:
-        """Not for a session that is loaded: EBADF."""
-        raise fails(errno.EBADF)
 
 
 RemoteWriteFd.blocks_kind = RemoteWriteBlocksFd
