@@ -27,7 +27,9 @@ class Outcome:
     note: str = ""
     """Anything else worth saying, as that the run fell back to v2."""
     downtime_ns: int | None = None
+    """From the order to stop the vCPUs until the guest runs at the target."""
     total_ns: int | None = None
+    """Of the whole migration."""
     bound_ns: int | None = None
     """The least downtime, computed from scenario and protocol alone (sim/theory/downtime_bound.py). A live run may be
     below it: its link and its copies are the machine's, not the scenario's."""
@@ -38,6 +40,7 @@ class Outcome:
     phases_ns: dict[str, int] = field(default_factory=dict)
     """They sum to the downtime exactly."""
     critical_path_ns: dict[str, int] = field(default_factory=dict)
+    """By the resource that the downtime waited for. They sum to the downtime, too."""
     guest_runs_at: str = ""
     """`source` or `target`."""
     setup_in_downtime_ns: int | None = None
@@ -54,6 +57,7 @@ class Outcome:
     digest: str = ""
     """Of the timeline: equal for equal runs."""
     stages: tuple[Stage, ...] = ()
+    """Steps of the VMMs, such as the save of device 0."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,10 +79,10 @@ def compare(
     `protocols` are names as of `proto-v3 compare`, in a list or separated by commas. `jobs` is the number of processes;
     1 runs in this one, None takes one a CPU. The table is the same for any number.
 
-    Columns: scenario, protocol, seed, outcome (`COMPLETED`, `DID_NOT_CONVERGE`, `UNSUPPORTED`, `FAILED`), reason,
-    downtime_ns, total_ns, bound_ns, phase_*_ns (they add up to the downtime), path_*_ns (the critical path, by
-    resource; they add up to it too), counters of bytes, messages and read() calls, stage_*_ns. Times are null where the
-    migration was not completed. A run that breaks is a row with outcome FAILED.
+    Columns: scenario, protocol, seed, outcome (`COMPLETED`, `DID_NOT_CONVERGE`, `CANCELLED`, `UNSUPPORTED`, `FAILED`),
+    reason, downtime_ns, total_ns, bound_ns, phase_*_ns and path_*_ns (each add up to the downtime), counters, and more:
+    docs/api.md lists them. Times are null where the migration was not completed. A run that raises an error is a row
+    with outcome FAILED.
 
     UserError for an unknown scenario or protocol, for seeds that are no whole numbers from 0, and for jobs below 1.
     Ctrl-C raises KeyboardInterrupt and leaves no process behind.
@@ -109,14 +109,17 @@ def sweep(
     Columns: one for each parameter of the grid, named as it, then those of `compare`. To sum up:
     `downtimes(runs, by=["link.gbit_per_s"])`.
     """
-    if not grid or not all(grid.values()):
-        raise UserError("grid: must have a parameter, and each a list of at least one value")
-    base, cells, factors = _scenario(scenario), [], []
+    for key, values in grid.items():
+        if isinstance(values, str) or not len(values):
+            raise UserError(f"grid: {key} = {values!r}: must be a list of at least one value")
+    if not grid:
+        raise UserError("grid: must have at least one parameter")
+    base, chosen, cells, factors = _scenario(scenario), _seeds(seeds), [], []
     dump = base.model_dump(mode="json")
     for values in itertools.product(*grid.values()):
         at = dict(zip(grid, values, strict=True))
         changed = file.from_dump(dump, base.name, settings(at))
-        for seed in _seeds(seeds):
+        for seed in chosen:
             for protocol in _protocols(protocols, changed):
                 cells.append(Cell(changed, protocol, seed))
                 factors.append({key: _cell_value(value) for key, value in at.items()})

@@ -45,7 +45,7 @@ def test_a_scenario_is_loaded_with_changes(tmp_path: Path) -> None:
 
 def test_a_sweep_has_its_factors_as_columns() -> None:
     grid: dict[str, list[api.Setting]] = {"link.round_trip_us": [10, 12.5], "driver.lock": ["none", "global"]}
-    runs = api.sweep(small_scenario(), PROTOCOLS, grid, seeds=1)
+    runs = api.sweep(small_scenario(), PROTOCOLS, grid, seeds=iter([1]))
     places = runs.select("link.round_trip_us", "driver.lock", "protocol").rows()
     assert places == [(us, lock, name) for us in (10, 12.5) for lock in ("none", "global") for name in PROTOCOLS]
     alone = api.compare(api.load("mlx5-2vf", {"link.round_trip_us": 12.5}), "v2", seeds=1)
@@ -65,6 +65,8 @@ def test_a_sweep_has_its_factors_as_columns() -> None:
         (lambda: api.compare("mlx5-2vf", "v2", seeds=[-1]), "must be"),
         (lambda: api.compare("mlx5-2vf", "v2", jobs=0), "jobs 0: must be"),
         (lambda: api.sweep("mlx5-2vf", "v2", {}), "grid: must have"),
+        (lambda: api.sweep("mlx5-2vf", "v2", {"driver.lock": "none"}), "driver.lock = 'none': must be a list"),
+        (lambda: api.sweep("mlx5-2vf", "v2", {"driver.lock": []}), "must be a list of at least one value"),
         (lambda: api.sweep("mlx5-2vf", "v2", {"link.round_trip_us": [1, -1]}), "link.round_trip_us = -1"),
         (lambda: api.draw_path({}), "at least one run"),
         (lambda: api.write_trace(api.run(small_scenario(), "v2"), "."), "must be the name of a file"),
