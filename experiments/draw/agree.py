@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from experiments.draw import style
-from experiments.draw.downtime import say_how_made
+from experiments.draw import panels, style
 from experiments.runs.frame import COMPLETED, ms, number, protocols
 from proto_v3.timeline import PHASES
 
@@ -21,12 +22,12 @@ PHASE_LOOKS = {
     "resume": ("#DDDDDD", "\\\\"),
 }
 FARTHEST = 0.5
-"""Ratios beyond are drawn here; each has its number beside it."""
+"""Ratios further from 1 are drawn at this distance, each with its number beside it."""
 
 
 def agreement(scenario: str, frame: pl.DataFrame, compared: pl.DataFrame, aim: float, command: str) -> Figure:
-    """`frame` has one row a run, of both clocks; `compared` one row a protocol and figure
-    (experiments.commands.agree)."""
+    """`frame` has one row a run, under both clocks; `compared` has one row a protocol and figure
+    (experiments.commands.agree). A ratio within `aim` of 1 is within the grey band."""
     named = protocols(compared)
     shown = compared.filter(pl.col("ratio").is_not_null())
     figures = list(shown["figure"].unique(maintain_order=True))
@@ -34,16 +35,16 @@ def agreement(scenario: str, frame: pl.DataFrame, compared: pl.DataFrame, aim: f
     bars, ratios = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1]})
     _bars(bars, frame.filter(COMPLETED), named)
     _ratios(ratios, shown, figures, named, aim)
-    runs = frame.filter(pl.col("clock") == "live")["seed"].n_unique()
+    runs = frame.filter(clock="live")["seed"].n_unique()
     figure.suptitle(f"Does a live run take what the simulation says? {scenario}, medians of {runs} run(s)", fontsize=12)
-    say_how_made(figure, command)
+    panels.say_how_made(figure, command)
     return figure
 
 
 def _bars(axis: Axes, completed: pl.DataFrame, named: list[str]) -> None:
     labels = []
     for at, (name, clock) in enumerate((name, clock) for name in named for clock in ("virtual", "live")):
-        runs = completed.filter((pl.col("protocol") == name) & (pl.col("clock") == clock))
+        runs = completed.filter(protocol=name, clock=clock)
         labels.append(f"{name}, {clock}")
         begin = 0.0
         for phase in PHASES:
@@ -60,7 +61,7 @@ def _bars(axis: Axes, completed: pl.DataFrame, named: list[str]) -> None:
     axis.set_ylim(len(labels) - 0.5, -0.5)
     axis.set_xlim(0, ms(completed["downtime_ns"].max()) * 1.1)
     axis.set_xlabel("ms; number: median downtime; black line: least to most")
-    axis.set_title("phases of the downtime", loc="left", fontsize=9.5, fontweight="bold")
+    panels.heading(axis, "phases of the downtime")
     axis.spines[["top", "right"]].set_visible(False)
     handles = [
         Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=phase)
@@ -72,32 +73,23 @@ def _bars(axis: Axes, completed: pl.DataFrame, named: list[str]) -> None:
 def _ratios(axis: Axes, shown: pl.DataFrame, figures: list[str], named: list[str], aim: float) -> None:
     axis.axvspan(1 - aim, 1 + aim, color="#E4E4E4", linewidth=0)
     axis.axvline(1, color="#666666", linewidth=0.8)
-    for place, name in enumerate(named):
+    for order, name in enumerate(named):
         look = style.protocol(name)
-        rows = shown.filter(pl.col("protocol") == name)
-        for row in rows.iter_rows(named=True):
-            at = figures.index(row["figure"]) + 0.24 * (place - (len(named) - 1) / 2)
+        for row in shown.filter(protocol=name).iter_rows(named=True):
+            at = figures.index(row["figure"]) + 0.24 * (order - (len(named) - 1) / 2)
             ratio = number(row["ratio"])
             x = 1 + max(-FARTHEST, min(ratio - 1, FARTHEST))
             axis.plot([x], [at], look.marker, color=look.colour, markersize=6)
             if x != ratio:
                 away, side = (-7, "right") if ratio > 1 else (7, "left")
-                axis.annotate(
-                    f"{ratio:.2f}",
-                    (x, at),
-                    xytext=(away, 0),
-                    textcoords="offset points",
-                    ha=side,
-                    fontsize=7.5,
-                    va="center",
-                )
+                place: dict[str, Any] = {"xytext": (away, 0), "textcoords": "offset points", "ha": side, "va": "center"}
+                axis.annotate(f"{ratio:.2f}", (x, at), fontsize=7.5, **place)
         axis.plot([], [], look.marker, color=look.colour, label=name)
     axis.set_yticks(range(len(figures)), figures, fontsize=8)
     axis.set_ylim(len(figures) - 0.4, -0.6)
     axis.set_xlim(1 - FARTHEST - 0.04, 1 + FARTHEST + 0.04)
     axis.set_xlabel("live / virtual")
-    title = f"ratio of every figure; grey: within {100 * aim:.0f} %"
-    axis.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
+    panels.heading(axis, f"ratio of every figure; grey: within {100 * aim:.0f} %")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8, frameon=False)
     axis.grid(axis="y", color="#EEEEEE", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,8 @@ place where some runs were not completed has a hollow one.
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,9 +20,10 @@ from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
+from experiments import __version__
 from experiments.draw import style
-from experiments.draw.downtime import how_made
 from experiments.runs.frame import COMPLETED
+from experiments.runs.manifest import git_revision
 from experiments.study.effects import Measure
 from experiments.study.statistics import Interval, interval, share
 
@@ -41,9 +44,25 @@ def sheet(
     return figure, list(figure.subplots(*panels, squeeze=False).flat)
 
 
+def say_how_made(figure: Figure, command: str) -> None:
+    """The command and the version, at the bottom."""
+    figure.supxlabel(how_made(command), fontsize=6.5, color="#555555", family="monospace")
+
+
+def how_made(command: str) -> str:
+    """The command, the version and the git revision, wrapped."""
+    made = f"{command}  |  proto-v3 {__version__}, {git_revision()[:12]}"
+    return textwrap.fill(re.sub(r",(?=\S)", ", ", made), 150, break_on_hyphens=False)  # lists of protocols are long
+
+
+def heading(axis: Axes, title: str) -> None:
+    """A panel's title."""
+    axis.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
+
+
 def dress(axis: Axes, title: str, x: str, y: str) -> None:
     """A panel's title and axes, with their units."""
-    axis.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
+    heading(axis, title)
     axis.set_xlabel(x, fontsize=8.5)
     axis.set_ylabel(y, fontsize=8.5)
     axis.tick_params(labelsize=8)

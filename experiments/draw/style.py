@@ -1,7 +1,7 @@
-"""How things look, the same in every figure: a colour and a hatch for each protocol and each resource.
+"""The look of protocols and resources, the same in every figure: a colour and a hatch each.
 
-Colours are of the Okabe-Ito and Tol palettes (told apart with any colour vision); their lightness and the hatches tell
-them apart in greyscale too.
+Colours are from the Okabe-Ito and Tol palettes, which differ with any colour vision; lightness and hatches make them
+differ in greyscale too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Style:
     label: str
     marker: str = "o"
     line: Any = "-"
-    """What matplotlib takes: a name, or lengths of dashes."""
+    """As matplotlib takes it: a name, or lengths of dashes."""
 
 
 RESOURCES: dict[Resource, Style] = {
@@ -38,7 +38,7 @@ RESOURCES: dict[Resource, Style] = {
 
 
 UNEXPLAINED = Style("#FFFFFF", "///", "unexplained: scheduler, interpreter")
-"""What a live run's critical path does not cover; in virtual time there is none."""
+"""The part that a live run's critical path does not cover; there is none in virtual time."""
 
 V3_SHADES = {1: "#A6CBE3", 2: "#6BAED6", 4: "#2171B5", 8: "#084594", 16: "#042A5C", 32: "#02142C"}
 BLOCKS_SHADES = {1: "#B5DDC0", 2: "#7FC596", 4: "#2E8B57", 8: "#1B6B3A", 16: "#0B3D20", 32: "#051E10"}
@@ -61,17 +61,17 @@ V2_MARKERS = {"-ack-reusable": "*", "-ack": "X", "-multifd": "h"}
 V2_LINES: dict[str, Any] = {"-multifd": "--", "-reinit-flush": "-.", "-reinit-invalidate": (0, (1, 1))}
 V2_HATCHES = {"-multifd": "xx", "-reinit-flush": "..", "-reinit-invalidate": "oo", "-polls": "--"}
 OTHER_MARKERS = {"-polls": "p", "-retry": "d"}
-"""Of what else differs where the line is taken: another user, another policy."""
+"""Markers for another user and another policy, which no line style is left for."""
 WIRE_MARKERS = {"": "D", "-pool": "s", "-one": "v", "-blocks": "^"}
 PALER = 0.4
-"""So much white is in the colour of one whose epochs, or whose REINIT, make earlier data void."""
+"""The part of white in a protocol's colour if its epochs, or its REINIT, make earlier data void."""
 
 
 def protocol(name: str) -> Style:
     """The look of a protocol, the same in every figure.
 
-    v2 is wine red, of other colours with a switchover-ack; v3 is blue, with addressable blocks green, darker with the
-    number of its dirty streams. Hatch and line tell what else their names say, markers N or the ack.
+    v2 is wine red, or another colour with a switchover-ack. v3 is blue, or green with addressable blocks; more dirty
+    streams are darker. Hatch and line show the other suffixes of the name, markers show N or the ack.
     """
     if name.startswith("v3"):
         numbers = [int(number) for number in re.findall(r"-n(\d+)", name)] or [4]
@@ -92,7 +92,7 @@ def protocol(name: str) -> Style:
 
 
 def wire(suffix: str, label: str) -> Style:
-    """The look of v3 where N is on an axis: colour and line of N = 4, the marker tells the wire.
+    """The look of v3 where N is on an axis: colour and line of N = 4; the marker shows the wire.
 
     `suffix` is `-pool` or `-one`, nothing for a connection a stream, or `-blocks`.
     """

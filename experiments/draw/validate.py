@@ -1,4 +1,4 @@
-"""The figure of `proto-v3 validate`: published against simulated, and how far off each figure is."""
+"""The figure of `proto-v3 validate`: published against simulated figures, and the error of each."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments.draw.downtime import say_how_made
+from experiments.draw import panels
 from experiments.runs.frame import number
 from experiments.study.published import words
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP"
-"""A scenario has a colour (Okabe and Ito's) and a marker: 42 pairs before the first comes again."""
+"""A scenario has a colour (Okabe and Ito's) and a marker: 42 different pairs."""
 BAND_COLOURS = ("#D5D5D5", "#EBEBEB")
 FARTHEST = 0.4
-"""Errors beyond are drawn here; each has its number beside it."""
+"""Larger errors are drawn at this distance, each with its number beside it."""
 
 Looks = Mapping[str, tuple[str, str]]
 
@@ -28,7 +28,7 @@ def published_against_simulated(frame: pl.DataFrame, bands: Sequence[float], see
     """Published against simulated figures on log axes, and their errors one by one.
 
     `frame` has one row a figure (experiments.commands.validate.tidy), at least one of them simulated; `bands` are
-    two errors, the smaller one first. Hollow is what parameters were fitted to, filled what is predicted.
+    two errors, the smaller one first. Figures that parameters were fitted to are hollow, predictions are filled.
     """
     scenarios = frame["scenario"].unique(maintain_order=True)
     looks = {name: (COLOURS[at % len(COLOURS)], MARKERS[at % len(MARKERS)]) for at, name in enumerate(scenarios)}
@@ -37,7 +37,7 @@ def published_against_simulated(frame: pl.DataFrame, bands: Sequence[float], see
     _against(against, frame.filter(pl.col("simulated_ms").is_not_null()), bands, looks)
     _errors(errors, frame, bands, looks)
     figure.suptitle(f"Does the simulation give what was published? Means over {seeds} seed(s)", fontsize=12)
-    say_how_made(figure, command)
+    panels.say_how_made(figure, command)
     return figure
 
 
@@ -57,17 +57,15 @@ def _against(axis: Axes, simulated: pl.DataFrame, bands: Sequence[float], looks:
     axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="published, ms", ylabel="simulated, ms")
     axis.set_box_aspect(1)
     axis.set_anchor("N")
-    told = " and ".join(f"{100 * band:.0f} %" for band in bands)
-    axis.set_title(f"grey: within {told}; named: what is outside", loc="left", fontsize=9.5)
+    within = " and ".join(f"{100 * band:.0f} %" for band in bands)
+    axis.set_title(f"grey: within {within}; named: what is outside", loc="left", fontsize=9.5)
     axis.spines[["top", "right"]].set_visible(False)
     handles = [
         Line2D([], [], color=colour, marker=marker, linestyle="", label=name)
         for name, (colour, marker) in looks.items()
     ]
-    handles.append(Line2D([], [], color="#444444", marker="o", linestyle="", label="predicted"))
-    handles.append(
-        Line2D([], [], color="#444444", markerfacecolor="white", marker="o", linestyle="", label="used to fit")
-    )
+    for face, label in (("#444444", "predicted"), ("white", "used to fit")):
+        handles.append(Line2D([], [], color="#444444", markerfacecolor=face, marker="o", linestyle="", label=label))
     axis.legend(handles=handles, loc="upper left", fontsize=8.5, frameon=False)
 
 
@@ -78,11 +76,11 @@ def _errors(axis: Axes, frame: pl.DataFrame, bands: Sequence[float], looks: Look
     labels = []
     for at, row in enumerate(frame.iter_rows(named=True)):
         labels.append(f"{row['scenario']}, {row['protocol']}: {words(row['figure'])}")
-        told = "not simulated"
+        error = "not simulated"
         if row["error"] is not None:
             _point(axis, 100 * max(-FARTHEST, min(row["error"], FARTHEST)), at, row, looks)
-            told = f"{100 * row['error']:+.1f} %"
-        axis.annotate(told, (1, at), xycoords=("axes fraction", "data"), fontsize=7.5, ha="right", va="center")
+            error = f"{100 * row['error']:+.1f} %"
+        axis.annotate(error, (1, at), xycoords=("axes fraction", "data"), fontsize=7.5, ha="right", va="center")
     axis.set_yticks(range(frame.height), labels, fontsize=7.5)
     axis.set_ylim(frame.height - 0.4, -0.6)
     axis.set_xlim(-100 * FARTHEST - 3, 100 * FARTHEST + 18)

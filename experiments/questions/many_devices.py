@@ -12,7 +12,7 @@ nothing where they leave none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
@@ -23,7 +23,7 @@ from matplotlib.patches import Patch
 from experiments.draw import panels, style
 from experiments.runs.frame import COMPLETED, number
 from experiments.runs.table import PATH_COLUMNS
-from experiments.study.claims import WORTH, Finding, verdict
+from experiments.study.claims import WORTH, Finding, judge
 from experiments.study.effects import Measure, compared_text, effect_table, places, sentence
 from experiments.study.experiment import Answer, Experiment, Point
 from experiments.study.statistics import Effect, effect
@@ -58,6 +58,7 @@ LOAD_THREADS = 3
 """With the most VFs, multifd is also run with this number of load threads, about as many as there are engines: some
 devices are loaded to the end while others wait, so that config, one at a time, begins sooner."""
 KEYS = ("bandwidth", "load_threads", "pfs", "stop", "vfs")
+PATHS = dict(zip(Resource, PATH_COLUMNS, strict=True))
 PLAIN = (pl.col("bandwidth") == "given") & (pl.col("load_threads") == 0)
 BITS_PER_S_PER_GBIT = 1e9
 
@@ -65,18 +66,16 @@ BITS_PER_S_PER_GBIT = 1e9
 def points(quick: bool) -> list[Point]:
     """Every protocol with every number of VFs, on one PF and on several, with either stop."""
     numbers = QUICK_VFS if quick else VFS
-    grid = [_point(*place) for place in _grid(numbers)]
+    grid = [
+        _point("given", pfs, stop, vfs, protocol)
+        for stop in (FITTED, TOGETHER)
+        for vfs in numbers
+        for pfs in (1, SEVERAL_PFS)
+        if vfs % pfs == 0
+        for protocol in (PROTOCOLS if (pfs, stop) == (1, FITTED) else BESIDE)
+    ]
     grid += [_point("measured", 1, FITTED, MEASURED_VFS, protocol) for protocol in BESIDE]
     return [*grid, _point("given", 1, FITTED, max(numbers), AGAINST, LOAD_THREADS)]
-
-
-def _grid(numbers: Sequence[int]) -> Iterator[tuple[str, int, str, int, str]]:
-    for stop in (FITTED, TOGETHER):
-        for vfs in numbers:
-            for pfs in (1, SEVERAL_PFS):
-                if vfs % pfs == 0:
-                    protocols = PROTOCOLS if (pfs, stop) == (1, FITTED) else BESIDE
-                    yield from (("given", pfs, stop, vfs, protocol) for protocol in protocols)
 
 
 def _point(bandwidth: str, pfs: int, stop: str, vfs: int, protocol: str, load_threads: int = 0) -> Point:
@@ -189,7 +188,7 @@ def _where_it_goes(frame: pl.DataFrame, vfs: int) -> list[str]:
         runs = _place(frame, 1, FITTED, vfs).filter(COMPLETED, protocol=protocol)
         if runs.height:
             whole = float(runs["downtime_ns"].sum())
-            shares = {one: float(runs[column].sum()) / whole for one, column in _columns()}
+            shares = {one: float(runs[column].sum()) / whole for one, column in PATHS.items()}
             largest = sorted(shares, key=lambda one: -shares[one])[:3]
             parts = ", ".join(f"{style.RESOURCES[one].label} {100 * shares[one]:.0f} %" for one in largest)
             lines.append(f"{protocol} with {vfs} VFs on one PF: {parts}.")
@@ -236,7 +235,7 @@ def _c2(frame: pl.DataFrame) -> Finding:
     parts = ", ".join(f"{100 * (1 - ratio.mean):.1f} % with {vfs}" for vfs, ratio in ratios.items())
     return Finding(
         "C2",
-        verdict(supported=all(as_claimed), refuted=any(contrary)),
+        judge(supported=all(as_claimed), refuted=any(contrary)),
         f"four dirty streams a device take {parts} VF(s) on one PF off the downtime with one: the PF has {engines:g} "
         f"engines, which as many VFs keep busy by themselves. That is as claimed in {sum(as_claimed)} of "
         f"{len(as_claimed)} places, more and less than {100 * WORTH:.0f} %.",
@@ -298,10 +297,6 @@ def _gains(axis: Axes, frame: pl.DataFrame, stop: str) -> None:
     axis.axhline(100 * WORTH, color="black", linewidth=0.6)
 
 
-def _columns() -> list[tuple[Resource, str]]:
-    return list(zip(Resource, PATH_COLUMNS, strict=True))
-
-
 def _paths(frame: pl.DataFrame, command: str) -> Figure:
     figure, axes = panels.sheet(
         "What bounds the downtime as a guest has more VFs?",
@@ -316,8 +311,8 @@ def _paths(frame: pl.DataFrame, command: str) -> Figure:
         for at, vfs in enumerate(numbers):
             for place, protocol in enumerate(BESIDE):
                 runs = _place(frame, 1, stop, vfs).filter(COMPLETED, protocol=protocol)
-                columns = _columns() if runs.height else []
-                parts = [(number(runs[column].mean()) / 1e6 / vfs, style.RESOURCES[one]) for one, column in columns]
+                means = {one: number(runs[column].mean()) for one, column in PATHS.items() if runs.height}
+                parts = [(each / 1e6 / vfs, style.RESOURCES[one]) for one, each in means.items()]
                 panels.stack(axis, at + (place - 1) * 0.27, parts, 0.24, edgecolor="black", linewidth=0.4, zorder=3)
         panels.dress(axis, f"stopped {stop}", "VFs of the guest", "downtime a VF, ms")
         axis.set_xticks(range(len(numbers)), [str(vfs) for vfs in numbers])

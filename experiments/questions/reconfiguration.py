@@ -20,7 +20,7 @@ from matplotlib.ticker import NullLocator
 
 from experiments.draw import panels
 from experiments.runs.frame import COMPLETED, number
-from experiments.study.claims import MOST_OF_SETUP, Finding, gave_up, kept_out, verdict
+from experiments.study.claims import MOST_OF_SETUP, Finding, gave_up, judge, kept_out
 from experiments.study.effects import Measure, compared_text, effect_table, incomplete, mean, places
 from experiments.study.experiment import Answer, Experiment, Point
 from experiments.study.statistics import Interval
@@ -130,7 +130,7 @@ def _c1(frame: pl.DataFrame) -> Finding:
     worst = of_v2.filter(pl.col(FACTOR) == number(of_v2[FACTOR].max()))
     return Finding(
         "C1",
-        verdict(supported=bool(keeps_out) and not v2_can, refuted=keeps_out is False),
+        judge(supported=bool(keeps_out) and not v2_can, refuted=keeps_out is False),
         f"v3-n4 completes {completed} of {v3.height} runs at rates that the target keeps up with, with "
         f"{_mean_text(most)} of set-up in the downtime in the mean at the worst of them; v2 has {_mean_text(plain)}. "
         f"v2 with REINIT and a reusable ack ({ACKED}) has {_mean_text(acked)}; it completes "

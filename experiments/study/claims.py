@@ -45,7 +45,7 @@ class Finding:
     """One sentence, with numbers."""
 
 
-def verdict(*, supported: bool, refuted: bool) -> Verdict:
+def judge(*, supported: bool, refuted: bool) -> Verdict:
     """`refuted` takes precedence; if neither is true, `under conditions`."""
     return "refuted" if refuted else "supported" if supported else "under conditions"
 

@@ -15,7 +15,7 @@ COLUMNS = {
     "announce_and_start_ms": "phase_resume_ns",
     "src_saved_to_dst_loaded_ms": "stage_saved_to_loaded_0_ns",
 }
-"""Where a published figure is in the table of runs, if not in the stage that is called the same."""
+"""The column of a published figure in the table of runs, if it is not the stage of the same name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +23,12 @@ class PublishedFigure:
     """A published figure against the mean of the runs. Milliseconds."""
 
     figure: str
-    """The scenario's key, in lists with the device's index: `device_save_ms.1`."""
+    """The scenario's key; in a list, with the device's index: `device_save_ms.1`."""
     published_ms: float
     simulated_ms: float | None
     """None if no run was completed, or if the protocol has no such stage."""
     fitted: bool
-    """Whether a parameter was fitted to it; else it is a prediction."""
+    """True if a parameter was fitted to it; otherwise it is a prediction."""
 
     @property
     def what(self) -> str:
@@ -48,8 +48,8 @@ def words(figure: str) -> str:
 
 
 def held_against(published: Published, frame: pl.DataFrame) -> list[PublishedFigure]:
-    """The published figures against the means of its protocol's completed runs."""
-    runs = frame.filter(COMPLETED & (pl.col("protocol") == published.protocol))
+    """The published figures against the means of the completed runs under the same protocol."""
+    runs = frame.filter(COMPLETED, protocol=published.protocol)
     return [
         PublishedFigure(figure, expected, _mean_ms(runs, figure), figure in published.fitted)
         for figure, expected in published.figures().items()

@@ -11,7 +11,7 @@ import polars as pl
 from experiments.questions.reconfiguration import ACKED, GIVE_UP, SETUP, SMALL_RAM
 from experiments.questions.reconfiguration import ACKED_MULTIFD as FAIR
 from experiments.runs.frame import COMPLETED, number
-from experiments.study.claims import MOST_OF_SETUP, SETUP_LEFT, Finding, kept_out, verdict
+from experiments.study.claims import MOST_OF_SETUP, SETUP_LEFT, Finding, judge, kept_out
 from experiments.study.effects import NOT_BOTH, Measure, change_text, effect_row, mean, places, sentence, table
 from experiments.study.experiment import Answer, Point
 from experiments.study.statistics import Effect, Interval, effect, interval, paired
@@ -312,7 +312,7 @@ def _c1(frame: pl.DataFrame) -> Finding:
     left = {name: max(of[name].mean for of in setups.values()) for name in (N_FDS, ACKED)}
     return Finding(
         "C1",
-        verdict(supported=all(kept[N_FDS]) and not all(kept[ACKED]), refuted=False in kept[N_FDS]),
+        judge(supported=all(kept[N_FDS]) and not all(kept[ACKED]), refuted=False in kept[N_FDS]),
         f"of v2's {min(before):.0f} to {max(before):.0f} ms of set-up in the downtime ({', '.join(setups)}) {N_FDS} "
         f"leaves {left[N_FDS]:.1f} ms at most, and completes {_done(frame, setups, N_FDS)}; one fd with REINIT and the "
         f"reusable ack leaves {left[ACKED]:.1f} ms, and completes {_done(frame, setups, ACKED)}.",
@@ -343,7 +343,7 @@ def _c4(frame: pl.DataFrame) -> Finding:
     no_setup = _within(of_setup[0], SETUP_LEFT * setups[BUSY][V2].mean * 1e6)
     return Finding(
         "C4",
-        verdict(
+        judge(
             supported=bool(apart and no_setup and one <= MOST_OF_SETUP),
             refuted=two <= MOST_OF_SETUP or gain.high >= 0 or apart is False or no_setup is False,
         ),

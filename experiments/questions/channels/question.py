@@ -9,7 +9,7 @@ import polars as pl
 from experiments.questions.channels import grid
 from experiments.questions.channels.grid import LINK_GBIT_PER_S, MANY, NARROW_GBIT_PER_S, PLACE, dedicated, pooled
 from experiments.runs.frame import COMPLETED, number
-from experiments.study.claims import Finding, verdict
+from experiments.study.claims import Finding, judge
 from experiments.study.effects import Measure, Place, effect_row, effect_text, incomplete, places, table
 from experiments.study.experiment import Answer
 from experiments.study.statistics import Effect, effect
@@ -113,7 +113,7 @@ def _finding(what: str, effects: Effects, most: float) -> Finding:
     if far:
         at, worst = max(far, key=lambda each: each[1].ratio.high)
         why += f"; it is not at {len(far)}, at most {_ratio(worst)} times, {_where(at)}"
-    judged = verdict(supported=not far and not missing, refuted=bool(found) and not close)
+    judged = judge(supported=not far and not missing, refuted=bool(found) and not close)
     return Finding("C5", judged, f"{why}.")
 
 

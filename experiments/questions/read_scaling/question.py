@@ -23,7 +23,7 @@ from experiments.questions.read_scaling.grid import (
     with_parts,
 )
 from experiments.runs.frame import COMPLETED, number
-from experiments.study.claims import Finding, verdict
+from experiments.study.claims import Finding, judge
 from experiments.study.effects import compared_text, effect_row, places, table
 from experiments.study.experiment import Answer
 from experiments.study.statistics import Interval, effect, interval
@@ -224,7 +224,7 @@ def _c2(frame: pl.DataFrame) -> Finding:
     beyond = f"{min(elsewhere):.2f} to {max(elsewhere):.2f}" if elsewhere else "not looked at"
     return Finding(
         "C2",
-        verdict(supported=not short and not lost, refuted=bool(short or lost) and fine <= len(short)),
+        judge(supported=not short and not lost, refuted=bool(short or lost) and fine <= len(short)),
         f"Where firmware binds, the speed-up of N streams over one is within {100 * TOLERANCE:.0f} % of min(N, F) in "
         f"{fine} of {len(firmware)} places{last}; furthest off: {speed_up.text()} of {min(n, place.engines):g} "
         f"({place.text}, N = {n}). Where copy or link bind it is {beyond} of min(N, F)"
@@ -266,7 +266,7 @@ def _c3(frame: pl.DataFrame) -> Finding:
     nothing = [gain < NOTHING for _, gain in one_lock + one_engine]
     return Finding(
         "C3",
-        verdict(supported=all(nothing), refuted=not any(nothing)),
+        judge(supported=all(nothing), refuted=not any(nothing)),
         f"N takes off: under one lock, where a copy is slower than an engine, {_gains_text(slow)}, and where it is "
         f"faster, {_gains_text(fast)}; with one engine, where it is slower than a copy, {_gains_text(held)}, and where "
         f"the copy is the slower, {_gains_text(free)}; less than {100 * NOTHING:.0f} % counts as nothing. From the N "

@@ -9,18 +9,9 @@ from typing import Any
 import polars as pl
 
 from experiments.questions.reconfiguration import ACKED_MULTIFD
-from experiments.questions.sensitivity.grid import (
-    CONCLUSIONS,
-    ENGINES_COLUMN,
-    IDLE,
-    MAPS,
-    NIC,
-    V3,
-    Conclusion,
-    Map,
-)
+from experiments.questions.sensitivity.grid import CONCLUSIONS, ENGINES_COLUMN, IDLE, MAPS, NIC, V3, Conclusion, Map
 from experiments.runs.frame import COMPLETED, number
-from experiments.study.claims import WORTH, Finding, verdict
+from experiments.study.claims import WORTH, Finding, judge
 from experiments.study.effects import NOT_BOTH, effect_row, sentence, table
 from experiments.study.experiment import Answer
 from experiments.study.statistics import Effect, Interval, effect
@@ -235,7 +226,7 @@ def _c3(frame: pl.DataFrame, found: Sequence[Bar]) -> Finding:
         return Finding("C3", "under conditions", "one of the two was not completed under both protocols here.")
     return Finding(
         "C3",
-        verdict(supported=engine.is_under and lock.is_under, refuted=not (engine.is_under or lock.is_under)),
+        judge(supported=engine.is_under and lock.is_under, refuted=not (engine.is_under or lock.is_under)),
         f"{V3} gains {gain_text(engine.found)} over v2-multifd with {engine.at} engine, and {gain_text(lock.found)} "
         f"under a {lock.at} lock, on {IDLE}, where copies and waits for the lock are {_locked_percent(frame):.1f} % of "
         f"{V3}'s critical path.",

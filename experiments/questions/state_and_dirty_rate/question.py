@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from experiments.runs.frame import COMPLETED
-from experiments.study.claims import Finding, verdict
+from experiments.study.claims import Finding, judge
 from experiments.study.effects import compared_text, effect_row, places, sentence, table
 from experiments.study.experiment import Answer, Factor, Point
 from experiments.study.statistics import effect, interval, share
@@ -303,7 +303,7 @@ def _moved(frame: pl.DataFrame) -> Finding:
         return Finding("C2", "under conditions", text)
     one, four = (boundary_mib_per_s(ENGINES, STATE_OF_MACHINES_MIB, protocol) for protocol in ("v3-n1", "v3-n4"))
     near = four / one * (1 - CLOSE) <= low and high <= four / one * (1 + CLOSE)
-    judged = "supported" if near else verdict(supported=False, refuted=high <= 1 + NOTHING)
+    judged = "supported" if near else judge(supported=False, refuted=high <= 1 + NOTHING)
     return Finding("C2", judged, f"{text}; theory: {four / one:.2f}. That is of pre-copy, not of stop-copy.")
 
 
@@ -312,7 +312,7 @@ def _not_moved(frame: pl.DataFrame) -> Finding:
     low, high, text = _shift(frame, ONE_ENGINE)
     if np.isnan(low):
         return Finding("C3", "under conditions", text)
-    judged = verdict(supported=high <= 1 + NOTHING, refuted=low > 1 + NOTHING)
+    judged = judge(supported=high <= 1 + NOTHING, refuted=low > 1 + NOTHING)
     return Finding("C3", judged, f"{text}. That is of pre-copy.")
 
 

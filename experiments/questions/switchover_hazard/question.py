@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from experiments.runs.frame import COMPLETED, number
-from experiments.study.claims import Finding, gave_up, verdict
+from experiments.study.claims import Finding, gave_up, judge
 from experiments.study.effects import Measure, Place, change_text, effect_row, mean, places, sentence, table
 from experiments.study.experiment import Answer, Point
 from experiments.study.statistics import Effect, Floats, Interval, effect, interval, share
@@ -298,7 +298,7 @@ def _c1(random: pl.DataFrame) -> Finding:
     v2_cannot_tell = unseen > MOST_PAID * checked.height
     return Finding(
         "C1",
-        verdict(
+        judge(
             supported=completed == retry.height and all(few.values()) and v2_cannot_tell,
             refuted=not few[RETRY],  # the policy that is made for it
         ),
