@@ -238,7 +238,8 @@ def _c2(frame: pl.DataFrame) -> Finding:
         judge(supported=all(as_claimed), refuted=any(contrary)),
         f"four dirty streams a device take {parts} VF(s) on one PF off the downtime with one: the PF has {engines:g} "
         f"engines, which as many VFs keep busy by themselves. That is as claimed in {sum(as_claimed)} of "
-        f"{len(as_claimed)} places, more and less than {100 * WORTH:.0f} %.",
+        f"{len(as_claimed)} places: more than {100 * WORTH:.0f} % where half of the engines are idle, less where none "
+        "is.",
     )
 
 

@@ -131,8 +131,8 @@ def _c1(frame: pl.DataFrame) -> Finding:
     return Finding(
         "C1",
         judge(supported=bool(keeps_out) and not v2_can, refuted=keeps_out is False),
-        f"v3-n4 completes {completed} of {v3.height} runs at rates that the target keeps up with, with "
-        f"{_mean_text(most)} of set-up in the downtime in the mean at the worst of them; v2 has {_mean_text(plain)}. "
+        f"v3-n4 completes {completed} of {v3.height} runs at rates that the target keeps up with; at the worst of them "
+        f"the mean set-up in its downtime is {_mean_text(most)}, and in v2's {_mean_text(plain)}. "
         f"v2 with REINIT and a reusable ack ({ACKED}) has {_mean_text(acked)}; it completes "
         f"{of_v2.filter(COMPLETED).height} of {of_v2.height} runs ({worst.filter(COMPLETED).height} of {worst.height} "
         f"at the highest rate) and gives up {seen} because it saw critical data come too late: "

@@ -96,7 +96,7 @@ def against_all_of_v2() -> str:
 
 
 def given_up() -> str:
-    runs, gives_up = found("reconfiguration", r"of (\d+) runs it completes \d+ .*? and gives (\d+) up")
+    runs, gives_up = found("reconfiguration", r"it completes \d+ of (\d+) runs .*? and gives up (\d+)")
     return f"makes v2 give the migration up ({gives_up} of {runs})"
 
 

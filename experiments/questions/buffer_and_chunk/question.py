@@ -242,8 +242,8 @@ def _late(frame: pl.DataFrame) -> list[str]:
     return sentence(
         "Set-up of critical objects is left for the downtime by ",
         parts,
-        ": one read() a round has not read the initial data when the rest fits. What a step from these sizes takes off "
-        "is this, too.",
+        ": one read() a round has not read the initial data when the rest fits. A step up from these sizes also takes "
+        "off some of this.",
     ) or ["No size leaves set-up of critical objects for the downtime."]
 
 

@@ -154,7 +154,7 @@ def _where_dedicated_lose(frame: pl.DataFrame) -> list[str]:
     few = frame.filter(NARROW & (pl.col("streams") <= MANY))
     return [
         f"N = {at['streams']} at {at['per_connection_gbit_per_s']:g} Gbit/s a connection, where the dedicated "
-        f"connection of the critical stream is idle: the pool's downtime {effect_text(found, 0)}."
+        f"connection of the critical stream is idle: the pool changes the downtime by {effect_text(found, 0)}."
         for at, found in known(pool_effects(few, "downtime_ns", "width"))
     ] + [
         f"{at['busy_streams']} of {at['streams']} streams have all the data, at {at['per_connection_gbit_per_s']:g} "

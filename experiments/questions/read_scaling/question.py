@@ -172,8 +172,8 @@ def _rest(frame: pl.DataFrame) -> Iterator[str]:
         last = runs.filter(pl.col("streams") == runs["streams"].max())
         fixed, load, whole = (_mean_ms(last, f"{name}_ns") for name in ("path_fixed", "path_load", "downtime"))
         yield (
-            f"At N = {number(runs['streams'].max()):.0f} {fixed:.0f} ms of fixed costs and {load:.0f} ms of LOAD are "
-            f"left in a downtime of {whole:.0f} ms: most of it is nothing that streams could share."
+            f"At N = {number(runs['streams'].max()):.0f}, {fixed:.0f} ms of fixed costs and {load:.0f} ms of LOAD are "
+            f"left in a downtime of {whole:.0f} ms: streams cannot share most of it."
         )
 
 

@@ -31,8 +31,8 @@ def answer(frame: pl.DataFrame) -> Answer:
     bounded = with_bounds(frame)
     return Answer(
         _in_short(bounded),
-        "Counted is what VMM and driver hold, frames' headers left out: not what the sockets' buffers hold, which "
-        "dedicated connections lean on (the table's column sockets_mib), nor allocators' overhead. One device; its "
+        "The numbers count what VMM and driver hold, without frames' headers: not what sockets' buffers hold, which "
+        "dedicated connections depend on (the table's column sockets_mib), nor allocators' overhead. One device; its "
         "streams are uneven only by few blocks or few hot ones, for the model has no parameter for it. Multifd's peak "
         "is without the packet that is being written, v3's is with it; QEMU can set a limit by size, here none is set.",
         [

@@ -267,7 +267,7 @@ def _carried(frame: pl.DataFrame) -> str:
         parts.append(f"{at['protocol']} {interval(100 * rate.to_numpy() / could).text('%', 0)}")
     if not parts:
         return "Every run of the map converged."
-    return f"Of what theory lets it carry, pre-copy that never ended carried: {'; '.join(parts)}."
+    return f"Pre-copy that never ended carried this part of what theory allows: {'; '.join(parts)}."
 
 
 def _downtimes(runs: pl.DataFrame) -> list[str]:
@@ -304,7 +304,7 @@ def _moved(frame: pl.DataFrame) -> Finding:
     one, four = (boundary_mib_per_s(ENGINES, STATE_OF_MACHINES_MIB, protocol) for protocol in ("v3-n1", "v3-n4"))
     near = four / one * (1 - CLOSE) <= low and high <= four / one * (1 + CLOSE)
     judged = "supported" if near else judge(supported=False, refuted=high <= 1 + NOTHING)
-    return Finding("C2", judged, f"{text}; theory: {four / one:.2f}. That is of pre-copy, not of stop-copy.")
+    return Finding("C2", judged, f"{text}; theory: {four / one:.2f}. This is about pre-copy, not stop-copy.")
 
 
 def _not_moved(frame: pl.DataFrame) -> Finding:
@@ -313,7 +313,7 @@ def _not_moved(frame: pl.DataFrame) -> Finding:
     if np.isnan(low):
         return Finding("C3", "under conditions", text)
     judged = judge(supported=high <= 1 + NOTHING, refuted=low > 1 + NOTHING)
-    return Finding("C3", judged, f"{text}. That is of pre-copy.")
+    return Finding("C3", judged, f"{text}. This is about pre-copy.")
 
 
 def _rows(frame: pl.DataFrame) -> Iterator[dict[str, object]]:

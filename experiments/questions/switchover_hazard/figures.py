@@ -38,7 +38,7 @@ from experiments.study.effects import mean, outcome_counts, places
 from experiments.study.statistics import Interval, share
 
 FAMILIES = (
-    ("v2 without a last look: paid in the downtime", (NO_ACK, ONE_SHOT, ONE_SHOT_REINIT), ("", POLLS), PAID),
+    ("v2 without a final check: paid in the downtime", (NO_ACK, ONE_SHOT, ONE_SHOT_REINIT), ("", POLLS), PAID),
     ("v2 with the reusable ack: FAILED", (REUSABLE, REUSABLE_INVALIDATE), ("", POLLS), GAVE_UP),
     ("v3: paid in the downtime (proceed), or stop taken back (retry)", POLICIES, ("",), TOO_LATE),
 )

@@ -155,7 +155,7 @@ def answer(frame: pl.DataFrame) -> Answer:
     return Answer(
         f"At {at} critical data comes too late in this share of runs: {shares}{chance}.",
         "One device, whose vCPUs take one fixed time to stop and whose reconfigurations come at random: a guest that "
-        "reconfigures because it is being migrated, or never in its last seconds, has other chances; that QEMU 11.1 "
+        "reconfigures because it is being migrated, or never in its last seconds, has another chance; that QEMU 11.1 "
         "looks at just this point is inferred (docs/model.md).",
         [
             *_how_often(random),
@@ -279,7 +279,7 @@ def _prices(sure: pl.DataFrame) -> Iterator[str]:
 def _better(still: Effect) -> str:
     if not still.shown:
         return "neither is shown to be better"
-    return f"{still.base if still.difference.mean > 0 else still.other} has the guest stand still for less"
+    return f"the guest stands still for less time under {still.base if still.difference.mean > 0 else still.other}"
 
 
 def _c1(random: pl.DataFrame) -> Finding:
