@@ -1,1 +1,1 @@
-"""Closed forms that a run is held against. Imports scenario and device."""
+"""Closed forms that runs are compared with. Imports scenario and device."""

@@ -647,7 +647,7 @@ def told_to_the_source() -> Iterator[Any]:
                 )
         for moment, nth in ((Kind.EPOCH_LOADED, 1), (Kind.LOADED, 1)):
             for due in Kind:
-                if due in (Kind.LOADED, Kind.FAILED, Kind.SWITCHOVER_ACK, Kind.EPOCH_LOADED):
+                if due in (Kind.LOADED, Kind.FAILED, Kind.EPOCH_LOADED):
                     continue
                 what = "bytes of credit came back, [0-9]+ were out|CREDIT came on the return path"
                 yield pytest.param(
