@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
 
 from experiments import INTERRUPTED, __version__
+from experiments.commands.options import format_option, jobs_option, live_options, live_settings, set_option, split
 from proto_v3.errors import UserError
-
-if TYPE_CHECKING:
-    from sim.live.processes.vmm import Settings
 
 
 class Cli(click.Group):
@@ -61,16 +58,6 @@ def main() -> None:
     """
 
 
-jobs_option = click.option("--jobs", type=click.IntRange(1, 256), help="Processes.  [default: one a CPU]")
-set_option = click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change a parameter, as in --set device.0.count=4 or --set driver.lock=device. May be repeated.",
-)
-
-
 @main.command()
 @click.argument("scenario")
 @click.option(
@@ -78,6 +65,7 @@ set_option = click.option(
     default="v2,v2-multifd,v3-n1,v3-n4",
     show_default=True,
     metavar="NAMES",
+    callback=split,
     help="Separated by commas: v2 or v3, as the scenario sets them up, or with suffixes. Of v2: -multifd, -ack, "
     "-ack-reusable, -reinit-flush, -reinit-invalidate, -polls. Of v3: -n1 to -n64 (dirty streams), -blocks, -pool, "
     "-one, -invalidate, -retry.",
@@ -89,12 +77,12 @@ set_option = click.option(
     metavar="FOLDER",
     help="Write the table, the figure and the manifest into this folder.  [default: results/SCENARIO]",
 )
-@click.option("--format", "table_format", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True)
+@format_option
 @jobs_option
 @set_option
 def compare(
     scenario: str,
-    protocols: str,
+    protocols: list[str],
     seeds: int,
     first_seed: int,
     out: str | None,
@@ -112,9 +100,8 @@ def compare(
     from experiments.commands.compare import run_compare
 
     ctx = click.get_current_context()
-    names = [name.strip() for name in protocols.split(",")]
     chosen = range(first_seed, first_seed + seeds)
-    ctx.exit(run_compare(scenario, names, chosen, out, table_format, jobs, ["proto-v3", *sys.argv[1:]], settings))
+    ctx.exit(run_compare(scenario, protocols, chosen, out, table_format, jobs, ["proto-v3", *sys.argv[1:]], settings))
 
 
 @main.command()
@@ -206,38 +193,6 @@ def report(results: str, out: str | None) -> None:
     click.get_current_context().exit(run_report(results, out))
 
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def live_options(command: F) -> F:
-    """Add the options of a live run: how its processes move bytes, and which certificates they trust."""
-    options = [
-        click.option(
-            "--io",
-            type=click.Choice(["threads", "loop"]),
-            default="threads",
-            show_default=True,
-            help="Blocking reads and sends in threads, as a VMM does; or on readiness, in the event loop's thread.",
-        ),
-        click.option(
-            "--loop", type=click.Choice(["uvloop", "asyncio"]), default="uvloop", show_default=True, help="Event loop."
-        ),
-        click.option("--tls-cert", metavar="PEM", help="TLS: this side's certificate.  [default: no TLS]"),
-        click.option("--tls-key", metavar="PEM", help="Its private key."),
-        click.option("--tls-ca", metavar="PEM", help="Certificates that the other side's must be signed by."),
-        click.option(
-            "--silent-s",
-            type=click.FloatRange(0.5, 3600),
-            default=10.0,
-            show_default=True,
-            help="Give up a peer or a process that is silent for this time.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 @main.command()
 @click.argument("scenario")
 @click.option(
@@ -246,18 +201,19 @@ def live_options(command: F) -> F:
     default="v2",
     show_default=True,
     metavar="NAMES",
+    callback=split,
     help="Names as of `compare`, separated by commas.",
 )
 @click.option("--runs", type=click.IntRange(1, 10_000), default=1, show_default=True, help="Runs of each protocol.")
 @click.option("--first-seed", type=click.IntRange(0), default=1, show_default=True, help="The seeds count up from it.")
 @click.option("--connect", metavar="HOST:PORT", help="The target is there: `proto-v3 live-target`.  [default: here]")
 @click.option("--out", metavar="FOLDER", help="Table, figure and manifest go there.  [default: results/live-SCENARIO]")
-@click.option("--format", "table_format", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True)
+@format_option
 @live_options
 @set_option
 def live(
     scenario: str,
-    protocols: str,
+    protocols: list[str],
     runs: int,
     first_seed: int,
     connect: str | None,
@@ -278,14 +234,10 @@ def live(
     from experiments.commands.live import run_live
 
     ctx = click.get_current_context()
-    names = [name.strip() for name in protocols.split(",")]
     seeds = range(first_seed, first_seed + runs)
     command = ["proto-v3", *sys.argv[1:]]
-    ctx.exit(
-        run_live(
-            scenario, names, seeds, connect, live_settings(how, progress=True), out, table_format, command, settings
-        )
-    )
+    how_live = live_settings(how, progress=True)
+    ctx.exit(run_live(scenario, protocols, seeds, connect, how_live, out, table_format, command, settings))
 
 
 @main.command("live-target")
@@ -321,25 +273,25 @@ def live_target(listen: str, once: bool, max_state_mib: int, **how: Any) -> None
     ctx.exit(run_target(listen, once, live_settings(how, max_state_bytes=max_state_mib << 20)))
 
 
-def live_settings(how: dict[str, Any], **more: Any) -> Settings:
-    """The settings that the options of live_options() give."""
-    from experiments.commands.live import tls_of
-    from sim.live.processes.vmm import Settings
-
-    tls = tls_of(how["tls_cert"], how["tls_key"], how["tls_ca"])
-    return Settings(io=how["io"], loop=how["loop"], tls=tls, silent_s=how["silent_s"], **more)
-
-
 @main.command()
 @click.argument("scenario")
-@click.option("--protocols", default="v2,v3-n2", show_default=True, metavar="NAMES", help="Names as of `compare`.")
+@click.option(
+    "--protocols",
+    default="v2,v3-n2",
+    show_default=True,
+    metavar="NAMES",
+    callback=split,
+    help="Names as of `compare`.",
+)
 @click.option("--runs", type=click.IntRange(1, 10_000), default=10, show_default=True, help="Runs of each protocol.")
 @click.option(
     "--out", metavar="FOLDER", help="Tables, figure and manifest go there.  [default: results/agree-SCENARIO]"
 )
 @live_options
 @set_option
-def agree(scenario: str, protocols: str, runs: int, out: str | None, settings: tuple[str, ...], **how: Any) -> None:
+def agree(
+    scenario: str, protocols: list[str], runs: int, out: str | None, settings: tuple[str, ...], **how: Any
+) -> None:
     """Run SCENARIO in virtual time and live, with the same seeds: every figure side by side, with its ratio.
 
     The aim: downtime and throughput are within 10 % of the simulation, in the median of the runs. The machine should be
@@ -350,18 +302,8 @@ def agree(scenario: str, protocols: str, runs: int, out: str | None, settings: t
     from experiments.commands.agree import run_agree
 
     ctx = click.get_current_context()
-    names = [name.strip() for name in protocols.split(",")]
-    ctx.exit(
-        run_agree(
-            scenario,
-            names,
-            range(1, runs + 1),
-            live_settings(how, progress=True),
-            out,
-            ["proto-v3", *sys.argv[1:]],
-            settings,
-        )
-    )
+    how_live, command = live_settings(how, progress=True), ["proto-v3", *sys.argv[1:]]
+    ctx.exit(run_agree(scenario, protocols, range(1, runs + 1), how_live, out, command, settings))
 
 
 @main.command()
