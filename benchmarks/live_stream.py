@@ -119,14 +119,14 @@ def source(out: socket.socket, total: int, piece: int, ready: Any, go: Any, cpu_
 
 def relay_to_tcp(into: socket.socket, address: tuple[str, int], piece: int, ready: Any, cpu_s: Any) -> None:
     out = socket.create_connection(address)
-    SocketSettings(buffer_bytes=2 * piece).size(out)
+    SocketSettings(buffer_bytes=2 * piece).apply(out)
     ready.release()
     relay(into, out, piece, cpu_s)
 
 
 def relay_from_tcp(listener: socket.socket, out: socket.socket, piece: int, ready: Any, cpu_s: Any) -> None:
     into, _ = listener.accept()
-    SocketSettings(buffer_bytes=2 * piece).size(into)
+    SocketSettings(buffer_bytes=2 * piece).apply(into)
     ready.release()
     relay(into, out, piece, cpu_s)
 
