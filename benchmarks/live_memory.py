@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sim.live.processes.children import Child
-from sim.live.processes.vmm import Settings
+from sim.live.processes.settings import Settings
 from sim.live.run import run_here
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol

@@ -25,8 +25,9 @@ import numpy as np
 from proto_v3.timeline import Mark, Resource
 from proto_v3.vmm.migration import OutcomeKind
 from sim.live.fd.copy import data_fd
-from sim.live.processes.vmm import Settings
-from sim.live.run import LiveResult, run_here
+from sim.live.processes.settings import Settings
+from sim.live.result import LiveResult
+from sim.live.run import run_here
 from sim.live.tcp.sockets import SocketSettings, listen
 from sim.scenario.file import parse
 from sim.scenario.protocol import Protocol

@@ -31,12 +31,12 @@ from sim.theory.downtime_bound import lower_bound
 T = TypeVar("T")
 
 PEER_ENDS_WITHIN_S = 10.0
-"""Virtual seconds that a side has to end after the other failed and told it."""
+"""Virtual seconds that a side may take to end after the other side failed and closed its connections."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a run is made of, for who looks on while it goes on."""
+    """What a run is made of, for a `watch` that samples it."""
 
     scenario: Scenario
     timeline: Timeline
@@ -60,14 +60,14 @@ def simulate(
     keep: Callable[[Timeline], None] | None = None,
     watch: Watch | None = None,
 ) -> Outcome:
-    """Run one migration to its end. `keep` is handed the timeline, for what an outcome does not tell.
+    """Run one migration to its end. `keep` is called with the timeline.
 
-    `watch` runs beside the migration, until that ends. It may sleep and look; as it changes and records nothing, the
-    run is the same with it.
+    `watch` runs beside the migration until that ends. It may sleep and read the parts. It must change and record
+    nothing; the run is then the same with it.
     """
     applied = protocol.applied(scenario)
     run = VirtualRun(applied, seed, keep, watch)
-    outcome = Context().run(lambda: virtual.run(run.outcome()))  # no cause or track of the caller's gets into it
+    outcome = Context().run(lambda: virtual.run(run.outcome()))  # without the caller's cause and track
     return with_bound(outcome, lower_bound(applied))
 
 
@@ -139,16 +139,16 @@ class VirtualRun:
     async def _both(
         self, source: Coroutine[Any, Any, OutcomeKind], target: Coroutine[Any, Any, bool]
     ) -> tuple[OutcomeKind | None, list[Exception]]:
-        """Run both sides to their ends: how it ended, and what failed on the way. Bugs are raised."""
+        """Run both sides to their ends; returns how the migration ended, and the errors. Bugs are raised."""
         tasks = [
             asyncio.create_task(on_own_track(source, "source"), name="source"),
             asyncio.create_task(on_own_track(target, "target"), name="target"),
         ]
-        _, left = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        if left:  # one failed, told the other, and is gone; the other then ends by itself, or is lost
+        _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if pending:  # one side failed, and has ended; the other one then ends by itself, or is cancelled
             self.link.close()
-            _, left = await asyncio.wait(left, timeout=PEER_ENDS_WITHIN_S)
-        for task in left:
+            _, pending = await asyncio.wait(pending, timeout=PEER_ENDS_WITHIN_S)
+        for task in pending:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         failures = [leaf for result in results if isinstance(result, BaseException) for leaf in leaves(result)]
@@ -167,7 +167,7 @@ class VirtualRun:
         return [Channel(here) for here, _ in ends], self.channels_there
 
     def _outcome(self, kind: OutcomeKind | None, failures: Sequence[Exception]) -> Outcome:
-        """What both sides ended with, as an outcome."""
+        """The outcome: `kind` as the source returned it, or the errors of both sides."""
         if failures:
             return failed(self._report(), failures, echoes=(ClosedError,))
         assert kind is not None
@@ -201,6 +201,6 @@ class VirtualRun:
 
 
 async def on_own_track(work: Coroutine[Any, Any, T], track: str) -> T:
-    """A task's spans on a track of its name."""
+    """Do the work, with its spans on this track."""
     on_track(track)
     return await work

@@ -25,7 +25,7 @@ from experiments.runs.frame import COMPLETED, number, protocols
 from experiments.runs.pool import Cell, run_cells
 from proto_v3.timeline import PHASES, Resource
 from proto_v3.vmm.migration import OutcomeKind
-from sim.live.processes.vmm import Settings
+from sim.live.processes.settings import Settings
 from sim.scenario.units import MIB, NS_PER_S
 
 AIM = 0.10

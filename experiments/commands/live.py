@@ -20,8 +20,9 @@ from experiments.runs.folder import ResultFolder
 from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
 from sim.live.limits import THE_MACHINES_OWN, measured_lateness_ns, too_short
-from sim.live.processes.vmm import Settings, Tls
-from sim.live.run import LiveResult, applied, run_here, run_to
+from sim.live.processes.settings import Settings, Tls
+from sim.live.result import LiveResult
+from sim.live.run import applied, run_here, run_to
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario

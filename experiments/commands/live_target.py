@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 from rich.console import Console
 
 from experiments import INTERRUPTED
 from experiments.commands.live import address, interruptible
-from sim.live.processes.vmm import Settings
-from sim.live.run import SideEnd, serve_one
+from sim.live.processes.notes import Note, RejectedNote, SessionNote
+from sim.live.processes.settings import Settings
+from sim.live.result import SideEnd
+from sim.live.run import serve_one
 from sim.live.tcp.sockets import listen
 from sim.scenario.units import MIB
 
@@ -33,16 +34,17 @@ def run_target(where: str, once: bool, settings: Settings) -> int:
         say("warning: everybody who reaches this address can send state here: use --tls-cert, --tls-key, --tls-ca")
     status = 0
 
-    def note(what: str, body: dict[str, Any]) -> None:
-        if what == "session":
-            say(f"{body['peer']}: {body['scenario']}, {body['protocol']}")
-        elif what == "rejected":
-            say(f"turned away: {body['why']}")
+    def show(note: Note) -> None:
+        match note:
+            case SessionNote():
+                say(f"{note.peer}: {note.scenario}, {note.protocol}")
+            case RejectedNote():
+                say(f"turned away: {note.why}")
 
     async def work() -> None:
         nonlocal status
         while True:
-            end = await serve_one(listener, settings, note)
+            end = await serve_one(listener, settings, show)
             status = 0 if end.report is not None and end.report.whole else 1
             say(_ending(end))
             if once:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from sim.live.processes.vmm import Settings
+    from sim.live.processes.settings import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -62,7 +62,7 @@ def live_options(command: F) -> F:
 def live_settings(how: dict[str, Any], **more: Any) -> Settings:
     """The settings that the options of live_options() give."""
     from experiments.commands.live import tls_of
-    from sim.live.processes.vmm import Settings
+    from sim.live.processes.settings import Settings
 
     tls = tls_of(how["tls_cert"], how["tls_key"], how["tls_ca"])
     return Settings(io=how["io"], loop=how["loop"], tls=tls, silent_s=how["silent_s"], **more)

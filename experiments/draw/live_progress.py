@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from sim.live.processes.notes import Note, ProgressNote
 from sim.scenario.units import MIB
 
 
@@ -24,7 +24,7 @@ class Progress:
         self._runs = runs
         self._run = 0
         self._protocol = ""
-        self._before: Mapping[str, Any] = {}
+        self._before: ProgressNote | None = None
 
     def __enter__(self) -> Self:
         if self._shown:
@@ -40,18 +40,18 @@ class Progress:
         """Begin the next run."""
         self._run += 1
         self._protocol = protocol
-        self._before = {}
+        self._before = None
         self._draw("starting", [])
 
-    def heard(self, what: str, report: dict[str, Any]) -> None:
-        """Show what a process reports (sim.live.run.Watch)."""
-        if what != "progress" or report["side"] != "source":
+    def heard(self, note: Note) -> None:
+        """Show a note of a process (sim.live.run.Watch), if it is one of progress."""
+        if not isinstance(note, ProgressNote):
             return
-        rates = rates_mib_per_s(self._before, report)
-        lines = [f"{report['left_bytes'] / MIB:.1f} MiB left of the devices"] if "left_bytes" in report else []
+        rates = {} if self._before is None else rates_mib_per_s(self._before, note)
+        lines = [f"{note.remaining_bytes / MIB:.1f} MiB left of the devices"]
         lines += [f"{name} {rate:.1f} MiB/s" for name, rate in rates.items()]
-        self._before = report
-        self._draw(f"{report['phase']}, {report['at_ns'] / 1e9:.1f} s", lines)
+        self._before = note
+        self._draw(f"{note.phase}, {note.at_ns / 1e9:.1f} s", lines)
 
     def _draw(self, phase: str, lines: list[str]) -> None:
         if not self._shown:
@@ -63,16 +63,14 @@ class Progress:
         self._live.update(shown, refresh=True)
 
 
-def rates_mib_per_s(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, float]:
-    """MiB/s since the last report: of the guest's writes, of the wire, and of each stream."""
-    elapsed_s = (now["at_ns"] - before.get("at_ns", 0)) / 1e9
-    if not before or elapsed_s <= 0:
+def rates_mib_per_s(before: ProgressNote, now: ProgressNote) -> dict[str, float]:
+    """MiB/s between two notes: of the guest's writes, of the wire, and of each stream. Empty if no time passed."""
+    elapsed_s = (now.at_ns - before.at_ns) / 1e9
+    if elapsed_s <= 0:
         return {}
-    rates = {}
-    for key, name in (("written_bytes", "the guest writes"), ("wire_bytes", "over the wire")):
-        if key in now and key in before:
-            rates[name] = (now[key] - before[key]) / MIB / elapsed_s
-    read = dict(map(tuple, before.get("streams", [])))
-    for name, size in now.get("streams", []):
-        rates[name] = (size - read.get(name, 0)) / MIB / elapsed_s
-    return rates
+    sizes = {
+        "the guest writes": now.written_bytes - before.written_bytes,
+        "over the wire": now.wire_bytes - before.wire_bytes,
+    }
+    sizes |= {name: size - before.streams.get(name, 0) for name, size in now.streams.items()}
+    return {name: size / MIB / elapsed_s for name, size in sizes.items()}

@@ -1,10 +1,11 @@
-"""One of the two hosts: its firmware, copies, and locks, and the devices that a scenario has there."""
+"""One of the two hosts: its firmware, memory and locks, and the scenario's devices there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
+from typing_extensions import override
 
 from proto_v3.timeline import Timeline
 from sim.device.driver import SimDriver
@@ -34,12 +35,12 @@ class HostResources:
         self.global_lock: DriverLock = Lock(timeline)
 
     def context(self, pf: int) -> DriverContext:
-        """What the streams of a PF's devices use."""
+        """The context of the drivers of a PF's devices."""
         return DriverContext(self._firmware[pf], self._memory, self.timeline, self._call_ns)
 
 
 class LiveHost(HostResources):
-    """In live mode: copies and calls take what they take, wherever they are made; locks are real."""
+    """In live mode: copies and calls take the time that the machine needs, and locks are real."""
 
     def __init__(
         self,
@@ -53,21 +54,22 @@ class LiveHost(HostResources):
         self._new_lock = new_lock
         self.global_lock = new_lock(timeline)
 
+    @override
     def context(self, pf: int) -> DriverContext:
-        """See HostResources."""
         firmware = self._firmware[pf]
         return DriverContext(firmware, self._memory, self.timeline, 0, self._new_lock, locks_in_read=False, tables=True)
 
 
-class _Elsewhere:
-    """The copies are made, and take their time, outside of the model (sim.live.fd.copy)."""
+class _Elsewhere(CopyModel):
+    """Copies are made outside of the model, and take their time there (sim.live.fd.copy)."""
 
+    @override
     async def copy(self, size_bytes: int, call_ns: int, what: str) -> None:
-        """See sim.device.stream.CopyModel."""
+        pass
 
 
 def seeds(seed: int) -> list[np.random.SeedSequence]:
-    """Of the guest, of the source host and of the target host: the same for every protocol and clock."""
+    """Seeds of the guest, the source host and the target host: the same for every protocol and clock."""
     return np.random.SeedSequence(seed).spawn(3)
 
 
@@ -84,7 +86,7 @@ def devices_at_source(
 
 
 def devices_at_target(scenario: Scenario, host: HostResources) -> list[tuple[SimDriver, Image]]:
-    """The devices that are loaded, each with what is loaded of it."""
+    """The devices that are loaded, each with the image of what is loaded."""
     devices = []
     for spec in scenario.devices:
         image = Image(spec)

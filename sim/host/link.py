@@ -1,12 +1,12 @@
 """The network between the two hosts: connections with a bounded buffer, each with a rate limit, on one shared link.
 
-Both directions have the link's full bandwidth. A frame takes its place on its connection and on the link when it is
-sent, is through when both are, and arrives half a round trip later. The buffer (TCP's send and receive buffers
-together) counts the bytes that are sent and not yet received by the application; its room comes back half a round
-trip after that.
+Both directions have the link's full bandwidth. A frame that is sent takes its place on its connection and on the link.
+It has left when both have carried it, and arrives half a round trip later. The buffer (TCP's send and receive buffers
+together) counts the bytes that are sent and not yet received by the application. Its room comes back half a round trip
+after they are received.
 
-A connection can be cut, as by a TCP reset, which both ends learn of at once: what was not received is lost. When a side
-ends, all are closed: what was sent still arrives.
+A connection can be cut, as by a TCP reset. Both ends learn of it at once, and frames that were not received are lost.
+When a side ends, all connections are closed: frames that were sent still arrive.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _OneWay:
         self._gone: ConnectionResetError | None = None
         self.last_arrival_ns = 0
         self.wakeups = 0
-        """Calls of send() or recv() that had to wait, and were woken."""
+        """Waits in send() and recv() that ended."""
 
     async def send(self, header: bytes, payload: Payload) -> None:
         size = len(header) + len(payload)
@@ -96,7 +96,7 @@ class _OneWay:
             self._room.notify(by=span)
 
     def go(self, error: ConnectionResetError, *, lost: bool) -> None:
-        """Nothing can be sent any more; what has arrived can be received, if it is not `lost`."""
+        """Nothing can be sent any more. Frames that have arrived can be received, unless they are `lost`."""
         if lost:
             self._arrived.clear()
         self._gone = self._gone or error
@@ -118,9 +118,9 @@ class ConnectionEnd:
         self._ways = (out, into)
 
     def cut(self) -> None:
-        """Reset the connection, both ends at once: what is on its way or not received yet is lost.
+        """Reset the connection at both ends at once: frames that are on their way or not received are lost.
 
-        Every send() and recv() that waits, or comes later, raises ConnectionResetError.
+        Every send() and recv() that waits or is called later raises ConnectionResetError.
         """
         for way in self._ways:
             way.go(ConnectionResetError(errno.ECONNRESET, f"{self.name} was cut"), lost=True)
@@ -138,12 +138,12 @@ class NetworkLink:
 
     @property
     def connections(self) -> int:
-        """How many were made."""
+        """Number of connections made."""
         return len(self._ways) // 2
 
     @property
     def wakeups(self) -> int:
-        """Of both hosts, by the network."""
+        """Of both hosts: waits in send() and recv() that ended."""
         return sum(way.wakeups for way in self._ways)
 
     def connect(self, name: str) -> tuple[ConnectionEnd, ConnectionEnd]:
@@ -154,7 +154,7 @@ class NetworkLink:
         return ConnectionEnd(name, there, back), ConnectionEnd(name, back, there)
 
     def close(self) -> None:
-        """A side has ended, and with it all connections; the other learns of it once all that was sent has arrived."""
+        """A side has ended, and with it all connections. The other side learns it when sent frames have arrived."""
         latest_ns = max((way.last_arrival_ns for way in self._ways), default=0)
         self._loop.call_at_ns(max(latest_ns, now_ns()), self._closed)
 

@@ -1,8 +1,8 @@
 """A VMM's guest without its VFIO devices: vCPUs, RAM, device config (proto_v3.vmm.machine).
 
-RAM is a fluid, not an array: what is dirty grows toward the working set as W x (1 - exp(-rate x time / W)), the
-expected number of distinct bytes hit by writes spread evenly over W. It shares the link and the downtime with the
-devices.
+RAM is a fluid, not an array. The dirty bytes grow toward the working set W as W x (1 - exp(-rate x time / W)): the
+expected number of distinct bytes that are hit by writes spread evenly over W. RAM shares the link and the downtime with
+the devices.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from typing_extensions import override
+
 from proto_v3.timeline import Resource, Timeline
+from proto_v3.vmm.machine import GuestRam
 from proto_v3.wire.frames import Payload
 from sim.clock.port import now_ns, sleep_ns
 from sim.device.record import Bulk
@@ -26,8 +29,8 @@ ZERO_PAGE_BYTES = 9
 """A page of zeros on the wire: 8 bytes of offset and flags, 1 of fill (QEMU migration/ram.c, RAM_SAVE_FLAG_ZERO)."""
 
 
-class RamModel:
-    """Guest RAM: pages of zeros are scanned, others copied; a first pass over all, then what was dirtied."""
+class RamModel(GuestRam):
+    """Guest RAM: pages of zeros are scanned, others copied. The first pass takes all of it, later ones dirty pages."""
 
     def __init__(self, settings: Ram, timeline: Timeline, pages: Callable[[int], Payload] = Bulk) -> None:
         self._settings = settings
@@ -38,36 +41,36 @@ class RamModel:
         self._synced_ns = 0
         self._stopped_ns: int | None = None
 
+    @override
     def pending_bytes(self) -> int:
-        """See proto_v3.vmm.machine.GuestRam."""
         return self._zero_bytes + self._dirty_bytes
 
     def stop(self) -> None:
-        """The vCPUs are stopped: nothing is dirtied any more."""
+        """The vCPUs are stopped: no page becomes dirty any more."""
         self._stopped_ns = now_ns()
 
     def start(self) -> None:
-        """The vCPUs run again; while they stood still nothing was dirtied."""
+        """The vCPUs run again. While they were stopped, no page became dirty."""
         if self._stopped_ns is not None:
             self._synced_ns += now_ns() - max(self._stopped_ns, self._synced_ns)
             self._stopped_ns = None
 
+    @override
     async def sync(self) -> None:
-        """See proto_v3.vmm.machine.GuestRam."""
         await self._fixed(self._settings.sync_ns, "RAM sync")
         self._collect()
 
+    @override
     async def final_sync(self) -> None:
-        """See proto_v3.vmm.machine.GuestRam."""
         await self._fixed(self._settings.final_sync_ns, "last RAM sync")
         self._collect()
 
+    @override
     async def final_scan(self) -> None:
-        """See proto_v3.vmm.machine.GuestRam."""
         await self._fixed(self._settings.final_scan_ns, "last RAM scan")
 
+    @override
     async def take(self, budget_ns: int) -> Payload | None:
-        """See proto_v3.vmm.machine.GuestRam."""
         start = now_ns()
         if self._zero_bytes:
             scanned = min(
@@ -85,8 +88,9 @@ class RamModel:
             return self._pages(size)
         return None
 
+    @override
     async def load(self, payload: Payload) -> None:
-        """Pages are put in place as they come: the target's thread is no slower than the source's, which scans too."""
+        pass  # it costs no time of its own: the target's thread is no slower than the source's, which scans too
 
     def _collect(self) -> None:
         until = now_ns() if self._stopped_ns is None else self._stopped_ns
@@ -115,31 +119,31 @@ class Guest(Protocol):
         """They run."""
 
 
-class GuestHere:
-    """A guest whose devices are in this process."""
+class GuestHere(Guest):
+    """A guest with its devices in this process."""
 
     def __init__(self, devices: Sequence[DeviceState]) -> None:
-        """`devices` are those that the guest writes to: none where it does not run yet."""
+        """`devices`: those that the guest writes to; none where it does not run yet."""
         self._devices = devices
 
+    @override
     async def order_stop(self) -> None:
-        """See Guest."""
         for device in self._devices:
             device.order_stop(now_ns())
 
+    @override
     async def stop(self) -> None:
-        """See Guest."""
         for device in self._devices:
             device.stop(now_ns())
 
+    @override
     async def start(self) -> None:
-        """See Guest."""
         for device in self._devices:
             device.start()
 
 
 class MachineModel:
-    """One VMM's guest."""
+    """One VMM's guest (proto_v3.vmm.machine.Machine)."""
 
     def __init__(
         self,
@@ -150,7 +154,7 @@ class MachineModel:
         running: bool,
         pages: Callable[[int], Payload] = Bulk,
     ) -> None:
-        """`pages` makes what stands for so many bytes of RAM."""
+        """`pages` makes the payload for a number of bytes of RAM."""
         self.running = running
         self.ram = RamModel(scenario.ram, timeline, pages)
         self._vmm = scenario.vmm
@@ -160,11 +164,11 @@ class MachineModel:
         self._timeline = timeline
 
     async def set_up(self) -> None:
-        """See proto_v3.vmm.machine.Machine."""
+        """Take the time that a migration costs before its first byte."""
         await self._fixed(self._vmm.setup_ns, "migration set-up")
 
     async def stop_vcpus(self) -> None:
-        """See proto_v3.vmm.machine.Machine."""
+        """Stop the vCPUs: the guest is warned, stops after `vcpu_stop_ms`, and then writes nothing more."""
         await self._guest.order_stop()
         await self._fixed(self._vmm.vcpu_stop_ns, "vCPUs stop")
         self.ram.stop()
@@ -172,7 +176,7 @@ class MachineModel:
         self.running = False
 
     async def buffer_device_data(self, size_bytes: int) -> None:
-        """See proto_v3.vmm.machine.Machine."""
+        """Copy through the main channel's own buffers, at `device_buffer_gib_per_s`."""
         bytes_per_s = self._vmm.device_buffer_bytes_per_s
         if bytes_per_s is not None:
             start = now_ns()
@@ -180,7 +184,7 @@ class MachineModel:
             self._timeline.work(Resource.COPY, "VMM buffers", start)
 
     async def load_other_devices(self) -> None:
-        """See proto_v3.vmm.machine.Machine."""
+        """Load the devices that are not VFIO devices, under the big lock."""
         if self._vmm.other_load_ms:
             start = now_ns()
             async with self._config_lock:  # QEMU's big lock; to wait for it is to wait for a config, a fixed cost too
@@ -188,14 +192,14 @@ class MachineModel:
                 self._timeline.work(Resource.FIXED, "other devices", start)
 
     async def load_config(self, device: int) -> None:
-        """See proto_v3.vmm.machine.Machine."""
+        """Load a device's config, under the big lock."""
         start = now_ns()
         async with self._config_lock:  # waiting for it is waiting for another device's config: the same fixed cost
             await sleep_ns(self._config_load_ns[device])
             self._timeline.work(Resource.FIXED, "config load", start)
 
     async def start_vcpus(self) -> None:
-        """See proto_v3.vmm.machine.Machine."""
+        """Start the vCPUs, which takes `vcpu_start_ms`; then the guest writes again."""
         await self._fixed(self._vmm.vcpu_start_ns, "vCPUs start")
         self.running = True
         self.ram.start()

@@ -16,13 +16,13 @@ from sim.scenario.tables import Device
 
 
 def target_device(scenario: Scenario, device: Device) -> Device:
-    """The target's device: the same, but for how many streams it may have."""
-    most = scenario.v3.target_max_dirty_streams
-    return device if most is None else device.model_copy(update={"max_dirty_streams": most})
+    """The target's device: like the source's, except for its largest number of streams."""
+    limit = scenario.v3.target_max_dirty_streams
+    return device if limit is None else device.model_copy(update={"max_dirty_streams": limit})
 
 
 def connections(applied: AppliedScenario) -> int:
-    """How many connections the source makes, the main channel's included: v2's too, if it may fall back to that."""
+    """Number of connections that the source makes, with the main channel; enough for v2 if it may fall back to it."""
     scenario = applied.scenario
     count = scenario.v2_options().channels
     if applied.protocol.version != 3:
@@ -32,9 +32,9 @@ def connections(applied: AppliedScenario) -> int:
 
 
 async def make_source(side: Side, channels: Sequence[Channel], applied: AppliedScenario) -> tuple[Source, str]:
-    """The source, ready to run, and what there is to note of how it came about (as that it fell back to v2).
+    """The source, ready to run, and a note, as that it fell back to v2; empty if there is nothing to note.
 
-    v3 agrees with the target on the protocol first. Errors as of proto_v3.vmm.negotiate.negotiated_source.
+    v3 first agrees with the target on the protocol. Raises what proto_v3.vmm.negotiate.negotiated_source raises.
     """
     scenario = applied.scenario
     v2 = scenario.v2_options()
@@ -44,9 +44,9 @@ async def make_source(side: Side, channels: Sequence[Channel], applied: AppliedS
 
 
 async def make_target(side: Side, channels: Sequence[Channel], applied: AppliedScenario) -> Target | None:
-    """The target, ready to run; None if the source gave up before there was anything to run.
+    """The target, ready to run; None if the source gave up before.
 
-    Errors as of proto_v3.vmm.negotiate.negotiated_target.
+    Raises what proto_v3.vmm.negotiate.negotiated_target raises.
     """
     scenario = applied.scenario
     v2 = scenario.v2_options()

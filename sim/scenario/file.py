@@ -1,10 +1,10 @@
-"""Reading scenarios: files and shipped names, files that build on others, and what is said when one is wrong.
+"""Reading scenarios: files and shipped names, files that extend others, and messages about wrong ones.
 
-`extends = "NAME_OR_FILE"` at the top of a file: what the base says holds, except where this file says something else.
-Tables are merged key by key; lists of tables by position, the first `[[device]]` with the first, and what is over is
-appended; any other value replaces the base's. Three things are a file's own and never inherited: its name, its
-description, and what was published. A source of the base speaks of the base's value: a key with another value has the
-source that this file gives it, or none.
+`extends = "NAME_OR_FILE"` at the top of a file: the base's values hold, except for those that this file sets. Tables
+are merged key by key. Lists of tables are merged by position, the first `[[device]]` with the first, and surplus ones
+are appended. Any other value replaces the base's. Three things are never inherited: name, description, and published
+figures. A source of the base is about the base's value: a key with another value has the source that this file gives
+it, or none.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NO_PARAMETERS = (*OWN, "sources", "extends")
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A file's tables as they stand in it."""
+    """A file's tables, as they are in it."""
 
     file: str
     tables: dict[str, Any]
@@ -45,7 +45,7 @@ def shipped() -> dict[str, Path]:
 
 
 def shipped_bases() -> dict[str, Path]:
-    """What a file can extend by name: the scenarios, and sets of parameters that are no scenario by themselves."""
+    """What a file can extend by name: scenarios, and sets of parameters that are no scenario by themselves."""
     return {path.stem: path for path in sorted((FOLDER / "base").glob("*.toml"))} | shipped()
 
 
@@ -61,7 +61,7 @@ def _find(named: str, known: Mapping[str, Path], beside: Path) -> Path:
     path = beside / named
     if named and os.path.isdir(path):
         raise UserError(f"{named} is a folder; a scenario is a TOML file")
-    if named and os.path.exists(path):  # of os.path, as it says no to a name that is too long, where Path raises
+    if named and os.path.exists(path):  # of os.path: False for a name that is too long, where Path raises
         return path
     raise UserError(
         f"no scenario {short(named)}: neither a file nor one of {', '.join(known)}{did_you_mean(named, known)}"
@@ -81,7 +81,7 @@ def parse(text: str, file: str, settings: Sequence[str] = ()) -> Scenario:
     """Validate a scenario's text; `file` is what its errors call it, and what it extends is looked for beside that."""
     try:
         layers = _layers(Layer(file, _parsed(text, file)))
-        return _validated(_with_settings(_merged(layers), settings), _told([layer.file for layer in layers], settings))
+        return _validated(_with_settings(_merged(layers), settings), _title([layer.file for layer in layers], settings))
     except RecursionError as error:  # a table's name may have any number of dots
         raise UserError(f"{file}: nested too deeply") from error
 
@@ -93,7 +93,7 @@ def from_dump(dump: Mapping[str, Any], whence: str, settings: Sequence[str] = ()
     """
     try:
         whole = _as_in_a_file(dump, Scenario, dump.get("sources") or ())
-        return _validated(_with_settings(whole, settings), _told([whence], settings))
+        return _validated(_with_settings(whole, settings), _title([whence], settings))
     except RecursionError as error:
         raise UserError(f"{whence}: nested too deeply") from error
 
@@ -170,7 +170,7 @@ def _base(layer: Layer) -> Path:
 
 
 def _merged(layers: Sequence[Layer]) -> dict[str, Any]:
-    """What holds when all files have said what they say."""
+    """The tables of all files, each over the one that it extends."""
     whole: dict[str, Any] = {}
     for layer in reversed(layers):
         inherited = {key: value for key, value in whole.items() if key not in OWN}
@@ -200,7 +200,7 @@ def _as_in_a_file(dump: Any, model: type[pydantic.BaseModel], sourced: Collectio
     given = {}
     for name, value in dump.items():
         field, own = model.model_fields.get(name), f"{key}{name}"
-        if field is None:  # it is told when the scenario is validated
+        if field is None:  # the validation reports it
             given[name] = value
         elif (
             field.is_required()
@@ -237,34 +237,34 @@ def _set(before: dict[str, Any], setting: str) -> dict[str, Any]:
 def _without_stale_sources(before: dict[str, Any], after: dict[str, Any], anew: Collection[str]) -> dict[str, Any]:
     """`after` without the sources that its changes make untrue; those of `anew` are given anew."""
     sources = after.get("sources")
-    if not isinstance(sources, dict):  # it is told when the scenario is validated
+    if not isinstance(sources, dict):  # the validation reports it
         return after
     changed = {key for key, _, _ in tables.differences(before, after)}
-    return after | {"sources": {key: told for key, told in sources.items() if key in anew or key not in changed}}
+    return after | {"sources": {key: source for key, source in sources.items() if key in anew or key not in changed}}
 
 
 # --- what is wrong ---------------------------------------------------------------------------------------------------
 
 
-def _told(files: Sequence[str], settings: Sequence[str]) -> str:
+def _title(files: Sequence[str], settings: Sequence[str]) -> str:
     """What errors call a scenario: the file, what it extends, what was set."""
-    told = ", which extends ".join(files)
-    return f"{told}, with --set {', '.join(map(short, settings))}" if settings else told
+    title = ", which extends ".join(files)
+    return f"{title}, with --set {', '.join(map(short, settings))}" if settings else title
 
 
-def _validated(whole: dict[str, Any], told: str) -> Scenario:
+def _validated(whole: dict[str, Any], title: str) -> Scenario:
     try:
         scenario = Scenario.model_validate(whole)
         problems = list(_unknown_protocols(scenario))
     except pydantic.ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
     if problems:
-        raise UserError("\n  ".join([f"{told}: {len(problems)} problem(s)", *problems]))
+        raise UserError("\n  ".join([f"{title}: {len(problems)} problem(s)", *problems]))
     return scenario
 
 
 def _unknown_protocols(scenario: Scenario) -> Iterator[str]:
-    """The names under which runs are told apart are those of `Protocol`: of `v3`, the one with the number."""
+    """Published figures must have the names by which runs are known: those of `Protocol`, of `v3` with the number."""
     for at, published in enumerate(scenario.published):
         name = published.protocol
         try:
@@ -312,7 +312,7 @@ UNITS = {
     "_mib": "MiB",
     "_gib": "GiB",
 }
-"""What the end of a key says; the first that fits."""
+"""The unit by the end of a key; the first that fits."""
 
 
 def _unit_hint(key: str) -> str:

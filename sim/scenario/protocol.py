@@ -1,8 +1,8 @@
-"""Protocols by name: `v2` and `v3`, with what their users and drivers differ in.
+"""Protocols by name: `v2` and `v3`, with suffixes for the settings of VMM and driver.
 
 `v2` alone is v2 as the scenario sets it up, and so is `v3`. A suffix changes one setting: `v2-multifd`,
 `v2-reinit-invalidate-ack-reusable-polls`, `v3-n4`, `v3-blocks-n8-pool`. So one scenario can be run in all ways that are
-to be compared.
+compared.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ V3_SUFFIXES: dict[str, Changes] = {
     "proceed": {"v3": {"late_epoch": "proceed"}},
 }
 SUFFIXES = {"v2": V2_SUFFIXES, "v3": V3_SUFFIXES}
-"""What may follow a protocol's name; the longer ones first where one begins like another."""
+"""What may follow a protocol's name. If one begins like another, the longer one stands first."""
 
 
-def _told(version: str) -> str:
-    """The suffixes in words; those of N as one."""
+def _suffixes(version: str) -> str:
+    """The suffixes in words; all N as one."""
     names = [name for name in SUFFIXES[version] if not re.fullmatch(r"n\d+", name)]
     numbers = [f"-n1 to -n{MAX_STREAMS}"] if version == "v3" else []
     return ", ".join([*numbers, *(f"-{name}" for name in names)])
 
 
-HELP = f"v2, with any of {_told('v2')}; v3, with any of {_told('v3')}"
+HELP = f"v2, with any of {_suffixes('v2')}; v3, with any of {_suffixes('v3')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,11 @@ class Protocol:
     version: int
     """2 or 3."""
     changes: Changes
-    """What the name sets otherwise than the scenario."""
+    """Settings of the name that replace the scenario's."""
 
     @classmethod
     def parse(cls, name: str, scenario: Scenario) -> Protocol:
-        """UserError for a name that is none, or that the scenario cannot be run with."""
+        """The protocol of this name. UserError if there is none, or if the scenario cannot be run with it."""
         version = name[:2]
         if version not in SUFFIXES or name[2:3] not in ("", "-"):
             raise UserError(f"unknown protocol {name!r}; there are {HELP}{did_you_mean(name, list(SUFFIXES))}")
@@ -106,7 +106,7 @@ def _changes(name: str, version: str) -> Changes:
     while rest:
         suffix = next((each for each in suffixes if re.match(rf"-{each}(-|$)", rest)), None)
         if suffix is None:
-            raise UserError(f"unknown protocol {name!r}: {rest!r} is none of {_told(version)}")
+            raise UserError(f"unknown protocol {name!r}: {rest!r} is none of {_suffixes(version)}")
         if suffix in used:
             raise UserError(f"protocol {name!r}: -{suffix} is there twice")
         used.add(suffix)

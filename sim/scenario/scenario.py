@@ -1,7 +1,7 @@
 """Scenarios: TOML files, validated, with units in the key names.
 
-Every assumption of the model is a key here, none is a constant in the code. `[sources]` says for a key where its value
-comes from: `published`, `kernel`, `qemu`, `fitted`, `derived` or `assumed`, a colon, and the words.
+Every assumption of the model is a key here, none is a constant in the code. `[sources]` gives, by key, the source of
+its value: `published`, `kernel`, `qemu`, `fitted`, `derived` or `assumed`, a colon, and the words.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SOURCE_KINDS = ("published", "kernel", "qemu", "fitted", "derived", "assumed")
 
 
 class Scenario(Table):
-    """Everything that a run is made from, but the protocol and the seed."""
+    """All inputs of a run, except the protocol and the seed."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
     description: str
@@ -64,7 +64,7 @@ class Scenario(Table):
 
     @property
     def horizon_ns(self) -> int:
-        """How far the guest's activity is made up: a migration that lasts longer is given up."""
+        """How far ahead the guest's activity is generated: a migration that lasts longer is given up."""
         return round((self.vmm.give_up_s + 1) * NS_PER_S) + ns(self.vmm.vcpu_stop_ms + self.vmm.setup_ms)
 
     def switchover_settings(self) -> SwitchoverSettings:

@@ -1,4 +1,4 @@
-"""The tables of a scenario file, each with what it allows.
+"""The tables of a scenario file, each with its rules.
 
 Units stand in the key names. A default is what the named driver, kernel or VMM does.
 """
@@ -93,14 +93,14 @@ class Reconfigurations(Table):
     at_s: list[NonNegative] = []
     poisson_per_s: NonNegative = 0.0
     during_stop_ms: list[NonNegative] = []
-    """So long after the order to stop the vCPUs, while they still run: the VMM has decided, and asked for the last
-    time."""
+    """Times after the order to stop the vCPUs, while they still run: the VMM has decided, and asks no more."""
     objects_each: Annotated[int, Field(ge=1)] = 1
     during_stops: Annotated[int, Field(ge=1)] = 1
-    """At so many of the orders to stop, from the first, `during_stop_ms` happens: v3's `retry` gives several."""
+    """Number of orders to stop, from the first one, to which `during_stop_ms` applies. With v3's `retry` there are
+    several."""
     invalidates_share: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Of the device's blocks, a range anywhere, whose earlier dirty data a reconfiguration makes invalid; of use with
-    driver.epochs = "invalidate" only."""
+    """Share of the device's blocks, in one range, whose earlier dirty data a reconfiguration makes invalid. Only with
+    driver.epochs = "invalidate"."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -121,19 +121,19 @@ class Critical(Table):
 
 
 class Fault(Table):
-    """An arc of a device's state machine that fails: SET_STATE gives `errno`, and leaves the device where it says."""
+    """A fault. An arc of the state machine fails: SET_STATE returns `errno`, and the device stays as `leaves` says."""
 
     side: Literal["source", "target"]
     arc: Annotated[str, Field(pattern=r"^[A-Z0-9_]+ -> [A-Z0-9_]+$")] | None = None
     command: Literal["SAVE", "LOAD"] | None = None
-    """In place of an arc: a command of the firmware fails, and with it the session that it is for."""
+    """Instead of an arc: a firmware command fails, and with it its session."""
     after: Annotated[int, Field(ge=0)] | None = None
-    """So many of these commands work before."""
+    """Number of these commands that succeed before."""
     errno: Literal["EIO", "EINVAL", "ENOMEM", "ENODEV", "ETIMEDOUT", "EBUSY"] = "EIO"
     leaves: Literal["before", "ERROR"] = "before"
-    """Before the arc, wherever on the path that is; or in ERROR, which only a reset leaves (vfio.h)."""
+    """In the state before the arc; or in ERROR, which only a reset leaves (vfio.h)."""
     times: Annotated[int, Field(ge=1)] = 1
-    """The arc works after that."""
+    """Number of failures; then it works."""
 
     @model_validator(mode="after")
     def _an_arc(self) -> Self:
@@ -347,15 +347,15 @@ class Vmm(Table):
     ram_budget_ms: PositiveMs
     give_up_s: Annotated[float, Field(gt=0, le=86400)]
     cancel_after_s: Positive | None = None
-    """The user cancels the migration then, if the guest is not stopped yet."""
+    """When the user cancels the migration, if the guest is not stopped yet."""
     other_load_ms: NonNegative = 0.0
     """The state of all other devices, loaded before the VFIO devices' config."""
     device_buffer_gib_per_s: Positive | None = None
     """What one thread of QEMU moves of device data through the main channel's buffers of 32 KiB; without it, that is
     free. Multifd and v3 send from where read() put the data."""
     precopy_user: Literal["deduces", "polls"] = "deduces"
-    """Asks for PRECOPY_INFO only when what is left seems to fit, and takes off what it read until then (QEMU); or asks
-    in every round."""
+    """`deduces`: asks for PRECOPY_INFO only when the remaining bytes seem to fit, and subtracts what it reads until
+    then (QEMU). `polls`: asks in every round."""
     reinit: bool = False
     """Opts in to PRECOPY_INFOv2."""
     switchover_ack: Literal["off", "one_shot", "reusable"] = "off"
@@ -367,14 +367,14 @@ class Vmm(Table):
     multifd_device_state: bool = True
     """With multifd, stop-copy data of the devices takes them too, a save and a load thread a device (QEMU 10.0)."""
     multifd_dedicated: Annotated[int, Field(ge=0, le=255)] = 0
-    """So many of the channels carry nothing but device state; 0: all are shared with RAM."""
+    """Number of channels that carry only device state; 0: all are shared with RAM."""
     multifd_load: Literal["device_threads", "channel_threads"] = "device_threads"
     """Who write()s at the target: a thread a device, or the thread that received the packet."""
     multifd_load_threads: Annotated[int, Field(ge=0, le=64)] = 0
-    """At most so many devices are loaded at once; 0: as many as there are."""
+    """Largest number of devices that are loaded at once; 0: all."""
     multifd_max_queued_mib: Annotated[float, Field(gt=0, le=1 << 20)] | None = None
-    """So much of a device's state may wait at the target to be written, or the migration fails; if left out, any amount
-    may, as by QEMU's default (its x-migration-max-queued-buffers-size)."""
+    """The most of a device's state that may wait at the target to be written; if more waits, the migration fails. If
+    left out, there is no limit, as by QEMU's default (its x-migration-max-queued-buffers-size)."""
 
     read_bytes = Whole("read_mib")
     write_bytes = Whole("write_kib")
@@ -415,20 +415,20 @@ class V3(Table):
     """How the VMMs use v3, unless the protocol's name says otherwise (`v3-n8-pool`)."""
 
     dirty_streams: Annotated[int, Field(ge=1, le=MAX_STREAMS)] = 4
-    """With blocks: so many threads read them."""
+    """With blocks: the number of threads that read them."""
     blocks: bool = False
     """One fd of addressable blocks in place of the dirty streams."""
     wire: Literal["streams", "pool", "one"] = "streams"
     """A connection a stream; one pool of connections for all streams; or one connection for everything."""
     pool_connections: Annotated[int, Field(ge=1, le=256)] = 4
     critical_credit_mib: Annotated[float, Field(gt=0, le=4096)] = 4.0
-    """With shared connections: what a device's critical stream may have at the target that its driver has not taken."""
+    """With shared connections: the most of a device's critical stream at the target that its driver has not taken."""
     dirty_credit_mib: Annotated[float, Field(gt=0, le=4096)] = 64.0
     """The same for all dirty streams of a device together."""
     late_epoch: Literal["retry", "proceed"] = "proceed"
-    """When the last look, vCPUs stopped, finds a new epoch: resume the guest and try again, or go on with the stop."""
+    """If the final check (vCPUs stopped) finds a new epoch: resume the guest and try again, or continue the stop."""
     max_retries: Annotated[int, Field(ge=0, le=1000)] = 3
-    """After so many it goes on with the stop."""
+    """After this number of retries it continues with the stop."""
     target_knows: Literal["v3", "v2"] = "v3"
     """The target's VMM; if that is v2 only, the source falls back."""
     target_max_dirty_streams: Annotated[int, Field(ge=0, le=MAX_STREAMS)] | None = None
@@ -439,11 +439,11 @@ class V3(Table):
 
 
 NO_FIGURES = {"citation", "case", "protocol", "fitted"}
-"""What a published entry says beside its figures."""
+"""Keys of a published entry that are no figures."""
 
 
 class Published(Table):
-    """What a source measured, to hold the runs of a protocol against. Milliseconds; in lists one value a device."""
+    """What a source measured, to compare the runs of a protocol with. Milliseconds; in lists one value a device."""
 
     citation: str
     case: str | None = None
@@ -460,7 +460,7 @@ class Published(Table):
     """With multifd, how long a device's load thread lives; it waits for data, and writes it."""
     load_waiting_ms: list[Positive] = []
     load_waiting_mean_ms: Positive | None = None
-    """Over the devices, for a source that tells them apart where the simulation has them alike."""
+    """Over the devices, for a source that distinguishes devices which are alike in the simulation."""
     load_writing_ms: list[Positive] = []
     src_saved_to_dst_loaded_ms: Positive | None = None
     """From the source's last byte to the end of the last config."""

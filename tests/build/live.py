@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from sim.live.processes.children import Child
-from sim.live.processes.vmm import Settings
-from sim.live.run import LiveResult, SideEnd, run_here, run_to, serve_one
+from sim.live.processes.notes import GuestNote, Note
+from sim.live.processes.settings import Settings
+from sim.live.result import LiveResult, SideEnd
+from sim.live.run import run_here, run_to, serve_one
 from sim.live.tcp.sockets import listen
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
@@ -53,10 +55,10 @@ class Seen:
     _running: list[tuple[str, bool]] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def watch(self, what: str, body: dict[str, Any]) -> None:
+    def watch(self, note: Note) -> None:
         """To be given to run_here()."""
-        if what == "running":
-            self._running.append((body["side"], body["running"]))
+        if isinstance(note, GuestNote):
+            self._running.append((note.side, note.runs))
             self._news.set()
 
     def know(self, children: Sequence[Child]) -> None:
@@ -79,7 +81,8 @@ class Seen:
         its VMM was gone."""
         ran: dict[str, list[tuple[int, int]]] = {"source": [], "target": []}
         since: dict[str, int | None] = {"source": None, "target": None}
-        for side, running, at_ns in result.ran:
+        for note in result.ran:
+            side, running, at_ns = note.side, note.runs, note.at_ns
             begun = since[side]
             if running and begun is None:
                 since[side] = at_ns

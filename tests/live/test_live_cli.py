@@ -25,7 +25,8 @@ from experiments.draw.live_progress import Progress, rates_mib_per_s
 from proto_v3.errors import UserError
 from proto_v3.timeline import PHASES, Resource
 from sim.live.limits import delays_ns, too_short
-from sim.live.processes.vmm import Tls, check_size
+from sim.live.processes.notes import GuestNote, ProgressNote
+from sim.live.processes.settings import Tls, check_size
 from sim.scenario.file import load
 from tests.build.cli import CLI, proto_v3
 
@@ -261,16 +262,15 @@ def test_the_size_of_all_devices_counts() -> None:
         check_size(load("live-paced"), 95 << 20)
 
 
-def report(at_s: float, **told: Any) -> dict[str, Any]:
-    return {"side": "source", "at_ns": round(at_s * 1e9), "phase": "pre-copy", **told}
+def note(at_s: float, remaining: int = 0, written: int = 0, wire: int = 0, **streams: int) -> ProgressNote:
+    return ProgressNote(round(at_s * 1e9), "pre-copy", remaining, written, wire, streams)
 
 
-def test_progress_tells_rates_between_two_reports() -> None:
-    before = report(1.0, wire_bytes=0, written_bytes=1 << 20, streams=[["a", 0]])
-    now = report(1.5, wire_bytes=8 << 20, written_bytes=2 << 20, streams=[["a", 4 << 20], ["b", 1 << 20]])
+def test_progress_tells_rates_between_two_notes() -> None:
+    before = note(1.0, written=1 << 20, a=0)
+    now = note(1.5, wire=8 << 20, written=2 << 20, a=4 << 20, b=1 << 20)
     rates = rates_mib_per_s(before, now)
     assert rates == {"the guest writes": 2.0, "over the wire": 16.0, "a": 8.0, "b": 2.0}
-    assert rates_mib_per_s({}, now) == {}
     assert rates_mib_per_s(now, now) == {}
 
 
@@ -278,11 +278,9 @@ def test_progress_on_a_terminal_says_phase_bytes_left_and_streams() -> None:
     screen = io.StringIO()
     with Progress(Console(file=screen, force_terminal=True, width=100), "mine", 3) as progress:
         progress.begin("v2")
-        progress.heard("progress", report(0.5, wire_bytes=0, left_bytes=9 << 20, written_bytes=0, streams=[]))
-        progress.heard(
-            "progress", report(1.0, wire_bytes=0, left_bytes=5 << 20, written_bytes=0, streams=[["s", 1024]])
-        )
-        progress.heard("running", {"side": "source", "running": True, "at_ns": 0})
+        progress.heard(note(0.5, remaining=9 << 20))
+        progress.heard(note(1.0, remaining=5 << 20, s=1024))
+        progress.heard(GuestNote("source", True, 0))
     shown = screen.getvalue()
     assert "mine, v2, run 1 of 3: pre-copy, 1.0 s" in shown
     assert "5.0 MiB left" in shown
@@ -293,7 +291,7 @@ def test_progress_is_silent_where_there_is_no_terminal() -> None:
     screen = io.StringIO()
     with Progress(Console(file=screen), "mine", 1) as progress:
         progress.begin("v2")
-        progress.heard("progress", report(0.5, wire_bytes=0, streams=[]))
+        progress.heard(note(0.5))
     assert screen.getvalue() == ""
 
 

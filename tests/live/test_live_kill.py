@@ -17,8 +17,8 @@ import pytest
 
 from proto_v3.vmm.migration import OutcomeKind
 from sim.live.processes.children import Child
-from sim.live.processes.vmm import Settings
-from sim.live.run import LiveResult
+from sim.live.processes.settings import Settings
+from sim.live.result import LiveResult
 from tests.build import live
 from tests.build.live import (
     HANG_S,

@@ -1,17 +1,15 @@
-"""The processes of a live run: started from a server that has all imports, watched, and ended whatever happens.
+"""The processes of a live run: started, watched, and ended whatever happens.
 
-Each child holds one end of a socket, its lifeline: what it has to say goes over it, and when the other end is closed,
-by whatever death, the child ends itself. So nothing is left over, whoever is killed. A child that hangs is killed: by
-its supervisor, to whose pings it does not answer; or, when that one is dead, by the kernel, for the server that forked
-the child ends with its supervisor, and no child outlives the server.
+Each child holds one end of a socket, its lifeline. It sends its notes and its report over it. When the other end is
+closed, because the supervisor is done or dead, the child ends itself. So no process is left, whichever one is killed. A
+child that hangs is killed: by its supervisor, whose pings it does not answer; or, if the supervisor is dead, by the
+kernel (fork_server).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import multiprocessing
 import os
 import signal
 import socket
@@ -19,58 +17,33 @@ import sys
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
-from types import ModuleType
 from typing import Any
 
 from proto_v3.errors import ProtoV3Error, UserError
 from sim.live.fd.calls import Calls, Reply
 from sim.live.plain import from_plain, to_plain
 from sim.live.processes.device_process import DeviceProcess
+from sim.live.processes.fork_server import end_with_server, start_process
+from sim.live.processes.notes import Note, RejectedNote, received, send
 from sim.live.processes.report import VmmReport
-from sim.live.processes.vmm import Settings, VmmProcess, run_source, run_target, unanswered
+from sim.live.processes.settings import Settings
+from sim.live.processes.vmm import VmmProcess, run_source, run_target, unanswered
 from sim.live.tcp.messages import Run
 
+RESULT = "result"
+"""The last message of a VMM process on its lifeline: its VmmReport."""
 COMM_CHARS = 15
-"""Linux, TASK_COMM_LEN less its end: what `ps -o comm`, `top` and `perf` show."""
-PRELOAD = ["sim.live.processes.preload"]
-ENVIRONMENT = {
-    "MALLOC_ARENA_MAX": "2",  # a heap for each of many threads would be memory that none needs
-    "OPENBLAS_NUM_THREADS": "1",  # threads that would do nothing, in each process
-    "PYTHONSAFEPATH": "1",  # the server is `python -c`: what is in the user's folder is not to be imported
-}
-"""Of the processes, where the user has not set it; not of the caller's other children."""
+"""Linux, TASK_COMM_LEN without its end: what `ps -o comm`, `top` and `perf` show."""
 ENDS_WITHIN_S = 5.0
-"""A child whose work is over, before it is killed."""
+"""A child whose work is over is killed after this time."""
 HANGS = 2
-"""A child that does not answer is killed after so many times the silence that the others put up with: they are to find
-out by themselves."""
-PR_SET_PDEATHSIG = 1
-"""Linux, include/uapi/linux/prctl.h."""
-
-Note = Callable[[str, dict[str, Any]], None]
-
-
-def _context() -> multiprocessing.context.ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    resource_tracker.ensure_running()  # first: the fork server would start it, and that unblocks SIGINT
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the supervisor's alone
-    own = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if own[name] is None})
-    try:
-        forkserver.ensure_running()  # it inherits all that, and its children
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for name in (name for name, value in own.items() if value is None):
-            del os.environ[name]
-    return context
+"""A silent child is killed after HANGS x silent_s, late enough for its peers to notice first."""
 
 
 @dataclass(slots=True)
 class Child:
-    """A process of the run, as its supervisor sees it."""
+    """A process of the run, in its supervisor."""
 
     name: str
     process: ForkServerProcess
@@ -89,7 +62,7 @@ class Child:
         return self._pid
 
     def watch(self, settings: Settings) -> None:
-        """See to it that it answers, from now on; one that hangs is killed."""
+        """Ping it from now on, and kill it if it does not answer."""
         self._watching = asyncio.get_running_loop().create_task(self._watch(settings))
 
     async def _watch(self, settings: Settings) -> None:
@@ -100,7 +73,7 @@ class Child:
 
     @property
     def death(self) -> str:
-        """How it died, in words; nothing if it ended by itself, or lives."""
+        """How it died, in words; empty if it ended by itself, or lives."""
         if self._hung:
             return self._hung
         status = self.ended.result() if self.ended.done() else 0
@@ -109,7 +82,7 @@ class Child:
         return f"the {self.name} (process {self._pid}) ended with status {status}" if status else ""
 
     async def end(self) -> None:
-        """Let it end, and see to it that it does."""
+        """Ask it to end by closing its lifeline; kill it if it does not end soon."""
         self.lifeline.close()
         try:
             async with asyncio.timeout(ENDS_WITHIN_S):
@@ -121,11 +94,11 @@ class Child:
             self.bury()
 
     def bury(self) -> None:
-        """Nothing is left of it when this returns: it is killed if it lives. May be called again."""
+        """Kill it if it lives, and free what belongs to it. May be called again."""
         if self._watching is not None:
             self._watching.cancel()
         self.lifeline.close()
-        if not self.ended.done():  # who waits for that was cancelled
+        if not self.ended.done():  # the task that waited for the end was cancelled
             self.ended.get_loop().remove_reader(self.process.sentinel)
             self.process.kill()
             self.process.join()
@@ -133,39 +106,37 @@ class Child:
         self.process.close()
 
 
-def start(name: str, main: Callable[..., None], heard: Note, *given: Any) -> Child:
-    """Start a process that runs `main(name, lifeline, *given)`; sockets among what is given are handed over.
+def start(name: str, main: Callable[..., None], on_note: Callable[[Note], None], *args: Any) -> Child:
+    """Start a process that runs `main(name, lifeline, *args)`. Sockets in `args` are passed to it.
 
-    `heard` is told what it notes on its lifeline.
+    `on_note` is called with each note that it sends on its lifeline.
     """
-    loop = asyncio.get_running_loop()
-    with contextlib.suppress(AttributeError):  # not glibc, which keeps what an earlier run's timeline took
-        ctypes.CDLL(None).malloc_trim(0)
     ours, theirs = socket.socketpair()
-    caller = sys.modules["__main__"]
-    try:
-        process = _context().Process(target=main, args=(name, theirs, *given), name=name, daemon=True)
-        # A child would import the caller's main module, whatever that takes, and needs nothing of it.
-        sys.modules["__main__"] = ModuleType("__main__")
-        process.start()
-    except BaseException:
-        ours.close()
-        raise
-    finally:
-        sys.modules["__main__"] = caller
-        theirs.close()
+    with theirs:
+        try:
+            process = start_process(name, main, name, theirs, *args)
+        except BaseException:
+            ours.close()
+            raise
+    return _watched(name, process, ours, on_note)
+
+
+def _watched(
+    name: str, process: ForkServerProcess, lifeline_socket: socket.socket, on_note: Callable[[Note], None]
+) -> Child:
+    """The child of a process that was started: its lifeline is read, and its end noticed."""
+    loop = asyncio.get_running_loop()
     result: asyncio.Future[VmmReport] = loop.create_future()
     ended: asyncio.Future[int] = loop.create_future()
 
-    async def handle(what: str, body: dict[str, Any]) -> Reply:
-        if what == "result":
-            if not result.done():
-                result.set_result(from_plain(VmmReport, body))
-        else:
-            heard(what, body)
+    async def handle(kind: str, body: dict[str, Any]) -> Reply:
+        if kind != RESULT:
+            on_note(received(kind, body))
+        elif not result.done():
+            result.set_result(from_plain(VmmReport, body))
         return Reply()
 
-    lifeline = Calls(ours, name, handle)
+    lifeline = Calls(lifeline_socket, name, handle)
     sentinel = process.sentinel
 
     def gone() -> None:
@@ -181,7 +152,7 @@ def start(name: str, main: Callable[..., None], heard: Note, *given: Any) -> Chi
 
 
 def _no_result(lifeline: Calls, result: asyncio.Future[VmmReport]) -> None:
-    """The process is dead; what it said before is still to be heard."""
+    """The process is dead. What it sent before is still read."""
     lifeline.gone.add_done_callback(lambda _: result.cancel())
 
 
@@ -189,16 +160,16 @@ def _no_result(lifeline: Calls, result: asyncio.Future[VmmReport]) -> None:
 
 
 def _be(name: str, loop: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Be a process of that name: run the work to its end, and leave nothing behind."""
+    """Run the work to its end as a process of that name, then end the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's, who then closes the lifeline
-    _end_with_parent()
+    end_with_server()
     with contextlib.suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as comm:
         comm.write(name.replace(" ", "-")[:COMM_CHARS])
 
     async def or_die() -> None:
         asyncio.get_running_loop().set_exception_handler(_die)
         await work()
-        os._exit(0)  # at once: what a loop cleans up goes with the process, and a thread that blocks would hold it up
+        os._exit(0)  # at once: the process takes the loop with it, and a thread that blocks would delay it
 
     try:
         if loop == "uvloop":
@@ -215,30 +186,15 @@ def _be(name: str, loop: str, work: Callable[[], Coroutine[Any, Any, None]]) -> 
 
 
 def _die(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """A callback or task failed, and nobody waits for it: a bug of ours; better a dead process than one that hangs."""
+    """A callback or task failed that nothing waits for. That is a bug: end the process, for it might hang."""
     loop.default_exception_handler(context)
     if context.get("exception") is not None:
         sys.stderr.flush()
         os._exit(1)
 
 
-def _end_with_parent() -> None:
-    """Be killed when the server ends, which ends with its supervisor: one that hangs does not see its lifeline close.
-
-    The server ends when nobody can ask it for children any more; each child could, if it did not close that end.
-    """
-    server = vars(forkserver._forkserver)
-    if server.get("_forkserver_alive_fd") is not None:
-        os.close(server["_forkserver_alive_fd"])
-        server["_forkserver_alive_fd"] = None
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)  # it ended before
-
-
 async def _until_gone(lifeline: Calls, work: Awaitable[None]) -> None:
-    """Do the work, for as long as somebody is there to see it."""
+    """Do the work, until the supervisor is gone."""
     task = asyncio.ensure_future(work)
     await asyncio.wait([task, lifeline.gone], return_when=asyncio.FIRST_COMPLETED)
     if task.done():
@@ -246,7 +202,7 @@ async def _until_gone(lifeline: Calls, work: Awaitable[None]) -> None:
 
 
 async def _answer(name: str, body: dict[str, Any]) -> Reply:
-    """What a supervisor asks is whether one lives."""
+    """The supervisor only pings."""
     return Reply()
 
 
@@ -283,7 +239,7 @@ def target_main(
         vmm = VmmProcess("target", settings, Calls(control, "device process"), supervisor)
 
         def rejected(why: str) -> None:
-            supervisor.note("rejected", why=why)
+            send(supervisor, RejectedNote(why))
 
         await _until_gone(supervisor, _report(vmm, run_target(vmm, listener, rejected)))
 
@@ -299,4 +255,4 @@ async def _report(vmm: VmmProcess, work: Awaitable[VmmReport]) -> None:
         report = VmmReport(vmm.guest_runs, [vmm.failure(error)], user_error=isinstance(error, UserError))
     beating.cancel()
     report = replace(report, device_gone=vmm.device.gone.done())
-    await vmm.supervisor.send_note("result", **to_plain(report))
+    await vmm.supervisor.send_note(RESULT, **to_plain(report))

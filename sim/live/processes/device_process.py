@@ -42,20 +42,20 @@ from sim.report import DeviceReport
 from sim.scenario.scenario import Scenario
 
 GUEST_TICK_NS = 2_000_000
-"""How often the guest catches up with what it should have written: short beside all that is asked of a device."""
+"""How often the guest's due writes are applied: short beside every time that a device is asked for."""
 
 Data = SavedData | LoadedStream | LoadedBlocks | BlocksData
 
 
 class DeviceProcess:
-    """Answers the VMM's calls."""
+    """Answers the calls of its VMM."""
 
     def __init__(self, side: str) -> None:
         self.side = side
         self._calls: Calls | None = None
         self._data: dict[int, Data] = {}
         self._ended: set[int] = set()
-        """Numbers of those of which nothing is left."""
+        """Numbers of the fds that are cleaned up."""
         self._devices: list[_Device] = []
         self._guest: asyncio.Task[None] | None = None
         self._time: RealTime | None = None
@@ -81,7 +81,7 @@ class DeviceProcess:
         }
 
     async def serve(self, control: socket.socket) -> None:
-        """Reply calls until the VMM is gone; nothing goes on then."""
+        """Reply to calls until the VMM is gone; then stop everything."""
         self._calls = Calls(control, "VMM", self._handle)
         try:
             await self._calls.gone
@@ -133,7 +133,7 @@ class DeviceProcess:
         return Reply()
 
     async def _run_guest(self) -> None:
-        """Write what is due, again and again: a driver that asks (DeviceState.advance) has it written at once."""
+        """Write what is due every GUEST_TICK_NS. A driver that needs it earlier calls DeviceState.advance itself."""
         written_to = [device for device in self._devices if device.busy]
         while written_to:
             await clock.sleep_ns(GUEST_TICK_NS)
@@ -171,7 +171,7 @@ class DeviceProcess:
         return Reply()
 
     def _install(self, device: _Device, fd: DataFd) -> int:
-        """A data fd gets its socket, and a number."""
+        """Make the socket of a data fd; returns its number."""
         number = len(self._data) + 1
         name = f"{self.side} {device.driver.name} fd {number}"
         scenario = self._scenario
@@ -200,7 +200,7 @@ class DeviceProcess:
         return number
 
     async def _end_what_is_over(self) -> None:
-        """Of sessions that are over nothing is left to be read, and nothing goes on into the device's state."""
+        """Clean up the fds of sessions that are over: nothing more is read, or written to the device's state."""
         for number, data in list(self._data.items()):
             if data.stream.over and number not in self._ended:
                 await data.ended()
@@ -228,7 +228,7 @@ class DeviceProcess:
         installed: list[int] = []
 
         def install(fd: DataFd) -> int:
-            """One that the VMM has already keeps its number, and is not passed again."""
+            """A stream that the VMM has already keeps its number, and is not passed again."""
             for number, data in self._data.items():
                 if data.stream is fd:
                     return number
@@ -248,7 +248,7 @@ class DeviceProcess:
         return Reply({"what": end.what, "errno": end.errno, "text": end.text, "sent": sent})
 
     async def _new_epoch(self, body: dict[str, Any]) -> Reply:
-        """Whether there is one; it is waited for, if so asked."""
+        """Whether there is a new epoch; waits for one if `wait` is set."""
         stream = self._of(body).stream
         if not isinstance(stream, CriticalStream):
             raise fails(errno.ENOTTY)
@@ -265,7 +265,7 @@ class DeviceProcess:
         try:
             await ioctl.get_dirty_blocks(self._of(body).stream, buffer, bitmap)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # which tells how many bits it takes
+            if error.errno != errno.EINVAL:  # with which it reports the number of bits that it needs
                 raise
             bitmap.clear()
         return Reply({"buffer": bytes(buffer), "bitmap": bytes(bitmap)})
@@ -280,7 +280,7 @@ class DeviceProcess:
     async def _read_end(self, body: dict[str, Any]) -> Reply:
         return Reply({"data": await self._of(body).read(body["max_bytes"])})
 
-    # --- the guest, and what is left in the end -----------------------------------------------------------------------
+    # --- the guest, and the end ---------------------------------------------------------------------------------------
 
     async def _guest_does(self, body: dict[str, Any]) -> Reply:
         for device in self._devices:
@@ -288,12 +288,12 @@ class DeviceProcess:
         return Reply()
 
     async def _digests(self, body: dict[str, Any]) -> Reply:
-        """Of the state as it is; the guest must be stopped."""
+        """Of the current state; the guest must be stopped."""
         digests = [await asyncio.to_thread(device.store.digests) for device in self._devices]
         return Reply(to_plain(Digests(digests)))
 
     async def _progress(self, body: dict[str, Any]) -> Reply:
-        """For who watches: what is left, and what the guest wrote so far. Bytes."""
+        """For progress notes, in bytes: what remains, and what the guest has written so far."""
         left = [await device.driver.stop_copy_bytes() for device in self._devices]
         return Reply({"left_bytes": sum(left), "written_bytes": sum(device.written_bytes for device in self._devices)})
 
@@ -324,7 +324,7 @@ class _Device:
 
     @property
     def busy(self) -> bool:
-        """Whether the guest does anything to it, ever."""
+        """Whether the guest ever writes to it or reconfigures it."""
         return isinstance(self._state, DeviceState) and self._state.activity.busy
 
     def advance(self) -> None:
@@ -334,13 +334,13 @@ class _Device:
 
     @property
     def written_bytes(self) -> int:
-        """What the guest wrote so far."""
+        """What the guest has written so far."""
         return self._state.written_bytes if isinstance(self._state, DeviceState) else 0
 
     def guest_does(self, what: str) -> None:
         """The guest is about to stop, stops, or starts."""
         if not isinstance(self._state, DeviceState):
-            return  # at the target nothing is left to do for it
+            return  # at the target there is nothing to do
         match what:
             case "order_stop":
                 self._state.order_stop(clock.now_ns())

@@ -1,6 +1,8 @@
-"""What the server that starts processes does before it forks: its children share these pages with it, as long as none
-of them writes to one. So what each would set up for itself is set up here, and the collector, which writes to every
-object that it looks at, is told to leave these alone."""
+"""Imported by the fork server before it forks. Its children share these pages as long as none of them writes to one.
+
+So what each child would set up for itself is set up here. gc.freeze() keeps the collector, which writes to every object
+that it looks at, away from these objects.
+"""
 
 import encodings.idna  # noqa: F401 - of a socket's connect()
 import gc

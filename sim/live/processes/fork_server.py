@@ -1,0 +1,102 @@
+"""Starting processes from a server that has all imports: multiprocessing's forkserver, and work-arounds for it.
+
+multiprocessing has no interface for what these need: the environment and the signal mask of the server, a child that
+does not import the caller's main module, and a server that ends when its supervisor is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from types import ModuleType
+from typing import Any
+
+PRELOAD = ["sim.live.processes.preload"]
+ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "2",  # each further heap for threads would be memory that nothing needs
+    "OPENBLAS_NUM_THREADS": "1",  # its threads would do nothing, in each process
+    "PYTHONSAFEPATH": "1",  # the server is `python -c`: nothing is to be imported from the user's folder
+}
+"""Of the processes, where the user has not set it; not of the caller's other children."""
+PR_SET_PDEATHSIG = 1
+"""Linux, include/uapi/linux/prctl.h."""
+
+
+def start_process(name: str, main: Callable[..., None], *args: Any) -> ForkServerProcess:
+    """Start a process that runs `main(*args)`. Sockets in `args` are passed to it."""
+    _free_unused_memory()
+    process = _context().Process(target=main, args=args, name=name, daemon=True)
+    with _without_main_module():
+        process.start()
+    return process
+
+
+def end_with_server() -> None:
+    """In a child: be killed when the server ends, which ends when its supervisor does.
+
+    A child that hangs does not see its lifeline close, so the kernel has to end it. The server ends when no process can
+    ask it for children any more. Each child inherits the descriptor for asking, and so has to close it.
+    """
+    server = vars(forkserver._forkserver)
+    if server.get("_forkserver_alive_fd") is not None:
+        os.close(server["_forkserver_alive_fd"])
+        server["_forkserver_alive_fd"] = None
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)  # the server ended before prctl()
+
+
+def _context() -> ForkServerContext:
+    """The context, with a running server. Its children inherit the signal mask and the environment."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    resource_tracker.ensure_running()  # first: else the server starts it, which unblocks SIGINT
+    with _sigint_blocked(), _environment():
+        forkserver.ensure_running()
+    return context
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Ctrl-C is for the supervisor alone."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    missing = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]
+
+
+@contextlib.contextmanager
+def _without_main_module() -> Iterator[None]:
+    """A child would import the caller's main module, however long that takes, and needs nothing of it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _free_unused_memory() -> None:
+    """glibc keeps the memory that an earlier run's timeline took. Other C libraries have no malloc_trim()."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,73 @@
+"""How the processes of a live run are run, and what a scenario asks of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proto_v3.errors import UserError
+from sim.host.machine import ZERO_PAGE_BYTES
+from sim.live.tcp.handshake import Limits
+from sim.live.tcp.sockets import SocketSettings
+from sim.scenario.scenario import Scenario
+from sim.scenario.units import GIB, MIB, NS_PER_S, PAGE_BYTES
+
+FRAME_SLACK_BYTES = 128 << 10
+"""Of a frame beside its data: the header of a record, and the versions of addressable blocks (8 bytes each)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Files with this side's certificate and key, and with the certificates that it trusts."""
+
+    cert: str
+    key: str
+    ca: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How the processes of a side are run."""
+
+    io: str = "threads"
+    loop: str = "uvloop"
+    tls: Tls | None = None
+    silent_s: float = 10.0
+    """A process or a peer that does not answer for this time is given up."""
+    handshake_s: float = 30.0
+    after_stop_s: float = 120.0
+    """A migration that lasts longer than vmm.give_up_s plus this is ended, in any phase."""
+    progress: bool = False
+    """Send progress notes."""
+    max_state_bytes: int = 4 * GIB
+    """Largest state of all devices together that a target allocates."""
+
+    def limits(self, frame_bytes: int) -> Limits:
+        """Of a session in which no frame is larger than this."""
+        return Limits(handshake_s=self.handshake_s, silent_s=self.silent_s, frame_bytes=frame_bytes)
+
+
+def check_size(scenario: Scenario, max_bytes: int) -> None:
+    """UserError if the state of all devices is larger than `max_bytes`: live mode holds it in memory."""
+    state_bytes = sum(device.blocks * device.block_bytes for device in scenario.devices)
+    if state_bytes > max_bytes:
+        raise UserError(
+            f"device.state_mib: {state_bytes // MIB} MiB in all; a live run holds them in memory, and takes at most "
+            f"{max_bytes // MIB} MiB (--max-state-mib)"
+        )
+
+
+def frame_bytes(scenario: Scenario) -> int:
+    """The largest payload that a source sends."""
+    ram_scan = scenario.ram.scan_bytes_per_s * scenario.vmm.ram_budget_ns / NS_PER_S / PAGE_BYTES * ZERO_PAGE_BYTES
+    block = max(device.block_bytes for device in scenario.devices)
+    largest = max(scenario.vmm.read_bytes, scenario.ram.frame_bytes, ram_scan, block)
+    return round(largest * (1 + 1 / 128)) + FRAME_SLACK_BYTES
+
+
+def socket_settings(scenario: Scenario) -> SocketSettings:
+    """Socket options for the scenario's connections: the kernel's pacing, and its buffers."""
+    link = scenario.link
+    return SocketSettings(
+        buffer_bytes=link.socket_buffer_bytes // 2,  # the scenario counts the sender's and the receiver's together
+        max_rate_bytes_per_s=round(link.per_connection_bytes_per_s),
+    )
