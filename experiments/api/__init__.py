@@ -9,6 +9,11 @@ Tables are Polars frames; `.to_pandas()` makes one of pandas (extra `pandas`). A
 the unit at the end of each column's name: `_ns` nanoseconds, `_bytes`. Figures are matplotlib's: `.savefig(FILE)`.
 Every mistake of a caller raises `UserError`, whose text says what would be right. All of it also works where an event
 loop runs, as in Jupyter.
+
+In the signatures, `Seeds` is a number of seeds, which count up from 1, or the seeds themselves. `Progress` is False
+(nothing is shown), True (a bar on stderr), or a function that is called with the number of runs done and the number
+of all runs. `Setting` is the value of a parameter: a text, a number, a bool, or a list of texts. `Pairs` is a list of
+(base, other), both names of protocols.
 """
 
 from experiments.api.drawing import draw_changes, draw_critical, draw_downtime, draw_path, draw_seeds
