@@ -10,6 +10,7 @@ in and out. (test_v2_on_v3.py compares whole migrations on both.)
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 from typing import Any
@@ -42,18 +43,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="one case of each test, and none that is marked slow")
 
 
+def begins_first(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(mark) for mark in ("slow", "quick"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not any(item.get_closest_marker(mark) for mark in ("slow", "quick")))
-    if not config.getoption("--quick"):
-        return
-    chosen: dict[str, pytest.Item] = {}
-    for item in items:
-        if item.get_closest_marker("slow") is None:
-            name = item.nodeid if item.get_closest_marker("quick") else item.nodeid.partition("[")[0]
-            chosen.setdefault(name, item)
-    kept = set(chosen.values())
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = chosen.values()
+    if config.getoption("--quick"):
+        chosen: dict[str, pytest.Item] = {}
+        for item in items:
+            if item.get_closest_marker("slow") is None:
+                name = item.nodeid if item.get_closest_marker("quick") else item.nodeid.partition("[")[0]
+                chosen.setdefault(name, item)
+        kept = set(chosen.values())
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = chosen.values()
+    items.sort(key=begins_first, reverse=True)
+    # Each process begins with a part of the list: deal the files out, so that each has some of the slow tests.
+    files = [list(each) for _, each in itertools.groupby(items, lambda item: (begins_first(item), item.path))]
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    items[:] = [item for first in range(processes) for file in files[first::processes] for item in file]
 
 
 @pytest.fixture(autouse=True)
