@@ -9,7 +9,7 @@ import enum
 from typing import NamedTuple
 
 from proto_v3.vfio.uapi import State
-from sim.scenario.tables import Device
+from sim.scenario.device import Device
 
 
 class Cost(enum.Flag):

@@ -31,7 +31,8 @@ from sim.device.sessions import LoadingSession, SavedStream, SavingSession
 from sim.device.state import DeviceState, Image
 from sim.device.stream import DriverContext, DriverLock, Faults, MigrationSession, fails
 from sim.report import Counters, CriticalLoad
-from sim.scenario.tables import Device, Driver
+from sim.scenario.device import Device
+from sim.scenario.tables import Driver
 
 
 class SimDriver(MigrationDevice):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.scenario.tables import Device, Writes
+from sim.scenario.device import Device, Writes
 from sim.scenario.units import NS_PER_S, ns
 
 Int32 = NDArray[np.int32]

@@ -19,7 +19,7 @@ from sim.device.load import LoadedFd, LoadSession, LoadStream
 from sim.device.record import Record
 from sim.device.state import Image
 from sim.device.stream import DriverLock, MigrationSession, fails
-from sim.scenario.tables import Device
+from sim.scenario.device import Device
 
 
 class V3LoadSession(LoadSession):

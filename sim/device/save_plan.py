@@ -15,7 +15,8 @@ from proto_v3.vfio import uapi
 from proto_v3.vfio.uapi import BlockRange
 from sim.device.record import HEADER_BYTES, NO_INDICES, V3_HEADER_BYTES, Record, ranges_bytes
 from sim.device.state import DeviceState, Indices
-from sim.scenario.tables import Device, Driver
+from sim.scenario.device import Device
+from sim.scenario.tables import Driver
 
 
 def image_bytes(spec: Device, driver: Driver, objects: int, blocks: int, header_bytes: int = HEADER_BYTES) -> int:

@@ -17,7 +17,7 @@ from sim.device.save_v2 import V2Stream
 from sim.device.save_v3 import CriticalStream, DirtyStream
 from sim.device.state import DeviceState, Image
 from sim.device.stream import DriverLock, MigrationSession
-from sim.scenario.tables import Device
+from sim.scenario.device import Device
 
 SavedStream = V2Stream | CriticalStream | DirtyStream | SaveBlocks
 NewLock = Callable[[], DriverLock]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from proto_v3.vfio.uapi import BlockRange
 from sim.device.guest import Activity, Int32
-from sim.scenario.tables import Device
+from sim.scenario.device import Device
 
 Indices = NDArray[np.intp]
 

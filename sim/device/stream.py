@@ -21,7 +21,8 @@ from sim.clock.port import now_ns, sleep_ns
 from sim.device.firmware import FirmwareModel
 from sim.report import Counters
 from sim.resource import Lock
-from sim.scenario.tables import Driver, Fault
+from sim.scenario.device import Fault
+from sim.scenario.tables import Driver
 
 DriverLock = AbstractAsyncContextManager[None]
 

@@ -10,9 +10,9 @@ from proto_v3.vmm.v2_source import V2Source
 from proto_v3.vmm.v2_target import V2Target
 from proto_v3.wire.channel import Channel
 from sim.report import Counters, DeviceReport, SideReport
+from sim.scenario.device import Device
 from sim.scenario.protocol import AppliedScenario
 from sim.scenario.scenario import Scenario
-from sim.scenario.tables import Device
 
 
 def target_device(scenario: Scenario, device: Device) -> Device:

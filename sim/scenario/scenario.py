@@ -16,7 +16,8 @@ from proto_v3.vmm.switchover import SwitchoverSettings
 from proto_v3.vmm.v2 import Ack, V2Options
 from proto_v3.vmm.v3 import V3Options
 from proto_v3.wire.streams import Credits, Wire
-from sim.scenario.tables import MAX_BLOCKS, MAX_WRITES, V3, Device, Driver, Firmware, Host, Link, Published, Ram, Vmm
+from sim.scenario.device import MAX_BLOCKS, MAX_WRITES, Device
+from sim.scenario.tables import V3, Driver, Firmware, Host, Link, Published, Ram, Vmm
 from sim.scenario.units import BYTES_PER_S_PER_GBIT, KIB, MIB, NS_PER_S, Table, did_you_mean, ns, short
 
 MAX_DEVICES = 64

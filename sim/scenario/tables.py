@@ -9,15 +9,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from proto_v3.vfio.fsm import FEATURE_SETS, arcs
-from proto_v3.vfio.uapi import MigrationFlags
 from sim.scenario.units import (
     GIB,
     KIB,
     MIB,
     NS_PER_US,
     PAGE_BYTES,
-    Fraction,
     NonNegative,
     Positive,
     PositiveMs,
@@ -27,11 +24,6 @@ from sim.scenario.units import (
 )
 
 MAX_STREAMS = 64
-MAX_BLOCKS = 1 << 24
-MAX_WRITES = 1 << 26
-"""Blocks and writes are NumPy arrays; more than these would not fit the memory that a run is meant to take."""
-ARCS = sorted({f"{a.name} -> {b.name}" for features in FEATURE_SETS for a, b in arcs(features)})
-"""Every step that some device takes at once; one without P2P goes from RUNNING to STOP."""
 
 
 class Ram(Table):
@@ -65,171 +57,6 @@ class Ram(Table):
                 f"working_set_mib = {self.working_set_mib:g}: must be at most size_gib, {self.size_gib * 1024:g} MiB"
             )
         return self
-
-
-class Writes(Table):
-    """What the guest dirties in a device's state, as bytes a second in whole blocks.
-
-    `hotspot`: `hot_share` of the writes go to the first `hot_fraction` of the blocks, the others to all blocks alike.
-    """
-
-    pattern: Literal["uniform", "hotspot", "sequential"]
-    mib_per_s: Positive
-    hot_share: Fraction = 0.9
-    hot_fraction: Fraction = 0.1
-
-    bytes_per_s = Rate("mib_per_s")
-
-    @model_validator(mode="after")
-    def _keys_of_pattern(self) -> Self:
-        if self.pattern != "hotspot" and {"hot_share", "hot_fraction"} & self.model_fields_set:
-            raise ValueError(f'pattern = "{self.pattern}": hot_share and hot_fraction go with "hotspot" only')
-        return self
-
-
-class Reconfigurations(Table):
-    """When the guest reconfigures the device, which makes critical objects new."""
-
-    at_s: list[NonNegative] = []
-    poisson_per_s: NonNegative = 0.0
-    during_stop_ms: list[NonNegative] = []
-    """Times after the order to stop the vCPUs, while they still run: the VMM has decided, and asks no more."""
-    objects_each: Annotated[int, Field(ge=1)] = 1
-    during_stops: Annotated[int, Field(ge=1)] = 1
-    """Number of orders to stop, from the first one, to which `during_stop_ms` applies. With v3's `retry` there are
-    several."""
-    invalidates_share: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Share of the device's blocks, in one range, whose earlier dirty data a reconfiguration makes invalid. Only with
-    driver.epochs = "invalidate"."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        if self.at_s and self.poisson_per_s:
-            raise ValueError(f"poisson_per_s = {self.poisson_per_s:g}: must be left out where at_s gives the times")
-        return self
-
-
-class Critical(Table):
-    """The objects that the target must set up before the device can run: queues, contexts, memory."""
-
-    objects: Annotated[int, Field(ge=0, le=1_000_000)]
-    object_kib: Annotated[float, Field(ge=1 / KIB, le=1 << 30)]
-    setup_us: NonNegative
-
-    object_bytes = Whole("object_kib")
-    setup_ns = Whole("setup_us")
-
-
-class Fault(Table):
-    """A fault. An arc of the state machine fails: SET_STATE returns `errno`, and the device stays as `leaves` says."""
-
-    side: Literal["source", "target"]
-    arc: Annotated[str, Field(pattern=r"^[A-Z0-9_]+ -> [A-Z0-9_]+$")] | None = None
-    command: Literal["SAVE", "LOAD"] | None = None
-    """Instead of an arc: a firmware command fails, and with it its session."""
-    after: Annotated[int, Field(ge=0)] | None = None
-    """Number of these commands that succeed before."""
-    errno: Literal["EIO", "EINVAL", "ENOMEM", "ENODEV", "ETIMEDOUT", "EBUSY"] = "EIO"
-    leaves: Literal["before", "ERROR"] = "before"
-    """In the state before the arc; or in ERROR, which only a reset leaves (vfio.h)."""
-    times: Annotated[int, Field(ge=1)] = 1
-    """Number of failures; then it works."""
-
-    @model_validator(mode="after")
-    def _an_arc(self) -> Self:
-        if (self.arc is None) is (self.command is None):
-            raise ValueError("arc, command: must be one of the two, not both and not neither")
-        if self.arc is not None and self.arc not in ARCS:
-            raise ValueError(f"arc = {self.arc!r}: must be one of {', '.join(ARCS)}")
-        if self.arc is not None and self.after is not None:
-            raise ValueError(f"after = {self.after}: goes with command only")
-        if self.command is not None and self.leaves != "before":
-            raise ValueError(f'leaves = "{self.leaves}": goes with arc only')
-        if (self.command, self.side) in (("SAVE", "target"), ("LOAD", "source")):
-            raise ValueError(f'command = "{self.command}": must be SAVE at the source, LOAD at the target')
-        return self
-
-
-class Device(Table):
-    """One VFIO device, or `count` like it."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,31}$")]
-    count: Annotated[int, Field(ge=1, le=64)] = 1
-    pf: Annotated[int, Field(ge=0, le=63)] = 0
-    features: list[Literal["STOP_COPY", "P2P", "PRE_COPY"]]
-    max_dirty_streams: Annotated[int, Field(ge=0, le=64)]
-    state_mib: Annotated[float, Field(gt=0, le=1 << 20)]
-    stop_only_mib: NonNegative
-    block_kib: Annotated[int, Field(ge=1, le=1 << 20)]
-    suspend_ms: NonNegative
-    quiesce_ms: NonNegative
-    resume_ms: NonNegative = 0.0
-    config_load_ms: NonNegative
-    critical: Critical
-    writes: Writes | None = None
-    reconfigurations: Reconfigurations | None = None
-    faults: list[Fault] = []
-
-    suspend_ns = Whole("suspend_ms")
-    quiesce_ns = Whole("quiesce_ms")
-    resume_ns = Whole("resume_ms")
-    config_load_ns = Whole("config_load_ms")
-    block_bytes = Whole("block_kib")
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        if "STOP_COPY" not in self.features:
-            raise ValueError(
-                f'features = {self.features}: must have "STOP_COPY", as every device that can migrate does'
-            )
-        if len(set(self.features)) != len(self.features):
-            raise ValueError(f"features = {self.features}: must name each once")
-        if self.stop_only_mib > self.state_mib:
-            raise ValueError(f"stop_only_mib = {self.stop_only_mib:g}: must be at most state_mib = {self.state_mib:g}")
-        if self.blocks < 1:
-            raise ValueError(f"state_mib = {self.state_mib:g}: must be at least one byte")
-        if self.blocks > MAX_BLOCKS:
-            raise ValueError(
-                f"block_kib = {self.block_kib}: makes {self.blocks} blocks; must make at most {MAX_BLOCKS}"
-            )
-        own = [f"{a.name} -> {b.name}" for a, b in arcs(self.flags)]
-        for at, fault in enumerate(self.faults):
-            if fault.arc is not None and fault.arc not in own:
-                raise ValueError(
-                    f"faults.{at}.arc = {fault.arc!r}: must be one that a device with these features takes: "
-                    f"{', '.join(own)}"
-                )
-        if self.reconfigurations and self.reconfigurations.objects_each > self.critical.objects:
-            raise ValueError(
-                f"reconfigurations.objects_each = {self.reconfigurations.objects_each}: must be at most "
-                f"critical.objects = {self.critical.objects}"
-            )
-        if self.writes and self.stop_only_blocks == self.blocks:
-            raise ValueError(f"stop_only_mib = {self.stop_only_mib:g}: must leave something for writes to dirty")
-        return self
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of the state; the last may be partly used, and is counted whole."""
-        return -(-round(self.state_mib * MIB) // self.block_bytes)
-
-    @property
-    def stop_only_blocks(self) -> int:
-        """Blocks that can be saved only once the device is stopped; the last ones."""
-        return -(-round(self.stop_only_mib * MIB) // self.block_bytes)
-
-    @property
-    def whole_bytes(self) -> int:
-        """One copy of its state: blocks and critical objects."""
-        return self.blocks * self.block_bytes + self.critical.objects * self.critical.object_bytes
-
-    @property
-    def flags(self) -> MigrationFlags:
-        """VFIO_DEVICE_FEATURE_MIGRATION's answer."""
-        flags = MigrationFlags(0)
-        for feature in self.features:
-            flags |= MigrationFlags[feature]
-        return flags | MigrationFlags.MULTI_STREAM if self.max_dirty_streams else flags
 
 
 class Firmware(Table):

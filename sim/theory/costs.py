@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from sim.scenario.device import Device
 from sim.scenario.scenario import Scenario
-from sim.scenario.tables import Device
 from sim.scenario.units import NS_PER_S
 from sim.theory.work import Part, Route
 

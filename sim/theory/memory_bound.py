@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from proto_v3.vfio.uapi import RecordBlocks, RecordEnd
 from proto_v3.wire.streams import Wire
 from sim.device.record import V3_HEADER_BYTES
+from sim.scenario.device import Device
 from sim.scenario.protocol import AppliedScenario
 from sim.scenario.scenario import Scenario
-from sim.scenario.tables import Device
 
 
 @dataclass(frozen=True, slots=True)

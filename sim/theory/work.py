@@ -15,9 +15,9 @@ from proto_v3.vmm.multifd import Multifd
 from proto_v3.vmm.v3 import V3Options
 from sim.device.blocks import VERSION_BYTES
 from sim.device.record import HEADER_BYTES, V3_HEADER_BYTES
+from sim.scenario.device import Device
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
-from sim.scenario.tables import Device
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from sim.live.fd import codec
 from sim.live.fd.load import placer
 from sim.live.fd.save import Layout
 from sim.live.fd.store import DIGEST_BYTES, StateStore, differences
-from sim.scenario.tables import Device
+from sim.scenario.device import Device
 from sim.scenario.units import KIB
 from tests.build.live_hosts import differing
 from tests.build.scenario import small_scenario

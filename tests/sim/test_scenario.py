@@ -18,9 +18,10 @@ from proto_v3.wire.streams import Credits, Wire
 from sim.clock.port import now_ns
 from sim.clock.virtual import run
 from sim.host.machine import RamModel
+from sim.scenario.device import Fault, Reconfigurations
 from sim.scenario.file import load, parse, shipped
 from sim.scenario.scenario import SOURCE_KINDS, Scenario, parameters
-from sim.scenario.tables import NO_FIGURES, V3, Fault, Reconfigurations
+from sim.scenario.tables import NO_FIGURES, V3
 from sim.scenario.units import KIB, MIB
 from tests.build.scenario import small_scenario, small_tables, small_text, to_toml
 

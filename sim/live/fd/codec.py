@@ -19,7 +19,7 @@ from proto_v3.vfio import uapi
 from proto_v3.vfio.uapi import BlockRange, RecordClass, RecordFlags
 from sim.device.blocks import VERSION_BYTES
 from sim.device.record import HEADER_BYTES, TABLE, TALLY, V3_HEADER_BYTES, Record, Tally, ranges_bytes
-from sim.scenario.tables import Device
+from sim.scenario.device import Device
 
 V2_HEADER = struct.Struct("<QII")
 """struct mlx5_vf_migration_header: record_size, flags, tag (Linux drivers/vfio/pci/mlx5/cmd.h)."""

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from sim.device.guest import Int32
 from sim.device.state import Content, Indices
-from sim.scenario.tables import Device
+from sim.scenario.device import Device
 
 DIGEST_BYTES = 8
 BLOCK_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
