@@ -10,8 +10,7 @@ Leaving RESUMING checks that every stream was whole, as vfio.h asks of drivers. 
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 
 import numpy as np
 from typing_extensions import override
@@ -186,7 +185,8 @@ class LoadStream(LoadedFd):
             raise fails(errno.EINVAL)
         if not isinstance(payload, Extent):
             raise session.refuse(errno.EPROTO, "what came is no device's state")
-        async with self._locked():
+        async with AsyncExitStack() as held:
+            await self._take_locks(held)
             calls = -(-len(payload) // piece_bytes)
             await session.context.memory.copy(len(payload), calls * session.context.call_ns, "write")
             session.check_open()
@@ -196,16 +196,14 @@ class LoadStream(LoadedFd):
     async def add(self, record: Record, start: int, stop: int) -> None:
         """write() without the copy, of bytes [start, stop) of a record: in live mode, which made it elsewhere."""
         self._session.check_open()
-        async with self._locked():
+        async with AsyncExitStack() as held:
+            await self._take_locks(held)
             await self._add(record, start, stop)
 
-    @asynccontextmanager
-    async def _locked(self) -> AsyncIterator[None]:
-        async with AsyncExitStack() as held:
-            for lock in self._locks:
-                await held.enter_async_context(lock)
-            self._session.check_open()
-            yield
+    async def _take_locks(self, held: AsyncExitStack) -> None:
+        for lock in self._locks:
+            await held.enter_async_context(lock)
+        self._session.check_open()
 
     async def _add(self, record: Record, start: int, stop: int) -> None:
         session = self._session
