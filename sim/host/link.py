@@ -137,11 +137,6 @@ class NetworkLink:
         self._ways: list[_OneWay] = []
 
     @property
-    def connections(self) -> int:
-        """Number of connections made."""
-        return len(self._ways) // 2
-
-    @property
     def wakeups(self) -> int:
         """Of both hosts: waits in send() and recv() that ended."""
         return sum(way.wakeups for way in self._ways)
