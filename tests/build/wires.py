@@ -15,12 +15,10 @@ import msgpack
 from proto_v3.errors import PeerFailedError, PeerProtocolError, UserError
 from sim.live.io import IO
 from sim.live.tcp.connection import FRAME_MAGIC
-from sim.live.tcp.handshake import Limits
+from sim.live.tcp.handshake import Limits, accept, connect
 from sim.live.tcp.messages import Result, Run
 from sim.live.tcp.session import Session
 from sim.live.tcp.sockets import Preamble, Role, SocketSettings, listen, text_of
-from sim.live.tcp.wire_source import connect
-from sim.live.tcp.wire_target import accept
 from tests.build import loops
 
 LOCAL = ("127.0.0.1", 0)

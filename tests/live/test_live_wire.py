@@ -22,14 +22,12 @@ from sim.device.record import Bulk
 from sim.live.buffers import Buffers, as_view
 from sim.live.io import IO
 from sim.live.merge_timelines import LATEST, ProcessTimeline, merge
-from sim.live.tcp import message_stream, wire_source
+from sim.live.tcp import handshake, messages
 from sim.live.tcp.connection import SMALL_BYTES
-from sim.live.tcp.handshake import ClockOffset, Limits
+from sim.live.tcp.handshake import Limits, accept, connect
 from sim.live.tcp.messages import Bye, Failed, Prepared, Result, Run, Start, Started
-from sim.live.tcp.session import Session
+from sim.live.tcp.session import ClockOffset, Session
 from sim.live.tcp.sockets import Granted, SocketSettings, listen
-from sim.live.tcp.wire_source import connect
-from sim.live.tcp.wire_target import accept
 from tests.build.loops import WAYS
 from tests.build.wires import LOCAL, PATIENT, RUN, Peer, TargetPeer, agree, listening, message, outcome, pair, run
 
@@ -357,7 +355,8 @@ def test_what_makes_no_sense_is_the_users_error() -> None:
 
 
 def test_on_two_hosts_the_clocks_offset_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire_source, "boot_id", lambda: "another host")
+    boot_ids = iter(("a host", "another host"))
+    monkeypatch.setattr(handshake, "boot_id", lambda: next(boot_ids))
 
     async def main() -> None:
         async with pair("loop", 1) as (source, target):
@@ -417,8 +416,8 @@ def test_what_cannot_be_told_is_this_sides_error() -> None:
             for wrong in (
                 object(),
                 2**65,
-                bytes(message_stream.MAX_MESSAGE_BYTES),
-                list(range(message_stream.MAX_MESSAGE_ITEMS)),
+                bytes(messages.MAX_MESSAGE_BYTES),
+                list(range(messages.MAX_MESSAGE_ITEMS)),
             ):
                 with pytest.raises(LocalProtocolError):
                     await source.send_message(Result(report=wrong))
@@ -451,8 +450,8 @@ def test_a_peer_that_says_more_than_anybody_asks_for_is_given_up() -> None:
 ))  # fmt: skip
 def test_a_message_comes_back_as_it_was_told(value: Any) -> None:
     sent = Result(report=value)
-    packed = message_stream.packed(sent)
-    assert message_stream.unpacked(packed[4:], message_stream.MAX_MESSAGE_ITEMS).read_as(Bye, Result) == sent
+    packed = messages.packed(sent)
+    assert messages.unpacked(packed[4:], messages.MAX_MESSAGE_ITEMS).read_as(Bye, Result) == sent
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------

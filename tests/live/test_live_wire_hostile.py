@@ -18,12 +18,9 @@ from sim.live.buffers import Buffers
 from sim.live.io import IO
 from sim.live.tcp import listener as listener_module
 from sim.live.tcp.connection import Frames
-from sim.live.tcp.handshake import Limits
-from sim.live.tcp.message_stream import MAX_HANDSHAKE_ITEMS, unpacked
-from sim.live.tcp.messages import Accept, Offer, Result
+from sim.live.tcp.handshake import Limits, accept, connect
+from sim.live.tcp.messages import MAX_HANDSHAKE_ITEMS, Accept, Offer, Result, unpacked
 from sim.live.tcp.sockets import NO_TOKEN, WIRE_VERSION, Preamble, Role
-from sim.live.tcp.wire_source import connect
-from sim.live.tcp.wire_target import accept
 from tests.build.loops import WAYS
 from tests.build.wires import (
     ACCEPT,

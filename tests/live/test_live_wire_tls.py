@@ -15,12 +15,10 @@ import pytest
 from proto_v3.errors import UserError
 from sim.live.buffers import as_view
 from sim.live.io import IO
-from sim.live.tcp.handshake import Limits
+from sim.live.tcp.handshake import Limits, accept, connect
 from sim.live.tcp.messages import Bye, Result
 from sim.live.tcp.session import Session
 from sim.live.tcp.tls import tls_client, tls_server
-from sim.live.tcp.wire_source import connect
-from sim.live.tcp.wire_target import accept
 from tests.build.loops import WAYS
 from tests.build.wires import PATIENT, RUN, agree, listening, outcome, pair, run
 

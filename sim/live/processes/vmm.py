@@ -44,11 +44,10 @@ from sim.live.processes.report import (
 from sim.live.processes.settings import Settings, check_size, frame_bytes, socket_settings
 from sim.live.real_time import RealTime
 from sim.live.tcp.connection import Connection
+from sim.live.tcp.handshake import accept, connect
 from sim.live.tcp.messages import Bye, Failed, Prepared, Result, Run, Start, Started
 from sim.live.tcp.session import Session
 from sim.live.tcp.tls import tls_client, tls_server
-from sim.live.tcp.wire_source import connect
-from sim.live.tcp.wire_target import accept
 from sim.report import Counters
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario

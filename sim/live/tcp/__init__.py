@@ -1,5 +1,5 @@
 """The session and the data connections between two VMM processes. Imports proto_v3.wire and the root of sim.live.
 
-Read in this order: `sockets` (options, and how a connection begins), `connection` (frames), `messages` and
-`message_stream`, `handshake`, `wire_source`, `listener` and `wire_target`, `session`; then `tls`.
+Read in this order: `sockets` (options, and how a connection begins), `connection` (frames), `messages`, `listener`,
+`session`, `handshake`; then `tls`.
 """

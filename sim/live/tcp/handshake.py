@@ -14,19 +14,47 @@ Each side has a deadline for all of it. Who gives up sends the reason in a REFUS
 from __future__ import annotations
 
 import asyncio
+import secrets
+import socket
+import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error, UserError
+from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error, UserError, leaves
 from sim.live.buffers import Buffers
-from sim.live.io import Pipe
+from sim.live.io import MakePipe, Pipe
 from sim.live.tcp.connection import Connection
-from sim.live.tcp.message_stream import MessageStream
-from sim.live.tcp.messages import MAX_BOOT_ID_CHARS, Begin, ClockReply, ClockRequest
-from sim.live.tcp.sockets import Granted
+from sim.live.tcp.listener import Accepted, Acceptor
+from sim.live.tcp.messages import (
+    MAX_BOOT_ID_CHARS,
+    Accept,
+    Begin,
+    ClockReply,
+    ClockRequest,
+    Connected,
+    MessageStream,
+    Offer,
+    Run,
+)
+from sim.live.tcp.session import ClockOffset, Session
+from sim.live.tcp.sockets import (
+    TOKEN_BYTES,
+    Address,
+    Granted,
+    Preamble,
+    Resolved,
+    Role,
+    SocketSettings,
+    dialled,
+    finish,
+    named,
+    resolved,
+    text_of,
+)
+from sim.live.tcp.tls import TlsPipe
 
 CLOCK_REQUESTS = 20
 MAX_CLOCK_REQUESTS = 1000
@@ -34,6 +62,11 @@ MAX_CONNECTIONS = 1024
 MAX_FRAME_BYTES = 1 << 30
 FREE_BYTES = 256 << 20
 """A session keeps at most this much in free buffers."""
+DIALS = 32
+"""Data connections that are set up at the same time."""
+KERNEL_CHOICE = SocketSettings()
+Judge = Callable[[Run], Awaitable[None]]
+"""Decides about what the source wants to run: the error that it raises becomes the refusal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +134,6 @@ def boot_id() -> str:
 # --- the clocks -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class ClockOffset:
-    """The other side's time.perf_counter_ns() minus this side's, and how far that may be off, either way."""
-
-    offset_ns: int
-    uncertainty_ns: int
-
-
 async def measure_clock(stream: MessageStream, same_host: bool) -> ClockOffset:
     """At the source: compare the clocks by some round trips, and use the shortest.
 
@@ -149,3 +174,189 @@ def make_connections(found: Sequence[tuple[Pipe, Granted]], at_source: bool, fra
     """The session's data connections; they share a pool of buffers."""
     pool = Buffers(frame_bytes, keep=max(4, min(len(found) + 2, FREE_BYTES // frame_bytes)))
     return [Connection(pipe, index, at_source, granted, pool) for index, (pipe, granted) in enumerate(found)]
+
+
+# --- the source: it opens every connection ----------------------------------------------------------------------------
+
+
+async def connect(
+    address: Address,
+    run: Run,
+    connections: int,
+    *,
+    io: MakePipe,
+    limits: Limits,
+    sockets: SocketSettings = KERNEL_CHOICE,
+    tls: ssl.SSLContext | None = None,
+) -> Session:
+    """Set up a session, with this many data connections, with the target that listens at the address.
+
+    The target is asked whether it takes part in `run`. Raises UserError for an argument that makes no sense,
+    PeerFailedError if the target refuses, PeerProtocolError if it does not speak this protocol, OSError if it cannot be
+    reached, is gone, or is too slow.
+    """
+    if not 1 <= connections <= MAX_CONNECTIONS:
+        raise UserError(f"{connections} data connections; there must be from 1 to {MAX_CONNECTIONS}")
+    offer = Offer(limits.frame_bytes, connections, boot_id(), run)
+    peer = text_of(address)
+    async with AsyncExitStack() as opened:
+        dialler = _Dialler(address, opened, io, sockets, tls, limits.handshake_s)
+        async with handshake(limits.handshake_s, f"a connection to {peer}") as progress:
+            stream = progress.stream = MessageStream(await dialler.first(), "target", peer)
+            progress.wait_for(f"the answer of {stream.peer} to the offer")
+            accept = await _offered(stream, offer, tls)
+            progress.wait_for(f"data connections to {peer}")
+            found = await dialler.rest(connections, accept.token)
+            progress.wait_for(f"{stream.peer} to have all data connections")
+            await stream.expect(Connected)
+            progress.wait_for(f"the clock of {stream.peer}")
+            clock = await measure_clock(stream, same_host=bool(offer.boot_id) and offer.boot_id == accept.boot_id)
+        session = Session(stream, make_connections(found, True, limits.frame_bytes), clock, limits.silent_s)
+        opened.pop_all()
+    return session
+
+
+async def _offered(stream: MessageStream, offer: Offer, tls: ssl.SSLContext | None) -> Accept:
+    try:
+        await stream.send(offer)
+        return await stream.expect(Accept)
+    except ConnectionError as error:
+        hint = "" if tls is None else "; perhaps it does not trust this side's certificate"
+        raise ConnectionResetError(f"{error}{hint}") from error
+
+
+@dataclass(slots=True)
+class _Dialler:
+    """Opens connections, each with its preamble."""
+
+    address: Address
+    opened: AsyncExitStack
+    io: MakePipe
+    sockets: SocketSettings
+    tls: ssl.SSLContext | None
+    limit_s: float
+    to: Resolved | None = None
+    """Which of the host's addresses answered."""
+
+    async def first(self) -> Pipe:
+        """The session's connection, with the kernel's own options."""
+        error: OSError = OSError(f"{text_of(self.address)}: no such address")
+        for to in await resolved(self.address):
+            try:
+                pipe, _ = await self._dial(to, Preamble(Role.SESSION), KERNEL_CHOICE)
+            except OSError as why:
+                error = why
+            else:
+                self.to = to
+                return pipe
+        raise named(text_of(self.address), error) from error
+
+    async def rest(self, count: int, token: bytes) -> list[tuple[Pipe, Granted]]:
+        """The data connections, at most DIALS at the same time."""
+        places = asyncio.Semaphore(DIALS)
+
+        async def dial(index: int) -> tuple[Pipe, Granted]:
+            async with places:
+                assert self.to is not None
+                return await self._dial(self.to, Preamble(Role.DATA, index, token), self.sockets)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                dialled = [group.create_task(dial(index)) for index in range(count)]
+        except BaseExceptionGroup as group_error:
+            raise next(leaves(group_error)) from None
+        return [each.result() for each in dialled]
+
+    async def _dial(self, to: Resolved, preamble: Preamble, sockets: SocketSettings) -> tuple[Pipe, Granted]:
+        sock = await dialled(to, sockets)
+        granted = Granted.of(sock)
+        pipe: Pipe
+        if self.tls is not None:
+            pipe = await TlsPipe.client(sock, self.tls, self.address[0], self.limit_s)
+        else:
+            pipe = self.io(sock, preamble.role.name.lower())
+        self.opened.push_async_callback(finish, pipe)
+        await pipe.send_all([memoryview(preamble.pack())])
+        return pipe, granted
+
+
+# --- the target: it accepts connections, and accepts or refuses the offer ---------------------------------------------
+
+
+def _ignore(_: str) -> None:
+    pass
+
+
+async def accept(
+    listener: socket.socket,
+    judge: Judge,
+    *,
+    io: MakePipe,
+    limits: Limits,
+    tls: ssl.SSLContext | None = None,
+    rejected: Callable[[str], None] = _ignore,
+) -> Session:
+    """Wait for a source, and set up a session with it.
+
+    Connections that send nothing or rubbish do not end the wait; `rejected` is called with the reason for each. The
+    first connection that begins as a session ends it, whether the handshake succeeds or not. Raises what `judge` raised
+    (the source gets the text if it is an OSError or an error of this project), PeerProtocolError or PeerFailedError for
+    what the source did, OSError if the source is gone or too slow, or if this host has no descriptors left. The
+    listener stays open: to wait for another source, call this again.
+    """
+    async with AsyncExitStack() as opened:
+        acceptor = Acceptor(listener, opened, io=io, tls=tls, limit_s=limits.handshake_s, rejected=rejected)
+        async with acceptor:
+            first_connection = await acceptor.session()
+            stream = MessageStream(first_connection.pipe, "source", first_connection.name)
+            async with handshake(limits.handshake_s, f"the offer of {stream.peer}") as progress:
+                progress.stream = stream
+                offer = await stream.expect(Offer)
+                _check(offer, limits)
+                progress.wait_for("this side's own judgement of the offer")
+                await judge(offer.run)
+                token = secrets.token_bytes(TOKEN_BYTES)
+                acceptor.expect(offer.connections, token)
+                await stream.send(Accept(boot_id=boot_id(), token=token))
+                progress.waits_for = lambda: (
+                    f"data connections {acceptor.missing()} of {offer.connections} of {stream.peer}"
+                )
+                found, first = await _collected(acceptor, stream, progress)
+                clock = await answer_clock(stream, first)
+        connections = make_connections([(each.pipe, each.granted) for each in found], False, offer.frame_bytes)
+        session = Session(stream, connections, clock, limits.silent_s)
+        opened.pop_all()
+    return session
+
+
+def _check(offer: Offer, limits: Limits) -> None:
+    """PeerProtocolError if this side does not accept the offer."""
+    if not 1 <= offer.connections <= MAX_CONNECTIONS:
+        raise PeerProtocolError(f"{offer.connections} data connections are offered; 1 to {MAX_CONNECTIONS} are allowed")
+    if not 1 <= offer.frame_bytes <= limits.frame_bytes:
+        raise PeerProtocolError(
+            f"frames of up to {offer.frame_bytes} bytes are offered; 1 to {limits.frame_bytes} are allowed here"
+        )
+
+
+async def _collected(
+    acceptor: Acceptor, stream: MessageStream, progress: Handshake
+) -> tuple[list[Accepted], ClockRequest | Begin]:
+    """The data connections, and the source's first message after CONNECTED."""
+    loop = asyncio.get_running_loop()
+    collecting = loop.create_task(acceptor.data())
+    # meanwhile, so that the source's end is noticed
+    listening: asyncio.Task[ClockRequest | Begin] = loop.create_task(stream.expect(ClockRequest, Begin))
+    try:
+        await asyncio.wait({collecting, listening}, return_when=asyncio.FIRST_COMPLETED)
+        if not collecting.done():
+            kind = (await listening).kind().upper()
+            raise PeerProtocolError(f"the message {kind} came where data connections were due")
+        found = await collecting
+        await stream.send(Connected())
+        progress.wait_for(f"the clock of {stream.peer}")
+        return found, await listening
+    finally:
+        for task in (collecting, listening):
+            task.cancel()
+        await asyncio.wait({collecting, listening})

@@ -21,8 +21,7 @@ from typing import Self
 
 from proto_v3.errors import PeerProtocolError, UserError
 from sim.live.io import MakePipe, Pipe, ended, set_done
-from sim.live.tcp.message_stream import packed
-from sim.live.tcp.messages import Refuse
+from sim.live.tcp.messages import Refuse, packed
 from sim.live.tcp.sockets import (
     MAGIC,
     NO_TOKEN,

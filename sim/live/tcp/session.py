@@ -10,20 +10,27 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error
 from proto_v3.wire.channel import Transport
 from sim.live.tcp.connection import Connection, Trace, connection_error
-from sim.live.tcp.handshake import ClockOffset
-from sim.live.tcp.message_stream import MAX_MESSAGE_BYTES, M, MessageStream, RawMessage
-from sim.live.tcp.messages import Failed, Message, Ping, printable
+from sim.live.tcp.messages import MAX_MESSAGE_BYTES, Failed, M, Message, MessageStream, Ping, RawMessage, printable
 from sim.live.tcp.sockets import Granted
 
 MAX_QUEUED = 256
 """Messages that were received, and that no caller has asked for yet."""
 BEATS = 4
 """PINGs in `silent_s` seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClockOffset:
+    """The other side's time.perf_counter_ns() minus this side's, and how far that may be off, either way."""
+
+    offset_ns: int
+    uncertainty_ns: int
 
 
 class Session:
