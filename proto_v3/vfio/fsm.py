@@ -21,73 +21,22 @@ ERROR, STOP, RUNNING, STOP_COPY = State.ERROR, State.STOP, State.RUNNING, State.
 RESUMING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = State.RESUMING, State.RUNNING_P2P, State.PRE_COPY, State.PRE_COPY_P2P
 STATES = frozenset(State)
 
-# NEXT_HOP[current][target]
-NEXT_HOP: dict[State, dict[State, State]] = {
-    STOP: {
-        STOP: STOP,
-        RUNNING: RUNNING_P2P,
-        STOP_COPY: STOP_COPY,
-        RESUMING: RESUMING,
-        RUNNING_P2P: RUNNING_P2P,
-        PRE_COPY: RUNNING_P2P,
-        PRE_COPY_P2P: RUNNING_P2P,
-    },
-    RUNNING: {
-        STOP: RUNNING_P2P,
-        RUNNING: RUNNING,
-        STOP_COPY: RUNNING_P2P,
-        RESUMING: RUNNING_P2P,
-        RUNNING_P2P: RUNNING_P2P,
-        PRE_COPY: PRE_COPY,
-        PRE_COPY_P2P: RUNNING_P2P,
-    },
-    PRE_COPY: {
-        STOP: RUNNING,
-        RUNNING: RUNNING,
-        STOP_COPY: PRE_COPY_P2P,
-        RESUMING: RUNNING,
-        RUNNING_P2P: RUNNING,
-        PRE_COPY: PRE_COPY,
-        PRE_COPY_P2P: PRE_COPY_P2P,
-    },
-    PRE_COPY_P2P: {
-        STOP: RUNNING_P2P,
-        RUNNING: RUNNING_P2P,
-        STOP_COPY: STOP_COPY,
-        RESUMING: RUNNING_P2P,
-        RUNNING_P2P: RUNNING_P2P,
-        PRE_COPY: PRE_COPY,
-        PRE_COPY_P2P: PRE_COPY_P2P,
-    },
-    STOP_COPY: {
-        STOP: STOP,
-        RUNNING: STOP,
-        STOP_COPY: STOP_COPY,
-        RESUMING: STOP,
-        RUNNING_P2P: STOP,
-        # A session must not return to pre-copy. Before the fix of June 2026 the kernel looped for ever here.
-        PRE_COPY: ERROR,
-        PRE_COPY_P2P: ERROR,
-    },
-    RESUMING: {
-        STOP: STOP,
-        RUNNING: STOP,
-        STOP_COPY: STOP,
-        RESUMING: RESUMING,
-        RUNNING_P2P: STOP,
-        PRE_COPY: STOP,
-        PRE_COPY_P2P: STOP,
-    },
-    RUNNING_P2P: {
-        STOP: STOP,
-        RUNNING: RUNNING,
-        STOP_COPY: STOP,
-        RESUMING: STOP,
-        RUNNING_P2P: RUNNING_P2P,
-        PRE_COPY: RUNNING,
-        PRE_COPY_P2P: PRE_COPY_P2P,
-    },
+# fmt: off
+TARGETS =         (STOP,         RUNNING,      STOP_COPY,    RESUMING,     RUNNING_P2P,  PRE_COPY,     PRE_COPY_P2P)
+_HOPS = {  # of each current state, toward each of TARGETS
+    STOP:         (STOP,         RUNNING_P2P,  STOP_COPY,    RESUMING,     RUNNING_P2P,  RUNNING_P2P,  RUNNING_P2P),
+    RUNNING:      (RUNNING_P2P,  RUNNING,      RUNNING_P2P,  RUNNING_P2P,  RUNNING_P2P,  PRE_COPY,     RUNNING_P2P),
+    PRE_COPY:     (RUNNING,      RUNNING,      PRE_COPY_P2P, RUNNING,      RUNNING,      PRE_COPY,     PRE_COPY_P2P),
+    PRE_COPY_P2P: (RUNNING_P2P,  RUNNING_P2P,  STOP_COPY,    RUNNING_P2P,  RUNNING_P2P,  PRE_COPY,     PRE_COPY_P2P),
+    # A session must not return to pre-copy. Before the fix of June 2026 the kernel looped for ever here.
+    STOP_COPY:    (STOP,         STOP,         STOP_COPY,    STOP,         STOP,         ERROR,        ERROR),
+    RESUMING:     (STOP,         STOP,         STOP,         RESUMING,     STOP,         STOP,         STOP),
+    RUNNING_P2P:  (STOP,         RUNNING,      STOP,         STOP,         RUNNING_P2P,  RUNNING,      PRE_COPY_P2P),
 }
+# fmt: on
+
+NEXT_HOP = {current: dict(zip(TARGETS, hops, strict=True)) for current, hops in _HOPS.items()}
+"""NEXT_HOP[current][target]."""
 
 # The features that a state needs besides STOP_COPY.
 REQUIRED: dict[State, MigrationFlags] = {

@@ -35,9 +35,7 @@ from proto_v3.vfio.uapi import (
 )
 
 GET_OR_SET = FeatureOp.GET | FeatureOp.SET
-KNOWN_FLAGS = FEATURE_MASK | int(
-    GET_OR_SET | FeatureOp.PROBE
-)  # an int, because ~ of a Flag has only the bits of the Flag
+KNOWN_FLAGS = FEATURE_MASK | int(GET_OR_SET | FeatureOp.PROBE)  # an int: ~ of a Flag has only the bits of the Flag
 
 FEATURES: dict[int, tuple[FeatureOp, int]] = {
     Feature.MIGRATION: (FeatureOp.GET, FeatureMigration.SIZE),
@@ -160,7 +158,7 @@ async def get_precopy_info(fd: DataFd, buffer: bytearray, *, opted_in: bool) -> 
     asked = _asked(PrecopyInfo, buffer)
     info = await fd.precopy_info()
     flags = info.flags if opted_in else PrecopyFlags(asked["flags"])
-    _answer(buffer, PrecopyInfo(info.initial_bytes, info.dirty_bytes, flags))
+    _answer(buffer, PrecopyInfo(info.initial_bytes, info.dirty_bytes, flags=flags))
 
 
 def _asked(structure: type[Structure], buffer: bytearray) -> dict[str, int]:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import enum
 import errno
 import struct
-from dataclasses import dataclass, field
-from typing import ClassVar, Self, TypeAlias
+from dataclasses import dataclass, field, fields
+from typing import Annotated, ClassVar, Self, TypeAlias, get_type_hints
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 """The types that a structure can be unpacked from. collections.abc.Buffer needs Python 3.12."""
@@ -94,15 +94,25 @@ class CType(enum.StrEnum):
     U64 = "=Q"
 
 
-class Structure:
-    """Base of the structures: dataclasses whose LAYOUT names the members of the C structure, in its order."""
+U16: TypeAlias = Annotated[int, CType.U16]
+U32: TypeAlias = Annotated[int, CType.U32]
+S32: TypeAlias = Annotated[int, CType.S32]
+U64: TypeAlias = Annotated[int, CType.U64]
 
-    __slots__ = ()
-    LAYOUT: ClassVar[dict[str, CType]] = {}
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """Base of the structures: dataclasses whose fields are the members of the C structure, in its order."""
+
+    LAYOUT: ClassVar[dict[str, CType]]
     SIZE: ClassVar[int]  # bytes: C's sizeof, a flexible array at the end not counted
+    _TYPES: ClassVar[dict[str, type[int]]]
 
     def __init_subclass__(cls) -> None:
+        hints = get_type_hints(cls, include_extras=True)
+        cls.LAYOUT = {member: hints[member].__metadata__[0] for member in cls.__annotations__}
         cls.SIZE = sum(map(struct.calcsize, cls.LAYOUT.values()))
+        cls._TYPES = {member: hints[member].__origin__ for member in cls.LAYOUT}
 
     def pack(self) -> bytes:
         """The structure as C has it, SIZE bytes. ValueError for a value that its member cannot hold."""
@@ -118,8 +128,12 @@ class Structure:
 
     @classmethod
     def unpack(cls, buffer: Buffer) -> Self:
-        """Parse the first SIZE bytes of `buffer`. OSError EINVAL if it has fewer."""
-        return cls(**cls.members(buffer))
+        """Parse the first SIZE bytes of `buffer`. OSError EINVAL if it has fewer.
+
+        Unknown flags are kept. An argsz that is always the structure's size is not taken from the buffer.
+        """
+        members = cls.members(buffer)
+        return cls(**{each.name: cls._TYPES[each.name](members[each.name]) for each in fields(cls) if each.init})
 
     @classmethod
     def members(cls, buffer: Buffer) -> dict[str, int]:
@@ -141,70 +155,45 @@ def offset_of(structure: type[Structure], member: str) -> int:
 class DeviceFeature(Structure):
     """`struct vfio_device_feature`, without its data: what VFIO_DEVICE_FEATURE takes. The data follows it."""
 
-    LAYOUT: ClassVar = {"argsz": CType.U32, "flags": CType.U32}
-    argsz: int  # bytes of the caller's header and data
-    flags: int  # a Feature and FeatureOp bits
+    argsz: U32  # bytes of the caller's header and data
+    flags: U32  # a Feature and FeatureOp bits
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureMigration(Structure):
     """`struct vfio_device_feature_migration`: data of MIGRATION, GET."""
 
-    LAYOUT: ClassVar = {"flags": CType.U64}
-    flags: MigrationFlags
-
-    @classmethod
-    def unpack(cls, buffer: Buffer) -> Self:
-        """As Structure.unpack(). Unknown bits are kept."""
-        return cls(MigrationFlags(cls.members(buffer)["flags"]))
+    flags: Annotated[MigrationFlags, CType.U64]
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureMigState(Structure):
     """`struct vfio_device_feature_mig_state`: data of MIG_DEVICE_STATE, GET and SET."""
 
-    LAYOUT: ClassVar = {"device_state": CType.U32, "data_fd": CType.S32}
-    device_state: int  # a State, unless the caller asks for one that does not exist
-    data_fd: int = -1  # -1: none
+    device_state: U32  # a State, unless the caller asks for one that does not exist
+    data_fd: S32 = -1  # -1: none
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureMigDataSize(Structure):
     """`struct vfio_device_feature_mig_data_size`: data of MIG_DATA_SIZE, GET."""
 
-    LAYOUT: ClassVar = {"stop_copy_length": CType.U64}
-    stop_copy_length: int  # bytes, an estimate
+    stop_copy_length: U64  # bytes, an estimate
 
 
 @dataclass(frozen=True, slots=True)
 class PrecopyInfo(Structure):
     """The answer of `VFIO_MIG_GET_PRECOPY_INFO` on a data fd (`struct vfio_precopy_info`)."""
 
-    LAYOUT: ClassVar = {
-        "argsz": CType.U32,
-        "flags": CType.U32,
-        "initial_bytes": CType.U64,
-        "dirty_bytes": CType.U64,
-    }
-    initial_bytes: int
-    dirty_bytes: int
-    flags: PrecopyFlags = field(default=PrecopyFlags(0))
-
-    @property
-    def argsz(self) -> int:
-        """Bytes of the structure in the kernel of this header."""
-        return self.SIZE
+    argsz: U32 = field(default=24, init=False)  # SIZE in the kernel of this header
+    flags: Annotated[PrecopyFlags, CType.U32] = field(default=PrecopyFlags(0), kw_only=True)
+    initial_bytes: U64
+    dirty_bytes: U64
 
     @property
     def reinit(self) -> bool:
         """Whether the device has new initial data, so that the caller must check again whether it is ready to stop."""
         return PrecopyFlags.REINIT in self.flags
-
-    @classmethod
-    def unpack(cls, buffer: Buffer) -> Self:
-        """As Structure.unpack(). The caller's argsz is not kept; unknown flags are."""
-        members = cls.members(buffer)
-        return cls(members["initial_bytes"], members["dirty_bytes"], PrecopyFlags(members["flags"]))
 
 
 # --- v3, experimental: docs/vfio_v3.h has it in C ---------------------------------------------------------------------
@@ -220,67 +209,40 @@ class StreamFlags(enum.IntFlag):
 class FeatureMigStreams(Structure):
     """`struct vfio_device_feature_mig_streams`: data of MIG_STREAMS, GET and SET."""
 
-    LAYOUT: ClassVar = {"dirty_streams": CType.U32, "flags": CType.U32}
-    dirty_streams: int  # GET: the maximum of the device. SET: the number to use, 0 for v2
-    flags: StreamFlags = field(default=StreamFlags(0))  # GET: the flags that the device knows. SET: those to use
-
-    @classmethod
-    def unpack(cls, buffer: Buffer) -> Self:
-        """As Structure.unpack(). Unknown bits are kept."""
-        members = cls.members(buffer)
-        return cls(members["dirty_streams"], StreamFlags(members["flags"]))
+    dirty_streams: U32  # GET: the maximum of the device. SET: the number to use, 0 for v2
+    flags: Annotated[StreamFlags, CType.U32] = field(default=StreamFlags(0))
+    """GET: those that the device knows. SET: those to use."""
 
 
 @dataclass(frozen=True, slots=True)
 class GetStream(Structure):
     """`struct vfio_mig_get_stream`: argument and answer of `VFIO_MIG_GET_STREAM` on the critical fd."""
 
-    LAYOUT: ClassVar = {"argsz": CType.U32, "flags": CType.U32, "index": CType.U32, "fd": CType.S32}
-    argsz: int
-    flags: int  # none is defined
-    index: int  # from 0
-    fd: int = -1
+    argsz: U32
+    flags: U32  # none is defined
+    index: U32  # from 0
+    fd: S32 = -1
 
 
 @dataclass(frozen=True, slots=True)
 class StreamInfo(Structure):
     """`struct vfio_mig_stream_info`: the answer of `VFIO_MIG_GET_STREAM_INFO` on the fd of any stream."""
 
-    LAYOUT: ClassVar = {"argsz": CType.U32, "flags": CType.U32, "epoch": CType.U64, "pending_bytes": CType.U64}
-    epoch: int
-    """Newest epoch of critical data. Stays 1 until STOP_COPY on devices without pre-copy."""
-    pending_bytes: int
-    """Unread bytes of this stream, including those not saved yet."""
-    flags: int = 0  # none is defined
-
-    @property
-    def argsz(self) -> int:
-        """Bytes of the structure."""
-        return self.SIZE
-
-    @classmethod
-    def unpack(cls, buffer: Buffer) -> Self:
-        """As Structure.unpack(). The caller's argsz is not kept."""
-        members = cls.members(buffer)
-        return cls(members["epoch"], members["pending_bytes"], members["flags"])
+    argsz: U32 = field(default=24, init=False)  # SIZE
+    flags: U32 = field(default=0, kw_only=True)  # none is defined
+    epoch: U64  # newest epoch of critical data; stays 1 until STOP_COPY on devices without pre-copy
+    pending_bytes: U64  # unread bytes of this stream, including those not saved yet
 
 
 @dataclass(frozen=True, slots=True)
 class GetDirtyBlocks(Structure):
     """`struct vfio_mig_dirty_blocks`: argument and answer of `VFIO_MIG_GET_DIRTY_BLOCKS` on the fd of blocks."""
 
-    LAYOUT: ClassVar = {
-        "argsz": CType.U32,
-        "flags": CType.U32,
-        "block_bytes": CType.U64,
-        "blocks": CType.U64,
-        "bitmap": CType.U64,
-    }
-    argsz: int
-    flags: int  # none is defined
-    block_bytes: int  # out: bytes of a block
-    blocks: int  # in: bits in the bitmap; out: blocks of the device
-    bitmap: int  # address of the bitmap; the kernel sets bits in it and clears none
+    argsz: U32
+    flags: U32  # none is defined
+    block_bytes: U64  # out: bytes of a block
+    blocks: U64  # in: bits in the bitmap; out: blocks of the device
+    bitmap: U64  # address of the bitmap; the kernel sets bits in it and clears none
 
 
 class RecordClass(enum.IntEnum):
@@ -303,20 +265,12 @@ class RecordFlags(enum.IntFlag):
 class RecordHeader(Structure):
     """`struct vfio_mig_record`: the header before each record's payload."""
 
-    LAYOUT: ClassVar = {
-        "record_class": CType.U16,
-        "stream": CType.U16,
-        "flags": CType.U32,
-        "epoch": CType.U64,
-        "sequence": CType.U64,
-        "length": CType.U64,
-    }
-    record_class: int
-    stream: int  # 0 is the critical one
-    flags: int
-    epoch: int
-    sequence: int  # from 0, in its stream
-    length: int  # bytes of the payload
+    record_class: U16
+    stream: U16  # 0 is the critical one
+    flags: U32
+    epoch: U64
+    sequence: U64  # from 0, in its stream
+    length: U64  # bytes of the payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,28 +280,25 @@ class RecordEnd(Structure):
     On the fd of blocks it is about all blocks in STOP_COPY: their number, 0 bytes, a digest of their versions.
     """
 
-    LAYOUT: ClassVar = {"records": CType.U64, "bytes": CType.U64, "digest": CType.U64}
-    records: int
-    bytes: int  # headers included
-    digest: int
+    records: U64
+    bytes: U64  # headers included
+    digest: U64
 
 
 @dataclass(frozen=True, slots=True)
 class RecordRanges(Structure):
     """`struct vfio_mig_record_ranges`: the number of BlockRange that follow."""
 
-    LAYOUT: ClassVar = {"count": CType.U64}
-    count: int
+    count: U64
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRange(Structure):
     """`struct vfio_mig_block_range`: dirty data of these blocks from an epoch before `epoch` is invalid."""
 
-    LAYOUT: ClassVar = {"first_block": CType.U64, "blocks": CType.U64, "epoch": CType.U64}
-    first_block: int
-    blocks: int
-    epoch: int
+    first_block: U64
+    blocks: U64
+    epoch: U64
 
     @property
     def slice(self) -> slice:
@@ -360,6 +311,5 @@ class RecordBlocks(Structure):
     """`struct vfio_mig_record_blocks`: the start of a BLOCKS record's payload. A U64 version for each block follows,
     then their data."""
 
-    LAYOUT: ClassVar = {"first_block": CType.U64, "blocks": CType.U64}
-    first_block: int
-    blocks: int
+    first_block: U64
+    blocks: U64

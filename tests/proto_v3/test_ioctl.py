@@ -469,8 +469,8 @@ def ask(fd: Fd, buffer: bytearray, *, opted_in: bool) -> None:
 @pytest.mark.parametrize("callers", [0, 1, 0xDEADBEEE])
 def test_with_the_opt_in_flags_are_the_devices(flags: PrecopyFlags, callers: int) -> None:
     buffer = asking(flags=callers)
-    ask(Fd(PrecopyInfo(1 << 40, 7, flags)), buffer, opted_in=True)
-    assert PrecopyInfo.unpack(buffer) == PrecopyInfo(1 << 40, 7, flags)
+    ask(Fd(PrecopyInfo(1 << 40, 7, flags=flags)), buffer, opted_in=True)
+    assert PrecopyInfo.unpack(buffer) == PrecopyInfo(1 << 40, 7, flags=flags)
 
 
 @pytest.mark.rule("v2.contract.5")
@@ -478,8 +478,8 @@ def test_with_the_opt_in_flags_are_the_devices(flags: PrecopyFlags, callers: int
 @pytest.mark.parametrize("callers", [0, 1, 0xDEADBEEE])
 def test_without_it_the_caller_gets_its_own_back(flags: PrecopyFlags, callers: int) -> None:
     buffer = asking(flags=callers)
-    ask(Fd(PrecopyInfo(1 << 40, 7, flags)), buffer, opted_in=False)
-    assert PrecopyInfo.unpack(buffer) == PrecopyInfo(1 << 40, 7, PrecopyFlags(callers))
+    ask(Fd(PrecopyInfo(1 << 40, 7, flags=flags)), buffer, opted_in=False)
+    assert PrecopyInfo.unpack(buffer) == PrecopyInfo(1 << 40, 7, flags=PrecopyFlags(callers))
 
 
 @pytest.mark.parametrize("argsz", [24, 25, 32])

@@ -482,7 +482,7 @@ def hear_at(vmm: Source, at_s: float, *frames: Frame) -> None:
 
 @virtual
 async def test_without_the_ack_nobody_says_that_the_initial_data_was_sent() -> None:
-    vmm = source({"unread": 10, "infos": [PrecopyInfo(10, 0), PrecopyInfo(0, 0, REINIT), PrecopyInfo(0, 0)]})
+    vmm = source({"unread": 10, "infos": [PrecopyInfo(10, 0), PrecopyInfo(0, 0, flags=REINIT), PrecopyInfo(0, 0)]})
     await vmm.migrate()
     assert vmm.wire.told(Kind.INIT_DATA_SENT) == []
 
@@ -510,7 +510,7 @@ async def test_an_ack_that_never_comes_is_waited_for_until_it_gives_up() -> None
 @pytest.mark.rule("v2.vmm.5")
 @virtual
 async def test_a_one_shot_ack_is_not_asked_for_again_after_a_reinit() -> None:
-    infos = [PrecopyInfo(10, 0), PrecopyInfo(5, 0, REINIT), PrecopyInfo(0, 0)]
+    infos = [PrecopyInfo(10, 0), PrecopyInfo(5, 0, flags=REINIT), PrecopyInfo(0, 0)]
     vmm = source({"unread": 10, "infos": infos}, options=V2Options(reinit=True, ack=Ack.ONE_SHOT))
     vmm.answer = lambda frame: [Frame(Kind.SWITCHOVER_ACK)] if frame.kind is Kind.INIT_DATA_SENT else resumes(frame)
     assert await vmm.migrate() is OutcomeKind.COMPLETED
@@ -530,7 +530,7 @@ def acks(frame: Frame) -> list[Frame]:
 @pytest.mark.rule("v2.vmm.6")
 @virtual
 async def test_a_reusable_ack_is_asked_for_again_after_each_reinit() -> None:
-    infos = [PrecopyInfo(10, 0), PrecopyInfo(5, 0, REINIT), PrecopyInfo(5, 0, REINIT), PrecopyInfo(0, 0)]
+    infos = [PrecopyInfo(10, 0), PrecopyInfo(5, 0, flags=REINIT), PrecopyInfo(5, 0, flags=REINIT), PrecopyInfo(0, 0)]
     vmm = source({"unread": 30, "infos": infos}, {"unread": 10}, options=REUSABLE, read_bytes=10, answer=acks)
     assert await vmm.migrate() is OutcomeKind.COMPLETED
     assert vmm.wire.told(Kind.INIT_DATA_SENT) == [
@@ -544,7 +544,7 @@ async def test_a_reusable_ack_is_asked_for_again_after_each_reinit() -> None:
 @pytest.mark.rule("v2.vmm.6")
 @virtual
 async def test_only_the_newest_ack_of_every_device_lets_the_guest_be_stopped() -> None:
-    reinit = [PrecopyInfo(10, 0), PrecopyInfo(5, 0, REINIT), PrecopyInfo(0, 0)]
+    reinit = [PrecopyInfo(10, 0), PrecopyInfo(5, 0, flags=REINIT), PrecopyInfo(0, 0)]
     vmm = source({"unread": 20, "infos": reinit}, {"unread": 10}, options=REUSABLE)
     for at_s, device, value in [(0.1005, 0, 1), (0.2005, 1, 1), (0.3005, 0, 2)]:
         hear_at(vmm, at_s, Frame(Kind.SWITCHOVER_ACK, device, value=value))
