@@ -115,10 +115,7 @@ class Recorded:
 
 
 class Timeline:
-    """Spans, marks and stages of one run.
-
-    `now_ns` is the clock of all times.
-    """
+    """Spans, marks and stages of one run. `now_ns` is the clock of all times."""
 
     def __init__(self, now_ns: Callable[[], int]) -> None:
         self.now_ns = now_ns
@@ -126,24 +123,17 @@ class Timeline:
         self.stages: list[Stage] = []
         self._mark_cause: dict[Mark, int] = {}
         self._names: dict[str, int] = {}
-        self._resource = array("b")
-        self._what = array("h")
-        self._on_track = array("h")
-        self._start_ns = array("q")
-        self._end_ns = array("q")
-        self._cause = array("q")
-        self._blocked_start_ns = array("q")
-        self._blocked_end_ns = array("q")
+        self._spans = {name: array(code) for name, code in SPAN_COLUMNS.items()}
+        self._blocked = {name: array(code) for name, code in BLOCKED_COLUMNS.items()}
 
     @classmethod
     def of(cls, recorded: Recorded, now_ns: Callable[[], int]) -> Self:
         """A timeline with these contents. They are not checked: indices must be in range, and causes form no cycle."""
         timeline = cls(now_ns)
         timeline._names = {name: index for index, name in enumerate(recorded.names)}
-        for name, column in zip(SPAN_COLUMNS, timeline._span_columns(), strict=True):
-            column.frombytes(recorded.spans[name].astype(SPAN_COLUMNS[name], copy=False).tobytes())
-        for name, column in zip(BLOCKED_COLUMNS, timeline._blocked_columns(), strict=True):
-            column.frombytes(recorded.blocked[name].astype(BLOCKED_COLUMNS[name], copy=False).tobytes())
+        for columns, values in ((timeline._spans, recorded.spans), (timeline._blocked, recorded.blocked)):
+            for name, column in columns.items():
+                column.frombytes(values[name].astype(column.typecode, copy=False).tobytes())
         timeline.marks = {mark: at_ns for mark, (at_ns, _) in recorded.marks.items()}
         timeline._mark_cause = {mark: cause for mark, (_, cause) in recorded.marks.items()}
         timeline.stages = list(recorded.stages)
@@ -153,20 +143,14 @@ class Timeline:
         """A copy of everything recorded up to now."""
         return Recorded(
             names=list(self._names),
-            spans={name: np.array(column) for name, column in zip(SPAN_COLUMNS, self._span_columns(), strict=True)},
-            blocked={name: np.array(col) for name, col in zip(BLOCKED_COLUMNS, self._blocked_columns(), strict=True)},
+            spans={name: np.array(column) for name, column in self._spans.items()},
+            blocked={name: np.array(column) for name, column in self._blocked.items()},
             marks={mark: (at_ns, self._mark_cause[mark]) for mark, at_ns in self.marks.items()},
             stages=list(self.stages),
         )
 
     def __len__(self) -> int:
-        return len(self._start_ns)
-
-    def _span_columns(self) -> tuple[array[int], ...]:
-        return (self._resource, self._what, self._on_track, self._start_ns, self._end_ns, self._cause)
-
-    def _blocked_columns(self) -> tuple[array[int], ...]:
-        return (self._blocked_start_ns, self._blocked_end_ns)
+        return len(self._spans["cause"])
 
     # --- recording -------------------------------------------------------------------------------------------------
 
@@ -176,20 +160,19 @@ class Timeline:
 
     def span(self, resource: Resource, what: str, start_ns: int, end_ns: int, track: str = "") -> int:
         """Record a span that the current task caused and does not wait for (a frame on its way). The cursor stays."""
-        names = self._names
-        self._resource.append(resource)
-        self._what.append(names.setdefault(what, len(names)))
-        track = track or _track.get()
-        self._on_track.append(names.setdefault(track, len(names)))
-        self._start_ns.append(start_ns)
-        self._end_ns.append(end_ns)
-        self._cause.append(_cursor.get())
-        return len(self._start_ns) - 1
+        names, spans = self._names, self._spans
+        spans["resource"].append(resource)
+        spans["what"].append(names.setdefault(what, len(names)))
+        spans["track"].append(names.setdefault(track or _track.get(), len(names)))
+        spans["start_ns"].append(start_ns)
+        spans["end_ns"].append(end_ns)
+        spans["cause"].append(_cursor.get())
+        return len(self) - 1
 
     def blocked(self, start_ns: int) -> None:
         """Record that a send waited from `start_ns` until now for room in a full connection."""
-        self._blocked_start_ns.append(start_ns)
-        self._blocked_end_ns.append(self.now_ns())
+        self._blocked["start_ns"].append(start_ns)
+        self._blocked["end_ns"].append(self.now_ns())
 
     def mark(self, mark: Mark) -> None:
         """Record that a phase ends now. If marked more than once (by each of several streams), the last time holds."""
@@ -228,18 +211,19 @@ class Timeline:
         chain: list[tuple[int, int, int]] = []
         span = self._mark_cause[Mark.RESUMED]
         while span != NO_CAUSE and until > start:
-            begin, end = max(self._start_ns[span], start), min(self._end_ns[span], until)
+            begin, end = max(self._spans["start_ns"][span], start), min(self._spans["end_ns"][span], until)
             if begin < end:
                 chain.append((span, begin, end))
                 until = begin
-            span = self._cause[span]
+            span = self._spans["cause"][span]
         return chain[::-1]
 
     def critical_path(self) -> list[PathStep]:
         """The chain of causes through the downtime, in order of time."""
         names = list(self._names)
+        resource, what, track = (self._spans[column] for column in ("resource", "what", "track"))
         return [
-            PathStep(Resource(self._resource[span]), names[self._what[span]], names[self._on_track[span]], begin, end)
+            PathStep(Resource(resource[span]), names[what[span]], names[track[span]], begin, end)
             for span, begin, end in self.critical_spans()
         ]
 
@@ -253,22 +237,22 @@ class Timeline:
 
     def in_downtime_ns(self, resource: Resource) -> int:
         """Nanoseconds of a resource's work inside the downtime, on the critical path or not."""
-        inside = self._inside_downtime(self._start_ns, self._end_ns)
-        return int(inside[np.array(self._resource, np.int8) == resource].sum())
+        return int(self._inside_downtime(self._spans)[np.array(self._spans["resource"]) == resource].sum())
 
     def blocked_in_downtime_ns(self) -> int:
         """Nanoseconds that sends waited for full connections in the downtime, summed over connections."""
-        return int(self._inside_downtime(self._blocked_start_ns, self._blocked_end_ns).sum())
+        return int(self._inside_downtime(self._blocked).sum())
 
-    def _inside_downtime(self, start_ns: array[int], end_ns: array[int]) -> NDArray[np.int64]:
+    def _inside_downtime(self, columns: dict[str, array[int]]) -> NDArray[np.int64]:
+        start_ns, end_ns = np.array(columns["start_ns"]), np.array(columns["end_ns"])
         begin, until = self.marks[Mark.STOP_ORDERED], self.marks[Mark.RESUMED]
-        inside: NDArray[np.int64] = np.minimum(np.array(end_ns), until) - np.maximum(np.array(start_ns), begin)
+        inside: NDArray[np.int64] = np.minimum(end_ns, until) - np.maximum(start_ns, begin)
         return inside.clip(min=0)
 
     def digest(self) -> str:
         """A fingerprint of everything recorded: equal for two runs that did the same at the same times."""
         digest = sha256(repr((self.marks, self._mark_cause, self.stages, self._names)).encode())
-        for column in (*self._span_columns(), *self._blocked_columns()):
+        for column in (*self._spans.values(), *self._blocked.values()):
             digest.update(column.tobytes())
         return digest.hexdigest()
 

@@ -20,6 +20,7 @@ Both ways implement one interface, OutStreams at the source and InStreams at the
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import enum
 from collections import deque
@@ -77,30 +78,36 @@ class InStream(Protocol):
         """The driver took the frame's payload: give its room back."""
 
 
-class OutStreams(Protocol):
+class OutStreams(abc.ABC):
     """All wire streams at the source."""
 
+    @abc.abstractmethod
     def stream(self, device: int, index: int) -> OutStream:
         """Wire stream `index` of a device."""
 
     def work(self) -> list[Work]:
         """Tasks that must run beside, until they are cancelled."""
+        return []
 
     def credited(self, frame: Frame) -> bool:
         """Take a CREDIT frame. False if no credit is used, or there is no such device or class."""
+        return False
 
 
-class InStreams(Protocol):
+class InStreams(abc.ABC):
     """All wire streams at the target."""
 
+    @abc.abstractmethod
     def stream(self, device: int, index: int) -> InStream:
         """Wire stream `index` of a device."""
 
     def work(self) -> list[Work]:
         """Tasks that must run beside, until they are cancelled."""
+        return []
 
     def arrived(self, frame: Frame) -> bool:
         """Take a frame that came on the first connection. False if it does not belong to a wire stream."""
+        return False
 
 
 # --- a connection each ------------------------------------------------------------------------------------------------
@@ -116,14 +123,6 @@ class OwnOutStreams(OutStreams):
     @override
     def stream(self, device: int, index: int) -> OutStream:
         return self._channels[1 + device * self._streams + index]
-
-    @override
-    def work(self) -> list[Work]:
-        return []
-
-    @override
-    def credited(self, frame: Frame) -> bool:
-        return False
 
 
 class _OwnIn(InStream):
@@ -156,14 +155,6 @@ class OwnInStreams(InStreams):
     @override
     def stream(self, device: int, index: int) -> InStream:
         return _OwnIn(self._channels[1 + device * self._streams + index], device, index, self._on_held)
-
-    @override
-    def work(self) -> list[Work]:
-        return []
-
-    @override
-    def arrived(self, frame: Frame) -> bool:
-        return False
 
 
 # --- shared connections -----------------------------------------------------------------------------------------------

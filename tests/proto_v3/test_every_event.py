@@ -321,7 +321,7 @@ def test_the_events_are_those_of_a_whole_migration(name: str) -> None:
     assert 140 < len(run.events) < 1000
     assert sum(event == CALLBACK for event in run.events) > len(run.events) / 3
     assert {(event.side, event.call) for event in run.events} > CALLS
-    assert len(run.timeline._blocked_start_ns) > 0 or name == "v3-blocks-n2", "no send waited for room"
+    assert len(run.timeline.recorded().blocked["start_ns"]) > 0 or name == "v3-blocks-n2", "no send waited for room"
     for side, call in (("source", "send"), ("target", "recv")):
         used = {event.port for event in run.events if (event.side, event.call) == (side, call)}
         assert len(used) == migration.connections
