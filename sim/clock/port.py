@@ -20,7 +20,7 @@ class ClockError(ProtoV3Error):
 
 
 class LoopStateError(ClockError, RuntimeError):
-    """The loop is closed, stopped or running when it must not be, or no virtual loop is running."""
+    """The loop is closed or running when it must not be, or no virtual loop is running."""
 
 
 class Timer(Protocol):

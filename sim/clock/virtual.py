@@ -37,7 +37,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -137,7 +136,7 @@ _Refusing: Any = type(
 
 
 class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
-    """An event loop in virtual time, for one thread. `run` is the simple way to use it; asyncio.Runner works too.
+    """An event loop in virtual time, for one thread. To be used by `run`.
 
     limit_ns: raise TimeLimitError before a timer fires that is due later than this; None: no limit.
     """
@@ -156,8 +155,7 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
         self._failed: list[_Task[Any]] = []
         self._other_errors: list[BaseException] = []
         self._awaited: asyncio.Future[Any] | None = None
-        self._thread = threading.get_ident()
-        self._running = self._stopping = self._closed = False
+        self._stopping = self._closed = False
 
     # Time and callbacks.
 
@@ -170,12 +168,6 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
         handle = Handle(callback, args, context)
         self._ready.append(handle)
         return handle
-
-    def call_soon_threadsafe(self, callback: Callback, *args: Any, context: Context | None = None) -> Handle:
-        """`call_soon`, for signal handlers in the loop's thread. RealIOError in another thread."""
-        if threading.get_ident() != self._thread:
-            raise RealIOError("loop.call_soon_threadsafe is refused in another thread: chance would decide the order")
-        return self.call_soon(callback, *args, context=context)
 
     def call_later(self, delay: float, callback: Callback, *args: Any, context: Context | None = None) -> Handle:
         """Run the callback in `delay` seconds, rounded to the nanosecond; now if negative, never if infinite."""
@@ -272,32 +264,25 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
         self._awaited = awaited
         awaited.add_done_callback(self._awaited_done)
         try:
-            self.run_forever()
+            with self._current():
+                self._run()
         finally:
             self._awaited = None
-        if not awaited.done():
-            raise LoopStateError("the loop was stopped before the future was done")
         return awaited.result()
 
     def _awaited_done(self, future: asyncio.Future[Any]) -> None:
         if future is self._awaited:  # not that of an earlier run, which something else ended
-            self.stop()
-
-    def run_forever(self) -> None:
-        """Run until `stop`. Errors as in `run_until_complete`."""
-        self._check_idle()
-        with self._current():
-            self._run()
+            self._stopping = True
 
     @contextmanager
     def _current(self) -> Iterator[None]:
         """Make this the running loop of the thread."""
         asyncio._set_running_loop(self)
-        self._thread, self._running, running.clock = threading.get_ident(), True, self
+        running.clock = self
         try:
             yield
         finally:
-            self._running = self._stopping = False
+            self._stopping = False
             del running.clock
             asyncio._set_running_loop(None)
 
@@ -348,18 +333,6 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
             else:
                 timer.set_result(None)
 
-    def stop(self) -> None:
-        """End the run after the current callback. Ready callbacks stay ready for the next run."""
-        self._stopping = True
-
-    def is_running(self) -> bool:
-        """True during a run."""
-        return self._running
-
-    def is_closed(self) -> bool:
-        """True after `close`."""
-        return self._closed
-
     def _check_idle(self) -> None:
         if self._closed:
             raise LoopStateError("the loop is closed")
@@ -376,12 +349,6 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
                 task.cancel()
             await asyncio.wait(others)
 
-    async def shutdown_asyncgens(self) -> None:
-        """Nothing to do: async generators are their users' to close. asyncio.Runner calls this."""
-
-    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
-        """Nothing to do: there is no executor. asyncio.Runner calls this."""
-
     def close(self) -> None:
         """Close the loop, and the coroutines of tasks that are not done.
 
@@ -390,8 +357,6 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
         """
         if asyncio._get_running_loop() is not None:
             raise LoopStateError("a loop cannot be closed while one runs in this thread")
-        if self._closed:
-            return
         self._closed = True
         with self._current():
             for task in list(self._tasks.values()):
@@ -402,9 +367,7 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
         errors: list[BaseException] = []
         for task in self._failed:
             error = task.exception() if task._log_traceback else None
-            if error is not None and not isinstance(
-                error, (KeyboardInterrupt, SystemExit)
-            ):  # asyncio raised these itself
+            if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):  # asyncio raised these
                 error.add_note(f"Raised in task {task.get_name()!r}, from which no one has retrieved it.")
                 errors.append(error)
         errors += self._other_errors

@@ -524,57 +524,6 @@ def test_context_variables_are_those_of_the_task_and_of_the_callback() -> None:
     assert run(main()) == ["a", "b", "main", "outside", "main", "outside", "main, later"]
 
 
-def test_asyncio_runner_can_use_the_loop() -> None:
-    async def main() -> int:
-        task = start(asyncio.Event().wait())  # left over, for the runner to cancel
-        await asyncio.sleep(3)
-        assert not task.done()
-        return now_ns()
-
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        assert runner.run(main()) == 3 * SECOND
-        assert runner.run(main()) == 6 * SECOND
-        loop = runner.get_loop()
-    assert loop.is_closed()
-
-    async def failing() -> None:
-        raise ValueError("nobody awaits me")
-
-    async def careless() -> None:
-        tasks.append(start(failing()))
-        await sleep_ns(1)
-
-    tasks: list[asyncio.Task[None]] = []
-    with pytest.raises(ExceptionGroup) as caught, asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(careless())
-    assert [str(error) for error in caught.value.exceptions] == ["nobody awaits me"]
-
-
-def test_stop_and_run_forever() -> None:
-    seen: list[int] = []
-    loop = VirtualLoop()
-    loop.call_later_ns(5, loop.stop)
-    loop.call_later_ns(5, seen.append, 1)
-    loop.run_forever()
-    assert (loop._now_ns, seen, loop.is_running()) == (5, [], False)
-    loop.call_later_ns(0, loop.stop)
-    loop.run_forever()
-    assert (loop._now_ns, seen) == (5, [1])
-    with pytest.raises(DeadlockError):
-        loop.run_forever()
-    with pytest.raises(LoopStateError, match="stopped before"):
-        loop.run_until_complete(stop_and_wait())
-    loop.close()
-    loop.close()
-    with pytest.raises(LoopStateError, match="closed"):
-        loop.run_forever()
-
-
-async def stop_and_wait() -> None:
-    here().stop()
-    await sleep_ns(1)
-
-
 # Deadlock.
 
 
@@ -873,8 +822,6 @@ def test_a_signal_interrupts_a_run_that_would_not_end() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run(main())
-    with pytest.raises(KeyboardInterrupt), asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(main())
 
 
 def test_a_callback_cut_off_by_an_interrupt_leaves_a_task_behind_without_noise() -> None:
@@ -1004,33 +951,14 @@ def test_every_method_of_an_event_loop_is_provided_or_refused() -> None:
     assert untouched == set()
 
 
-def test_call_soon_threadsafe_is_for_the_loops_own_thread() -> None:
-    seen: list[Any] = []
-
-    def elsewhere(loop: VirtualLoop) -> None:
-        try:
-            loop.call_soon_threadsafe(seen.append, "from elsewhere")
-        except RealIOError as error:
-            seen.append(str(error).split(" is ")[0])
-
-    async def main() -> None:
-        thread = threading.Thread(target=elsewhere, args=(here(),))
-        thread.start()
-        thread.join()
-        here().call_soon_threadsafe(seen.append, "from here")
-        await sleep_ns(1)
-
-    run(main())
-    assert seen == ["loop.call_soon_threadsafe", "from here"]
-
-
 def test_a_run_within_a_run_is_refused() -> None:
     async def main() -> None:
         with pytest.raises(LoopStateError, match="running in this thread already"):
             run(sleep_ns(1))
+        future = here().create_future()
         for loop in (VirtualLoop(), here()):
             with pytest.raises(LoopStateError, match="running in this thread already"):
-                loop.run_forever()
+                loop.run_until_complete(future)
             with pytest.raises(LoopStateError, match="cannot be closed while one runs"):
                 loop.close()
         await sleep_ns(1)
