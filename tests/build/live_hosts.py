@@ -85,7 +85,7 @@ class Live:
         inside = process._devices[index]
         self.driver: SimDriver = inside.driver
         self.store: StateStore = inside.store
-        self._state = inside._state
+        self._state = inside.state
 
     def of(self, index: int) -> Live:
         """Another device of the same host."""

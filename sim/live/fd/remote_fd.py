@@ -88,7 +88,7 @@ class RemoteFd(DataFd):
 
     @override
     async def close(self) -> None:
-        await self._calls.call("close", device=self._device, fd=self._number)
+        await self._calls.call("close", fd=self._number)
 
     def drop(self) -> None:
         """Close the descriptor without a call to the driver."""

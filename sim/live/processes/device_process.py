@@ -11,6 +11,7 @@ import asyncio
 import errno
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from proto_v3.vfio import ioctl
@@ -38,7 +39,6 @@ from sim.live.merge_timelines import ProcessTimeline
 from sim.live.plain import to_plain
 from sim.live.processes.report import DeviceProcessReport, Digests, ProcessReport
 from sim.live.real_time import RealTime
-from sim.report import DeviceReport
 from sim.scenario.scenario import Scenario
 
 GUEST_TICK_NS = 2_000_000
@@ -48,7 +48,7 @@ Data = SavedData | LoadedStream | LoadedBlocks | BlocksData
 
 
 class DeviceProcess:
-    """Answers the calls of its VMM."""
+    """Answers the calls of its VMM: the call `idle` by `_do_idle`, with the call's body as arguments, and so on."""
 
     def __init__(self, side: str) -> None:
         self.side = side
@@ -59,26 +59,8 @@ class DeviceProcess:
         self._devices: list[_Device] = []
         self._guest: asyncio.Task[None] | None = None
         self._time: RealTime | None = None
-        self._handlers: dict[str, Callable[[dict[str, Any]], Awaitable[Reply]]] = {
-            "init": self._init,
-            "start": self._start,
-            "ping": self._ping,
-            "feature": self._feature,
-            "reset": self._reset,
-            "precopy_info": self._precopy_info,
-            "stream_info": self._stream_info,
-            "get_stream": self._get_stream,
-            "idle": self._idle,
-            "new_epoch": self._new_epoch,
-            "close": self._close,
-            "dirty_blocks": self._dirty_blocks,
-            "read_blocks": self._read_blocks,
-            "read_end": self._read_end,
-            "guest": self._guest_does,
-            "digests": self._digests,
-            "progress": self._progress,
-            "collect": self._collect,
-        }
+        self._written: list[DeviceState] = []
+        """The states that the guest writes to: none at the target."""
 
     async def serve(self, control: socket.socket) -> None:
         """Reply to calls until the VMM is gone; then stop everything."""
@@ -95,78 +77,81 @@ class DeviceProcess:
                 self._time.close()
 
     async def _handle(self, name: str, body: dict[str, Any]) -> Reply:
-        handler = self._handlers.get(name)
+        handler: Callable[..., Awaitable[Reply]] | None = getattr(self, f"_do_{name}", None)
         if handler is None:
             raise OSError(errno.ENOTTY, f"there is no call {name!r}")
-        return await handler(body)
+        return await handler(**body)
 
     # --- set-up -------------------------------------------------------------------------------------------------------
 
-    async def _init(self, body: dict[str, Any]) -> Reply:
+    async def _do_init(self, scenario: str, seed: int) -> Reply:
         """Make the devices. The time begins later, with `start`."""
-        scenario = Scenario.model_validate_json(body["scenario"])
-        stores = [
-            await asyncio.to_thread(StateStore, device, filled=self.side == "source") for device in scenario.devices
-        ]
-        self._scenario, self._stores, self._seed = scenario, stores, body["seed"]
+        self._scenario, self._seed = Scenario.model_validate_json(scenario), seed
+        filled = self.side == "source"
+        self._stores = [await asyncio.to_thread(StateStore, spec, filled=filled) for spec in self._scenario.devices]
         return Reply()
 
-    async def _start(self, body: dict[str, Any]) -> Reply:
+    async def _do_start(self, zero_ns: int) -> Reply:
         """Time 0 is at `zero_ns` of perf_counter_ns(); the guest runs from then on."""
-        self._time = time = RealTime(body["zero_ns"])
+        self._time = time = RealTime(zero_ns)
         clock.use(time)
         self.timeline = ProcessTimeline(time.now_ns)
         assert self._calls is not None
         self._calls.trace(self.timeline, self.side)
         guest_seed, source_seed, target_seed = seeds(self._seed)
-        host_seed = source_seed if self.side == "source" else target_seed
-        host = LiveHost(self._scenario, host_seed, self.timeline, RealLock)
-        made: list[tuple[SimDriver, Any]] = []
-        if self.side == "source":
+        at_source = self.side == "source"
+        host = LiveHost(self._scenario, source_seed if at_source else target_seed, self.timeline, RealLock)
+        made: list[tuple[SimDriver, DeviceState | Image]] = []
+        if at_source:
             made += devices_at_source(self._scenario, guest_seed, host)
         else:
             made += devices_at_target(self._scenario, host)
-        self._devices = [_Device(*each, store) for each, store in zip(made, self._stores, strict=True)]
-        if self.side == "source":
+        for (driver, state), store in zip(made, self._stores, strict=True):
+            if isinstance(state, DeviceState):
+                state.content = store
+                self._written.append(state)
+            else:
+                state.place = placer(store)
+            self._devices.append(_Device(driver, state, store))
+        if at_source:
             self._guest = asyncio.create_task(self._run_guest(), name="guest")
             self._guest.add_done_callback(report_bug)
         return Reply()
 
     async def _run_guest(self) -> None:
         """Write what is due every GUEST_TICK_NS. A driver that needs it earlier calls DeviceState.advance itself."""
-        written_to = [device for device in self._devices if device.busy]
-        while written_to:
+        busy = [state for state in self._written if state.activity.busy]
+        while busy:
             await clock.sleep_ns(GUEST_TICK_NS)
-            for device in written_to:
-                device.advance()
+            for state in busy:
+                state.advance(clock.now_ns())
 
-    async def _ping(self, body: dict[str, Any]) -> Reply:
+    async def _do_ping(self) -> Reply:
         return Reply()
 
     # --- the device fd ------------------------------------------------------------------------------------------------
 
-    async def _feature(self, body: dict[str, Any]) -> Reply:
+    async def _do_feature(self, device: int, buffer: bytes) -> Reply:
         """VFIO_DEVICE_FEATURE."""
-        device = self._devices[body["device"]]
-        buffer = bytearray(body["buffer"])
+        of, argument = self._devices[device], bytearray(buffer)
         installed: list[int] = []
 
         def install(fd: DataFd) -> int:
-            installed.append(self._install(device, fd))
+            installed.append(self._install(of, fd))
             return installed[-1]
 
         try:
-            await ioctl.device_feature(device.driver, buffer, install)
+            await ioctl.device_feature(of.driver, argument, install)
         finally:
             await self._end_what_is_over()
-        header = DeviceFeature.unpack(buffer)
+        header = DeviceFeature.unpack(argument)
         done = header.flags & FeatureOp.SET and not header.flags & FeatureOp.PROBE
         if header.flags & FEATURE_MASK == Feature.MIG_PRECOPY_INFOV2 and done:
-            device.opted_in = True
-        return Reply({"buffer": bytes(buffer)}, [fd for number in installed for fd in self._data[number].fds()])
+            of.opted_in = True
+        return Reply({"buffer": bytes(argument)}, [fd for number in installed for fd in self._data[number].fds()])
 
-    async def _reset(self, body: dict[str, Any]) -> Reply:
-        await self._devices[body["device"]].driver.reset()
+    async def _do_reset(self, device: int) -> Reply:
+        await self._devices[device].driver.reset()
         await self._end_what_is_over()
         return Reply()
 
@@ -208,149 +193,121 @@ class DeviceProcess:
 
     # --- data fds -----------------------------------------------------------------------------------------------------
 
-    def _of(self, body: dict[str, Any]) -> Any:
-        return self._data[body["fd"]]
+    async def _do_precopy_info(self, device: int, fd: int, buffer: bytes) -> Reply:
+        argument, stream = bytearray(buffer), self._data[fd].stream
+        await ioctl.get_precopy_info(stream, argument, opted_in=self._devices[device].opted_in)
+        return Reply({"buffer": bytes(argument)})
 
-    async def _precopy_info(self, body: dict[str, Any]) -> Reply:
-        buffer = bytearray(body["buffer"])
-        opted_in = self._devices[body["device"]].opted_in
-        await ioctl.get_precopy_info(self._of(body).stream, buffer, opted_in=opted_in)
-        return Reply({"buffer": bytes(buffer)})
+    async def _do_stream_info(self, device: int, fd: int, buffer: bytes) -> Reply:
+        argument = bytearray(buffer)
+        await ioctl.get_stream_info(self._data[fd].stream, argument)
+        return Reply({"buffer": bytes(argument)})
 
-    async def _stream_info(self, body: dict[str, Any]) -> Reply:
-        buffer = bytearray(body["buffer"])
-        await ioctl.get_stream_info(self._of(body).stream, buffer)
-        return Reply({"buffer": bytes(buffer)})
-
-    async def _get_stream(self, body: dict[str, Any]) -> Reply:
-        device = self._devices[body["device"]]
-        buffer = bytearray(body["buffer"])
+    async def _do_get_stream(self, device: int, fd: int, buffer: bytes) -> Reply:
+        argument = bytearray(buffer)
         installed: list[int] = []
 
-        def install(fd: DataFd) -> int:
+        def install(stream: DataFd) -> int:
             """A stream that the VMM has already keeps its number, and is not passed again."""
             for number, data in self._data.items():
-                if data.stream is fd:
+                if data.stream is stream:
                     return number
-            installed.append(self._install(device, fd))
+            installed.append(self._install(self._devices[device], stream))
             return installed[-1]
 
-        await ioctl.get_stream(self._of(body).stream, buffer, install)
+        await ioctl.get_stream(self._data[fd].stream, argument, install)
         passed = [self._data[number] for number in installed]
         blocks = any(isinstance(data, BlocksData | LoadedBlocks) for data in passed)
-        return Reply({"buffer": bytes(buffer), "blocks": blocks}, [fd for data in passed for fd in data.fds()])
+        return Reply({"buffer": bytes(argument), "blocks": blocks}, [fd for data in passed for fd in data.fds()])
 
-    async def _idle(self, body: dict[str, Any]) -> Reply:
-        data = self._of(body)
+    async def _do_idle(self, fd: int) -> Reply:
+        data = self._data[fd]
         if not isinstance(data, SavedData):
             raise fails(errno.EBADF)
         end, sent = await data.idle()
         return Reply({"what": end.what, "errno": end.errno, "text": end.text, "sent": sent})
 
-    async def _new_epoch(self, body: dict[str, Any]) -> Reply:
+    async def _do_new_epoch(self, fd: int, wait: bool) -> Reply:
         """Whether there is a new epoch; waits for one if `wait` is set."""
-        stream = self._of(body).stream
+        stream = self._data[fd].stream
         if not isinstance(stream, CriticalStream):
             raise fails(errno.ENOTTY)
-        if body["wait"]:
+        if wait:
             await stream.new_epoch()
         return Reply({"new": bool(stream.ready() & Ready.NEW_EPOCH)})
 
-    async def _close(self, body: dict[str, Any]) -> Reply:
-        await self._of(body).stream.close()
+    async def _do_close(self, fd: int) -> Reply:
+        await self._data[fd].stream.close()
         return Reply()
 
-    async def _dirty_blocks(self, body: dict[str, Any]) -> Reply:
-        buffer, bitmap = bytearray(body["buffer"]), bytearray(body["bitmap_bytes"])
+    async def _do_dirty_blocks(self, fd: int, buffer: bytes, bitmap_bytes: int) -> Reply:
+        argument, bitmap, stream = bytearray(buffer), bytearray(bitmap_bytes), self._data[fd].stream
+        if not isinstance(stream, SaveBlocks | LoadBlocks):
+            raise fails(errno.ENOTTY)
         try:
-            await ioctl.get_dirty_blocks(self._of(body).stream, buffer, bitmap)
+            await ioctl.get_dirty_blocks(stream, argument, bitmap)
         except OSError as error:
             if error.errno != errno.EINVAL:  # with which it reports the number of bits that it needs
                 raise
             bitmap.clear()
-        return Reply({"buffer": bytes(buffer), "bitmap": bytes(bitmap)})
+        return Reply({"buffer": bytes(argument), "bitmap": bytes(bitmap)})
 
-    async def _read_blocks(self, body: dict[str, Any]) -> Reply:
-        data = self._of(body)
+    async def _do_read_blocks(self, fd: int, first: int, count: int, free: int) -> Reply:
+        data = self._data[fd]
         if not isinstance(data, BlocksData):
             raise fails(errno.EBADF)
-        offset, size = await data.read_blocks(body["first"], body["count"], body["free"])
+        offset, size = await data.read_blocks(first, count, free)
         return Reply({"offset": offset, "size": size})
 
-    async def _read_end(self, body: dict[str, Any]) -> Reply:
-        return Reply({"data": await self._of(body).read(body["max_bytes"])})
+    async def _do_read_end(self, fd: int, max_bytes: int) -> Reply:
+        data = self._data[fd]
+        if not isinstance(data, BlocksData):
+            raise fails(errno.EBADF)
+        return Reply({"data": await data.read(max_bytes)})
 
     # --- the guest, and the end ---------------------------------------------------------------------------------------
 
-    async def _guest_does(self, body: dict[str, Any]) -> Reply:
-        for device in self._devices:
-            device.guest_does(body["what"])
+    async def _do_guest(self, what: str) -> Reply:
+        """The guest is about to stop, stops, or starts. At the target there is nothing to do."""
+        for state in self._written:
+            match what:
+                case "order_stop":
+                    state.order_stop(clock.now_ns())
+                case "stop":
+                    state.stop(clock.now_ns())
+                case "start":
+                    state.start()
+                case _:
+                    raise fails(errno.EINVAL)
         return Reply()
 
-    async def _digests(self, body: dict[str, Any]) -> Reply:
+    async def _do_digests(self) -> Reply:
         """Of the current state; the guest must be stopped."""
         digests = [await asyncio.to_thread(device.store.digests) for device in self._devices]
         return Reply(to_plain(Digests(digests)))
 
-    async def _progress(self, body: dict[str, Any]) -> Reply:
+    async def _do_progress(self) -> Reply:
         """For progress notes, in bytes: what remains, and what the guest has written so far."""
         left = [await device.driver.stop_copy_bytes() for device in self._devices]
-        return Reply({"left_bytes": sum(left), "written_bytes": sum(device.written_bytes for device in self._devices)})
+        return Reply({"left_bytes": sum(left), "written_bytes": sum(state.written_bytes for state in self._written)})
 
-    async def _collect(self, body: dict[str, Any]) -> Reply:
+    async def _do_collect(self) -> Reply:
         for data in self._data.values():
             if isinstance(data, SavedData | BlocksData):
                 counters = data.stream.counters
                 counters.read_lock_ns, counters.read_copy_ns = data.lock_ns, data.copy_ns
         assert self._time is not None
         process = ProcessReport(self.timeline.export(), self._time.delays(), self._time.cpu_ns)
-        report = DeviceProcessReport(process, [device.report() for device in self._devices])
+        report = DeviceProcessReport(process, [device_report(device.driver, device.state) for device in self._devices])
         return Reply(to_plain(report))
 
 
+@dataclass(slots=True)
 class _Device:
     """A driver, and the state behind it."""
 
-    def __init__(self, driver: SimDriver, state: DeviceState | Image, store: StateStore) -> None:
-        self.driver = driver
-        self.store = store
-        self.opted_in = False
-        """To PRECOPY_INFOv2."""
-        self._state = state
-        if isinstance(state, DeviceState):
-            state.content = store
-        else:
-            state.place = placer(store)
-
-    @property
-    def busy(self) -> bool:
-        """Whether the guest ever writes to it or reconfigures it."""
-        return isinstance(self._state, DeviceState) and self._state.activity.busy
-
-    def advance(self) -> None:
-        """Write what the guest should have written by now."""
-        if isinstance(self._state, DeviceState):
-            self._state.advance(clock.now_ns())
-
-    @property
-    def written_bytes(self) -> int:
-        """What the guest has written so far."""
-        return self._state.written_bytes if isinstance(self._state, DeviceState) else 0
-
-    def guest_does(self, what: str) -> None:
-        """The guest is about to stop, stops, or starts."""
-        if not isinstance(self._state, DeviceState):
-            return  # at the target there is nothing to do
-        match what:
-            case "order_stop":
-                self._state.order_stop(clock.now_ns())
-            case "stop":
-                self._state.stop(clock.now_ns())
-            case "start":
-                self._state.start()
-            case _:
-                raise fails(errno.EINVAL)
-
-    def report(self) -> DeviceReport:
-        """What the driver knows at the end."""
-        return device_report(self.driver, self._state)
+    driver: SimDriver
+    state: DeviceState | Image
+    store: StateStore
+    opted_in: bool = False
+    """To PRECOPY_INFOv2."""
