@@ -8,7 +8,7 @@ from rich.console import Console
 
 from experiments import INTERRUPTED
 from experiments.commands.live import address, interruptible
-from sim.live.processes.notes import Note, RejectedNote, SessionNote
+from sim.live.processes.report import Note, RejectedNote, SessionNote
 from sim.live.processes.settings import Settings
 from sim.live.result import SideEnd
 from sim.live.run import serve_one

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sim.live.processes.notes import Note, ProgressNote
+from sim.live.processes.report import Note, ProgressNote
 from sim.scenario.units import MIB
 
 

@@ -11,8 +11,7 @@ from proto_v3.vmm.migration import OutcomeKind
 from sim.live import merge_timelines
 from sim.live.fd.store import differences
 from sim.live.plain import from_plain
-from sim.live.processes.notes import GuestNote
-from sim.live.processes.report import ProcessReport, StreamReport, VmmReport
+from sim.live.processes.report import GuestNote, ProcessReport, StreamReport, VmmReport
 from sim.live.real_time import Delays
 from sim.live.tcp.sockets import Granted
 from sim.outcome import Outcome, RunReport, completed, ended, with_bound

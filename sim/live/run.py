@@ -15,8 +15,7 @@ from typing import Any
 
 from proto_v3.errors import UserError
 from sim.live.processes.children import HANGS, Child, device_main, source_main, start, target_main
-from sim.live.processes.notes import GuestNote, Note, SessionNote
-from sim.live.processes.report import VmmReport
+from sim.live.processes.report import GuestNote, Note, SessionNote, VmmReport
 from sim.live.processes.settings import Settings, check_size
 from sim.live.result import LiveResult, SideEnd, result
 from sim.live.tcp.messages import Run

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.live.processes.children import Child
-from sim.live.processes.notes import GuestNote, Note
+from sim.live.processes.report import GuestNote, Note
 from sim.live.processes.settings import Settings
 from sim.live.result import LiveResult, SideEnd
 from sim.live.run import run_here, run_to, serve_one

@@ -25,7 +25,7 @@ from experiments.draw.live_progress import Progress, rates_mib_per_s
 from proto_v3.errors import UserError
 from proto_v3.timeline import PHASES, Resource
 from sim.live.limits import delays_ns, too_short
-from sim.live.processes.notes import GuestNote, ProgressNote
+from sim.live.processes.report import GuestNote, ProgressNote
 from sim.live.processes.settings import Tls, check_size
 from sim.scenario.file import load
 from tests.build.cli import CLI, proto_v3

@@ -33,6 +33,8 @@ LONG_AGO_NS = -(10**12)
 """Start of the wait for a call: the task that answers one has waited for nothing else before it."""
 _LENGTH = struct.Struct("<I")
 CALL, ANSWER, ERROR, NOTE = range(4)
+BEATS = 4
+"""Pings within the time after which a process that does not answer is given up."""
 
 
 class CallsError(ProtoV3Error):
@@ -114,6 +116,23 @@ class Calls:
         self.note(name, **body)
         while self._out and not self.gone.done():
             await asyncio.sleep(0.001)
+
+    async def unanswered(self, first_s: float, silent_s: float) -> bool:
+        """Ping the other process until it is gone (False), or has not answered for `silent_s` (True).
+
+        The first answer may take `first_s`.
+
+        Pings without an answer are counted, not time: while this process itself is stopped, none is missed.
+        """
+        asked, missed, limit = self.begin("ping"), 0, max(BEATS, round(BEATS * first_s / silent_s))
+        while missed < limit:
+            await asyncio.wait([self.gone], timeout=silent_s / BEATS)
+            if self.gone.done():
+                return False
+            missed += 1
+            if asked.done():
+                asked, missed, limit = self.begin("ping"), 0, BEATS
+        return True
 
     def _gone_error(self) -> OSError:
         return OSError(errno.ENODEV, f"the {self._peer} {self._why}")

@@ -25,10 +25,9 @@ from sim.live.fd.calls import Calls, Reply
 from sim.live.plain import from_plain, to_plain
 from sim.live.processes.device_process import DeviceProcess
 from sim.live.processes.fork_server import end_with_server, start_process
-from sim.live.processes.notes import Note, RejectedNote, received, send
-from sim.live.processes.report import VmmReport
+from sim.live.processes.report import Note, RejectedNote, VmmReport, received_note, send_note
 from sim.live.processes.settings import Settings
-from sim.live.processes.vmm import VmmProcess, run_source, run_target, unanswered
+from sim.live.processes.vmm import VmmProcess, run_source, run_target
 from sim.live.tcp.messages import Run
 
 RESULT = "result"
@@ -67,7 +66,7 @@ class Child:
 
     async def _watch(self, settings: Settings) -> None:
         silent_s = HANGS * settings.silent_s
-        if await unanswered(self.lifeline, max(settings.handshake_s, silent_s), silent_s) and not self.ended.done():
+        if await self.lifeline.unanswered(settings.handshake_s, silent_s) and not self.ended.done():
             self._hung = f"the {self.name} (process {self._pid}) did not answer, and was killed"
             self.process.kill()
 
@@ -131,7 +130,7 @@ def _watched(
 
     async def handle(kind: str, body: dict[str, Any]) -> Reply:
         if kind != RESULT:
-            on_note(received(kind, body))
+            on_note(received_note(kind, body))
         elif not result.done():
             result.set_result(from_plain(VmmReport, body))
         return Reply()
@@ -239,7 +238,7 @@ def target_main(
         vmm = VmmProcess("target", settings, Calls(control, "device process"), supervisor)
 
         def rejected(why: str) -> None:
-            send(supervisor, RejectedNote(why))
+            send_note(supervisor, RejectedNote(why))
 
         await _until_gone(supervisor, _report(vmm, run_target(vmm, listener, rejected)))
 

@@ -1,17 +1,80 @@
-"""What the processes of a live run report at their end, to each other, to the other host and to their supervisor.
+"""What the processes of a live run send: notes to their supervisor while they run, and reports at their end.
 
-It goes over sockets as `sim.live.plain` makes it.
+A report goes to the other processes, to the other host and to the supervisor. `sim.live.plain` makes what is sent.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from proto_v3.vmm.migration import OutcomeKind
+from sim.live.fd.calls import Calls
+from sim.live.plain import from_plain, to_plain
 from sim.live.real_time import Delays
 from sim.live.tcp.sockets import Granted
 from sim.report import Counters, DeviceReport, SideReport
+
+# --- notes ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GuestNote:
+    """A guest is about to run, or has stopped."""
+
+    side: str
+    runs: bool
+    at_ns: int
+    """On time.perf_counter_ns() there."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionNote:
+    """A target has accepted a source."""
+
+    peer: str
+    protocol: str
+    scenario: str
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedNote:
+    """A target has turned a caller away."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressNote:
+    """How far a source is."""
+
+    at_ns: int
+    """Since time 0."""
+    phase: str
+    remaining_bytes: int
+    """Of the devices."""
+    written_bytes: int
+    """By the guest to the devices."""
+    wire_bytes: int
+    streams: dict[str, int]
+    """Bytes read from each data fd, by its name."""
+
+
+Note = GuestNote | SessionNote | RejectedNote | ProgressNote
+NOTES: dict[str, type[Note]] = {kind.__name__: kind for kind in get_args(Note)}
+
+
+def send_note(supervisor: Calls, note: Note) -> None:
+    """Send a note; nothing answers it."""
+    supervisor.note(type(note).__name__, **to_plain(note))
+
+
+def received_note(name: str, body: object) -> Note:
+    """The note that was sent."""
+    return from_plain(NOTES[name], body)
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import mmap
 import socket
 import ssl
 import time
@@ -16,6 +17,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 import pydantic
+from typing_extensions import override
 
 from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error, leaves
 from proto_v3.timeline import Mark, on_track
@@ -23,6 +25,7 @@ from proto_v3.vmm.migration import OutcomeKind, Side, Source, Target, Unsupporte
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Kind
 from sim.clock import port as clock
+from sim.host.machine import Guest, MachineModel
 from sim.host.vmms import connections, make_source, make_target, side_report
 from sim.live.fd.calls import Calls
 from sim.live.fd.remote import RemoteDevice
@@ -30,16 +33,18 @@ from sim.live.fd.remote_fd import Devices
 from sim.live.io import IO
 from sim.live.merge_timelines import ProcessTimeline
 from sim.live.plain import from_plain, to_plain
-from sim.live.processes.guest import GuestThere, LiveMachine, Pages
-from sim.live.processes.notes import GuestNote, ProgressNote, SessionNote, send
 from sim.live.processes.report import (
     DeviceProcessReport,
     Digests,
     Failure,
+    GuestNote,
     Measured,
     ProcessReport,
+    ProgressNote,
+    SessionNote,
     StreamReport,
     VmmReport,
+    send_note,
 )
 from sim.live.processes.settings import Settings, check_size, frame_bytes, socket_settings
 from sim.live.real_time import RealTime
@@ -59,8 +64,6 @@ MAX_FRAME_BYTES = 1 << 30
 """That a target receives."""
 PROGRESS_S = 0.25
 """Between progress notes."""
-BEATS = 4
-"""Pings within the time after which a process that does not answer is given up."""
 
 
 class VmmProcess:
@@ -107,7 +110,7 @@ class VmmProcess:
         return Side(self.machine, remote, settings, self.timeline, self.counters)
 
     def _guest_runs(self, runs: bool) -> None:
-        send(self.supervisor, GuestNote(self.side, runs, time.perf_counter_ns()))
+        send_note(self.supervisor, GuestNote(self.side, runs, time.perf_counter_ns()))
 
     async def within_limit(self, work: Coroutine[Any, Any, T], session: Session) -> T:
         """Do the work. A peer may answer and yet make no progress, so the session ends after a time limit."""
@@ -118,9 +121,9 @@ class VmmProcess:
             limit.cancel()
 
     async def beat(self) -> None:
-        """Ping the device process; close the connection after `silent_s` seconds without an answer."""
+        """Ping the device process; close the socket to it after `silent_s` seconds without an answer."""
         silent_s = self.settings.silent_s
-        if await unanswered(self.device, max(self.settings.handshake_s, silent_s), silent_s):
+        if await self.device.unanswered(self.settings.handshake_s, silent_s):
             self.device.close(f"does not answer for {silent_s:g} s")
 
     async def _limit(self, session: Session) -> None:
@@ -160,21 +163,58 @@ class VmmProcess:
         return Failure(str(error) or type(error).__name__, echo, isinstance(error, UnsupportedError))
 
 
-async def unanswered(calls: Calls, first_s: float, silent_s: float) -> bool:
-    """Ping the other process until it is gone (False), or has not answered for `silent_s` (True). The first answer may
-    take `first_s`.
+# --- its guest --------------------------------------------------------------------------------------------------------
 
-    Pings without an answer are counted, not time: while this process itself is stopped, none is missed.
-    """
-    asked, missed, limit = calls.begin("ping"), 0, max(1, round(BEATS * first_s / silent_s))
-    while missed < limit:
-        await asyncio.wait([calls.gone], timeout=silent_s / BEATS)
-        if calls.gone.done():
-            return False
-        missed += 1
-        if asked.done():
-            asked, missed, limit = calls.begin("ping"), 0, BEATS
-    return True
+
+class GuestThere(Guest):
+    """A guest that writes to its devices in the device process."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    @override
+    async def order_stop(self) -> None:
+        await self._calls.call("guest", what="order_stop")
+
+    @override
+    async def stop(self) -> None:
+        await self._calls.call("guest", what="stop")
+
+    @override
+    async def start(self) -> None:
+        await self._calls.call("guest", what="start")
+
+
+class LiveMachine(MachineModel):
+    """A VMM's guest. `on_run` is called with whether it runs: before it starts, and after it has stopped."""
+
+    def __init__(self, *args: Any, on_run: Callable[[bool], None], **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._on_run = on_run
+        on_run(self.running)
+
+    @override
+    async def stop_vcpus(self) -> None:
+        await super().stop_vcpus()
+        self._on_run(False)
+
+    @override
+    async def start_vcpus(self) -> None:
+        self._on_run(True)
+        await super().start_vcpus()
+
+
+class Pages:
+    """Pages of RAM as bytes of which only the number matters. They are never written, so they take no memory."""
+
+    def __init__(self) -> None:
+        self._zeros = memoryview(b"")
+
+    def __call__(self, size_bytes: int) -> memoryview:
+        """`size_bytes` zeros."""
+        if size_bytes > len(self._zeros):
+            self._zeros = memoryview(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        return self._zeros[:size_bytes]
 
 
 # --- the source -------------------------------------------------------------------------------------------------------
@@ -278,7 +318,7 @@ async def _send_progress(vmm: VmmProcess) -> None:
                 wire_bytes=sum(channel.bytes_sent for channel in vmm.channels),
                 streams={fd.name: fd.counters.device_bytes for fd in vmm.devices.fds},
             )
-            send(vmm.supervisor, note)
+            send_note(vmm.supervisor, note)
 
 
 def _phase(timeline: ProcessTimeline) -> str:
@@ -313,7 +353,7 @@ async def run_target(vmm: VmmProcess, listener: socket.socket, rejected: Callabl
         rejected=rejected,
     )
     try:
-        send(vmm.supervisor, SessionNote(session.peer, vmm.run.protocol, vmm.scenario.name))
+        send_note(vmm.supervisor, SessionNote(session.peer, vmm.run.protocol, vmm.scenario.name))
         return await _receive(vmm, session)
     except (OSError, ProtoV3Error) as error:
         with contextlib.suppress(OSError, ProtoV3Error):
