@@ -28,7 +28,7 @@ from proto_v3.vfio.device import DataFd, MigrationDevice
 from proto_v3.vfio.uapi import MigrationFlags, State
 from proto_v3.vmm.machine import Machine
 from proto_v3.vmm.return_path import HandOver, ReturnPath
-from proto_v3.vmm.switchover import Switchover, SwitchoverSettings
+from proto_v3.vmm.switchover import SwitchoverSettings
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind, Payload
 
@@ -294,10 +294,6 @@ class Source(abc.ABC):
     async def end_ram(self) -> None:
         """All pages were sent: report it to the target."""
         await self.channels[0].send_control(Kind.RAM_END)
-
-    def switchover(self) -> Switchover:
-        """A new measurement of the bandwidth."""
-        return Switchover(self.side.settings, self.now_ns)
 
 
 class Target(abc.ABC):

@@ -8,7 +8,7 @@ side that fails reports it, as in the migration itself: CANCEL from the source, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from reprlib import repr as short
 from typing import Any
@@ -27,7 +27,7 @@ from proto_v3.vmm.v3_source import V3Source
 from proto_v3.vmm.v3_target import V3Target
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
-from proto_v3.wire.streams import Wire
+from proto_v3.wire.streams import Credits, Wire
 
 VERSION = 3
 MAX_HELLO_BYTES = 1024
@@ -100,6 +100,17 @@ async def _able(devices: Sequence[MigrationDevice], blocks: bool) -> int:
     return min(most)
 
 
+@contextlib.asynccontextmanager
+async def _or_send(kind: Kind, channel: Channel) -> AsyncIterator[None]:
+    """If the body fails, send a frame of this kind to the other side; the error is raised on."""
+    try:
+        yield
+    except (OSError, ProtoV3Error):
+        with contextlib.suppress(OSError):
+            await channel.send_control(kind)
+        raise
+
+
 async def negotiated_source(
     side: Side, channels: Sequence[Channel], v3: V3Options, v2: V2Options
 ) -> tuple[Source, str]:
@@ -108,38 +119,32 @@ async def negotiated_source(
     Raises UnsupportedError if they cannot agree; OSError, PeerProtocolError or PeerFailedError if the exchange fails.
     In each case CANCEL was sent to the target, and no device was touched.
     """
-    try:
+    async with _or_send(Kind.CANCEL, channels[0]):
         return await _agreed(side, channels, v3, v2)
-    except (OSError, ProtoV3Error):
-        with contextlib.suppress(OSError):
-            await channels[0].send_control(Kind.CANCEL)
-        raise
 
 
 async def _agreed(side: Side, channels: Sequence[Channel], v3: V3Options, v2: V2Options) -> tuple[Source, str]:
     main = channels[0]
+    asked = "addressable blocks" if v3.blocks else str(v3.dirty_streams)
     for device in side.devices:
         if not (has := await _able([device], v3.blocks)) or has < v3.dirty_streams:
             what = "no addressable blocks" if v3.blocks and not has else f"{has} dirty streams"
-            raise UnsupportedError(f"{device.name} has {what}; {v3.asked} were asked for")
-    await main.send(_wanted(v3).frame())
+            raise UnsupportedError(f"{device.name} has {what}; {asked} were asked for")
+    wanted = Hello(VERSION, v3.dirty_streams, v3.wire_streams, v3.blocks, str(v3.wire), v3.pool_connections)
+    await main.send(wanted.frame())
     answer = Hello.of(await main.recv())
     if answer.version == 2:
         return V2Source(side, channels, v2), "the target knows v2 only: fell back to it"
     agreed = (answer.version, answer.wire_streams, answer.wire, answer.pool)
-    if agreed != (VERSION, v3.wire_streams, str(v3.wire), v3.pool_connections):
+    if agreed != (wanted.version, wanted.wire_streams, wanted.wire, wanted.pool):
         raise PeerProtocolError(f"HELLO answers (version, wire_streams, wire, pool) = {agreed}, not what was asked for")
     if answer.dirty_streams < v3.dirty_streams or answer.blocks != v3.blocks:
         has_there = f"{answer.dirty_streams} dirty streams" if answer.blocks == v3.blocks else "no addressable blocks"
-        raise UnsupportedError(f"the target has {has_there}; {v3.asked} were asked for")
-    credits = (answer.critical_credit_bytes, answer.dirty_credit_bytes)
-    if not all(credits):
+        raise UnsupportedError(f"the target has {has_there}; {asked} were asked for")
+    if not (answer.critical_credit_bytes and answer.dirty_credit_bytes):
         raise PeerProtocolError("HELLO gives no credit")
-    return V3Source(side, channels, v3.with_credits(*credits)), ""
-
-
-def _wanted(v3: V3Options) -> Hello:
-    return Hello(VERSION, v3.dirty_streams, v3.wire_streams, v3.blocks, str(v3.wire), v3.pool_connections)
+    credits = Credits(answer.critical_credit_bytes, answer.dirty_credit_bytes)
+    return V3Source(side, channels, replace(v3, credits=credits)), ""
 
 
 async def negotiated_target(
@@ -150,12 +155,8 @@ async def negotiated_target(
     `v3`: the target's options, of which only its credits count; None if it knows v2 only. Raises OSError or
     PeerProtocolError if the exchange fails; FAILED was then sent to the source.
     """
-    try:
+    async with _or_send(Kind.FAILED, channels[0]):
         return await _as_asked(side, channels, v3, v2)
-    except (OSError, ProtoV3Error):
-        with contextlib.suppress(OSError):
-            await channels[0].send_control(Kind.FAILED)
-        raise
 
 
 async def _as_asked(side: Side, channels: Sequence[Channel], v3: V3Options | None, v2: V2Options) -> Target | None:

@@ -83,17 +83,12 @@ class Backlog(abc.ABC):
         self._settings = settings
         self._at_ns = now_ns
         self._sent_bytes = 0
-        self._ran_dry = False
-        """Whether the part was empty at any sample."""
+        self._ran_dry = False  # whether the part was empty at any sample
+        self._bytes_per_s: float | None = None  # None: no rate could be measured
 
     @abc.abstractmethod
     def sample(self, now_ns: int, bytes_sent: int, remaining_bytes: int) -> None:
         """Record all bytes of this part sent since the start, and its remaining bytes as far as they are known."""
-
-    @property
-    @abc.abstractmethod
-    def _bytes_per_s(self) -> float | None:
-        """The measured rate; None if none could be measured."""
 
     def fits(self, remaining_bytes: int) -> bool:
         """Whether this part alone can be sent within the downtime limit. True if nothing remains or a bandwidth is
@@ -109,24 +104,15 @@ class Backlog(abc.ABC):
 class RamBacklog(Backlog):
     """RAM: the rate is that of the last window, as in v2, if RAM was never empty in it; else there is none."""
 
-    def __init__(self, settings: SwitchoverSettings, now_ns: int) -> None:
-        super().__init__(settings, now_ns)
-        self._window_bytes_per_s: float | None = None
-
-    @property
-    @override
-    def _bytes_per_s(self) -> float | None:
-        return self._window_bytes_per_s
-
     @override
     def sample(self, now_ns: int, bytes_sent: int, remaining_bytes: int) -> None:
         elapsed_ns = now_ns - self._at_ns
         if remaining_bytes == 0:
-            self._window_bytes_per_s, self._ran_dry = None, True
+            self._bytes_per_s, self._ran_dry = None, True
         elif elapsed_ns < self._settings.bandwidth_window_ns:
             return
         else:
-            self._window_bytes_per_s = (bytes_sent - self._sent_bytes) * NS_PER_S / elapsed_ns
+            self._bytes_per_s = (bytes_sent - self._sent_bytes) * NS_PER_S / elapsed_ns
         self._at_ns, self._sent_bytes = now_ns, bytes_sent
 
 
@@ -150,13 +136,6 @@ class StreamBacklog(Backlog):
         self._round_bytes = 0
         self._last_round_bytes_per_s: float | None = None
 
-    @property
-    @override
-    def _bytes_per_s(self) -> float | None:
-        if self._round_ns >= self._settings.bandwidth_window_ns:
-            return self._round_bytes * NS_PER_S / self._round_ns
-        return self._last_round_bytes_per_s
-
     @override
     def sample(self, now_ns: int, bytes_sent: int, remaining_bytes: int) -> None:
         if self._in_round:
@@ -168,3 +147,7 @@ class StreamBacklog(Backlog):
                 self._last_round_bytes_per_s = self._round_bytes * NS_PER_S / self._round_ns
             self._round_ns = self._round_bytes = 0
             self._ran_dry = True
+        if self._round_ns >= self._settings.bandwidth_window_ns:
+            self._bytes_per_s = self._round_bytes * NS_PER_S / self._round_ns
+        else:
+            self._bytes_per_s = self._last_round_bytes_per_s

@@ -22,6 +22,7 @@ from proto_v3.vfio.device import MigrationDevice
 from proto_v3.vfio.uapi import MigrationFlags
 from proto_v3.vmm.migration import OutcomeKind, Side, Source, pause, read_some
 from proto_v3.vmm.multifd import Senders
+from proto_v3.vmm.switchover import Switchover
 from proto_v3.vmm.v2 import Ack, V2Options
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind, Payload
@@ -124,7 +125,7 @@ class V2Source(Source):
     async def _precopy(self, start_ns: int) -> OutcomeKind | None:
         """Iterate until the guest can be stopped: None. Else how pre-copy ended."""
         settings = self.side.settings
-        switchover = self.switchover()
+        switchover = Switchover(settings, self.now_ns)
         await self._ask_devices()
         while True:
             sent = self.bytes_sent()

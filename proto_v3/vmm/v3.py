@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from proto_v3.vfio.device import NO_STREAM_FLAGS, MigrationDevice
 from proto_v3.vfio.uapi import StreamFlags
@@ -36,11 +36,6 @@ class V3Options:
         return 1 if self.blocks else self.wire_streams
 
     @property
-    def asked(self) -> str:
-        """What is asked of the devices, in words for an error message."""
-        return "addressable blocks" if self.blocks else str(self.dirty_streams)
-
-    @property
     def flags(self) -> StreamFlags:
         """To opt in with."""
         return StreamFlags.BLOCKS if self.blocks else NO_STREAM_FLAGS
@@ -54,10 +49,6 @@ class V3Options:
                 return 1 + self.pool_connections
             case Wire.ONE:
                 return 1
-
-    def with_credits(self, critical_bytes: int, dirty_bytes: int) -> V3Options:
-        """The same options with the target's credits."""
-        return replace(self, credits=Credits(critical_bytes, dirty_bytes))
 
 
 async def opt_out(devices: Sequence[MigrationDevice]) -> None:

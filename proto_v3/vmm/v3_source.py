@@ -28,7 +28,7 @@ from proto_v3.timeline import Join, Work
 from proto_v3.vfio.device import BlocksFd, DataFd, Ready
 from proto_v3.vmm.migration import OutcomeKind, Side, Source, pause, read_some
 from proto_v3.vmm.return_path import HandOver
-from proto_v3.vmm.switchover import RamBacklog, StreamBacklog
+from proto_v3.vmm.switchover import RamBacklog, StreamBacklog, Switchover
 from proto_v3.vmm.v3 import V3Options, opt_out
 from proto_v3.vmm.v3_blocks import BlockReaders
 from proto_v3.wire.channel import Channel
@@ -112,7 +112,7 @@ class V3Source(Source):
         self._sending: list[asyncio.Task[None]] = []
         self._ready_changed = Notify()
         """Whether a device is ready may have changed."""
-        self._whole = self.switchover()
+        self._whole = Switchover(side.settings, self.now_ns)
         self._ram = RamBacklog(side.settings, self.now_ns)
         self._ram_bytes_sent = 0
         self._ram_phase = _RamPhase.ITERATE
