@@ -57,8 +57,7 @@ class _Sender:
         self._pool = pool
         self._packet: Frame | None = None
         self._notify = Notify()
-        self.sync_due = False
-        """Send SYNC, that no RAM follows, after the packet in hand."""
+        self.sync_due = False  # send SYNC, that no RAM follows, after the packet in hand
 
     def give(self, packet: Frame) -> None:
         self._packet = packet
@@ -152,8 +151,7 @@ class _Loader:
     def __init__(self, index: int, target: Target, max_queued_bytes: int | None) -> None:
         self.index = index
         self._max_queued_bytes = max_queued_bytes
-        self.waiting: dict[int, Frame] = {}
-        """Packets that arrived and are not written yet, by their number."""
+        self.waiting: dict[int, Frame] = {}  # packets that arrived and are not written yet, by their number
         self.done = False
         self._target = target
         self._next = 0

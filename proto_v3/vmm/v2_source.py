@@ -41,12 +41,9 @@ class _Known:
     def __init__(self) -> None:
         self.initial_bytes = 0
         self.dirty_bytes = 0
-        self.requests = 1
-        """Acks needed so far: one for the initial data, one for each REINIT."""
-        self.sent = False
-        """Whether INIT_DATA_SENT was sent for the newest request."""
-        self.acked = 0
-        """The newest request that the target acknowledged."""
+        self.requests = 1  # acks needed so far: one for the initial data, one for each REINIT
+        self.sent = False  # whether INIT_DATA_SENT was sent for the newest request
+        self.acked = 0  # the newest request that the target acknowledged
 
     def read(self, size: int) -> None:
         """`size` bytes were read. Initial data comes first (vfio_update_estimated_pending_data)."""
@@ -76,8 +73,7 @@ class V2Source(Source):
         self._main = channels[0]
         self._senders = Senders(options.multifd, channels[1:]) if options.multifd else None
         self._known = [_Known() for _ in side.devices]
-        self._all_acked = False
-        """Whether the one-shot ack was received."""
+        self._all_acked = False  # whether the one-shot ack was received
         self._read_bytes: list[int] = []
 
     @override

@@ -31,12 +31,9 @@ class BlockReaders:
         self.sent_bytes = 0
         """Total since the start."""
         self._read_bytes = read_bytes
-        self._wanted: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        """Blocks still to be read."""
-        self._wanted_blocks = 0
-        """How many they are."""
-        self._at = 0
-        """The block that the search for the next run starts at."""
+        self._wanted: NDArray[np.bool_] = np.zeros(0, np.bool_)  # blocks still to be read
+        self._wanted_blocks = 0  # how many they are
+        self._at = 0  # the block that the search for the next run starts at
         self._run_blocks = 1
         self._block_bytes = 0
         self._final = False

@@ -49,14 +49,10 @@ class _Critical:
     """What is known of a device's critical stream. loaded_epoch <= sent_epoch <= epoch."""
 
     def __init__(self) -> None:
-        self.drained = False
-        """Nothing was unread at the last info call, and no data arrived since."""
-        self.epoch = 0
-        """The newest epoch that is known."""
-        self.sent_epoch = 0
-        """The epoch of the last EPOCH_SENT."""
-        self.loaded_epoch = 0
-        """The epoch of the last EPOCH_LOADED."""
+        self.drained = False  # nothing was unread at the last info call, and no data arrived since
+        self.epoch = 0  # the newest epoch that is known
+        self.sent_epoch = 0  # the epoch of the last EPOCH_SENT
+        self.loaded_epoch = 0  # the epoch of the last EPOCH_LOADED
 
     @property
     def ready(self) -> bool:
@@ -70,14 +66,10 @@ class _Stream:
         self.fd = fd
         self.wire = wire
         self.device = device
-        self.index = index
-        """0: the critical stream."""
-        self.unread_bytes = 0
-        """As far as is known without asking."""
-        self.read_bytes = 0
-        """Total since the start."""
-        self.sent_bytes = 0
-        """Total since the start."""
+        self.index = index  # 0: the critical stream
+        self.unread_bytes = 0  # as far as is known without asking
+        self.read_bytes = 0  # total since the start
+        self.sent_bytes = 0  # total since the start
 
     async def ask(self) -> None:
         """Ask how much is unread. This makes a drained stream save what became dirty."""
@@ -110,8 +102,7 @@ class V3Source(Source):
         self._backlogs: list[tuple[_Stream | BlockReaders, StreamBacklog]] = []
         """One for each dirty stream, or for the readers of each device's blocks."""
         self._sending: list[asyncio.Task[None]] = []
-        self._ready_changed = Notify()
-        """Whether a device is ready may have changed."""
+        self._ready_changed = Notify()  # whether a device is ready may have changed
         self._whole = Switchover(side.settings, self.now_ns)
         self._ram = RamBacklog(side.settings, self.now_ns)
         self._ram_bytes_sent = 0

@@ -65,8 +65,7 @@ class V3Target(Target):
         self._phase = Phase.LOADING
         self._ram_arrived = False
         self._ram_began_ns = 0
-        self._notify = Notify()
-        """The phase changed, or all RAM arrived."""
+        self._notify = Notify()  # the phase changed, or all RAM arrived
 
     @override
     async def receive(self) -> bool:

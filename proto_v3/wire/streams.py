@@ -278,8 +278,7 @@ class _Room:
         self._size = size
         self._held = 0
         self._frames = 0
-        self._taken = 0
-        """Bytes that the driver took, whose credit was not given back yet."""
+        self._taken = 0  # bytes that the driver took, whose credit was not given back yet
 
     def put(self, size: int) -> None:
         if self._held and self._held + self._taken + size > self._size:

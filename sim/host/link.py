@@ -47,8 +47,7 @@ class _OneWay:
         self._arrival = Notify()
         self._gone: ConnectionResetError | None = None
         self.last_arrival_ns = 0
-        self.wakeups = 0
-        """Waits in send() and recv() that ended."""
+        self.wakeups = 0  # waits in send() and recv() that ended
 
     async def send(self, header: bytes, payload: Payload) -> None:
         size = len(header) + len(payload)
