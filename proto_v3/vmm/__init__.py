@@ -1,2 +1,2 @@
-"""What a VMM does: the steps of a migration, v2 and v3 at both ends, the decision to stop. Imports vfio, wire, notify,
+"""What a VMM does: the steps of a migration, v2 and v3 at both ends, the decision to stop. Imports vfio, wire,
 timeline and errors."""

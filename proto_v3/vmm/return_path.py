@@ -6,9 +6,8 @@ import enum
 from collections.abc import Callable
 
 from proto_v3.errors import PeerFailedError, PeerProtocolError
-from proto_v3.notify import Notify
-from proto_v3.wire.channel import Channel
-from proto_v3.wire.frames import Frame, Kind
+from proto_v3.timeline import Notify
+from proto_v3.wire.frames import Channel, Frame, Kind
 
 
 class HandOver(enum.IntEnum):

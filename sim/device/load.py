@@ -15,8 +15,7 @@ from contextlib import AsyncExitStack
 import numpy as np
 from typing_extensions import override
 
-from proto_v3.notify import Notify
-from proto_v3.timeline import Resource
+from proto_v3.timeline import Notify, Resource
 from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.uapi import PrecopyInfo, StreamInfo
 from proto_v3.wire.frames import Payload

@@ -13,8 +13,7 @@ import os
 import time
 from contextlib import nullcontext
 
-from proto_v3.notify import Notify
-from proto_v3.timeline import Resource
+from proto_v3.timeline import Notify, Resource
 from sim.device.blocks import SaveBlocks
 from sim.device.record import Extent
 from sim.live.fd.lock import Mutex
