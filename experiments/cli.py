@@ -1,4 +1,7 @@
-"""The command line. A command imports its module only when it is called, so that `--help` answers at once."""
+"""The command line. A command imports its module only when it is called, so that `--help` answers at once.
+
+Options have the names of the parameters of what they are passed to: `run_NAME` in experiments.commands.NAME.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,28 @@ from typing import Any
 import click
 
 from experiments import INTERRUPTED, __version__
-from experiments.commands.options import format_option, jobs_option, live_options, live_settings, set_option, split
+from experiments.commands.options import (
+    first_seed_option,
+    format_option,
+    jobs_option,
+    live_options,
+    live_settings,
+    out_option,
+    protocols_option,
+    runs_option,
+    set_option,
+    spans_option,
+)
 from proto_v3.errors import UserError
 
 
 class Cli(click.Group):
-    """The commands; a user's mistake is one message on stderr and exit status 2, never a traceback."""
+    """The commands, which return their exit status; a user's mistake is one message on stderr, never a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            status = super().invoke(ctx)
         except UserError as error:
             click.echo(f"proto-v3: error: {error}", err=True)
             ctx.exit(2)
@@ -31,6 +45,12 @@ class Cli(click.Group):
         except KeyboardInterrupt:
             click.echo("proto-v3: interrupted", err=True)
             ctx.exit(INTERRUPTED)
+        ctx.exit(status or 0)
+
+
+def command_line() -> list[str]:
+    """The command that runs, for manifests and figures."""
+    return ["proto-v3", *sys.argv[1:]]
 
 
 def print_version(ctx: click.Context, option: click.Parameter, asked: bool) -> None:
@@ -60,36 +80,20 @@ def main() -> None:
 
 @main.command()
 @click.argument("scenario")
-@click.option(
+@protocols_option(
     "--protocols",
-    default="v2,v2-multifd,v3-n1,v3-n4",
-    show_default=True,
-    metavar="NAMES",
-    callback=split,
-    help="Separated by commas: v2 or v3, as the scenario sets them up, or with suffixes. Of v2: -multifd, -ack, "
+    "v2,v2-multifd,v3-n1,v3-n4",
+    "Separated by commas: v2 or v3, as the scenario sets them up, or with suffixes. Of v2: -multifd, -ack, "
     "-ack-reusable, -reinit-flush, -reinit-invalidate, -polls. Of v3: -n1 to -n64 (dirty streams), -blocks, -pool, "
     "-one, -invalidate, -retry.",
 )
-@click.option("--seeds", type=click.IntRange(1, 100_000), default=10, show_default=True, help="Runs of each protocol.")
-@click.option("--first-seed", type=click.IntRange(0), default=1, show_default=True, help="The seeds count up from it.")
-@click.option(
-    "--out",
-    metavar="FOLDER",
-    help="Write the table, the figure and the manifest into this folder.  [default: results/SCENARIO]",
-)
+@runs_option("--seeds", 10, "Runs of each protocol.", most=100_000)
+@first_seed_option
+@out_option("Write the table, the figure and the manifest into this folder.  [default: results/SCENARIO]")
 @format_option
 @jobs_option
 @set_option
-def compare(
-    scenario: str,
-    protocols: list[str],
-    seeds: int,
-    first_seed: int,
-    out: str | None,
-    table_format: str,
-    jobs: int | None,
-    settings: tuple[str, ...],
-) -> None:
+def compare(seeds: int, first_seed: int, **options: Any) -> int:
     """Migrate the devices of SCENARIO under each protocol: downtime, where it went, a figure.
 
     SCENARIO is a shipped scenario's name (see `proto-v3 scenarios`) or a TOML file. Every protocol gets the same
@@ -99,23 +103,15 @@ def compare(
     """
     from experiments.commands.compare import run_compare
 
-    ctx = click.get_current_context()
-    chosen = range(first_seed, first_seed + seeds)
-    ctx.exit(run_compare(scenario, protocols, chosen, out, table_format, jobs, ["proto-v3", *sys.argv[1:]], settings))
+    return run_compare(seeds=range(first_seed, first_seed + seeds), command=command_line(), **options)
 
 
 @main.command()
-@click.argument("cases", metavar="[CASE]...", nargs=-1)
-@click.option("--seeds", type=click.IntRange(1, 100_000), default=10, show_default=True, help="Runs of each case.")
+@click.argument("names", metavar="[CASE]...", nargs=-1)
+@runs_option("--seeds", 10, "Runs of each case.", most=100_000)
 @jobs_option
-@click.option(
-    "--out",
-    metavar="FOLDER",
-    default="results/validate",
-    show_default=True,
-    help="Write the table, the figure and the manifest into this folder.",
-)
-def validate(cases: tuple[str, ...], seeds: int, jobs: int | None, out: str) -> None:
+@out_option("Write the table, the figure and the manifest into this folder.", default="results/validate")
+def validate(seeds: int, **options: Any) -> int:
     """Compare the simulation with published figures: the error of each figure, and how many errors are small.
 
     A CASE is a scenario with published figures, by name or as a TOML file; without one, all shipped cases are run.
@@ -128,8 +124,7 @@ def validate(cases: tuple[str, ...], seeds: int, jobs: int | None, out: str) -> 
     """
     from experiments.commands.validate import run_validate
 
-    ctx = click.get_current_context()
-    ctx.exit(run_validate(cases, range(1, seeds + 1), out, jobs, ["proto-v3", *sys.argv[1:]]))
+    return run_validate(seeds=range(1, seeds + 1), command=command_line(), **options)
 
 
 @main.command("run")
@@ -142,14 +137,8 @@ def validate(cases: tuple[str, ...], seeds: int, jobs: int | None, out: str) -> 
     metavar="ADDRESS",
     help="Make the runs on the workers of this Dask cluster (tcp://HOST:8786) instead; needs proto-v3[distributed].",
 )
-@click.option(
-    "--out",
-    metavar="FOLDER",
-    help="Each experiment writes into a folder of its name in this one.  [default: results; results/quick if quick]",
-)
-def run(
-    names: tuple[str, ...], quick: bool, resume: bool, jobs: int | None, scheduler: str | None, out: str | None
-) -> None:
+@out_option("Each experiment writes into a folder of its name in this one.  [default: results; results/quick if quick]")
+def run(**options: Any) -> int:
     """Answer a question that was asked on the kvm list: run a sweep, draw it, print the answer.
 
     NAME is one of the experiments, or several, or `all`:
@@ -173,14 +162,13 @@ def run(
     """
     from experiments.commands.run import run_experiments
 
-    ctx = click.get_current_context()
-    ctx.exit(run_experiments(names, quick=quick, resume=resume, jobs=jobs, scheduler=scheduler, out=out))
+    return run_experiments(**options)
 
 
 @main.command()
 @click.option("--results", metavar="FOLDER", default="results", show_default=True, help="What `proto-v3 run` wrote.")
 @click.option("--out", metavar="FILE", help="The page.  [default: report.html in that folder]")
-def report(results: str, out: str | None) -> None:
+def report(results: str, out: str | None) -> int:
     """Put all answers, figures and tables on one HTML page that needs nothing beside itself.
 
     The answers come first, then each experiment, what the model is compared with, all parameters with their sources,
@@ -190,38 +178,20 @@ def report(results: str, out: str | None) -> None:
     """
     from experiments.commands.report import run_report
 
-    click.get_current_context().exit(run_report(results, out))
+    return run_report(results, out)
 
 
 @main.command()
 @click.argument("scenario")
-@click.option(
-    "--protocol",
-    "protocols",
-    default="v2",
-    show_default=True,
-    metavar="NAMES",
-    callback=split,
-    help="Names as of `compare`, separated by commas.",
-)
-@click.option("--runs", type=click.IntRange(1, 10_000), default=1, show_default=True, help="Runs of each protocol.")
-@click.option("--first-seed", type=click.IntRange(0), default=1, show_default=True, help="The seeds count up from it.")
+@protocols_option("--protocol", "v2", "Names as of `compare`, separated by commas.")
+@runs_option("--runs", 1, "Runs of each protocol.")
+@first_seed_option
 @click.option("--connect", metavar="HOST:PORT", help="The target is there: `proto-v3 live-target`.  [default: here]")
-@click.option("--out", metavar="FOLDER", help="Table, figure and manifest go there.  [default: results/live-SCENARIO]")
+@out_option("Table, figure and manifest go there.  [default: results/live-SCENARIO]")
 @format_option
 @live_options
 @set_option
-def live(
-    scenario: str,
-    protocols: list[str],
-    runs: int,
-    first_seed: int,
-    connect: str | None,
-    out: str | None,
-    table_format: str,
-    settings: tuple[str, ...],
-    **how: Any,
-) -> None:
+def live(runs: int, first_seed: int, **options: Any) -> int:
     """Migrate SCENARIO for real: processes, file descriptors, TCP, bytes; the clock is the machine's.
 
     There are four processes: a device process and a VMM at each side. The device processes hold the state, up to 4 GiB,
@@ -233,11 +203,8 @@ def live(
     """
     from experiments.commands.live import run_live
 
-    ctx = click.get_current_context()
-    seeds = range(first_seed, first_seed + runs)
-    command = ["proto-v3", *sys.argv[1:]]
-    how_live = live_settings(how, progress=True)
-    ctx.exit(run_live(scenario, protocols, seeds, connect, how_live, out, table_format, command, settings))
+    how = live_settings(options, progress=True)
+    return run_live(seeds=range(first_seed, first_seed + runs), how=how, command=command_line(), **options)
 
 
 @main.command("live-target")
@@ -259,7 +226,7 @@ def live(
     help="The most state that a migration may have, all devices together; it is held in memory.",
 )
 @live_options
-def live_target(listen: str, once: bool, max_state_mib: int, **how: Any) -> None:
+def live_target(listen: str, once: bool, max_state_mib: int, **options: Any) -> int:
     """Be the target of migrations from another host: wait for them, one after the other, until Ctrl-C.
 
     The source decides what is migrated. Without TLS, everybody who reaches the address can send any state up to
@@ -269,29 +236,17 @@ def live_target(listen: str, once: bool, max_state_mib: int, **how: Any) -> None
     """
     from experiments.commands.live_target import run_target
 
-    ctx = click.get_current_context()
-    ctx.exit(run_target(listen, once, live_settings(how, max_state_bytes=max_state_mib << 20)))
+    return run_target(listen, once, live_settings(options, max_state_bytes=max_state_mib << 20))
 
 
 @main.command()
 @click.argument("scenario")
-@click.option(
-    "--protocols",
-    default="v2,v3-n2",
-    show_default=True,
-    metavar="NAMES",
-    callback=split,
-    help="Names as of `compare`.",
-)
-@click.option("--runs", type=click.IntRange(1, 10_000), default=10, show_default=True, help="Runs of each protocol.")
-@click.option(
-    "--out", metavar="FOLDER", help="Tables, figure and manifest go there.  [default: results/agree-SCENARIO]"
-)
+@protocols_option("--protocols", "v2,v3-n2", "Names as of `compare`.")
+@runs_option("--runs", 10, "Runs of each protocol.")
+@out_option("Tables, figure and manifest go there.  [default: results/agree-SCENARIO]")
 @live_options
 @set_option
-def agree(
-    scenario: str, protocols: list[str], runs: int, out: str | None, settings: tuple[str, ...], **how: Any
-) -> None:
+def agree(runs: int, **options: Any) -> int:
     """Run SCENARIO in virtual time and live, with the same seeds: every figure side by side, with its ratio.
 
     The aim: downtime and throughput are within 10 % of the simulation, in the median of the runs. The machine should be
@@ -301,9 +256,8 @@ def agree(
     """
     from experiments.commands.agree import run_agree
 
-    ctx = click.get_current_context()
-    how_live, command = live_settings(how, progress=True), ["proto-v3", *sys.argv[1:]]
-    ctx.exit(run_agree(scenario, protocols, range(1, runs + 1), how_live, out, command, settings))
+    how = live_settings(options, progress=True)
+    return run_agree(seeds=range(1, runs + 1), how=how, command=command_line(), **options)
 
 
 @main.command()
@@ -312,10 +266,8 @@ def agree(
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
 @set_option
 @click.option("--out", metavar="FILE", help="The trace.  [default: out/SCENARIO-PROTOCOL-SEED.perfetto-trace]")
-@click.option("--spans", metavar="FILE", help="Write a table of all spans too, in Parquet.")
-def trace(
-    scenario: str, protocol: str, seed: int, settings: tuple[str, ...], out: str | None, spans: str | None
-) -> None:
+@spans_option
+def trace(**options: Any) -> int:
     """Make one run of SCENARIO in virtual time, and write a trace of it for https://ui.perfetto.dev.
 
     There is a track for each thread, device stream, firmware command queue, lock and connection, for the phases of the
@@ -326,14 +278,14 @@ def trace(
     """
     from experiments.commands.trace import run_trace
 
-    click.get_current_context().exit(run_trace(scenario, protocol, seed, settings, out, spans))
+    return run_trace(**options)
 
 
 @main.command()
 @click.argument("run", metavar="RUN")
-@click.option("--trace", "trace_file", metavar="FILE", help="The trace.  [default: out/RUN.perfetto-trace]")
-@click.option("--spans", metavar="FILE", help="Write a table of all spans too, in Parquet.")
-def replay(run: str, trace_file: str | None, spans: str | None) -> None:
+@click.option("--trace", metavar="FILE", help="The trace.  [default: out/RUN.perfetto-trace]")
+@spans_option
+def replay(**options: Any) -> int:
     """Make one run of a results folder again, check that it is the same, and write a trace of it.
 
     RUN is FOLDER:PROTOCOL:SEED, as in results/mlx5-2vf:v2:1, or for the runs of `proto-v3 run` FOLDER:CELL; the first
@@ -343,7 +295,7 @@ def replay(run: str, trace_file: str | None, spans: str | None) -> None:
     """
     from experiments.commands.replay import run_replay
 
-    click.get_current_context().exit(run_replay(run, trace_file, spans))
+    return run_replay(**options)
 
 
 @main.command()

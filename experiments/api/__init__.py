@@ -16,11 +16,12 @@ of all runs. `Setting` is the value of a parameter: a text, a number, a bool, or
 (base, other), both names of protocols.
 """
 
-from experiments.api.drawing import draw_changes, draw_critical, draw_downtime, draw_path, draw_seeds
 from experiments.api.running import (
     Progress,
     Seeds,
+    Setting,
     compare,
+    compare_command,
     load,
     parameters,
     questions,
@@ -28,15 +29,16 @@ from experiments.api.running import (
     scenarios,
     sweep,
 )
-from experiments.api.tracing import spans, steps, stretches, write_spans, write_trace
+from experiments.draw.downtime import draw_critical, draw_downtime
+from experiments.draw.effects import draw_changes, draw_seeds
 from experiments.draw.screen import shown, whole_tables
+from experiments.draw.staircase import draw_path
 from experiments.report.findings import findings
 from experiments.report.kept import claims, kept_answer, kept_figures, kept_runs, results_folder
-from experiments.runs.command import Setting, compare_command
 from experiments.study.advice import advice
 from experiments.study.summaries import above_bound, bounds, downtimes, read_times, resource_shares, scaling_laws
 from experiments.study.verdicts import count_verdicts, readable, seed_by_seed, verdicts
-from experiments.trace.traced_run import TracedRun
+from experiments.trace.traced_run import TracedRun, spans, steps, stretches, write_spans, write_trace
 from proto_v3.errors import UserError
 from sim.scenario.scenario import Scenario
 

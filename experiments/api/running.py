@@ -1,11 +1,13 @@
-"""Scenarios loaded, and runs made."""
+"""Scenarios loaded, and runs made; or the command that makes them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
+import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,6 @@ import polars as pl
 
 from experiments.report.parameters import parameter_rows
 from experiments.runs import table
-from experiments.runs.command import Setting, settings
 from experiments.runs.pool import Cell, Done, in_processes, progress_bar, run_cell
 from experiments.study.experiment import NAMES, find
 from experiments.trace.traced_run import TracedRun, traced_run
@@ -27,6 +28,8 @@ from sim.scenario.scenario import Scenario
 T = TypeVar("T")
 Seeds = int | Iterable[int]
 """A number of seeds, which count up from 1; or the seeds."""
+Setting = str | int | float | bool | Sequence[str]
+"""The value of a scenario's parameter."""
 Progress = bool | Callable[[int, int], None]
 """False: nothing is shown. True: a bar on stderr. A function: it is called with the runs done and the runs in all."""
 
@@ -51,7 +54,7 @@ def load(scenario: str | os.PathLike[str], changes: Mapping[str, Setting] | None
     `changes` is parameter -> value, as in `{"link.gbit_per_s": 25, "device.0.count": 4}`; the unit is in the
     parameter's name. UserError names file, key and value of each problem, and what would be right.
     """
-    return file.load(os.fspath(scenario), settings(changes or {}))
+    return file.load(os.fspath(scenario), _settings(changes or {}))
 
 
 def parameters(scenario: Scenario | str, keys: Iterable[str] | None = None) -> pl.DataFrame:
@@ -118,7 +121,7 @@ def sweep(
     dump = base.model_dump(mode="json")
     for values in itertools.product(*grid.values()):
         at = dict(zip(grid, values, strict=True))
-        changed = file.from_dump(dump, base.name, settings(at))
+        changed = file.from_dump(dump, base.name, _settings(at))
         for seed in chosen:
             for protocol in _protocols(protocols, changed):
                 cells.append(Cell(changed, protocol, seed))
@@ -136,6 +139,17 @@ def run(scenario: Scenario | str, protocol: str, seed: int = 1) -> TracedRun:
     known = _scenario(scenario)
     (chosen,) = _seeds([seed])
     return _outside_of_loops(lambda: traced_run(known, Protocol.parse(protocol, known), chosen))
+
+
+def compare_command(
+    scenario_name: str, protocol_names: Sequence[str], seeds: int, changes: Mapping[str, Setting] | None = None
+) -> str:
+    """The command line that makes the same runs, with a table, a figure and a manifest in a folder.
+
+    `seeds` is their number; they begin with 1. `changes` is parameter -> value, as for `load`.
+    """
+    command = ["proto-v3", "compare", scenario_name, "--protocols", ",".join(protocol_names), "--seeds", str(seeds)]
+    return shlex.join([*command, *(part for each in _settings(changes or {}) for part in ("--set", each))])
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -158,6 +172,11 @@ def _seeds(seeds: Seeds) -> list[int]:
     if not chosen or len(set(chosen)) < len(chosen) or not all(type(seed) is int and seed >= 0 for seed in chosen):
         raise UserError(f"seeds {seeds}: must be a number from 1, or different whole numbers from 0")
     return chosen
+
+
+def _settings(changes: Mapping[str, Setting]) -> list[str]:
+    """Each change as KEY=VALUE, as `--set` takes it."""
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes.items()]
 
 
 def _cell_value(value: Setting) -> str | int | float | bool:

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import INTERRUPTED
-from experiments.commands.live import Job, live_manifest, prepared, run_jobs, table, warn
+from experiments.commands.live import live_manifest, prepared, run_jobs, table, warn
 from experiments.report import tables
+from experiments.report.tables import say
 from experiments.runs import manifest
 from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
@@ -26,6 +27,7 @@ from experiments.runs.pool import Cell, run_cells
 from proto_v3.timeline import PHASES, Resource
 from proto_v3.vmm.migration import OutcomeKind
 from sim.live.processes.settings import Settings
+from sim.scenario.scenario import Scenario
 from sim.scenario.units import MIB, NS_PER_S
 
 AIM = 0.10
@@ -71,37 +73,37 @@ FIGURES = [
 
 
 def run_agree(
-    scenario_name: str,
-    protocol_names: Sequence[str],
+    scenario: str,
+    protocols: Sequence[str],
     seeds: Sequence[int],
-    settings: Settings,
+    how: Settings,
     out: str | None,
     command: Sequence[str],
-    changes: Sequence[str] = (),
+    settings: Sequence[str],
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
-    scenario, protocols = prepared(scenario_name, protocol_names, changes, settings)
-    folder = ResultFolder(Path(out) if out else Path("results") / f"agree-{scenario.name}")
+    loaded, chosen = prepared(scenario, protocols, settings, how)
+    folder = ResultFolder(Path(out) if out else Path("results") / f"agree-{loaded.name}")
     stderr = Console(stderr=True)
-    warn(stderr, scenario)
-    simulated, interrupted = run_cells([Cell(scenario, p, seed) for seed in seeds for p in protocols], None)
+    warn(stderr, loaded)
+    cells = [Cell(loaded, protocol, seed) for seed in seeds for protocol in chosen]
+    simulated, interrupted = run_cells(cells, None)
     if interrupted:
         return INTERRUPTED
-    jobs = [Job(protocol, seed) for seed in seeds for protocol in protocols]
-    live, interrupted = run_jobs(scenario, jobs, settings, stderr)
+    live, interrupted = run_jobs(cells, how, stderr)
     if interrupted:
         stderr.print("interrupted: nothing was written", markup=False)
         return INTERRUPTED
     virtual = results.table(simulated).with_columns(clock=pl.lit("virtual"))
-    frame = pl.concat([virtual, table(live, settings)], how="diagonal_relaxed")
+    frame = pl.concat([virtual, table(live, how)], how="diagonal_relaxed")
     compared = compare(frame)
     outcomes = [*simulated, *(result.outcome for result in live)]
     folder.write_table(frame, "runs", "parquet")
     folder.write_table(compared, "agree", "parquet")
-    how_made = manifest.of_scenario(scenario, scenario_name, command, outcomes, 2 * len(jobs))
-    folder.write_json(how_made | {"live": live_manifest(live, settings)}, "manifest")
+    how_made = manifest.of_scenario(loaded, scenario, command, outcomes, 2 * len(cells))
+    folder.write_json(how_made | {"live": live_manifest(live, how)}, "manifest")
     folder.remove("agree.png", "agree.svg")
-    _show(folder, scenario.name, scenario.description, frame, compared, command)
+    _show(folder, loaded, frame, compared, command)
     failed = any(outcome.kind is OutcomeKind.FAILED for outcome in outcomes)
     return 1 if failed or not within_aim(compared) else 0
 
@@ -151,29 +153,25 @@ def within_aim(compared: pl.DataFrame) -> bool:
 
 
 def _show(
-    folder: ResultFolder,
-    name: str,
-    description: str,
-    frame: pl.DataFrame,
-    compared: pl.DataFrame,
-    command: Sequence[str],
+    folder: ResultFolder, scenario: Scenario, frame: pl.DataFrame, compared: pl.DataFrame, command: Sequence[str]
 ) -> None:
     console = tables.console()
     paths = []
     if not compared.is_empty():
         from experiments.draw import agree as figures_agree
 
-        paths = folder.write_figure(figures_agree.agreement(name, frame, compared, AIM, shlex.join(command)), "agree")
-    tables.print_table(console, f"{name}: {description}", _outcomes(frame))
+        drawn = figures_agree.agreement(scenario.name, frame, compared, AIM, shlex.join(command))
+        paths = folder.write_figure(drawn, "agree")
+    tables.print_table(console, f"{scenario.name}: {scenario.description}", _outcomes(frame))
     for protocol in protocols(compared):
         rows = compared.filter(pl.col("protocol") == protocol)
         tables.print_table(console, f"{protocol}: medians, in virtual time and live", _compared(rows))
     for sentence in verdicts(compared):
         console.print(f"- {sentence}", highlight=False, markup=False)
     if paths:
-        console.print(f"\nFigure: {paths[0]} (and .svg)", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"\nFigure: {paths[0]} (and .svg)")
     where = ", ".join(str(folder.folder / name) for name in ("runs.parquet", "agree.parquet", "manifest.json"))
-    console.print(f"Tables and manifest: {where}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"Tables and manifest: {where}")
 
 
 def _outcomes(frame: pl.DataFrame) -> Table:

@@ -12,22 +12,22 @@ from pathlib import Path
 import polars as pl
 
 from experiments import INTERRUPTED
+from experiments.commands.options import parsed
 from experiments.report import findings, tables
 from experiments.report.tables import say
 from experiments.runs import manifest
 from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
+from experiments.runs.frame import COMPLETED
 from experiments.runs.pool import Cell, run_cells
 from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
-from sim.scenario.file import load
-from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 
 
 def run_compare(
-    scenario_name: str,
-    protocol_names: Sequence[str],
+    scenario: str,
+    protocols: Sequence[str],
     seeds: Sequence[int],
     out: str | None,
     table_format: str,
@@ -36,14 +36,11 @@ def run_compare(
     settings: Sequence[str] = (),
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
-    scenario = load(scenario_name, settings)
-    protocols = [Protocol.parse(name, scenario) for name in protocol_names]
-    if len({protocol.name for protocol in protocols}) < len(protocols):
-        raise UserError(f"--protocols {','.join(protocol_names)}: one is named twice")
+    loaded, chosen = parsed(scenario, protocols, settings, "--protocols")
     if out == "":
         raise UserError("--out '': must be the name of a folder")
-    folder = ResultFolder(Path(out) if out else Path("results") / scenario.name)
-    cells = [Cell(scenario, protocol, seed) for seed in seeds for protocol in protocols]
+    folder = ResultFolder(Path(out) if out else Path("results") / loaded.name)
+    cells = [Cell(loaded, protocol, seed) for seed in seeds for protocol in chosen]
     outcomes, interrupted = run_cells(cells, jobs)
     console = tables.console()
     if not outcomes:
@@ -51,19 +48,14 @@ def run_compare(
         return INTERRUPTED
     frame = results.table(outcomes)
     folder.write_table(frame, "runs", table_format)
-    folder.write_json(manifest.of_scenario(scenario, scenario_name, command, outcomes, len(cells)), "manifest")
-    folder.remove(
-        "compare.png",
-        "compare.svg",
-        "critical.png",
-        "critical.svg",
-        "runs.parquet" if table_format == "csv" else "runs.csv",
-    )
+    folder.write_json(manifest.of_scenario(loaded, scenario, command, outcomes, len(cells)), "manifest")
+    other_table = "runs.parquet" if table_format == "csv" else "runs.csv"
+    folder.remove("compare.png", "compare.svg", "critical.png", "critical.svg", other_table)
     if interrupted:
         say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done and are kept in {folder.folder}")
         return INTERRUPTED
-    figures = _draw(folder, scenario, frame, command)  # before anything is printed, which may go to `head`
-    tables.print_tables(console, scenario, frame)
+    figures = _draw(folder, loaded, frame, command)  # before anything is printed, which may go to `head`
+    tables.print_tables(console, loaded, frame)
     findings.print_findings(console, frame)
     drawn = ", ".join(str(path) for path in figures if path.suffix == ".png")
     say(console, f"\nFigure: {drawn} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
@@ -72,11 +64,11 @@ def run_compare(
 
 
 def _draw(folder: ResultFolder, scenario: Scenario, frame: pl.DataFrame, command: Sequence[str]) -> list[Path]:
-    if frame.filter(pl.col("outcome") == OutcomeKind.COMPLETED.value).is_empty():
+    if frame.filter(COMPLETED).is_empty():
         return []
     from experiments.draw import downtime as figures
 
-    paths = folder.write_figure(figures.downtime(scenario, frame, shlex.join(command)), "compare")
+    paths = folder.write_figure(figures.draw_downtime(scenario, frame, shlex.join(command)), "compare")
     if any(device.reconfigurations for device in scenario.devices):
-        paths += folder.write_figure(figures.critical(scenario, frame, shlex.join(command)), "critical")
+        paths += folder.write_figure(figures.draw_critical(scenario, frame, shlex.join(command)), "critical")
     return paths

@@ -7,7 +7,7 @@ import platform
 import shlex
 import signal
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +15,16 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import INTERRUPTED
+from experiments.commands.options import parsed
 from experiments.draw.live_progress import Progress
 from experiments.runs.folder import ResultFolder
+from experiments.runs.pool import Cell
 from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
 from sim.live.limits import THE_MACHINES_OWN, measured_lateness_ns, too_short
 from sim.live.processes.settings import Settings, Tls
 from sim.live.result import LiveResult
 from sim.live.run import applied, run_here, run_to
-from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import MIB
@@ -34,14 +35,6 @@ if TYPE_CHECKING:
 DEFAULT_PORT = 22067
 """0x5633: V3."""
 DEFAULT_LISTEN = f"127.0.0.1:{DEFAULT_PORT}"
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One live run to be made."""
-
-    protocol: Protocol
-    seed: int
 
 
 def address(text: str, option: str) -> tuple[str, int]:
@@ -69,55 +62,52 @@ def tls_of(cert: str | None, key: str | None, ca: str | None) -> Tls | None:
 
 
 def run_live(
-    scenario_name: str,
-    protocol_names: Sequence[str],
+    scenario: str,
+    protocols: Sequence[str],
     seeds: Sequence[int],
     connect: str | None,
-    settings: Settings,
+    how: Settings,
     out: str | None,
     table_format: str,
     command: Sequence[str],
-    changes: Sequence[str] = (),
+    settings: Sequence[str],
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
-    scenario, protocols = prepared(scenario_name, protocol_names, changes, settings)
+    loaded, chosen = prepared(scenario, protocols, settings, how)
     to = None if connect is None else address(connect, "--connect")
-    if to is None and settings.tls is not None:
+    if to is None and how.tls is not None:
         raise UserError("--tls-cert: TLS is for a target on another host: give --connect")
-    folder = ResultFolder(Path(out) if out else Path("results") / f"live-{scenario.name}")
+    folder = ResultFolder(Path(out) if out else Path("results") / f"live-{loaded.name}")
     stderr = Console(stderr=True)
-    warn(stderr, scenario)
-    jobs = [Job(protocol, seed) for seed in seeds for protocol in protocols]
-    found, interrupted = run_jobs(scenario, jobs, settings, stderr, to)
+    warn(stderr, loaded)
+    cells = [Cell(loaded, protocol, seed) for seed in seeds for protocol in chosen]
+    found, interrupted = run_jobs(cells, how, stderr, to)
     if not found:
         stderr.print("interrupted before the first run was done; nothing was written", markup=False)
         return INTERRUPTED
     from experiments.runs import manifest  # after the runs, whose memory is measured: it is heavy
 
-    frame = table(found, settings)
+    frame = table(found, how)
     folder.write_table(frame, "runs", table_format)
     outcomes = [result.outcome for result in found]
-    how_made = manifest.of_scenario(scenario, scenario_name, command, outcomes, len(jobs))
-    folder.write_json(how_made | {"live": live_manifest(found, settings)}, "manifest")
+    how_made = manifest.of_scenario(loaded, scenario, command, outcomes, len(cells))
+    folder.write_json(how_made | {"live": live_manifest(found, how)}, "manifest")
     folder.remove("live.png", "live.svg", "runs.parquet" if table_format == "csv" else "runs.csv")
     if interrupted:
-        stderr.print(f"interrupted: {len(found)} of {len(jobs)} runs were done and are kept in {folder.folder}")
+        stderr.print(f"interrupted: {len(found)} of {len(cells)} runs were done and are kept in {folder.folder}")
         return INTERRUPTED
-    _show(folder, scenario, frame, found, command, table_format)
+    _show(folder, loaded, frame, found, command, table_format)
     return 1 if any(outcome.kind is OutcomeKind.FAILED for outcome in outcomes) else 0
 
 
 def prepared(
-    scenario_name: str, protocol_names: Sequence[str], changes: Sequence[str], settings: Settings
+    scenario: str, protocols: Sequence[str], settings: Sequence[str], how: Settings
 ) -> tuple[Scenario, list[Protocol]]:
     """The scenario and the protocols. UserError if one of them is unknown or cannot be run live."""
-    scenario = load(scenario_name, changes)
-    protocols = [Protocol.parse(name, scenario) for name in protocol_names]
-    if len({protocol.name for protocol in protocols}) < len(protocols):
-        raise UserError(f"--protocol {','.join(protocol_names)}: one is named twice")
-    for protocol in protocols:
-        applied(scenario, protocol, settings)  # it may refuse
-    return scenario, protocols
+    loaded, chosen = parsed(scenario, protocols, settings, "--protocol")
+    for protocol in chosen:
+        applied(loaded, protocol, how)  # it may refuse
+    return loaded, chosen
 
 
 def warn(stderr: Console, scenario: Scenario) -> None:
@@ -135,20 +125,20 @@ def warn(stderr: Console, scenario: Scenario) -> None:
 
 
 def run_jobs(
-    scenario: Scenario, jobs: Sequence[Job], settings: Settings, stderr: Console, to: tuple[str, int] | None = None
+    cells: Sequence[Cell], settings: Settings, stderr: Console, to: tuple[str, int] | None = None
 ) -> tuple[list[LiveResult], bool]:
     """Make the runs, one after the other; returns the finished ones, and whether Ctrl-C stopped it early."""
     done: list[LiveResult] = []
 
     async def work() -> None:
-        with Progress(stderr, scenario.name, len(jobs)) as progress:
-            for job in jobs:
-                progress.begin(job.protocol.name)
+        with Progress(stderr, cells[0].scenario.name, len(cells)) as progress:
+            for cell in cells:
+                progress.begin(cell.protocol.name)
+                what = (cell.scenario, cell.protocol, cell.seed, settings)
                 if to is None:
-                    result = await run_here(scenario, job.protocol, job.seed, settings, progress.heard)
+                    done.append(await run_here(*what, progress.heard))
                 else:
-                    result = await run_to(scenario, job.protocol, job.seed, settings, to, progress.heard)
-                done.append(result)
+                    done.append(await run_to(*what, to, progress.heard))
 
     return done, not interruptible(work)
 
@@ -223,12 +213,13 @@ def _show(
 ) -> None:
     from experiments.draw import downtime as figures
     from experiments.report import tables
+    from experiments.report.tables import say
     from experiments.runs.frame import completed_runs
 
     console = tables.console()
     figure_paths = []
     if not completed_runs(frame).is_empty():
-        drawn = figures.downtime(scenario, frame, shlex.join(command), how="live")
+        drawn = figures.draw_downtime(scenario, frame, shlex.join(command))
         figure_paths = folder.write_figure(drawn, "live")
     tables.print_tables(console, scenario, frame)
     if any(result.streams for result in found):
@@ -236,9 +227,8 @@ def _show(
     if any(result.delays for result in found):
         tables.print_table(console, "Timers, what was asked for and how late they were; and CPU", delays_table(found))
     if figure_paths:
-        console.print(f"\nFigure: {figure_paths[0]} (and .svg)", markup=False, highlight=False, soft_wrap=True)
-    where = f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}"
-    console.print(where, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"\nFigure: {figure_paths[0]} (and .svg)")
+    say(console, f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")
 
 
 def streams_table(found: Sequence[LiveResult]) -> Table:

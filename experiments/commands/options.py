@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from proto_v3.errors import UserError
+
 if TYPE_CHECKING:
     from sim.live.processes.settings import Settings
+    from sim.scenario.protocol import Protocol
+    from sim.scenario.scenario import Scenario
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,11 +27,31 @@ set_option = click.option(
 format_option = click.option(
     "--format", "table_format", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True
 )
+first_seed_option = click.option(
+    "--first-seed", type=click.IntRange(0), default=1, show_default=True, help="The seeds count up from it."
+)
+spans_option = click.option("--spans", metavar="FILE", help="Write a table of all spans too, in Parquet.")
 
 
-def split(ctx: click.Context, option: click.Parameter, names: str) -> list[str]:
-    """Names that are separated by commas, as a list; a callback of an option."""
+def protocols_option(name: str, default: str, what: str) -> Callable[[F], F]:
+    """Names of protocols, separated by commas; the command gets them as a list, `protocols`."""
+    return click.option(
+        name, "protocols", default=default, show_default=True, metavar="NAMES", callback=_split, help=what
+    )
+
+
+def _split(ctx: click.Context, option: click.Parameter, names: str) -> list[str]:
     return [name.strip() for name in names.split(",")]
+
+
+def runs_option(name: str, default: int, what: str, most: int = 10_000) -> Callable[[F], F]:
+    """A number of runs."""
+    return click.option(name, type=click.IntRange(1, most), default=default, show_default=True, help=what)
+
+
+def out_option(what: str, default: str | None = None) -> Callable[[F], F]:
+    """The folder of the results."""
+    return click.option("--out", metavar="FOLDER", default=default, show_default=True, help=what)
 
 
 def live_options(command: F) -> F:
@@ -59,10 +83,24 @@ def live_options(command: F) -> F:
     return command
 
 
-def live_settings(how: dict[str, Any], **more: Any) -> Settings:
-    """The settings that the options of live_options() give."""
+def live_settings(options: dict[str, Any], **more: Any) -> Settings:
+    """The settings that the options of live_options() give. They are taken out of `options`."""
     from experiments.commands.live import tls_of
     from sim.live.processes.settings import Settings
 
-    tls = tls_of(how["tls_cert"], how["tls_key"], how["tls_ca"])
-    return Settings(io=how["io"], loop=how["loop"], tls=tls, silent_s=how["silent_s"], **more)
+    tls = tls_of(*(options.pop(f"tls_{file}") for file in ("cert", "key", "ca")))
+    return Settings(tls=tls, **{name: options.pop(name) for name in ("io", "loop", "silent_s")}, **more)
+
+
+def parsed(
+    scenario: str, protocols: Sequence[str], settings: Sequence[str], option: str
+) -> tuple[Scenario, list[Protocol]]:
+    """The scenario and the protocols of `option`. UserError if one is unknown, or if a protocol is named twice."""
+    from sim.scenario.file import load
+    from sim.scenario.protocol import Protocol
+
+    loaded = load(scenario, settings)
+    chosen = [Protocol.parse(name, loaded) for name in protocols]
+    if len({protocol.name for protocol in chosen}) < len(chosen):
+        raise UserError(f"{option} {','.join(protocols)}: one is named twice")
+    return loaded, chosen

@@ -9,15 +9,8 @@ from rich.console import Console
 
 from experiments.report import tables
 from experiments.report.tables import say
-from experiments.trace.traced_run import (
-    TRACE_SUFFIX,
-    TracedRun,
-    output_file,
-    spans_table,
-    traced_run,
-    write_spans,
-    write_trace,
-)
+from experiments.trace.traced_run import TRACE_SUFFIX, TracedRun, output_file, traced_run, write_spans, write_trace
+from experiments.trace.tracks import Track
 from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
 from sim.scenario.file import load
@@ -27,19 +20,14 @@ OUT = Path("out")
 
 
 def run_trace(
-    scenario_name: str,
-    protocol_name: str,
-    seed: int,
-    settings: Sequence[str],
-    out: str | None,
-    spans: str | None,
+    scenario: str, protocol: str, seed: int, settings: Sequence[str], out: str | None, spans: str | None
 ) -> int:
     """Run, write, print; returns the exit status. UserError for bad input, before anything is run or written."""
-    scenario = load(scenario_name, settings)
-    protocol = Protocol.parse(protocol_name, scenario)
-    default = OUT / f"{scenario.name}-{protocol.name}-{seed}{TRACE_SUFFIX}"
+    loaded = load(scenario, settings)
+    chosen = Protocol.parse(protocol, loaded)
+    default = OUT / f"{loaded.name}-{chosen.name}-{seed}{TRACE_SUFFIX}"
     trace_file, spans_file = output_files(("--out", out, default), spans)
-    run = traced_run(scenario, protocol, seed)
+    run = traced_run(loaded, chosen, seed)
     console = tables.console()
     say(console, run.summary)
     write(console, run, trace_file, spans_file)
@@ -53,15 +41,15 @@ def output_files(trace: tuple[str, str | None, Path], spans: str | None) -> tupl
     for name, value in ((option, named), ("--spans", spans)):
         if value == "":
             raise UserError(f"{name} '': must be the name of a file")
-    trace_file = output_file(option, default if named is None else Path(named))
-    return trace_file, None if spans is None else output_file("--spans", Path(spans))
+    return output_file(option, named or default), output_file("--spans", spans) if spans else None
 
 
 def write(console: Console, run: TracedRun, trace_file: Path, spans_file: Path | None) -> None:
     """Write the files, and print what they are."""
-    tracks, counters = write_trace(run, trace_file)
-    contents = f"{len(run.timeline)} spans on {tracks} tracks, {counters} counters"
+    write_trace(run, trace_file)
+    tracks = sum(isinstance(each, Track) for each in run.drawn)
+    contents = f"{len(run.timeline)} spans on {tracks} tracks, {len(run.drawn) - tracks} counters"
     say(console, f"Trace: {trace_file} ({contents}); open it at https://ui.perfetto.dev")
     if spans_file is not None:
-        write_spans(spans_table(run), spans_file)
+        write_spans(run, spans_file)
         say(console, f"Table of spans: {spans_file}")

@@ -7,20 +7,18 @@ from typing import Any
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from experiments.draw import panels, style
 from experiments.runs.frame import COMPLETED, ms, number, protocols
-from proto_v3.timeline import PHASES
 
-PHASE_LOOKS = {
-    "stop": ("#BBBBBB", ""),
-    "drain": ("#E69F00", "//"),
-    "transfer": ("#56B4E9", ".."),
-    "load": ("#D55E00", "xx"),
-    "config": ("#777777", ""),
-    "resume": ("#DDDDDD", "\\\\"),
-}
+PHASE_LOOKS = [
+    style.Style("#BBBBBB", "", "stop"),
+    style.Style("#E69F00", "//", "drain"),
+    style.Style("#56B4E9", "..", "transfer"),
+    style.Style("#D55E00", "xx", "load"),
+    style.Style("#777777", "", "config"),
+    style.Style("#DDDDDD", "\\\\", "resume"),
+]
 FARTHEST = 0.5
 """Ratios further from 1 are drawn at this distance, each with its number beside it."""
 
@@ -47,27 +45,20 @@ def _bars(axis: Axes, completed: pl.DataFrame, named: list[str]) -> None:
         runs = completed.filter(protocol=name, clock=clock)
         labels.append(f"{name}, {clock}")
         begin = 0.0
-        for phase in PHASES:
-            colour, hatch = PHASE_LOOKS[phase]
-            median = ms(runs[f"phase_{phase}_ns"].median())
-            axis.barh(at, median, left=begin, height=0.7, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
+        for look in PHASE_LOOKS:
+            median = ms(runs[f"phase_{look.label}_ns"].median())
+            style.bar(axis, at, median, look, left=begin)
             begin += median
         downtime = runs["downtime_ns"]
         least, middle, most = ms(downtime.min()), ms(downtime.median()), ms(downtime.max())
         axis.plot([least, most], [at, at], color="black", linewidth=1.4)
-        place = (max(begin, most), at)
-        axis.annotate(f"{middle:.0f}", place, xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")
+        panels.beside(axis, f"{middle:.0f}", max(begin, most), at)
     axis.set_yticks(range(len(labels)), labels)
     axis.set_ylim(len(labels) - 0.5, -0.5)
     axis.set_xlim(0, ms(completed["downtime_ns"].max()) * 1.1)
     axis.set_xlabel("ms; number: median downtime; black line: least to most")
     panels.heading(axis, "phases of the downtime")
-    axis.spines[["top", "right"]].set_visible(False)
-    handles = [
-        Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=phase)
-        for phase, (colour, hatch) in PHASE_LOOKS.items()
-    ]
-    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=6, fontsize=8, frameon=False)
+    _finish(axis, handles=[style.patch(look) for look in PHASE_LOOKS], ncols=6)
 
 
 def _ratios(axis: Axes, shown: pl.DataFrame, figures: list[str], named: list[str], aim: float) -> None:
@@ -81,15 +72,18 @@ def _ratios(axis: Axes, shown: pl.DataFrame, figures: list[str], named: list[str
             x = 1 + max(-FARTHEST, min(ratio - 1, FARTHEST))
             axis.plot([x], [at], look.marker, color=look.colour, markersize=6)
             if x != ratio:
-                away, side = (-7, "right") if ratio > 1 else (7, "left")
-                place: dict[str, Any] = {"xytext": (away, 0), "textcoords": "offset points", "ha": side, "va": "center"}
-                axis.annotate(f"{ratio:.2f}", (x, at), fontsize=7.5, **place)
+                panels.beside(axis, f"{ratio:.2f}", x, at, -7 if ratio > 1 else 7, 7.5)
         axis.plot([], [], look.marker, color=look.colour, label=name)
     axis.set_yticks(range(len(figures)), figures, fontsize=8)
     axis.set_ylim(len(figures) - 0.4, -0.6)
     axis.set_xlim(1 - FARTHEST - 0.04, 1 + FARTHEST + 0.04)
     axis.set_xlabel("live / virtual")
     panels.heading(axis, f"ratio of every figure; grey: within {100 * aim:.0f} %")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8, frameon=False)
     axis.grid(axis="y", color="#EEEEEE", linewidth=0.6)
+    _finish(axis, ncols=4)
+
+
+def _finish(axis: Axes, **legend: Any) -> None:
+    """The frame of a panel, and its legend below it."""
     axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=8, frameon=False, **legend)

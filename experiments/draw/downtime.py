@@ -1,7 +1,4 @@
-"""The figures of `proto-v3 compare`: where the downtime goes, and what late critical data costs.
-
-Each shows its question, its units, its spread, and how it was made.
-"""
+"""The figures of `proto-v3 compare` and `live`: where the downtime goes, and what late critical data costs."""
 
 from __future__ import annotations
 
@@ -10,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from experiments.draw import panels, style
+from experiments.draw.panels import MADE_BY
 from experiments.runs.frame import completed_runs, ms, number, protocols
 from experiments.runs.table import PATH_COLUMNS, PHASE_COLUMNS
 from experiments.study.effects import Measure
-from proto_v3.timeline import PHASES, Resource
+from proto_v3.timeline import PHASES
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import MIB
 
@@ -27,19 +24,27 @@ PHASES_NOTE = (
 
 MAX_WATERFALLS = 6
 """With more protocols, only the critical paths are drawn: the waterfalls would not fit a page."""
+CRITICAL = (
+    Measure("downtime", "downtime_ns"),
+    Measure("longest critical lag", "critical_lag_max_ns", 1e9, "s"),
+    Measure("late critical data", "late_critical_objects", 1, "objects"),
+    Measure("sent in vain", "device_bytes_wasted", MIB, "MiB"),
+)
+"""The panels of draw_critical()."""
 
 
-def downtime(scenario: Scenario, frame: pl.DataFrame, command: str, how: str = "") -> Figure:
-    """The downtime of each protocol as a waterfall of its phases, and its critical path by resource.
+def draw_downtime(scenario: Scenario, runs: pl.DataFrame, made_by: str = MADE_BY) -> Figure:
+    """Where the downtime goes: its phases and its critical path under each protocol, means over seeds, ms.
 
-    `frame` has one row a run (experiments.runs.table). Runs that were not completed are not drawn; titles count them.
-    `how` is for the title: how the runs were made, if not in virtual time.
+    `runs` are of `compare` with this scenario. The foot of the figure shows `made_by`, such as the command of
+    `compare_command`, and the project's version.
     """
-    completed = completed_runs(frame)
+    completed = completed_runs(runs)
+    if completed.is_empty():
+        return _nothing("Where does the downtime go?", made_by)
     named = protocols(completed)
     drawn = named if len(named) <= MAX_WATERFALLS else []
-    height = 1.45 * len(drawn) + 0.45 * len(named) + 2.7
-    figure = Figure(figsize=(9.5, height), layout="constrained")
+    figure = Figure(figsize=(9.5, 1.45 * len(drawn) + 0.45 * len(named) + 2.7), layout="constrained")
     rows = figure.subplots(
         len(drawn) + 2,
         1,
@@ -49,75 +54,60 @@ def downtime(scenario: Scenario, frame: pl.DataFrame, command: str, how: str = "
     )
     *axes, below = rows[:, 0]
     for axis, name in zip(axes, drawn, strict=False):
-        _waterfall(axis, name, completed.filter(protocol=name), frame.filter(protocol=name).height)
+        _waterfall(axis, name, completed.filter(protocol=name), runs.filter(protocol=name).height)
     for published in scenario.published:
         if published.protocol in drawn and published.downtime_ms:
-            _published(axes[drawn.index(published.protocol)], published.downtime_ms)
-    _paths(axes[-1], below, completed, {name: _label(name, frame) for name in named})
+            axis, text = axes[drawn.index(published.protocol)], f"published: {published.downtime_ms:.0f} ms"
+            axis.axvline(published.downtime_ms, color="black", linestyle=":", linewidth=1.2)
+            panels.beside(axis, text, published.downtime_ms, -0.5, -4)
+    _paths(axes[-1], below, completed, {name: _label(name, runs) for name in named})
     axes[-1].tick_params(labelbottom=True)
     axes[-1].set_xlabel("ms since the order to stop the vCPUs")
     axes[-1].set_xlim(0, ms(completed["downtime_ns"].max()) * 1.17)
-    seeds = frame["seed"].n_unique()
-    made = f", {how}" if how else ""
-    title = f"Where does the downtime go? {scenario.name}{made}, means over {seeds} seed(s)\n\n"
-    figure.suptitle(title, fontsize=12)
-    _note(figure, PHASES_NOTE if drawn else _not_drawn(frame))
-    panels.say_how_made(figure, command)
+    live = ", live" if "clock" in runs.columns else ""
+    title = f"Where does the downtime go? {scenario.name}{live}, means over {runs['seed'].n_unique()} seed(s)"
+    _frame(figure, title, PHASES_NOTE if drawn else _not_drawn(runs), made_by)
     return figure
 
 
-def _note(figure: Figure, text: str) -> None:
-    """Small print below the title."""
-    height = figure.get_figheight()
-    figure.text(0.5, 1 - 0.48 / height, text, ha="center", va="center", fontsize=7.5, color="#333333")
+def draw_critical(scenario: Scenario, runs: pl.DataFrame, made_by: str = MADE_BY) -> Figure:
+    """What late critical data costs under each protocol: downtime (ms), longest lag (s), objects, wasted bytes (MiB).
 
-
-CRITICAL = (
-    Measure("downtime", "downtime_ns"),
-    Measure("longest critical lag", "critical_lag_max_ns", 1e9, "s"),
-    Measure("late critical data", "late_critical_objects", 1, "objects"),
-    Measure("sent in vain", "device_bytes_wasted", MIB, "MiB"),
-)
-"""The panels."""
-
-
-def critical(scenario: Scenario, frame: pl.DataFrame, command: str) -> Figure:
-    """What reconfigurations cost under each protocol, four panels; a bar is a mean, a line from least to most.
-
-    `frame` as for downtime().
+    A bar is a mean over seeds, a line reaches from the least to the most. Arguments as for `draw_downtime`.
     """
-    completed = completed_runs(frame)
+    completed = completed_runs(runs)
+    if completed.is_empty():
+        return _nothing("What does late critical data cost?", made_by)
     named = protocols(completed)
-    height = 0.42 * len(named) + 2.3
-    figure = Figure(figsize=(11, height), layout="constrained")
+    figure = Figure(figsize=(11, 0.42 * len(named) + 2.3), layout="constrained")
     axes = figure.subplots(1, len(CRITICAL), sharey=True)
     for axis, measure in zip(axes, CRITICAL, strict=True):
         for at, name in enumerate(named):
-            runs = completed.filter(protocol=name)
-            values = runs[measure.column] / measure.scale
-            look = style.protocol(name)
-            mean, least, most = (number(value) for value in (values.mean(), values.min(), values.max()))
-            axis.barh(at, mean, height=0.7, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
-            axis.plot([least, most], [at, at], color="black", linewidth=1.4)
-            label = _rounded(mean)
-            paused_ms = ms(runs["retries_stopped_ns"].mean())
-            if measure.column == "downtime_ns" and paused_ms:
-                label += f" (+ {_rounded(paused_ms)} paused)"
-            axis.annotate(label, (most, at), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")
+            _mean_bar(axis, at, name, completed.filter(protocol=name), measure)
         panels.heading(axis, measure.label)
         axis.set_xlabel(measure.unit)
         axis.set_xlim(0, max(number((completed[measure.column] / measure.scale).max()) * 1.25, 1e-9))
         _bars(axis)
-    axes[0].set_yticks(range(len(named)), [_label(name, frame) for name in named])
+    axes[0].set_yticks(range(len(named)), [_label(name, runs) for name in named])
     axes[0].set_ylim(len(named) - 0.5, -0.5)
-    seeds = frame["seed"].n_unique()
-    figure.suptitle(
-        f"What does late critical data cost? {scenario.name}, {seeds} seed(s); bars: means, lines: least to most\n\n",
-        fontsize=12,
-    )
-    _note(figure, _not_drawn(frame))
-    panels.say_how_made(figure, command)
+    seeds = f"{runs['seed'].n_unique()} seed(s); bars: means, lines: least to most"
+    _frame(figure, f"What does late critical data cost? {scenario.name}, {seeds}", _not_drawn(runs), made_by)
     return figure
+
+
+def _nothing(question: str, made_by: str) -> Figure:
+    figure, (axis,) = panels.sheet(question, "", made_by, (1, 1), (9, 2))
+    panels.say(axis, "no run was completed: there is no downtime")
+    axis.axis("off")
+    return figure
+
+
+def _frame(figure: Figure, title: str, note: str, made_by: str) -> None:
+    """The title, small print below it, and how the figure was made."""
+    figure.suptitle(f"{title}\n\n", fontsize=12)
+    above = 1 - 0.48 / figure.get_figheight()
+    figure.text(0.5, above, note, ha="center", va="center", fontsize=7.5, color="#333333")
+    panels.say_how_made(figure, made_by)
 
 
 def _bars(axis: Axes, hidden: Sequence[str] = ("top", "right")) -> None:
@@ -127,9 +117,11 @@ def _bars(axis: Axes, hidden: Sequence[str] = ("top", "right")) -> None:
     axis.set_axisbelow(True)
 
 
-def _rounded(value: float) -> str:
-    """Three digits, or all digits before the point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+def _label(name: str, frame: pl.DataFrame) -> str:
+    """A protocol's name, and the number of runs in its bar, if they are not all."""
+    runs = frame.filter(protocol=name)
+    done = completed_runs(runs).height
+    return name if done == runs.height else f"{name}\n({done} of {runs.height} runs)"
 
 
 def _not_drawn(frame: pl.DataFrame) -> str:
@@ -141,89 +133,61 @@ def _not_drawn(frame: pl.DataFrame) -> str:
     return "no run completed, so no bar: " + ",\n".join(lines)
 
 
-def _published(axis: Axes, published_ms: float) -> None:
-    axis.axvline(published_ms, color="black", linestyle=":", linewidth=1.2)
-    axis.annotate(
-        f"published: {published_ms:.0f} ms",
-        (published_ms, -0.5),
-        xytext=(-4, 0),
-        textcoords="offset points",
-        fontsize=8,
-        ha="right",
-        va="center",
-    )
+def _mean_bar(axis: Axes, at: int, name: str, runs: pl.DataFrame, measure: Measure) -> None:
+    values = runs[measure.column] / measure.scale
+    mean, least, most = (number(value) for value in (values.mean(), values.min(), values.max()))
+    style.bar(axis, at, mean, style.protocol(name))
+    axis.plot([least, most], [at, at], color="black", linewidth=1.4)
+    label = _rounded(mean)
+    paused_ms = ms(runs["retries_stopped_ns"].mean())
+    if measure.column == "downtime_ns" and paused_ms:
+        label += f" (+ {_rounded(paused_ms)} paused)"
+    panels.beside(axis, label, most, at)
+
+
+def _rounded(value: float) -> str:
+    """Three digits, or all digits before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _waterfall(axis: Axes, name: str, runs: pl.DataFrame, planned: int) -> None:
-    look = style.protocol(name)
-    means = [ms(runs[column].mean()) for column in PHASE_COLUMNS]
-    begin = 0.0
-    for at, (phase, mean) in enumerate(zip(PHASES, means, strict=True)):
-        axis.barh(at, mean, left=begin, height=0.8, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
+    look, begin = style.protocol(name), 0.0
+    for at, (phase, column) in enumerate(zip(PHASES, PHASE_COLUMNS, strict=True)):
+        mean = ms(runs[column].mean())
+        style.bar(axis, at, mean, look, left=begin, height=0.8)
         if at:
             axis.plot([begin, begin], [at - 1.4, at + 0.4], color="#888888", linewidth=0.7)
         begin += mean
-        axis.annotate(
-            f"{phase} {mean:.1f}",
-            (begin, at),
-            xytext=(4, 0),
-            textcoords="offset points",
-            fontsize=8,
-            va="center",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-        )
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        panels.beside(axis, f"{phase} {mean:.1f}", begin, at, bbox=box)
     downtime = runs["downtime_ns"]
     least, mean, most = ms(downtime.min()), ms(downtime.mean()), ms(downtime.max())
     axis.plot([least, most], [5.55, 5.55], color="black", linewidth=2, solid_capstyle="butt")
     kept = f"; {runs.height} of {planned} runs completed" if runs.height < planned else ""
-    spread = f"(least {least:.1f}, most {most:.1f}: the black bar{kept})"
-    panels.heading(axis, f"{name}: {mean:.1f} ms {spread}")
+    panels.heading(axis, f"{name}: {mean:.1f} ms (least {least:.1f}, most {most:.1f}: the black bar{kept})")
     axis.set_ylim(5.9, -0.6)
     axis.set_yticks([])
     _bars(axis, ("top", "right", "left"))
 
 
-def _label(name: str, frame: pl.DataFrame) -> str:
-    """A protocol's name, and the number of runs in its bar, if they are not all."""
-    runs = frame.filter(protocol=name)
-    done = completed_runs(runs).height
-    return name if done == runs.height else f"{name}\n({done} of {runs.height} runs)"
-
-
 def _paths(axis: Axes, below: Axes, completed: pl.DataFrame, labels: Mapping[str, str]) -> None:
     """One bar a protocol, by its label; the legend of the resources is in the panel `below`."""
+    columns = dict(zip(PATH_COLUMNS, style.RESOURCES.values(), strict=True)) | {
+        "path_unexplained_ns": style.UNEXPLAINED
+    }
     used = set()
-    unknown = False
     for at, name in enumerate(labels):
-        runs = completed.filter(protocol=name)
-        begin = 0.0
-        for resource, column in zip(Resource, PATH_COLUMNS, strict=True):
-            mean = ms(runs[column].mean())
-            if mean <= 0:
-                continue
-            used.add(resource)
-            look = style.RESOURCES[resource]
-            axis.barh(
-                at, mean, left=begin, height=0.7, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0
-            )
-            begin += mean
-        if unexplained := ms(runs["path_unexplained_ns"].mean()):
-            unknown = True
-            look = style.UNEXPLAINED
-            axis.barh(at, unexplained, left=begin, height=0.7, color=look.colour, hatch=look.hatch, edgecolor="#999999")
-            begin += unexplained
-        axis.annotate(f"{begin:.0f}", (begin, at), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")
+        runs, begin = completed.filter(protocol=name), 0.0
+        for column, look in columns.items():
+            if (mean := ms(runs[column].mean())) > 0:
+                used.add(look)
+                style.bar(axis, at, mean, look, left=begin)
+                begin += mean
+        panels.beside(axis, f"{begin:.0f}", begin, at)
     axis.set_yticks(range(len(labels)), list(labels.values()))
     axis.set_ylim(len(labels) - 0.5, -0.5)
     panels.heading(axis, "critical path by resource (sums, not in order of time)")
     _bars(axis)
-    handles = [
-        Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="white", label=look.label)
-        for resource, look in style.RESOURCES.items()
-        if resource in used
-    ]
-    if unknown:
-        look = style.UNEXPLAINED
-        handles.append(Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="#999999", label=look.label))
     below.axis("off")
+    handles = [style.patch(look) for look in columns.values() if look in used]
     below.legend(handles=handles, loc="center", ncols=4, fontsize=8, frameon=False)

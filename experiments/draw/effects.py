@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.draw import panels, style
+from experiments.draw.panels import MADE_BY
+from experiments.runs import frame
 from experiments.runs.frame import COMPLETED
 from experiments.study.claims import WORTH
 from experiments.study.verdicts import place
@@ -17,8 +19,14 @@ from sim.scenario.units import NS_PER_MS
 VERDICT_COLOURS = {"shorter": "#2171B5", "longer": "#882255", "next to nothing": "#999999", "uncertain": "#E69F00"}
 
 
-def dumbbells(question: str, runs: pl.DataFrame, named: Sequence[str], made_by: str) -> Figure:
-    """The downtime of each seed under each protocol, one row a seed: is the order the same in every row?"""
+def draw_seeds(
+    runs: pl.DataFrame,
+    protocols: Sequence[str] | None = None,
+    made_by: str = MADE_BY,
+    question: str = "Is the order the same for every seed?",
+) -> Figure:
+    """The downtime of each seed under each protocol (ms), one row a seed; of a table of runs of one place."""
+    named = protocols or frame.protocols(runs)
     seeds = sorted(runs["seed"].unique())
     figure, (axis,) = panels.sheet(
         question,
@@ -43,13 +51,19 @@ def dumbbells(question: str, runs: pl.DataFrame, named: Sequence[str], made_by: 
     return figure
 
 
-def forest(question: str, table: pl.DataFrame, by: Sequence[str], made_by: str, worth: float = WORTH) -> Figure:
-    """Each row of a table of verdicts as the change of the downtime with its interval; one panel a pair.
+def draw_changes(
+    verdicts: pl.DataFrame,
+    by: Sequence[str] = (),
+    made_by: str = MADE_BY,
+    question: str = "What changes the downtime?",
+    worth: float = WORTH,
+) -> Figure:
+    """A table of `verdicts` as changes of the downtime (%) with their 95 % intervals; one panel a pair.
 
-    `worth` is the least relative change that matters: a grey band shows it.
+    `by` are the columns that name its places. A grey band shows `worth`, the least relative change that matters.
     """
-    named = list(table.select("base", "other").unique(maintain_order=True).iter_rows())
-    rows = [table.filter((pl.col("base") == base) & (pl.col("other") == other)) for base, other in named]
+    named = list(verdicts.select("base", "other").unique(maintain_order=True).iter_rows())
+    rows = [verdicts.filter((pl.col("base") == base) & (pl.col("other") == other)) for base, other in named]
     figure, axes = panels.sheet(
         question,
         f"change of the downtime, %, with its 95 % interval; grey band: less than {100 * worth:.0f} %; x: no seed was "

@@ -27,6 +27,8 @@ from experiments.runs.manifest import git_revision
 from experiments.study.effects import Measure
 from experiments.study.statistics import Interval, interval, share
 
+MADE_BY = "experiments.api"
+"""What a figure says at its foot if the caller names no command."""
 Curve = tuple[pl.DataFrame, style.Style]
 """The runs that a curve shows, and its look."""
 Spot = tuple[float, Interval, bool]
@@ -58,6 +60,12 @@ def how_made(command: str) -> str:
 def heading(axis: Axes, title: str) -> None:
     """A panel's title."""
     axis.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
+
+
+def beside(axis: Axes, text: str, x: float, y: float, away: float = 4, fontsize: float = 8, **more: Any) -> None:
+    """Text at a point's right, `away` points from it; at its left if that is negative."""
+    side = "left" if away > 0 else "right"
+    axis.annotate(text, (x, y), (away, 0), textcoords="offset points", fontsize=fontsize, ha=side, va="center", **more)
 
 
 def dress(axis: Axes, title: str, x: str, y: str) -> None:

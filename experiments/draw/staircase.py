@@ -6,17 +6,28 @@ from collections.abc import Mapping
 
 import polars as pl
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from experiments.draw import panels, style
-from experiments.trace.path import LEAST_DRAWN_MS, stretches
-from proto_v3.timeline import Resource, Timeline
+from experiments.draw.panels import MADE_BY
+from experiments.trace.traced_run import TracedRun, stretches
+from proto_v3.errors import UserError
+from proto_v3.timeline import Resource
 from sim.scenario.units import NS_PER_MS
 
+LEAST_DRAWN_MS = 0.5
+"""A shorter stretch of a critical path is not drawn."""
 
-def staircase(question: str, timelines: Mapping[str, Timeline], made_by: str) -> Figure:
-    """The critical path of one run of each protocol as a staircase: a step down is another track or resource."""
-    paths = {name: stretches(each).filter(pl.col("takes_ms") >= LEAST_DRAWN_MS) for name, each in timelines.items()}
+
+def draw_path(
+    runs: Mapping[str, TracedRun], made_by: str = MADE_BY, question: str = "What did the downtime wait for?"
+) -> Figure:
+    """The critical path of single runs as a staircase, ms: a step down is another track or resource.
+
+    `runs` has each run under the name that its panel shows. UserError if there is none, or if one was not completed.
+    """
+    if not runs:
+        raise UserError("runs: must have at least one run")
+    paths = {name: stretches(run).filter(pl.col("takes_ms") >= LEAST_DRAWN_MS) for name, run in runs.items()}
     rows = [path.height for path in paths.values()]
     figure, axes = panels.sheet(
         question,
@@ -28,20 +39,14 @@ def staircase(question: str, timelines: Mapping[str, Timeline], made_by: str) ->
     )
     if grid := axes[0].get_gridspec():
         grid.set_height_ratios(rows)
-    most_ms = max(timeline.downtime_ns for timeline in timelines.values()) / NS_PER_MS
+    downtimes_ms = {name: run.timeline.downtime_ns / NS_PER_MS for name, run in runs.items()}
     for axis, (name, path) in zip(axes, paths.items(), strict=True):
         for at, (from_ms, takes_ms, resource, what, track, _) in enumerate(path.iter_rows()):
-            look = style.RESOURCES[Resource[resource]]
-            axis.barh(
-                at, takes_ms, left=from_ms, height=0.9, color=look.colour, hatch=look.hatch, edgecolor="white", lw=0
-            )
+            style.bar(axis, at, takes_ms, style.RESOURCES[Resource[resource]], left=from_ms, height=0.9)
             axis.text(from_ms + takes_ms, at, f" {takes_ms:.1f} {what} ({track})", fontsize=7, va="center")
-        downtime_ms = timelines[name].downtime_ns / NS_PER_MS
-        panels.dress(axis, f"{name}: {downtime_ms:.1f} ms", "ms since the order to stop", "")
+        panels.dress(axis, f"{name}: {downtimes_ms[name]:.1f} ms", "ms since the order to stop", "")
         axis.set_ylim(path.height, -1)
         axis.set_yticks([])
-        axis.set_xlim(0, 1.3 * most_ms)
-    looks = style.RESOURCES.values()
-    handles = [Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="white", label=look.label) for look in looks]
-    panels.handles_below(figure, handles, 4)
+        axis.set_xlim(0, 1.3 * max(downtimes_ms.values()))
+    panels.handles_below(figure, [style.patch(look) for look in style.RESOURCES.values()], 4)
     return figure

@@ -10,6 +10,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+
 from proto_v3.timeline import Resource
 
 
@@ -23,6 +26,8 @@ class Style:
     marker: str = "o"
     line: Any = "-"
     """As matplotlib takes it: a name, or lengths of dashes."""
+    edge: str = "white"
+    """The colour of the hatch, and of the edge if it is not white."""
 
 
 RESOURCES: dict[Resource, Style] = {
@@ -35,9 +40,7 @@ RESOURCES: dict[Resource, Style] = {
     Resource.RAM: Style("#009E73", "--", "guest RAM"),
     Resource.FIXED: Style("#BBBBBB", "", "fixed (stop, RAM sync, config, resume)"),
 }
-
-
-UNEXPLAINED = Style("#FFFFFF", "///", "unexplained: scheduler, interpreter")
+UNEXPLAINED = Style("#FFFFFF", "///", "unexplained: scheduler, interpreter", edge="#999999")
 """The part that a live run's critical path does not cover; there is none in virtual time."""
 
 V3_SHADES = {1: "#A6CBE3", 2: "#6BAED6", 4: "#2171B5", 8: "#084594", 16: "#042A5C", 32: "#02142C"}
@@ -98,6 +101,17 @@ def wire(suffix: str, label: str) -> Style:
     """
     name = "v3-blocks-n4" if suffix == "-blocks" else f"v3-n4{suffix}"
     return replace(protocol(name), label=label, marker=WIRE_MARKERS[suffix])
+
+
+def bar(axis: Axes, at: float, width: float, look: Style, *, left: float = 0.0, height: float = 0.7) -> None:
+    """A horizontal bar at `at` of the y axis."""
+    fill: dict[str, Any] = {"color": look.colour, "hatch": look.hatch, "edgecolor": look.edge}
+    axis.barh(at, width, left=left, height=height, linewidth=0 if look.edge == "white" else 1, **fill)
+
+
+def patch(look: Style) -> Patch:
+    """A bar's entry in a legend."""
+    return Patch(facecolor=look.colour, hatch=look.hatch, edgecolor=look.edge, label=look.label)
 
 
 def _paler(colour: str) -> str:

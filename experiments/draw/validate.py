@@ -50,10 +50,8 @@ def _against(axis: Axes, simulated: pl.DataFrame, bands: Sequence[float], looks:
     for row in simulated.iter_rows(named=True):
         _point(axis, row["published_ms"], row["simulated_ms"], row, looks)
         if abs(row["error"]) > bands[-1]:
-            place = (row["published_ms"], row["simulated_ms"])
-            away, side = (-7, "right") if row["error"] > 0 else (7, "left")
             name = f"{row['scenario']}: {words(row['figure'])}"
-            axis.annotate(name, place, xytext=(away, 0), textcoords="offset points", fontsize=7.5, ha=side, va="center")
+            panels.beside(axis, name, row["published_ms"], row["simulated_ms"], -7 if row["error"] > 0 else 7, 7.5)
     axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="published, ms", ylabel="simulated, ms")
     axis.set_box_aspect(1)
     axis.set_anchor("N")

@@ -18,7 +18,7 @@ from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as pb
 
 from experiments.cli import main
 from experiments.trace.samples import MAX_SAMPLES, Samples
-from experiments.trace.traced_run import TracedRun, spans_table, traced_run, write_trace
+from experiments.trace.traced_run import TracedRun, spans, traced_run, write_trace
 from experiments.trace.tracks import Slice, lanes, place
 from proto_v3.timeline import NO_CAUSE, Mark, Resource
 from sim.run import simulate
@@ -123,7 +123,7 @@ def test_every_span_is_drawn_once_where_and_when_it_was(busy: tuple[TracedRun, D
     traced, drawn = busy
     engines = pl.col("resource").is_in(["firmware", "load"])
     told = (
-        spans_table(traced)
+        spans(traced)
         .with_columns(
             what=pl.when(engines)
             .then(pl.col("what") + " " + pl.col("track").map_elements(_task, pl.String))
@@ -381,7 +381,7 @@ def test_a_span_is_drawn_by_what_it_uses(resource: Resource, track: str, expecte
 
 def test_the_table_of_spans_has_them_all_with_causes_and_the_critical_path(busy: tuple[TracedRun, Drawn]) -> None:
     traced, _ = busy
-    table = spans_table(traced)
+    table = spans(traced)
     expected = {"run", "span", "resource", "what", "track", "start_ns", "end_ns", "cause", "on_critical_path"}
     assert set(table.columns) == expected
     assert table["span"].to_list() == list(range(len(traced.timeline)))
