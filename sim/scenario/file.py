@@ -23,7 +23,7 @@ from proto_v3.errors import UserError
 from sim.scenario import toml as tables
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
-from sim.scenario.units import did_you_mean, short
+from sim.scenario.units import did_you_mean, short, unit_of
 
 FOLDER = Path(str(resources.files("scenarios")))
 """The shipped files: a package of their own, so that they are installed with the code."""
@@ -285,11 +285,11 @@ def _explain(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     kind, value = problem["type"], problem["input"]
     if kind == "missing":
-        return f"{key}: missing; it is required{_unit_hint(key)}"
+        unit = unit_of(key.rpartition(".")[2])
+        return f"{key}: missing; it is required" + (f" ({unit[0]})" if unit else "")
     if kind == "extra_forbidden":
-        return (
-            f"{key} = {short(value)}: unknown key{did_you_mean(key.rpartition('.')[2], _keys_beside(problem['loc']))}"
-        )
+        hint = did_you_mean(key.rpartition(".")[2], _keys_beside(problem["loc"]))
+        return f"{key} = {short(value)}: unknown key{hint}"
     if kind == "value_error":
         return f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
     if kind in ("model_type", "dict_type"):
@@ -300,34 +300,13 @@ def _explain(problem: Any) -> str:
     return f"{key} = {short(value)}: {message[0].lower()}{message[1:]}"
 
 
-UNITS = {
-    "_gbit_per_s": "Gbit/s",
-    "_gib_per_s": "GiB/s",
-    "_mib_per_s": "MiB/s",
-    "_per_s": "a second",
-    "_ms": "milliseconds",
-    "_us": "microseconds",
-    "_s": "seconds",
-    "_kib": "KiB",
-    "_mib": "MiB",
-    "_gib": "GiB",
-}
-"""The unit by the end of a key; the first that fits."""
-
-
-def _unit_hint(key: str) -> str:
-    unit = next((unit for end, unit in UNITS.items() if f"_{key.rpartition('.')[2]}".endswith(end)), None)
-    return f" ({unit})" if unit else ""
-
-
 def _keys_beside(loc: tuple[Any, ...]) -> list[str]:
     """The keys that are allowed in the table in which `loc` stands."""
     model: type[pydantic.BaseModel] = Scenario
     for part in loc[:-1]:
         if isinstance(part, int):
             continue
-        annotation = model.model_fields[part].annotation
-        inner = _model_in(annotation)
+        inner = _model_in(model.model_fields[part].annotation)
         if inner is None:
             return []
         model = inner

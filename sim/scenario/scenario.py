@@ -16,6 +16,7 @@ from proto_v3.vmm.switchover import SwitchoverSettings
 from proto_v3.vmm.v2 import Ack, V2Options
 from proto_v3.vmm.v3 import V3Options
 from proto_v3.wire.streams import Credits, Wire
+from sim.scenario import toml
 from sim.scenario.device import MAX_BLOCKS, MAX_WRITES, Device
 from sim.scenario.tables import V3, Driver, Firmware, Host, Link, Published, Ram, Vmm
 from sim.scenario.units import BYTES_PER_S_PER_GBIT, KIB, MIB, NS_PER_S, Table, did_you_mean, ns, short
@@ -216,15 +217,4 @@ RULES: tuple[Callable[[Scenario], Iterator[str]], ...] = (
 def parameters(scenario: Scenario) -> dict[str, Any]:
     """The model's parameters that the file sets, as dotted keys (`device.0.state_mib`)."""
     tables = scenario.model_dump(exclude_unset=True, exclude={"name", "description", "published", "sources"})
-    return dict(_leaves(tables, ""))
-
-
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else name)
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        for at, inner in enumerate(value):
-            yield from _leaves(inner, f"{key}.{at}")
-    else:
-        yield key, value
+    return {key: value for key, _, value in toml.differences({}, tables) if value != {}}

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field
+from typing_extensions import override
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 NS_PER_US, NS_PER_MS, NS_PER_S = 1_000, 1_000_000, 1_000_000_000
@@ -20,45 +21,45 @@ PositiveMs = Annotated[float, Field(ge=0.001, le=1e9, allow_inf_nan=False)]
 """A wait or a window; shorter than a microsecond it would only cost events."""
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 
-
-_FACTORS: dict[str, float] = {
-    "gbit_per_s": BYTES_PER_S_PER_GBIT,
-    "gib_per_s": GIB,
-    "mib_per_s": MIB,
-    "_kib": KIB,
-    "_mib": MIB,
-    "_gib": GIB,
-    "_us": NS_PER_US,
-    "_ms": NS_PER_MS,
-    "_s": NS_PER_S,
+UNITS: dict[str, tuple[str, float]] = {
+    "_gbit_per_s": ("Gbit/s", BYTES_PER_S_PER_GBIT),
+    "_gib_per_s": ("GiB/s", GIB),
+    "_mib_per_s": ("MiB/s", MIB),
+    "_per_s": ("a second", 1),
+    "_ms": ("milliseconds", NS_PER_MS),
+    "_us": ("microseconds", NS_PER_US),
+    "_s": ("seconds", NS_PER_S),
+    "_kib": ("KiB", KIB),
+    "_mib": ("MiB", MIB),
+    "_gib": ("GiB", GIB),
 }
-"""What a key's end says, in bytes, nanoseconds, or bytes a second; the first that fits."""
+"""The unit by the end of a key, the first that fits: its name, and its size in bytes, nanoseconds or bytes a second."""
 
 
-class Whole:
-    """In a table: a key's value in whole bytes or nanoseconds."""
-
-    def __init__(self, key: str) -> None:
-        self._key, self._factor = key, _factor(key)
-
-    def __get__(self, table: Table, kind: type) -> int:
-        value: float = getattr(table, self._key)
-        return round(value * self._factor)
+def unit_of(key: str) -> tuple[str, float] | None:
+    """The entry of UNITS for a key; None if the key has no unit."""
+    return next((unit for end, unit in UNITS.items() if f"_{key}".endswith(end)), None)
 
 
 class Rate:
     """In a table: a key's value in bytes a second."""
 
     def __init__(self, key: str) -> None:
-        self._key, self._factor = key, _factor(key)
+        unit = unit_of(key)
+        assert unit is not None
+        self._key, self._factor = key, unit[1]
 
     def __get__(self, table: Table, kind: type) -> float:
         value: float = getattr(table, self._key)
         return value * self._factor
 
 
-def _factor(key: str) -> float:
-    return next(factor for end, factor in _FACTORS.items() if key.endswith(end))
+class Whole(Rate):
+    """In a table: a key's value in whole bytes or nanoseconds."""
+
+    @override
+    def __get__(self, table: Table, kind: type) -> int:
+        return round(super().__get__(table, kind))
 
 
 def ns(ms: float) -> int:
@@ -69,7 +70,7 @@ def ns(ms: float) -> int:
 class Table(pydantic.BaseModel):
     """A table of the file: no unknown keys, no strings taken for numbers, never changed after loading."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, ignored_types=(Whole, Rate))
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, ignored_types=(Rate, Whole))
 
 
 def short(value: Any) -> str:
@@ -81,6 +82,4 @@ def short(value: Any) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean ...?` where a known name is close, else nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return ""
+    return f"; did you mean {close[0]}?" if close else ""

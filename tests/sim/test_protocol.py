@@ -167,13 +167,13 @@ def test_a_name_of_v3_is_what_its_vmms_do() -> None:
     credits = Credits(4 * MIB, 64 * MIB)
     plain = SCENARIO.v3_options()
     assert plain == V3Options(4, False, Wire.STREAMS, 4, credits, 0)
-    assert (plain.asked, plain.flags, plain.connections(2)) == ("4", StreamFlags(0), 1 + 2 * 5)
+    assert (plain.dirty_streams, plain.flags, plain.connections(2)) == (4, StreamFlags(0), 1 + 2 * 5)
     applied = Protocol.parse("v3-n8-pool-retry", SCENARIO).applied(SCENARIO).scenario.v3_options()
     assert applied == V3Options(8, False, Wire.POOL, 4, credits, 3)
     assert applied.connections(2) == 1 + 4
     applied = Protocol.parse("v3-blocks-n8-one", SCENARIO).applied(SCENARIO).scenario.v3_options()
     assert applied == V3Options(8, True, Wire.ONE, 4, credits, 0)
-    assert (applied.asked, applied.flags, applied.connections(2)) == ("addressable blocks", StreamFlags.BLOCKS, 1)
+    assert (applied.dirty_streams, applied.flags, applied.connections(2)) == (1, StreamFlags.BLOCKS, 1)
 
 
 @pytest.mark.parametrize("version", CHOICES)
