@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextvars import Context
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from proto_v3.errors import ProtoV3Error, leaves
@@ -34,62 +32,38 @@ PEER_ENDS_WITHIN_S = 10.0
 """Virtual seconds that a side may take to end after the other side failed and closed its connections."""
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a run is made of, for a `watch` that samples it."""
-
-    scenario: Scenario
-    timeline: Timeline
-    drivers: Sequence[SimDriver]
-    """Of the devices at the source, each with its state in `states`."""
-    states: Sequence[DeviceState]
-    machines: Mapping[str, MachineModel]
-    """`source` and `target`."""
-    channels: Sequence[Channel]
-    """The source's ends."""
-
-
-Watch = Callable[[Parts], Coroutine[Any, Any, None]]
-
-
 def simulate(
     scenario: Scenario,
     protocol: Protocol,
     seed: int,
     *,
     keep: Callable[[Timeline], None] | None = None,
-    watch: Watch | None = None,
+    watch: Callable[[VirtualRun], Coroutine[Any, Any, None]] | None = None,
 ) -> Outcome:
     """Run one migration to its end. `keep` is called with the timeline.
 
-    `watch` runs beside the migration until that ends. It may sleep and read the parts. It must change and record
-    nothing; the run is then the same with it.
+    `watch` runs beside the migration until that ends. It may sleep and read the run's attributes. It must change
+    and record nothing; the run is then the same with it.
     """
     applied = protocol.applied(scenario)
-    run = VirtualRun(applied, seed, keep, watch)
-    outcome = Context().run(lambda: virtual.run(run.outcome()))  # without the caller's cause and track
+    run = VirtualRun(applied, seed)
+    outcome = Context().run(lambda: virtual.run(run.outcome(watch)))  # without the caller's cause and track
+    if keep is not None:
+        keep(run.timeline)
     return with_bound(outcome, lower_bound(applied))
 
 
 class VirtualRun:
-    """One migration in virtual time."""
+    """One migration in virtual time. Its public attributes exist from the start of outcome()."""
 
-    def __init__(
-        self,
-        applied: AppliedScenario,
-        seed: int,
-        keep: Callable[[Timeline], None] | None,
-        watch: Watch | None = None,
-    ) -> None:
+    def __init__(self, applied: AppliedScenario, seed: int) -> None:
         self._applied = applied
-        self._scenario = applied.scenario
+        self.scenario = applied.scenario
         self._seed = seed
-        self._keep = keep
-        self._watch = watch
 
-    async def outcome(self) -> Outcome:
-        """Run it to its end."""
-        scenario = self._scenario
+    async def outcome(self, watch: Callable[[VirtualRun], Coroutine[Any, Any, None]] | None = None) -> Outcome:
+        """Run it to its end. `watch` as in simulate()."""
+        scenario = self.scenario
         self.timeline = timeline = Timeline(now_ns)
         guest_seed, source_seed, target_seed = seeds(self._seed)
         here = devices_at_source(scenario, guest_seed, HostResources(scenario, source_seed, timeline))
@@ -104,29 +78,19 @@ class VirtualRun:
         self.counters = {"source": Counters(), "target": Counters()}
         source_side = Side(self.machines["source"], self.drivers, settings, timeline, self.counters["source"])
         target_side = Side(self.machines["target"], self.drivers_at_target, settings, timeline, self.counters["target"])
-        self.channels, channels_there = self._connect(timeline)
+        self.channels, self.channels_there = self._connect()
         self.source: Source | None = None
         self.target: Target | None = None
         self.note = ""
-        with self._beside():
-            kind, failures = await self._both(
-                self._run_source(source_side, self.channels), self._run_target(target_side, channels_there)
-            )
-        if self._keep is not None:
-            self._keep(timeline)
-        return self._outcome(kind, failures)
-
-    @contextlib.contextmanager
-    def _beside(self) -> Iterator[None]:
-        if self._watch is None:
-            yield
-            return
-        parts = Parts(self._scenario, self.timeline, self.drivers, self.states, self.machines, self.channels)
-        watching = asyncio.create_task(self._watch(parts), name="watch")
+        watching = None if watch is None else asyncio.create_task(watch(self), name="watch")
         try:
-            yield
+            kind, failures = await self._both(
+                self._run_source(source_side, self.channels), self._run_target(target_side, self.channels_there)
+            )
         finally:
-            watching.cancel()
+            if watching is not None:
+                watching.cancel()
+        return self._outcome(kind, failures)
 
     async def _run_source(self, side: Side, channels: Sequence[Channel]) -> OutcomeKind:
         self.source, self.note = await make_source(side, channels, self._applied)
@@ -158,13 +122,12 @@ class VirtualRun:
         sent = results[0]
         return sent if isinstance(sent, OutcomeKind) else None, [f for f in failures if isinstance(f, Exception)]
 
-    def _connect(self, timeline: Timeline) -> tuple[list[Channel], list[Channel]]:
+    def _connect(self) -> tuple[list[Channel], list[Channel]]:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
-        self.link = link = NetworkLink(self._scenario.link, loop, timeline)
-        ends = [link.connect(f"connection {i}") for i in range(connections(self._applied))]
-        self.channels_there = [Channel(there) for _, there in ends]
-        return [Channel(here) for here, _ in ends], self.channels_there
+        self.link = NetworkLink(self.scenario.link, loop, self.timeline)
+        ends = [self.link.connect(f"connection {i}") for i in range(connections(self._applied))]
+        return [Channel(here) for here, _ in ends], [Channel(there) for _, there in ends]
 
     def _outcome(self, kind: OutcomeKind | None, failures: Sequence[Exception]) -> Outcome:
         """The outcome: `kind` as the source returned it, or the errors of both sides."""
@@ -178,7 +141,7 @@ class VirtualRun:
         differences = {driver.name: image.differences(state) for driver, image, state in devices}
         self.counters["source"].wakeups = self.link.wakeups
         return RunReport(
-            self._scenario.name,
+            self.scenario.name,
             self._applied.protocol.name,
             self._seed,
             self.timeline,

@@ -16,7 +16,7 @@ from proto_v3.timeline import Mark
 from sim.clock.port import now_ns, sleep_ns
 from sim.device.driver import SimDriver
 from sim.device.state import DeviceState
-from sim.run import Parts
+from sim.run import VirtualRun
 from sim.scenario.units import NS_PER_S, ns
 
 MAX_SAMPLES = 4000
@@ -49,17 +49,17 @@ class Samples:
         self._names: list[tuple[Group, str, Unit]] = []
         self._stretches = [_Stretch(interval_ns) for interval_ns in FIRST_INTERVALS_NS]
 
-    async def watch(self, parts: Parts) -> None:
+    async def watch(self, run: VirtualRun) -> None:
         """Take samples until the guest runs at the target, or until the guest's activity ends."""
-        for driver in parts.drivers:
+        for driver in run.drivers:
             group = device_group("source", driver.name)
             self._names += [(group, name, Unit.BYTES) for name in ("bytes left", "unread bytes")]
             self._names.append((group, "dirty rate", Unit.BYTES_PER_S))
         self._names += [(vmm_group("source"), "RAM left", Unit.BYTES), (LINK, SENT, Unit.BYTES)]
-        marks = parts.timeline.marks
-        while Mark.RESUMED not in marks and now_ns() <= parts.scenario.horizon_ns:
+        marks = run.timeline.marks
+        while Mark.RESUMED not in marks and now_ns() <= run.scenario.horizon_ns:
             stretch = self._stretches[Mark.STOP_ORDERED in marks]
-            stretch.add(now_ns(), _sample(parts))
+            stretch.add(now_ns(), _sample(run))
             await sleep_ns(stretch.interval_ns)
 
     def counters(self) -> list[Counter]:
@@ -71,14 +71,14 @@ class Samples:
         return counters + [_throughput(counter) for counter in counters if counter.name == SENT]
 
 
-def _sample(parts: Parts) -> list[int]:
+def _sample(run: VirtualRun) -> list[int]:
     """One value for each name, in their order."""
-    source = parts.machines["source"]
+    source = run.machines["source"]
     row = []
-    for driver, state in zip(parts.drivers, parts.states, strict=True):
+    for driver, state in zip(run.drivers, run.states, strict=True):
         row += [_remaining_bytes(driver, state, source.running), driver.held_bytes()[0]]
         row.append(_dirty_bytes_per_s(state) if source.running else 0)
-    return [*row, source.ram.pending_bytes(), sum(channel.bytes_sent for channel in parts.channels)]
+    return [*row, source.ram.pending_bytes(), sum(channel.bytes_sent for channel in run.channels)]
 
 
 def _remaining_bytes(driver: SimDriver, state: DeviceState, running: bool) -> int:

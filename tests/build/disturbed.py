@@ -117,7 +117,7 @@ class Disturbed(VirtualRun):
     """A run; `done` is done at event number `at`, if that is not 0."""
 
     def __init__(self, scenario: Scenario, protocol: Protocol, at: int = 0, done: str = "") -> None:
-        super().__init__(protocol.applied(scenario), 1, None)
+        super().__init__(protocol.applied(scenario), 1)
         self.at = at
         self.done = done.split()
         self.count = 0
@@ -188,7 +188,7 @@ class Disturbed(VirtualRun):
 
     def _report(self) -> RunReport:
         # No figures: they take time.
-        return RunReport(self._scenario.name, self._applied.protocol.name, 1, Timeline(now_ns))
+        return RunReport(self.scenario.name, self._applied.protocol.name, 1, Timeline(now_ns))
 
     # --- events -----------------------------------------------------------------------------------------------------
 

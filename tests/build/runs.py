@@ -17,7 +17,7 @@ def run(scenario: Scenario, name: str, seed: int = 1) -> Outcome:
 def prepared(scenario: Scenario, name: str, seed: int = 1) -> VirtualRun:
     """A run that has not begun."""
     protocol = Protocol.parse(name, scenario)
-    return VirtualRun(protocol.applied(scenario), seed, None)
+    return VirtualRun(protocol.applied(scenario), seed)
 
 
 def kept_run(scenario: Scenario, name: str, seed: int = 1) -> tuple[Outcome, VirtualRun]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from proto_v3.timeline import Timeline
 from proto_v3.vfio.uapi import State
 from proto_v3.wire.frames import Channel, Frame, Payload, Transport, decode, encode_header
 from sim.clock import virtual
@@ -57,12 +56,11 @@ class TappedRun(VirtualRun):
 
     def __init__(self, scenario: Scenario, name: str, tap: Tap, seed: int = 1) -> None:
         protocol = Protocol.parse(name, scenario)
-        super().__init__(protocol.applied(scenario), seed, None)
-        self.scenario = self._scenario
+        super().__init__(protocol.applied(scenario), seed)
         self._tap = tap
 
-    def _connect(self, timeline: Timeline) -> tuple[list[Channel], list[Channel]]:
-        here, there = super()._connect(timeline)
+    def _connect(self) -> tuple[list[Channel], list[Channel]]:
+        here, there = super()._connect()
         for to, channels in (("source", here), ("target", there)):
             for connection, channel in enumerate(channels):
                 channel._transport = _Tapped(channel._transport, self._tap, to, connection)
