@@ -22,7 +22,7 @@ from experiments.report.tables import say
 from experiments.runs import manifest
 from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
-from experiments.runs.frame import COMPLETED, number, protocols
+from experiments.runs.frame import COMPLETED, protocols
 from experiments.runs.pool import Cell, run_cells
 from proto_v3.timeline import PHASES, Resource
 from proto_v3.vmm.migration import OutcomeKind
@@ -97,14 +97,13 @@ def run_agree(
     virtual = results.table(simulated).with_columns(clock=pl.lit("virtual"))
     frame = pl.concat([virtual, table(live, how)], how="diagonal_relaxed")
     compared = compare(frame)
-    outcomes = [*simulated, *(result.outcome for result in live)]
     folder.write_table(frame, "runs", "parquet")
     folder.write_table(compared, "agree", "parquet")
-    how_made = manifest.of_scenario(loaded, scenario, command, outcomes, 2 * len(cells))
+    how_made = manifest.of_scenario(loaded, scenario, command, frame, 2 * len(cells))
     folder.write_json(how_made | {"live": live_manifest(live, how)}, "manifest")
     folder.remove("agree.png", "agree.svg")
     _show(folder, loaded, frame, compared, command)
-    failed = any(outcome.kind is OutcomeKind.FAILED for outcome in outcomes)
+    failed = OutcomeKind.FAILED.value in frame["outcome"]
     return 1 if failed or not within_aim(compared) else 0
 
 
@@ -113,37 +112,25 @@ def compare(frame: pl.DataFrame) -> pl.DataFrame:
 
     `ratio` is null where the figure is 0 in virtual time, or too small to say anything.
     """
-    completed = frame.filter(COMPLETED)
-    rows = []
-    for protocol in protocols(frame):
-        runs = completed.filter(pl.col("protocol") == protocol)
-        downtime = [_median(runs, clock, FIGURES[0]) for clock in ("virtual", "live")]
-        if None in downtime:
-            continue
-        for figure in FIGURES:
-            virtual, live = (_median(runs, clock, figure) for clock in ("virtual", "live"))
-            least = NEGLIGIBLE * (downtime[0] or 0) if figure.unit == "ms" else 0
-            comparable = virtual is not None and live is not None and virtual > least
-            rows.append(
-                {
-                    "protocol": protocol,
-                    "figure": figure.name,
-                    "unit": figure.unit,
-                    "virtual": virtual,
-                    "live": live,
-                    "live_least": _median(runs, "live", figure, "min"),
-                    "live_most": _median(runs, "live", figure, "max"),
-                    "ratio": live / virtual if comparable and live is not None and virtual else None,
-                }
-            )
-    columns = ["virtual", "live", "live_least", "live_most", "ratio"]
-    schema = {"protocol": pl.String, "figure": pl.String, "unit": pl.String, **dict.fromkeys(columns, pl.Float64)}
-    return pl.DataFrame(rows, schema=schema)
-
-
-def _median(runs: pl.DataFrame, clock: str, figure: Figure, of: str = "median") -> float | None:
-    values = runs.filter(pl.col("clock") == clock).select(figure.value.alias("value"))["value"].drop_nulls()
-    return None if values.is_empty() else number(getattr(values, of)())
+    values = frame.filter(COMPLETED).select(
+        "protocol", "clock", *(each.value.cast(pl.Float64).alias(each.name) for each in FIGURES)
+    )
+    virtual, live = (pl.col("value").filter(clock=clock) for clock in ("virtual", "live"))
+    medians = (
+        values.unpivot(index=["protocol", "clock"], variable_name="figure")
+        .group_by("protocol", "figure", maintain_order=True)
+        .agg(virtual=virtual.median(), live=live.median(), live_least=live.min(), live_most=live.max())
+        .sort(pl.col("protocol").cast(pl.Enum(protocols(frame))), maintain_order=True)
+    )
+    units = {each.name: each.unit for each in FIGURES}
+    downtimes = [pl.col(clock).first().over("protocol") for clock in ("virtual", "live")]  # the first of FIGURES
+    negligible = pl.when(unit="ms").then(NEGLIGIBLE * downtimes[0]).otherwise(0)
+    return (
+        medians.filter(*(each.is_not_null() for each in downtimes))
+        .with_columns(unit=pl.col("figure").replace_strict(units, return_dtype=pl.String))
+        .with_columns(ratio=pl.when(pl.col("virtual") > negligible).then(pl.col("live") / pl.col("virtual")))
+        .select("protocol", "figure", "unit", "virtual", "live", "live_least", "live_most", "ratio")
+    )
 
 
 def within_aim(compared: pl.DataFrame) -> bool:

@@ -48,7 +48,7 @@ def run_compare(
         return INTERRUPTED
     frame = results.table(outcomes)
     folder.write_table(frame, "runs", table_format)
-    folder.write_json(manifest.of_scenario(loaded, scenario, command, outcomes, len(cells)), "manifest")
+    folder.write_json(manifest.of_scenario(loaded, scenario, command, frame, len(cells)), "manifest")
     other_table = "runs.parquet" if table_format == "csv" else "runs.csv"
     folder.remove("compare.png", "compare.svg", "critical.png", "critical.svg", other_table)
     if interrupted:
@@ -60,7 +60,7 @@ def run_compare(
     drawn = ", ".join(str(path) for path in figures if path.suffix == ".png")
     say(console, f"\nFigure: {drawn} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
     say(console, f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")
-    return 1 if any(outcome.kind is OutcomeKind.FAILED for outcome in outcomes) else 0
+    return 1 if OutcomeKind.FAILED.value in frame["outcome"] else 0
 
 
 def _draw(folder: ResultFolder, scenario: Scenario, frame: pl.DataFrame, command: Sequence[str]) -> list[Path]:

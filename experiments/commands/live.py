@@ -89,15 +89,14 @@ def run_live(
 
     frame = table(found, how)
     folder.write_table(frame, "runs", table_format)
-    outcomes = [result.outcome for result in found]
-    how_made = manifest.of_scenario(loaded, scenario, command, outcomes, len(cells))
+    how_made = manifest.of_scenario(loaded, scenario, command, frame, len(cells))
     folder.write_json(how_made | {"live": live_manifest(found, how)}, "manifest")
     folder.remove("live.png", "live.svg", "runs.parquet" if table_format == "csv" else "runs.csv")
     if interrupted:
         stderr.print(f"interrupted: {len(found)} of {len(cells)} runs were done and are kept in {folder.folder}")
         return INTERRUPTED
     _show(folder, loaded, frame, found, command, table_format)
-    return 1 if any(outcome.kind is OutcomeKind.FAILED for outcome in outcomes) else 0
+    return 1 if OutcomeKind.FAILED.value in frame["outcome"] else 0
 
 
 def prepared(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from experiments.runs.cluster import on_cluster
 from experiments.runs.folder import ResultFolder
 from experiments.runs.pool import in_processes, progress_bar
 from experiments.runs.resume import RunStore
+from experiments.study.effects import outcome_counts
 from experiments.study.experiment import NAMES, Answer, Experiment, Planned, find
 from proto_v3.errors import UserError
 from sim.scenario.file import load
@@ -42,7 +43,7 @@ def run_experiments(
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
     chosen = [find(name) for name in (NAMES if "all" in names else dict.fromkeys(names))]
     root = Path(out) if out else Path("results/quick" if quick else "results")
-    planned = [experiment.planned(quick) for experiment in chosen]
+    planned = [list({each.key: each for each in experiment.planned(quick)}.values()) for experiment in chosen]
     sweeps = [
         _Sweep(experiment, runs, ResultFolder(root / experiment.name), jobs, scheduler)
         for experiment, runs in zip(chosen, planned, strict=True)
@@ -66,36 +67,33 @@ def run_experiments(
     return status
 
 
+@dataclass(frozen=True, slots=True)
 class _Sweep:
-    def __init__(
-        self,
-        experiment: Experiment,
-        planned: Sequence[Planned],
-        folder: ResultFolder,
-        jobs: int | None,
-        scheduler: str | None,
-    ) -> None:
-        self.experiment = experiment
-        self.folder = folder
-        self._planned = list({each.key: each for each in planned}.values())
-        self._kept = folder.folder / KEPT
-        self._jobs = jobs
-        self._scheduler = scheduler
+    experiment: Experiment
+    planned: Sequence[Planned]
+    folder: ResultFolder
+    jobs: int | None
+    scheduler: str | None
+
+    @property
+    def kept(self) -> Path:
+        """The file of the finished runs."""
+        return self.folder.folder / KEPT
 
     def rows(self, resume: bool, progress: Progress, whole: TaskID) -> pl.DataFrame:
         """All rows, in the order of the grid; with `resume`, those that exist already are not made again."""
         if not resume:
             self.forget()
         revision = manifest.git_revision()
-        with RunStore(self._kept, revision) as store:
+        with RunStore(self.kept, revision) as store:
             done = self._done(store, revision) if resume else {}
             if not store.fits:  # nothing in it is needed, or _done() would have refused it
                 store.begin_anew()
-            missing = [each for each in self._planned if each.key not in done]
+            missing = [each for each in self.planned if each.key not in done]
             cells = [each.cell for each in missing]
-            bar = progress.add_task(self.experiment.name, total=len(self._planned), completed=len(done))
+            bar = progress.add_task(self.experiment.name, total=len(self.planned), completed=len(done))
             progress.advance(whole, len(done))
-            made = on_cluster(cells, self._scheduler) if self._scheduler else in_processes(cells, self._jobs)
+            made = on_cluster(cells, self.scheduler) if self.scheduler else in_processes(cells, self.jobs)
             for at, outcome in made:
                 row = results.row(outcome) | missing[at].columns()
                 store.add(missing[at].key, row)
@@ -103,28 +101,28 @@ class _Sweep:
                 progress.advance(bar)
                 progress.advance(whole)
             progress.remove_task(bar)
-        return pl.DataFrame([done[each.key] for each in self._planned], infer_schema_length=None)
+        return pl.DataFrame([done[each.key] for each in self.planned], infer_schema_length=None)
 
     def check(self) -> None:
         """UserError if the kept runs cannot be used: to be called before the sweeps that come first are run."""
-        if self._kept.exists():
+        if self.kept.exists():
             revision = manifest.git_revision()
-            with RunStore(self._kept, revision) as store:
+            with RunStore(self.kept, revision) as store:
                 self._done(store, revision)
 
     def _done(self, store: RunStore, revision: str) -> dict[str, dict[str, Any]]:
-        keys = {each.key for each in self._planned}
+        keys = {each.key for each in self.planned}
         done = store.rows(keys)
         if done and not store.fits:
             raise UserError(
-                f"--resume: the runs in {self._kept} were made by another version ({store.made_by}); "
+                f"--resume: the runs in {self.kept} were made by another version ({store.made_by}); "
                 "leave --resume out to make all of them again"
             )
         return _finished(self.folder.folder, keys, revision) | done
 
     def forget(self) -> None:
         """Remove the kept runs."""
-        self._kept.unlink(missing_ok=True)
+        self.kept.unlink(missing_ok=True)
 
 
 def _finished(folder: Path, keys: set[str], revision: str) -> dict[str, dict[str, Any]]:
@@ -146,48 +144,35 @@ def write(
     They name the command that makes this experiment alone, even if others were run with it.
     """
     command = ["proto-v3", "run", experiment.name, *(["--quick"] if quick else [])]
+    what = {
+        "experiment": experiment.name,
+        "question": experiment.question,
+        "quick": quick,
+        "bases": {base: load(base).model_dump(mode="json") for base in frame["base"].unique(maintain_order=True)},
+    }
     folder.write_table(frame, "runs", "parquet")
-    folder.write_json(how_made(experiment, frame, command, quick=quick), "manifest")
+    folder.write_json(manifest.of_sweep(what, frame, command), "manifest")
     answer = experiment.answer(frame)
     folder.write_table(answer.table, "effects", "parquet")
     figures = experiment.figures(frame, shlex.join(command))
-    folder.write_json(answer_as_json(experiment, answer, list(figures)), "answer")
-    return answer, [path for name, figure in figures.items() for path in folder.write_figure(figure, name)]
-
-
-def answer_as_json(experiment: Experiment, answer: Answer, figures: Sequence[str]) -> dict[str, Any]:
-    """The answer as JSON, with the names of its figures, the most important one first."""
-    return {
+    as_json = {
         "experiment": experiment.name,
         "question": experiment.question,
         "answer": answer.answer,
         "limit": answer.limit,
         "details": list(answer.details),
         "findings": [asdict(finding) for finding in answer.findings],
-        "figures": list(figures),
+        "figures": list(figures),  # the most important one first
     }
-
-
-def how_made(experiment: Experiment, frame: pl.DataFrame, command: Sequence[str], *, quick: bool) -> dict[str, Any]:
-    """The manifest: with it, each row can be made again."""
-    return manifest.of_sweep(
-        {
-            "experiment": experiment.name,
-            "question": experiment.question,
-            "quick": quick,
-            "bases": {base: load(base).model_dump(mode="json") for base in frame["base"].unique(maintain_order=True)},
-        },
-        frame,
-        command,
-    )
+    folder.write_json(as_json, "answer")
+    return answer, [path for name, figure in figures.items() for path in folder.write_figure(figure, name)]
 
 
 def _print(
     console: Console, experiment: Experiment, answer: Answer, frame: pl.DataFrame, figures: Sequence[Path]
 ) -> None:
     say(console, f"\n{experiment.name}: {experiment.question}")
-    counts: Mapping[str, int] = dict(frame["outcome"].value_counts(sort=True).iter_rows())
-    say(console, f"{frame.height} runs: {', '.join(f'{count} {kind}' for kind, count in counts.items())}")
+    say(console, f"{frame.height} runs: {outcome_counts(frame)}")
     for sentence in (answer.answer, f"Limit: {answer.limit}", *answer.details):
         say(console, f"- {sentence}")
     for finding in answer.findings:

@@ -22,7 +22,6 @@ from experiments.runs.pool import Cell, run_cells
 from experiments.study.published import PublishedFigure, held_against
 from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
-from sim.outcome import Outcome
 from sim.scenario.file import bases, changes, load, shipped
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
@@ -31,6 +30,7 @@ BANDS = (0.10, 0.15)
 """Relative errors: within the first they are small, beyond the second too large."""
 HELD_CONSTANT = ("firmware", "driver", "device", "host", "link", "vmm")
 """The scenario's tables that describe a machine. A case is weaker evidence if it differs from its base in them."""
+HEADINGS = ["protocol", "published", "simulated", "error", "used to fit", "outside"]
 COLUMNS = {
     "scenario": pl.String,
     "case": pl.String,
@@ -75,20 +75,17 @@ def run_validate(names: Sequence[str], seeds: Sequence[int], out: str, jobs: int
     if interrupted:
         say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done; nothing was written")
         return INTERRUPTED
-    frames = {
-        scenario.name: results.table([outcome for outcome in outcomes if outcome.scenario == scenario.name])
-        for scenario in cases.values()
-    }
-    rows = [row for scenario in cases.values() for row in _rows(scenario, frames[scenario.name])]
-    frame = tidy(rows)
-    figures = _write(folder, frame, manifest.of_cases(cases, command, outcomes, len(cells)))
+    runs = results.table(outcomes)
+    rows = [row for scenario in cases.values() for row in _rows(scenario, runs.filter(scenario=scenario.name))]
+    figures = _write(folder, tidy(rows), manifest.of_cases(cases, command, runs, len(cells)))
     for name, scenario in cases.items():
-        _print_case(console, scenario, frames[scenario.name], [row for row in rows if row.scenario == scenario.name])
+        _print_case(console, scenario, runs, [row for row in rows if row.scenario == scenario.name])
         _print_differences(console, name, scenario)
     _print_summary(console, rows)
     say(console, f"\nFigure: {figures[0]} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
     say(console, f"Table and manifest: {folder.folder / 'validate.parquet'}, {folder.folder / 'manifest.json'}")
-    return 1 if _failed(outcomes) or not all(row.within(BANDS[-1]) for row in rows) else 0
+    failed = OutcomeKind.FAILED.value in runs["outcome"]
+    return 1 if failed or not all(row.within(BANDS[-1]) for row in rows) else 0
 
 
 def _cases(names: Sequence[str]) -> dict[str, Scenario]:
@@ -122,27 +119,16 @@ def _rows(scenario: Scenario, frame: pl.DataFrame) -> Iterator[Row]:
             yield Row(scenario.name, published.case or scenario.name, published.protocol, held)
 
 
-def _failed(outcomes: Sequence[Outcome]) -> bool:
-    return any(outcome.kind is OutcomeKind.FAILED for outcome in outcomes)
-
-
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 def tidy(rows: Sequence[Row]) -> pl.DataFrame:
     """One row a figure; null if it was not simulated."""
-    held = [row.held for row in rows]
-    values = {
-        "scenario": [row.scenario for row in rows],
-        "case": [row.case for row in rows],
-        "protocol": [row.protocol for row in rows],
-        "figure": [one.figure for one in held],
-        "published_ms": [one.published_ms for one in held],
-        "simulated_ms": [one.simulated_ms for one in held],
-        "error": [one.error for one in held],
-        "fitted": [one.fitted for one in held],
-    }
-    return pl.DataFrame(values, schema=COLUMNS)
+    values = [
+        (row.scenario, row.case, row.protocol, one.figure, one.published_ms, one.simulated_ms, one.error, one.fitted)
+        for row, one in ((row, row.held) for row in rows)
+    ]
+    return pl.DataFrame(values, schema=COLUMNS, orient="row")
 
 
 def _write(folder: ResultFolder, frame: pl.DataFrame, how_made: dict[str, Any]) -> list[Path]:
@@ -161,22 +147,22 @@ def _write(folder: ResultFolder, frame: pl.DataFrame, how_made: dict[str, Any]) 
 # --- printing --------------------------------------------------------------------------------------------------------
 
 
-def _print_case(console: Console, scenario: Scenario, frame: pl.DataFrame, rows: Sequence[Row]) -> None:
-    table = tables.plain_table(["what, ms", "protocol", "published", "simulated", "error", "used to fit", "outside"])
+def _print_case(console: Console, scenario: Scenario, runs: pl.DataFrame, rows: Sequence[Row]) -> None:
+    table = tables.plain_table(["what, ms", *HEADINGS])
     for row in rows:
-        what, *numbers = tables.cells(row.held)
-        tables.add_row(table, what, row.protocol, *numbers, _outside(row))
+        tables.add_row(table, row.held.what, *_cells(row))
     tables.print_table(console, f"{scenario.name}: {scenario.description}", table)
     for published in scenario.published:
         say(console, f"Published ({published.case or scenario.name}, {published.protocol}): {published.citation}")
+    frame = runs.filter(scenario=scenario.name)
     if frame.filter(~COMPLETED).height:
         tables.print_table(console, f"{scenario.name}: not all runs were completed", tables.outcomes_table(frame))
 
 
-def _outside(row: Row) -> str:
-    """The widest band that the figure is outside of."""
+def _cells(row: Row) -> list[str]:
+    """Under HEADINGS; the last is the widest band that the figure is outside of."""
     outside = [band for band in BANDS if not row.within(band)]
-    return f"{100 * outside[-1]:.0f} %" if outside else ""
+    return [row.protocol, *tables.cells(row.held)[1:], f"{100 * outside[-1]:.0f} %" if outside else ""]
 
 
 def _print_differences(console: Console, name: str, scenario: Scenario) -> None:
@@ -196,13 +182,10 @@ def _print_differences(console: Console, name: str, scenario: Scenario) -> None:
 
 
 def _print_summary(console: Console, rows: Sequence[Row]) -> None:
-    table = tables.plain_table(
-        ["downtime, ms", "protocol", "published", "simulated", "error", "used to fit", "outside"]
-    )
+    table = tables.plain_table(["downtime, ms", *HEADINGS])
     for row in rows:
         if row.held.figure == "downtime_ms":
-            _, *numbers = tables.cells(row.held)
-            tables.add_row(table, row.scenario, row.protocol, *numbers, _outside(row))
+            tables.add_row(table, row.scenario, *_cells(row))
     if table.row_count:
         tables.print_table(console, "The downtimes of all cases", table)
     table = tables.plain_table(["", "figures", *[f"within {100 * band:.0f} %" for band in BANDS]])

@@ -6,7 +6,7 @@ import hashlib
 import platform
 import shlex
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +18,6 @@ from experiments.runs.folder import SCHEMA_VERSION
 if TYPE_CHECKING:
     import polars as pl
 
-    from sim.outcome import Outcome
     from sim.scenario.scenario import Scenario
 
 ABOVE = Path(__file__).resolve().parents[2]
@@ -28,66 +27,56 @@ DEPENDENCIES = ("numpy", "scipy", "polars", "matplotlib", "msgpack", "pydantic")
 
 
 def of_scenario(
-    scenario: Scenario, scenario_file: str, command: Sequence[str], outcomes: Sequence[Outcome], planned: int
+    scenario: Scenario, scenario_file: str, command: Sequence[str], runs: pl.DataFrame, planned: int
 ) -> dict[str, Any]:
     """Of runs of one scenario: enough to make them again."""
-    what = {"scenario_file": scenario_file, "scenario": scenario.model_dump(mode="json")}
-    return _manifest(what, command, outcomes, planned, _counts(outcomes))
-
-
-def of_cases(
-    cases: Mapping[str, Scenario], command: Sequence[str], outcomes: Sequence[Outcome], planned: int
-) -> dict[str, Any]:
-    """Of runs of several scenarios; `cases` has each by the name of its file."""
-    counts = {
-        scenario.name: _counts([outcome for outcome in outcomes if outcome.scenario == scenario.name])
-        for scenario in cases.values()
+    what = {
+        "protocols": list(runs["protocol"].unique(maintain_order=True)),
+        "scenario_file": scenario_file,
+        "scenario": scenario.model_dump(mode="json"),
     }
-    files = {scenario.name: file for file, scenario in cases.items()}
-    scenarios = {scenario.name: scenario.model_dump(mode="json") for scenario in cases.values()}
-    what = {"scenario_files": files, "scenarios": scenarios}
-    return _manifest(what, command, outcomes, planned, counts)
+    return _how_made(what, runs, command, _counts(runs), planned)
 
 
-def of_sweep(what: dict[str, Any], frame: pl.DataFrame, command: Sequence[str]) -> dict[str, Any]:
+def of_cases(cases: Mapping[str, Scenario], command: Sequence[str], runs: pl.DataFrame, planned: int) -> dict[str, Any]:
+    """Of runs of several scenarios; `cases` has each by the name of its file."""
+    what = {
+        "protocols": list(runs["protocol"].unique(maintain_order=True)),
+        "scenario_files": {scenario.name: file for file, scenario in cases.items()},
+        "scenarios": {scenario.name: scenario.model_dump(mode="json") for scenario in cases.values()},
+    }
+    counts = {scenario.name: _counts(runs.filter(scenario=scenario.name)) for scenario in cases.values()}
+    return _how_made(what, runs, command, counts, planned)
+
+
+def of_sweep(what: dict[str, Any], runs: pl.DataFrame, command: Sequence[str]) -> dict[str, Any]:
     """Of a finished sweep, from its table of runs."""
-    counts: dict[str, dict[str, int]] = {}
-    for protocol, outcome, runs in frame.group_by("protocol", "outcome", maintain_order=True).len().iter_rows():
-        counts.setdefault(protocol, {})[outcome] = runs
-    return _how_made(command, frame["seed"].unique(maintain_order=True), counts, frame.height, frame.height, what)
-
-
-def _manifest(
-    what: dict[str, Any], command: Sequence[str], outcomes: Sequence[Outcome], planned: int, counts: dict[str, Any]
-) -> dict[str, Any]:
-    protocols = {"protocols": list(dict.fromkeys(outcome.protocol for outcome in outcomes))}
-    seeds = {outcome.seed for outcome in outcomes}
-    return _how_made(command, seeds, counts, len(outcomes), planned, protocols | what)
+    return _how_made(what, runs, command, _counts(runs), runs.height)
 
 
 def _how_made(
-    command: Sequence[str], seeds: Iterable[int], counts: dict[str, Any], runs: int, planned: int, what: dict[str, Any]
+    what: dict[str, Any], runs: pl.DataFrame, command: Sequence[str], counts: dict[str, Any], planned: int
 ) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "command": shlex.join(command),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "complete": runs == planned,
-        "runs": runs,
+        "complete": runs.height == planned,
+        "runs": runs.height,
         "runs_planned": planned,
         "outcomes": counts,
-        "seeds": sorted(seeds),
+        "seeds": sorted(runs["seed"].unique()),
         **what,
         "versions": versions(),
         "git_revision": git_revision(),
     }
 
 
-def _counts(outcomes: Sequence[Outcome]) -> dict[str, dict[str, int]]:
+def _counts(runs: pl.DataFrame) -> dict[str, dict[str, int]]:
+    """How many runs of each protocol ended in which way."""
     counts: dict[str, dict[str, int]] = {}
-    for outcome in outcomes:
-        of_protocol = counts.setdefault(outcome.protocol, {})
-        of_protocol[outcome.kind.value] = of_protocol.get(outcome.kind.value, 0) + 1
+    for protocol, outcome, count in runs.group_by("protocol", "outcome", maintain_order=True).len().iter_rows():
+        counts.setdefault(protocol, {})[outcome] = count
     return counts
 
 

@@ -22,23 +22,19 @@ SPAN_IID = 1
 """The id of the name of the annotation with a span's number."""
 
 
-class _Edge(NamedTuple):
-    """The start or the end of a slice. In the order of the fields a lane's slices come one after the other."""
+class _Event(NamedTuple):
+    """A counter's value from this time on, or the start or the end of a slice.
+
+    In the order of the first three fields a lane's slices come one after the other.
+    """
 
     at_ns: int
     number: int
-    """The slice's rank by start and end: its start comes before its end, and its end before the next start."""
+    """The slice's rank by start and end: its start comes before its end, and its end before the next start. -1: a
+    value."""
     is_end: bool
     track: int
-    drawn: Slice
-
-
-class _Value(NamedTuple):
-    """The value of a counter, from this time on."""
-
-    at_ns: int
-    track: int
-    value: int
+    what: Slice | int
 
 
 def write_trace(
@@ -47,10 +43,10 @@ def write_trace(
     """Write a run's trace. `causes` has the number of the span that a span waited for, by the number of the latter."""
     slices = [each for track in drawn if isinstance(track, Track) for lane in track.lanes for each in lane]
     with path.open("wb") as file:
-        writer = _Writer(StreamingTraceProtoBuilder(file), slices, Flows(slices, causes))
+        writer = _Writer(StreamingTraceProtoBuilder(file), slices, causes)
         uuids: dict[Group, int] = {(): writer.track(title, None, 0, description=description)}
         lanes: list[tuple[int, list[Slice]]] = []
-        values: list[_Value] = []
+        events: list[_Event] = []
         for rank, each in enumerate(drawn):
             for depth in range(1, len(each.group) + 1):
                 group = each.group[:depth]
@@ -58,65 +54,44 @@ def write_trace(
                     uuids[group] = writer.track(group[-1], uuids[group[:-1]], rank)
             inside = uuids[each.group]
             if isinstance(each, Counter):
-                values += _values(each, writer.track(each.name, inside, rank, unit=each.unit))
+                events += _values(each, writer.track(each.name, inside, rank, unit=each.unit))
             else:
                 lanes += [(writer.track(each.name, inside, rank), lane) for lane in each.lanes]
-        moments: list[_Edge | _Value] = [*values, *_edges(lanes)]
-        for event in sorted(moments, key=lambda moment: moment.at_ns):  # stable: edges keep their order
-            if isinstance(event, _Edge):
-                writer.edge(event)
-            else:
-                writer.value(event)
+        events += _edges(lanes)
+        for event in sorted(events, key=lambda event: event[:3]):  # stable: values keep their order
+            writer.event(event)
 
 
-def _edges(lanes: Sequence[tuple[int, list[Slice]]]) -> list[_Edge]:
-    """Starts and ends of all slices, in order of time."""
+def _edges(lanes: Sequence[tuple[int, list[Slice]]]) -> Iterator[_Event]:
+    """Starts and ends of all slices."""
     slices = [(drawn, uuid) for uuid, lane in lanes for drawn in lane]
     slices.sort(key=lambda each: (each[0].start_ns, each[0].end_ns, -1 if each[0].span is None else each[0].span))
-    edges = []
     for number, (drawn, uuid) in enumerate(slices):
-        edges.append(_Edge(drawn.start_ns, number, False, uuid, drawn))
-        edges.append(_Edge(drawn.end_ns, number, True, uuid, drawn))
-    edges.sort(key=lambda edge: edge[:3])
-    return edges
+        yield _Event(drawn.start_ns, number, False, uuid, drawn)
+        yield _Event(drawn.end_ns, number, True, uuid, drawn)
 
 
-def _values(counter: Counter, track: int) -> Iterator[_Value]:
+def _values(counter: Counter, track: int) -> Iterator[_Event]:
     """The values where they change, and the last one."""
     before = None
     last = len(counter.at_ns) - 1
     for at, (at_ns, value) in enumerate(zip(counter.at_ns.tolist(), counter.values.tolist(), strict=True)):
         if value != before or at == last:
-            yield _Value(at_ns, track, value)
+            yield _Event(at_ns, -1, False, track, value)
         before = value
 
 
-class Flows:
-    """Arrows from a cause to its effect, each named by the number of the effect."""
-
-    def __init__(self, slices: Sequence[Slice], causes: Mapping[int, int]) -> None:
-        self._effects: dict[int, list[int]] = {}
+class _Writer:
+    def __init__(self, builder: Any, slices: Sequence[Slice], causes: Mapping[int, int]) -> None:
+        self._builder = builder
+        self._last_uuid = 0
+        self._effects: dict[int, list[int]] = {}  # an arrow leads to each of them from the span
         self._caused: set[int] = set()
-        drawn = {each.span: (each.start_ns, each.end_ns, each.span) for each in slices if each.whole}
+        spans = {each.span: (each.start_ns, each.end_ns, each.span) for each in slices if each.whole}
         for effect, cause in causes.items():
-            if drawn[cause] < drawn[effect]:  # an arrow leads forward in time only
+            if spans[cause] < spans[effect]:  # an arrow leads forward in time only
                 self._effects.setdefault(cause, []).append(effect)
                 self._caused.add(effect)
-
-    def out(self, span: int) -> list[int]:
-        """The arrows that start at a span."""
-        return [1 + effect for effect in self._effects.get(span, ())]
-
-    def into(self, span: int) -> list[int]:
-        """The arrow that ends there, if any."""
-        return [1 + span] if span in self._caused else []
-
-
-class _Writer:
-    def __init__(self, builder: Any, slices: Sequence[Slice], flows: Flows) -> None:
-        self._builder = builder
-        self._flows = flows
-        self._last_uuid = 0
         self._names = {name: 1 + at for at, name in enumerate(dict.fromkeys(each.name for each in slices))}
         self._categories = {name: 1 + at for at, name in enumerate(dict.fromkeys(each.category for each in slices))}
         packet = self._packet()
@@ -158,26 +133,23 @@ class _Writer:
         self._builder.write_packet(packet)
         return self._last_uuid
 
-    def edge(self, edge: _Edge) -> None:
-        """The start or the end of a slice."""
-        packet = self._packet(edge.at_ns)
-        event, drawn = packet.track_event, edge.drawn
-        event.track_uuid = edge.track
-        event.type = pb.TrackEvent.TYPE_SLICE_END if edge.is_end else pb.TrackEvent.TYPE_SLICE_BEGIN
-        if not edge.is_end:
-            event.name_iid = self._names[drawn.name]
-            event.category_iids.append(self._categories[drawn.category])
+    def event(self, event: _Event) -> None:
+        """A value, or the start or the end of a slice."""
+        packet = self._packet(event.at_ns)
+        written, drawn = packet.track_event, event.what
+        written.track_uuid = event.track
+        if isinstance(drawn, int):
+            written.type = pb.TrackEvent.TYPE_COUNTER
+            written.counter_value = drawn
+        elif event.is_end:
+            written.type = pb.TrackEvent.TYPE_SLICE_END
+        else:
+            written.type = pb.TrackEvent.TYPE_SLICE_BEGIN
+            written.name_iid = self._names[drawn.name]
+            written.category_iids.append(self._categories[drawn.category])
             if drawn.span is not None:
-                event.debug_annotations.add(name_iid=SPAN_IID, int_value=drawn.span)
-            if drawn.span is not None and drawn.whole:
-                event.flow_ids.extend(self._flows.out(drawn.span))
-                event.terminating_flow_ids.extend(self._flows.into(drawn.span))
-        self._builder.write_packet(packet)
-
-    def value(self, value: _Value) -> None:
-        """A counter's value."""
-        packet = self._packet(value.at_ns)
-        packet.track_event.type = pb.TrackEvent.TYPE_COUNTER
-        packet.track_event.track_uuid = value.track
-        packet.track_event.counter_value = value.value
+                written.debug_annotations.add(name_iid=SPAN_IID, int_value=drawn.span)
+            if drawn.span is not None and drawn.whole:  # an arrow has the number of its effect, from 1
+                written.flow_ids.extend(1 + effect for effect in self._effects.get(drawn.span, ()))
+                written.terminating_flow_ids.extend([1 + drawn.span] if drawn.span in self._caused else [])
         self._builder.write_packet(packet)

@@ -136,10 +136,12 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
 
 
 def test_a_manifest_makes_the_scenario_again() -> None:
-    told = json.loads(json.dumps(manifest.of_scenario(SCENARIO, "small.toml", ["proto-v3"], outcomes(), 9)))
+    told = json.loads(
+        json.dumps(manifest.of_scenario(SCENARIO, "small.toml", ["proto-v3"], results.table(outcomes()), 9))
+    )
     assert Scenario.model_validate(told["scenario"]) == SCENARIO
     assert told["complete"] is True
-    assert manifest.of_scenario(SCENARIO, "small.toml", [], outcomes()[:4], 9)["complete"] is False
+    assert manifest.of_scenario(SCENARIO, "small.toml", [], results.table(outcomes()[:4]), 9)["complete"] is False
 
 
 # --- what is told ----------------------------------------------------------------------------------------------------
