@@ -86,13 +86,13 @@ class SaveBlocks(SavedFd, BlocksFd):
 
     @override
     async def geometry(self) -> tuple[int, int]:
-        self._check_open()
+        self.check_open()
         return self._device.block_bytes, len(self._device.version)
 
     @override
     async def dirty_blocks(self) -> DirtyBlocks:
         await self._call()
-        self._check_open()
+        self.check_open()
         device = self._device
         device.advance(now_ns())
         changed = device.version != self._reported
@@ -102,7 +102,7 @@ class SaveBlocks(SavedFd, BlocksFd):
 
     @override
     async def read_blocks(self, first: int, count: int) -> Payload:
-        self._check_open()
+        self.check_open()
         if first < 0 or count < 1 or first + count > self._readable:
             raise fails(errno.EINVAL)
         self._reading += 1
@@ -116,7 +116,7 @@ class SaveBlocks(SavedFd, BlocksFd):
         while self._suspended:
             await self._notify.wait()
             self.counters.wakeups += 1
-            self._check_open()
+            self.check_open()
         device = self._device
         device.advance(now_ns())
         blocks = np.arange(first, first + count)
@@ -130,15 +130,15 @@ class SaveBlocks(SavedFd, BlocksFd):
         finally:
             self._in_flight -= 1
             self._notify.notify()
-        self._check_open()
+        self.check_open()
         if self._session.faults.of_command("SAVE") is not None:
             self._session.fail()
-            self._check_open()
+            self.check_open()
         return await self._copy(record, asked_ns)
 
     @override
     async def read(self, max_bytes: int) -> Payload:
-        self._check_open()
+        self.check_open()
         if max_bytes < 1:
             raise fails(errno.EINVAL)
         if not self._final or self._reading or self.pending_bytes():
@@ -159,7 +159,7 @@ class SaveBlocks(SavedFd, BlocksFd):
         async with self._fd_lock:
             locked_ns = now_ns()
             await self._context.memory.copy(record.size_bytes, self._context.call_ns, "read")
-            self._check_open()
+            self.check_open()
         self._count_read(record.size_bytes, asked_ns, ready_ns, locked_ns)
         self.counters.wakeups += 1  # the caller slept while the device saved
         return Extent([RecordSlice(record, 0, record.size_bytes)])
@@ -186,7 +186,7 @@ class SaveBlocks(SavedFd, BlocksFd):
     @override
     async def stream_info(self) -> StreamInfo:
         await self._call()
-        self._check_open()
+        self.check_open()
         self._device.advance(now_ns())
         return StreamInfo(self._device.epoch, self.pending_bytes())
 

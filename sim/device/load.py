@@ -1,6 +1,6 @@
 """A data fd to write to: a stream that is loaded into the device.
 
-write() checks that its bytes are the next ones (`sim/device/load_queue`), and runs the firmware's LOAD inside the call
+write() checks that its bytes are the next ones (LoadQueue), and runs the firmware's LOAD inside the call
 that completes a record (Linux drivers/vfio/pci/mlx5/main.c, mlx5vf_resume_write). In v2 it holds the state mutex and
 the fd's mutex, as there. What v3 does differently is in `sim/device/load_v3`.
 
@@ -15,22 +15,25 @@ from contextlib import AsyncExitStack
 import numpy as np
 from typing_extensions import override
 
-from proto_v3.timeline import Notify, Resource
+from proto_v3.timeline import Resource
 from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.uapi import PrecopyInfo, StreamInfo
 from proto_v3.wire.frames import Payload
 from sim.clock.port import now_ns, sleep_ns
-from sim.device.load_queue import LoadQueue, StreamError
-from sim.device.record import Extent, Record
+from sim.device.record import Extent, Record, Tally
 from sim.device.state import Image
-from sim.device.stream import DriverLock, MigrationSession, WriteOnlyFd, fails
+from sim.device.stream import DriverLock, MigrationSession, PartOfSession, WriteOnlyFd, fails
 from sim.report import Counters, CriticalLoad
 
 
-class LoadSession:
-    """What the streams of one device's load share: the image, as far as it is loaded."""
+class LoadSession(PartOfSession):
+    """What the streams of one device's load share: the image, as far as it is loaded.
+
+    It is over after a stream was refused, too (mlx5: MLX5_MIGF_STATE_ERROR).
+    """
 
     def __init__(self, image: Image, session: MigrationSession, setup_ns: int, streams: int) -> None:
+        super().__init__()
         self.image = image
         self.session = session
         self.context = session.context
@@ -38,9 +41,7 @@ class LoadSession:
         self.critical_loads: list[CriticalLoad] = []
         self._setup_ns = setup_ns
         self._open_streams = streams
-        self._closed = 0  # the errno of every call once the session is over
         self._held_bytes = 0
-        self._notify = Notify()
 
     @property
     def whole(self) -> bool:
@@ -51,30 +52,6 @@ class LoadSession:
         """Leaving RESUMING: EIO unless all streams are whole."""
         if not self.whole:
             raise fails(errno.EIO)
-
-    def end(self, code: int = errno.ENODEV) -> None:
-        """The session is over: every call fails with this error, also those that wait."""
-        self._closed = self._closed or code
-        self._notify.notify()
-
-    @property
-    def over(self) -> bool:
-        """Whether the session is over."""
-        return self._closed != 0
-
-    @property
-    def error(self) -> OSError | None:
-        """The error of every call, if the session is over."""
-        return fails(self._closed) if self._closed else None
-
-    async def changed(self) -> None:
-        """Wait until the session is over, or (v3) an epoch is loaded."""
-        await self._notify.wait()
-
-    def check_open(self) -> None:
-        """ENODEV if the session is over, or a stream was refused before (mlx5: MLX5_MIGF_STATE_ERROR)."""
-        if self._closed:
-            raise fails(self._closed)
 
     def refuse(self, code: int, why: str) -> OSError:
         """The error of a write() of something that is not the source's stream: EINVAL. The session is over then."""
@@ -164,6 +141,59 @@ class LoadedFd(WriteOnlyFd):
     async def get_stream(self, index: int) -> DataFd:
         """The critical fd's (sim.device.load_v3)."""
         raise fails(errno.ENOTTY)
+
+
+class StreamError(Exception):
+    """What was written is not the source's stream."""
+
+    def __init__(self, code: int, why: str) -> None:
+        """`code` is the errno of v3's write() (proto_v3.vfio.device.DataFd)."""
+        super().__init__(why)
+        self.code = code
+        self.why = why
+
+
+class LoadQueue:
+    """Records between write() and LOAD: bytes in, whole records out. Pure: no I/O, no clock, no waiting."""
+
+    def __init__(self, stream: int) -> None:
+        self.ended = False
+        """The END record came."""
+        self._stream = stream
+        self._sequence = 0
+        self._offset = 0
+        self._tally = Tally()
+
+    def add(self, record: Record, start: int, stop: int) -> bool:
+        """Bytes [start, stop) of a record were written; returns whether it is whole.
+
+        StreamError if they are not the next bytes of the stream: it was cut, altered or reordered.
+        """
+        if (record.stream, record.sequence, start) != (self._stream, self._sequence, self._offset) or self.ended:
+            raise self._out_of_order(record, start)
+        self._offset = stop
+        if stop < record.size_bytes:
+            return False
+        self._sequence += 1
+        self._offset = 0
+        if not record.end:
+            self._tally = self._tally.add(record)
+        elif record.tally != self._tally:
+            what = f"its END counts {record.tally}, what came is {self._tally}"
+            raise StreamError(errno.EBADMSG, f"stream {self._stream}: {what}")
+        self.ended = record.end
+        return True
+
+    def _out_of_order(self, record: Record, start: int) -> StreamError:
+        if record.stream != self._stream:
+            code = errno.EXDEV
+        elif record.sequence < self._sequence:
+            code = errno.EALREADY
+        else:
+            code = errno.EILSEQ if record.sequence > self._sequence else errno.EPROTO
+        received = f"byte {start} of record {record.sequence} of stream {record.stream} came"
+        due = "after the END" if self.ended else f"where byte {self._offset} of record {self._sequence} was due"
+        return StreamError(code, f"stream {self._stream}: {received} {due}")
 
 
 class LoadStream(LoadedFd):

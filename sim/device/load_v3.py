@@ -38,8 +38,7 @@ class V3LoadSession(LoadSession):
     @override
     def check_whole(self) -> None:
         """Leaving RESUMING: ENODATA unless every END and the newest epoch's critical data are there."""
-        if self._closed:
-            raise fails(self._closed)
+        self.check_open()
         if self._open_streams:
             raise OSError(errno.ENODATA, f"{self._name}: {self._open_streams} of its streams did not come to their END")
         if self._epoch_loaded < self._last_epoch:

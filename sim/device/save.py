@@ -85,7 +85,7 @@ class SaveStream(SavedFd):
 
     def _save_failed(self) -> None:
         """A SAVE failed: nothing more comes (mlx5: MLX5_MIGF_STATE_ERROR, for which read() answers ENODEV)."""
-        self.end_session()
+        self.end()
 
     def start_precopy(self) -> None:
         """The session starts in pre-copy: plan the initial image, or append what the target is checked by."""
@@ -149,7 +149,7 @@ class SaveStream(SavedFd):
                 data, initial_bytes, chunks = self._queue.take(max_bytes)
                 self.buffer.add(len(data), initial_bytes)
                 await copy(data)
-                self._check_open()
+                self.check_open()
                 if chunks:
                     self._queue.free_chunks += chunks
                     self._notify.notify()
@@ -166,7 +166,7 @@ class SaveStream(SavedFd):
         while True:
             match self.state:
                 case ReadState.OVER:
-                    self._check_open()
+                    self.check_open()
                 case ReadState.DATA:
                     return True
                 case ReadState.SAVING:

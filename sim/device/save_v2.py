@@ -46,14 +46,14 @@ class V2Stream(SaveStream):
     async def precopy_info(self) -> PrecopyInfo:
         await self._call()
         async with self._session.state_lock:  # mlx5vf_precopy_ioctl holds the state mutex throughout
-            self._check_open()
+            self.check_open()
             if self._plan.final:
                 raise fails(errno.EINVAL)
             if self.suspended:  # no SAVE can be made, so what could be saved is not asked for either
                 return self._info(PrecopyFlags(0))
             while self._queue.saving is not None:
                 await self._notify.wait()
-                self._check_open()
+                self.check_open()
             self._device.advance(now_ns())
             if self._has_reinit():
                 self._reinit()

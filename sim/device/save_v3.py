@@ -35,7 +35,7 @@ class V3Stream(SaveStream):
     @override
     async def stream_info(self) -> StreamInfo:
         await self._call()
-        self._check_open()
+        self.check_open()
         self._device.advance(now_ns())
         self._before_info()
         return StreamInfo(self._plan.newest_epoch, self.pending_bytes())
@@ -85,7 +85,7 @@ class CriticalStream(V3Stream):
 
     @override
     async def get_stream(self, index: int) -> DataFd:
-        self._check_open()
+        self.check_open()
         if not 0 <= index < len(self.dirty):
             raise fails(errno.EINVAL)
         return self.dirty[index]

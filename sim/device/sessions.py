@@ -101,7 +101,7 @@ class SavingSession:
         if self._watching is not None:
             self._watching.cancel()
         for stream in self.streams:
-            stream.end_session(code)
+            stream.end(code)
         self._device.on_new_events = self._device.on_epochs = None
         self._device.forget_saves()
 

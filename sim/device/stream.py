@@ -91,6 +91,38 @@ class MigrationSession:
     """v3: put the device into ERROR; every stream answers EIO from then on."""
 
 
+class PartOfSession:
+    """What ends with a migration session."""
+
+    def __init__(self) -> None:
+        self._closed = 0  # the errno of every call once the session is over
+        self._notify = Notify()
+
+    def end(self, code: int = errno.ENODEV) -> None:
+        """The session is over: every call fails with this error, also those that wait."""
+        self._closed = self._closed or code
+        self._notify.notify()
+
+    @property
+    def over(self) -> bool:
+        """Whether the session is over."""
+        return self._closed != 0
+
+    @property
+    def error(self) -> OSError | None:
+        """The error of every call, if the session is over."""
+        return fails(self._closed) if self._closed else None
+
+    def check_open(self) -> None:
+        """Raise that error, if the session is over."""
+        if self._closed:
+            raise fails(self._closed)
+
+    async def changed(self) -> None:
+        """Wait until something changes that a call waits for, or the session is over."""
+        await self._notify.wait()
+
+
 class FdBuffer:
     """Bytes that the driver handed to the fd and the VMM has not read: always 0 in virtual time.
 
@@ -119,7 +151,6 @@ class ReadOnlyFd(DataFd):
 
     @override
     async def write(self, payload: Payload, piece_bytes: int) -> None:
-        """EBADF."""
         raise fails(errno.EBADF)
 
 
@@ -128,7 +159,6 @@ class WriteOnlyFd(DataFd):
 
     @override
     async def read(self, max_bytes: int) -> Payload:
-        """EBADF."""
         raise fails(errno.EBADF)
 
     @override
@@ -142,49 +172,26 @@ class WriteOnlyBlocksFd(WriteOnlyFd, BlocksFd):
 
     @override
     async def geometry(self) -> tuple[int, int]:
-        """EBADF."""
         raise fails(errno.EBADF)
 
     @override
     async def dirty_blocks(self) -> DirtyBlocks:
-        """EBADF."""
         raise fails(errno.EBADF)
 
     @override
     async def read_blocks(self, first: int, count: int) -> Payload:
-        """EBADF."""
         raise fails(errno.EBADF)
 
 
-class SavedFd(ReadOnlyFd):
+class SavedFd(PartOfSession, ReadOnlyFd):
     """A data fd that is read from: what all kinds share. Calls that a kind does not have fail as in the kernel."""
 
     def __init__(self, session: MigrationSession) -> None:
+        super().__init__()
         self.counters = Counters()
         self.buffer = FdBuffer()
         self._session = session
         self._context = session.context
-        self._closed = 0  # the errno of every call once the session is over
-        self._notify = Notify()
-
-    def end_session(self, code: int = errno.ENODEV) -> None:
-        """The session is over: every call fails with this error, also those that wait."""
-        self._closed = self._closed or code
-        self._notify.notify()
-
-    @property
-    def over(self) -> bool:
-        """Whether the session is over."""
-        return self._closed != 0
-
-    @property
-    def error(self) -> OSError | None:
-        """The error of every call, if the session is over."""
-        return fails(self._closed) if self._closed else None
-
-    async def changed(self) -> None:
-        """Wait until something changes that a read() may find."""
-        await self._notify.wait()
 
     def held_bytes(self) -> tuple[int, int]:
         """Bytes that are saved and not read, and bytes that are being saved. Asking changes nothing."""
@@ -198,10 +205,6 @@ class SavedFd(ReadOnlyFd):
         counters.read_firmware_ns += ready_ns - asked_ns
         counters.read_lock_ns += locked_ns - ready_ns
         counters.read_copy_ns += now_ns() - locked_ns
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise fails(self._closed)
 
     async def _call(self) -> None:
         """The fixed cost of a call that copies nothing."""

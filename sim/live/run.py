@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proto_v3.errors import UserError
-from sim.live.processes.children import HANGS, Child, device_main, source_main, start, target_main
+from sim.live.processes.children import HANGS, Child, device_main, start, vmm_main
 from sim.live.processes.report import GuestNote, Note, SessionNote, VmmReport
 from sim.live.processes.settings import Settings, check_size
+from sim.live.processes.vmm import run_source, run_target
 from sim.live.result import LiveResult, SideEnd, result
 from sim.live.tcp.messages import Run
 from sim.live.tcp.sockets import listen
@@ -52,14 +53,15 @@ class _Notes:
 class _Side:
     """The two processes of a side."""
 
-    def __init__(self, side: str, settings: Settings, notes: _Notes, main: Callable[..., None], *args: Any) -> None:
+    def __init__(self, side: str, settings: Settings, notes: _Notes, *migrate: Any) -> None:
+        """`migrate`: run_source or run_target, and what it takes beside the VMM."""
         vmm_end, device_end = socket.socketpair()
         self.side = side
         self._settings = settings
         try:
             self.device = start(f"{side} device", device_main, notes, device_end, side, settings.loop)
             try:
-                self.vmm = start(f"{side} VMM", main, notes, vmm_end, settings, *args)
+                self.vmm = start(f"{side} VMM", vmm_main, notes, vmm_end, side, settings, *migrate)
             except BaseException:
                 self.device.bury()
                 raise
@@ -123,9 +125,9 @@ async def run_here(
     sides: list[_Side] = []
     beside: asyncio.Future[None] | None = None
     try:
-        target = _Side("target", settings, notes, target_main, listener)
+        target = _Side("target", settings, notes, run_target, listener)
         sides.append(target)
-        source = _Side("source", settings, notes, source_main, run, listener.getsockname()[:2])
+        source = _Side("source", settings, notes, run_source, run, listener.getsockname()[:2])
         sides.append(source)
         listener.close()  # the target has it
         if started is not None:
@@ -176,7 +178,7 @@ async def run_to(
     """Run the source's side here; the target's is where `serve_one` listens at this address."""
     run_as = applied(scenario, protocol, settings)
     notes = _Notes(watch)
-    source = _Side("source", settings, notes, source_main, Run(scenario.to_json(), protocol.name, seed), address)
+    source = _Side("source", settings, notes, run_source, Run(scenario.to_json(), protocol.name, seed), address)
     try:
         report = await source.report()
         ends = {"source": SideEnd(report, await source.deaths(report))}
@@ -188,7 +190,7 @@ async def run_to(
 async def serve_one(listener: socket.socket, settings: Settings, watch: Watch | None = None) -> SideEnd:
     """Run the target's side of one migration; returns how it ended."""
     notes = _Notes(watch)
-    side = _Side("target", settings, notes, target_main, listener)
+    side = _Side("target", settings, notes, run_target, listener)
     try:
         report = await side.report()
         return SideEnd(report, await side.deaths(report))

@@ -27,8 +27,8 @@ from sim.device.record import HEADER_BYTES, NO_INDICES, V3_HEADER_BYTES, Extent,
 from sim.live.fd.blocks import BlocksData
 from sim.live.fd.codec import Decoder
 from sim.live.fd.copy import Copier, data_fd, unread_bytes
-from sim.live.fd.data_fd import WOKEN, descriptor
 from sim.live.fd.load import LoadedData
+from sim.live.fd.remote_fd import WOKEN, descriptor
 from sim.live.fd.save import Layout, SocketBuffer
 from sim.live.io import IO
 from sim.live.merge_timelines import ProcessRecord
@@ -697,8 +697,7 @@ async def move_by(way: str, moving: Move) -> None:
 @pytest.mark.parametrize("kind", ["v2 whole", "v2 chunks", "v3-n2 whole", "v3-n4 invalidates", "blocks"])
 def test_a_state_arrives_through_the_smallest_sockets(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the driver copies at once, and what the VMM writes at once, goes in many parts."""
-    for module in ("save", "load"):
-        monkeypatch.setattr(f"sim.live.fd.{module}.data_fd", lambda room_bytes: data_fd(1))
+    monkeypatch.setattr("sim.live.fd.copy.data_fd", lambda room_bytes: data_fd(1))
 
     async def main() -> None:
         async with both(BUSY | KINDS_OF_MOVE[kind]) as (source, target):

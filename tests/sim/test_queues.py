@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.device.load_queue import LoadQueue, StreamError
+from sim.device.load import LoadQueue, StreamError
 from sim.device.record import HEADER_BYTES, Record
 from sim.device.save_queue import SaveQueue
 from sim.live.fd.write_protocol import WriteAnswer, WriteAnswerReader

@@ -6,6 +6,7 @@ for. The lock is held for that time, and not while there is no room.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import os
@@ -19,9 +20,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 
+from sim.device.load import LoadedFd
+from sim.device.save import SaveStream
 from sim.device.stream import fails
 from sim.live.fd.lock import Mutex
-from sim.live.io import MAX_IOV, advanced
+from sim.live.io import MAX_IOV, Worker, advanced
+from sim.live.merge_timelines import ProcessTimeline
 
 SO_SNDBUFFORCE = 32
 """asm-generic/socket.h; Python has no name for it."""
@@ -143,6 +147,40 @@ def _wait(waiting: select.poll, closing: int) -> None:
         raise fails(errno.ENODEV)
 
 
+class DriverEnd:
+    """The driver's end of a data fd: its socket, a thread that copies, and a task that moves the stream's bytes."""
+
+    def __init__(
+        self, stream: SaveStream | LoadedFd, copier: Copier, timeline: ProcessTimeline, edge: str, *, room_bytes: int
+    ) -> None:
+        """`edge` names the edges in the timeline; `room_bytes` fit the socket."""
+        self._copier = copier
+        self._timeline = timeline
+        self._edge = edge
+        self._ours, self._theirs = data_fd(room_bytes)
+        self._closing = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        """Set when the session is over: ends a copy that waits."""
+        self._worker = Worker(f"{edge} copy")
+        self._task = asyncio.create_task(self._run(), name=edge)
+        self._watching = asyncio.create_task(self._watch(stream), name=f"{edge} watch")
+
+    async def _run(self) -> None:
+        raise NotImplementedError
+
+    async def _watch(self, stream: SaveStream | LoadedFd) -> None:
+        while not stream.over:
+            await stream.changed()
+        os.eventfd_write(self._closing, 1)
+
+    async def ended(self) -> None:
+        """The session is over: return when the VMM can read none of its bytes, and none goes into the device."""
+        await asyncio.wait([self._task])
+
+    def _report_bug(self, error: Exception) -> None:
+        """To be seen here, and not waited for there."""
+        asyncio.get_running_loop().call_exception_handler({"message": self._edge, "exception": error})
+
+
 def unread_bytes(sock: socket.socket) -> int:
     """Bytes in a socket that nobody has read (FIONREAD)."""
     (size,) = struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, b"\0\0\0\0"))
@@ -162,8 +200,3 @@ def data_fd(room_bytes: int) -> tuple[socket.socket, socket.socket]:
         except PermissionError:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, asked)
     return ours, theirs
-
-
-def eventfd() -> int:
-    """A new eventfd, which a thread can wait for."""
-    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

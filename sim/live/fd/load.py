@@ -27,17 +27,16 @@ from sim.device.load import LoadedFd, LoadStream
 from sim.device.record import Record
 from sim.device.state import Indices, Place
 from sim.live.fd.codec import Decoder
-from sim.live.fd.copy import Copier, data_fd, eventfd
+from sim.live.fd.copy import Copier, DriverEnd
 from sim.live.fd.store import StateStore
 from sim.live.fd.write_protocol import SIZE, AnnouncedBytes, WriteAnswer
-from sim.live.io import Worker
 from sim.live.merge_timelines import ProcessTimeline
 
 NO_LIMIT = 1 << 62
 """Bytes; more than there are."""
 
 
-class LoadedData:
+class LoadedData(DriverEnd):
     """What both kinds share: the socket, and the answers."""
 
     def __init__(
@@ -51,32 +50,22 @@ class LoadedData:
         *,
         room_bytes: int,
     ) -> None:
-        """`decoder` makes one for each record; `edge` names the edges in the timeline; `room_bytes` fit the socket."""
+        """`decoder` makes one for each record."""
+        super().__init__(stream, copier, timeline, edge, room_bytes=room_bytes)
         self.stream = stream
         self._decoder = decoder
         self._store = store
-        self._copier = copier
-        self._timeline = timeline
-        self._edge = edge
-        self._ours, self._theirs = data_fd(room_bytes)
         self._announced = AnnouncedBytes()
-        self._closing = eventfd()
-        self._worker = Worker(f"{edge} copy")
         self._taken = 0
         self._answers = 0
         self._loads: set[asyncio.Task[None]] = set()
         """That go on beside the receiving."""
-        self._task = asyncio.create_task(self._run(), name=edge)
-        self._watching = asyncio.create_task(self._watch(), name=f"{edge} watch")
 
     def fds(self) -> list[int]:
         """The VMM's end, which only the VMM has from now on; and the page with the bytes that it announces."""
         return [self._theirs.detach(), self._announced.detach()]
 
-    async def ended(self) -> None:
-        """The session is over: return when nothing of it goes on into the device's state."""
-        await asyncio.wait([self._task])
-
+    @override
     async def _run(self) -> None:
         on_track(self._edge)
         try:
@@ -86,7 +75,8 @@ class LoadedData:
             stale = error.errno == errno.ENODEV and self.stream.error  # which says why
             self._answer(self._taken, stale or error)
         except Exception as error:
-            self._report_bug(error, self._taken)
+            self._answer(self._taken, OSError(errno.EIO, repr(error)))
+            self._report_bug(error)
         finally:
             with contextlib.suppress(OSError):
                 self._ours.shutdown(socket.SHUT_RD)  # a write() that waits for room ends
@@ -97,17 +87,6 @@ class LoadedData:
             self._ours.close()
             self._announced.close()
             os.close(self._closing)
-
-    async def _watch(self) -> None:
-        """End a receive() when the session is over, also in the middle of a record."""
-        while not self.stream.over:
-            await self.stream.changed()
-        os.eventfd_write(self._closing, 1)
-
-    def _report_bug(self, error: Exception, taken: int) -> None:
-        """To be seen here, and not waited for there."""
-        self._answer(taken, OSError(errno.EIO, repr(error)))
-        asyncio.get_running_loop().call_exception_handler({"message": self._edge, "exception": error})
 
     def _refuse(self, why: str) -> OSError:
         """The error of bytes that are no stream. If the session is over, they cannot fail the device any more."""
@@ -246,7 +225,8 @@ class LoadedBlocks(LoadedData):
         except OSError as error:
             self._answer(end, error)
         except Exception as error:
-            self._report_bug(error, end)
+            self._answer(end, OSError(errno.EIO, repr(error)))
+            self._report_bug(error)
         else:
             self._answer(end)
 

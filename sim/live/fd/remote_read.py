@@ -17,8 +17,7 @@ from proto_v3.wire.frames import EMPTY, Payload
 from sim.device.stream import ReadOnlyFd, fails
 from sim.live.buffers import Buffers
 from sim.live.fd.calls import Reply
-from sim.live.fd.data_fd import WOKEN
-from sim.live.fd.remote_fd import Devices, RemoteFd
+from sim.live.fd.remote_fd import WOKEN, Devices, RemoteFd
 from sim.live.io import LOOP, Worker
 
 KEPT_BUFFERS = 2

@@ -9,7 +9,6 @@ A socket cannot report the error of a read() that finds nothing (ENOMSG, ENODEV,
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import enum
 import errno
@@ -28,9 +27,8 @@ from sim.device.save import SaveStream
 from sim.device.save_queue import ReadState
 from sim.device.stream import FdBuffer
 from sim.live.fd import codec
-from sim.live.fd.copy import Copied, Copier, data_fd, eventfd, unread_bytes
+from sim.live.fd.copy import Copied, Copier, DriverEnd, unread_bytes
 from sim.live.fd.store import StateStore
-from sim.live.io import Worker
 from sim.live.merge_timelines import LATEST, ProcessTimeline
 
 DRAIN_BYTES = 1 << 20
@@ -115,7 +113,7 @@ class ReadEnd(NamedTuple):
     text: str = ""
 
 
-class SavedData:
+class SavedData(DriverEnd):
     """The driver's end: copies what a stream has into the socket, and says what comes behind it."""
 
     def __init__(
@@ -129,26 +127,19 @@ class SavedData:
         room_bytes: int,
         piece_bytes: int,
     ) -> None:
-        """`room_bytes` fit the socket. `piece_bytes` are copied at once, under the lock: those of one read()."""
+        """`piece_bytes` are copied at once, under the lock: those of one read()."""
+        super().__init__(stream, copier, timeline, edge, room_bytes=room_bytes)
         self.stream = stream
         self._piece_bytes = piece_bytes
         self.lock_ns = self.copy_ns = 0
         self._layout = Layout(store)
-        self._copier = copier
-        self._timeline = timeline
         self._zero_ns = time.perf_counter_ns() - timeline.now_ns()
-        self._edge = edge
-        self._ours, self._theirs = data_fd(room_bytes)
         self._buffer = SocketBuffer(self._theirs)
         stream.buffer = self._buffer
-        self._closing = eventfd()
-        self._worker = Worker(f"{edge} copy")
         self._state = FdState.COPYING
         self._read_end = ReadEnd("END")
         """In DRAINED and ENDED."""
         self._notify = Notify()
-        self._task = asyncio.create_task(self._run(), name=edge)
-        self._watching = asyncio.create_task(self._watch(), name=f"{edge} watch")
 
     def fds(self) -> list[int]:
         """The VMM's end, to be passed to it."""
@@ -174,6 +165,7 @@ class SavedData:
             case _:
                 return None
 
+    @override
     async def _run(self) -> None:
         on_track(self._edge)
         try:
@@ -181,9 +173,9 @@ class SavedData:
                 await self._put()
         except OSError as error:
             self._enter(FdState.ENDED, ReadEnd("ERROR", error.errno or errno.EIO, str(error.strerror or error)))
-        except Exception as error:  # a bug: to be seen here, and not waited for there
+        except Exception as error:
             self._enter(FdState.ENDED, ReadEnd("ERROR", errno.EIO, repr(error)))
-            asyncio.get_running_loop().call_exception_handler({"message": self._edge, "exception": error})
+            self._report_bug(error)
         finally:
             await self._watching
             self._close()
@@ -213,12 +205,6 @@ class SavedData:
         self._state, self._read_end = state, end
         self._notify.notify()
 
-    async def _watch(self) -> None:
-        """End a copy that waits for room when the session is over."""
-        while not self.stream.over:
-            await self.stream.changed()
-        os.eventfd_write(self._closing, 1)
-
     def _shut(self) -> None:
         with contextlib.suppress(OSError):
             self._ours.shutdown(socket.SHUT_WR)  # the VMM reads 0, and asks why
@@ -235,10 +221,6 @@ class SavedData:
         self._ours.close()
         self._theirs.close()
         os.close(self._closing)
-
-    async def ended(self) -> None:
-        """The session is over: return when none of its bytes can be read any more."""
-        await asyncio.wait([self._task])
 
     async def _copy(self, data: Extent) -> None:
         buffers = list(self._layout.pieces(data))

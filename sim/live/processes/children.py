@@ -16,7 +16,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
@@ -25,10 +25,9 @@ from sim.live.fd.calls import Calls, Reply
 from sim.live.plain import from_plain, to_plain
 from sim.live.processes.device_process import DeviceProcess
 from sim.live.processes.fork_server import end_with_server, start_process
-from sim.live.processes.report import Note, RejectedNote, VmmReport, received_note, send_note
+from sim.live.processes.report import Note, VmmReport, received_note
 from sim.live.processes.settings import Settings
-from sim.live.processes.vmm import VmmProcess, run_source, run_target
-from sim.live.tcp.messages import Run
+from sim.live.processes.vmm import VmmProcess
 
 RESULT = "result"
 """The last message of a VMM process on its lifeline: its VmmReport."""
@@ -51,14 +50,9 @@ class Child:
     """What a VMM process reports at its end; cancelled if it dies before."""
     ended: asyncio.Future[int]
     """Its exit status, less than 0 for a signal."""
-    _pid: int = field(default=0)
+    pid: int
     _hung: str = ""
     _watching: asyncio.Task[None] | None = None
-
-    @property
-    def pid(self) -> int:
-        """Its number."""
-        return self._pid
 
     def watch(self, settings: Settings) -> None:
         """Ping it from now on, and kill it if it does not answer."""
@@ -67,7 +61,7 @@ class Child:
     async def _watch(self, settings: Settings) -> None:
         silent_s = HANGS * settings.silent_s
         if await self.lifeline.unanswered(settings.handshake_s, silent_s) and not self.ended.done():
-            self._hung = f"the {self.name} (process {self._pid}) did not answer, and was killed"
+            self._hung = f"the {self.name} (process {self.pid}) did not answer, and was killed"
             self.process.kill()
 
     @property
@@ -77,8 +71,8 @@ class Child:
             return self._hung
         status = self.ended.result() if self.ended.done() else 0
         if status < 0:
-            return f"the {self.name} (process {self._pid}) was killed by {signal.Signals(-status).name}"
-        return f"the {self.name} (process {self._pid}) ended with status {status}" if status else ""
+            return f"the {self.name} (process {self.pid}) was killed by {signal.Signals(-status).name}"
+        return f"the {self.name} (process {self.pid}) ended with status {status}" if status else ""
 
     async def end(self) -> None:
         """Ask it to end by closing its lifeline; kill it if it does not end soon."""
@@ -117,13 +111,6 @@ def start(name: str, main: Callable[..., None], on_note: Callable[[Note], None],
         except BaseException:
             ours.close()
             raise
-    return _watched(name, process, ours, on_note)
-
-
-def _watched(
-    name: str, process: ForkServerProcess, lifeline_socket: socket.socket, on_note: Callable[[Note], None]
-) -> Child:
-    """The child of a process that was started: its lifeline is read, and its end noticed."""
     loop = asyncio.get_running_loop()
     result: asyncio.Future[VmmReport] = loop.create_future()
     ended: asyncio.Future[int] = loop.create_future()
@@ -135,7 +122,7 @@ def _watched(
             result.set_result(from_plain(VmmReport, body))
         return Reply()
 
-    lifeline = Calls(lifeline_socket, name, handle)
+    lifeline = Calls(ours, name, handle)
     sentinel = process.sentinel
 
     def gone() -> None:
@@ -143,16 +130,13 @@ def _watched(
         process.join()
         ended.set_result(process.exitcode or 0)
 
+    def no_result() -> None:  # what it sent before its end is still read
+        lifeline.gone.add_done_callback(lambda _: result.cancel())
+
     loop.add_reader(sentinel, gone)
+    ended.add_done_callback(lambda _: loop.call_soon(no_result))
     assert process.pid is not None
-    child = Child(name, process, lifeline, result, ended, process.pid)
-    ended.add_done_callback(lambda _: loop.call_soon(_no_result, lifeline, result))
-    return child
-
-
-def _no_result(lifeline: Calls, result: asyncio.Future[VmmReport]) -> None:
-    """The process is dead. What it sent before is still read."""
-    lifeline.gone.add_done_callback(lambda _: result.cancel())
+    return Child(name, process, lifeline, result, ended, process.pid)
 
 
 # --- what runs in them ------------------------------------------------------------------------------------------------
@@ -215,32 +199,21 @@ def device_main(name: str, lifeline: socket.socket, control: socket.socket, side
     _be(name, loop, work)
 
 
-def source_main(
-    name: str, lifeline: socket.socket, control: socket.socket, settings: Settings, run: Run, address: tuple[str, int]
+def vmm_main(
+    name: str,
+    lifeline: socket.socket,
+    control: socket.socket,
+    side: str,
+    settings: Settings,
+    migrate: Callable[..., Awaitable[VmmReport]],
+    *args: Any,
 ) -> None:
-    """A source VMM."""
+    """A VMM process; `migrate` is run_source or run_target, and `args` are what it takes beside the VMM."""
 
     async def work() -> None:
         supervisor = Calls(lifeline, "supervisor", _answer)
-        vmm = VmmProcess("source", settings, Calls(control, "device process"), supervisor)
-        await _until_gone(supervisor, _report(vmm, run_source(vmm, run, address)))
-
-    _be(name, settings.loop, work)
-
-
-def target_main(
-    name: str, lifeline: socket.socket, control: socket.socket, settings: Settings, listener: socket.socket
-) -> None:
-    """A target VMM."""
-
-    async def work() -> None:
-        supervisor = Calls(lifeline, "supervisor", _answer)
-        vmm = VmmProcess("target", settings, Calls(control, "device process"), supervisor)
-
-        def rejected(why: str) -> None:
-            send_note(supervisor, RejectedNote(why))
-
-        await _until_gone(supervisor, _report(vmm, run_target(vmm, listener, rejected)))
+        vmm = VmmProcess(side, settings, Calls(control, "device process"), supervisor)
+        await _until_gone(supervisor, _report(vmm, migrate(vmm, *args)))
 
     _be(name, settings.loop, work)
 

@@ -40,6 +40,7 @@ from sim.live.processes.report import (
     Measured,
     ProcessReport,
     ProgressNote,
+    RejectedNote,
     SessionNote,
     StreamReport,
     VmmReport,
@@ -332,7 +333,7 @@ def _phase(timeline: ProcessTimeline) -> str:
 # --- the target -------------------------------------------------------------------------------------------------------
 
 
-async def run_target(vmm: VmmProcess, listener: socket.socket, rejected: Callable[[str], None]) -> VmmReport:
+async def run_target(vmm: VmmProcess, listener: socket.socket) -> VmmReport:
     """Accept one migration; returns what this side reports."""
     tls = vmm.settings.tls
     context: ssl.SSLContext | None = None if tls is None else tls_server(tls.cert, tls.key, tls.ca)
@@ -349,7 +350,7 @@ async def run_target(vmm: VmmProcess, listener: socket.socket, rejected: Callabl
         io=vmm.io,
         limits=vmm.settings.limits(MAX_FRAME_BYTES),
         tls=context,
-        rejected=rejected,
+        rejected=lambda why: send_note(vmm.supervisor, RejectedNote(why)),
     )
     try:
         send_note(vmm.supervisor, SessionNote(session.peer, vmm.run.protocol, vmm.scenario.name))

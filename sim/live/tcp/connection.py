@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from typing import Protocol
 
 from typing_extensions import override
 
@@ -20,7 +19,7 @@ from proto_v3.timeline import Resource
 from proto_v3.wire.frames import MAX_HEADER_BYTES, Payload, Transport
 from sim.live.buffers import Buffers, as_view
 from sim.live.io import Pipe
-from sim.live.merge_timelines import LATEST
+from sim.live.merge_timelines import LATEST, ProcessTimeline
 from sim.live.tcp.sockets import Granted, reason
 
 FRAME_MAGIC = 0x5633
@@ -34,22 +33,6 @@ HELD_UP_NS = 1_000_000
 """A send that takes longer waited for the other side."""
 
 Received = tuple[bytes, memoryview]
-
-
-class Trace(Protocol):
-    """What a connection records: a part of sim.live.merge_timelines.ProcessTimeline."""
-
-    def now_ns(self) -> int:
-        """The clock."""
-
-    def sent(self, edge: str, count: int, /) -> None:
-        """The task is about to send the frame of this number, from 1; or to make room, by receiving it."""
-
-    def waited_for(self, resource: Resource, what: str, edge: str, count: int, start_ns: int, /) -> None:
-        """The task has waited since `start_ns` for the frame of this number; or for room, LATEST."""
-
-    def blocked(self, start_ns: int, /) -> None:
-        """The task has waited since then for room in a full connection."""
 
 
 class Frames:
@@ -137,7 +120,7 @@ class Connection(Transport):
     def __init__(self, pipe: Pipe, index: int, at_source: bool, granted: Granted, pool: Buffers) -> None:
         self.pipe = pipe
         self.granted = granted
-        self.trace: Trace | None = None
+        self.trace: ProcessTimeline | None = None
         self.cause: Exception | None = None
         """Why the session ended this connection, if it did."""
         self._name = f"data connection {index}"

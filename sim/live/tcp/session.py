@@ -15,7 +15,8 @@ from typing import Any
 
 from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error
 from proto_v3.wire.frames import Transport
-from sim.live.tcp.connection import Connection, Trace, connection_error
+from sim.live.merge_timelines import ProcessTimeline
+from sim.live.tcp.connection import Connection, connection_error
 from sim.live.tcp.messages import MAX_MESSAGE_BYTES, Failed, M, Message, MessageStream, Ping, RawMessage, printable
 from sim.live.tcp.sockets import Granted
 
@@ -63,7 +64,7 @@ class Session:
         """What the kernel granted each data connection."""
         return [connection.granted for connection in self._connections]
 
-    def trace(self, timeline: Trace | None) -> None:
+    def trace(self, timeline: ProcessTimeline | None) -> None:
         """From now on, record in this timeline which frames are sent, and which are waited for; None: in none."""
         for connection in self._connections:
             connection.trace = timeline
