@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from proto_v3.timeline import Resource, Timeline
 from sim.clock import port as clock
-from sim.clock.port import now_ns, sleep_until_ns
+from sim.clock.port import now_ns, sleep_ns, sleep_until_ns
 from sim.scenario.units import NS_PER_S
 
 ROUNDING_NS = 1e-3
@@ -23,6 +23,13 @@ ROUNDING_NS = 1e-3
 def duration_ns(size_bytes: int, bytes_per_s: float) -> int:
     """Time that `size_bytes` take at a rate."""
     return round(size_bytes * NS_PER_S / bytes_per_s)
+
+
+async def spend(timeline: Timeline, resource: Resource, what: str, cost_ns: int) -> None:
+    """Let `cost_ns` pass, and record them as work of the current task."""
+    start = now_ns()
+    await sleep_ns(cost_ns)
+    timeline.work(resource, what, start)
 
 
 class FifoServer:

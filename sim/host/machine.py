@@ -20,7 +20,7 @@ from proto_v3.wire.frames import Payload
 from sim.clock.port import now_ns, sleep_ns
 from sim.device.record import Bulk
 from sim.device.state import DeviceState
-from sim.resource import duration_ns
+from sim.resource import duration_ns, spend
 from sim.scenario.scenario import Scenario
 from sim.scenario.tables import Ram
 from sim.scenario.units import GIB, MIB, NS_PER_S, PAGE_BYTES
@@ -29,10 +29,13 @@ ZERO_PAGE_BYTES = 9
 """A page of zeros on the wire: 8 bytes of offset and flags, 1 of fill (QEMU migration/ram.c, RAM_SAVE_FLAG_ZERO)."""
 
 
+Pages = Callable[[int], Payload]
+
+
 class RamModel(GuestRam):
     """Guest RAM: pages of zeros are scanned, others copied. The first pass takes all of it, later ones dirty pages."""
 
-    def __init__(self, settings: Ram, timeline: Timeline, pages: Callable[[int], Payload] = Bulk) -> None:
+    def __init__(self, settings: Ram, timeline: Timeline, pages: Pages = Bulk) -> None:
         self._settings = settings
         self._pages = pages
         self._timeline = timeline
@@ -57,34 +60,30 @@ class RamModel(GuestRam):
 
     @override
     async def sync(self) -> None:
-        await self._fixed(self._settings.sync_ns, "RAM sync")
+        await spend(self._timeline, Resource.FIXED, "RAM sync", self._settings.sync_ns)
         self._collect()
 
     @override
     async def final_sync(self) -> None:
-        await self._fixed(self._settings.final_sync_ns, "last RAM sync")
+        await spend(self._timeline, Resource.FIXED, "last RAM sync", self._settings.final_sync_ns)
         self._collect()
 
     @override
     async def final_scan(self) -> None:
-        await self._fixed(self._settings.final_scan_ns, "last RAM scan")
+        await spend(self._timeline, Resource.FIXED, "last RAM scan", self._settings.final_scan_ns)
 
     @override
     async def take(self, budget_ns: int) -> Payload | None:
-        start = now_ns()
         if self._zero_bytes:
-            scanned = min(
-                self._zero_bytes, max(PAGE_BYTES, int(self._settings.scan_bytes_per_s * budget_ns / NS_PER_S))
-            )
-            await sleep_ns(duration_ns(scanned, self._settings.scan_bytes_per_s))
+            scan_bytes_per_s = self._settings.scan_bytes_per_s
+            scanned = min(self._zero_bytes, max(PAGE_BYTES, int(scan_bytes_per_s * budget_ns / NS_PER_S)))
+            await spend(self._timeline, Resource.RAM, "RAM scan", duration_ns(scanned, scan_bytes_per_s))
             self._zero_bytes -= scanned
-            self._timeline.work(Resource.RAM, "RAM scan", start)
             return self._pages(-(-scanned // PAGE_BYTES) * ZERO_PAGE_BYTES)
         if self._dirty_bytes:
             size = min(self._dirty_bytes, self._settings.frame_bytes)
-            await sleep_ns(duration_ns(size, self._settings.send_bytes_per_s))
+            await spend(self._timeline, Resource.RAM, "RAM pages", duration_ns(size, self._settings.send_bytes_per_s))
             self._dirty_bytes -= size
-            self._timeline.work(Resource.RAM, "RAM pages", start)
             return self._pages(size)
         return None
 
@@ -99,11 +98,6 @@ class RamModel(GuestRam):
         working_set = self._settings.working_set_mib * MIB
         written = self._settings.dirty_bytes_per_s * elapsed_s
         self._dirty_bytes += round(working_set * -math.expm1(-written / working_set))
-
-    async def _fixed(self, cost_ns: int, what: str) -> None:
-        start = now_ns()
-        await sleep_ns(cost_ns)
-        self._timeline.work(Resource.FIXED, what, start)
 
 
 class Guest(Protocol):
@@ -120,10 +114,9 @@ class Guest(Protocol):
 
 
 class GuestHere(Guest):
-    """A guest with its devices in this process."""
+    """A guest with its devices in this process. `devices`: those it writes to; none where it does not run yet."""
 
     def __init__(self, devices: Sequence[DeviceState]) -> None:
-        """`devices`: those that the guest writes to; none where it does not run yet."""
         self._devices = devices
 
     @override
@@ -143,18 +136,11 @@ class GuestHere(Guest):
 
 
 class MachineModel:
-    """One VMM's guest (proto_v3.vmm.machine.Machine)."""
+    """One VMM's guest (proto_v3.vmm.machine.Machine). `pages` makes the payload for a number of bytes of RAM."""
 
     def __init__(
-        self,
-        scenario: Scenario,
-        guest: Guest,
-        timeline: Timeline,
-        *,
-        running: bool,
-        pages: Callable[[int], Payload] = Bulk,
+        self, scenario: Scenario, guest: Guest, timeline: Timeline, *, running: bool, pages: Pages = Bulk
     ) -> None:
-        """`pages` makes the payload for a number of bytes of RAM."""
         self.running = running
         self.ram = RamModel(scenario.ram, timeline, pages)
         self._vmm = scenario.vmm
@@ -179,9 +165,7 @@ class MachineModel:
         """Copy through the main channel's own buffers, at `device_buffer_gib_per_s`."""
         bytes_per_s = self._vmm.device_buffer_bytes_per_s
         if bytes_per_s is not None:
-            start = now_ns()
-            await sleep_ns(duration_ns(size_bytes, bytes_per_s))
-            self._timeline.work(Resource.COPY, "VMM buffers", start)
+            await spend(self._timeline, Resource.COPY, "VMM buffers", duration_ns(size_bytes, bytes_per_s))
 
     async def load_other_devices(self) -> None:
         """Load the devices that are not VFIO devices, under the big lock."""
@@ -207,6 +191,4 @@ class MachineModel:
 
     async def _fixed(self, cost_ns: int, what: str) -> None:
         if cost_ns:
-            start = now_ns()
-            await sleep_ns(cost_ns)
-            self._timeline.work(Resource.FIXED, what, start)
+            await spend(self._timeline, Resource.FIXED, what, cost_ns)

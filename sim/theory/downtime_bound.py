@@ -136,9 +136,8 @@ class LowerBound:
     def link_ns(self) -> float:
         """Lemma 7: all bytes share the link, or the shared connections if those are slower."""
         bytes_per_s = self._scenario.link.bytes_per_s
-        shared = self._shared_connections()
-        if shared:
-            bytes_per_s = min(bytes_per_s, shared * self._connection_bytes_per_s())
+        if shared := self._shared_connections():
+            bytes_per_s = min(bytes_per_s, shared * self._scenario.link.per_connection_bytes_per_s)
         return self._shared_ns(lambda job: self._costs.moved_ns(job.whole, bytes_per_s))
 
     def connection_ns(self) -> float:
@@ -242,12 +241,9 @@ class LowerBound:
             return 1
         return v3.pool_connections if v3.wire is Wire.POOL else 0
 
-    def _connection_bytes_per_s(self) -> float:
-        return self._scenario.link.per_connection_bytes_per_s
-
     def _sent_alone_ns(self, job: DeviceJob) -> float:
         """ns to send a job's chain, each reader on its own connection."""
-        return self._costs.moved_ns(job.chain, self._connection_bytes_per_s()) / job.readers
+        return self._costs.moved_ns(job.chain, self._scenario.link.per_connection_bytes_per_s) / job.readers
 
     def _writers_copy_more_than_they_load(self) -> bool:
         """Whether lemma 9 counts as copy: the writers spend more time in copies than in LOADs and set-up."""
