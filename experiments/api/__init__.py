@@ -33,8 +33,8 @@ from experiments.draw.downtime import draw_critical, draw_downtime
 from experiments.draw.effects import draw_changes, draw_seeds
 from experiments.draw.screen import shown, whole_tables
 from experiments.draw.staircase import draw_path
+from experiments.report.answers import claims, kept_answer, kept_figures, kept_runs, results_folder
 from experiments.report.findings import findings
-from experiments.report.kept import claims, kept_answer, kept_figures, kept_runs, results_folder
 from experiments.study.advice import advice
 from experiments.study.summaries import above_bound, bounds, downtimes, read_times, resource_shares, scaling_laws
 from experiments.study.verdicts import count_verdicts, readable, seed_by_seed, verdicts

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import polars as pl
 
-from experiments.report.parameters import parameter_rows
+from experiments.report.tables import parameter_rows
 from experiments.runs import table
 from experiments.runs.pool import Cell, Done, in_processes, progress_bar, run_cell
 from experiments.study.experiment import NAMES, find

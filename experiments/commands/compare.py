@@ -56,7 +56,8 @@ def run_compare(
         return INTERRUPTED
     figures = _draw(folder, loaded, frame, command)  # before anything is printed, which may go to `head`
     tables.print_tables(console, loaded, frame)
-    findings.print_findings(console, frame)
+    for sentence in findings.findings(frame):
+        console.print(f"- {sentence}", highlight=False, markup=False)
     drawn = ", ".join(str(path) for path in figures if path.suffix == ".png")
     say(console, f"\nFigure: {drawn} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
     say(console, f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.report.parameters import parameter_rows
+from experiments.report.tables import parameter_rows
 from sim.scenario.file import bases, load, shipped
 
 

@@ -12,8 +12,7 @@ from rich.console import Console
 
 from experiments import INTERRUPTED
 from experiments.report import tables
-from experiments.report.parameters import value_text
-from experiments.report.tables import say
+from experiments.report.tables import say, value_text
 from experiments.runs import manifest
 from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder

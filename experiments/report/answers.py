@@ -1,19 +1,28 @@
-"""The answers in a results folder, read back: for the report, and for the README.md of that folder."""
+"""The results that `proto-v3 run` kept, read back: for the report, for the README.md of their folder, for the API."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import polars as pl
 
+from experiments.runs.manifest import clone
 from experiments.study.claims import CLAIMS, Finding, Verdict
-from experiments.study.experiment import NAMES
+from experiments.study.experiment import NAMES, find
 from proto_v3.errors import UserError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+T = TypeVar("T")
+
+FOLDER_VARIABLE = "PROTO_V3_RESULTS"
+"""The environment variable that names the folder of results, if it is not results/."""
 BEGIN = "<!-- answers: written by `proto-v3 report`, from the tables -->"
 END = "<!-- end of the answers -->"
 
@@ -55,8 +64,7 @@ def read(results: Path) -> list[KeptAnswer]:
 
 def _read(folder: Path) -> KeptAnswer:
     try:
-        answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        answer, manifest = _json(folder, "answer"), _json(folder, "manifest")
         figures = [folder / f"{name}.png" for name in answer["figures"]]
         for figure in figures:
             figure.with_suffix(".svg").stat()
@@ -80,6 +88,11 @@ def _read(folder: Path) -> KeptAnswer:
         raise UserError(f"{folder}: cannot be read ({error}); make it anew with: proto-v3 run {folder.name}") from error
 
 
+def _json(folder: Path, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """A claim about v3, and the verdict of all experiments together."""
@@ -92,7 +105,7 @@ class Claim:
     """Each with the name of its experiment."""
 
 
-def claims(kept: Sequence[KeptAnswer]) -> list[Claim]:
+def claims_of(kept: Sequence[KeptAnswer]) -> list[Claim]:
     """Each claim with its verdict: the one that all experiments agree on, else `under conditions`."""
     found: dict[str, list[tuple[str, Finding]]] = {name: [] for name in CLAIMS}
     for each in kept:
@@ -114,7 +127,7 @@ def _together(verdicts: Sequence[Verdict]) -> str:
 def page(kept: Sequence[KeptAnswer]) -> str:
     """Claims, questions and answers in Markdown; the figures' paths are relative to the results folder."""
     lines = []
-    for claim in claims(kept):
+    for claim in claims_of(kept):
         lines.append(f"- **{claim.name}, {claim.verdict}:** {claim.text}")
         lines += [f"  - [{name}](#{name}), {finding.verdict}: {finding.why}" for name, finding in claim.findings]
     for each in kept:
@@ -132,3 +145,76 @@ def with_answers(readme: str, kept: Sequence[KeptAnswer]) -> str:
     if not (begin and end):
         raise UserError(f"README.md of the results: has no place for the answers: the lines {BEGIN} and {END}")
     return f"{before}{begin}\n\n{page(kept)}\n{end}{after}"
+
+
+# --- for the API ------------------------------------------------------------------------------------------------------
+
+
+def results_folder() -> Path:
+    """The folder of kept results: the one that the environment variable PROTO_V3_RESULTS names, or `results`.
+
+    A relative name is looked up in the project's clone, then in the current folder, then in the one above it.
+    """
+    named = os.environ.get(FOLDER_VARIABLE) or "results"
+    candidates = [folder / named for folder in (clone(), Path(), Path("..")) if folder is not None]
+    return next((folder for folder in candidates if folder.is_dir()), candidates[0])
+
+
+def kept_runs(question: str) -> pl.DataFrame:
+    """The table of runs of a question: one row a run, with the swept factors as columns.
+
+    UserError for an unknown question, and if its results are missing or damaged.
+    """
+    return _read_kept(question, lambda folder: pl.read_parquet(folder / "runs.parquet"))
+
+
+def kept_answer(question: str) -> list[str]:
+    """The answer to a question, in sentences: the answer, its limit, details, findings on the claims.
+
+    UserError as for `kept_runs`.
+    """
+
+    def sentences(folder: Path) -> list[str]:
+        answer = _json(folder, "answer")
+        findings = [f"{each['claim']} {each['verdict']}: {each['why']}" for each in answer["findings"]]
+        return [answer["answer"], f"Limit: {answer['limit']}", *answer["details"], *findings]
+
+    return _read_kept(question, sentences)
+
+
+def kept_figures(question: str) -> Mapping[str, Figure]:
+    """The figures of a question by name, drawn again from its table of runs. UserError as for `kept_runs`."""
+    command = _read_kept(question, lambda folder: _json(folder, "manifest")["command"])
+    return find(question).figures(kept_runs(question), command)
+
+
+def claims() -> pl.DataFrame:
+    """Each claim about v3, and what all kept results together say of it.
+
+    Columns: claim (C1, ...), text, verdict (`supported`, `refuted`, `under conditions`, `not tested`), says (the
+    questions that say so). UserError if there is no folder of results, or if one in it is damaged.
+    """
+    found = claims_of(read(results_folder()))
+    return pl.DataFrame(
+        {
+            "claim": [each.name for each in found],
+            "text": [each.text for each in found],
+            "verdict": [each.verdict for each in found],
+            "says": [", ".join(dict.fromkeys(name for name, _ in each.findings)) for each in found],
+        }
+    )
+
+
+def _read_kept(question: str, read: Callable[[Path], T]) -> T:
+    find(question)
+    folder = results_folder()
+    how = (
+        f"make them with: proto-v3 run {question}; or a few, in a minute, with: proto-v3 run {question} --quick, and "
+        f"set {FOLDER_VARIABLE}=results/quick"
+    )
+    try:
+        return read(folder / question)
+    except FileNotFoundError as error:
+        raise UserError(f"no results of {question} in {folder}; {how}") from error
+    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"{folder / question}: cannot be read ({error}); {how}") from error

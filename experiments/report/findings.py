@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from rich.console import Console
 
 from experiments.runs.frame import completed_runs, ms, number, path_shares, protocols
 from sim.scenario.units import NS_PER_MS
@@ -16,19 +15,11 @@ ENOUGH_SEEDS = 10
 """For an interval by the bootstrap, which draws from them."""
 
 
-def print_findings(console: Console, frame: pl.DataFrame) -> None:
-    """Print what the figure shows, and what it does not."""
-    for sentence in findings(frame):
-        console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=False)
-
-
 def findings(runs: pl.DataFrame) -> list[str]:
     """What the completed runs of a comparison show, in sentences: what bounds each downtime, how protocols differ."""
     completed = completed_runs(runs)
-    sentences = []
     named = protocols(completed)
-    for protocol in named:
-        sentences.append(_bound(completed, protocol))
+    sentences = [_bound(completed, protocol) for protocol in named]
     if "v2" in named:
         sentences += _overlap(completed)
         sentences += [_difference(completed, "v2", other) for other in named if other != "v2"]
@@ -55,10 +46,8 @@ def _bound(completed: pl.DataFrame, protocol: str) -> str:
     largest = ", ".join(f"{resource.name.lower()} {100 * share:.0f} %" for resource, share in shares if share >= 0.05)
     runs = completed.filter(pl.col("protocol") == protocol)
     mean, paused = ms(runs["downtime_ns"].mean()), ms(runs["retries_stopped_ns"].mean())
-    before = (
-        f" Before that the guest stood still for {paused:.1f} ms, for stops that were taken back." if paused else ""
-    )
-    return f"{protocol}: downtime {mean:.0f} ms, bounded by {largest} of the critical path.{before}"
+    before = f" Before that the guest stood still for {paused:.1f} ms, for stops that were taken back."
+    return f"{protocol}: downtime {mean:.0f} ms, bounded by {largest} of the critical path.{before if paused else ''}"
 
 
 def _overlap(completed: pl.DataFrame) -> list[str]:
@@ -105,6 +94,5 @@ def _interval(change_ms: NDArray[np.float64]) -> str:
     from experiments.study.statistics import interval  # late: it loads SciPy
 
     mean = interval(change_ms)
-    least, most = mean.low, mean.high
-    verdict = ", which has 0 in it: no difference is shown" if least <= 0 <= most else ""
-    return f"; 95 % interval of the mean {least:+.1f} to {most:+.1f} ms{verdict}"
+    verdict = ", which has 0 in it: no difference is shown" if 0 in mean else ""
+    return f"; 95 % interval of the mean {mean.low:+.1f} to {mean.high:+.1f} ms{verdict}"

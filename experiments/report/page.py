@@ -7,12 +7,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 from experiments.report import answers, left_out
-from experiments.report.parameters import parameter_rows
+from experiments.report.tables import parameter_rows
 from experiments.runs.manifest import git_revision, versions
 from experiments.study.experiment import NAMES
 from proto_v3.errors import UserError
@@ -38,11 +37,11 @@ def page(folder: Path, found: list[answers.KeptAnswer]) -> str:
     environment.filters["cell"] = _cell
     missing = [name for name in NAMES if name not in {each.name for each in found}]
     return environment.get_template("report.html.j2").render(
-        claims=answers.claims(found),
+        claims=answers.claims_of(found),
         found=found,
         missing=missing,
         others=list(_others(folder)),
-        scenarios=[_scenario(name) for name in shipped()],
+        scenarios=[(scenario, list(parameter_rows(scenario))) for scenario in map(load, shipped())],
         limits=left_out.points(),
         versions=versions(),
         revision=git_revision(),
@@ -85,10 +84,3 @@ def _others(folder: Path) -> Iterator[Other]:
             yield Other(name, question, figures, manifest["command"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / name}: cannot be read ({error}); make it again, or remove it") from error
-
-
-def _scenario(name: str) -> dict[str, Any]:
-    """A scenario's parameters with their sources."""
-    scenario = load(name)
-    rows = list(parameter_rows(scenario))
-    return {"name": scenario.name, "description": scenario.description, "rows": rows}

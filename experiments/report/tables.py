@@ -1,8 +1,8 @@
-"""The tables of a comparison, for a terminal. Every number is computed from the runs."""
+"""Tables for a terminal: of a comparison, each number computed from the runs; and of a scenario's parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import polars as pl
 from rich.console import Console
@@ -13,7 +13,7 @@ from experiments.runs.frame import completed_runs, number, protocols
 from experiments.runs.table import PATH_COLUMNS, PHASE_COLUMNS
 from experiments.study.published import PublishedFigure, held_against
 from proto_v3.timeline import PHASES, Resource
-from sim.scenario.scenario import Scenario
+from sim.scenario.scenario import Scenario, parameters
 from sim.scenario.units import MIB, NS_PER_MS, NS_PER_S
 
 WORDS = ("outcome", "reason", "note", "protocol", "source")
@@ -133,6 +133,19 @@ def cells(held: PublishedFigure) -> tuple[str, str, str, str, str]:
     if held.simulated_ms is not None and held.error is not None:
         simulated, error = f"{held.simulated_ms:.1f}", f"{100 * held.error:+.1f} %"
     return held.what, f"{held.published_ms:.1f}", simulated, error, "yes" if held.fitted else "no"
+
+
+def parameter_rows(scenario: Scenario) -> Iterator[tuple[str, str, str]]:
+    """Each parameter that the scenario sets: its key, its value as text, its source."""
+    for key, value in parameters(scenario).items():
+        yield key, value_text(value), scenario.sources.get(key, "not stated")
+
+
+def value_text(value: object) -> str:
+    """A parameter's value in a table."""
+    if isinstance(value, list):
+        return " ".join(str(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # --- printing ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 from types import FrameType, ModuleType
@@ -95,8 +96,18 @@ def in_processes(cells: Sequence[Cell], jobs: int | None, start_method: str | No
         return
     workers = min(jobs or os.cpu_count() or 1, len(cells))
     with _noted_interrupt() as interrupted:
-        pools = _Pools(cells, workers, multiprocessing.get_context(start_method), interrupted)
-        yield from pools.run()
+        in_pool = partial(_in_pool, cells, multiprocessing.get_context(start_method), interrupted)
+        remaining = iter(range(len(cells)))
+        while True:  # a pool with a dead worker can make no more runs: another one goes on
+            lost: list[int] = []
+            yield from in_pool(remaining, workers, lost)
+            if not lost:
+                return
+            for at in sorted(lost):  # one of them may have killed the worker: each gets a process of its own now
+                lost_again: list[int] = []
+                yield from in_pool(iter([at]), 1, lost_again)
+                if lost_again:
+                    yield at, broken(cells[at], "the process that made this run died: out of memory, or killed")
 
 
 @contextlib.contextmanager
@@ -152,58 +163,42 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-class _Pools:
-    """One pool after the other: a pool with a dead worker can make no more runs."""
-
-    def __init__(self, cells: Sequence[Cell], workers: int, context: BaseContext, interrupted: threading.Event) -> None:
-        self._cells = cells
-        self._workers = workers
-        self._context = context
-        self._interrupted = interrupted
-
-    def run(self) -> Done:
-        remaining = iter(range(len(self._cells)))
-        while True:
-            lost: list[int] = []
-            yield from self._in_pool(remaining, self._workers, lost)
-            if not lost:
+def _in_pool(
+    cells: Sequence[Cell],
+    context: BaseContext,
+    interrupted: threading.Event,
+    remaining: Iterator[int],
+    workers: int,
+    lost: list[int],
+) -> Done:
+    """Runs of the remaining cells, until there are no more or the pool breaks: `lost` then gets those under way."""
+    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore_interrupt)
+    waiting: dict[Future[Outcome], int] = {}
+    try:
+        while not lost:
+            # Few at a time: a wait looks at every future that it waits for.
+            for at in itertools.islice(remaining, CELLS_PER_WORKER * workers - len(waiting)):
+                with _starting_workers(context):
+                    waiting[pool.submit(run_cell, cells[at])] = at
+            if not waiting:
                 return
-            for at in sorted(lost):  # one of them may have killed the worker: each gets a process of its own now
-                lost_again: list[int] = []
-                yield from self._in_pool(iter([at]), 1, lost_again)
-                if lost_again:
-                    reason = "the process that made this run died: out of memory, or killed"
-                    yield at, broken(self._cells[at], reason)
-
-    def _in_pool(self, remaining: Iterator[int], workers: int, lost: list[int]) -> Done:
-        """Runs of the remaining cells, until there are no more or the pool breaks: `lost` then gets those under way."""
-        ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)
-        pool = ProcessPoolExecutor(workers, self._context, initializer=signal.signal, initargs=ignore_interrupt)
-        waiting: dict[Future[Outcome], int] = {}
-        try:
-            while not lost:
-                # Few at a time: a wait looks at every future that it waits for.
-                for at in itertools.islice(remaining, CELLS_PER_WORKER * workers - len(waiting)):
-                    with _starting_workers(self._context):
-                        waiting[pool.submit(run_cell, self._cells[at])] = at
-                if not waiting:
-                    return
-                for future in wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED).done:
-                    at = waiting.pop(future)
-                    try:
-                        outcome = future.result()
-                    except BrokenProcessPool:
-                        lost.append(at)
-                    else:
-                        yield at, outcome
-                if self._interrupted.is_set():
-                    raise KeyboardInterrupt
-            lost += waiting.values()
-        except BrokenProcessPool:  # raised by submit()
-            lost += [*waiting.values(), at]
-        except BaseException:  # the runs under way can take minutes, and nobody waits for them any more
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            for future in wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED).done:
+                at = waiting.pop(future)
+                try:
+                    outcome = future.result()
+                except BrokenProcessPool:
+                    lost.append(at)
+                else:
+                    yield at, outcome
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+        lost += waiting.values()
+    except BrokenProcessPool:  # raised by submit()
+        lost += [*waiting.values(), at]
+    except BaseException:  # the runs under way can take minutes, and nobody waits for them any more
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -5,12 +5,10 @@ Intervals are of 95 %, by the bootstrap over seeds (experiments.study.statistics
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
-from scipy.optimize import OptimizeWarning
 
 from experiments.runs.frame import COMPLETED, completed_runs, number, path_shares, protocols
 from experiments.study.effects import places
@@ -124,9 +122,7 @@ def scaling_laws(runs: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:
             continue
         gib = sum(device.state_mib for device in load(some["base"][0]).devices) * MIB / GIB
         moved_ns = (some["phase_drain_ns"] + some["phase_transfer_ns"]).to_numpy()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", OptimizeWarning)  # of the covariance, which is not used
-            law = usl(some["streams"].to_numpy(), gib * NS_PER_S / moved_ns)
+        law = usl(some["streams"].to_numpy(), gib * NS_PER_S / moved_ns)
         best = round(law.best_n) if law.best_n < 10 * number(some["streams"].max()) else None
         percent = {f"{name}_percent": round(100 * getattr(law, name), 2) for name in ("contention", "coherency")}
         row = at | {"n": ns, "one_gib_per_s": round(law.rate, 3)} | percent

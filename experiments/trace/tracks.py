@@ -202,37 +202,20 @@ def _blocked(recorded: Recorded) -> Iterable[Placed]:
 
 def _guest(recorded: Recorded) -> Iterable[Placed]:
     """Whether the vCPUs run at each host, from the spans of stopping and starting them and from the marks."""
-    end_ns = int(max(recorded.spans["end_ns"], default=0))
-    marks = {mark: at_ns for mark, (at_ns, _) in recorded.marks.items()}
-    stops, starts = _named(recorded, "vCPUs stop"), _named(recorded, "vCPUs start")
-    turns = {
-        "source": [(0, RUNNING), *_turns(stops["source"], STOPPING, STOPPED)],
-        "target": [(0, STOPPED), *_turns(starts["target"], STARTING, RUNNING)],
-    }
-    turns["source"] += _turns(starts["source"], STARTING, RUNNING)
-    if Mark.STOP_ORDERED in marks and not stops["source"]:  # it takes no time
-        turns["source"].append((marks[Mark.STOP_ORDERED], STOPPED))
-    if Mark.RESUMED in marks and not starts["target"]:
-        turns["target"].append((marks[Mark.RESUMED], RUNNING))
-    for side, moments in turns.items():
-        moments.sort(key=lambda moment: moment[0])
-        ends = [at for at, _ in moments[1:]] + [end_ns]
-        for (at, state), until in zip(moments, ends, strict=True):
+    turns = {"vCPUs stop": (STOPPING, STOPPED), "vCPUs start": (STARTING, RUNNING)}
+    moments = {"source": [(0, RUNNING)], "target": [(0, STOPPED)]}
+    columns = (recorded.spans[name].tolist() for name in ("what", "track", "start_ns", "end_ns"))
+    for what, track, start_ns, end_ns in zip(*columns, strict=True):
+        if turn := turns.get(recorded.names[what]):
+            during, after = turn
+            moments[recorded.names[track].partition(" ")[0]] += [(start_ns, during), (end_ns, after)]
+    for side, mark, state in (("source", Mark.STOP_ORDERED, STOPPED), ("target", Mark.RESUMED, RUNNING)):
+        if mark in recorded.marks and state not in [reached for _, reached in moments[side]]:  # it takes no time
+            moments[side].append((recorded.marks[mark][0], state))
+    last_ns = int(max(recorded.spans["end_ns"], default=0))
+    for side, turned in moments.items():
+        turned.sort(key=lambda moment: moment[0])
+        ends = [at for at, _ in turned[1:]] + [last_ns]
+        for (at, state), until in zip(turned, ends, strict=True):
             if at < until:
                 yield (_guest_group(side), "vCPUs"), Slice(at, until, state, "guest")
-
-
-def _turns(spans: Iterable[tuple[int, int]], during: str, after: str) -> list[tuple[int, str]]:
-    return [turn for start_ns, end_ns in spans for turn in ((start_ns, during), (end_ns, after))]
-
-
-def _named(recorded: Recorded, what: str) -> dict[str, list[tuple[int, int]]]:
-    """Start and end (ns) of the spans with this name, by side."""
-    found: dict[str, list[tuple[int, int]]] = {"source": [], "target": []}
-    if what not in recorded.names:
-        return found
-    for span in np.flatnonzero(recorded.spans["what"] == recorded.names.index(what)):
-        side = recorded.names[recorded.spans["track"][span]].partition(" ")[0]
-        if side in found:
-            found[side].append((int(recorded.spans["start_ns"][span]), int(recorded.spans["end_ns"][span])))
-    return found

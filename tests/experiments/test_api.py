@@ -19,7 +19,7 @@ from polars.testing import assert_frame_equal
 
 from experiments import api
 from experiments.api.document import document
-from experiments.report import kept
+from experiments.report import answers
 from proto_v3.errors import UserError
 from tests.build.scenario import small_scenario, small_text
 
@@ -296,7 +296,7 @@ def test_the_command_makes_the_same_runs() -> None:
 
 
 def test_results_that_are_missing_or_damaged_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(kept.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(answers.FOLDER_VARIABLE, str(tmp_path))
     with pytest.raises(UserError, match=r"no results of ablation in .*; make them with: proto-v3 run ablation"):
         api.kept_runs("ablation")
     (tmp_path / "ablation").mkdir()
@@ -308,10 +308,10 @@ def test_results_that_are_missing_or_damaged_are_one_line(tmp_path: Path, monkey
 
 
 def test_the_folder_of_results_is_the_clones_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(kept.FOLDER_VARIABLE, raising=False)
+    monkeypatch.delenv(answers.FOLDER_VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
     assert api.results_folder() == ROOT / "results"
-    monkeypatch.setenv(kept.FOLDER_VARIABLE, "results/validate")
+    monkeypatch.setenv(answers.FOLDER_VARIABLE, "results/validate")
     assert api.results_folder() == ROOT / "results" / "validate"
-    monkeypatch.setenv(kept.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(answers.FOLDER_VARIABLE, str(tmp_path))
     assert api.results_folder() == tmp_path

@@ -136,7 +136,7 @@ def test_a_claim_has_the_verdict_that_all_agree_on(verdicts: list[Verdict], toge
         answers.KeptAnswer("x", "", "", "", [], [Finding("C5", verdict, "")], pl.DataFrame(), {}, [])
         for verdict in verdicts
     ]
-    found = {claim.name: claim for claim in answers.claims(told)}
+    found = {claim.name: claim for claim in answers.claims_of(told)}
     assert found.keys() == CLAIMS.keys()
     assert found["C5"].verdict == together
     assert found["C1"].verdict == "not tested"

@@ -15,7 +15,7 @@ import pytest
 
 from experiments import notebook
 from experiments.commands import run as sweep
-from experiments.report import kept
+from experiments.report import answers
 from experiments.runs.folder import ResultFolder
 from experiments.runs.pool import run_cell
 from experiments.runs.table import row
@@ -80,7 +80,7 @@ def test_it_runs_on_small_data(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     experiments, changes, figures, tables = CASES[name]
     for each in experiments:
         make_small(each, tmp_path)
-    monkeypatch.setenv(kept.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(answers.FOLDER_VARIABLE, str(tmp_path))
     done = notebook.execute(FOLDER / f"{name}.ipynb", changes)
     assert all(cell.execution_count for cell in done.cells if cell.cell_type == "code")
     assert [output for output in outputs(done) if output.output_type == "error" or output.get("name") == "stderr"] == []
