@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from proto_v3.wire.streams import Wire
 from sim.scenario.protocol import AppliedScenario, Protocol
 from sim.scenario.scenario import Scenario
-from sim.theory.costs import Costs
-from sim.theory.work import DeviceJob, Route, WorkAfterStop
+from sim.theory.work import Costs, DeviceJob, Route, WorkAfterStop
 
 
 @dataclass(frozen=True, slots=True)
