@@ -51,6 +51,11 @@ class Interval:
         mean, low, high = (f"{value:{sign}z.{digits}f}" for value in (self.mean, self.low, self.high))
         return f"{mean}{f' {unit}' if unit else ''} (95 % interval {low} to {high})"
 
+    def brief(self, unit: str = "", digits: int = 1, sign: str = "") -> str:
+        """`12.3 ms (11.9 to 12.8)`; `sign` as in `text`."""
+        mean, low, high = (f"{value:{sign}.{digits}f}" for value in (self.mean, self.low, self.high))
+        return f"{mean}{f' {unit}' if unit else ''} ({low} to {high})"
+
 
 def interval(values: Sequence[float] | Floats) -> Interval:
     """The mean of the values with its interval. ValueError if there are no values."""
@@ -82,6 +87,12 @@ class Effect:
     def gain(self) -> Interval:
         """What `other` takes off, in per cent of the mean of `base`; negative if it adds."""
         mean, low, high = (100 * (1 - value) for value in (self.ratio.mean, self.ratio.high, self.ratio.low))
+        return Interval(mean, low, high, self.ratio.count)
+
+    @property
+    def change(self) -> Interval:
+        """What `other` adds, in per cent of the mean of `base`; negative if it takes off."""
+        mean, low, high = (100 * (value - 1) for value in (self.ratio.mean, self.ratio.low, self.ratio.high))
         return Interval(mean, low, high, self.ratio.count)
 
     @property

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import polars as pl
 import pytest
 
-from experiments.questions.buffer_and_chunk import EXPERIMENT
-from experiments.questions.buffer_and_chunk.question import (
+from experiments.questions.buffer_and_chunk import (
+    EXPERIMENT,
     LARGE_KIB,
     LARGEST_KIB,
     MOVED,

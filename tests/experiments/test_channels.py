@@ -8,9 +8,8 @@ import polars as pl
 import pytest
 
 from experiments.questions.channels import EXPERIMENT
-from experiments.questions.channels import grid as channels_grid
-from experiments.questions.channels.grid import LINK_GBIT_PER_S, MANY, dedicated
-from experiments.questions.channels.question import MOST_DOWNTIME, MOST_LAG
+from experiments.questions.channels import question as channels_grid
+from experiments.questions.channels.question import LINK_GBIT_PER_S, MANY, MOST_DOWNTIME, MOST_LAG, dedicated
 from experiments.study.claims import CLAIMS
 from experiments.study.experiment import Answer, Planned, Point
 from tests.build.grids import table_of

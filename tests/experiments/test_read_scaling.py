@@ -9,7 +9,7 @@ import pytest
 
 from experiments.questions.read_scaling import EXPERIMENT
 from experiments.questions.read_scaling import grid as read_scaling_grid
-from experiments.questions.read_scaling.grid import LOOKS, Place, part_column, points, shares, v3_places, with_parts
+from experiments.questions.read_scaling.grid import LOOKS, Place, points, shares, v3_places, with_parts
 from experiments.study.experiment import Answer, Planned
 from tests.build.grids import table_of
 
@@ -143,7 +143,7 @@ def test_where_read_binds_is_said() -> None:
 
 def test_parts_leave_out_what_finishes_the_load() -> None:
     frame = with_parts(made_up(as_by_the_rates))
-    assert frame[part_column("LOAD")].sum() == 0
+    assert frame["LOAD_ns"].sum() == 0
     assert sum(shares(Place().of(frame)).values()) == pytest.approx(1)
 
 

@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 
 from experiments.questions.reorder_memory import EXPERIMENT
-from experiments.questions.reorder_memory import grid as reorder_memory_grid
-from experiments.questions.reorder_memory.grid import with_bounds
+from experiments.questions.reorder_memory import question as reorder_memory_grid
+from experiments.questions.reorder_memory.question import with_bounds
 from experiments.study.claims import CLAIMS
 from experiments.study.experiment import Planned
 from sim.scenario.units import MIB

@@ -208,11 +208,11 @@ def test_real_runs_of_a_part_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> Non
     frame = pl.DataFrame(rows, infer_schema_length=None)
     assert set(frame["outcome"]) == {"COMPLETED"}
     (bar,) = bars(frame, MULTIFD)
-    assert bar.low.ratio is not None
-    assert bar.high.ratio is not None
+    assert bar.low.found is not None
+    assert bar.high.found is not None
     assert bar.base is not None
-    assert bar.high.ratio.mean < bar.base.ratio.mean < bar.low.ratio.mean
-    assert bar.low.ratio.mean > 1 - WORTH
+    assert bar.high.found.ratio.mean < bar.base.ratio.mean < bar.low.found.ratio.mean
+    assert bar.low.found.ratio.mean > 1 - WORTH
     assert bars(frame, CONCLUSIONS[-1]) == []
     told = answer(frame)
     assert any(NIC in line and NOT_BOTH in line for line in told.details)

@@ -9,9 +9,8 @@ from functools import lru_cache
 import polars as pl
 import pytest
 
-from experiments.questions.state_and_dirty_rate import EXPERIMENT
-from experiments.questions.state_and_dirty_rate import question as experiment
-from experiments.questions.state_and_dirty_rate.question import ENGINES, MAP, NARROW, ONE_ENGINE
+from experiments.questions import state_and_dirty_rate as experiment
+from experiments.questions.state_and_dirty_rate import ENGINES, EXPERIMENT, MAP, NARROW, ONE_ENGINE
 from experiments.study.experiment import Planned
 from sim.theory.rates import precopy_mib_per_s
 from tests.build.grids import table_of

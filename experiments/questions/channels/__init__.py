@@ -10,8 +10,7 @@ place if the ratio to theirs, at the upper end of its interval, is within a tole
 """
 
 from experiments.questions.channels.figures import figures
-from experiments.questions.channels.grid import points
-from experiments.questions.channels.question import answer
+from experiments.questions.channels.question import answer, points
 from experiments.study.experiment import Experiment
 
 EXPERIMENT = Experiment(

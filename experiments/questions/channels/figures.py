@@ -12,18 +12,18 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from experiments.draw import panels, style
-from experiments.questions.channels import grid
-from experiments.questions.channels.grid import LINK_GBIT_PER_S, MANY, NARROW_GBIT_PER_S, SHARES
+from experiments.questions.channels import question
+from experiments.questions.channels.question import LINK_GBIT_PER_S, MANY, NARROW_GBIT_PER_S, SHARES
 from experiments.runs.frame import COMPLETED, number
 from experiments.study.effects import Measure, mean
 
-BUFFER_WIDTHS = ((grid.BUFFERS_MIB[0], 2.2), (grid.BUFFERS_MIB[1], 0.8))
+BUFFER_WIDTHS = ((question.BUFFERS_MIB[0], 2.2), (question.BUFFERS_MIB[1], 0.8))
 """Sockets' buffer, MiB, and the width of its line."""
 HEIGHTS_MS = tuple(100 << power for power in range(10))
 LOOKS = {
     "dedicated": style.wire("", "v3, a connection a stream"),
-    "pool": style.wire("-pool", f"v3, pool, credit {grid.CREDIT_MIB:g} MiB"),
-    "ample": replace(style.wire("-pool", f"v3, pool, credit {grid.AMPLE_CREDIT_MIB:g} MiB"), marker="x"),
+    "pool": style.wire("-pool", f"v3, pool, credit {question.CREDIT_MIB:g} MiB"),
+    "ample": replace(style.wire("-pool", f"v3, pool, credit {question.AMPLE_CREDIT_MIB:g} MiB"), marker="x"),
     "one": style.wire("-one", "v3, one connection"),
     "v2": style.protocol("v2"),
     "v2-multifd": style.protocol("v2-multifd"),
@@ -35,12 +35,14 @@ def _of(frame: pl.DataFrame, part: str, kind: str) -> panels.Curve:
     ends = {"dedicated": r"^v3-n\d+$", "pool": "-pool$", "ample": "-pool$", "one": "-one$"}
     runs = frame.filter(pl.col("protocol").str.contains(ends.get(kind, f"^{kind}$")), part=part)
     if kind in ("pool", "ample"):
-        runs = runs.filter(dirty_credit_mib=grid.CREDIT_MIB if kind == "pool" else grid.AMPLE_CREDIT_MIB)
+        runs = runs.filter(dirty_credit_mib=question.CREDIT_MIB if kind == "pool" else question.AMPLE_CREDIT_MIB)
     return runs, LOOKS[kind]
 
 
-def _by_width(frame: pl.DataFrame) -> list[panels.Curve]:
-    return [*(_of(frame, "width", kind) for kind in LOOKS), _of(frame, "credit", "ample")]
+def _by_width(frame: pl.DataFrame, gbit: float) -> list[panels.Curve]:
+    """Each way, where a connection has this rate."""
+    runs = frame.filter(per_connection_gbit_per_s=gbit)
+    return [*(_of(runs, "width", kind) for kind in LOOKS), _of(runs, "credit", "ample")]
 
 
 def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
@@ -60,27 +62,22 @@ def _times(frame: pl.DataFrame, command: str) -> Figure:
     for axis, share in zip(axes, SHARES, strict=False):
         gbit = LINK_GBIT_PER_S * share
         title = Measure(f"downtime, {gbit:g} Gbit/s a connection", "downtime_ns")
-        panels.panel(axis, _by_width(_at(frame, gbit)), title, "connections", "connections")
+        panels.panel(axis, _by_width(frame, gbit), title, "connections", "connections")
         _log(axis, frame)
     _lag_panel(axes[3], frame)
     _pool_panel(axes[4], frame)
     title = Measure(f"downtime, uneven streams (N = {MANY}, {NARROW_GBIT_PER_S:g} Gbit/s)", "downtime_ns")
     uneven = [_of(frame, "uneven", kind) for kind in ("dedicated", "pool")]
     panels.panel(axes[5], uneven, title, "busy_streams", f"streams that have the data, of {MANY}")
-    axes[5].set_xticks(grid.BUSY_STREAMS)
+    axes[5].set_xticks(question.BUSY_STREAMS)
     axes[5].set_ylim(bottom=0)
     panels.handles_below(figure, [panels.handle(look) for look in LOOKS.values()], 6)
     return figure
 
 
-def _at(frame: pl.DataFrame, gbit: float) -> pl.DataFrame:
-    """The runs with this rate of a connection."""
-    return frame.filter(per_connection_gbit_per_s=gbit)
-
-
 def _lag_panel(axis: Axes, frame: pl.DataFrame) -> None:
     """The width of a line shows the sockets' buffer."""
-    quick = frame.filter(setup_us=grid.QUICK_SETUP["setup_us"])
+    quick = frame.filter(setup_us=question.QUICK_SETUP["setup_us"])
     for buffer_mib, width in BUFFER_WIDTHS:
         for kind in ("dedicated", "pool", "one"):
             runs, look = _of(quick.filter(socket_buffer_mib=buffer_mib), "lag", kind)
@@ -99,7 +96,7 @@ def _lag_panel(axis: Axes, frame: pl.DataFrame) -> None:
 def _pool_panel(axis: Axes, frame: pl.DataFrame) -> None:
     title = Measure(f"downtime by the pool's size (N = {MANY}, {NARROW_GBIT_PER_S:g} Gbit/s)", "downtime_ns")
     panels.panel(axis, [_of(frame, "pool", kind) for kind in ("pool", "ample")], title, "connections", "connections")
-    runs, look = _of(_at(frame.filter(streams=MANY), NARROW_GBIT_PER_S), "width", "dedicated")
+    runs, look = _of(frame.filter(question.NARROW, streams=MANY), "width", "dedicated")
     if level := mean(runs, "downtime_ns"):
         axis.axhline(level.mean, color=look.colour, linewidth=1.2)
         axis.axhspan(level.low, level.high, color=look.colour, alpha=0.25, linewidth=0)
@@ -125,8 +122,8 @@ def _log(axis: Axes, frame: pl.DataFrame) -> None:
 def _cost(frame: pl.DataFrame, command: str) -> Figure:
     figure, axes = panels.sheet(
         "What do connections cost, dedicated or shared?",
-        f"link of {LINK_GBIT_PER_S:g} Gbit/s, {grid.STATE_MIB} MiB move in the downtime, {frame['seed'].n_unique()} "
-        "seeds, means with 95 % intervals",
+        f"link of {LINK_GBIT_PER_S:g} Gbit/s, {question.STATE_MIB} MiB move in the downtime, "
+        f"{frame['seed'].n_unique()} seeds, means with 95 % intervals",
         command,
         (2, 2),
         (11, 8),
@@ -139,7 +136,7 @@ def _cost(frame: pl.DataFrame, command: str) -> Figure:
     )
     for axis, (measure, gbit) in zip(axes, shown, strict=True):
         title = measure._replace(label=f"{measure.label} ({gbit:g} Gbit/s a connection)")
-        panels.panel(axis, _by_width(_at(frame, gbit)), title, "connections", "connections")
+        panels.panel(axis, _by_width(frame, gbit), title, "connections", "connections")
         panels.log2_axis(axis, [1, 2, 4, 8, 16, 32])
         axis.set_ylim(bottom=0)
     panels.handles_below(figure, [panels.handle(look) for look in LOOKS.values()], 6)

@@ -12,18 +12,8 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 
 from experiments.draw import panels, style
-from experiments.questions.read_scaling.grid import (
-    LOOKS,
-    PARTS,
-    V2,
-    Place,
-    engines,
-    fitted,
-    largest,
-    shares,
-    throughput,
-    with_parts,
-)
+from experiments.questions.read_scaling import grid
+from experiments.questions.read_scaling.grid import LOOKS, PARTS, V2, Place, engines
 from experiments.runs.frame import COMPLETED, number
 from experiments.study.effects import mean
 from experiments.study.statistics import interval
@@ -39,7 +29,7 @@ MARKERS = "osD^v"
 
 def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
     """By file name."""
-    frame = with_parts(frame)
+    frame = grid.with_parts(frame)
     return {
         "bottleneck": _bottleneck(frame, command),
         "scaling": _scaling(frame, command),
@@ -94,7 +84,7 @@ def _curve(
     law: bool = False,
     expected: bool = False,
 ) -> None:
-    runs = throughput(place.of(frame, kind))
+    runs = place.of(frame, kind)
     panels.curve(axis, runs, "streams", "gib_per_s", look)
     if runs.filter(COMPLETED).is_empty():
         return
@@ -102,7 +92,7 @@ def _curve(
     if expected:
         least = [min(place.bounds_gib_per_s(n).values()) for n in ns]
         axis.plot(ns, least, color=look.colour, linestyle=":", linewidth=1)
-    if law and (curve := fitted(runs)) is not None:
+    if law and (curve := grid.fitted(runs)) is not None:
         axis.plot(ns, curve.at(ns), color=look.colour, linewidth=0.6)
 
 
@@ -110,7 +100,7 @@ def _v2_lines(axis: Axes, frame: pl.DataFrame) -> None:
     """v2 has one stream, whatever N."""
     for name in V2:
         look = style.protocol(name)
-        if level := mean(throughput(Place(engines=1.0).of(frame, name)), "gib_per_s", 1):
+        if level := mean(Place(engines=1.0).of(frame, name), "gib_per_s", 1):
             axis.axhline(level.mean, color=look.colour, linestyle=look.line, lw=1)
 
 
@@ -208,7 +198,7 @@ def _bottleneck(frame: pl.DataFrame, command: str) -> Figure:
 def _map(
     axis: Axes, frame: pl.DataFrame, rows: Mapping[str, Place], ns: Sequence[int], title: str, y: str
 ) -> AxesImage:
-    squares = [[_square(place.of(frame).filter(streams=n)) for n in ns] for place in rows.values()]
+    squares = [[_square(place.of(frame, streams=n)) for n in ns] for place in rows.values()]
     image = panels.heat(axis, squares, [str(n) for n in ns], list(rows), least=0, most=100)
     panels.dress(axis, title, "dirty streams N", y)
     axis.grid(visible=False)
@@ -217,5 +207,5 @@ def _map(
 
 def _square(runs: pl.DataFrame) -> tuple[float, str]:
     """The part of copy and lock, %, and the text of the square."""
-    parts = shares(runs)
-    return (100 * parts["read"], f"{largest(parts)}\n{100 * parts['read']:.0f}") if parts else (np.nan, "")
+    parts = grid.shares(runs)
+    return (100 * parts["read"], f"{grid.largest(parts)}\n{100 * parts['read']:.0f}") if parts else (np.nan, "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 
 import polars as pl
@@ -37,7 +37,6 @@ LEAST_N = 4
 """The least number of different N for a fit of the law."""
 V2 = ("v2", "v2-multifd")
 
-PLACE = ("lock", "engines", "copy_gib_per_s", "link_gbit_per_s", "read_mib")
 PARTS = {
     "read": "copy and lock",
     "SAVE": "firmware at the source",
@@ -75,20 +74,14 @@ class Place:
             f"vmm.read_mib={self.read_mib:g}",
         )
 
-    @property
-    def factors(self) -> dict[str, str | float]:
-        """The place's columns."""
-        return {name: getattr(self, name) for name in PLACE}
-
-    def point(self, protocol: str) -> Point:
+    def point(self, kind: str, streams: int = 1) -> Point:
         """A run of it."""
-        kind, _, n = protocol.rpartition("-n")
-        kind, streams = (kind, int(n)) if n.isdecimal() else (protocol, 1)
-        return Point(BASE, protocol, self.settings, {"kind": kind, "streams": streams, **self.factors})
+        protocol = kind if kind in V2 else f"{kind}-n{streams}"
+        return Point(BASE, protocol, self.settings, {"kind": kind, "streams": streams, **asdict(self)})
 
-    def of(self, frame: pl.DataFrame, kind: str = "v3") -> pl.DataFrame:
+    def of(self, frame: pl.DataFrame, kind: str = "v3", **where: int) -> pl.DataFrame:
         """Its runs."""
-        return frame.filter(kind=kind, **self.factors)
+        return frame.filter(kind=kind, **asdict(self), **where)
 
     @property
     def text(self) -> str:
@@ -105,7 +98,10 @@ class Place:
     def bound(self, streams: int) -> str:
         """The part that binds, by these rates."""
         bounds = self.bounds_gib_per_s(streams)
-        return min(bounds, key=lambda name: bounds[name])
+        return min(bounds, key=bounds.__getitem__)
+
+
+PLACE = tuple(field.name for field in fields(Place))
 
 
 def engines(count: float) -> str:
@@ -133,8 +129,8 @@ def points(quick: bool) -> list[Point]:
     if not quick:
         grid += [(Place(lock, read_mib=size), n) for size in READ_MIB for lock in locks for n in (1, 16)]
     return [
-        *(place.point(f"v3-n{n}") for place, n in grid),
-        *(Place(lock=lock).point(f"v3-blocks-n{n}") for lock in ("none", "per_fd") for n in streams),
+        *(place.point("v3", n) for place, n in grid),
+        *(Place(lock=lock).point("v3-blocks", n) for lock in ("none", "per_fd") for n in streams),
         *(Place(engines=each).point(name) for each in ends for name in V2),
     ]
 
@@ -149,48 +145,37 @@ def v3_places(frame: pl.DataFrame) -> Iterator[tuple[Place, int, pl.DataFrame]]:
 
 
 def with_parts(frame: pl.DataFrame) -> pl.DataFrame:
-    """With the stop-copy time, and the parts of the critical path that move the state (PARTS).
+    """With `stop_copy_ns`; `gib_per_s`, the state over that time; and each part of the critical path, as `read_ns`.
 
     Fixed costs are left out, and so is what finishing the load takes, which is the same however the state came.
     """
     finish_ns = round(scenario().firmware.load_finish_ms * 1e6)
-    parts = {
-        "read": pl.col("path_copy_ns") + pl.col("path_lock_ns"),
-        "SAVE": pl.col("path_firmware_ns"),
-        "link": pl.col("path_link_ns"),
-        "LOAD": (pl.col("path_load_ns") - finish_ns).clip(lower_bound=0),
-    }
-    named = [part.alias(part_column(name)) for name, part in parts.items()]
-    return frame.with_columns((pl.col("phase_drain_ns") + pl.col("phase_transfer_ns")).alias("stop_copy_ns"), *named)
-
-
-def part_column(name: str) -> str:
-    """The column of a part, in nanoseconds."""
-    return f"part_{name.lower()}_ns"
+    gib = scenario().device[0].state_mib * MIB / GIB
+    return frame.with_columns(
+        stop_copy_ns=pl.col("phase_drain_ns") + pl.col("phase_transfer_ns"),
+        read_ns=pl.col("path_copy_ns") + pl.col("path_lock_ns"),
+        SAVE_ns=pl.col("path_firmware_ns"),
+        link_ns=pl.col("path_link_ns"),
+        LOAD_ns=(pl.col("path_load_ns") - finish_ns).clip(lower_bound=0),
+    ).with_columns(gib_per_s=gib * NS_PER_S / pl.col("stop_copy_ns"))
 
 
 def shares(runs: pl.DataFrame) -> dict[str, float]:
     """Each part's share of their sum, over the completed runs."""
     done = runs.filter(COMPLETED)
-    parts = {name: number(done[part_column(name)].sum()) for name in PARTS} if done.height else {}
+    parts = {name: number(done[f"{name}_ns"].sum()) for name in PARTS} if done.height else {}
     whole = sum(parts.values())
     return {name: part / whole for name, part in parts.items()} if whole else {}
 
 
 def largest(parts: Mapping[str, float]) -> str:
     """The name of the largest part."""
-    return max(parts, key=lambda name: parts[name])
-
-
-def throughput(runs: pl.DataFrame) -> pl.DataFrame:
-    """With `gib_per_s`: the state over the stop-copy time."""
-    gib = scenario().device[0].state_mib * MIB / GIB
-    return runs.with_columns(gib_per_s=gib * NS_PER_S / pl.col("stop_copy_ns"))
+    return max(parts, key=parts.__getitem__)
 
 
 def fitted(runs: pl.DataFrame) -> Usl | None:
     """The scaling law over all completed runs of a place; None for too few N: it has three parameters."""
-    done = throughput(runs).filter(COMPLETED)
+    done = runs.filter(COMPLETED)
     if done["streams"].n_unique() < LEAST_N:
         return None
     return usl(done["streams"].to_numpy(), done["gib_per_s"].to_numpy())

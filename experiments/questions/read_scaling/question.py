@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import NamedTuple
 
 import polars as pl
 
-from experiments.questions.read_scaling.grid import (
-    LOOKS,
-    PARTS,
-    PLACE,
-    V2,
-    Place,
-    engines,
-    fitted,
-    largest,
-    part_column,
-    scenario,
-    shares,
-    throughput,
-    v3_places,
-    with_parts,
-)
-from experiments.runs.frame import COMPLETED, number
+from experiments.questions.read_scaling import grid
+from experiments.questions.read_scaling.grid import LOOKS, PARTS, V2, Place, fitted, largest, shares, v3_places
+from experiments.runs.frame import COMPLETED, ms, number
 from experiments.study.claims import Finding, judge
 from experiments.study.effects import compared_text, effect_row, places, table
 from experiments.study.experiment import Answer
@@ -33,19 +21,26 @@ TOLERANCE = 0.1
 copy overlap with nothing."""
 NOTHING = 0.02
 """C3: N buys nothing if the best N takes off less than this part."""
-Gains = Sequence[tuple[Place, float]]
+
+
+class Gain(NamedTuple):
+    """What the best N beyond the first takes off the first one's stop-copy time."""
+
+    place: Place
+    part: float
+    best_n: int
 
 
 def answer(frame: pl.DataFrame) -> Answer:
     """Is read() the bottleneck, and when?"""
-    frame = with_parts(frame)
+    frame, base = grid.with_parts(frame), grid.scenario()
     four = Place(engines=4.0) if not Place(engines=4.0).of(frame).is_empty() else Place()
     return Answer(
         f"{_where_read_binds(frame)} At mlx5's rates, {Place().text}, {_share_at(frame, 1)}; {_share_at(frame, 16)}. "
         f"Four streams on {four.engines:g} engines, a lock a fd, against one: "
         f"{_compared(four.of(frame), 'v3-n1', 'v3-n4')}.",
-        f"One simulated device of {scenario().device[0].state_mib:g} MiB that is idle; that a PF saves one VF by "
-        f"several commands at once is assumed, and so are more than {scenario().firmware.engines:g} engines; copy in "
+        f"One simulated device of {base.device[0].state_mib:g} MiB that is idle; that a PF saves one VF by several "
+        f"commands at once is assumed, and so are more than {base.firmware.engines:g} engines; copy in "
         "the critical path is read() at the source, write() at the target and v2's buffers together; the lock model is "
         "the source's, at the target v3's streams share no lock.",
         [*_against_v2(frame), *_laws(frame), *_locks_alike(frame), *_expected(frame), *_blocks(frame), *_rest(frame)],
@@ -74,7 +69,7 @@ def _where_read_binds(frame: pl.DataFrame) -> str:
     at_base: dict[str, set[int]] = {}
     for place, n in bound:
         if place.copy_gib_per_s == base:
-            at_base.setdefault(f"{LOOKS[place.lock].label} and {engines(place.engines)}", set()).add(n)
+            at_base.setdefault(f"{LOOKS[place.lock].label} and {grid.engines(place.engines)}", set()).add(n)
     listed = "; ".join(f"{where}, N = {', '.join(map(str, sorted(ns)))}" for where, ns in at_base.items()) or "nowhere"
     return (
         f"read() (copy and lock) is the largest part of what moves the state in {len(bound)} of {len(seen)} places; in "
@@ -85,11 +80,10 @@ def _where_read_binds(frame: pl.DataFrame) -> str:
 
 def _share_at(frame: pl.DataFrame, n: int) -> str:
     """At the base point."""
-    done = Place().of(frame).filter(COMPLETED, streams=n)
+    done = Place().of(frame, streams=n).filter(COMPLETED)
     if done.is_empty():
         return f"with N = {n} nothing was completed"
-    whole = pl.sum_horizontal(part_column(name) for name in PARTS)
-    share = done.select(100 * pl.col(part_column("read")) / whole).to_series()
+    share = done.select(100 * pl.col("read_ns") / pl.sum_horizontal(f"{name}_ns" for name in PARTS)).to_series()
     return f"with N = {n} it has {interval(share.to_numpy()).text('%')}, and {PARTS[largest(shares(done))]} most"
 
 
@@ -144,7 +138,7 @@ def _expected(frame: pl.DataFrame) -> Iterator[str]:
     """How close the throughput is to the least of three rates."""
     off = {}
     for place, n, runs in v3_places(frame):
-        done = throughput(runs).filter(COMPLETED)
+        done = runs.filter(COMPLETED)
         if done.height:
             off[place, n] = number(done["gib_per_s"].mean()) / min(place.bounds_gib_per_s(n).values()) - 1
     if off:
@@ -170,15 +164,11 @@ def _rest(frame: pl.DataFrame) -> Iterator[str]:
     runs = Place().of(frame).filter(COMPLETED)
     if not runs.is_empty():
         last = runs.filter(pl.col("streams") == runs["streams"].max())
-        fixed, load, whole = (_mean_ms(last, f"{name}_ns") for name in ("path_fixed", "path_load", "downtime"))
+        fixed, load, whole = (ms(last[f"{name}_ns"].mean()) for name in ("path_fixed", "path_load", "downtime"))
         yield (
             f"At N = {number(runs['streams'].max()):.0f}, {fixed:.0f} ms of fixed costs and {load:.0f} ms of LOAD are "
             f"left in a downtime of {whole:.0f} ms: streams cannot share most of it."
         )
-
-
-def _mean_ms(runs: pl.DataFrame, column: str) -> float:
-    return number(runs[column].mean()) / 1e6
 
 
 # --- claims -----------------------------------------------------------------------------------------------------------
@@ -214,7 +204,7 @@ def _c2(frame: pl.DataFrame) -> Finding:
     short = [each for each in firmware if abs(each[0] - 1) > TOLERANCE]
     fine = len(firmware) - len(short)
     _, place, n, speed_up = min(firmware, key=lambda each: each[0])
-    copying = [100 * shares(at.of(frame).filter(streams=many)).get("read", 0.0) for _, at, many, _ in short]
+    copying = [100 * shares(at.of(frame, streams=many)).get("read", 0.0) for _, at, many, _ in short]
     last = (
         f" (in the others copy and lock have {min(copying):.0f} to {max(copying):.0f} % of the path: a stream's last "
         "chunk is copied when all is saved)"
@@ -232,71 +222,63 @@ def _c2(frame: pl.DataFrame) -> Finding:
     )
 
 
-def _gain(runs: pl.DataFrame, first: int = 1) -> tuple[float, int] | None:
-    """The part that the best N beyond the first takes off the first one's stop-copy time, and that N."""
+def _gain(runs: pl.DataFrame, place: Place, first: int = 1) -> Gain | None:
     means = _means(runs)
-    others = {n: mean for n, mean in means.items() if n > first}
-    if first not in means or not others:
+    best = min((n for n in means if n > first), key=means.__getitem__, default=None)
+    if best is None or first not in means:
         return None
-    best = min(others, key=lambda n: others[n])
-    return 1 - others[best] / means[first], best
+    return Gain(place, 1 - means[best] / means[first], best)
 
 
-def _after_the_lock(frame: pl.DataFrame, one_lock: Gains) -> Gains:
+def _after_the_lock(frame: pl.DataFrame, one_lock: Sequence[Gain]) -> Iterator[Gain]:
     """What more streams take off where one lock binds already."""
-    found = []
-    for place, _ in one_lock:
+    for place, *_ in one_lock:
         runs = place.of(frame)
         first = min((n for n in runs["streams"].unique() if place.bound(n) == "read"), default=0)
-        if gain := _gain(runs, first):
-            found.append((place, gain[0]))
-    return found
+        if gain := _gain(runs, place, first):
+            yield gain
 
 
 def _c3(frame: pl.DataFrame) -> Finding:
     """What the best N takes off: under one lock for all with several engines; and with one engine, under any lock."""
-    gains = {place: _gain(place.of(frame)) for place in dict.fromkeys(place for place, _, _ in v3_places(frame))}
-    known = [(place, gain[0]) for place, gain in gains.items() if gain]
-    one_engine = [(place, gain) for place, gain in known if place.engines == 1]
-    one_lock = [(place, gain) for place, gain in known if place.engines != 1 and place.lock in ("device", "global")]
+    all_places = dict.fromkeys(place for place, _, _ in v3_places(frame))
+    gains = [gain for place in all_places if (gain := _gain(place.of(frame), place))]
+    one_engine = [gain for gain in gains if gain.place.engines == 1]
+    one_lock = [gain for gain in gains if gain.place.engines != 1 and gain.place.lock in ("device", "global")]
     if not one_lock + one_engine:
         return Finding("C3", "under conditions", "No place with one lock or one engine was completed.")
-    slow, fast = ([each for each in one_lock if (each[0].bound(1) == "read") is binds] for binds in (True, False))
-    held, free = ([each for each in one_engine if (each[0].bound(1) == "SAVE") is binds] for binds in (True, False))
-    nothing = [gain < NOTHING for _, gain in one_lock + one_engine]
+    slow, fast = ([each for each in one_lock if (each.place.bound(1) == "read") is binds] for binds in (True, False))
+    held, free = ([each for each in one_engine if (each.place.bound(1) == "SAVE") is binds] for binds in (True, False))
+    nothing = [gain.part < NOTHING for gain in one_lock + one_engine]
     return Finding(
         "C3",
         judge(supported=all(nothing), refuted=not any(nothing)),
         f"N takes off: under one lock, where a copy is slower than an engine, {_gains_text(slow)}, and where it is "
         f"faster, {_gains_text(fast)}; with one engine, where it is slower than a copy, {_gains_text(held)}, and where "
         f"the copy is the slower, {_gains_text(free)}; less than {100 * NOTHING:.0f} % counts as nothing. From the N "
-        f"at which one lock binds, by the rates, more N take off {_gains_text(_after_the_lock(frame, one_lock))}."
+        f"at which one lock binds, by the rates, more N take off {_gains_text(list(_after_the_lock(frame, one_lock)))}."
         f"{_why_not_nothing(frame, slow)}",
     )
 
 
-def _gains_text(of: Gains) -> str:
+def _gains_text(of: Sequence[Gain]) -> str:
     if not of:
         return "(not looked at)"
-    gains = [100 * gain for _, gain in of]
+    gains = [100 * gain.part for gain in of]
     nothing = sum(gain < 100 * NOTHING for gain in gains)
     return f"{min(gains):.1f} to {max(gains):.1f} % (nothing in {nothing} of {len(of)} places)"
 
 
-def _why_not_nothing(frame: pl.DataFrame, slow: Gains) -> str:
+def _why_not_nothing(frame: pl.DataFrame, slow: Sequence[Gain]) -> str:
     """Where the lock binds with one stream already and N still gains: what left the critical path."""
-    gaining = [(place, gain) for place, gain in slow if gain >= NOTHING]
-    if not gaining:
+    place, part, best_n = max(slow, key=lambda gain: gain.part, default=(Place(), 0.0, 1))
+    if part < NOTHING:
         return ""
-    place, _ = max(gaining, key=lambda each: each[1])
-    runs = place.of(frame).filter(COMPLETED)
-    found = _gain(runs)
-    best = found[1] if found else 1
-    one, many = (runs.filter(streams=n) for n in (1, best))
-    off = {name: _mean_ms(one, part_column(name)) - _mean_ms(many, part_column(name)) for name in PARTS}
+    one, many = (place.of(frame, streams=n).filter(COMPLETED) for n in (1, best_n))
+    off = {name: ms(one[f"{name}_ns"].mean()) - ms(many[f"{name}_ns"].mean()) for name in PARTS}
     most = largest(off)
     return (
-        f" What N = {best} takes off under one lock at a copy of {place.copy_gib_per_s:g} GiB/s is "
+        f" What N = {best_n} takes off under one lock at a copy of {place.copy_gib_per_s:g} GiB/s is "
         f"{PARTS[most]}: {off[most]:.0f} ms of it leave the critical path."
     )
 
@@ -307,11 +289,11 @@ def _rows(frame: pl.DataFrame) -> Iterator[dict[str, object]]:
     def row(at: dict[str, object], runs: pl.DataFrame, base: str, other: str) -> dict[str, object]:
         return at | effect_row(effect(runs, "stop_copy_ns", base, other), base, other)
 
-    for at, runs in places(frame.filter(~pl.col("kind").is_in(V2)), ["kind", *PLACE]):
+    for at, runs in places(frame.filter(~pl.col("kind").is_in(V2)), ["kind", *grid.PLACE]):
         for n in sorted(runs["streams"].unique()):
             if n > 1:
                 yield row(at, runs, f"{at['kind']}-n1", f"{at['kind']}-n{n}")
     for base in V2:
         runs = pl.concat([Place().of(frame, base), Place().of(frame)])
         for n in sorted(Place().of(frame)["streams"].unique()):
-            yield row({"kind": base, **Place().factors}, runs, base, f"v3-n{n}")
+            yield row({"kind": base, **asdict(Place())}, runs, base, f"v3-n{n}")

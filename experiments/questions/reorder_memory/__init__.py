@@ -10,8 +10,7 @@ C6 is decided by comparing each v3 run, however it ended, with its own bound.
 """
 
 from experiments.questions.reorder_memory.figures import figures
-from experiments.questions.reorder_memory.grid import points
-from experiments.questions.reorder_memory.question import answer
+from experiments.questions.reorder_memory.question import answer, points
 from experiments.study.experiment import Experiment
 
 EXPERIMENT = Experiment(

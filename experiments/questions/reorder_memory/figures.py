@@ -10,21 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.draw import panels, style
-from experiments.questions.reorder_memory.grid import (
-    BUSY_STREAMS,
-    DIRTY_CREDITS_MIB,
-    LOAD_MIB_PER_S,
-    LOADS_MIB_PER_S,
-    MANY,
-    ONE_READER,
-    PEAKS,
-    STATE_MIB,
-    STREAMS,
-    UNBOUNDED,
-    WIRES,
-    of_kind,
-    with_bounds,
-)
+from experiments.questions.reorder_memory import question
+from experiments.questions.reorder_memory.question import MANY, STATE_MIB, STREAMS, WIRES
 from experiments.runs.frame import number
 from experiments.study.effects import Measure
 from sim.scenario.units import MIB
@@ -40,7 +27,9 @@ PEAK = Measure("target VMM", "peak_reorder_bytes", MIB, "MiB")
 
 def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
     """Peaks with their bounds; multifd's growth against v3's."""
-    runs = with_bounds(frame).with_columns(outcome=pl.lit("COMPLETED"))  # memory is memory, however a run ended
+    runs = question.with_bounds(frame).with_columns(
+        outcome=pl.lit("COMPLETED")
+    )  # memory is memory, however a run ended
     return {"reorder_memory": _bounds(runs, command), "reorder_memory_growth": _growth(runs, command)}
 
 
@@ -68,8 +57,8 @@ def _bounds(frame: pl.DataFrame, command: str) -> Figure:
         panels.dress(axis, title, x_label, "MiB")
     panels.log2_axis(axes[0], STREAMS)
     panels.log2_axis(axes[1], STREAMS)
-    axes[2].set_xticks(BUSY_STREAMS)
-    panels.log2_axis(axes[5], DIRTY_CREDITS_MIB)
+    axes[2].set_xticks(question.BUSY_STREAMS)
+    panels.log2_axis(axes[5], question.DIRTY_CREDITS_MIB)
     for axis in axes:  # peaks are from 1 MiB to hundreds
         axis.set_yscale("log", base=2)
         axis.set_ylim(0.7, 400)
@@ -83,8 +72,8 @@ def _bounds(frame: pl.DataFrame, command: str) -> Figure:
 def _panel(axis: Axes, frame: pl.DataFrame, x: str, name: str, kinds: Sequence[str]) -> None:
     """A curve for each kind, with its bound."""
     for kind in kinds:
-        runs, look = of_kind(frame, kind), LOOKS[kind]
-        panels.curve(axis, runs, x, PEAKS[name], look, scale=MIB)
+        runs, look = question.of_kind(frame, kind), LOOKS[kind]
+        panels.curve(axis, runs, x, question.PEAKS[name], look, scale=MIB)
         limit = runs.group_by(x).agg(pl.col(f"{name}_bound_bytes").max() / MIB).sort(x)
         if limit.height:
             at, bounds = limit.get_columns()
@@ -96,13 +85,13 @@ def _panel(axis: Axes, frame: pl.DataFrame, x: str, name: str, kinds: Sequence[s
 def _growth(frame: pl.DataFrame, command: str) -> Figure:
     figure, axes = panels.sheet(
         "Does what waits at the target grow with the device?",
-        f"{frame['seed'].n_unique()} seeds, means with 95 % intervals; {LOAD_MIB_PER_S} MiB/s a LOAD unless swept, on "
-        "a link of 25 Gbit/s (2980 MiB/s); grey: v3's bound",
+        f"{frame['seed'].n_unique()} seeds, means with 95 % intervals; {question.LOAD_MIB_PER_S} MiB/s a LOAD unless "
+        "swept, on a link of 25 Gbit/s (2980 MiB/s); grey: v3's bound",
         command,
         (1, 3),
         (13.5, 5),
     )
-    shown = (UNBOUNDED, ONE_READER, f"v3-n{MANY}")
+    shown = (question.UNBOUNDED, question.ONE_READER, f"v3-n{MANY}")
     state, size = frame.filter(part="state"), "state of the device, MiB"
     panels.panel(axes[0], panels.by_protocol(state, shown), PEAK, "state_mib", size)
     for name in shown[1:]:
@@ -114,7 +103,7 @@ def _growth(frame: pl.DataFrame, command: str) -> Figure:
     panels.panel(axes[1], panels.by_protocol(known, shown), Measure("downtime", "downtime_ns"), "state_mib", size)
     title, rates = PEAK._replace(label=f"target VMM, {STATE_MIB} MiB of state"), frame.filter(part="load rate")
     panels.panel(axes[2], panels.by_protocol(rates, shown[:2]), title, "load_mib_per_s", "LOAD, MiB/s a command")
-    panels.log2_axis(axes[2], LOADS_MIB_PER_S)
+    panels.log2_axis(axes[2], question.LOADS_MIB_PER_S)
     for axis in axes:
         axis.set_ylim(bottom=0)
     panels.legend(figure, shown)

@@ -68,17 +68,16 @@ def _tornado(axis: Axes, found: Sequence[Bar], at_base: Effect | None) -> None:
     axis.axvspan(at_base.ratio.low, at_base.ratio.high, color="#BBBBBB", alpha=0.5, linewidth=0)
     axis.axvline(middle, color="black", linewidth=1)
     for place, bar in enumerate(shown):
-        for end, colour, hatch, y in (
-            (bar.low, LOW_COLOUR, "//", place - 0.16),
-            (bar.high, HIGH_COLOUR, "", place + 0.16),
-        ):
-            if end.ratio is None:
+        ends = ((bar.low, LOW_COLOUR, "//", place - 0.16), (bar.high, HIGH_COLOUR, "", place + 0.16))
+        for end, colour, hatch, y in ends:
+            if end.found is None:
                 text = f"  x {'low' if end is bar.low else 'high'} end: too few"
                 axis.text(middle, y, text, fontsize=6.5, va="center", ha="left").set_in_layout(False)
                 continue
             look: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "black", "linewidth": 0.4}
-            axis.barh(y, end.ratio.mean - middle, 0.32, middle, zorder=3, **look)
-            axis.plot([end.ratio.low, end.ratio.high], [y, y], color="#D55E00", linewidth=2, zorder=4)
+            ratio = end.found.ratio
+            axis.barh(y, ratio.mean - middle, 0.32, middle, zorder=3, **look)
+            axis.plot([ratio.low, ratio.high], [y, y], color="#D55E00", linewidth=2, zorder=4)
     axis.invert_yaxis()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from experiments.runs.frame import COMPLETED, number
 from experiments.study.claims import WORTH, Finding, judge
 from experiments.study.effects import NOT_BOTH, effect_row, sentence, table
 from experiments.study.experiment import Answer
-from experiments.study.statistics import Effect, Interval, effect
+from experiments.study.statistics import Effect, effect
 
 FEWEST = 3
 """Seeds that both completed, for a ratio at an end of a parameter."""
@@ -40,22 +41,12 @@ class RangeEnd:
     """`v2 10 DID_NOT_CONVERGE`; empty if all were completed."""
 
     @property
-    def ratio(self) -> Interval | None:
-        """Downtime of v3 over the other's."""
-        return ratio_of(self.found)
-
-    @property
     def text(self) -> str:
         """`0.912 (0.905 to 0.918) at 195`."""
         if self.found is None:
             return f"no ratio at {self.at} ({self.not_completed or NOT_BOTH})"
         pairs = f", {self.found.pairs} pairs" if self.found.lost else ""
         return f"{ratio_text(self.found)} at {self.at}{pairs}"
-
-    @property
-    def is_under(self) -> bool:
-        """True if it is shown that the gain is less than WORTH."""
-        return is_under(self.found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +61,13 @@ class Bar:
     @property
     def swing(self) -> float:
         """From the least to the greatest ratio, of the base and the two ends that have one."""
-        means = [each.ratio.mean for each in (self.base, self.low, self.high) if each and each.ratio]
+        means = [each.ratio.mean for each in (self.base, self.low.found, self.high.found) if each]
         return max(means) - min(means) if means else 0.0
-
-
-def ratio_of(found: Effect | None) -> Interval | None:
-    """Its ratio, if there is an effect."""
-    return found.ratio if found else None
 
 
 def ratio_text(found: Effect) -> str:
     """`0.912 (0.905 to 0.918)`."""
-    return f"{found.ratio.mean:.3f} ({found.ratio.low:.3f} to {found.ratio.high:.3f})"
-
-
-def gain_text(found: Effect) -> str:
-    """`8.8 % (8.2 to 9.5)`."""
-    gain = found.gain
-    return f"{gain.mean:.1f} % ({gain.low:.1f} to {gain.high:.1f})"
+    return found.ratio.brief(digits=3)
 
 
 def is_under(found: Effect | None) -> bool:
@@ -95,18 +75,15 @@ def is_under(found: Effect | None) -> bool:
     return found is not None and found.ratio.low > 1 - WORTH
 
 
-def _effect(runs: pl.DataFrame, conclusion: Conclusion) -> Effect | None:
-    return effect(runs.filter(base=conclusion.base), "downtime_ns", conclusion.against, V3)
-
-
-def _enough(found: Effect | None, runs: pl.DataFrame) -> Effect | None:
+def _effect(runs: pl.DataFrame, against: str) -> Effect | None:
     """None if too few seeds were completed by both for a ratio."""
+    found = effect(runs, "downtime_ns", against, V3)
     return found if found is not None and found.pairs >= min(FEWEST, runs["seed"].n_unique()) else None
 
 
 def base(frame: pl.DataFrame, conclusion: Conclusion) -> Effect | None:
     """With no parameter moved."""
-    return _effect(frame.filter(part="base"), conclusion)
+    return effect(frame.filter(part="base", base=conclusion.base), "downtime_ns", conclusion.against, V3)
 
 
 def bars(frame: pl.DataFrame, conclusion: Conclusion) -> list[Bar]:
@@ -114,22 +91,21 @@ def bars(frame: pl.DataFrame, conclusion: Conclusion) -> list[Bar]:
     runs = frame.filter(part="tornado", base=conclusion.base)
     at_base, found = base(frame, conclusion), []
     for (parameter,), of_parameter in runs.group_by("parameter", maintain_order=True):
-        low, high = (_end(of_parameter.filter(side=side), conclusion) for side in ("low", "high"))
+        low, high = (_end(of_parameter.filter(side=side), conclusion.against) for side in ("low", "high"))
         found.append(Bar(str(parameter), at_base, low, high))
     return sorted(found, key=lambda bar: bar.swing, reverse=True)
 
 
-def _end(runs: pl.DataFrame, conclusion: Conclusion) -> RangeEnd:
-    others = runs.filter(~COMPLETED, pl.col("protocol").is_in([conclusion.against, V3]))
+def _end(runs: pl.DataFrame, against: str) -> RangeEnd:
+    others = runs.filter(~COMPLETED, pl.col("protocol").is_in([against, V3]))
     counts = others.group_by("protocol", "outcome", maintain_order=True).len("runs")
     text = ", ".join(f"{protocol} {count} {kind}" for protocol, kind, count in counts.iter_rows())
-    return RangeEnd(str(runs["at"].first()) if runs.height else "", _enough(_effect(runs, conclusion), runs), text)
+    return RangeEnd(str(runs["at"].first()) if runs.height else "", _effect(runs, against), text)
 
 
 def square(frame: pl.DataFrame, of: Map, engines: float, value: float, against: str) -> Effect | None:
     """A place of a map."""
-    runs = frame.filter(pl.col(ENGINES_COLUMN) == engines, pl.col(of.column) == value, part="map")
-    return _enough(_effect(runs, Conclusion("", of.base, against)), runs)
+    return _effect(frame.filter(part="map", base=of.base, **{ENGINES_COLUMN: engines, of.column: value}), against)
 
 
 def maps_run(frame: pl.DataFrame) -> list[tuple[Map, str]]:
@@ -169,7 +145,7 @@ def _do_not_build(found: Sequence[Bar]) -> str:
     """The ends at which v3 is shown to bring less than WORTH, the least gain first."""
     ends = [(end.found, f"{bar.parameter} = {end.at}") for bar in found for end in (bar.low, bar.high)]
     known = sorted(((each, name) for each, name in ends if each), key=lambda end: -end[0].ratio.mean)
-    under = [f"{name}: {gain_text(each)}" for each, name in known if is_under(each)]
+    under = [f"{name}: {each.gain.brief('%')}" for each, name in known if is_under(each)]
     if not under:
         closest = f"; the least gain is {known[0][0].gain.mean:.1f} %" if known else ""
         return f"No single parameter is shown to bring the gain under {100 * WORTH:.0f} %{closest}."
@@ -187,12 +163,8 @@ def _details(frame: pl.DataFrame) -> Iterator[str]:
             yield f"{name}: {ratio}; it depends most on {_depends(found)}. {_do_not_build(found)}"
         null = [bar for bar in found if bar.swing < NULL_SWING]
         yield f"{name}: {len(null)} of {len(found)} parameters move the ratio by less than {NULL_SWING:g}."
-        gone = [
-            f"{bar.parameter} = {end.at} ({end.not_completed})"
-            for bar in found
-            for end in (bar.low, bar.high)
-            if not end.found
-        ]
+        ends = [(bar.parameter, end) for bar in found for end in (bar.low, bar.high)]
+        gone = [f"{parameter} = {end.at} ({end.not_completed})" for parameter, end in ends if not end.found]
         yield from sentence(f"{name}: no ratio, for fewer than {FEWEST} seeds are completed by both, at ", gone)
     strongest = base(frame, Conclusion("", NIC, ACKED_MULTIFD))
     yield f"{V3} against {ACKED_MULTIFD}, {NIC}: {ratio_text(strongest) if strongest else NOT_BOTH}."
@@ -205,7 +177,7 @@ def _regions(frame: pl.DataFrame) -> Iterator[str]:
         lines = []
         for each in engines:
             found = [value for value in values if is_under(square(frame, of, each, value, against))]
-            where = "nowhere" if not found else "everywhere" if found == values else "at " + _listed(found)
+            where = "nowhere" if not found else "everywhere" if found == values else f"at {_listed(found)}"
             lines.append(f"{each:g} engine(s): {where}")
         yield (
             f"{V3} is shown to bring less than {100 * WORTH:.0f} % over {against}, {of.base}, of {of.label} "
@@ -219,17 +191,17 @@ def _listed(values: Sequence[float]) -> str:
 
 def _c3(frame: pl.DataFrame, found: Sequence[Bar]) -> Finding:
     """Under one big lock, or with one engine, N buys nothing: here, less than WORTH over v2-multifd."""
-    by_name = {bar.parameter: bar for bar in found}
-    engine = by_name[ONE_ENGINE].low if ONE_ENGINE in by_name else None
-    lock = by_name[ONE_LOCK].high if ONE_LOCK in by_name else None
+    engine = next((bar.low for bar in found if bar.parameter == ONE_ENGINE), None)
+    lock = next((bar.high for bar in found if bar.parameter == ONE_LOCK), None)
     if engine is None or lock is None or engine.found is None or lock.found is None:
         return Finding("C3", "under conditions", "one of the two was not completed under both protocols here.")
+    under = [is_under(engine.found), is_under(lock.found)]
     return Finding(
         "C3",
-        judge(supported=engine.is_under and lock.is_under, refuted=not (engine.is_under or lock.is_under)),
-        f"{V3} gains {gain_text(engine.found)} over v2-multifd with {engine.at} engine, and {gain_text(lock.found)} "
-        f"under a {lock.at} lock, on {IDLE}, where copies and waits for the lock are {_locked_percent(frame):.1f} % of "
-        f"{V3}'s critical path.",
+        judge(supported=all(under), refuted=not any(under)),
+        f"{V3} gains {engine.found.gain.brief('%')} over v2-multifd with {engine.at} engine, and "
+        f"{lock.found.gain.brief('%')} under a {lock.at} lock, on {IDLE}, where copies and waits for the lock are "
+        f"{_locked_percent(frame):.1f} % of {V3}'s critical path.",
     )
 
 
@@ -242,18 +214,19 @@ def _locked_percent(frame: pl.DataFrame) -> float:
 
 def _rows(frame: pl.DataFrame) -> Iterator[dict[str, Any]]:
     """Each conclusion's effect at its base, at each end, and in each square of the maps."""
-    nowhere = {"part": "base", "parameter": "", "side": "", "at": "", "not_completed": ""}
+
+    def row(scenario: str, part: str, found: Effect | None, against: str, **place: str) -> dict[str, Any]:
+        at = {"parameter": "", "side": "", "at": "", "not_completed": ""} | place
+        return {"scenario": scenario, "part": part, **at, **effect_row(found, against, V3)}
+
     for conclusion in CONCLUSIONS:
-        at = {"scenario": conclusion.base} | nowhere
-        yield at | effect_row(base(frame, conclusion), conclusion.against, V3)
+        scenario, against = conclusion.base, conclusion.against
+        yield row(scenario, "base", base(frame, conclusion), against)
         for bar in bars(frame, conclusion):
             for side, end in (("low", bar.low), ("high", bar.high)):
-                place = {"part": "tornado", "parameter": bar.parameter, "side": side, "at": end.at}
-                found = effect_row(end.found, conclusion.against, V3)
-                yield at | place | {"not_completed": end.not_completed} | found
+                at = {"parameter": bar.parameter, "side": side, "at": end.at, "not_completed": end.not_completed}
+                yield row(scenario, "tornado", end.found, against, **at)
     for of, against in maps_run(frame):
-        engines, values = sides(frame, of)
-        for each, value in ((each, value) for each in engines for value in values):
-            place = {"part": "map", "at": f"{each:g} engines, {of.label} {value:g}"}
-            found = effect_row(square(frame, of, each, value, against), against, V3)
-            yield {"scenario": of.base} | nowhere | place | found
+        for engines, value in itertools.product(*sides(frame, of)):
+            found = square(frame, of, engines, value, against)
+            yield row(of.base, "map", found, against, at=f"{engines:g} engines, {of.label} {value:g}")

@@ -1,16 +1,30 @@
-"""The sizes of reads and of chunks that buffer_and_chunk tries, and what each step up in size brings."""
+"""How large should a read() be, and how large the driver's chunks? Does QEMU's 1 MiB come out as enough?
+
+QEMU reads a device's data with a buffer of 1 MiB (hw/vfio/migration.c, VFIO_MIG_DEFAULT_DATA_BUFFER_SIZE). The grid
+reads one device, all of whose state moves after the stop, in sizes from 4 KiB to 128 MiB, each double the one before:
+where the firmware's SAVE binds, as with mlx5, and where only read() does. *Time to move* is from the device stopped to
+its last data loaded (drain, transfer, load), without what finishing the load takes, which no size changes.
+
+Small reads are many. So reads below 128 KiB are of a state of 16 MiB in chunks of 1 MiB: a stream still has several
+chunks then. The answer counts the steps up from QEMU's size that take off NO_GAIN or more; no claim is about it.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
-from experiments.runs.frame import COMPLETED, number
-from experiments.study.effects import NOT_BOTH, effect_row, places, sentence, table
-from experiments.study.experiment import Answer, Point
+from experiments.draw import panels
+from experiments.runs.frame import COMPLETED, ms, number
+from experiments.study.effects import Measure, effect_row, places, sentence, table
+from experiments.study.experiment import Answer, Experiment, Factor, Point
 from experiments.study.statistics import Effect
 from experiments.study.statistics import effect as paired
 from sim.scenario.file import load
@@ -45,6 +59,7 @@ REGIMES = {"SAVE": (), "read": FAST_FIRMWARE, "calls": (*FAST_FIRMWARE, "driver.
 """What binds: the firmware, as mlx5's; read(), with a firmware that is several times as fast as a copy; and read()
 where a call costs ten times as much. The last is there because call_us is assumed, and the answer depends on it."""
 BINDS = {"SAVE": "SAVE binds", "read": "read() binds", "calls": "read() binds, 10 us a call"}
+SIZES = {"small": "16 MiB", "large": "512 MiB"}
 STATES = {"small": ("device.0.state_mib=16", "device.0.stop_only_mib=16", "vmm.downtime_limit_ms=13.6"), "large": ()}
 """The limit is what the given bandwidth needs for the state, as in the base: so RAM is moved before the stop."""
 ROOM_MIB = LARGEST_KIB // 1024
@@ -83,20 +98,10 @@ def points(quick: bool) -> list[Point]:
 
 
 def _point(sweep: str, protocol: str, regime: str, state: str, read_kib: int, chunk_mib: int, chunks: int) -> Point:
-    settings = (ENGINES, *ROOM, *REGIMES[regime], *STATES[state], f"vmm.read_mib={read_kib / 1024:g}")
-    return Point(
-        BASE,
-        protocol,
-        (*settings, f"driver.chunk_mib={chunk_mib}", f"driver.chunks={chunks}"),
-        {
-            "sweep": sweep,
-            "regime": regime,
-            "state": state,
-            "read_kib": read_kib,
-            "chunk_mib": chunk_mib,
-            "chunks": chunks,
-        },
-    )
+    sizes = (f"vmm.read_mib={read_kib / 1024:g}", f"driver.chunk_mib={chunk_mib}", f"driver.chunks={chunks}")
+    at: dict[str, Factor] = {"sweep": sweep, "regime": regime, "state": state}
+    at |= {"read_kib": read_kib, "chunk_mib": chunk_mib, "chunks": chunks}
+    return Point(BASE, protocol, (ENGINES, *ROOM, *REGIMES[regime], *STATES[state], *sizes), at)
 
 
 def size_text(kib: int) -> str:
@@ -163,7 +168,7 @@ def _finding(steps: Sequence[SizeStep], regime: str) -> str:
         return f"where {BINDS[regime]}, not seen"
     gaining = [step for step in above if step.gain >= NO_GAIN]
     most = max(above, key=lambda step: step.gain)
-    gain = most.found.gain.text("%", 2) if most.found else NOT_BOTH
+    gain = most.found and most.found.gain.text("%", 2)
     return (
         f"where {BINDS[regime]}, it {'does not come out' if gaining else 'comes out'}, {len(gaining)} of {len(above)} "
         f"steps up take off {100 * NO_GAIN:.0f} % or more, at the most {gain} of the time to move "
@@ -182,18 +187,18 @@ def knee_kib(steps: Sequence[SizeStep]) -> int | None:
 
 def _by_ladder(steps: Sequence[SizeStep]) -> dict[tuple[str, str], list[SizeStep]]:
     """By regime and protocol."""
-    ladders: dict[tuple[str, str], list[SizeStep]] = {}
+    ladders: defaultdict[tuple[str, str], list[SizeStep]] = defaultdict(list)
     for step in steps:
-        ladders.setdefault((step.regime, step.protocol), []).append(step)
+        ladders[step.regime, step.protocol].append(step)
     return ladders
 
 
 def _from_where(steps: Sequence[SizeStep]) -> str:
-    by_regime: dict[str, list[str]] = {}
+    knees: dict[str, list[str]] = {regime: [] for regime in BINDS}
     for (regime, protocol), ladder in _by_ladder(steps).items():
         if knee := knee_kib(ladder):
-            by_regime.setdefault(regime, []).append(f"{size_text(knee)} ({protocol})")
-    parts = [f"{BINDS[regime]}: {', '.join(by_regime[regime])}" for regime in BINDS if regime in by_regime]
+            knees[regime].append(f"{size_text(knee)} ({protocol})")
+    parts = [f"{BINDS[regime]}: {', '.join(of_regime)}" for regime, of_regime in knees.items() if of_regime]
     start = f"From where on a step up takes off less than {100 * NO_GAIN:.0f} %: "
     return "".join(sentence(start, parts)) or "No size was completed."
 
@@ -212,10 +217,7 @@ def _ladders(steps: Sequence[SizeStep]) -> Iterator[str]:
 
 
 def _gain_text(step: SizeStep) -> str:
-    if step.found is None:
-        return "(not completed)"
-    gain = step.found.gain
-    return f"{gain.mean:.2f} ({gain.low:.2f} to {gain.high:.2f})"
+    return step.found.gain.brief(digits=2) if step.found else "(not completed)"
 
 
 def _costs(steps: Sequence[SizeStep]) -> list[str]:
@@ -236,7 +238,7 @@ def _late(frame: pl.DataFrame) -> list[str]:
     late = frame.filter(COMPLETED, pl.col("setup_in_downtime_ns") > 0, sweep="read")
     parts = [
         f"{at['protocol']} with reads of {', '.join(size_text(kib) for kib in sorted(runs['read_kib'].unique()))}, "
-        f"{number(runs['setup_in_downtime_ns'].mean()) / 1e6:.1f} ms"
+        f"{ms(runs['setup_in_downtime_ns'].mean()):.1f} ms"
         for at, runs in places(late, ["protocol"])
     ]
     return sentence(
@@ -261,7 +263,7 @@ def _counts(frame: pl.DataFrame) -> Iterator[str]:
 # --- chunks -----------------------------------------------------------------------------------------------------------
 
 
-def chunk_sweep(runs: pl.DataFrame, column: str) -> pl.DataFrame:
+def _chunk_sweep(runs: pl.DataFrame, column: str) -> pl.DataFrame:
     """The runs that change this column, `chunk_mib` or `chunks`; the other one is mlx5's."""
     (fixed,) = MLX5.keys() - {column}
     return runs.filter(pl.col(fixed) == MLX5[fixed], sweep="chunk")
@@ -269,7 +271,7 @@ def chunk_sweep(runs: pl.DataFrame, column: str) -> pl.DataFrame:
 
 def _chunk_effects(runs: pl.DataFrame, column: str) -> Iterator[tuple[int, Effect | None]]:
     """Each other value of the column against mlx5's."""
-    some = chunk_sweep(runs, column)
+    some = _chunk_sweep(runs, column)
     for other in sorted(some[column].unique()):
         if other != MLX5[column]:
             yield other, _effect(some, column, MLX5[column], other)
@@ -287,10 +289,7 @@ def _chunks(frame: pl.DataFrame) -> Iterator[str]:
 
 
 def _change(found: Effect | None) -> str:
-    if found is None:
-        return "(not completed)"
-    mean, low, high = (100 * (ratio - 1) for ratio in (found.ratio.mean, found.ratio.low, found.ratio.high))
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    return found.change.brief(sign="+") if found else "(not completed)"
 
 
 def _rows(frame: pl.DataFrame, steps: Sequence[SizeStep]) -> Iterator[dict[str, object]]:
@@ -302,3 +301,116 @@ def _rows(frame: pl.DataFrame, steps: Sequence[SizeStep]) -> Iterator[dict[str, 
         for column, base in MLX5.items():
             for other, found in _chunk_effects(runs, column):
                 yield {"sweep": column} | at | effect_row(found, str(base), str(other))
+
+
+# --- the figures ------------------------------------------------------------------------------------------------------
+
+
+def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
+    """By file name."""
+    frame = frame.with_columns(MOVED)
+    return {
+        "read_size": _read_size(frame, command),
+        "cost_of_reads": _cost(frame, command),
+        "chunks": _chunk_figure(frame, command),
+    }
+
+
+def _by_size(axis: Axes, runs: pl.DataFrame, measure: Measure) -> None:
+    panels.panel(axis, panels.by_protocol(runs, PROTOCOLS), measure, "read_kib", "size of a read()")
+    kib: Sequence[int] = sorted(set(runs["read_kib"]))
+    axis.set_xscale("log", base=2)
+    ticks = kib[:: 2 if len(kib) > 4 else 1]
+    axis.set_xticks(ticks, [size_text(each).replace(" ", "\n") for each in ticks])
+    axis.minorticks_off()
+    if kib[0] <= QEMU_KIB <= kib[-1]:
+        axis.axvline(QEMU_KIB, color="black", linestyle=":", linewidth=1)
+
+
+def _read_size(frame: pl.DataFrame, command: str) -> Figure:
+    """Each protocol against itself: what matters is the step, not the level."""
+    reads = frame.filter(sweep="read")
+    usual_kib = {"small": max(reads.filter(state="small")["read_kib"], default=0), "large": QEMU_KIB}
+    of_usual = pl.col("read_kib") == pl.col("state").replace_strict(usual_kib, return_dtype=pl.Int64)
+    place = ["protocol", "regime", "state"]
+    usual = reads.filter(COMPLETED, of_usual).group_by(place).agg(pl.col("moved_ns").mean().alias("usual_ns"))
+    reads = reads.join(usual, on=place, how="left", maintain_order="left")
+    reads = reads.with_columns(percent=100 * pl.col("moved_ns") / pl.col("usual_ns"))
+    regimes = [regime for regime in BINDS if regime in frame["regime"].unique().to_list()]
+    figure, axes = panels.sheet(
+        "From which size on is a larger read() no gain?",
+        f"One device, from its stop to its last data loaded; {frame['seed'].n_unique()} seeds, means with 95 % "
+        "intervals; scales differ. Dotted: QEMU's 1 MiB. A curve that is not seen lies under another",
+        command,
+        (2, len(regimes)),
+        (4.6 * len(regimes), 8.2),
+    )
+    shown = [(state, regime) for state in SIZES for regime in regimes]
+    for axis, (state, regime) in zip(axes, shown, strict=True):
+        unit = f"time to move, % of that with {size_text(usual_kib[state])}"
+        measure = Measure(f"{BINDS[regime]}: {SIZES[state]}", "percent", 1, unit)
+        _by_size(axis, reads.filter(regime=regime, state=state), measure)
+    panels.legend(figure, PROTOCOLS)
+    return figure
+
+
+def _cost(frame: pl.DataFrame, command: str) -> Figure:
+    """Calls, wake-ups, and the time in calls that is no waiting."""
+    figure, axes = panels.sheet(
+        "What does a smaller read() cost beside time?",
+        f"Where read() binds; sums of a run over all threads, {frame['seed'].n_unique()} seeds, means with 95 % "
+        "intervals. Dotted: QEMU's 1 MiB. Messages do not depend on the size",
+        command,
+        (3, 2),
+        (11, 11),
+    )
+    measures = (
+        Measure("calls of read()", "reads", 1, "a run"),
+        Measure("wake-ups in both VMMs", "wakeups", 1, "a run"),
+        Measure("time in read() to copy, calls included", "read_copy_ns", 1e6, "ms a run"),
+    )
+    shown = [(measure, state) for measure in measures for state in SIZES]
+    for axis, (measure, state) in zip(axes, shown, strict=True):
+        runs = frame.filter(sweep="read", regime="read", state=state)
+        _by_size(axis, runs, measure._replace(label=f"{SIZES[state]}: {measure.label}"))
+        if measure is measures[-1]:
+            axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
+        else:
+            axis.set_yscale("log")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+    panels.legend(figure, PROTOCOLS)
+    return figure
+
+
+def _chunk_figure(frame: pl.DataFrame, command: str) -> Figure:
+    figure, axes = panels.sheet(
+        "Do the size and the number of the driver's chunks matter?",
+        f"512 MiB, reads of 1 MiB; {frame['seed'].n_unique()} seeds, means with 95 % intervals; a driver holds N x "
+        "chunks x size. Dotted: mlx5's. A curve that is not seen lies under another",
+        command,
+        (2, 2),
+        (11, 8.2),
+    )
+    labels = {"chunk_mib": "size of a chunk, MiB (two chunks)", "chunks": "number of chunks (of 8 MiB)"}
+    shown = [(regime, column) for regime in ("SAVE", "read") for column in labels]
+    for axis, (regime, column) in zip(axes, shown, strict=True):
+        runs = _chunk_sweep(frame.filter(regime=regime), column)
+        measure = Measure(BINDS[regime], "moved_ns", 1e6, "time to move, ms")
+        panels.panel(axis, panels.by_protocol(runs, PROTOCOLS), measure, column, labels[column])
+        panels.log2_axis(axis, sorted(runs[column].unique()))
+        axis.minorticks_off()
+        axis.axvline(MLX5[column], color="black", linestyle=":", linewidth=1)
+        axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
+    panels.legend(figure, PROTOCOLS)
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="buffer_and_chunk",
+    question="How large should a read() and a driver's chunk be: is there a gain above QEMU's 1 MiB?",
+    claims=(),
+    points=points,
+    answer=answer,
+    figures=figures,
+    quick_repeats=2,
+)

@@ -1,17 +1,31 @@
-"""The machines, states and dirty rates of state_and_dirty_rate, and where the runs stop converging."""
+"""Which devices converge, and with which downtime: by the size of their state and the guest's rate of dirtying it.
+
+Pre-copy converges if the device's data is carried faster than it is dirtied, or if the data that is always dirty fits
+the downtime limit. The map has v2 and v3 on one machine, whose link carries more than one connection does. Around the
+boundary that theory gives (sim.theory.rates), other machines show what moves it: one firmware engine, a link that one
+connection fills, a guest with much RAM, writes to few blocks.
+
+C2 and C3 are decided by how far N = 4 moves the boundary of N = 1: with eight engines, as theory says; with one engine,
+not at all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 
-from experiments.runs.frame import COMPLETED
+from experiments.draw import panels, style
+from experiments.runs.frame import COMPLETED, ms, number
 from experiments.study.claims import Finding, judge
-from experiments.study.effects import compared_text, effect_row, places, sentence, table
-from experiments.study.experiment import Answer, Factor, Point
+from experiments.study.effects import compared_text, completed_text, effect_row, places, sentence, table
+from experiments.study.experiment import Answer, Experiment, Factor, Point
 from experiments.study.statistics import effect, interval, share
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
@@ -85,6 +99,8 @@ NOTHING = 0.1
 """If N moves a boundary by less than this part, it does not move it."""
 CLOSE = 0.15
 """A boundary is moved as theory says if all that the tried rates allow is within this part of it."""
+HATCH = "xxx"
+"""Of what does not converge."""
 
 
 def settings(machine: str, state_mib: int) -> tuple[str, ...]:
@@ -195,7 +211,7 @@ def bracket(runs: pl.DataFrame, protocol: str) -> tuple[float | None, float | No
     low: float | None = None
     for at, some in places(runs.filter(protocol=protocol).sort("dirty_mib_per_s"), ["dirty_mib_per_s"]):
         rate = float(at["dirty_mib_per_s"])
-        if some.filter(COMPLETED).height < some.height:
+        if not some.select(COMPLETED.all()).item():
             return low, rate
         low = rate
     return low, None
@@ -217,24 +233,18 @@ def _bracket_text(runs: pl.DataFrame, protocol: str, machine: str) -> str:
 
 def _agreement(frame: pl.DataFrame) -> str:
     """How many runs complete below theory's boundary, and how many above it."""
-    counts = {"below": [0, 0], "above": [0, 0]}
+    completed: dict[str, list[bool]] = {"below": [], "above": []}
     for at, runs in places(frame.filter(~pl.col("machine").is_in([HOTSPOT, MUCH_RAM])), [*KEYS, "protocol"]):
-        boundary = boundary_mib_per_s(at["machine"], at["state_mib"], at["protocol"])
-        if at["dirty_mib_per_s"] < boundary * (1 - MARGIN):
-            side = "below"
-        elif at["dirty_mib_per_s"] > boundary * (1 + MARGIN):
-            side = "above"
-        else:
-            continue
-        counts[side][0] += runs.filter(COMPLETED).height
-        counts[side][1] += runs.height
+        of_boundary = at["dirty_mib_per_s"] / boundary_mib_per_s(at["machine"], at["state_mib"], at["protocol"])
+        if abs(of_boundary - 1) > MARGIN:
+            completed["below" if of_boundary < 1 else "above"] += runs.select(COMPLETED).to_series().to_list()
     parts = []
-    for side, (done, count) in counts.items():
-        if count:
-            part = share(done, count).percent
+    for side, ends in completed.items():
+        if ends:
+            part = share(sum(ends), len(ends)).percent
             parts.append(
-                f"{side} theory's boundary {part.mean:.1f} % of {count} runs complete (95 % interval {part.low:.1f} to "
-                f"{part.high:.1f})"
+                f"{side} theory's boundary {part.mean:.1f} % of {len(ends)} runs complete (95 % interval "
+                f"{part.low:.1f} to {part.high:.1f})"
             )
     return ", ".join([*parts, f"not counted: a hotspot, and {MUCH_RAM}, where RAM decides when the VMM asks"])
 
@@ -243,9 +253,7 @@ def _hotspot(frame: pl.DataFrame) -> str:
     runs = frame.filter(machine=HOTSPOT)
     if not runs.height:
         return "a hotspot was not run"
-    parts = [
-        f"{at['protocol']} {some.filter(COMPLETED).height} of {some.height}" for at, some in places(runs, ["protocol"])
-    ]
+    parts = [f"{at['protocol']} {completed_text(some)}" for at, some in places(runs, ["protocol"])]
     return f"with the base's hotspot, at up to {max(runs['dirty_mib_per_s']):.0f} MiB/s, complete: {', '.join(parts)}"
 
 
@@ -285,7 +293,7 @@ def _shift(frame: pl.DataFrame, machine: str) -> tuple[float, float, str]:
     and in words. Both are nan if the runs do not show both boundaries."""
     runs = frame.filter(machine=machine)
     (one_low, one_high), (four_low, four_high) = (bracket(runs, protocol) for protocol in ("v3-n1", "v3-n4"))
-    if one_low is None or one_high is None or four_low is None or four_high is None:
+    if not (one_low and one_high and four_low and four_high):
         return np.nan, np.nan, f"{machine}: the runs do not show both boundaries."
     one, four = (one_low + one_high) / 2, (four_low + four_high) / 2
     low, high = four_low / one_high, four_high / one_low
@@ -330,3 +338,109 @@ def _rows(frame: pl.DataFrame) -> Iterator[dict[str, object]]:
                 | {"runs": some.height, "completed": some.filter(COMPLETED).height}
                 | {"theory_boundary_mib_per_s": boundary if known else None}
             )
+
+
+# --- the figures ------------------------------------------------------------------------------------------------------
+
+
+def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
+    """The maps, and the boundaries of the machines."""
+    return {"convergence_map": _maps(frame.filter(machine=MAP), command), "boundary": _edges(frame, command)}
+
+
+def _maps(runs: pl.DataFrame, command: str) -> Figure:
+    figure, axes = panels.sheet(
+        "Which devices converge, and with which downtime?",
+        f"{BASE} at {LINK_GBIT_PER_S:g} Gbit/s, writes to all blocks alike; numbers: mean downtime, ms (limit "
+        f"{load(BASE).vmm.downtime_limit_ms:g}, of bytes only); X, hatched: does not converge; -: not run; bar: "
+        "theory's boundary, rows without one always converge there",
+        command,
+        (2, 3),
+        (14, 8),
+    )
+    states, rates = (sorted(set(runs[column])) for column in ("state_mib", "dirty_of_link"))
+    most = 1.05 * number(runs.filter(COMPLETED)["downtime_ns"].max() or 1e6) / 1e6
+    for axis, protocol in zip(axes, PROTOCOLS, strict=False):
+        _map(axis, runs.filter(protocol=protocol), protocol, states, rates, most)
+    axes[len(PROTOCOLS)].set_axis_off()
+    never = Patch(facecolor="white", edgecolor="#999999", hatch=HATCH, label="does not converge")
+    theory = Line2D([], [], color="black", linewidth=2, label="theory's boundary: what is carried / (1 - what fits)")
+    panels.handles_below(figure, [never, theory])
+    return figure
+
+
+def _map(
+    axis: Axes, runs: pl.DataFrame, protocol: str, states: Sequence[int], rates: Sequence[float], most: float
+) -> None:
+    squares = [[_square(runs.filter(state_mib=state, dirty_of_link=rate)) for rate in rates] for state in states]
+    never = [(row, column) for row, line in enumerate(squares) for column, (_, text) in enumerate(line) if text == "X"]
+    for row, column in never:
+        corner = (column - 0.5, row - 0.5)
+        axis.add_patch(Rectangle(corner, 1, 1, facecolor="white", hatch=HATCH, edgecolor="#999999"))
+    names = [f"{state} MiB" if state < 1024 else f"{state // 1024} GiB" for state in states]
+    panels.heat(axis, squares, [f"{rate:g}" for rate in rates], names, least=0, most=most)
+    for row, column in never:  # on a patch of its own, so that the hatch does not hide it
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axis.texts[row * len(rates) + column].set(fontsize=9, fontweight="bold", bbox=box)
+    for row, state in enumerate(states):
+        boundary = boundary_mib_per_s(MAP, state, protocol) / link_mib_per_s()
+        if boundary <= rates[-1] and any(text != "-" for _, text in squares[row]):
+            x = float(np.interp(boundary, rates, range(len(rates))))
+            axis.plot([x, x], [row - 0.5, row + 0.5], color="white", linewidth=4.5)
+            axis.plot([x, x], [row - 0.5, row + 0.5], color="black", linewidth=2)
+    panels.dress(axis, protocol, f"dirty rate / link's rate ({link_mib_per_s():.0f} MiB/s)", "device state")
+    axis.grid(visible=False)
+
+
+def _square(runs: pl.DataFrame) -> tuple[float, str]:
+    """Mean downtime, ms, and the text of the square."""
+    done = runs.filter(COMPLETED)
+    if not done.height:
+        return np.nan, "X" if runs.height else "-"
+    downtime_ms = ms(done["downtime_ns"].mean())
+    part = f"\n{completed_text(runs)}" if done.height < runs.height else ""
+    return downtime_ms, f"{downtime_ms:.0f}{part}"
+
+
+def _edges(frame: pl.DataFrame, command: str) -> Figure:
+    """A bar from the last rate that converges to the first that does not, for each machine and protocol."""
+    figure, (axis,) = panels.sheet(
+        "What moves the dirty rate at which pre-copy stops converging?",
+        f"{STATE_OF_MACHINES_MIB / 1024:g} GiB of state; bar: from the last rate at which all runs complete to the "
+        f"first at which not all do; {REPEATS_OF_MACHINES} seeds at most; black line: theory",
+        command,
+        (1, 1),
+        (9, 5.5),
+    )
+    shown = [(machine, protocol) for machine, (_, protocols) in MACHINES.items() for protocol in protocols][::-1]
+    for y, (machine, protocol) in enumerate(shown):
+        look = style.protocol(protocol)
+        low, high = bracket(frame.filter(machine=machine), protocol)
+        if low is None and high is None:
+            continue
+        left, right = low or 0.95 * (high or 1.0), high or 1.05 * (low or 1.0)
+        if not (low and high):
+            axis.text(1.02 * right, y, f"somewhere {'below' if high else 'above'}", va="center", fontsize=7)
+        axis.barh(y, max(right - left, 1.0), 0.6, left, color=look.colour, edgecolor="black", hatch=look.hatch)
+        boundary = boundary_mib_per_s(machine, STATE_OF_MACHINES_MIB, protocol)
+        axis.plot([boundary, boundary], [y - 0.42, y + 0.42], color="black", linewidth=2.5)
+    panels.dress(axis, "boundary of convergence", "dirty rate, MiB/s", "")
+    axis.set_yticks(range(len(shown)), [f"{machine}: {protocol}" for machine, protocol in shown])
+    axis.set_xscale("log")
+    ticks = [1000, 2000, 3000, 5000, 10000]
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlim(left=ticks[0])
+    panels.legend(figure, ENDS)
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="state_and_dirty_rate",
+    question="Up to which dirty rate does a device of 64 MiB to 64 GiB converge, and with which downtime?",
+    claims=("C2", "C3"),
+    points=points,
+    answer=answer,
+    figures=figures,
+    quick_repeats=2,
+)
