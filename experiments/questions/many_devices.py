@@ -12,6 +12,7 @@ nothing where they leave none.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from experiments.draw import panels, style
-from experiments.runs.frame import COMPLETED, number
+from experiments.runs.frame import COMPLETED, completed_text, number, path_shares
 from experiments.runs.table import PATH_COLUMNS
 from experiments.study.claims import WORTH, Finding, judge
 from experiments.study.effects import Measure, compared_text, effect_table, places, sentence
@@ -158,16 +159,16 @@ def _head_start(frame: pl.DataFrame) -> list[str]:
     """What v3-n1 gains with either stop: it has one dirty stream a device, as v2 has one stream."""
     parts = []
     for vfs in _numbers(frame):
-        gains = [_gain(_place(frame, 1, stop, vfs), "v3-n1") for stop in (FITTED, TOGETHER)]
-        if all(gains):
-            with_it, without = (-each.difference.mean / 1e6 for each in gains if each)
+        fitted, together = (_gain(_place(frame, 1, stop, vfs), "v3-n1") for stop in (FITTED, TOGETHER))
+        if fitted and together:
+            with_it, without = (-each.difference.mean / 1e6 for each in (fitted, together))
             parts.append(f"{vfs} VF: {with_it:.0f} ms with the head start, {without:.0f} ms without")
     return sentence(f"v3-n1 takes off {AGAINST}'s downtime on one PF, ", parts)
 
 
 def _small(frame: pl.DataFrame) -> str:
     """The places where the interval says that v3 brings less than WORTH, or harm."""
-    small: dict[str, list[str]] = {}
+    small: defaultdict[str, list[str]] = defaultdict(list)
     shown = 0
     for at, runs in places(frame.filter(PLAIN), KEYS):
         for other in BESIDE[1:]:
@@ -175,7 +176,7 @@ def _small(frame: pl.DataFrame) -> str:
             shown += found is not None
             if found and found.ratio.low > 1 - WORTH:
                 where = f"{other} on {at['pfs']} PF, stopped {at['stop']}"
-                small.setdefault(where, []).append(f"{at['vfs']} VF {found.gain.mean:+.1f} %")
+                small[where].append(f"{at['vfs']} VF {found.gain.mean:+.1f} %")
     count = sum(map(len, small.values()))
     head = f"v3 takes less than {100 * WORTH:.0f} % off {AGAINST} in {count} of {shown} comparisons"
     return "; ".join([head, *(f"{where}: {', '.join(gains)}" for where, gains in small.items())]) + "."
@@ -187,8 +188,7 @@ def _where_it_goes(frame: pl.DataFrame, vfs: int) -> list[str]:
     for protocol in PROTOCOLS:
         runs = _place(frame, 1, FITTED, vfs).filter(COMPLETED, protocol=protocol)
         if runs.height:
-            whole = float(runs["downtime_ns"].sum())
-            shares = {one: float(runs[column].sum()) / whole for one, column in PATHS.items()}
+            shares = path_shares(runs, protocol)
             largest = sorted(shares, key=lambda one: -shares[one])[:3]
             parts = ", ".join(f"{style.RESOURCES[one].label} {100 * shares[one]:.0f} %" for one in largest)
             lines.append(f"{protocol} with {vfs} VFs on one PF: {parts}.")
@@ -197,10 +197,8 @@ def _where_it_goes(frame: pl.DataFrame, vfs: int) -> list[str]:
 
 def _measured(frame: pl.DataFrame) -> list[str]:
     """The runs that complete if the VMM measures the bandwidth itself."""
-    parts = [
-        f"{at['protocol']} {runs.filter(COMPLETED).height} of {runs.height}"
-        for at, runs in places(frame.filter(bandwidth="measured"), ["protocol"])
-    ]
+    measured = places(frame.filter(bandwidth="measured"), ["protocol"])
+    parts = [f"{at['protocol']} {completed_text(runs)}" for at, runs in measured]
     return sentence(f"With bandwidth as measured, {MEASURED_VFS} VFs: ", parts, " completed.", ", ")
 
 
@@ -265,9 +263,8 @@ def _downtime(frame: pl.DataFrame, command: str) -> Figure:
     top = number(done["downtime_ns"].max() or 1e9) / 1e9
     for axis, (pfs, stop) in zip(axes, [(1, FITTED), (1, TOGETHER), (SEVERAL_PFS, FITTED)], strict=False):
         pf = "one PF" if pfs == 1 else f"{pfs} PFs"
-        _by_vfs(
-            axis, given.filter(pfs=pfs, stop=stop), Measure(f"{pf}, stopped {stop}", "downtime_ns", 1e9, "downtime, s")
-        )
+        title = Measure(f"{pf}, stopped {stop}", "downtime_ns", 1e9, "downtime, s")
+        _by_vfs(axis, given.filter(pfs=pfs, stop=stop), title)
         axis.set_ylim(0, 1.6 * top)
     for axis, stop in zip(axes[3:5], (FITTED, TOGETHER), strict=True):
         _gains(axis, given, stop)

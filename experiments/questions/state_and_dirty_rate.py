@@ -22,9 +22,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from experiments.draw import panels, style
-from experiments.runs.frame import COMPLETED, ms, number
+from experiments.runs.frame import COMPLETED, completed_text, ms, number
 from experiments.study.claims import Finding, judge
-from experiments.study.effects import compared_text, completed_text, effect_row, places, sentence, table
+from experiments.study.effects import compared_text, effect_row, places, sentence, table
 from experiments.study.experiment import Answer, Experiment, Factor, Point
 from experiments.study.statistics import effect, interval, share
 from sim.scenario.file import load

@@ -23,6 +23,11 @@ def completed_runs(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.filter(COMPLETED).sort(pl.col("protocol").cast(order), maintain_order=True)
 
 
+def completed_text(runs: pl.DataFrame) -> str:
+    """How many runs were completed: `27 of 30`."""
+    return f"{runs.filter(COMPLETED).height} of {runs.height}"
+
+
 def path_shares(completed: pl.DataFrame, protocol: str) -> dict[Resource, float]:
     """The share of each resource in the critical path of the downtime, over all runs of a protocol."""
     runs = completed.filter(pl.col("protocol") == protocol)

@@ -92,11 +92,6 @@ def outcome_counts(runs: pl.DataFrame) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in runs["outcome"].value_counts(sort=True).iter_rows())
 
 
-def completed_text(runs: pl.DataFrame) -> str:
-    """How many runs were completed: `27 of 30`."""
-    return f"{runs.filter(COMPLETED).height} of {runs.height}"
-
-
 def incomplete(frame: pl.DataFrame, by: Sequence[str]) -> Iterator[tuple[Place, str]]:
     """Each place where not all runs were completed, with `3 FAILED, 2 DID_NOT_CONVERGE of 30`."""
     for at, runs in places(frame, by):

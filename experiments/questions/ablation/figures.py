@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import polars as pl
 from matplotlib.axes import Axes
@@ -10,36 +11,29 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from experiments.draw import panels, style
-from experiments.questions.ablation.question import (
-    BUSY,
-    CASES,
-    IDLE,
-    MEASURES,
-    N_FDS,
-    N_FDS_ONE_CONNECTION,
-    RECONFIGURED,
-    STEPS,
-    TWO_FDS,
-    TWO_FDS_ONE_CONNECTION,
-    cases,
-    steps,
-)
+from experiments.questions.ablation import question
+from experiments.questions.ablation.question import BUSY, CASES, IDLE, N_FDS, RECONFIGURED, STEPS, TWO_FDS
 from experiments.study.effects import Measure, mean
 from experiments.study.statistics import Effect, Interval
 
 SHORTER, LONGER, NONE = "#999999", "#D55E00", "white"
-DOWNTIME, SETUP, LAG, DRAIN, _ = MEASURES
+HATCHES = {LONGER: "////"}
+DOWNTIME, SETUP, LAG, DRAIN, _ = question.MEASURES
 LINES = (
     (BUSY, (TWO_FDS, N_FDS), style.wire("", "reconfigured, a connection a stream")),
     (IDLE, (TWO_FDS, N_FDS), style.Style("#777777", "", "never reconfigured", "o", (0, (6, 2)))),
-    (BUSY, (TWO_FDS_ONE_CONNECTION, N_FDS_ONE_CONNECTION), style.wire("-one", "reconfigured, one connection")),
+    (
+        BUSY,
+        (question.TWO_FDS_ONE_CONNECTION, question.N_FDS_ONE_CONNECTION),
+        style.wire("-one", "reconfigured, one connection"),
+    ),
 )
 """Case, protocols with N = 1 and 4, look."""
 
 
 def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
     """Downtime step by step; set-up and lag; what N does with and without reconfigurations."""
-    runs = dict(cases(frame))
+    runs = dict(question.cases(frame))
     critical = [name for name in (RECONFIGURED, BUSY) if name in runs]
     return {
         "ablation": _waterfalls(
@@ -72,19 +66,19 @@ def _waterfalls(question: str, shown: Sequence[tuple[pl.DataFrame, Measure, str,
         panels.dress(axis, title, x, "")
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
-    looks = (
-        (SHORTER, "", "the step takes off"),
-        (LONGER, "////", "the step adds"),
-        (NONE, "", "no difference is shown: the interval holds 0"),
-    )
-    handles = [Patch(facecolor=c, edgecolor="black", hatch=hatch, label=label) for c, hatch, label in looks]
+    looks = {
+        SHORTER: "the step takes off",
+        LONGER: "the step adds",
+        NONE: "no difference is shown: the interval holds 0",
+    }
+    handles = [Patch(facecolor=c, edgecolor="black", hatch=HATCHES.get(c), label=label) for c, label in looks.items()]
     panels.handles_below(figure, handles)
     return figure
 
 
 def _waterfall(axis: Axes, runs: pl.DataFrame, column: str) -> None:
     """v2's mean, what each step adds or takes off to reach its own mean, and the last mean. Milliseconds, downwards."""
-    found = steps(runs, column)
+    found = question.steps(runs, column)
     names = list(STEPS)
     labels = [STEPS[names[0]], *(label for label, _ in found), names[-1]]
     means = [mean(runs, column, protocol=name) for name in names]
@@ -116,8 +110,8 @@ def _step(axis: Axes, at: int, after: float, step: Effect) -> None:
     change = step.difference.per(1e6)
     colour = NONE if not step.shown else SHORTER if change.mean < 0 else LONGER
     before = after - change.mean
-    hatch = "////" if colour == LONGER else ""
-    axis.barh(at, change.mean, left=before, color=colour, edgecolor="black", hatch=hatch, linewidth=0.6, height=0.65)
+    look: dict[str, Any] = {"color": colour, "hatch": HATCHES.get(colour), "edgecolor": "black", "linewidth": 0.6}
+    axis.barh(at, change.mean, left=before, height=0.65, **look)
     axis.plot([before, before], [at - 0.67, at + 0.33], color="#777777", linewidth=0.6)
     axis.plot([before + change.low, before + change.high], [at, at], color="black", linewidth=2)
     right = max(before, after, before + change.high)

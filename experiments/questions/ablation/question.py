@@ -10,7 +10,7 @@ import polars as pl
 
 from experiments.questions.reconfiguration import ACKED, GIVE_UP, SETUP, SMALL_RAM
 from experiments.questions.reconfiguration import ACKED_MULTIFD as FAIR
-from experiments.runs.frame import COMPLETED, number
+from experiments.runs.frame import COMPLETED, completed_text, number
 from experiments.study.claims import MOST_OF_SETUP, SETUP_LEFT, Finding, judge, kept_out
 from experiments.study.effects import NOT_BOTH, Measure, change_text, effect_row, mean, places, sentence, table
 from experiments.study.experiment import Answer, Point
@@ -62,13 +62,7 @@ class Case:
     """Protocols beside the steps."""
 
 
-RECONFIGURED, BUSY, IDLE, TWO_VFS, FAVOURS_V2 = (
-    "nic-reconfig",
-    "nic-much",
-    "nic-much-left-alone",
-    "mlx5-2vf",
-    "favours-v2",
-)
+RECONFIGURED, BUSY, IDLE, FAVOURS_V2 = "nic-reconfig", "nic-much", "nic-much-left-alone", "favours-v2"
 CASES = {
     RECONFIGURED: Case(
         "critical data keeps coming", "nic-reconfig", (*SMALL_RAM, *GIVE_UP), (MULTIFD, ONE_SHOT, POLLS)
@@ -80,7 +74,7 @@ CASES = {
         (MULTIFD, TWO_FDS_ONE_CONNECTION, N_FDS_ONE_CONNECTION),
     ),
     IDLE: Case("as nic-much, never reconfigured", "nic-reconfig", (*SMALL_RAM, *GIVE_UP, *MUCH_TO_SAVE, *LEFT_ALONE)),
-    TWO_VFS: Case("two idle VFs, as published", "mlx5-2vf", ()),
+    "mlx5-2vf": Case("two idle VFs, as published", "mlx5-2vf", ()),
     FAVOURS_V2: Case("one engine, lock, full link", "favours-v2", ()),
 }
 QUICK_CASES = (RECONFIGURED, BUSY, IDLE, FAVOURS_V2)
@@ -184,33 +178,30 @@ def _difference(found: Effect | None) -> str:
     return change_text(found.difference) if found else NOT_BOTH
 
 
-def _fair(frame: pl.DataFrame) -> list[str]:
+def _fair(frame: pl.DataFrame) -> Iterator[str]:
     """v3 against all that v2 can have."""
-    lines = []
     for name, runs in cases(frame):
         down, total = (effect(runs, column, FAIR, N_FDS) for column in ("downtime_ns", "total_ns"))
         if down and total:
-            lines.append(
+            yield (
                 f"{name}, {N_FDS} against {FAIR}: downtime {change_text(down.difference)}, whole migration "
                 f"{total.difference.mean / 1e6:+.0f} ms; against {V2}: "
                 f"{_difference(effect(runs, 'downtime_ns', V2, N_FDS))}."
             )
-    return lines
 
 
-def _parts(frame: pl.DataFrame) -> list[str]:
+def _parts(frame: pl.DataFrame) -> Iterator[str]:
     """The part of v3's gain in downtime that there is without all of v3."""
-    lines = []
     for name, runs in cases(frame):
         whole = effect(runs, "downtime_ns", V2, N_FDS)
         if whole is None or whole.difference.high >= 0 or whole.ratio.mean > 1 - LITTLE:
             continue
-        known = {other: effect(runs, "downtime_ns", V2, other) for other in (ACKED, FAIR, TWO_FDS)}
         parts = [
-            f"{other} {round(100 * of.difference.mean / whole.difference.mean)} %" for other, of in known.items() if of
+            f"{other} {round(100 * of.difference.mean / whole.difference.mean)} %"
+            for other in (ACKED, FAIR, TWO_FDS)
+            if (of := effect(runs, "downtime_ns", V2, other))
         ]
-        lines.append(f"{name}, of what {N_FDS} takes off v2's downtime: {', '.join(parts)}.")
-    return lines
+        yield f"{name}, of what {N_FDS} takes off v2's downtime: {', '.join(parts)}."
 
 
 def _polls(frame: pl.DataFrame) -> list[str]:
@@ -234,12 +225,6 @@ def _polls(frame: pl.DataFrame) -> list[str]:
 # --- whether they are independent -------------------------------------------------------------------------------------
 
 
-def differences(runs: pl.DataFrame, column: str, base: str, other: str) -> pl.DataFrame:
-    """Other minus base for each seed that was completed under both: columns `seed`, `difference`."""
-    difference = pl.col(other).cast(pl.Float64) - pl.col(base).cast(pl.Float64)
-    return paired(runs, column, base, other).select("seed", difference=difference)
-
-
 def interaction(
     here: tuple[pl.DataFrame, str, str], there: tuple[pl.DataFrame, str, str], column: str
 ) -> tuple[Interval, Interval, Interval] | None:
@@ -247,9 +232,13 @@ def interaction(
 
     None if no seed was completed in all four.
     """
-    both = differences(here[0], column, *here[1:]).join(
-        differences(there[0], column, *there[1:]), on="seed", how="inner", suffix="_there"
+    one, two = (
+        paired(runs, column, base, other)
+        .cast({base: pl.Float64, other: pl.Float64})
+        .select("seed", difference=pl.col(other) - pl.col(base))
+        for runs, base, other in (here, there)
     )
+    both = one.join(two, on="seed", suffix="_there")
     if both.is_empty():
         return None
     a, b = both["difference"].to_numpy(), both["difference_there"].to_numpy()
@@ -262,21 +251,17 @@ def by_reconfiguring(frame: pl.DataFrame, column: str) -> tuple[Interval, Interv
     return interaction((busy, TWO_FDS, N_FDS), (idle, TWO_FDS, N_FDS), column)
 
 
-def _crossed(frame: pl.DataFrame) -> list[str]:
+def _crossed(frame: pl.DataFrame) -> Iterator[str]:
     busy = frame.filter(case=BUSY)
     by_wire = interaction((busy, TWO_FDS, N_FDS), (busy, TWO_FDS_ONE_CONNECTION, N_FDS_ONE_CONNECTION), "downtime_ns")
-    lines = []
     for where, found in (
         ("where critical data keeps coming, and where it never does", by_reconfiguring(frame, "downtime_ns")),
         ("with a connection a stream, and with one for all", by_wire),
     ):
         if found:
             here, there, between = map(change_text, found)
-            lines.append(f"{BUSY}, from N = 1 to 4, {where}: downtime {here} and {there}, which differ by {between}.")
-    return [
-        *lines,
-        "Not crossed: one stream with N (v2 has one fd; N without a critical stream is in no protocol here).",
-    ]
+            yield f"{BUSY}, from N = 1 to 4, {where}: downtime {here} and {there}, which differ by {between}."
+    yield "Not crossed: one stream with N (v2 has one fd; N without a critical stream is in no protocol here)."
 
 
 def _not_completed(frame: pl.DataFrame) -> list[str]:
@@ -320,8 +305,7 @@ def _c1(frame: pl.DataFrame) -> Finding:
 
 
 def _done(frame: pl.DataFrame, names: Iterable[str], protocol: str) -> str:
-    runs = frame.filter(pl.col(CASE).is_in(list(names)), protocol=protocol)
-    return f"{runs.filter(COMPLETED).height} of {runs.height} runs"
+    return f"{completed_text(frame.filter(pl.col(CASE).is_in(list(names)), protocol=protocol))} runs"
 
 
 def _within(of: Interval, most: float) -> bool | None:
@@ -362,10 +346,7 @@ def _part(setups: Mapping[str, Interval], protocol: str) -> float:
 
 def effects(frame: pl.DataFrame) -> pl.DataFrame:
     """Each step against the one before, and the comparisons beside them: all measures, with intervals."""
-    pairs = [
-        *((base, other, STEPS[other]) for base, other in itertools.pairwise(STEPS)),
-        *((*pair, "") for pair in BESIDE),
-    ]
+    pairs = [*((base, other, STEPS[other]) for base, other in itertools.pairwise(STEPS)), *((*of, "") for of in BESIDE)]
     return table(
         at
         | {"step": label, "measure": of.label}

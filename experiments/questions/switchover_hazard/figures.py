@@ -13,37 +13,19 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from experiments.draw import panels, style
-from experiments.questions.switchover_hazard.question import (
-    FOR_SURE,
-    GAVE_UP,
-    LATE,
-    NO_ACK,
-    ONE_SHOT,
-    ONE_SHOT_REINIT,
-    PAID,
-    POLICIES,
-    POLLS,
-    RATE,
-    REUSABLE,
-    REUSABLE_INVALIDATE,
-    STOOD_STILL,
-    TOO_LATE,
-    at_random,
-    expected,
-    for_sure,
-    window_ms,
-)
-from experiments.runs.frame import COMPLETED, number
+from experiments.questions.switchover_hazard import question
+from experiments.questions.switchover_hazard.question import BLIND, FOR_SURE, LATE, POLICIES, POLLS, RATE, REUSABLE
+from experiments.runs.frame import COMPLETED, completed_text, number
 from experiments.study.effects import mean, outcome_counts, places
 from experiments.study.statistics import Interval, share
 
 FAMILIES = (
-    ("v2 without a final check: paid in the downtime", (NO_ACK, ONE_SHOT, ONE_SHOT_REINIT), ("", POLLS), PAID),
-    ("v2 with the reusable ack: FAILED", (REUSABLE, REUSABLE_INVALIDATE), ("", POLLS), GAVE_UP),
-    ("v3: paid in the downtime (proceed), or stop taken back (retry)", POLICIES, ("",), TOO_LATE),
+    ("v2 without a final check: paid in the downtime", BLIND, ("", POLLS), question.PAID),
+    ("v2 with the reusable ack: FAILED", (REUSABLE, question.REUSABLE_INVALIDATE), ("", POLLS), question.GAVE_UP),
+    ("v3: paid in the downtime (proceed), or stop taken back (retry)", POLICIES, ("",), question.TOO_LATE),
 )
 """Title, modes, users, and the column whose runs are counted."""
-COST_OF = (NO_ACK, ONE_SHOT, ONE_SHOT_REINIT, REUSABLE, *POLICIES)
+COST_OF = (*BLIND, REUSABLE, *POLICIES)
 APART_PER_S = 0.11
 """Curves lie over one another: each is drawn this far beside the next."""
 
@@ -51,8 +33,8 @@ APART_PER_S = 0.11
 def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
     """How often, against the rate; and what one reconfiguration costs, by policy."""
     return {
-        "switchover_hazard": _how_often(at_random(frame), command),
-        "switchover_hazard_cost": _what_it_costs(for_sure(frame), command),
+        "switchover_hazard": _how_often(question.at_random(frame), command),
+        "switchover_hazard_cost": _what_it_costs(question.for_sure(frame), command),
     }
 
 
@@ -74,7 +56,7 @@ def _how_often(random: pl.DataFrame, command: str) -> Figure:
             _curve(axis, shares, name, APART_PER_S * (at - (len(names) - 1) / 2))
         if random.height:
             rates = np.linspace(0, 1.05 * number(random[RATE].max()), 100)
-            axis.plot(rates, 100 * expected(rates), color="black", linestyle=":", linewidth=1.3)
+            axis.plot(rates, 100 * question.expected(rates), color="black", linestyle=":", linewidth=1.3)
         panels.dress(axis, title, "reconfigurations a second", "% of runs")
     for at, name in enumerate(COST_OF):
         done = places(random.filter(COMPLETED, protocol=name), [RATE])
@@ -93,7 +75,7 @@ def _how_often(random: pl.DataFrame, command: str) -> Figure:
         axis.set_xlim(left=0)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7, frameon=False, ncols=2 if axis in (axes[0], axes[3]) else 1, loc="upper left")
-    window = f"chance of a reconfiguration in the {window_ms():g} ms in which the vCPUs stop"
+    window = f"chance of a reconfiguration in the {question.window_ms():g} ms in which the vCPUs stop"
     panels.handles_below(figure, [Line2D([], [], color="black", linestyle=":", label=window)])
     return figure
 
@@ -133,10 +115,8 @@ def _what_it_costs(sure: pl.DataFrame, command: str) -> Figure:
     for axis, (size, runs) in zip(axes, sizes, strict=False):
         _bars(axis, runs)
         panels.dress(axis, f"{size} objects made new", "ms that the guest stands still", "")
-        if axis is axes[0]:
-            axis.set_yticks(range(len(FOR_SURE)), FOR_SURE, fontsize=8)
-        else:
-            axis.set_yticks(range(len(FOR_SURE)), [""] * len(FOR_SURE))
+        labels = FOR_SURE if axis is axes[0] else [""] * len(FOR_SURE)
+        axis.set_yticks(range(len(FOR_SURE)), labels, fontsize=8)
         axis.invert_yaxis()
     widest = max(axis.get_xlim()[1] for axis in axes)
     for axis in axes:
@@ -149,7 +129,9 @@ def _what_it_costs(sure: pl.DataFrame, command: str) -> Figure:
 def _bars(axis: Axes, runs: pl.DataFrame) -> None:
     for at, name in enumerate(FOR_SURE):
         of = runs.filter(protocol=name)
-        down, still, setup = (mean(of, column) for column in ("downtime_ns", STOOD_STILL, "setup_in_downtime_ns"))
+        down, still, setup = (
+            mean(of, column) for column in ("downtime_ns", question.STOOD_STILL, "setup_in_downtime_ns")
+        )
         if down is None or still is None or setup is None:
             axis.text(10, at, outcome_counts(of) or "no run", va="center", fontsize=7.5)
             continue
@@ -158,6 +140,5 @@ def _bars(axis: Axes, runs: pl.DataFrame) -> None:
         if still.mean > down.mean:
             axis.barh(at, still.mean - down.mean, left=down.mean, color="white", hatch="////", **edge)
         axis.plot([still.low, still.high], [at, at], color="black", linewidth=2)
-        done = of.filter(COMPLETED).height
-        cut = f"; {done} of {of.height} runs" if done < of.height else ""
+        cut = f"; {completed_text(of)} runs" if of.filter(~COMPLETED).height else ""
         axis.text(still.high, at, f"  {still.mean:.0f}; set-up {setup.mean:.0f}{cut}", va="center", fontsize=7)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import polars as pl
 
-from experiments.runs.frame import COMPLETED, number
+from experiments.runs.frame import COMPLETED, completed_text, number
 from experiments.study.claims import Finding, gave_up, judge
 from experiments.study.effects import Measure, Place, change_text, effect_row, mean, places, sentence, table
 from experiments.study.experiment import Answer, Point
@@ -142,16 +142,9 @@ def answer(frame: pl.DataFrame) -> Answer:
         at = f"{rate:g} reconfigurations a second"
         chance = f" (chance of one in the {window_ms():g} ms of the vCPUs' stop: {100 * float(expected(rate)):.0f} %)"
         busy = random.filter(pl.col(RATE) == rate)
-    shares = "; ".join(
-        f"{name} {_percent(busy, name, column)} {what}"
-        for name, column, what in (
-            (NO_ACK, PAID, "(paid in the downtime)"),
-            (ONE_SHOT_REINIT, PAID, "(paid in the downtime)"),
-            (REUSABLE, GAVE_UP, "(the migration FAILED)"),
-            (PROCEED, PAID, "(paid in the downtime)"),
-            (RETRY, TOOK_BACK, "(stopped again later)"),
-        )
-    )
+    what = {PAID: "paid in the downtime", GAVE_UP: "the migration FAILED", TOOK_BACK: "stopped again later"}
+    counted = {NO_ACK: PAID, ONE_SHOT_REINIT: PAID, REUSABLE: GAVE_UP, PROCEED: PAID, RETRY: TOOK_BACK}
+    shares = "; ".join(f"{name} {_percent(busy, name, way)} ({what[way]})" for name, way in counted.items())
     return Answer(
         f"At {at} critical data comes too late in this share of runs: {shares}{chance}.",
         "One device, whose vCPUs take one fixed time to stop and whose reconfigurations come at random: a guest that "
@@ -180,10 +173,7 @@ def _share(runs: pl.DataFrame, name: str, column: str) -> Interval | None:
 
 def _percent(runs: pl.DataFrame, name: str, column: str) -> str:
     part = _share(runs, name, column)
-    if part is None:
-        return "no run"
-    mean, low, high = (f"{100 * value:.0f}" for value in (part.mean, part.low, part.high))
-    return f"{mean} % (95 % interval {low} to {high})"
+    return part.percent.text("%", 0) if part else "no run"
 
 
 def _how_often(random: pl.DataFrame) -> Iterator[str]:
@@ -215,34 +205,29 @@ def user_effects(random: pl.DataFrame) -> dict[str, Effect | None]:
 
 
 def _users(random: pl.DataFrame) -> list[str]:
-    parts = [
-        f"{mode} {of.difference.mean:+.1f} ({of.difference.low:+.1f} to {of.difference.high:+.1f})"
-        for mode, of in user_effects(random).items()
-        if of
-    ]
+    parts = [f"{mode} {of.difference.brief(sign='+')}" for mode, of in user_effects(random).items() if of]
     start = "What polling in every round changes, in points of that share, all rates: "
     return sentence(start, parts, separator=", ")
 
 
 def _unseen(random: pl.DataFrame) -> list[str]:
     """A retry can only take back what its final check finds; what was loaded by then is late all the same."""
-    parts = []
-    for name in (RETRY, RETRY_INVALIDATE):
-        runs = random.filter(protocol=name)
-        if runs.height:
-            parts.append(f"{name} {int(runs[PAID].sum())} of {runs.height}, {int(runs[TOOK_BACK].sum())} taken back")
+    parts = [
+        f"{name} {runs[PAID].sum()} of {runs.height}, {runs[TOOK_BACK].sum()} taken back"
+        for name in (RETRY, RETRY_INVALIDATE)
+        if (runs := random.filter(protocol=name)).height
+    ]
     why = "loaded between the order to stop and the final check, or after the last retry"
     return sentence(f"Late data in the downtime in spite of retry ({why}): ", parts)
 
 
 def _blind(random: pl.DataFrame) -> list[str]:
     """Do the modes without a final check always have set-up in the downtime?"""
-    parts = []
-    for name in BLIND:
-        runs = random.filter(COMPLETED, protocol=name)
-        if runs.height:
-            late = runs.filter(pl.col("late_critical_objects").cast(pl.Int64) > 0)
-            parts.append(f"{name} {late.height} of {runs.height}")
+    parts = [
+        f"{name} {(runs['late_critical_objects'].cast(pl.Int64) > 0).sum()} of {runs.height}"
+        for name in BLIND
+        if (runs := random.filter(COMPLETED, protocol=name)).height
+    ]
     start = "Runs with any critical object, initial or new, loaded after the order to stop: "
     return sentence(start, parts, separator=", ")
 
@@ -294,18 +279,18 @@ def _c1(random: pl.DataFrame) -> Finding:
     paid = {name: int(runs[PAID].sum()) for name, runs in policies.items()}
     few = {name: paid[name] <= MOST_PAID * runs.height for name, runs in policies.items()}
     counts = ", ".join(f"{name} {paid[name]} of {runs.height}" for name, runs in policies.items())
-    completed, unseen, seen = retry.filter(COMPLETED).height, int(checked[PAID].sum()), int(checked[GAVE_UP].sum())
+    unseen, seen = int(checked[PAID].sum()), int(checked[GAVE_UP].sum())
     v2_cannot_tell = unseen > MOST_PAID * checked.height
     return Finding(
         "C1",
         judge(
-            supported=completed == retry.height and all(few.values()) and v2_cannot_tell,
+            supported=retry.filter(~COMPLETED).is_empty() and all(few.values()) and v2_cannot_tell,
             refuted=not few[RETRY],  # the policy that is made for it
         ),
-        f"runs with late data in the downtime are, under v3's policies, {counts}; with retry v3 completed {completed} "
-        f"of {retry.height}; v2 without a final check has some in {int(blind[PAID].sum())} of {blind.height}, but with "
-        f"the reusable ack v2 can tell: of {checked.height} runs {seen} FAILED because of it, and {unseen} paid "
-        "without having seen it.",
+        f"runs with late data in the downtime are, under v3's policies, {counts}; with retry v3 completed "
+        f"{completed_text(retry)}; v2 without a final check has some in {int(blind[PAID].sum())} of {blind.height}, "
+        f"but with the reusable ack v2 can tell: of {checked.height} runs {seen} FAILED because of it, and {unseen} "
+        "paid without having seen it.",
     )
 
 
