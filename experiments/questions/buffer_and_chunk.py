@@ -24,7 +24,7 @@ from matplotlib.ticker import NullFormatter
 from experiments.draw import panels
 from experiments.runs.frame import COMPLETED, ms, number
 from experiments.study.effects import Measure, effect_row, places, sentence, table
-from experiments.study.experiment import Answer, Experiment, Factor, Point
+from experiments.study.experiment import Answer, Experiment, Factor, Point, under
 from experiments.study.statistics import Effect
 from experiments.study.statistics import effect as paired
 from sim.scenario.file import load
@@ -49,12 +49,7 @@ HELD_KIB = MLX5["chunks"] * MLX5["chunk_mib"] * 1024
 """A read() returns no more than that."""
 ENGINES = "firmware.engines=4"
 """As many as the most streams in the grid."""
-FAST_FIRMWARE = (
-    "firmware.save_mib_per_s=20000",
-    "firmware.save_command_us=0",
-    "firmware.load_mib_per_s=40000",
-    "firmware.load_command_us=0",
-)
+FAST_FIRMWARE = under("firmware", save_mib_per_s=20000, save_command_us=0, load_mib_per_s=40000, load_command_us=0)
 REGIMES = {"SAVE": (), "read": FAST_FIRMWARE, "calls": (*FAST_FIRMWARE, "driver.call_us=10")}
 """What binds: the firmware, as mlx5's; read(), with a firmware that is several times as fast as a copy; and read()
 where a call costs ten times as much. The last is there because call_us is assumed, and the answer depends on it."""
@@ -67,8 +62,7 @@ ROOM = (
     "firmware.load_finish_ms=0",
     "ram.final_sync_ms=0",
     f"link.socket_buffer_mib={ROOM_MIB}",
-    f"v3.critical_credit_mib={ROOM_MIB}",
-    f"v3.dirty_credit_mib={ROOM_MIB}",
+    *under("v3", critical_credit_mib=ROOM_MIB, dirty_credit_mib=ROOM_MIB),
 )
 """Sockets hold one read of any size, and are the same for all. The time has no part that no size changes."""
 MOVED = (pl.col("phase_drain_ns") + pl.col("phase_transfer_ns") + pl.col("phase_load_ns")).alias("moved_ns")
@@ -98,7 +92,7 @@ def points(quick: bool) -> list[Point]:
 
 
 def _point(sweep: str, protocol: str, regime: str, state: str, read_kib: int, chunk_mib: int, chunks: int) -> Point:
-    sizes = (f"vmm.read_mib={read_kib / 1024:g}", f"driver.chunk_mib={chunk_mib}", f"driver.chunks={chunks}")
+    sizes = (f"vmm.read_mib={read_kib / 1024:g}", *under("driver", chunk_mib=chunk_mib, chunks=chunks))
     at: dict[str, Factor] = {"sweep": sweep, "regime": regime, "state": state}
     at |= {"read_kib": read_kib, "chunk_mib": chunk_mib, "chunks": chunks}
     return Point(BASE, protocol, (ENGINES, *ROOM, *REGIMES[regime], *STATES[state], *sizes), at)

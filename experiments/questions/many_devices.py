@@ -26,14 +26,14 @@ from experiments.runs.frame import COMPLETED, completed_text, number, path_share
 from experiments.runs.table import PATH_COLUMNS
 from experiments.study.claims import WORTH, Finding, judge
 from experiments.study.effects import Measure, compared_text, effect_table, places, sentence
-from experiments.study.experiment import Answer, Experiment, Point
+from experiments.study.experiment import Answer, Experiment, Point, under
 from experiments.study.statistics import Effect, effect
 from proto_v3.timeline import Resource
 from sim.scenario.file import load
 from sim.scenario.units import MIB
 
 BASE = "szmigiero-1vf"
-SMALL_RAM = ("ram.size_gib=0.5", "ram.nonzero_gib=0.125", "ram.working_set_mib=16", "ram.frame_mib=4")
+SMALL_RAM = under("ram", size_gib=0.5, nonzero_gib=0.125, working_set_mib=16, frame_mib=4)
 """The question is not about RAM, which is idle."""
 GIVE_UP = ("vmm.give_up_s=5",)
 """What moves before the stop takes a tenth of that."""

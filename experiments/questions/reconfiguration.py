@@ -22,12 +22,12 @@ from experiments.draw import panels
 from experiments.runs.frame import COMPLETED, completed_text, number
 from experiments.study.claims import MOST_OF_SETUP, Finding, gave_up, judge, kept_out
 from experiments.study.effects import Measure, compared_text, effect_table, incomplete, mean, places
-from experiments.study.experiment import Answer, Experiment, Point
+from experiments.study.experiment import Answer, Experiment, Point, under
 from experiments.study.statistics import Interval
 from sim.scenario.file import load
 
 BASE = "nic-reconfig"
-SMALL_RAM = ("ram.size_gib=2", "ram.nonzero_gib=0.5", "ram.dirty_mib_per_s=20", "ram.working_set_mib=64")
+SMALL_RAM = under("ram", size_gib=2, nonzero_gib=0.5, dirty_mib_per_s=20, working_set_mib=64)
 """The question is not about RAM; with less of it a run is cheaper."""
 GIVE_UP = ("vmm.give_up_s=20",)
 RATES_PER_S = (0.0, 0.5, 1.0, 2.0, 5.0, 8.0, 12.0, 20.0, 40.0)

@@ -25,7 +25,7 @@ from experiments.draw import panels, style
 from experiments.runs.frame import COMPLETED, completed_text, ms, number
 from experiments.study.claims import Finding, judge
 from experiments.study.effects import compared_text, effect_row, places, sentence, table
-from experiments.study.experiment import Answer, Experiment, Factor, Point
+from experiments.study.experiment import Answer, Experiment, Factor, Point, under
 from experiments.study.statistics import effect, interval, share
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
@@ -36,9 +36,9 @@ from sim.theory.rates import MIB_PER_S_PER_GBIT, convergence_mib_per_s, precopy_
 BASE = "vgpu-32g"
 LINK_GBIT_PER_S = 40.0
 """Less than eight engines save, more than one connection carries (15 Gbit/s)."""
-SMALL_RAM = ("ram.size_gib=1", "ram.nonzero_gib=0.125", "ram.dirty_mib_per_s=0.01", "ram.working_set_mib=16")
+SMALL_RAM = under("ram", size_gib=1, nonzero_gib=0.125, dirty_mib_per_s=0.01, working_set_mib=16)
 """The question is not about RAM."""
-SYNC = ("ram.sync_ms=0.1", "ram.final_sync_ms=0.1")
+SYNC = under("ram", sync_ms=0.1, final_sync_ms=0.1)
 """The published 20.7 ms for 200 GiB, scaled to 1 GiB."""
 PIECES_MIB = {64: (8, 1), 256: (8, 1), 1024: (8, 1), 4096: (16, 4), 16384: (64, 16), 65536: (64, 16)}
 """The sizes of a chunk and of a read, by state. Larger ones keep runs of large states cheap: at most 4096 reads a copy.
@@ -110,8 +110,7 @@ def settings(machine: str, state_mib: int) -> tuple[str, ...]:
         *SMALL_RAM,
         *SYNC,
         f"link.gbit_per_s={LINK_GBIT_PER_S:g}",
-        f"device.0.state_mib={state_mib}",
-        f"device.0.stop_only_mib={state_mib * STOP_ONLY:g}",
+        *under("device.0", state_mib=state_mib, stop_only_mib=state_mib * STOP_ONLY),
         f"device.0.block_kib={max(64, state_mib * KIB // BLOCKS)}",
         f"driver.chunk_mib={chunk_mib}",
         f"vmm.read_mib={read_mib}",
@@ -174,10 +173,9 @@ def _point(machine: str, state_mib: int, dirty_mib_per_s: float, protocol: str) 
         writes = f'device.0.writes={{pattern = "uniform", mib_per_s = {rate:.6g}}}'
     of_link = round(dirty_mib_per_s / link_mib_per_s(), 3)
     place: tuple[Factor, ...] = (machine, state_mib, round(dirty_mib_per_s, 1), of_link)
-    if machine != MAP:
-        repeats: int | None = REPEATS_OF_MACHINES
-    else:
-        repeats = None if protocol in COMPARED and of_link == COMPARED_AT else REPEATS[state_mib]
+    repeats: int | None = REPEATS[state_mib] if machine == MAP else REPEATS_OF_MACHINES
+    if machine == MAP and protocol in COMPARED and of_link == COMPARED_AT:
+        repeats = None
     factors = dict(zip((*KEYS, "dirty_of_link"), place, strict=True))
     return Point(BASE, protocol, (*settings(machine, state_mib), writes), factors, repeats)
 
@@ -209,9 +207,9 @@ def answer(frame: pl.DataFrame) -> Answer:
 def bracket(runs: pl.DataFrame, protocol: str) -> tuple[float | None, float | None]:
     """MiB/s: the largest rate up to which all runs complete, and the next one; None if there is none."""
     low: float | None = None
-    for at, some in places(runs.filter(protocol=protocol).sort("dirty_mib_per_s"), ["dirty_mib_per_s"]):
-        rate = float(at["dirty_mib_per_s"])
-        if not some.select(COMPLETED.all()).item():
+    by_rate = runs.filter(protocol=protocol).group_by("dirty_mib_per_s").agg(COMPLETED.all().alias("all"))
+    for rate, all_completed in by_rate.sort("dirty_mib_per_s").iter_rows():
+        if not all_completed:
             return low, rate
         low = rate
     return low, None
@@ -220,15 +218,15 @@ def bracket(runs: pl.DataFrame, protocol: str) -> tuple[float | None, float | No
 def _bracket_text(runs: pl.DataFrame, protocol: str, machine: str) -> str:
     if not runs.filter(protocol=protocol).height:
         return "was not run"
-    low, high = bracket(runs, protocol)
-    if high is None:
-        text = f"nowhere up to {low:.0f} MiB/s"
-    elif low is None:
-        text = f"below {high:.0f} MiB/s"
-    else:
-        text = f"between {low:.0f} and {high:.0f} MiB/s"
+    match bracket(runs, protocol):
+        case low, None:
+            text = f"nowhere up to {low:.0f}"
+        case None, high:
+            text = f"below {high:.0f}"
+        case low, high:
+            text = f"between {low:.0f} and {high:.0f}"
     boundary = boundary_mib_per_s(machine, runs["state_mib"][0], protocol)
-    return f"{text} [{boundary:.0f}]" if np.isfinite(boundary) else f"{text} [never]"
+    return f"{text} MiB/s [{f'{boundary:.0f}' if np.isfinite(boundary) else 'never'}]"
 
 
 def _agreement(frame: pl.DataFrame) -> str:

@@ -45,6 +45,14 @@ NOT_OF_A_RUN = ("name", "description", "published", "sources")
 Factor = str | int | float | bool
 
 
+def under(table: str, **values: Factor) -> tuple[str, ...]:
+    """Settings of a scenario's table, KEY=VALUE each: `under("ram", size_gib=2, nonzero_gib=0.25)`."""
+    return tuple(
+        f"{table}.{key}={value:g}" if isinstance(value, float) else f"{table}.{key}={value}"
+        for key, value in values.items()
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """One place of the grid under one protocol: a scenario and the settings that differ from it."""

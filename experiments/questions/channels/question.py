@@ -9,31 +9,22 @@ import polars as pl
 from experiments.runs.frame import COMPLETED, number
 from experiments.study.claims import Finding, judge
 from experiments.study.effects import Measure, Place, effect_row, effect_text, incomplete, places, table
-from experiments.study.experiment import Answer, Factor, Point
+from experiments.study.experiment import Answer, Factor, Point, under
 from experiments.study.statistics import Effect, effect
 
 LINK_GBIT_PER_S = 10.0
 STATE_MIB = 256
 WIRE_BOUND = (
-    f"device.0.state_mib={STATE_MIB}",
-    f"device.0.stop_only_mib={STATE_MIB}",
-    "device.0.block_kib=256",
-    "device.0.max_dirty_streams=32",
+    *under("device.0", state_mib=STATE_MIB, stop_only_mib=STATE_MIB, block_kib=256, max_dirty_streams=32),
     "driver.lock=per_fd",
     "firmware.engines=32",
-    "ram.size_gib=1",
-    "ram.nonzero_gib=0.001",
+    *under("ram", size_gib=1, nonzero_gib=0.001),
 )
 """favours-v2 without its one lock and its one engine: only the link and the connections are left as limits."""
 LAG_DEVICE = (
-    "ram.size_gib=0.5",
-    "ram.nonzero_gib=0.0625",
-    "ram.dirty_mib_per_s=5",
-    "ram.working_set_mib=16",
-    "device.0.state_mib=256",
-    "device.0.block_kib=256",
-    "vmm.give_up_s=6",
-    "vmm.setup_ms=0",
+    *under("ram", size_gib=0.5, nonzero_gib=0.0625, dirty_mib_per_s=5, working_set_mib=16),
+    *under("device.0", state_mib=256, block_kib=256),
+    *under("vmm", give_up_s=6, setup_ms=0),
 )
 """nic-reconfig with little RAM and half the state: more runs in the same time. No critical data can move while the VMM
 is set up, and that would be most of the lag of the shortest migrations: so setup_ms is 0."""
@@ -103,11 +94,8 @@ def _point(
     pool = streams + 1 if pool is None else pool
     gbit = LINK_GBIT_PER_S * share
     settings = [
-        f"link.gbit_per_s={LINK_GBIT_PER_S:g}",
-        f"link.per_connection_gbit_per_s={gbit:g}",
-        f"link.socket_buffer_mib={buffer_mib:g}",
-        f"v3.dirty_credit_mib={credit_mib:g}",
-        f"v3.pool_connections={pool}",
+        *under("link", gbit_per_s=LINK_GBIT_PER_S, per_connection_gbit_per_s=gbit, socket_buffer_mib=buffer_mib),
+        *under("v3", dirty_credit_mib=credit_mib, pool_connections=pool),
         f"vmm.multifd_channels={max(2, pool)}",
         *(LAG_DEVICE if setup else WIRE_BOUND),
     ]
@@ -115,8 +103,7 @@ def _point(
         settings += [f"device.0.block_kib={STATE_MIB // busy * 1024}", f"driver.chunk_mib={STATE_MIB}"]
     if setup:
         settings += [
-            f"device.0.critical.setup_us={setup['setup_us']:g}",
-            f"device.0.critical.objects={setup['objects']:g}",
+            *under("device.0.critical", setup_us=setup["setup_us"], objects=setup["objects"]),
             f"device.0.reconfigurations.poisson_per_s={setup['reconfigurations_per_s']:g}",
         ]
     setup_us = setup["setup_us"] if setup else 0.0

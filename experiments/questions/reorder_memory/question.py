@@ -10,7 +10,7 @@ import polars as pl
 from experiments.runs.frame import COMPLETED, number
 from experiments.study.claims import Finding
 from experiments.study.effects import NOT_BOTH, effect_row, incomplete, places, sentence, table
-from experiments.study.experiment import Answer, Point
+from experiments.study.experiment import Answer, Point, under
 from experiments.study.statistics import Effect, effect, interval
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
@@ -18,14 +18,11 @@ from sim.scenario.units import MIB
 from sim.theory.memory_bound import MemoryBound, memory_bound
 
 SLOW_LOAD = (
-    "link.gbit_per_s=25",
-    "link.per_connection_gbit_per_s=25",
-    "vmm.bandwidth_gbit_per_s=100",
-    "vmm.multifd_channels=5",
+    *under("link", gbit_per_s=25, per_connection_gbit_per_s=25),
+    *under("vmm", bandwidth_gbit_per_s=100, multifd_channels=5),
     "driver.lock=per_fd",
     "firmware.engines=4",
-    "ram.size_gib=0.25",
-    "ram.nonzero_gib=0.03",
+    *under("ram", size_gib=0.25, nonzero_gib=0.03),
     "device.0.max_dirty_streams=16",
 )
 """favours-v2 on a faster link and with a slower LOAD, so that data comes faster than it is loaded. The bandwidth that
@@ -51,12 +48,8 @@ DIRTY_CREDITS_MIB = (1, 4, 16, 64, 256)
 CRITICAL_CREDITS_MIB = (1, 4, 16)
 DEFAULT_CREDIT_MIB = 64
 LATE = (
-    "ram.size_gib=0.5",
-    "ram.nonzero_gib=0.0625",
-    "ram.dirty_mib_per_s=5",
-    "ram.working_set_mib=16",
-    "device.0.state_mib=128",
-    "device.0.block_kib=1024",
+    *under("ram", size_gib=0.5, nonzero_gib=0.0625, dirty_mib_per_s=5, working_set_mib=16),
+    *under("device.0", state_mib=128, block_kib=1024),
     "device.0.critical.objects=128",
     "driver.initial=critical",
     "link.gbit_per_s=25",
@@ -136,9 +129,7 @@ def _slow(
     block_mib = state_mib // busy if busy else 1
     settings = (
         *SLOW_LOAD,
-        f"device.0.state_mib={state_mib}",
-        f"device.0.stop_only_mib={state_mib}",
-        f"device.0.block_kib={block_mib * 1024}",
+        *under("device.0", state_mib=state_mib, stop_only_mib=state_mib, block_kib=block_mib * 1024),
         f"driver.chunk_mib={max(8, block_mib)}",
         f"firmware.load_mib_per_s={load_mib_per_s}",
         f"v3.dirty_credit_mib={credit_mib}",

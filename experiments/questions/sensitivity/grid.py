@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.questions.reconfiguration import ACKED, ACKED_MULTIFD
-from experiments.study.experiment import Factor, Point
+from experiments.questions.reconfiguration import ACKED, ACKED_MULTIFD, SMALL_RAM
+from experiments.study.experiment import Factor, Point, under
 from sim.scenario.file import load
 from sim.scenario.scenario import Scenario, parameters
 
@@ -16,14 +16,12 @@ IDLE, NIC = "mlx5-2vf", "nic-reconfig"
 BASES = {
     # RAM is small, for the question is not about it; 0.35 GiB leave as much at the stop as mlx5-2vf has with 200 GiB.
     IDLE: (
-        *("ram.size_gib=2", "ram.nonzero_gib=0.35", "ram.frame_mib=4", "device.0.block_kib=1024"),
-        *("vmm.setup_ms=80", "vmm.give_up_s=10"),
+        *under("ram", size_gib=2, nonzero_gib=0.35, frame_mib=4),
+        "device.0.block_kib=1024",
+        *under("vmm", setup_ms=80, give_up_s=10),
     ),
-    # RAM as in experiments/questions/reconfiguration.py; 300 MiB of state are what was reported, and cheaper than 512.
-    NIC: (
-        *("ram.size_gib=2", "ram.nonzero_gib=0.5", "ram.dirty_mib_per_s=20", "ram.working_set_mib=64"),
-        *("ram.frame_mib=4", "device.0.block_kib=256", "device.0.state_mib=300", "vmm.give_up_s=15"),
-    ),
+    # 300 MiB of state are what was reported, and cheaper than 512.
+    NIC: (*SMALL_RAM, "ram.frame_mib=4", *under("device.0", block_kib=256, state_mib=300), "vmm.give_up_s=15"),
 }
 
 

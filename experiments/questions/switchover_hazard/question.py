@@ -10,7 +10,7 @@ import polars as pl
 from experiments.runs.frame import COMPLETED, completed_text, number
 from experiments.study.claims import Finding, gave_up, judge
 from experiments.study.effects import Measure, Place, change_text, effect_row, mean, places, sentence, table
-from experiments.study.experiment import Answer, Point
+from experiments.study.experiment import Answer, Point, under
 from experiments.study.statistics import Effect, Floats, Interval, effect, interval, share
 from sim.scenario.file import load
 from sim.scenario.units import NS_PER_MS
@@ -19,13 +19,8 @@ BASE = "nic-reconfig"
 LATE_BASE = "late-reconfig"
 """The same device, reconfigured once, while the vCPUs are stopped for the first time."""
 SMALL = (
-    "ram.size_gib=2",
-    "ram.nonzero_gib=0.25",
-    "ram.dirty_mib_per_s=20",
-    "ram.working_set_mib=64",
-    "ram.frame_mib=4",
-    "device.0.state_mib=256",
-    "device.0.block_kib=256",
+    *under("ram", size_gib=2, nonzero_gib=0.25, dirty_mib_per_s=20, working_set_mib=64, frame_mib=4),
+    *under("device.0", state_mib=256, block_kib=256),
     "vmm.give_up_s=20",
 )
 """The question is how a migration ends, not how soon: half the state and less RAM make runs cheaper, and a rare event
