@@ -201,33 +201,28 @@ class SimDriver(MigrationDevice):
     # --- sessions -----------------------------------------------------------------------------------------------------
 
     def _session(self) -> MigrationSession:
-        return MigrationSession(self._context, self._settings, self._state_lock, self._faults, self._fail)
+        return MigrationSession(
+            self._context,
+            self._settings,
+            self._dirty_streams,
+            self._stream_flags,
+            self._state_lock,
+            self._faults,
+            self._fail,
+        )
 
     def _start_saving(self) -> DataFd:
         if self._device is None:
             raise fails(errno.EIO)
-        self._saving = SavingSession(
-            self._device,
-            self._session(),
-            self._read_lock,
-            dirty_streams=self._dirty_streams,
-            flags=self._stream_flags,
-            reports_reinit=self._precopy_info_v2,
-        )
+        session, reports_reinit = self._session(), self._precopy_info_v2
+        self._saving = SavingSession(self._device, session, self._read_lock, reports_reinit=reports_reinit)
         self.counters += [stream.counters for stream in self._saving.streams]
         return self._saving.streams[0]
 
     def _start_loading(self) -> DataFd:
         if self._image is None:
             raise fails(errno.EIO)
-        self._loading = LoadingSession(
-            self.spec,
-            self._image,
-            self._session(),
-            self._new_lock,
-            dirty_streams=self._dirty_streams,
-            flags=self._stream_flags,
-        )
+        self._loading = LoadingSession(self.spec, self._image, self._session(), self._new_lock)
         self._loading.load.critical_loads = self.critical_loads
         self.counters.append(self._loading.load.counters)
         return self._loading.fds[0]

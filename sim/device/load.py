@@ -24,6 +24,7 @@ from sim.device.record import Extent, Record, Tally
 from sim.device.state import Image
 from sim.device.stream import DriverLock, MigrationSession, PartOfSession, WriteOnlyFd, fails
 from sim.report import Counters, CriticalLoad
+from sim.scenario.device import Device
 
 
 class LoadSession(PartOfSession):
@@ -32,14 +33,14 @@ class LoadSession(PartOfSession):
     It is over after a stream was refused, too (mlx5: MLX5_MIGF_STATE_ERROR).
     """
 
-    def __init__(self, image: Image, session: MigrationSession, setup_ns: int, streams: int) -> None:
+    def __init__(self, image: Image, spec: Device, session: MigrationSession, streams: int) -> None:
         super().__init__()
         self.image = image
         self.session = session
         self.context = session.context
         self.counters = Counters()
         self.critical_loads: list[CriticalLoad] = []
-        self._setup_ns = setup_ns
+        self._setup_ns = spec.critical.setup_ns
         self._open_streams = streams
         self._held_bytes = 0
 

@@ -25,8 +25,8 @@ from sim.scenario.device import Device
 class V3LoadSession(LoadSession):
     """Beside the image: which epochs are loaded, and from which on each block's data is valid."""
 
-    def __init__(self, image: Image, spec: Device, session: MigrationSession, setup_ns: int, streams: int) -> None:
-        super().__init__(image, session, setup_ns, streams)
+    def __init__(self, image: Image, spec: Device, session: MigrationSession, streams: int) -> None:
+        super().__init__(image, spec, session, streams)
         self._name = spec.name
         self._block_bytes = spec.block_bytes
         self._epoch_loaded = 0

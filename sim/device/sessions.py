@@ -27,31 +27,21 @@ class SavingSession:
     """The streams that are saved, their producers, and in v3 the watch for new epochs."""
 
     def __init__(
-        self,
-        device: DeviceState,
-        session: MigrationSession,
-        new_lock: NewLock,
-        *,
-        dirty_streams: int,
-        flags: StreamFlags,
-        reports_reinit: bool,
+        self, device: DeviceState, session: MigrationSession, new_lock: NewLock, *, reports_reinit: bool
     ) -> None:
-        """`new_lock` makes the lock of an fd's read(); `dirty_streams` 0 is v2."""
+        """`new_lock` makes the lock of an fd's read()."""
         self._device = device
         self._session = session
         self._tasks: list[asyncio.Task[None]] = []
         self._watching: asyncio.Task[None] | None = None
         self.streams: list[SavedStream]
         """The first is the fd that SET_STATE returns."""
-        if not dirty_streams:
+        if not (count := session.dirty_streams):
             self.streams = [V2Stream(device, session, new_lock(), reports_reinit=reports_reinit)]
-        elif StreamFlags.BLOCKS in flags:
+        elif StreamFlags.BLOCKS in session.flags:
             self._start_v3(CriticalStream(device, session, new_lock()), [SaveBlocks(device, session, new_lock())])
         else:
-            dirty = [
-                DirtyStream(1 + i, device, session, new_lock(), slice(i, None, dirty_streams))
-                for i in range(dirty_streams)
-            ]
+            dirty = [DirtyStream(1 + i, device, session, new_lock(), slice(i, None, count)) for i in range(count)]
             self._start_v3(CriticalStream(device, session, new_lock()), dirty)
         for index, stream in enumerate(self.streams):
             if not isinstance(stream, SaveBlocks):
@@ -109,28 +99,18 @@ class SavingSession:
 class LoadingSession:
     """The streams that are loaded, and what they share."""
 
-    def __init__(
-        self,
-        spec: Device,
-        image: Image,
-        session: MigrationSession,
-        new_lock: NewLock,
-        *,
-        dirty_streams: int,
-        flags: StreamFlags,
-    ) -> None:
-        """`new_lock` makes the lock of an fd's write(); `dirty_streams` 0 is v2."""
-        setup_ns = spec.critical.setup_ns
+    def __init__(self, spec: Device, image: Image, session: MigrationSession, new_lock: NewLock) -> None:
+        """`new_lock` makes the lock of an fd's write()."""
         self.load: LoadSession
         self.fds: list[DataFd]
         """The first is the fd that SET_STATE returns."""
-        if not dirty_streams:
-            self.load = LoadSession(image, session, setup_ns, 1)
+        if not session.dirty_streams:
+            self.load = LoadSession(image, spec, session, 1)
             self.fds = [LoadStream(0, self.load, session.state_lock, new_lock())]
             return
-        count = 1 + dirty_streams
-        kind = BlocksLoadSession if StreamFlags.BLOCKS in flags else V3LoadSession
-        self.load = load = kind(image, spec, session, setup_ns, count)
+        count = 1 + session.dirty_streams
+        kind = BlocksLoadSession if StreamFlags.BLOCKS in session.flags else V3LoadSession
+        self.load = load = kind(image, spec, session, count)
         critical, *dirty = [V3LoadStream(i, load, new_lock()) for i in range(count)]
         critical.dirty = [LoadBlocks(load)] if isinstance(load, BlocksLoadSession) else dirty
         self.fds = [critical, *critical.dirty]

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from proto_v3.timeline import Notify, Resource, Timeline
 from proto_v3.vfio.device import BlocksFd, DataFd, DirtyBlocks, Ready
-from proto_v3.vfio.uapi import PrecopyInfo, StreamInfo
+from proto_v3.vfio.uapi import PrecopyInfo, StreamFlags, StreamInfo
 from proto_v3.wire.frames import Payload
 from sim.clock.port import now_ns, sleep_ns
 from sim.device.firmware import FirmwareModel
@@ -85,6 +85,9 @@ class MigrationSession:
 
     context: DriverContext
     driver: Driver
+    dirty_streams: int
+    """0: v2, in one stream."""
+    flags: StreamFlags
     state_lock: DriverLock
     faults: Faults
     fail: Callable[[], None]

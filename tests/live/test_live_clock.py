@@ -24,7 +24,7 @@ from proto_v3.timeline import NO_CAUSE, Timeline, caused_by
 from sim.clock import virtual
 from sim.clock.port import now_ns, sleep_ns, use
 from sim.live import real_time as live_clock
-from sim.live.fd.lock import Mutex, RealLock
+from sim.live.fd.copy import Mutex, RealLock
 from sim.live.real_time import Delays, RealTime
 from sim.resource import CommandSlots
 from tests.build.loops import LOOPS, run

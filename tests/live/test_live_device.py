@@ -24,12 +24,11 @@ from proto_v3.vfio.uapi import DeviceFeature, Feature, FeatureOp, State, StreamF
 from proto_v3.vmm.migration import read_some
 from sim.clock import virtual as clock
 from sim.device.record import HEADER_BYTES, NO_INDICES, V3_HEADER_BYTES, Extent, RecordSlice
-from sim.live.fd.blocks import BlocksData
 from sim.live.fd.codec import Decoder
 from sim.live.fd.copy import Copier, data_fd, unread_bytes
 from sim.live.fd.load import LoadedData
 from sim.live.fd.remote_fd import WOKEN, descriptor
-from sim.live.fd.save import Layout, SocketBuffer
+from sim.live.fd.save import BlocksData, Layout, SocketBuffer
 from sim.live.io import IO
 from sim.live.merge_timelines import ProcessRecord
 from sim.live.plain import from_plain

@@ -18,7 +18,9 @@ import numpy as np
 from proto_v3.vfio import uapi
 from proto_v3.vfio.uapi import BlockRange, RecordClass, RecordFlags
 from sim.device.blocks import VERSION_BYTES
+from sim.device.guest import Int32
 from sim.device.record import HEADER_BYTES, TABLE, TALLY, V3_HEADER_BYTES, Record, Tally, ranges_bytes
+from sim.device.state import Indices
 from sim.scenario.device import Device
 
 V2_HEADER = struct.Struct("<QII")
@@ -258,16 +260,14 @@ class Decoder:
         return invalidates
 
 
-def _numbers(
-    column: np.ndarray[tuple[int], np.dtype[np.int32]], there: int
-) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+def _numbers(column: Int32, there: int) -> Indices:
     numbers = column.astype(np.intp)
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < there:
         raise ValueError(f"numbers {numbers.min()} to {numbers.max()}; there are {there}")
     return numbers
 
 
-def _versions(column: np.ndarray[tuple[int], np.dtype[np.int32]]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+def _versions(column: Int32) -> Int32:
     versions = column.astype(np.int32)
     if len(versions) and versions.min() < 0:
         raise ValueError("a version that nothing can have")

@@ -27,13 +27,11 @@ from sim.device.sessions import report_bug
 from sim.device.state import DeviceState, Image
 from sim.device.stream import fails
 from sim.host.host import LiveHost, device_report, devices_at_source, devices_at_target, seeds
-from sim.live.fd.blocks import BlocksData
 from sim.live.fd.calls import Calls, Reply
 from sim.live.fd.codec import Decoder
-from sim.live.fd.copy import Copier
+from sim.live.fd.copy import Copier, RealLock
 from sim.live.fd.load import LoadedBlocks, LoadedStream, placer
-from sim.live.fd.lock import RealLock
-from sim.live.fd.save import SavedData
+from sim.live.fd.save import BlocksData, SavedData
 from sim.live.fd.store import StateStore
 from sim.live.merge_timelines import ProcessTimeline
 from sim.live.plain import to_plain

@@ -65,8 +65,6 @@ FREE_BYTES = 256 << 20
 DIALS = 32
 """Data connections that are set up at the same time."""
 KERNEL_CHOICE = SocketSettings()
-Judge = Callable[[Run], Awaitable[None]]
-"""Decides about what the source wants to run: the error that it raises becomes the refusal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,27 +90,24 @@ class Limits:
 class Handshake:
     """How far a handshake is."""
 
-    waits_for: Callable[[], str]
-    """Says what is waited for now."""
+    waits_for: str | Callable[[], str]
+    """What is waited for now."""
     stream: MessageStream | None = None
     """To the other side, once there is one."""
-
-    def wait_for(self, what: str) -> None:
-        """From now on, this is waited for."""
-        self.waits_for = lambda: what
 
 
 @asynccontextmanager
 async def handshake(limit_s: float, waits_for: str) -> AsyncIterator[Handshake]:
     """Bound a handshake; TimeoutError says what was waited for. If it fails here, the other side is sent the reason."""
-    progress = Handshake(lambda: waits_for)
+    progress = Handshake(waits_for)
     try:
         try:
             async with asyncio.timeout(limit_s) as timeout:
                 yield progress
         except TimeoutError:
             if timeout.expired():
-                raise TimeoutError(f"waited for {progress.waits_for()}: not there within {limit_s:g} s") from None
+                what = progress.waits_for if isinstance(progress.waits_for, str) else progress.waits_for()
+                raise TimeoutError(f"waited for {what}: not there within {limit_s:g} s") from None
             raise
     except PeerFailedError:
         raise
@@ -203,13 +198,13 @@ async def connect(
         dialler = _Dialler(address, opened, io, sockets, tls, limits.handshake_s)
         async with handshake(limits.handshake_s, f"a connection to {peer}") as progress:
             stream = progress.stream = MessageStream(await dialler.first(), "target", peer)
-            progress.wait_for(f"the answer of {stream.peer} to the offer")
+            progress.waits_for = f"the answer of {stream.peer} to the offer"
             accept = await _offered(stream, offer, tls)
-            progress.wait_for(f"data connections to {peer}")
+            progress.waits_for = f"data connections to {peer}"
             found = await dialler.rest(connections, accept.token)
-            progress.wait_for(f"{stream.peer} to have all data connections")
+            progress.waits_for = f"{stream.peer} to have all data connections"
             await stream.expect(Connected)
-            progress.wait_for(f"the clock of {stream.peer}")
+            progress.waits_for = f"the clock of {stream.peer}"
             clock = await measure_clock(stream, same_host=bool(offer.boot_id) and offer.boot_id == accept.boot_id)
         session = Session(stream, make_connections(found, True, limits.frame_bytes), clock, limits.silent_s)
         opened.pop_all()
@@ -283,43 +278,40 @@ class _Dialler:
 # --- the target: it accepts connections, and accepts or refuses the offer ---------------------------------------------
 
 
-def _ignore(_: str) -> None:
-    pass
-
-
 async def accept(
     listener: socket.socket,
-    judge: Judge,
+    judge: Callable[[Run], Awaitable[None]],
     *,
     io: MakePipe,
     limits: Limits,
     tls: ssl.SSLContext | None = None,
-    rejected: Callable[[str], None] = _ignore,
+    rejected: Callable[[str], None] = lambda _: None,
 ) -> Session:
     """Wait for a source, and set up a session with it.
 
     Connections that send nothing or rubbish do not end the wait; `rejected` is called with the reason for each. The
-    first connection that begins as a session ends it, whether the handshake succeeds or not. Raises what `judge` raised
-    (the source gets the text if it is an OSError or an error of this project), PeerProtocolError or PeerFailedError for
-    what the source did, OSError if the source is gone or too slow, or if this host has no descriptors left. The
-    listener stays open: to wait for another source, call this again.
+    first connection that begins as a session ends it, whether the handshake succeeds or not. `judge` decides about what
+    the source wants to run: an error that it raises becomes the refusal, and is raised here (the source gets the text
+    if it is an OSError or an error of this project). Raises PeerProtocolError or PeerFailedError for what the source
+    did, OSError if the source is gone or too slow, or if this host has no descriptors left. The listener stays open: to
+    wait for another source, call this again.
     """
     async with AsyncExitStack() as opened:
         acceptor = Acceptor(listener, opened, io=io, tls=tls, limit_s=limits.handshake_s, rejected=rejected)
-        async with acceptor:
-            first_connection = await acceptor.session()
-            stream = MessageStream(first_connection.pipe, "source", first_connection.name)
+        async with acceptor.accepting():
+            session_connection = await acceptor.session
+            stream = MessageStream(session_connection.pipe, "source", session_connection.name)
             async with handshake(limits.handshake_s, f"the offer of {stream.peer}") as progress:
                 progress.stream = stream
                 offer = await stream.expect(Offer)
                 _check(offer, limits)
-                progress.wait_for("this side's own judgement of the offer")
+                progress.waits_for = "this side's own judgement of the offer"
                 await judge(offer.run)
                 token = secrets.token_bytes(TOKEN_BYTES)
-                acceptor.expect(offer.connections, token)
+                acceptor.data.expect(offer.connections, token)
                 await stream.send(Accept(boot_id=boot_id(), token=token))
                 progress.waits_for = lambda: (
-                    f"data connections {acceptor.missing()} of {offer.connections} of {stream.peer}"
+                    f"data connections {acceptor.data.missing()} of {offer.connections} of {stream.peer}"
                 )
                 found, first = await _collected(acceptor, stream, progress)
                 clock = await answer_clock(stream, first)
@@ -344,7 +336,7 @@ async def _collected(
 ) -> tuple[list[Accepted], ClockRequest | Begin]:
     """The data connections, and the source's first message after CONNECTED."""
     loop = asyncio.get_running_loop()
-    collecting = loop.create_task(acceptor.data())
+    collecting = loop.create_task(acceptor.data.collect())
     # meanwhile, so that the source's end is noticed
     listening: asyncio.Task[ClockRequest | Begin] = loop.create_task(stream.expect(ClockRequest, Begin))
     try:
@@ -354,7 +346,7 @@ async def _collected(
             raise PeerProtocolError(f"the message {kind} came where data connections were due")
         found = await collecting
         await stream.send(Connected())
-        progress.wait_for(f"the clock of {stream.peer}")
+        progress.waits_for = f"the clock of {stream.peer}"
         return found, await listening
     finally:
         for task in (collecting, listening):

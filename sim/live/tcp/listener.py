@@ -12,12 +12,10 @@ import contextlib
 import hmac
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
-from typing import Self
 
 from proto_v3.errors import PeerProtocolError, UserError
 from sim.live.io import MakePipe, Pipe, ended, set_done
@@ -52,37 +50,53 @@ class Accepted:
     granted: Granted
 
 
-class _DataConnections:
+class DataConnections:
     """Those of the session: how many it has, and which are there."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.token = NO_TOKEN
-        self.accepted: dict[int, Accepted] = {}
         self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when all are there."""
+        self._count = 0
+        self._token = NO_TOKEN
+        self._accepted: dict[int, Accepted] = {}
+
+    def expect(self, count: int, token: bytes) -> None:
+        """Accept `count` connections that have the token; to be called before the source gets it."""
+        self._count, self._token = count, token
 
     def check(self, preamble: Preamble) -> None:
         """PeerProtocolError if this is not one of those that are missing."""
         index = preamble.index
-        if not self.count:
+        if not self._count:
             raise PeerProtocolError("a data connection before any session")
-        if not hmac.compare_digest(preamble.token, self.token):
+        if not hmac.compare_digest(preamble.token, self._token):
             raise PeerProtocolError("a data connection without the session's token")
-        if index >= self.count:
-            raise PeerProtocolError(f"data connection {index}; there are {self.count}, counted from 0")
-        if index in self.accepted:
+        if index >= self._count:
+            raise PeerProtocolError(f"data connection {index}; there are {self._count}, counted from 0")
+        if index in self._accepted:
             raise PeerProtocolError(f"data connection {index} a second time")
         if self.complete.done():
             raise PeerProtocolError(f"data connection {index} of a session that is given up")
 
     def add(self, index: int, connection: Accepted) -> None:
-        self.accepted[index] = connection
-        if len(self.accepted) == self.count:
+        """This one is there."""
+        self._accepted[index] = connection
+        if len(self._accepted) == self._count:
             self.complete.set_result(None)
+
+    async def collect(self) -> list[Accepted]:
+        """All of them in the order of their index, when they are there."""
+        await self.complete
+        return [self._accepted[index] for index in range(self._count)]
+
+    def missing(self) -> str:
+        """Which of them are not there yet."""
+        indices = [str(index) for index in range(self._count) if index not in self._accepted]
+        return ", ".join(indices[:8]) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
 
 
 class Acceptor:
-    """Accepts connections while its context is open.
+    """Accepts connections.
 
     The listening socket stays the caller's; every accepted connection belongs to `opened`.
     """
@@ -107,42 +121,25 @@ class Acceptor:
         self._rejected = rejected
         self._waiting: dict[asyncio.Task[str], float] = {}
         """The tasks that read a preamble, oldest first, and when they began."""
-        self._session: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
-        self._data = _DataConnections()
+        self.session: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
+        """The first connection that begins as a session, whenever it comes."""
+        self.data = DataConnections()
 
-    async def __aenter__(self) -> Self:
+    @contextlib.asynccontextmanager
+    async def accepting(self) -> AsyncIterator[None]:
+        """Accept connections meanwhile."""
         self._listener.setblocking(False)
         self._accepting = asyncio.create_task(self._accept_all())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for each in (self._accepting, self._session, self._data.complete):
-            each.cancel()
-        await asyncio.wait({self._accepting})
-        for task in self._waiting:
-            task.cancel()
-        if self._waiting:
-            await asyncio.wait(self._waiting)
-
-    async def session(self) -> Accepted:
-        """The first connection that begins as a session, whenever it comes."""
-        return await self._session
-
-    def expect(self, count: int, token: bytes) -> None:
-        """Accept `count` data connections that have the token; to be called before the source gets it."""
-        self._data.count, self._data.token = count, token
-
-    async def data(self) -> list[Accepted]:
-        """The session's data connections in the order of their index, when all are there."""
-        await self._data.complete
-        return [self._data.accepted[index] for index in range(self._data.count)]
-
-    def missing(self) -> str:
-        """Which data connections are not there yet."""
-        indices = [str(index) for index in range(self._data.count) if index not in self._data.accepted]
-        return ", ".join(indices[:8]) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
+        try:
+            yield
+        finally:
+            for each in (self._accepting, self.session, self.data.complete):
+                each.cancel()
+            await asyncio.wait({self._accepting})
+            for task in self._waiting:
+                task.cancel()
+            if self._waiting:
+                await asyncio.wait(self._waiting)
 
     # --- accepting ----------------------------------------------------------------------------------------------------
 
@@ -157,7 +154,7 @@ class Acceptor:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):  # it was closed before it was accepted
                 continue
             except OSError as error:  # no descriptors are left: nobody can connect any more
-                for each in (self._session, self._data.complete):
+                for each in (self.session, self.data.complete):
                     if not each.done():
                         each.set_exception(error)
                         each.exception()  # perhaps nobody asks for it
@@ -211,7 +208,7 @@ class Acceptor:
                     await self._send_refusal(sock, pipe, refusal)
                     return refusal
                 if preamble.role == Role.DATA:
-                    self._data.check(preamble)
+                    self.data.check(preamble)
                 self._keep(sock, pipe, name, preamble)
                 unwanted.pop_all()
         except TimeoutError:
@@ -244,7 +241,7 @@ class Acceptor:
                 f"the source speaks wire version {preamble.version}, this target version {WIRE_VERSION}; "
                 "both must run the same version of this program"
             )
-        if preamble.role == Role.SESSION and self._session.done():
+        if preamble.role == Role.SESSION and self.session.done():
             return "another source is being served"
         return ""
 
@@ -267,6 +264,6 @@ class Acceptor:
         self._opened.push_async_callback(finish, pipe)
         connection = Accepted(pipe, name, granted)
         if is_data:
-            self._data.add(preamble.index, connection)
+            self.data.add(preamble.index, connection)
         else:
-            self._session.set_result(connection)
+            self.session.set_result(connection)
