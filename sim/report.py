@@ -27,8 +27,7 @@ class Counters(VmmCounters):
     """
 
     peak_held_bytes: int = 0
-    """The most that one target driver held: records that were coming in, waited for their epoch, or were being
-    loaded."""
+    """The most that one target driver held: records that came in, waited for their epoch, or were loading."""
     send_blocked_ns: int = 0
     """Of a completed run: how long full connections held up sends in the downtime, summed over connections."""
     wire_bytes: int = 0

@@ -14,14 +14,12 @@ from proto_v3.wire.frames import Channel
 from sim.clock import virtual
 from sim.clock.port import now_ns
 from sim.clock.virtual import VirtualLoop
-from sim.device.driver import SimDriver
-from sim.device.state import DeviceState, Image
 from sim.host.host import HostResources, device_report, devices_at_source, devices_at_target, seeds
 from sim.host.link import ClosedError, NetworkLink
 from sim.host.machine import GuestHere, MachineModel
 from sim.host.vmms import connections, make_source, make_target, side_report
 from sim.outcome import Outcome, RunReport, completed, ended, failed, with_bound
-from sim.report import Counters, SideReport
+from sim.report import Counters
 from sim.scenario.protocol import AppliedScenario, Protocol
 from sim.scenario.scenario import Scenario
 from sim.theory.downtime_bound import lower_bound
@@ -66,10 +64,11 @@ class VirtualRun:
         scenario = self.scenario
         self.timeline = timeline = Timeline(now_ns)
         guest_seed, source_seed, target_seed = seeds(self._seed)
-        here = devices_at_source(scenario, guest_seed, HostResources(scenario, source_seed, timeline))
-        there = devices_at_target(scenario, HostResources(scenario, target_seed, timeline))
-        self.drivers, self.states = [driver for driver, _ in here], [state for _, state in here]
-        self.drivers_at_target, self.images = [driver for driver, _ in there], [image for _, image in there]
+        self._here = devices_at_source(scenario, guest_seed, HostResources(scenario, source_seed, timeline))
+        self._there = devices_at_target(scenario, HostResources(scenario, target_seed, timeline))
+        self.drivers, self.states = [driver for driver, _ in self._here], [state for _, state in self._here]
+        self.drivers_at_target = [driver for driver, _ in self._there]
+        self.images = [image for _, image in self._there]
         settings = scenario.switchover_settings()
         self.machines = {
             "source": MachineModel(scenario, GuestHere(self.states), timeline, running=True),
@@ -137,30 +136,21 @@ class VirtualRun:
         return completed(self._report()) if kind is OutcomeKind.COMPLETED else ended(self._report(), kind)
 
     def _report(self) -> RunReport:
-        devices = zip(self.drivers, self.images, self.states, strict=True)
-        differences = {driver.name: image.differences(state) for driver, image, state in devices}
+        devices = zip(self._here, self._there, strict=True)
+        differences = {driver.name: image.differences(state) for (driver, state), (_, image) in devices}
+        here, there = ([device_report(*device) for device in side] for side in (self._here, self._there))
         self.counters["source"].wakeups = self.link.wakeups
         return RunReport(
             self.scenario.name,
             self._applied.protocol.name,
             self._seed,
             self.timeline,
-            self._side_report("source", self.channels, self.drivers, self.states),
-            self._side_report("target", self.channels_there, self.drivers_at_target, self.images),
+            side_report("source", self.counters["source"], self.channels, now_ns(), here),
+            side_report("target", self.counters["target"], self.channels_there, now_ns(), there),
             self.note,
             guest_runs_at=", ".join(side for side, machine in self.machines.items() if machine.running),
             differences=[f"{name}: {difference}" for name, difference in differences.items() if difference],
         )
-
-    def _side_report(
-        self,
-        name: str,
-        channels: Sequence[Channel],
-        drivers: Sequence[SimDriver],
-        states: Sequence[DeviceState | Image],
-    ) -> SideReport:
-        devices = [device_report(driver, state) for driver, state in zip(drivers, states, strict=True)]
-        return side_report(name, self.counters[name], channels, now_ns(), devices)
 
 
 async def on_own_track(work: Coroutine[Any, Any, T], track: str) -> T:

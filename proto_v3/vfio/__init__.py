@@ -1,2 +1,1 @@
-"""What the kernel promises: structures, state machine, ioctls and the port of a device. Imports the wire's payloads
-and the errors."""
+"""What the kernel promises: structures, state machine, ioctls, the port of a device. Imports wire.frames and errors."""

@@ -210,8 +210,7 @@ async def get_stream(fd: DataFd, buffer: bytearray, install_fd: Callable[[DataFd
 async def get_stream_info(fd: DataFd, buffer: bytearray) -> None:
     """VFIO_MIG_GET_STREAM_INFO: `buffer` holds a StreamInfo and receives the answer; the caller's argsz stays.
 
-    Raises OSError and leaves the buffer unchanged: EFAULT and EINVAL as get_precopy_info(), EINVAL for flags, the
-    errors of the data fd.
+    OSError leaves the buffer unchanged: EFAULT, EINVAL as get_precopy_info(), EINVAL for flags, errors of the data fd.
     """
     _asked_without_flags(StreamInfo, buffer)
     _answer(buffer, await fd.stream_info())
@@ -225,8 +224,7 @@ async def get_dirty_blocks(fd: BlocksFd, buffer: bytearray, bitmap: bytearray) -
     Raises OSError: EFAULT and EINVAL as get_precopy_info(); EINVAL for flags; EFAULT if `bitmap` has fewer bits than
     the caller's `blocks`; EINVAL for fewer bits than the device has blocks, with block_bytes and blocks answered all
     the same; the errors of the data fd. After any of these the fd still reports the same blocks. (A kernel that cannot
-    write the bitmap notices it only after the driver reported the blocks: EFAULT, and the user should then take every
-    block as dirty.)
+    write the bitmap notices it after the driver reported the blocks: EFAULT; the user should then take all as dirty.)
     """
     asked = _asked_without_flags(GetDirtyBlocks, buffer)
     if asked["blocks"] > 8 * len(bitmap):

@@ -1,2 +1,1 @@
-"""What a VMM does: the steps of a migration, v2 and v3 at both ends, the decision to stop. Imports vfio, wire,
-timeline and errors."""
+"""What a VMM does: the steps of a migration, v2 and v3 at both ends, the decision to stop. Imports all others."""

@@ -5,8 +5,7 @@ Source: each channel has a thread that sends one packet at a time. A packet goes
 device's save thread reads its one fd to the end, 1 MiB at a time, and numbers the packets.
 
 Target: each channel has a thread that receives. A device's load thread puts the packets back in order and write()s
-them, then loads the device's config, one device at a time. So what runs in parallel are the devices, through their fds,
-not the channels.
+them, then loads the device's config, one device at a time. So the devices run in parallel, not the channels.
 
 Packets that arrive early wait in memory, without a bound (QEMU's default). The most that waited is recorded.
 """
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING
 from proto_v3.errors import PeerProtocolError
 from proto_v3.timeline import Join, Mark, Notify, Work
 from proto_v3.vfio.device import DataFd
-from proto_v3.wire.frames import Channel, Frame, Kind, Payload
+from proto_v3.wire.frames import Channel, Frame, Kind
 
 if TYPE_CHECKING:
     from proto_v3.vmm.migration import Source, Target
@@ -72,11 +71,11 @@ class _Sender:
             if self._packet is not None:
                 await self._channel.send(self._packet)
                 self._packet = None
-                self._pool.free(self)
-            elif self.sync_due:
+                self._pool.free.append(self)
+            else:
                 await self._channel.send_control(Kind.SYNC)
                 self.sync_due = False
-                self._pool.synced()
+            self._pool.changed.notify()
 
 
 class Pool:
@@ -84,52 +83,36 @@ class Pool:
 
     def __init__(self, channels: Sequence[Channel]) -> None:
         self.senders = [_Sender(channel, self) for channel in channels]
-        self._free = deque(self.senders)
-        self._notify = Notify()
-
-    def free(self, sender: _Sender) -> None:
-        """A sender has sent its packet."""
-        self._free.append(sender)
-        self._notify.notify()
+        self.free = deque(self.senders)
+        self.changed = Notify()
+        """A sender has sent its packet or its SYNC."""
 
     async def send(self, packet: Frame) -> None:
         """Hand a packet to a channel's thread; waits while all are busy."""
-        while not self._free:
-            await self._notify.wait()
-        self._free.popleft().give(packet)
+        while not self.free:
+            await self.changed.wait()
+        self.free.popleft().give(packet)
 
     async def sync(self) -> None:
         """Send SYNC on each channel, behind its packet: no RAM follows, other packets may (multifd_send_sync_main)."""
         for sender in self.senders:
             sender.ask_sync()
         while any(sender.sync_due for sender in self.senders):
-            await self._notify.wait()
-
-    def synced(self) -> None:
-        """A sender has sent its SYNC."""
-        self._notify.notify()
+            await self.changed.wait()
 
 
 class Senders:
     """The source's half."""
 
     def __init__(self, settings: Multifd, channels: Sequence[Channel]) -> None:
-        self._ram = Pool(channels[settings.dedicated :])
-        self._devices = Pool(channels[: settings.dedicated]) if settings.dedicated else self._ram
+        self.ram = Pool(channels[settings.dedicated :])
+        self._devices = Pool(channels[: settings.dedicated]) if settings.dedicated else self.ram
 
     def work(self) -> list[Work]:
         """One thread for each channel; they run until they are cancelled."""
-        pools = [self._ram] if self._devices is self._ram else [self._devices, self._ram]
+        pools = [self.ram] if self._devices is self.ram else [self._devices, self.ram]
         senders = [sender for pool in pools for sender in pool.senders]
         return [(sender.work(), f"source multifd {at}") for at, sender in enumerate(senders)]
-
-    async def send_pages(self, pages: Payload) -> None:
-        """Send pages of RAM."""
-        await self._ram.send(Frame(Kind.RAM, payload=pages))
-
-    async def sync(self) -> None:
-        """Send SYNC on every channel that carries RAM: none follows."""
-        await self._ram.sync()
 
     async def save_device(self, source: Source, index: int, read_bytes: int) -> None:
         """A device's save thread: send its data to the end, then its config."""

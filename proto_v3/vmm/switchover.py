@@ -91,8 +91,7 @@ class Backlog(abc.ABC):
         """Record all bytes of this part sent since the start, and its remaining bytes as far as they are known."""
 
     def fits(self, remaining_bytes: int) -> bool:
-        """Whether this part alone can be sent within the downtime limit. True if nothing remains or a bandwidth is
-        given."""
+        """Whether this part alone can be sent within the downtime limit. True for 0 bytes or a given bandwidth."""
         settings, rate = self._settings, self._bytes_per_s
         if remaining_bytes == 0 or settings.given_bandwidth_bytes_per_s is not None:
             return True

@@ -239,10 +239,10 @@ class V2Source(Source):
         if self._senders is None:
             await super().send_pages(pages)
         else:
-            await self._senders.send_pages(pages)
+            await self._senders.ram.send(Frame(Kind.RAM, payload=pages))
 
     @override
     async def end_ram(self) -> None:
         if self._senders is not None:
-            await self._senders.sync()
+            await self._senders.ram.sync()
         await super().end_ram()

@@ -10,8 +10,7 @@ v2. RAM and each dirty stream must also fit by themselves, because they move bes
 stream that ran dry is asked for more, and does not wait for the others.
 
 The final check: with the vCPUs stopped and the devices in PRE_COPY_P2P, each critical fd is asked once more. No guest
-runs, so the answer is final. If there is a new epoch, the guest is resumed (`retry`), or the stop continues
-(`proceed`).
+runs, so the answer is final. With a new epoch, the guest is resumed (`retry`), or the stop continues (`proceed`).
 """
 
 from __future__ import annotations

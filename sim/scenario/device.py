@@ -46,8 +46,7 @@ class Reconfigurations(Table):
     """Times after the order to stop the vCPUs, while they still run: the VMM has decided, and asks no more."""
     objects_each: Annotated[int, Field(ge=1)] = 1
     during_stops: Annotated[int, Field(ge=1)] = 1
-    """Number of orders to stop, from the first one, to which `during_stop_ms` applies. With v3's `retry` there are
-    several."""
+    """Number of orders to stop, from the first one, to which `during_stop_ms` applies. v3's `retry` makes several."""
     invalidates_share: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the device's blocks, in one range, whose earlier dirty data a reconfiguration makes invalid. Only with
     driver.epochs = "invalidate"."""

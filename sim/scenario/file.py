@@ -3,8 +3,7 @@
 `extends = "NAME_OR_FILE"` at the top of a file: the base's values hold, except for those that this file sets. Tables
 are merged key by key. Lists of tables are merged by position, the first `[[device]]` with the first, and surplus ones
 are appended. Any other value replaces the base's. Three things are never inherited: name, description, and published
-figures. A source of the base is about the base's value: a key with another value has the source that this file gives
-it, or none.
+figures. A source of the base is about the base's value: a changed key has the source that this file gives it, or none.
 """
 
 from __future__ import annotations

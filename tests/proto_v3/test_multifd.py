@@ -473,8 +473,8 @@ async def test_pages_and_sync_take_the_channels_that_are_not_dedicated() -> None
     outs = [Out(10) for _ in range(3)]
     async with sending(senders := pool(multifd(3, dedicated=1), *outs)):
         for size in range(1, 6):
-            await senders.send_pages(memoryview(bytes(size)))
-        await asyncio.gather(save(senders, 0, Saved(20), 10), senders.sync())
+            await senders.ram.send(Frame(Kind.RAM, payload=memoryview(bytes(size))))
+        await asyncio.gather(save(senders, 0, Saved(20), 10), senders.ram.sync())
     assert [frame.kind for frame in outs[0].sent] == [Kind.PACKET, Kind.PACKET, Kind.CONFIG]
     for out in outs[1:]:
         kinds = [frame.kind for frame in out.sent]
@@ -488,8 +488,8 @@ async def test_sync_waits_for_ram_and_not_for_the_devices() -> None:
     outs = [Out(ns(1)), Out(ns(1))]
     async with sending(senders := pool(multifd(2), *outs)):
         saving = asyncio.ensure_future(save(senders, 0, Saved(100), 1))
-        await senders.send_pages(memoryview(b"pages"))
-        await senders.sync()
+        await senders.ram.send(Frame(Kind.RAM, payload=memoryview(b"pages")))
+        await senders.ram.sync()
         assert now_ns() < ns(10), "the device has 50 ms of packets"
         await saving
 
