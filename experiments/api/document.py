@@ -28,7 +28,7 @@ SPREAD = {
     "critical_path_ns": "path_RESOURCE_ns",
     "stages": "stage_NAME_INDEX_ns",
 }
-"""Fields of Outcome whose columns are called otherwise (experiments.runs.table)."""
+"""Fields of Outcome whose columns are called otherwise (experiments.runs.frame)."""
 
 
 def document() -> str:

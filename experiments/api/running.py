@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import polars as pl
 
 from experiments.report.tables import parameter_rows
-from experiments.runs import table
+from experiments.runs.frame import table
 from experiments.runs.pool import Cell, Done, in_processes, progress_bar, run_cell
 from experiments.study.experiment import NAMES, find
 from experiments.trace.traced_run import TracedRun, traced_run
@@ -92,7 +92,7 @@ def compare(
     """
     known = _scenario(scenario)
     cells = [Cell(known, protocol, seed) for seed in _seeds(seeds) for protocol in _protocols(protocols, known)]
-    return table.table(_outcomes(cells, jobs, progress))
+    return table(_outcomes(cells, jobs, progress))
 
 
 def sweep(
@@ -126,7 +126,7 @@ def sweep(
             for protocol in _protocols(protocols, changed):
                 cells.append(Cell(changed, protocol, seed))
                 factors.append({key: _cell_value(value) for key, value in at.items()})
-    frame = table.table(_outcomes(cells, jobs, progress))
+    frame = table(_outcomes(cells, jobs, progress))
     return pl.concat([pl.DataFrame(factors, infer_schema_length=None, strict=False), frame], how="horizontal")
 
 

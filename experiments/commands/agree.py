@@ -19,8 +19,8 @@ from experiments import INTERRUPTED
 from experiments.commands.live import live_manifest, prepared, run_jobs, table, warn
 from experiments.report import tables
 from experiments.report.tables import say
+from experiments.runs import frame as results
 from experiments.runs import manifest
-from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
 from experiments.runs.frame import COMPLETED, protocols
 from experiments.runs.pool import Cell, run_cells

@@ -15,8 +15,8 @@ from experiments import INTERRUPTED
 from experiments.commands.options import parsed
 from experiments.report import findings, tables
 from experiments.report.tables import say
+from experiments.runs import frame as results
 from experiments.runs import manifest
-from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
 from experiments.runs.frame import COMPLETED
 from experiments.runs.pool import Cell, run_cells

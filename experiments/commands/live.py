@@ -167,7 +167,7 @@ def table(found: Sequence[LiveResult], settings: Settings) -> pl.DataFrame:
     """The runs as a table: the columns of a run in virtual time, and how late timers were."""
     import polars as pl
 
-    from experiments.runs import table as results
+    from experiments.runs import frame as results
 
     rows = []
     for result in found:

@@ -19,8 +19,8 @@ from rich.console import Console
 from experiments.commands.trace import OUT, output_files, write
 from experiments.report import tables
 from experiments.report.tables import say
+from experiments.runs import frame as results
 from experiments.runs import manifest
-from experiments.runs import table as results
 from experiments.trace.traced_run import TRACE_SUFFIX, traced_run
 from proto_v3.errors import UserError
 from sim.outcome import Outcome
@@ -43,11 +43,6 @@ class Results:
     folder: Path
     table: pl.DataFrame
     manifest: dict[str, Any]
-
-    @property
-    def revision(self) -> str:
-        """The git revision of the code that made the runs."""
-        return str(self.manifest.get("git_revision", "unknown"))
 
 
 def run_replay(run: str, trace: str | None, spans: str | None) -> int:
@@ -171,6 +166,6 @@ def _print(console: Console, read: Results, row: dict[str, Any], outcome: Outcom
     if same:
         say(console, "The same run, to the last span.")
     else:
-        here = manifest.git_revision()
-        say(console, f"Not the same run: the table was made by revision {read.revision}, and this is {here}.")
+        made_by, here = read.manifest.get("git_revision", "unknown"), manifest.git_revision()
+        say(console, f"Not the same run: the table was made by revision {made_by}, and this is {here}.")
     return same

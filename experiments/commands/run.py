@@ -16,8 +16,8 @@ from rich.progress import Progress, TaskID
 from experiments import INTERRUPTED
 from experiments.report import tables
 from experiments.report.tables import say
+from experiments.runs import frame as results
 from experiments.runs import manifest
-from experiments.runs import table as results
 from experiments.runs.cluster import on_cluster
 from experiments.runs.folder import ResultFolder
 from experiments.runs.pool import in_processes, progress_bar

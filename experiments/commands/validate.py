@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from rich.console import Console
 from experiments import INTERRUPTED
 from experiments.report import tables
 from experiments.report.tables import say, value_text
+from experiments.runs import frame as results
 from experiments.runs import manifest
-from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
 from experiments.runs.frame import COMPLETED
 from experiments.runs.pool import Cell, run_cells
@@ -75,7 +75,12 @@ def run_validate(names: Sequence[str], seeds: Sequence[int], out: str, jobs: int
         say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done; nothing was written")
         return INTERRUPTED
     runs = results.table(outcomes)
-    rows = [row for scenario in cases.values() for row in _rows(scenario, runs.filter(scenario=scenario.name))]
+    rows = [
+        Row(scenario.name, published.case or scenario.name, published.protocol, held)
+        for scenario in cases.values()
+        for published in scenario.published
+        for held in held_against(published, runs.filter(scenario=scenario.name))
+    ]
     figures = _write(folder, tidy(rows), manifest.of_cases(cases, command, runs, len(cells)))
     for name, scenario in cases.items():
         _print_case(console, scenario, runs, [row for row in rows if row.scenario == scenario.name])
@@ -110,12 +115,6 @@ def _cases(names: Sequence[str]) -> dict[str, Scenario]:
 def _protocols(scenario: Scenario) -> list[str]:
     """The protocols that have published figures."""
     return list(dict.fromkeys(published.protocol for published in scenario.published if published.figures()))
-
-
-def _rows(scenario: Scenario, frame: pl.DataFrame) -> Iterator[Row]:
-    for published in scenario.published:
-        for held in held_against(published, frame):
-            yield Row(scenario.name, published.case or scenario.name, published.protocol, held)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.draw import panels, style
 from experiments.draw.panels import MADE_BY
-from experiments.runs.frame import completed_runs, ms, number, protocols
-from experiments.runs.table import PATH_COLUMNS, PHASE_COLUMNS
+from experiments.runs.frame import PATH_COLUMNS, PHASE_COLUMNS, completed_runs, ms, number, protocols
 from experiments.study.effects import Measure
 from proto_v3.timeline import PHASES
 from sim.scenario.scenario import Scenario

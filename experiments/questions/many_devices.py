@@ -22,8 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from experiments.draw import panels, style
-from experiments.runs.frame import COMPLETED, completed_text, number, path_shares
-from experiments.runs.table import PATH_COLUMNS
+from experiments.runs.frame import COMPLETED, PATH_COLUMNS, completed_text, number, path_shares
 from experiments.study.claims import WORTH, Finding, judge
 from experiments.study.effects import Measure, compared_text, effect_table, places, sentence
 from experiments.study.experiment import Answer, Experiment, Point, under

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -62,17 +61,8 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-@dataclass(frozen=True, slots=True)
-class Other:
-    """Figures of a folder that belongs to no experiment, and how they were made."""
-
-    name: str
-    question: str
-    figures: list[Path]
-    command: str
-
-
-def _others(folder: Path) -> Iterator[Other]:
+def _others(folder: Path) -> Iterator[tuple[str, list[Path], str]]:
+    """The figures of each folder of OTHERS: their question, the PNGs, and the command that made them."""
     for name, question in OTHERS.items():
         figures = sorted((folder / name).glob("*.png"))
         if not figures:
@@ -81,6 +71,6 @@ def _others(folder: Path) -> Iterator[Other]:
             manifest = json.loads((folder / name / "manifest.json").read_text(encoding="utf-8"))
             for figure in figures:
                 figure.with_suffix(".svg").stat()
-            yield Other(name, question, figures, manifest["command"])
+            yield question, figures, manifest["command"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / name}: cannot be read ({error}); make it again, or remove it") from error

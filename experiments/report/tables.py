@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.runs.frame import completed_runs, number, protocols
-from experiments.runs.table import PATH_COLUMNS, PHASE_COLUMNS
+from experiments.runs.frame import PATH_COLUMNS, PHASE_COLUMNS, completed_runs, number, protocols
 from experiments.study.published import PublishedFigure, held_against
 from proto_v3.timeline import PHASES, Resource
 from sim.scenario.scenario import Scenario, parameters

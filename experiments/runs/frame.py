@@ -1,15 +1,48 @@
-"""Reading a table of runs: the completed ones, and plain numbers out of Polars' aggregates."""
+"""The table of runs: made from outcomes, one row a run, units in the column names; and read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
 import polars as pl
 
-from experiments.runs.table import PATH_COLUMNS
-from proto_v3.timeline import Resource
+from proto_v3.timeline import PHASES, Resource
 from proto_v3.vmm.migration import OutcomeKind
+from sim.outcome import Outcome
+from sim.report import Counters
 from sim.scenario.units import NS_PER_MS
 
 COMPLETED = pl.col("outcome") == OutcomeKind.COMPLETED.value
+PHASE_COLUMNS = [f"phase_{name}_ns" for name in PHASES]
+PATH_COLUMNS = [f"path_{resource.name.lower()}_ns" for resource in Resource]
+PATH = [*(resource.name.lower() for resource in Resource), "unexplained"]
+_SPREAD: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "kind": lambda kind: {"outcome": kind.value},
+    "phases_ns": lambda phases: {f"phase_{name}_ns": phases.get(name) for name in PHASES},
+    "critical_path_ns": lambda path: {f"path_{name}_ns": path.get(name) for name in PATH},
+    "counters": Counters.columns,
+    "stages": lambda stages: {f"stage_{each.name}_{each.index}_ns": each.end_ns - each.start_ns for each in stages},
+}
+"""Fields of Outcome that are not one column of the same name."""
+
+
+def row(outcome: Outcome) -> dict[str, Any]:
+    """One run as a flat row; times are whole nanoseconds, null where the migration was not completed.
+
+    The columns are the fields of Outcome and of its Counters, in their order.
+    """
+    flat: dict[str, Any] = {}
+    for each in fields(outcome):
+        value = getattr(outcome, each.name)
+        flat |= _SPREAD[each.name](value) if each.name in _SPREAD else {each.name: value}
+    return flat
+
+
+def table(outcomes: Sequence[Outcome]) -> pl.DataFrame:
+    """The runs as a table."""
+    return pl.DataFrame([row(outcome) for outcome in outcomes], infer_schema_length=None)
 
 
 def protocols(frame: pl.DataFrame) -> list[str]:

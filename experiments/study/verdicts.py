@@ -36,11 +36,7 @@ def seed_by_seed(runs: pl.DataFrame, pairs: Pairs, column: str = "downtime_ns") 
 
 
 def verdict(change: Effect | None, base_completed: int, other_completed: int, worth: float = WORTH) -> str:
-    """An effect on the downtime, in a word; `worth` is the least relative change that matters.
-
-    `shorter` or `longer`: all of the ratio's interval is beyond `worth`. `next to nothing`: all of it is within.
-    `uncertain`: neither. If no seed was completed under both, the word says which of them completes.
-    """
+    """An effect on the downtime, in one of the words of verdicts(). Without an effect: which of the two completes."""
     if change is None:
         match bool(base_completed), bool(other_completed):
             case True, True:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from experiments.trace.tracks import LINK, Counter, Group, Unit, device_group, vmm_group
+from experiments.trace.tracks import LINK, Counter, Group, Unit, at_host
 from proto_v3.timeline import Mark
 from sim.clock.port import now_ns, sleep_ns
 from sim.device.driver import SimDriver
@@ -52,10 +52,10 @@ class Samples:
     async def watch(self, run: VirtualRun) -> None:
         """Take samples until the guest runs at the target, or until the guest's activity ends."""
         for driver in run.drivers:
-            group = device_group("source", driver.name)
+            group = at_host("source", f"device {driver.name}")
             self._names += [(group, name, Unit.BYTES) for name in ("bytes left", "unread bytes")]
             self._names.append((group, "dirty rate", Unit.BYTES_PER_S))
-        self._names += [(vmm_group("source"), "RAM left", Unit.BYTES), (LINK, SENT, Unit.BYTES)]
+        self._names += [(at_host("source", "VMM"), "RAM left", Unit.BYTES), (LINK, SENT, Unit.BYTES)]
         marks = run.timeline.marks
         while Mark.RESUMED not in marks and now_ns() <= run.scenario.horizon_ns:
             stretch = self._stretches[Mark.STOP_ORDERED in marks]

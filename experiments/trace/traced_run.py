@@ -64,9 +64,6 @@ def traced_run(scenario: Scenario, protocol: Protocol, seed: int) -> TracedRun:
     return TracedRun(scenario, outcome, timelines[0], samples)
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
 def steps(run: TracedRun) -> pl.DataFrame:
     """The critical path through the downtime of a run: one row a step, in the order of time.
 
@@ -140,9 +137,6 @@ def spans(run: TracedRun) -> pl.DataFrame:
             "on_critical_path": critical,
         }
     )
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def output_file(option: str, path: str | os.PathLike[str]) -> Path:

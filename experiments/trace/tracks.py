@@ -29,18 +29,9 @@ DOWNTIME: Group = ("downtime",)
 RUNNING, STOPPING, STOPPED, STARTING = "running", "stopping", "stopped", "starting"
 
 
-def vmm_group(side: str) -> Group:
-    """The threads of a VMM; `side` is `source` or `target`."""
-    return (f"{side} host", "VMM")
-
-
-def device_group(side: str, device: str) -> Group:
-    """A device's streams."""
-    return (f"{side} host", f"device {device}")
-
-
-def _guest_group(side: str) -> Group:
-    return (f"{side} host", "guest")
+def at_host(side: str, inner: str) -> Group:
+    """A group of the host of `source` or `target`: `guest`, `VMM`, `device NAME`, `firmware`, `locks`."""
+    return (f"{side} host", inner)
 
 
 class Slice(NamedTuple):
@@ -86,17 +77,12 @@ class Counter:
 
 def arranged(timeline: Timeline, devices: Devices, counters: Sequence[Counter]) -> list[Track | Counter]:
     """All tracks of a run and its counters, in the order in which they are drawn: group by group, counters first."""
-    drawn: list[Track | Counter] = [*counters, *tracks(timeline, devices)]
-    return sorted(drawn, key=lambda each: _order(each, devices))
-
-
-def tracks(timeline: Timeline, devices: Devices) -> list[Track]:
-    """All tracks of a run."""
     recorded = timeline.recorded()
     placed: dict[tuple[Group, str], list[Slice]] = {}
     for place, drawn in [*_downtime(timeline), *_guest(recorded), *_blocked(recorded), *_spans(recorded, devices)]:
         placed.setdefault(place, []).append(drawn)
-    return [Track(group, name, lanes(slices)) for (group, name), slices in placed.items()]
+    tracks = [Track(group, name, lanes(slices)) for (group, name), slices in placed.items()]
+    return sorted([*counters, *tracks], key=lambda each: _order(each, devices))
 
 
 def lanes(slices: Iterable[Slice]) -> list[list[Slice]]:
@@ -142,19 +128,16 @@ def place(resource: Resource, what: str, track: str, devices: Devices) -> tuple[
     task = re.sub(r"^device (\d+)$", lambda found: _device_thread(int(found[1]), devices), task) or "main thread"
     name, _, own = task.partition(" ")
     if what == "guest runs":
-        return _guest_group(side), "until it reconfigures a device", what
+        return at_host(side, "guest"), "until it reconfigures a device", what
     if resource is Resource.LOCK:
-        return (f"{side} host", "locks"), f"{task} waits", what
+        return at_host(side, "locks"), f"{task} waits", what
     if resource in (Resource.FIRMWARE, Resource.LOAD):
         several = name in devices and len(set(devices.values())) > 1
-        return (
-            (f"{side} host", "firmware"),
-            f"engines of PF {devices[name]}" if several else "engines",
-            f"{what} {task}",
-        )
+        engines = f"engines of PF {devices[name]}" if several else "engines"
+        return at_host(side, "firmware"), engines, f"{what} {task}"
     if name in devices and own:
-        return device_group(side, name), own, what
-    return vmm_group(side), task, what
+        return at_host(side, f"device {name}"), own, what
+    return at_host(side, "VMM"), task, what
 
 
 def _device_thread(index: int, devices: Devices) -> str:
@@ -218,4 +201,4 @@ def _guest(recorded: Recorded) -> Iterable[Placed]:
         ends = [at for at, _ in turned[1:]] + [last_ns]
         for (at, state), until in zip(turned, ends, strict=True):
             if at < until:
-                yield (_guest_group(side), "vCPUs"), Slice(at, until, state, "guest")
+                yield (at_host(side, "guest"), "vCPUs"), Slice(at, until, state, "guest")

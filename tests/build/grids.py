@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import polars as pl
 
-from experiments.runs import table as results
+from experiments.runs import frame as results
 from experiments.runs.pool import run_cell
 from experiments.study.experiment import Planned
 

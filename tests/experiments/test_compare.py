@@ -19,9 +19,9 @@ from rich.console import Console
 
 from experiments.commands import compare
 from experiments.report import findings, tables
+from experiments.runs import frame as results
 from experiments.runs import manifest
 from experiments.runs import pool as runs
-from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
 from experiments.runs.frame import path_shares, protocols
 from experiments.runs.pool import Cell, run_cell, run_cells

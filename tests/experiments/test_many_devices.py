@@ -9,7 +9,7 @@ import pytest
 
 from experiments.questions import many_devices
 from experiments.questions.many_devices import AGAINST, EXPERIMENT, FITTED, TOGETHER
-from experiments.runs.table import PATH_COLUMNS
+from experiments.runs.frame import PATH_COLUMNS
 from experiments.study.experiment import Answer, Planned
 from tests.build.grids import table_of
 

@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from experiments.cli import main
+from experiments.runs import frame as results
 from experiments.runs import manifest
-from experiments.runs import table as results
 from experiments.runs.folder import ResultFolder
 from proto_v3.errors import UserError
 from sim.run import simulate

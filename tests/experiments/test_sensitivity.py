@@ -14,7 +14,7 @@ from experiments.questions.sensitivity import grid as sensitivity_grid
 from experiments.questions.sensitivity.figures import figures
 from experiments.questions.sensitivity.grid import BASES, CONCLUSIONS, ENGINES, IDLE, MAPS, NIC, PARAMETERS, V3, points
 from experiments.questions.sensitivity.question import MULTIFD, WORTH, answer, bars, base
-from experiments.runs import table as results
+from experiments.runs import frame as results
 from experiments.runs.pool import run_cell
 from experiments.study.claims import CLAIMS
 from experiments.study.effects import NOT_BOTH

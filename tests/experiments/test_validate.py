@@ -17,8 +17,8 @@ from experiments.commands import validate
 from experiments.commands.validate import Row, run_validate, tidy
 from experiments.draw.validate import published_against_simulated
 from experiments.report import tables
+from experiments.runs import frame as results
 from experiments.runs import pool as made_runs
-from experiments.runs import table as results
 from experiments.runs.pool import run_cell
 from experiments.study.published import PublishedFigure, held_against
 from proto_v3.errors import UserError

@@ -17,8 +17,8 @@ from experiments import notebook
 from experiments.commands import run as sweep
 from experiments.report import answers
 from experiments.runs.folder import ResultFolder
+from experiments.runs.frame import row
 from experiments.runs.pool import run_cell
-from experiments.runs.table import row
 from experiments.study.experiment import Point, find
 
 ROOT = Path(__file__).resolve().parents[2]

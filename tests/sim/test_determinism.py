@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.runs import table as results
+from experiments.runs import frame as results
 from experiments.runs.pool import Cell, run_cells
 from sim.outcome import Outcome
 from sim.scenario.file import load

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from experiments.runs.table import row
+from experiments.runs.frame import row
 from proto_v3.vmm.migration import OutcomeKind
 from sim.scenario.file import load, shipped
 from sim.scenario.protocol import Protocol

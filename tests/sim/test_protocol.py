@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.runs import table as results
+from experiments.runs import frame as results
 from experiments.runs.folder import ResultFolder
 from proto_v3.errors import UserError
 from proto_v3.vfio.uapi import StreamFlags

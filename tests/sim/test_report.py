@@ -11,7 +11,7 @@ import msgpack
 import polars as pl
 import pytest
 
-from experiments.runs import table
+from experiments.runs import frame as table
 from proto_v3.errors import PeerProtocolError
 from proto_v3.timeline import PHASES, Resource, Timeline
 from proto_v3.vmm.migration import OutcomeKind
