@@ -35,11 +35,11 @@ class WaitingTask(NamedTuple):
 
 
 class StuckError(ClockError):
-    """A run that would never end. `waiting` lists the unfinished tasks in the order of their creation."""
+    """A run that would never end. `waiting` lists the unfinished ones of `tasks`."""
 
-    def __init__(self, reason: str, waiting: list[WaitingTask]) -> None:
-        super().__init__("\n  ".join([reason, *map(str, waiting)]))
-        self.waiting = waiting
+    def __init__(self, reason: str, tasks: Iterable[asyncio.Task[Any]]) -> None:
+        self.waiting = _waiting(tasks)
+        super().__init__("\n  ".join([reason, *map(str, self.waiting)]))
 
 
 class DeadlockError(StuckError):
@@ -50,8 +50,7 @@ class TimeLimitError(StuckError):
     """Virtual time would pass the loop's limit, or callbacks continue without end at one instant."""
 
 
-def waiting_tasks(tasks: Iterable[asyncio.Task[Any]]) -> list[WaitingTask]:
-    """The tasks that are not done, each with its place."""
+def _waiting(tasks: Iterable[asyncio.Task[Any]]) -> list[WaitingTask]:
     unfinished = []
     for task in tasks:
         if not task.done():

@@ -46,7 +46,7 @@ from operator import index
 from typing import Any, NoReturn, TypeVar
 
 from sim.clock.port import Callback, ClockError, LoopStateError, running
-from sim.clock.stuck import DeadlockError, StuckError, TimeLimitError, waiting_tasks
+from sim.clock.stuck import DeadlockError, StuckError, TimeLimitError
 
 T = TypeVar("T")
 
@@ -305,9 +305,7 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
                     return
             else:
                 if budget_start_ns == self._now_ns:
-                    raise TimeLimitError(
-                        f"callbacks go on and on at {self._now_ns} ns", waiting_tasks(self._tasks.values())
-                    )
+                    raise TimeLimitError(f"callbacks go on and on at {self._now_ns} ns", self._tasks.values())
                 budget, budget_start_ns = itertools.repeat(None, self.max_callbacks_per_instant), self._now_ns
                 continue
 
@@ -316,9 +314,7 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
                 heapify(timers)
                 compact_at = max(1000, 2 * len(timers))
             if not timers:
-                raise DeadlockError(
-                    f"nothing can happen any more at {self._now_ns} ns", waiting_tasks(self._tasks.values())
-                )
+                raise DeadlockError(f"nothing can happen any more at {self._now_ns} ns", self._tasks.values())
             entry = heappop(timers)
             when_ns, _, timer = entry
             if timer.cancelled():
@@ -326,7 +322,7 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
             if when_ns > self._limit_ns:
                 heappush(timers, entry)
                 reason = f"the next timer is due at {when_ns} ns, past the limit of {self._limit_ns} ns"
-                raise TimeLimitError(reason, waiting_tasks(self._tasks.values()))
+                raise TimeLimitError(reason, self._tasks.values())
             self._now_ns = when_ns
             if isinstance(timer, Handle):
                 ready.append(timer)

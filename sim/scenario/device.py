@@ -33,7 +33,7 @@ class Writes(Table):
     @model_validator(mode="after")
     def _keys_of_pattern(self) -> Self:
         if self.pattern != "hotspot" and {"hot_share", "hot_fraction"} & self.model_fields_set:
-            raise ValueError(f'pattern = "{self.pattern}": hot_share and hot_fraction go with "hotspot" only')
+            raise self.wrong("pattern", 'hot_share and hot_fraction go with "hotspot" only')
         return self
 
 
@@ -54,7 +54,7 @@ class Reconfigurations(Table):
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         if self.at_s and self.poisson_per_s:
-            raise ValueError(f"poisson_per_s = {self.poisson_per_s:g}: must be left out where at_s gives the times")
+            raise self.wrong("poisson_per_s", "must be left out where at_s gives the times")
         return self
 
 
@@ -91,11 +91,11 @@ class Fault(Table):
         if self.arc is not None and self.arc not in ARCS:
             raise ValueError(f"arc = {self.arc!r}: must be one of {', '.join(ARCS)}")
         if self.arc is not None and self.after is not None:
-            raise ValueError(f"after = {self.after}: goes with command only")
+            raise self.wrong("after", "goes with command only")
         if self.command is not None and self.leaves != "before":
-            raise ValueError(f'leaves = "{self.leaves}": goes with arc only')
+            raise self.wrong("leaves", "goes with arc only")
         if (self.command, self.side) in (("SAVE", "target"), ("LOAD", "source")):
-            raise ValueError(f'command = "{self.command}": must be SAVE at the source, LOAD at the target')
+            raise self.wrong("command", "must be SAVE at the source, LOAD at the target")
         return self
 
 
@@ -128,19 +128,15 @@ class Device(Table):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if "STOP_COPY" not in self.features:
-            raise ValueError(
-                f'features = {self.features}: must have "STOP_COPY", as every device that can migrate does'
-            )
+            raise self.wrong("features", 'must have "STOP_COPY", as every device that can migrate does')
         if len(set(self.features)) != len(self.features):
-            raise ValueError(f"features = {self.features}: must name each once")
+            raise self.wrong("features", "must name each once")
         if self.stop_only_mib > self.state_mib:
-            raise ValueError(f"stop_only_mib = {self.stop_only_mib:g}: must be at most state_mib = {self.state_mib:g}")
+            raise self.wrong("stop_only_mib", f"must be at most state_mib = {self.state_mib:g}")
         if self.blocks < 1:
-            raise ValueError(f"state_mib = {self.state_mib:g}: must be at least one byte")
+            raise self.wrong("state_mib", "must be at least one byte")
         if self.blocks > MAX_BLOCKS:
-            raise ValueError(
-                f"block_kib = {self.block_kib}: makes {self.blocks} blocks; must make at most {MAX_BLOCKS}"
-            )
+            raise self.wrong("block_kib", f"makes {self.blocks} blocks; must make at most {MAX_BLOCKS}")
         own = [f"{a.name} -> {b.name}" for a, b in arcs(self.flags)]
         for at, fault in enumerate(self.faults):
             if fault.arc is not None and fault.arc not in own:
@@ -154,7 +150,7 @@ class Device(Table):
                 f"critical.objects = {self.critical.objects}"
             )
         if self.writes and self.stop_only_blocks == self.blocks:
-            raise ValueError(f"stop_only_mib = {self.stop_only_mib:g}: must leave something for writes to dirty")
+            raise self.wrong("stop_only_mib", "must leave something for writes to dirty")
         return self
 
     @property

@@ -51,11 +51,9 @@ class Ram(Table):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.nonzero_gib > self.size_gib:
-            raise ValueError(f"nonzero_gib = {self.nonzero_gib:g}: must be at most size_gib = {self.size_gib:g}")
+            raise self.wrong("nonzero_gib", f"must be at most size_gib = {self.size_gib:g}")
         if self.working_set_mib > self.size_gib * 1024:
-            raise ValueError(
-                f"working_set_mib = {self.working_set_mib:g}: must be at most size_gib, {self.size_gib * 1024:g} MiB"
-            )
+            raise self.wrong("working_set_mib", f"must be at most size_gib, {self.size_gib * 1024:g} MiB")
         return self
 
 
@@ -79,7 +77,7 @@ class Firmware(Table):
     @model_validator(mode="after")
     def _varies_or_not(self) -> Self:
         if 0 < self.service_cv < 1e-3:
-            raise ValueError(f"service_cv = {self.service_cv:g}: must be 0, or at least 0.001")
+            raise self.wrong("service_cv", "must be 0, or at least 0.001")
         return self
 
 
@@ -147,10 +145,7 @@ class Link(Table):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.per_connection_gbit_per_s > self.gbit_per_s:
-            raise ValueError(
-                f"per_connection_gbit_per_s = {self.per_connection_gbit_per_s:g}: must be at most "
-                f"link.gbit_per_s = {self.gbit_per_s:g}"
-            )
+            raise self.wrong("per_connection_gbit_per_s", f"must be at most link.gbit_per_s = {self.gbit_per_s:g}")
         return self
 
     @property
@@ -223,18 +218,12 @@ class Vmm(Table):
     @model_validator(mode="after")
     def _channels_for_ram(self) -> Self:
         if self.multifd_dedicated >= self.multifd_channels:
-            raise ValueError(
-                f"multifd_dedicated = {self.multifd_dedicated}: must leave channels for RAM, "
-                f"multifd_channels = {self.multifd_channels}"
-            )
+            why = f"must leave channels for RAM, multifd_channels = {self.multifd_channels}"
+            raise self.wrong("multifd_dedicated", why)
         if self.multifd_load == "channel_threads" and self.multifd_load_threads:
-            raise ValueError(
-                f"multifd_load_threads = {self.multifd_load_threads}: must be left out where channel threads load"
-            )
+            raise self.wrong("multifd_load_threads", "must be left out where channel threads load")
         if self.switchover_ack == "reusable" and not self.reinit:
-            raise ValueError(
-                'switchover_ack = "reusable": goes with reinit = true only, which is what asks for it again'
-            )
+            raise self.wrong("switchover_ack", "goes with reinit = true only, which is what asks for it again")
         return self
 
 

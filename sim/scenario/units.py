@@ -72,6 +72,12 @@ class Table(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, ignored_types=(Rate, Whole))
 
+    def wrong(self, key: str, why: str) -> ValueError:
+        """The error about a key's value: `why` says what would be right."""
+        value = getattr(self, key)
+        shown = f"{value:g}" if isinstance(value, float) else f'"{value}"' if isinstance(value, str) else value
+        return ValueError(f"{key} = {shown}: {why}")
+
 
 def short(value: Any) -> str:
     """A value as a message shows it."""

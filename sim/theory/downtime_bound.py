@@ -91,16 +91,13 @@ class LowerBound:
     def save_slots_ns(self) -> float:
         """Lemma 1: the SAVEs of a PF's devices share the command slots of its firmware."""
         slots = self._scenario.firmware.engines
-        return max(
-            queue_ns((job.saved_from_ns, self._tail_ns(job), self._costs.save_ns(job.whole) / slots) for job in jobs)
-            for jobs in self._by_pf()
-        )
+        save_ns = self._costs.save_ns
+        return self._per_pf_ns(lambda job: (job.saved_from_ns, self._tail_ns(job), save_ns(job.whole) / slots))
 
     def save_chain_ns(self) -> float:
         """Lemma 2: the SAVEs of one stream come one after the other."""
-        return max(
-            job.saved_from_ns + self._costs.save_ns(job.chain) / job.readers + self._tail_ns(job) for job in self._jobs
-        )
+        save_ns = self._costs.save_ns
+        return max(job.saved_from_ns + save_ns(job.chain) / job.readers + self._tail_ns(job) for job in self._jobs)
 
     def save_and_read_ns(self) -> float:
         """Lemma 3: what the driver's chunks cannot hold is saved only while a source thread reads."""
@@ -147,8 +144,7 @@ class LowerBound:
 
     def writers_ns(self) -> float:
         """Lemma 9: a target thread does its write() calls one after the other: copy, LOAD, set-up, end of the load."""
-        finish_ns = self._costs.finish_ns
-        threads = self._load_threads()
+        finish_ns, threads = self._costs.finish_ns, self._load_threads()
         of_thread = [
             queue_ns((*self._load_release_tail_ns(job), self._write_and_load_ns(job) + finish_ns) for job in jobs)
             for jobs in self._threads()
@@ -162,24 +158,14 @@ class LowerBound:
     def load_slots_ns(self) -> float:
         """Lemma 10: LOADs of a PF's devices, and the ends of their loads, share the command slots of its firmware."""
         slots = min(self._scenario.firmware.engines, self._load_threads())
-        finish_ns = self._costs.finish_ns
-        return max(
-            queue_ns(
-                (*self._load_release_tail_ns(job), (self._costs.load_ns(job.whole) + finish_ns) / slots) for job in jobs
-            )
-            for jobs in self._by_pf()
-        )
+        load_ns, finish_ns = self._costs.load_ns, self._costs.finish_ns
+        return self._per_pf_ns(lambda job: (*self._load_release_tail_ns(job), (load_ns(job.whole) + finish_ns) / slots))
 
     def load_finish_ns(self) -> float:
         """Lemma 11: the ends of the loads share the slots, too, and each starts after its device's last record."""
         slots = min(self._scenario.firmware.engines, self._load_threads())
-        return max(
-            queue_ns(
-                (self._loaded_alone_ns(job), self._costs.after_load_ns(job.device), self._costs.finish_ns / slots)
-                for job in jobs
-            )
-            for jobs in self._by_pf()
-        )
+        after_ns, finish_ns = self._costs.after_load_ns, self._costs.finish_ns
+        return self._per_pf_ns(lambda job: (self._loaded_alone_ns(job), after_ns(job.device), finish_ns / slots))
 
     # --- the rest -----------------------------------------------------------------------------------------------------
 
@@ -205,10 +191,10 @@ class LowerBound:
         """The jobs of each thread: with the single channel one thread does all, one after the other."""
         return [self._jobs] if self._route.single else [[job] for job in self._jobs]
 
-    def _by_pf(self) -> list[list[DeviceJob]]:
-        """The jobs of each physical function."""
-        pfs = sorted({job.device.pf for job in self._jobs})
-        return [[job for job in self._jobs if job.device.pf == pf] for pf in pfs]
+    def _per_pf_ns(self, work: Callable[[DeviceJob], tuple[float, float, float]]) -> float:
+        """Bound by a server of each physical function, which its devices share. `work` as in queue_ns()."""
+        pfs = {job.device.pf for job in self._jobs}
+        return max(queue_ns(work(job) for job in self._jobs if job.device.pf == pf) for pf in pfs)
 
     def _source_threads_ns(self, service_ns: Callable[[DeviceJob], float]) -> float:
         """Bound by the source's threads, each of which does its jobs one after the other once it may read."""
