@@ -22,7 +22,7 @@ from experiments.runs.pool import Cell
 from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
 from sim.live.limits import THE_MACHINES_OWN, measured_lateness_ns, too_short
-from sim.live.processes.settings import Settings, Tls
+from sim.live.processes.settings import Settings
 from sim.live.result import LiveResult
 from sim.live.run import applied, run_here, run_to
 from sim.scenario.protocol import Protocol
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 DEFAULT_PORT = 22067
 """0x5633: V3."""
 DEFAULT_LISTEN = f"127.0.0.1:{DEFAULT_PORT}"
+LATENESS = ("late_median_ns", "late_p99_ns", "late_max_ns")
 
 
 def address(text: str, option: str) -> tuple[str, int]:
@@ -46,19 +47,6 @@ def address(text: str, option: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or not int(port) < 1 << 16:
         raise UserError(f"{option} {text}: must be HOST:PORT, as in {DEFAULT_LISTEN}")
     return host, int(port)
-
-
-def tls_of(cert: str | None, key: str | None, ca: str | None) -> Tls | None:
-    """The files for TLS, None without TLS. UserError if some of the three are missing."""
-    given = {"--tls-cert": cert, "--tls-key": key, "--tls-ca": ca}
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given):
-        return None
-    if cert is None or key is None or ca is None:
-        raise UserError(
-            f"{', '.join(missing)}: must be given too; TLS takes a certificate, its key, and the certificates to trust"
-        )
-    return Tls(cert, key, ca)
 
 
 def run_live(
@@ -180,9 +168,7 @@ def table(found: Sequence[LiveResult], settings: Settings) -> pl.DataFrame:
                 "loop": settings.loop,
                 "delays": sum(each.count for each in late),
                 "delays_asked_ns": sum(each.asked_ns for each in late),
-                "late_median_ns": max((each.late_median_ns for each in late), default=None),
-                "late_p99_ns": max((each.late_p99_ns for each in late), default=None),
-                "late_max_ns": max((each.late_max_ns for each in late), default=None),
+                **{key: max((getattr(each, key) for each in late), default=None) for key in LATENESS},
                 "cpu_ns": sum(result.cpu_ns.values()),
                 "clock_uncertainty_ns": result.clock_uncertainty_ns,
             }
@@ -257,7 +243,7 @@ def delays_table(found: Sequence[LiveResult]) -> Table:
     shown = plain_table(["process", "timers", "asked for s", "late us, median", "99 %", "most", "CPU s a run"])
     for process in dict.fromkeys(name for result in found for name in result.delays):
         delays = [result.delays[process] for result in found if process in result.delays]
-        worst = [max(getattr(each, f"late_{what}_ns") for each in delays) for what in ("median", "p99", "max")]
+        worst = [max(getattr(each, key) for each in delays) for key in LATENESS]
         asked_s = sum(each.asked_ns for each in delays) / 1e9
         count = str(sum(each.count for each in delays))
         cpu_s = sum(result.cpu_ns.get(process, 0) for result in found) / 1e9 / len(delays)

@@ -84,12 +84,23 @@ def live_options(command: F) -> F:
 
 
 def live_settings(options: dict[str, Any], **more: Any) -> Settings:
-    """The settings that the options of live_options() give. They are taken out of `options`."""
-    from experiments.commands.live import tls_of
-    from sim.live.processes.settings import Settings
+    """The settings that the options of live_options() give. They are taken out of `options`.
 
-    tls = tls_of(*(options.pop(f"tls_{file}") for file in ("cert", "key", "ca")))
-    return Settings(tls=tls, **{name: options.pop(name) for name in ("io", "loop", "silent_s")}, **more)
+    UserError if one or two of the three files for TLS are missing.
+    """
+    from sim.live.processes.settings import Settings, Tls
+
+    files = {file: options.pop(f"tls_{file}") for file in ("cert", "key", "ca")}
+    missing = [f"--tls-{file}" for file, path in files.items() if path is None]
+    if 0 < len(missing) < len(files):
+        raise UserError(
+            f"{', '.join(missing)}: must be given too; TLS takes a certificate, its key, and the certificates to trust"
+        )
+    return Settings(
+        tls=None if missing else Tls(**files),
+        **{name: options.pop(name) for name in ("io", "loop", "silent_s")},
+        **more,
+    )
 
 
 def parsed(

@@ -131,12 +131,8 @@ class Planned:
 
     def columns(self) -> dict[str, Any]:
         """The columns of its row beside those of the outcome: enough to make the run again."""
-        return {
-            "cell": self.key,
-            "base": self.point.base,
-            "settings": list(self.point.settings),
-            **self.point.factors,
-        }
+        point = self.point
+        return {"cell": self.key, "base": point.base, "settings": list(point.settings), **point.factors}
 
 
 @lru_cache(maxsize=4096)

@@ -75,15 +75,12 @@ def verdicts(runs: pl.DataFrame, pairs: Pairs, by: Sequence[str] = (), worth: fl
             change = effect(some, "downtime_ns", base, other)
             completed = {"base_completed": done[0], "other_completed": done[1]}
             word = {"verdict": verdict(change, done[0], done[1], worth)}
-            rows.append(at | effect_row(change, base, other, 1e6, "ms") | completed | word)
+            rows.append(at | effect_row(change, base, other) | completed | word)
     if not rows:
-        raise UserError(f"{_named(pairs)}: the runs have no such pair, only {', '.join(protocols(runs))}")
+        named = ", ".join(f"{other} against {base}" for base, other in pairs)
+        raise UserError(f"{named}: the runs have no such pair, only {', '.join(protocols(runs))}")
     table = pl.DataFrame(rows, infer_schema_length=None)
     return table.with_columns(pl.col("^(difference|ratio)_.*$").cast(pl.Float64))
-
-
-def _named(pairs: Pairs) -> str:
-    return ", ".join(f"{other} against {base}" for base, other in pairs)
 
 
 def readable(table: pl.DataFrame) -> pl.DataFrame:

@@ -19,14 +19,15 @@ import pytest
 from rich.console import Console
 
 from experiments.commands.agree import FIGURES, compare, verdicts, within_aim
-from experiments.commands.live import DEFAULT_PORT, address, tls_of
+from experiments.commands.live import DEFAULT_PORT, address
+from experiments.commands.options import live_settings
 from experiments.draw.agree import agreement
 from experiments.draw.live_progress import Progress, rates_mib_per_s
 from proto_v3.errors import UserError
 from proto_v3.timeline import PHASES, Resource
 from sim.live.limits import delays_ns, too_short
 from sim.live.processes.report import GuestNote, ProgressNote
-from sim.live.processes.settings import Tls, check_size
+from sim.live.processes.settings import Settings, Tls, check_size
 from sim.scenario.file import load
 from tests.build.cli import CLI, proto_v3
 
@@ -236,10 +237,14 @@ def test_addresses_that_are_none(text: str) -> None:
 
 
 def test_tls_takes_all_three_files_or_none() -> None:
-    assert tls_of(None, None, None) is None
-    assert tls_of("a", "b", "c") == Tls("a", "b", "c")
+    def settings(*files: str | None) -> Settings:
+        options = dict(zip(("tls_cert", "tls_key", "tls_ca"), files, strict=True))
+        return live_settings({"io": "loop", "loop": "asyncio", "silent_s": 1.0} | options)
+
+    assert settings(None, None, None).tls is None
+    assert settings("a", "b", "c").tls == Tls("a", "b", "c")
     with pytest.raises(UserError, match="--tls-ca"):
-        tls_of("a", "b", None)
+        settings("a", "b", None)
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
