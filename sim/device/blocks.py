@@ -226,7 +226,7 @@ class LoadBlocks(V3LoadedFd, WriteOnlyBlocksFd):
 
     @override
     async def write(self, payload: Payload, piece_bytes: int) -> None:
-        session = self._session
+        session = self.session
         session.check_open()
         if piece_bytes < 1:
             raise fails(errno.EINVAL)
@@ -239,7 +239,7 @@ class LoadBlocks(V3LoadedFd, WriteOnlyBlocksFd):
 
     async def add(self, record: Record) -> None:
         """write() without the copy: in live mode, which made it elsewhere."""
-        session = self._session
+        session = self.session
         session.check_open()
         if record.stream != 1:
             raise session.refuse(errno.EXDEV, f"blocks: a record of stream {record.stream} came")

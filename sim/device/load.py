@@ -118,25 +118,7 @@ class LoadedFd(WriteOnlyFd):
     """A data fd that is written to: what all kinds share."""
 
     def __init__(self, session: LoadSession) -> None:
-        self._session = session
-
-    @property
-    def over(self) -> bool:
-        """Whether the session is over."""
-        return self._session.over
-
-    @property
-    def error(self) -> OSError | None:
-        """The error of every call, if the session is over."""
-        return self._session.error
-
-    async def changed(self) -> None:
-        """Wait until the session is over, or (v3) an epoch is loaded."""
-        await self._session.changed()
-
-    def refuse(self, why: str) -> OSError:
-        """The error of bytes that are no stream at all: as of a stream that is not the source's."""
-        return self._session.refuse(errno.EPROTO, why)
+        self.session = session
 
     @override
     async def get_stream(self, index: int) -> DataFd:
@@ -209,7 +191,7 @@ class LoadStream(LoadedFd):
 
     @override
     async def write(self, payload: Payload, piece_bytes: int) -> None:
-        session = self._session
+        session = self.session
         session.check_open()
         if piece_bytes < 1:
             raise fails(errno.EINVAL)
@@ -225,7 +207,7 @@ class LoadStream(LoadedFd):
 
     async def add(self, record: Record, start: int, stop: int) -> None:
         """write() without the copy, of bytes [start, stop) of a record: in live mode, which made it elsewhere."""
-        self._session.check_open()
+        self.session.check_open()
         async with AsyncExitStack() as held:
             await self._take_locks(held)
             await self._add(record, start, stop)
@@ -233,10 +215,10 @@ class LoadStream(LoadedFd):
     async def _take_locks(self, held: AsyncExitStack) -> None:
         for lock in self._locks:
             await held.enter_async_context(lock)
-        self._session.check_open()
+        self.session.check_open()
 
     async def _add(self, record: Record, start: int, stop: int) -> None:
-        session = self._session
+        session = self.session
         try:
             whole = self._queue.add(record, start, stop)
         except StreamError as error:
@@ -257,7 +239,7 @@ class LoadStream(LoadedFd):
     @override
     async def precopy_info(self) -> PrecopyInfo:
         """Not in RESUMING: EINVAL."""
-        self._session.check_open()
+        self.session.check_open()
         raise fails(errno.EINVAL)
 
     @override

@@ -133,14 +133,14 @@ class V3LoadedFd(LoadedFd):
     @override
     async def stream_info(self) -> StreamInfo:
         """Not in RESUMING: EINVAL."""
-        self._session.check_open()
+        self.session.check_open()
         raise fails(errno.EINVAL)
 
     @override
     async def close(self) -> None:
         if not self.ended:
-            self._session.check_open()
-            raise self._session.refuse(errno.ENODATA, f"{self.what}: was closed before its END")
+            self.session.check_open()
+            raise self.session.refuse(errno.ENODATA, f"{self.what}: was closed before its END")
 
 
 class V3LoadStream(V3LoadedFd, LoadStream):
@@ -162,11 +162,11 @@ class V3LoadStream(V3LoadedFd, LoadStream):
         strange = len(record.blocks) > 0 if self._index == 0 else len(record.objects) > 0 or record.epoch_complete
         if strange:
             why = f"stream {self._index}: a {record.record_class.name} record does not belong there"
-            raise self._session.refuse(errno.EPROTO, why)
+            raise self.session.refuse(errno.EPROTO, why)
 
     @override
     async def get_stream(self, index: int) -> DataFd:
-        self._session.check_open()
+        self.session.check_open()
         if self._index:
             raise fails(errno.ENOTTY)
         if not 0 <= index < len(self.dirty):

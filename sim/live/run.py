@@ -58,16 +58,13 @@ class _Side:
         vmm_end, device_end = socket.socketpair()
         self.side = side
         self._settings = settings
-        try:
+        with vmm_end, device_end:
             self.device = start(f"{side} device", device_main, notes, device_end, side, settings.loop)
             try:
                 self.vmm = start(f"{side} VMM", vmm_main, notes, vmm_end, side, settings, *migrate)
             except BaseException:
                 self.device.bury()
                 raise
-        finally:
-            vmm_end.close()
-            device_end.close()
         for child in self.children:
             child.watch(settings)
 

@@ -28,9 +28,7 @@ from itertools import islice
 
 from proto_v3.timeline import Resource, Timeline
 from sim.clock.port import now_ns
-from sim.device.load import LoadedFd
-from sim.device.save import SaveStream
-from sim.device.stream import fails
+from sim.device.stream import PartOfSession, fails
 from sim.live.io import MAX_IOV, Worker, advanced
 from sim.live.merge_timelines import ProcessTimeline
 
@@ -242,9 +240,10 @@ class DriverEnd:
     """The driver's end of a data fd: its socket, a thread that copies, and a task that moves the stream's bytes."""
 
     def __init__(
-        self, stream: SaveStream | LoadedFd, copier: Copier, timeline: ProcessTimeline, edge: str, *, room_bytes: int
+        self, ends_with: PartOfSession, copier: Copier, timeline: ProcessTimeline, edge: str, *, room_bytes: int
     ) -> None:
         """`edge` names the edges in the timeline; `room_bytes` fit the socket."""
+        self.ends_with = ends_with
         self._copier = copier
         self._timeline = timeline
         self._edge = edge
@@ -253,14 +252,14 @@ class DriverEnd:
         """Set when the session is over: ends a copy that waits."""
         self._worker = Worker(f"{edge} copy")
         self._task = asyncio.create_task(self._run(), name=edge)
-        self._watching = asyncio.create_task(self._watch(stream), name=f"{edge} watch")
+        self._watching = asyncio.create_task(self._watch(), name=f"{edge} watch")
 
     async def _run(self) -> None:
         raise NotImplementedError
 
-    async def _watch(self, stream: SaveStream | LoadedFd) -> None:
-        while not stream.over:
-            await stream.changed()
+    async def _watch(self) -> None:
+        while not self.ends_with.over:
+            await self.ends_with.changed()
         os.eventfd_write(self._closing, 1)
 
     async def ended(self) -> None:

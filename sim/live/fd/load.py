@@ -29,7 +29,7 @@ from sim.device.state import Indices, Place
 from sim.live.fd.codec import Decoder
 from sim.live.fd.copy import Copier, DriverEnd
 from sim.live.fd.store import StateStore
-from sim.live.fd.write_protocol import SIZE, AnnouncedBytes, WriteAnswer
+from sim.live.fd.write_protocol import SIZE, AnnouncedBytes, WriteAnswer, new_page
 from sim.live.merge_timelines import ProcessTimeline
 
 NO_LIMIT = 1 << 62
@@ -51,19 +51,20 @@ class LoadedData(DriverEnd):
         room_bytes: int,
     ) -> None:
         """`decoder` makes one for each record."""
-        super().__init__(stream, copier, timeline, edge, room_bytes=room_bytes)
+        super().__init__(stream.session, copier, timeline, edge, room_bytes=room_bytes)
         self.stream = stream
         self._decoder = decoder
         self._store = store
-        self._announced = AnnouncedBytes()
+        self._page = new_page()
+        self._announced = AnnouncedBytes(self._page)
         self._taken = 0
         self._answers = 0
         self._loads: set[asyncio.Task[None]] = set()
         """That go on beside the receiving."""
 
     def fds(self) -> list[int]:
-        """The VMM's end, which only the VMM has from now on; and the page with the bytes that it announces."""
-        return [self._theirs.detach(), self._announced.detach()]
+        """The VMM's end, and the page of the bytes that it announces. Both descriptors are the VMM's from now on."""
+        return [self._theirs.detach(), self._page]
 
     @override
     async def _run(self) -> None:
@@ -72,7 +73,7 @@ class LoadedData(DriverEnd):
             while await self._take_record(NO_LIMIT):
                 pass
         except OSError as error:
-            stale = error.errno == errno.ENODEV and self.stream.error  # which says why
+            stale = error.errno == errno.ENODEV and self.ends_with.error  # which says why
             self._answer(self._taken, stale or error)
         except Exception as error:
             self._answer(self._taken, OSError(errno.EIO, repr(error)))
@@ -90,7 +91,7 @@ class LoadedData(DriverEnd):
 
     def _refuse(self, why: str) -> OSError:
         """The error of bytes that are no stream. If the session is over, they cannot fail the device any more."""
-        return self.stream.error or self.stream.refuse(why)
+        return self.ends_with.error or self.stream.session.refuse(errno.EPROTO, why)
 
     # --- receiving ----------------------------------------------------------------------------------------------------
 
@@ -157,7 +158,7 @@ class LoadedData(DriverEnd):
         """Returns the number of the answer."""
         self._answers += 1
         code, text = (error.errno or errno.EIO, str(error.strerror or error)) if error else (0, "")
-        later = self.stream.error
+        later = self.ends_with.error
         later_code = later.errno if later is not None and later.errno is not None else code
         with contextlib.suppress(OSError):  # the VMM is gone
             flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL

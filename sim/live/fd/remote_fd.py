@@ -274,8 +274,7 @@ class LoopDescriptor(Descriptor):
         super().__init__(number)
         self._loop = asyncio.get_running_loop()
         self._woken = False
-        self._reading: asyncio.Future[None] | None = None
-        self._writing: asyncio.Future[None] | None = None
+        self._waiting: set[asyncio.Future[None]] = set()
 
     @override
     async def read(self, view: memoryview) -> int:
@@ -294,15 +293,7 @@ class LoopDescriptor(Descriptor):
 
     async def _wait_in(self) -> bool:
         if not self._woken:
-            self._reading = self._loop.create_future()
-            self._loop.add_reader(self.number, set_done, self._reading)
-            try:
-                await self._reading
-            finally:
-                self._reading = None
-                if not self._closed:
-                    self._loop.remove_reader(self.number)
-            self._check_open()
+            await self._ready(self._loop.add_reader, self._loop.remove_reader)
         woken, self._woken = self._woken, False
         return not woken
 
@@ -313,20 +304,26 @@ class LoopDescriptor(Descriptor):
             try:
                 view = view[os.write(self.number, view[:piece_bytes]) :]
             except BlockingIOError:
-                self._writing = self._loop.create_future()
-                self._loop.add_writer(self.number, set_done, self._writing)
-                try:
-                    await self._writing
-                finally:
-                    self._writing = None
-                    if not self._closed:
-                        self._loop.remove_writer(self.number)
+                await self._ready(self._loop.add_writer, self._loop.remove_writer)
+
+    async def _ready(self, watch: Callable[..., None], unwatch: Callable[[int], bool]) -> None:
+        """Wait until it is ready, by these methods of the loop, or until wake(). ENODEV if it is closed meanwhile."""
+        ready: asyncio.Future[None] = self._loop.create_future()
+        self._waiting.add(ready)
+        watch(self.number, set_done, ready)
+        try:
+            await ready
+        finally:
+            self._waiting.discard(ready)
+            if not self._closed:
+                unwatch(self.number)
+        self._check_open()
 
     @override
     def wake(self) -> None:
         self._woken = True
-        if self._reading is not None:
-            set_done(self._reading)
+        for ready in self._waiting:
+            set_done(ready)
 
     @override
     def close(self) -> None:
@@ -336,9 +333,8 @@ class LoopDescriptor(Descriptor):
         self._loop.remove_reader(self.number)
         self._loop.remove_writer(self.number)
         os.close(self.number)
-        for waiter in (self._reading, self._writing):
-            if waiter is not None:
-                set_done(waiter)
+        for ready in self._waiting:
+            set_done(ready)
 
 
 def descriptor(number: int, name: str, io: str) -> Descriptor:

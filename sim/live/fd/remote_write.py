@@ -39,6 +39,7 @@ class RemoteWriteFd(RemoteFd, WriteOnlyFd):
     def __init__(self, device: int, name: str, number: int, fds: Sequence[int], devices: Devices) -> None:
         super().__init__(device, name, number, fds, devices)
         self._announced: AnnouncedBytes | None = AnnouncedBytes(fds[1])
+        os.close(fds[1])
         self._written = 0
         self._listening = False
         self._refused = 0  # the errno of every write() from now on

@@ -295,7 +295,7 @@ class BlocksData:
     def __init__(
         self, stream: SaveBlocks, store: StateStore, mutex: Mutex | None, bytes_per_s: float, timeline: ProcessTimeline
     ) -> None:
-        self.stream = stream
+        self.stream = self.ends_with = stream
         self.lock_ns = self.copy_ns = 0
         self._layout = Layout(store)
         self._lock = nullcontext() if mutex is None else mutex

@@ -63,34 +63,28 @@ class WriteAnswerReader:
             yield WriteAnswer(taken, number, errno, later_errno, text)
 
 
+def new_page() -> int:
+    """The memfd of a page for AnnouncedBytes."""
+    memfd = os.memfd_create("announced", os.MFD_CLOEXEC)
+    os.ftruncate(memfd, mmap.PAGESIZE)
+    return memfd
+
+
 class AnnouncedBytes:
     """Running total of the bytes that the VMM passed to write(), in a page that both processes share.
 
-    The driver makes the page (a memfd) and passes its descriptor with the data fd; the VMM maps it. The VMM sets
-    `total` before each write(), the driver only reads it. So the driver knows where the last write() ends, and answers
-    once it has taken that byte, not after every piece that the socket delivers.
+    The driver makes the page and passes its descriptor with the data fd; both map it. The VMM sets `total` before each
+    write(), the driver only reads it. So the driver knows where the last write() ends, and answers once it has taken
+    that byte, not after every piece that the socket delivers.
     """
 
-    def __init__(self, memfd: int = -1) -> None:
-        """`memfd`: the descriptor that the driver passed; -1 in the driver, which makes one."""
-        is_driver = memfd < 0
-        memfd = os.memfd_create("announced", os.MFD_CLOEXEC) if is_driver else memfd
-        if is_driver:
-            os.ftruncate(memfd, mmap.PAGESIZE)
+    def __init__(self, memfd: int) -> None:
+        """Map the page; `memfd` stays the caller's."""
         self._page = mmap.mmap(memfd, mmap.PAGESIZE)
-        self._memfd = memfd
-
-    def detach(self) -> int:
-        """The page's descriptor, which is the caller's from now on."""
-        memfd, self._memfd = self._memfd, -1
-        return memfd
 
     def close(self) -> None:
-        """Unmap the page, and close the descriptor unless it was detached."""
+        """Unmap the page."""
         self._page.close()
-        if self._memfd >= 0:
-            os.close(self._memfd)
-            self._memfd = -1
 
     @property
     def total(self) -> int:

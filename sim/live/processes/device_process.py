@@ -12,6 +12,7 @@ import errno
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from proto_v3.vfio import ioctl
@@ -132,38 +133,34 @@ class DeviceProcess:
     async def _do_feature(self, device: int, buffer: bytes) -> Reply:
         """VFIO_DEVICE_FEATURE."""
         of, argument = self._devices[device], bytearray(buffer)
-        installed: list[int] = []
-
-        def install(fd: DataFd) -> int:
-            installed.append(self._install(of, fd))
-            return installed[-1]
-
+        passed: list[Data] = []
         try:
-            await ioctl.device_feature(of.driver, argument, install)
+            await ioctl.device_feature(of.driver, argument, lambda fd: self._install(of, fd, passed))
         finally:
             await self._end_what_is_over()
         header = DeviceFeature.unpack(argument)
         done = header.flags & FeatureOp.SET and not header.flags & FeatureOp.PROBE
         if header.flags & FEATURE_MASK == Feature.MIG_PRECOPY_INFOV2 and done:
             of.opted_in = True
-        return Reply({"buffer": bytes(argument)}, [fd for number in installed for fd in self._data[number].fds()])
+        return Reply({"buffer": bytes(argument)}, [fd for data in passed for fd in data.fds()])
 
     async def _do_reset(self, device: int) -> Reply:
         await self._devices[device].driver.reset()
         await self._end_what_is_over()
         return Reply()
 
-    def _install(self, device: _Device, fd: DataFd) -> int:
-        """Make the socket of a data fd; returns its number."""
+    def _install(self, device: _Device, fd: DataFd, passed: list[Data]) -> int:
+        """The number of a data fd. One that the VMM does not have yet is made, and added to those that are passed."""
+        for number, data in self._data.items():
+            if data.stream is fd:
+                return number
         number = len(self._data) + 1
         name = f"{self.side} {device.driver.name} fd {number}"
         scenario = self._scenario
         lock = device.driver.lock_for_a_copy()
         mutex = lock.mutex if isinstance(lock, RealLock) else None
         rate = scenario.host.copy_bytes_per_s
-        v3 = device.driver.dirty_streams > 0
         room_bytes = scenario.driver.chunk_bytes  # the socket is the end of the driver's chunks
-        data: Data
         if isinstance(fd, SaveStream):
             copier, piece_bytes = Copier(mutex, rate), scenario.vmm.read_bytes
             data = SavedData(
@@ -174,18 +171,16 @@ class DeviceProcess:
         else:
             assert isinstance(fd, LoadStream | LoadBlocks)
             kind = LoadedBlocks if isinstance(fd, LoadBlocks) else LoadedStream
-
-            def decoder() -> Decoder:
-                return Decoder(device.driver.spec, v3)
-
+            decoder = partial(Decoder, device.driver.spec, device.driver.dirty_streams > 0)
             data = kind(fd, decoder, device.store, Copier(None, rate), self.timeline, name, room_bytes=room_bytes)
         self._data[number] = data
+        passed.append(data)
         return number
 
     async def _end_what_is_over(self) -> None:
         """Clean up the fds of sessions that are over: nothing more is read, or written to the device's state."""
         for number, data in list(self._data.items()):
-            if data.stream.over and number not in self._ended:
+            if data.ends_with.over and number not in self._ended:
                 await data.ended()
                 self._ended.add(number)
 
@@ -202,19 +197,9 @@ class DeviceProcess:
         return Reply({"buffer": bytes(argument)})
 
     async def _do_get_stream(self, device: int, fd: int, buffer: bytes) -> Reply:
-        argument = bytearray(buffer)
-        installed: list[int] = []
-
-        def install(stream: DataFd) -> int:
-            """A stream that the VMM has already keeps its number, and is not passed again."""
-            for number, data in self._data.items():
-                if data.stream is stream:
-                    return number
-            installed.append(self._install(self._devices[device], stream))
-            return installed[-1]
-
-        await ioctl.get_stream(self._data[fd].stream, argument, install)
-        passed = [self._data[number] for number in installed]
+        of, argument = self._devices[device], bytearray(buffer)
+        passed: list[Data] = []
+        await ioctl.get_stream(self._data[fd].stream, argument, lambda stream: self._install(of, stream, passed))
         blocks = any(isinstance(data, BlocksData | LoadedBlocks) for data in passed)
         return Reply({"buffer": bytes(argument), "blocks": blocks}, [fd for data in passed for fd in data.fds()])
 
