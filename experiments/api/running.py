@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 import polars as pl
 
@@ -21,10 +21,12 @@ from experiments.runs.pool import Cell, Done, in_processes, progress_bar, run_ce
 from experiments.study.experiment import NAMES, find
 from experiments.trace.traced_run import TracedRun, traced_run
 from proto_v3.errors import UserError
+from sim.outcome import Outcome
 from sim.scenario import file
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Seeds = int | Iterable[int]
 """A number of seeds, which count up from 1; or the seeds."""
@@ -138,7 +140,7 @@ def run(scenario: Scenario | str, protocol: str, seed: int = 1) -> TracedRun:
     """
     known = _scenario(scenario)
     (chosen,) = _seeds([seed])
-    return _outside_of_loops(lambda: traced_run(known, Protocol.parse(protocol, known), chosen))
+    return _outside_of_loops(traced_run, known, Protocol.parse(protocol, known), chosen)
 
 
 def compare_command(
@@ -187,10 +189,10 @@ def _cell_value(value: Setting) -> str | int | float | bool:
 # --- making them ------------------------------------------------------------------------------------------------------
 
 
-def _outcomes(cells: Sequence[Cell], jobs: int | None, progress: Progress) -> list[Any]:
+def _outcomes(cells: Sequence[Cell], jobs: int | None, progress: Progress) -> list[Outcome]:
     if jobs is not None and (type(jobs) is not int or jobs < 1):
         raise UserError(f"jobs {jobs}: must be a whole number from 1, or None for one a CPU")
-    done: dict[int, Any] = {}
+    done: dict[int, Outcome] = {}
     with _reported(progress, len(cells)) as report:
         for at, outcome in _here(cells) if jobs == 1 else in_processes(cells, jobs, START_METHOD):
             done[at] = outcome
@@ -200,17 +202,17 @@ def _outcomes(cells: Sequence[Cell], jobs: int | None, progress: Progress) -> li
 
 def _here(cells: Sequence[Cell]) -> Done:
     for at, cell in enumerate(cells):
-        yield at, _outside_of_loops(lambda cell=cell: run_cell(cell))  # type: ignore[misc]
+        yield at, _outside_of_loops(run_cell, cell)
 
 
-def _outside_of_loops(work: Callable[[], T]) -> T:
-    """Run it in a thread of its own if an event loop runs in this one: the virtual clock is an event loop too."""
+def _outside_of_loops(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """Call it in a thread of its own if an event loop runs in this one: the virtual clock is an event loop too."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return work()
+        return work(*arguments, **options)
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(work).result()
+        return thread.submit(work, *arguments, **options).result()
 
 
 @contextlib.contextmanager

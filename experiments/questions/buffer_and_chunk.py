@@ -402,7 +402,6 @@ def _chunk_figure(frame: pl.DataFrame, command: str) -> Figure:
 EXPERIMENT = Experiment(
     name="buffer_and_chunk",
     question="How large should a read() and a driver's chunk be: is there a gain above QEMU's 1 MiB?",
-    claims=(),
     points=points,
     answer=answer,
     figures=figures,

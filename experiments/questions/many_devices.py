@@ -326,7 +326,6 @@ def _paths(frame: pl.DataFrame, command: str) -> Figure:
 EXPERIMENT = Experiment(
     name="many_devices",
     question=f"How long is the downtime with 1 to {max(VFS)} VFs, and what does v3 gain over {AGAINST}?",
-    claims=("C2",),
     points=points,
     answer=answer,
     figures=figures,

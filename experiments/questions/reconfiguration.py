@@ -200,7 +200,6 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
 EXPERIMENT = Experiment(
     name="reconfiguration",
     question="How do downtime, critical lag and set-up in the downtime grow with the rate of reconfigurations?",
-    claims=("C1", "C4"),
     points=points,
     answer=answer,
     figures=figures,

@@ -436,7 +436,6 @@ def _edges(frame: pl.DataFrame, command: str) -> Figure:
 EXPERIMENT = Experiment(
     name="state_and_dirty_rate",
     question="Up to which dirty rate does a device of 64 MiB to 64 GiB converge, and with which downtime?",
-    claims=("C2", "C3"),
     points=points,
     answer=answer,
     figures=figures,

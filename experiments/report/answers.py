@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +46,10 @@ class KeptAnswer:
     @property
     def outcomes(self) -> dict[str, int]:
         """How many runs ended in which way, the most frequent first."""
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for of_protocol in self.manifest["outcomes"].values():
-            for kind, runs in of_protocol.items():
-                counts[kind] = counts.get(kind, 0) + runs
-        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+            counts.update(of_protocol)
+        return dict(counts.most_common())
 
 
 def read(results: Path) -> list[KeptAnswer]:

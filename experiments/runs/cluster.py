@@ -22,9 +22,14 @@ def on_cluster(cells: Sequence[Cell], address: str) -> Done:
         import distributed
     except ImportError as error:
         raise UserError("--scheduler: needs Dask; install proto-v3[distributed]") from error
-    as_completed: Any = distributed.as_completed  # it has no types
+    connect: Any = distributed.Client
+    as_completed: Any = distributed.as_completed  # neither has types
+    try:
+        client = connect(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise UserError(f"--scheduler {address}: no Dask scheduler answers there: {error}") from error
     remaining = iter(enumerate(cells))
-    with _client(address) as client:
+    with client:
         workers = sum(client.nthreads().values())
         if not workers:
             raise UserError(f"--scheduler {address}: it has no workers")
@@ -48,13 +53,3 @@ def on_cluster(cells: Sequence[Cell], address: str) -> Done:
                 raise UserError(f"--scheduler {address}: its workers cannot make runs: {reason}") from error
             yield at, outcome
             submit(1)
-
-
-def _client(address: str) -> Any:
-    import distributed
-
-    connect: Any = distributed.Client
-    try:
-        return connect(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
-    except (OSError, ValueError, TimeoutError) as error:
-        raise UserError(f"--scheduler {address}: no Dask scheduler answers there: {error}") from error

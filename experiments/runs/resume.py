@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -65,9 +65,8 @@ class RunStore:
             self._db.execute("update versions set version = ? where what = ?", (self._ours, MADE_BY))
         self.made_by = self._ours
 
-    def rows(self, cells: Collection[str]) -> dict[str, dict[str, Any]]:
+    def rows(self, cells: Set[str]) -> dict[str, dict[str, Any]]:
         """The rows of these cells that are there."""
-        wanted = set(cells)
         with self._errors("is damaged"):
             kept = self._db.execute("select cell, row from finished")
-            return {cell: json.loads(row) for cell, row in kept if cell in wanted}
+            return {cell: json.loads(row) for cell, row in kept if cell in cells}

@@ -89,7 +89,6 @@ class Experiment:
 
     name: str
     question: str
-    claims: Sequence[str]
     points: Callable[[bool], Sequence[Point]]
     """The grid; True asks for a coarse one, for a quick run."""
     answer: Callable[[pl.DataFrame], Answer]

@@ -67,7 +67,7 @@ def figures(frame: pl.DataFrame, command: str) -> dict[str, Figure]:
     return {NAME: figure}
 
 
-TINY = Experiment(NAME, "Is it small?", ("C3",), points, answer, figures, repeats=SEEDS, quick_repeats=1)
+TINY = Experiment(NAME, "Is it small?", points, answer, figures, repeats=SEEDS, quick_repeats=1)
 
 
 def register(monkeypatch: pytest.MonkeyPatch, told: Experiment = TINY) -> None:
@@ -216,14 +216,14 @@ def test_a_place_may_have_fewer_repeats(monkeypatch: pytest.MonkeyPatch) -> None
     def some(quick: bool) -> list[Point]:
         return [Point(BASE, "v2", SMALL, {}, 2), Point(BASE, "v3-n2", SMALL)]
 
-    planned = Experiment(NAME, "?", (), some, answer, figures, repeats=4).planned(False)
+    planned = Experiment(NAME, "?", some, answer, figures, repeats=4).planned(False)
     assert [(each.point.protocol, each.cell.seed) for each in planned] == [
         *(("v2", 1), ("v3-n2", 1), ("v2", 2), ("v3-n2", 2), ("v3-n2", 3), ("v3-n2", 4)),
     ]
 
 
 def test_a_run_that_two_places_share_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    twice = Experiment(NAME, "?", (), lambda quick: points(quick) * 2, answer, figures, repeats=1)
+    twice = Experiment(NAME, "?", lambda quick: points(quick) * 2, answer, figures, repeats=1)
     monkeypatch.setattr(sys.modules[f"experiments.questions.{NAME}"], "EXPERIMENT", twice)
     assert run(tmp_path, "--jobs", "1").exit_code == 0
     assert table(tmp_path).height == len(points(True))
@@ -423,7 +423,7 @@ def test_a_grid_that_cannot_be_run_is_refused_before_anything_is_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, counted: Counted
 ) -> None:
     wrong = [*points(True), Point(BASE, "v2", ("firmware.engines=many",))]
-    told = Experiment(NAME, "?", (), lambda quick: wrong, answer, figures)
+    told = Experiment(NAME, "?", lambda quick: wrong, answer, figures)
     monkeypatch.setattr(sys.modules[f"experiments.questions.{NAME}"], "EXPERIMENT", told)
     assert "firmware.engines" in refused(NAME, "--out", str(tmp_path))
     assert counted.calls == []

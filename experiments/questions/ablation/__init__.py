@@ -17,7 +17,6 @@ from experiments.study.experiment import Experiment
 EXPERIMENT = Experiment(
     name="ablation",
     question="What does each step from v2 to v3 bring: REINIT, ack, multifd, a second fd, N fds, a pool?",
-    claims=("C1", "C4"),
     points=points,
     answer=answer,
     figures=figures,

@@ -16,7 +16,6 @@ from experiments.study.experiment import Experiment
 EXPERIMENT = Experiment(
     name="channels",
     question="Does a pool of shared connections, critical frames first, do as well as a connection for each stream?",
-    claims=("C5",),
     points=points,
     answer=answer,
     figures=figures,

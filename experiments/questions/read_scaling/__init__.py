@@ -17,7 +17,6 @@ from experiments.study.experiment import Experiment
 EXPERIMENT = Experiment(
     name="read_scaling",
     question="Is read() the bottleneck, and when? How does the time to move a stopped device fall with N?",
-    claims=("C2", "C3"),
     points=points,
     answer=answer,
     figures=figures,

@@ -16,7 +16,6 @@ from experiments.study.experiment import Experiment
 EXPERIMENT = Experiment(
     name="reorder_memory",
     question="How much memory does the target need for data that it cannot load yet, and has it a bound?",
-    claims=("C6",),
     points=points,
     answer=answer,
     figures=figures,

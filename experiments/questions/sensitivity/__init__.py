@@ -15,7 +15,6 @@ from experiments.study.experiment import Experiment
 EXPERIMENT = Experiment(
     name="sensitivity",
     question="Which parameters do the conclusions hang on, and for which device does v3 bring less than 5 %?",
-    claims=("C3",),
     points=points,
     answer=answer,
     figures=figures,

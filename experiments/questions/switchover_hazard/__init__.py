@@ -16,7 +16,6 @@ from experiments.study.experiment import Experiment
 EXPERIMENT = Experiment(
     name="switchover_hazard",
     question="How often does critical data come too late for the stop, by user, ack and policy, and what does it cost?",
-    claims=("C1",),
     points=points,
     answer=answer,
     figures=figures,
