@@ -107,10 +107,8 @@ class Recorded:
     names: list[str]
     spans: dict[str, NDArray[Any]]
     """Keys and types: SPAN_COLUMNS. The cause of a span is the index of a span, or NO_CAUSE."""
-    blocked: dict[str, NDArray[Any]]
-    """Keys and types: BLOCKED_COLUMNS."""
-    marks: dict[Mark, tuple[int, int]]
-    """Time and cause."""
+    blocked: dict[str, NDArray[Any]]  # keys and types: BLOCKED_COLUMNS
+    marks: dict[Mark, tuple[int, int]]  # time and cause
     stages: list[Stage]
 
 

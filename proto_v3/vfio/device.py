@@ -30,10 +30,8 @@ class DirtyBlocks:
     """v3, blocks: the answer of `VFIO_MIG_GET_DIRTY_BLOCKS`."""
 
     block_bytes: int
-    blocks: int
-    """Of the device."""
-    bitmap: bytes
-    """Bit b of the bitmap, the lowest bit of a byte first, is block b."""
+    blocks: int  # of the device
+    bitmap: bytes  # bit b of the bitmap, the lowest bit of a byte first, is block b
 
 
 class DataFd(Protocol):

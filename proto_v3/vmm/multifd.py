@@ -39,8 +39,7 @@ class Multifd:
     coupled: bool
     """A channel's thread waits until the data it received is loaded. (Tried for comparison,
     6240036b-f8b8-4592-8f80-21ee6d3eaa1e@maciej.szmigiero.name.)"""
-    load_threads: int
-    """At most this many devices load at once; 0: all."""
+    load_threads: int  # at most this many devices load at once; 0: all
     max_queued_bytes: int | None = None
     """Limit for one device at the target: if more bytes wait, the migration fails. None: no limit. (QEMU's
     x-migration-max-queued-buffers-size, which has no limit by default.)"""
@@ -84,8 +83,7 @@ class Pool:
     def __init__(self, channels: Sequence[Channel]) -> None:
         self.senders = [_Sender(channel, self) for channel in channels]
         self.free = deque(self.senders)
-        self.changed = Notify()
-        """A sender has sent its packet or its SYNC."""
+        self.changed = Notify()  # a sender has sent its packet or its SYNC
 
     async def send(self, packet: Frame) -> None:
         """Hand a packet to a channel's thread; waits while all are busy."""

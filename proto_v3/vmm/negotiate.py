@@ -37,18 +37,13 @@ MAX_WIRE_STREAMS = 256
 class Hello:
     """What a VMM announces: the source what it wants, the target the most that it has."""
 
-    version: int
-    """2 or 3. The target answers with the highest version it knows, up to the one asked for."""
-    dirty_streams: int = 0
-    """Of each device; at the target, of the device that has the fewest."""
-    wire_streams: int = 0
-    """Of each device."""
+    version: int  # 2 or 3. The target answers with the highest version it knows, up to the one asked for
+    dirty_streams: int = 0  # of each device; at the target, of the device that has the fewest
+    wire_streams: int = 0  # of each device
     blocks: bool = False
     wire: str = ""
-    pool: int = 0
-    """Connections of the pool."""
-    critical_credit_bytes: int = 0
-    """Set by the target, as it limits the target's memory."""
+    pool: int = 0  # connections of the pool
+    critical_credit_bytes: int = 0  # set by the target, as it limits the target's memory
     dirty_credit_bytes: int = 0
 
     def frame(self) -> Frame:

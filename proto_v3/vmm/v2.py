@@ -21,8 +21,7 @@ class Ack(enum.StrEnum):
 class V2Options:
     """The options of a user of v2."""
 
-    reinit: bool = False
-    """Opt in to PRECOPY_INFOv2."""
+    reinit: bool = False  # opt in to PRECOPY_INFOv2
     ack: Ack = Ack.OFF
     polls: bool = False
     """Ask for PRECOPY_INFO in every round. Otherwise, like QEMU, only when the rest seems to fit."""

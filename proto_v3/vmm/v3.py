@@ -20,8 +20,7 @@ from proto_v3.wire.streams import Credits, Wire
 class V3Options:
     """How a VMM uses v3."""
 
-    wire_streams: int
-    """Of each device: as many as it has dirty streams, or threads that read its blocks."""
+    wire_streams: int  # of each device: as many as it has dirty streams, or threads that read its blocks
     blocks: bool
     wire: Wire
     pool_connections: int

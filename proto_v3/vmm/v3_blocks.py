@@ -27,8 +27,7 @@ class BlockReaders:
         self._fd = fd
         self._streams = streams
         self.device = device
-        self.sent_bytes = 0
-        """Total since the start."""
+        self.sent_bytes = 0  # total since the start
         self._read_bytes = read_bytes
         self._wanted: NDArray[np.bool_] = np.zeros(0, np.bool_)  # blocks still to be read
         self._wanted_blocks = 0  # how many they are

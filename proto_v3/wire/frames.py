@@ -72,8 +72,7 @@ class Frame:
     stream: int = 0
     value: int = 0
     payload: Payload = EMPTY
-    place: int = 0
-    """On a shared connection: the frame's number in its wire stream, from 1. Else 0."""
+    place: int = 0  # on a shared connection: the frame's number in its wire stream, from 1. Else 0
 
 
 def encode_header(frame: Frame) -> bytes:
@@ -121,8 +120,7 @@ class Channel:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self.bytes_sent = 0
-        self.messages_sent = 0
-        """Frames without payload: what the protocol sends besides the data."""
+        self.messages_sent = 0  # frames without payload: what the protocol sends besides the data
 
     async def send(self, frame: Frame) -> None:
         """Send one frame. Waits while the connection is full."""

@@ -16,8 +16,7 @@ from sim.scenario.scenario import Scenario
 from sim.scenario.tables import MAX_STREAMS
 from sim.scenario.units import did_you_mean
 
-Changes = dict[str, dict[str, Any]]
-"""Table, key, value."""
+Changes = dict[str, dict[str, Any]]  # table, key, value
 
 V2_SUFFIXES: dict[str, Changes] = {
     "multifd": {"vmm": {"multifd": True, "multifd_device_state": True}},
@@ -61,10 +60,8 @@ class Protocol:
     """A protocol by its name."""
 
     name: str
-    version: int
-    """2 or 3."""
-    changes: Changes
-    """Settings of the name that replace the scenario's."""
+    version: int  # 2 or 3
+    changes: Changes  # settings of the name that replace the scenario's
 
     @classmethod
     def parse(cls, name: str, scenario: Scenario) -> Protocol:
@@ -93,8 +90,7 @@ class Protocol:
 class AppliedScenario:
     """A scenario as a protocol runs it. Only Protocol.applied makes one, where a run or a bound begins."""
 
-    scenario: Scenario
-    """With what the protocol's name changes."""
+    scenario: Scenario  # with what the protocol's name changes
     protocol: Protocol
 
 

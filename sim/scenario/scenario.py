@@ -119,19 +119,15 @@ class Scenario(Table):
 # --- rules between tables: each yields its problems, by the dotted key ------------------------------------------------
 
 
-def _device_names(scenario: Scenario) -> Iterator[str]:
+def _devices(scenario: Scenario) -> Iterator[str]:
     names = [device.name for device in scenario.device]
     if len(set(names)) != len(names):
         yield f"device.name = {names}: must differ from table to table; count makes several alike"
     unfolded = [device.name for device in scenario.devices]
     if len(set(unfolded)) != len(unfolded):
         yield f"device.name = {names}: must differ also where count adds a number: {unfolded}"
-
-
-def _number_of_devices(scenario: Scenario) -> Iterator[str]:
-    count = len(scenario.devices)
-    if count > MAX_DEVICES:
-        yield f"device.count: makes {count} devices; must make at most {MAX_DEVICES}"
+    if len(unfolded) > MAX_DEVICES:
+        yield f"device.count: makes {len(unfolded)} devices; must make at most {MAX_DEVICES}"
 
 
 def _blocks_in_chunks(scenario: Scenario) -> Iterator[str]:
@@ -142,21 +138,15 @@ def _blocks_in_chunks(scenario: Scenario) -> Iterator[str]:
             yield f"{key} = {device.block_kib}: must divide driver.chunk_mib, {chunk_bytes // KIB} KiB"
 
 
-def _number_of_events(scenario: Scenario) -> Iterator[str]:
+def _size_of_a_run(scenario: Scenario) -> Iterator[str]:
     for at, device in enumerate(scenario.device):
         if device.reconfigurations and device.reconfigurations.poisson_per_s * scenario.vmm.give_up_s > 1e6:
             key = f"device.{at}.reconfigurations.poisson_per_s"
             rate = device.reconfigurations.poisson_per_s
             yield f"{key} = {rate:g}: must make at most 1e6 events within vmm.give_up_s"
-
-
-def _number_of_blocks(scenario: Scenario) -> Iterator[str]:
     blocks = sum(device.blocks for device in scenario.devices)
     if blocks > MAX_BLOCKS:
         yield f"device.block_kib: makes {blocks} blocks in all; must make at most {MAX_BLOCKS}"
-
-
-def _number_of_writes(scenario: Scenario) -> Iterator[str]:
     writes = 0.0
     for at, device in enumerate(scenario.device):
         if device.writes:
@@ -199,12 +189,9 @@ def _source_of_each_key(scenario: Scenario) -> Iterator[str]:
 
 
 RULES: tuple[Callable[[Scenario], Iterator[str]], ...] = (
-    _device_names,
-    _number_of_devices,
+    _devices,
     _blocks_in_chunks,
-    _number_of_events,
-    _number_of_blocks,
-    _number_of_writes,
+    _size_of_a_run,
     _published_values,
     _room_for_a_read,
     _source_of_each_key,

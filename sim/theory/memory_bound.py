@@ -29,10 +29,8 @@ from sim.scenario.scenario import Scenario
 class MemoryBound:
     """The most bytes that a v3 run may hold at the target."""
 
-    vmm_bytes: int
-    """For all devices."""
-    driver_bytes: int
-    """For the device that may hold most."""
+    vmm_bytes: int  # for all devices
+    driver_bytes: int  # for the device that may hold most
     sockets_bytes: int
     """In the connections' buffers of both hosts: memory too, but neither the VMM's nor the driver's."""
 

@@ -68,10 +68,8 @@ class DeviceJob:
     """The data of one device. Times are ns from the order to stop."""
 
     device: Device
-    saved_from_ns: int
-    """When the first SAVE can start."""
-    read_from_ns: int
-    """When the first read() can start."""
+    saved_from_ns: int  # when the first SAVE can start
+    read_from_ns: int  # when the first read() can start
     whole: Part
     chain: Part
     """What moves one after the other: in v2 everything; in v3 the largest stream; with blocks everything, by `readers`
@@ -79,8 +77,7 @@ class DeviceJob:
     late: Part
     """The part of the chain that cannot be saved before somebody reads, because the driver's chunks are full."""
     readers: int
-    setup_ns: int
-    """Set-up of critical objects, before the last blocks are loaded."""
+    setup_ns: int  # set-up of critical objects, before the last blocks are loaded
 
 
 def stops_ns(devices: Sequence[Device], vcpu_stop_ns: int) -> list[int]:
@@ -166,10 +163,8 @@ class Costs:
         self._route = route
         self._write_bytes = scenario.switchover_settings().write_bytes
         self._call_ns = scenario.driver.call_ns
-        self.latency_ns = scenario.link.latency_ns
-        """Half a round trip."""
-        self.finish_ns = scenario.firmware.load_finish_ns
-        """The command that ends a device's load."""
+        self.latency_ns = scenario.link.latency_ns  # half a round trip
+        self.finish_ns = scenario.firmware.load_finish_ns  # the command that ends a device's load
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
