@@ -19,11 +19,12 @@ from proto_v3.timeline import Resource
 from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.uapi import PrecopyInfo, StreamInfo
 from proto_v3.wire.frames import Payload
-from sim.clock.port import now_ns, sleep_ns
+from sim.clock.port import now_ns
 from sim.device.record import Extent, Record, Tally
 from sim.device.state import Image
 from sim.device.stream import DriverLock, MigrationSession, PartOfSession, WriteOnlyFd, fails
 from sim.report import Counters, CriticalLoad
+from sim.resource import spend
 from sim.scenario.device import Device
 
 
@@ -95,9 +96,7 @@ class LoadSession(PartOfSession):
 
     async def _set_up(self, record: Record, start_ns: int) -> None:
         """Make the loaded critical objects ready to run."""
-        setup_start = now_ns()
-        await sleep_ns(self._setup_ns * len(record.objects))
-        self.context.timeline.work(Resource.SETUP, "critical set-up", setup_start)
+        await spend(self.context.timeline, Resource.SETUP, "critical set-up", self._setup_ns * len(record.objects))
         self.check_open()
         self.image.object_version[record.objects] = record.object_versions
         size = record.payload_bytes if not len(record.blocks) else len(record.objects) * self.image.object_bytes

@@ -16,10 +16,10 @@ from proto_v3.timeline import Notify, Resource, Timeline
 from proto_v3.vfio.device import BlocksFd, DataFd, DirtyBlocks, Ready
 from proto_v3.vfio.uapi import PrecopyInfo, StreamFlags, StreamInfo
 from proto_v3.wire.frames import Payload
-from sim.clock.port import now_ns, sleep_ns
+from sim.clock.port import now_ns
 from sim.device.firmware import FirmwareModel
 from sim.report import Counters
-from sim.resource import Lock
+from sim.resource import Lock, spend
 from sim.scenario.device import Fault
 from sim.scenario.tables import Driver
 
@@ -211,9 +211,7 @@ class SavedFd(PartOfSession, ReadOnlyFd):
 
     async def _call(self) -> None:
         """The fixed cost of a call that copies nothing."""
-        start = now_ns()
-        await sleep_ns(self._context.call_ns)
-        self._context.timeline.work(Resource.COPY, "call", start)
+        await spend(self._context.timeline, Resource.COPY, "call", self._context.call_ns)
 
     @override
     async def close(self) -> None:
