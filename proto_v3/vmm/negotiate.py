@@ -198,11 +198,7 @@ def _as_wanted(v3: V3Options, wanted: Hello, devices: int, connections: int) -> 
     if wanted.wire == Wire.POOL and not wanted.pool:
         raise PeerProtocolError("HELLO asks for a pool of no connections")
     options = replace(
-        v3,
-        wire_streams=wanted.wire_streams,
-        blocks=wanted.blocks,
-        wire=Wire(wanted.wire),
-        pool_connections=wanted.pool,
+        v3, wire_streams=wanted.wire_streams, blocks=wanted.blocks, wire=Wire(wanted.wire), pool_connections=wanted.pool
     )
     if options.connections(devices) > connections:
         raise PeerProtocolError(f"HELLO needs {options.connections(devices)} connections; there are {connections}")

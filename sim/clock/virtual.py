@@ -21,7 +21,7 @@ coroutines given to `asyncio.as_completed` (give it tasks) and futures made by `
 objects in a reference cycle, which run when the garbage collector finds them.
 
 Errors. If no callback is ready and no timer is set, nothing can happen any more: `DeadlockError` reports where each
-task waits. A task's exception is raised when its loop closes, unless it was retrieved in asyncio's sense; what `gather`
+task waits. A task's exception is raised when its run ends, unless it was retrieved in asyncio's sense; what `gather`
 and `shield` drop on purpose was. Of the tasks that are done, the loop keeps those that failed.
 
 Async generators that are still open at the end are not closed: the code that uses one must do it (`aclosing`).
@@ -239,7 +239,7 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
             self._failed.append(task)
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """Keep an error that asyncio cannot raise to anybody; `close` raises it."""
+        """Keep an error that asyncio cannot raise to anybody; `close` returns it."""
         message = context.get("message", "an error without a message")
         error = context.get("exception") or RuntimeError(message)
         if self._closed:  # from a finalizer: too late to be raised
@@ -345,14 +345,12 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
                 task.cancel()
             await asyncio.wait(others)
 
-    def close(self) -> None:
+    def close(self) -> list[BaseException]:
         """Close the loop, and the coroutines of tasks that are not done.
 
-        Raises an exception group of the errors that nobody retrieved: those of tasks in the order in which they failed,
-        with a note that names the task, then the others.
+        Returns the errors that nobody retrieved: those of tasks in the order in which they failed, with a note that
+        names the task, then the others.
         """
-        if asyncio._get_running_loop() is not None:
-            raise LoopStateError("a loop cannot be closed while one runs in this thread")
         self._closed = True
         with self._current():
             for task in list(self._tasks.values()):
@@ -369,8 +367,7 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
         errors += self._other_errors
         for container in (self._ready, self._timers, self._tasks, self._failed, self._other_errors):
             container.clear()
-        if errors:
-            raise BaseExceptionGroup("errors of a run that no one has retrieved", errors)
+        return errors
 
     def _close_coroutine(self, task: _Task[Any]) -> None:
         """Close the coroutine of a task that cannot end otherwise, without a warning about it later."""
@@ -408,12 +405,9 @@ def run(main: Coroutine[Any, Any, T], *, limit_ns: int | None = None, name: str 
             loop.run_until_complete(stage())
         except BaseException as error:
             errors.append(error)
-    alone = len(errors) == 1
-    try:
-        loop.close()
-    except BaseExceptionGroup as group:
-        alone = False
-        errors += group.exceptions
+    unretrieved = loop.close()
+    alone = len(errors) == 1 and not unretrieved
+    errors += unretrieved
     for interrupt in errors:
         if isinstance(interrupt, (KeyboardInterrupt, SystemExit)):
             for other in errors:
