@@ -18,7 +18,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from proto_v3.timeline import Mark, Timeline
+from proto_v3.timeline import Mark
 from proto_v3.vfio.device import BlocksFd, DataFd
 from proto_v3.vfio.uapi import State
 from proto_v3.vmm.migration import OutcomeKind, read_some
@@ -403,12 +403,12 @@ class CutRun(TappedRun):
         self._end_ns = end_ns
         self.loads: LoadWatch | None = None
 
-    def _connect(self, timeline: Timeline) -> Any:
+    def _connect(self) -> Any:
         for state, image in zip(self.states, self.images, strict=True):
             state.activity = until(state.activity, self._end_ns)
             if self.loads is not None:
                 self.loads.watch(state, image, invalidates=self.scenario.driver.epochs == "invalidate")
-        return super()._connect(timeline)
+        return super()._connect()
 
     def check_memory(self, peak_reorder_bytes: int, peak_held_bytes: int) -> None:
         epochs = max(state.epoch for state in self.states)
