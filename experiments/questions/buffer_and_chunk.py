@@ -331,14 +331,12 @@ def _read_size(frame: pl.DataFrame, command: str) -> Figure:
     reads = reads.join(usual, on=place, how="left", maintain_order="left")
     reads = reads.with_columns(percent=100 * pl.col("moved_ns") / pl.col("usual_ns"))
     regimes = [regime for regime in BINDS if regime in frame["regime"].unique().to_list()]
-    figure, axes = panels.sheet(
-        "From which size on is a larger read() no gain?",
+    title = "From which size on is a larger read() no gain?"
+    note = (
         f"One device, from its stop to its last data loaded; {frame['seed'].n_unique()} seeds, means with 95 % "
-        "intervals; scales differ. Dotted: QEMU's 1 MiB. A curve that is not seen lies under another",
-        command,
-        (2, len(regimes)),
-        (4.6 * len(regimes), 8.2),
+        "intervals; scales differ. Dotted: QEMU's 1 MiB. A curve that is not seen lies under another"
     )
+    figure, axes = panels.sheet(title, note, command, (2, len(regimes)), (4.6 * len(regimes), 8.2))
     shown = [(state, regime) for state in SIZES for regime in regimes]
     for axis, (state, regime) in zip(axes, shown, strict=True):
         unit = f"time to move, % of that with {size_text(usual_kib[state])}"
@@ -350,14 +348,11 @@ def _read_size(frame: pl.DataFrame, command: str) -> Figure:
 
 def _cost(frame: pl.DataFrame, command: str) -> Figure:
     """Calls, wake-ups, and the time in calls that is no waiting."""
-    figure, axes = panels.sheet(
-        "What does a smaller read() cost beside time?",
+    note = (
         f"Where read() binds; sums of a run over all threads, {frame['seed'].n_unique()} seeds, means with 95 % "
-        "intervals. Dotted: QEMU's 1 MiB. Messages do not depend on the size",
-        command,
-        (3, 2),
-        (11, 11),
+        "intervals. Dotted: QEMU's 1 MiB. Messages do not depend on the size"
     )
+    figure, axes = panels.sheet("What does a smaller read() cost beside time?", note, command, (3, 2), (11, 11))
     measures = (
         Measure("calls of read()", "reads", 1, "a run"),
         Measure("wake-ups in both VMMs", "wakeups", 1, "a run"),
@@ -377,14 +372,12 @@ def _cost(frame: pl.DataFrame, command: str) -> Figure:
 
 
 def _chunk_figure(frame: pl.DataFrame, command: str) -> Figure:
-    figure, axes = panels.sheet(
-        "Do the size and the number of the driver's chunks matter?",
+    title = "Do the size and the number of the driver's chunks matter?"
+    note = (
         f"512 MiB, reads of 1 MiB; {frame['seed'].n_unique()} seeds, means with 95 % intervals; a driver holds N x "
-        "chunks x size. Dotted: mlx5's. A curve that is not seen lies under another",
-        command,
-        (2, 2),
-        (11, 8.2),
+        "chunks x size. Dotted: mlx5's. A curve that is not seen lies under another"
     )
+    figure, axes = panels.sheet(title, note, command, (2, 2), (11, 8.2))
     labels = {"chunk_mib": "size of a chunk, MiB (two chunks)", "chunks": "number of chunks (of 8 MiB)"}
     shown = [(regime, column) for regime in ("SAVE", "read") for column in labels]
     for axis, (regime, column) in zip(axes, shown, strict=True):

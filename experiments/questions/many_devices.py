@@ -249,21 +249,19 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
 
 
 def _downtime(frame: pl.DataFrame, command: str) -> Figure:
-    figure, axes = panels.sheet(
-        f"What does v3 gain over {AGAINST} as a guest has more VFs?",
+    title = f"What does v3 gain over {AGAINST} as a guest has more VFs?"
+    note = (
         f"{BASE}, {frame['seed'].n_unique()} seeds, means with 95 % intervals (most are narrower than the marks); "
-        f"solid thin line: {100 * WORTH:.0f} % of gain",
-        command,
-        (2, 3),
-        (13, 8),
+        f"solid thin line: {100 * WORTH:.0f} % of gain"
     )
+    figure, axes = panels.sheet(title, note, command, (2, 3), (13, 8))
     given = frame.filter(PLAIN)
     done = given.filter(COMPLETED, pl.col("protocol").is_in(BESIDE))
     top = number(done["downtime_ns"].max() or 1e9) / 1e9
     for axis, (pfs, stop) in zip(axes, [(1, FITTED), (1, TOGETHER), (SEVERAL_PFS, FITTED)], strict=False):
         pf = "one PF" if pfs == 1 else f"{pfs} PFs"
-        title = Measure(f"{pf}, stopped {stop}", "downtime_ns", 1e9, "downtime, s")
-        _by_vfs(axis, given.filter(pfs=pfs, stop=stop), title)
+        measure = Measure(f"{pf}, stopped {stop}", "downtime_ns", 1e9, "downtime, s")
+        _by_vfs(axis, given.filter(pfs=pfs, stop=stop), measure)
         axis.set_ylim(0, 1.6 * top)
     for axis, stop in zip(axes[3:5], (FITTED, TOGETHER), strict=True):
         _gains(axis, given, stop)
@@ -295,14 +293,11 @@ def _gains(axis: Axes, frame: pl.DataFrame, stop: str) -> None:
 
 
 def _paths(frame: pl.DataFrame, command: str) -> Figure:
-    figure, axes = panels.sheet(
-        "What bounds the downtime as a guest has more VFs?",
+    note = (
         "critical path on one PF, means of the completed runs, divided by the number of VFs; "
-        f"left to right in each group: {', '.join(BESIDE)}",
-        command,
-        (1, 2),
-        (12, 5.5),
+        f"left to right in each group: {', '.join(BESIDE)}"
     )
+    figure, axes = panels.sheet("What bounds the downtime as a guest has more VFs?", note, command, (1, 2), (12, 5.5))
     numbers = _numbers(frame)
     for axis, stop in zip(axes, (FITTED, TOGETHER), strict=True):
         for at, vfs in enumerate(numbers):

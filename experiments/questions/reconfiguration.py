@@ -169,14 +169,12 @@ def _c4(busy: pl.DataFrame) -> Finding:
 
 def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
     """Downtime, set-up in it, critical lag, and the runs that complete, against the rate."""
-    figure, axes = panels.sheet(
-        "What does the guest's reconfiguring cost, and where does it break a protocol?",
+    title = "What does the guest's reconfiguring cost, and where does it break a protocol?"
+    note = (
         f"{BASE}, {frame['seed'].n_unique()} seeds, means with 95 % intervals; hollow: not all runs of that place "
-        f"completed, none: no point. Dotted: {outrun_per_s():.1f} a second, all that the target can set up",
-        command,
-        (2, 2),
-        (11, 8.5),
+        f"completed, none: no point. Dotted: {outrun_per_s():.1f} a second, all that the target can set up"
     )
+    figure, axes = panels.sheet(title, note, command, (2, 2), (11, 8.5))
     for axis, measure in zip(axes, PANELS, strict=False):
         panels.panel(axis, panels.by_protocol(frame, PROTOCOLS), measure, FACTOR, "reconfigurations a second")
     panels.completed(axes[3], frame, FACTOR, PROTOCOLS)

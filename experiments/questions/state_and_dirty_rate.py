@@ -347,15 +347,12 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
 
 
 def _maps(runs: pl.DataFrame, command: str) -> Figure:
-    figure, axes = panels.sheet(
-        "Which devices converge, and with which downtime?",
+    note = (
         f"{BASE} at {LINK_GBIT_PER_S:g} Gbit/s, writes to all blocks alike; numbers: mean downtime, ms (limit "
         f"{load(BASE).vmm.downtime_limit_ms:g}, of bytes only); X, hatched: does not converge; -: not run; bar: "
-        "theory's boundary, rows without one always converge there",
-        command,
-        (2, 3),
-        (14, 8),
+        "theory's boundary, rows without one always converge there"
     )
+    figure, axes = panels.sheet("Which devices converge, and with which downtime?", note, command, (2, 3), (14, 8))
     states, rates = (sorted(set(runs[column])) for column in ("state_mib", "dirty_of_link"))
     most = 1.05 * number(runs.filter(COMPLETED)["downtime_ns"].max() or 1e6) / 1e6
     for axis, protocol in zip(axes, PROTOCOLS, strict=False):
@@ -402,14 +399,12 @@ def _square(runs: pl.DataFrame) -> tuple[float, str]:
 
 def _edges(frame: pl.DataFrame, command: str) -> Figure:
     """A bar from the last rate that converges to the first that does not, for each machine and protocol."""
-    figure, (axis,) = panels.sheet(
-        "What moves the dirty rate at which pre-copy stops converging?",
+    title = "What moves the dirty rate at which pre-copy stops converging?"
+    note = (
         f"{STATE_OF_MACHINES_MIB / 1024:g} GiB of state; bar: from the last rate at which all runs complete to the "
-        f"first at which not all do; {REPEATS_OF_MACHINES} seeds at most; black line: theory",
-        command,
-        (1, 1),
-        (9, 5.5),
+        f"first at which not all do; {REPEATS_OF_MACHINES} seeds at most; black line: theory"
     )
+    figure, (axis,) = panels.sheet(title, note, command, (1, 1), (9, 5.5))
     shown = [(machine, protocol) for machine, (_, protocols) in MACHINES.items() for protocol in protocols][::-1]
     for y, (machine, protocol) in enumerate(shown):
         look = style.protocol(protocol)

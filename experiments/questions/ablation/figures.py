@@ -54,13 +54,8 @@ def _waterfalls(question: str, shown: Sequence[tuple[pl.DataFrame, Measure, str,
     """A waterfall for each of (runs, measure, title, x axis), two in a row."""
     rows = -(-max(1, len(shown)) // 2)
     seeds = max((runs["seed"].n_unique() for runs, *_ in shown), default=0)
-    figure, axes = panels.sheet(
-        question,
-        f"{seeds} seeds; each step against the one before, paired by seed, in ms; black: its 95 % interval",
-        command,
-        (rows, 2),
-        (13, 0.8 + 3.1 * rows),
-    )
+    note = f"{seeds} seeds; each step against the one before, paired by seed, in ms; black: its 95 % interval"
+    figure, axes = panels.sheet(question, note, command, (rows, 2), (13, 0.8 + 3.1 * rows))
     for axis, (runs, measure, title, x) in zip(axes, shown, strict=False):
         _waterfall(axis, runs, measure.column)
         panels.dress(axis, title, x, "")
@@ -122,14 +117,12 @@ def _step(axis: Axes, at: int, after: float, step: Effect) -> None:
 
 def _crossed(frame: pl.DataFrame, command: str) -> Figure:
     """N = 1 and 4, with and without reconfigurations: parallel lines are independent gains."""
-    figure, axes = panels.sheet(
-        "Does what N gains hang on reconfigurations, or on the connections?",
+    title = "Does what N gains hang on reconfigurations, or on the connections?"
+    note = (
         f"{BUSY}: half the state saved when stopped, four engines; {frame['seed'].n_unique()} seeds, means with 95 % "
-        "intervals. Parallel lines: the gains add up",
-        command,
-        (1, 3),
-        (12, 4.4),
+        "intervals. Parallel lines: the gains add up"
     )
+    figure, axes = panels.sheet(title, note, command, (1, 3), (12, 4.4))
     for axis, measure in zip(axes, (DOWNTIME, SETUP, DRAIN), strict=True):
         for shift, (case, protocols, look) in enumerate(LINES):
             runs = frame.filter(case=case)

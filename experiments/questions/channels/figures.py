@@ -51,24 +51,22 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
 
 
 def _times(frame: pl.DataFrame, command: str) -> Figure:
-    figure, axes = panels.sheet(
-        "Does a pool of connections do as well as a connection for each stream?",
+    title = "Does a pool of connections do as well as a connection for each stream?"
+    note = (
         f"link of {LINK_GBIT_PER_S:g} Gbit/s, {frame['seed'].n_unique()} seeds, means with 95 % intervals; pool and "
-        "dedicated with equal numbers of connections; hollow: not all runs of that place completed, none: no point",
-        command,
-        (2, 3),
-        (13.5, 8.5),
+        "dedicated with equal numbers of connections; hollow: not all runs of that place completed, none: no point"
     )
+    figure, axes = panels.sheet(title, note, command, (2, 3), (13.5, 8.5))
     for axis, share in zip(axes, SHARES, strict=False):
         gbit = LINK_GBIT_PER_S * share
-        title = Measure(f"downtime, {gbit:g} Gbit/s a connection", "downtime_ns")
-        panels.panel(axis, _by_width(frame, gbit), title, "connections", "connections")
+        measure = Measure(f"downtime, {gbit:g} Gbit/s a connection", "downtime_ns")
+        panels.panel(axis, _by_width(frame, gbit), measure, "connections", "connections")
         _log(axis, frame)
     _lag_panel(axes[3], frame)
     _pool_panel(axes[4], frame)
-    title = Measure(f"downtime, uneven streams (N = {MANY}, {NARROW_GBIT_PER_S:g} Gbit/s)", "downtime_ns")
+    measure = Measure(f"downtime, uneven streams (N = {MANY}, {NARROW_GBIT_PER_S:g} Gbit/s)", "downtime_ns")
     uneven = [_of(frame, "uneven", kind) for kind in ("dedicated", "pool")]
-    panels.panel(axes[5], uneven, title, "busy_streams", f"streams that have the data, of {MANY}")
+    panels.panel(axes[5], uneven, measure, "busy_streams", f"streams that have the data, of {MANY}")
     axes[5].set_xticks(question.BUSY_STREAMS)
     axes[5].set_ylim(bottom=0)
     panels.handles_below(figure, [panels.handle(look) for look in LOOKS.values()], 6)
@@ -120,14 +118,11 @@ def _log(axis: Axes, frame: pl.DataFrame) -> None:
 
 
 def _cost(frame: pl.DataFrame, command: str) -> Figure:
-    figure, axes = panels.sheet(
-        "What do connections cost, dedicated or shared?",
+    note = (
         f"link of {LINK_GBIT_PER_S:g} Gbit/s, {question.STATE_MIB} MiB move in the downtime, "
-        f"{frame['seed'].n_unique()} seeds, means with 95 % intervals",
-        command,
-        (2, 2),
-        (11, 8),
+        f"{frame['seed'].n_unique()} seeds, means with 95 % intervals"
     )
+    figure, axes = panels.sheet("What do connections cost, dedicated or shared?", note, command, (2, 2), (11, 8))
     shown = (
         (Measure("messages without payload", "messages", 1.0, "messages"), LINK_GBIT_PER_S),
         (Measure("wake-ups of both VMMs", "wakeups", 1.0, "wake-ups"), LINK_GBIT_PER_S),

@@ -41,15 +41,13 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
 
 
 def _scaling(frame: pl.DataFrame, command: str) -> Figure:
-    figure, axes = panels.sheet(
-        "Does a stopped device move faster with N streams? Its state over the stop-copy time",
+    title = "Does a stopped device move faster with N streams? Its state over the stop-copy time"
+    note = (
         f"{frame['seed'].n_unique()} seeds, 95 % intervals. Else 16 engines, a lock a fd, copy 8 GiB/s, link 400 "
         "Gbit/s. Dotted: least of the rates of SAVE, read(), link; thin: scaling law. A curve that is not seen lies "
-        "under another",
-        command,
-        (2, 3),
-        (13, 8.2),
+        "under another"
     )
+    figure, axes = panels.sheet(title, note, command, (2, 3), (13, 8.2))
     all_engines, copies, links = (
         sorted(frame[column].unique()) for column in ("engines", "copy_gib_per_s", "link_gbit_per_s")
     )
@@ -119,14 +117,11 @@ def _family(axis: Axes, frame: pl.DataFrame, shown: Mapping[str, Place]) -> None
 
 
 def _latency(frame: pl.DataFrame, command: str) -> Figure:
-    figure, axes = panels.sheet(
-        "What does a read() of 1 MiB wait for?",
+    note = (
         f"Means over all reads that gave data, {frame['seed'].n_unique()} seeds; intervals (95 %) of the sum; copy 8 "
-        "GiB/s a thread, link 400 Gbit/s; each panel has a scale of its own",
-        command,
-        (2, 3),
-        (13, 8.2),
+        "GiB/s a thread, link 400 Gbit/s; each panel has a scale of its own"
     )
+    figure, axes = panels.sheet("What does a read() of 1 MiB wait for?", note, command, (2, 3), (13, 8.2))
     shown = [
         (Place("per_fd", 1.0), "v3", "1 engine, a lock a fd"),
         (Place("per_fd"), "v3", "16 engines, a lock a fd"),
@@ -166,15 +161,12 @@ def _bars(axis: Axes, runs: pl.DataFrame) -> None:
 
 
 def _bottleneck(frame: pl.DataFrame, command: str) -> Figure:
-    figure, axes = panels.sheet(
-        "Is read() the bottleneck?",
+    note = (
         "Colour and number: copy and lock, % of the critical path of moving the state; word: its largest part. "
         f"{frame['seed'].n_unique()} seeds, completed runs; white: not looked at, or none completed. Fixed costs and "
-        "the end of the load are left out",
-        command,
-        (2, 3),
-        (13, 8.2),
+        "the end of the load are left out"
     )
+    figure, axes = panels.sheet("Is read() the bottleneck?", note, command, (2, 3), (13, 8.2))
     streams = frame.filter(kind="v3")
     ns = sorted(streams["streams"].unique())
     all_engines, copies = sorted(frame["engines"].unique()), sorted(frame["copy_gib_per_s"].unique())

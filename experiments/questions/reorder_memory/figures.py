@@ -34,14 +34,12 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
 
 
 def _bounds(frame: pl.DataFrame, command: str) -> Figure:
-    figure, axes = panels.sheet(
-        "How much memory does the target need, and does the bound hold?",
+    title = "How much memory does the target need, and does the bound hold?"
+    note = (
         f"{frame['seed'].n_unique()} seeds, means with 95 % intervals over all runs, completed or not; grey lines "
-        "without markers: the bound of the curve in the same dashes",
-        command,
-        (2, 3),
-        (13.5, 8.5),
+        "without markers: the bound of the curve in the same dashes"
     )
+    figure, axes = panels.sheet(title, note, command, (2, 3), (13.5, 8.5))
     n, setup, hot = "dirty streams N", "set-up of a critical object, us", f"streams with 99 % of the writes, of {MANY}"
     held = f"dirty data held back, N = {MANY}"
     shown: Sequence[tuple[str, str, str, Sequence[str], str, str]] = (
@@ -83,14 +81,11 @@ def _panel(axis: Axes, frame: pl.DataFrame, x: str, name: str, kinds: Sequence[s
 
 
 def _growth(frame: pl.DataFrame, command: str) -> Figure:
-    figure, axes = panels.sheet(
-        "Does what waits at the target grow with the device?",
+    note = (
         f"{frame['seed'].n_unique()} seeds, means with 95 % intervals; {question.LOAD_MIB_PER_S} MiB/s a LOAD unless "
-        "swept, on a link of 25 Gbit/s (2980 MiB/s); grey: v3's bound",
-        command,
-        (1, 3),
-        (13.5, 5),
+        "swept, on a link of 25 Gbit/s (2980 MiB/s); grey: v3's bound"
     )
+    figure, axes = panels.sheet("Does what waits at the target grow with the device?", note, command, (1, 3), (13.5, 5))
     shown = (question.UNBOUNDED, question.ONE_READER, f"v3-n{MANY}")
     state, size = frame.filter(part="state"), "state of the device, MiB"
     panels.panel(axes[0], panels.by_protocol(state, shown), PEAK, "state_mib", size)

@@ -31,15 +31,12 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
 
 
 def _tornados(frame: pl.DataFrame, command: str) -> Figure:
-    figure, axes = panels.sheet(
-        "Which parameters does v3's gain hang on?",
+    note = (
         f"ratio of downtimes; bars from the base's ratio (line) to that at the parameter's ends, "
         f"{frame['seed'].n_unique()} paired seeds, with 95 % intervals; the {BARS} longest. Dashed: a gain of "
-        f"{100 * WORTH:.0f} %. x: less than {FEWEST} seeds completed by both",
-        command,
-        (2, 2),
-        (13, 11),
+        f"{100 * WORTH:.0f} %. x: less than {FEWEST} seeds completed by both"
     )
+    figure, axes = panels.sheet("Which parameters does v3's gain hang on?", note, command, (2, 2), (13, 11))
     for axis, conclusion in zip(axes, CONCLUSIONS, strict=True):
         _tornado(axis, bars(frame, conclusion), base(frame, conclusion))
         title = f"({conclusion.mark}) against {conclusion.against},\n{conclusion.base}"
@@ -83,14 +80,12 @@ def _tornado(axis: Axes, found: Sequence[Bar], at_base: Effect | None) -> None:
 
 def _region(frame: pl.DataFrame, command: str) -> Figure:
     shown = maps_run(frame)
-    figure, axes = panels.sheet(
-        f"For which device does v3 bring less than {100 * WORTH:.0f} %?",
+    title = f"For which device does v3 bring less than {100 * WORTH:.0f} %?"
+    note = (
         f"gain of {V3} in downtime, %, with its 95 % interval; white: not completed by both; "
-        f"at the orange line it passes {100 * WORTH:.0f} %, in the mean",
-        command,
-        (1, len(shown)),
-        (5 * len(shown), 5),
+        f"at the orange line it passes {100 * WORTH:.0f} %, in the mean"
     )
+    figure, axes = panels.sheet(title, note, command, (1, len(shown)), (5 * len(shown), 5))
     for axis, (of, against) in zip(axes, shown, strict=True):
         engines, values = sides(frame, of)
         squares = [[_square(square(frame, of, each, value, against)) for value in values] for each in engines]

@@ -40,14 +40,12 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
 
 def _how_often(random: pl.DataFrame, command: str) -> Figure:
     """The share of runs in which it is too late, by family; and the set-up that this puts into the downtime."""
-    figure, axes = panels.sheet(
-        "How often does critical data come too late for the stop?",
+    title = "How often does critical data come too late for the stop?"
+    note = (
         f"{random['seed'].n_unique()} seeds a point, put apart sideways; Wilson's 95 % intervals, in the last panel of "
-        "the mean",
-        command,
-        (2, 2),
-        (12, 9.2),
+        "the mean"
     )
+    figure, axes = panels.sheet(title, note, command, (2, 2), (12, 9.2))
     for axis, (title, modes, users, column) in zip(axes, FAMILIES, strict=False):
         names = [mode + user for mode in modes for user in users]
         for at, name in enumerate(names):
@@ -104,14 +102,12 @@ def _curve(axis: Axes, found: Mapping[float, Interval], protocol: str, aside: fl
 def _what_it_costs(sure: pl.DataFrame, command: str) -> Figure:
     """How long the guest stands still where one reconfiguration of a given size came too late."""
     sizes = [(at[LATE], runs) for at, runs in places(sure, [LATE])]
-    figure, axes = panels.sheet(
-        "What does a reconfiguration cost that comes while the vCPUs are stopped?",
+    title = "What does a reconfiguration cost that comes while the vCPUs are stopped?"
+    note = (
         f"{sure['seed'].n_unique()} seeds, one reconfiguration each, 10 ms after the first order to stop; means of "
-        "downtime and pauses, black: their 95 % interval; set-up: what of it fell into the downtime",
-        command,
-        (1, max(1, len(sizes))),
-        (12, 4.6),
+        "downtime and pauses, black: their 95 % interval; set-up: what of it fell into the downtime"
     )
+    figure, axes = panels.sheet(title, note, command, (1, max(1, len(sizes))), (12, 4.6))
     for axis, (size, runs) in zip(axes, sizes, strict=False):
         _bars(axis, runs)
         panels.dress(axis, f"{size} objects made new", "ms that the guest stands still", "")
