@@ -66,6 +66,7 @@ ROOM = (
 )
 """Sockets hold one read of any size, and are the same for all. The time has no part that no size changes."""
 MOVED = (pl.col("phase_drain_ns") + pl.col("phase_transfer_ns") + pl.col("phase_load_ns")).alias("moved_ns")
+NOT_COMPLETED = "(not completed)"
 NO_GAIN = 0.01
 """A step up that takes off less than this part is no gain."""
 
@@ -200,7 +201,8 @@ def _from_where(steps: Sequence[SizeStep]) -> str:
 def _ladders(steps: Sequence[SizeStep]) -> Iterator[str]:
     """What each step up takes off, up to reads of all that a driver holds."""
     for (regime, protocol), ladder in _by_ladder(steps).items():
-        gains = [f"{size_text(step.from_kib)} {_gain_text(step)}" for step in ladder if step.from_kib < HELD_KIB]
+        held = [(size_text(step.from_kib), step.found) for step in ladder if step.from_kib < HELD_KIB]
+        gains = [f"{size} {found.gain.brief(digits=2) if found else NOT_COMPLETED}" for size, found in held]
         yield f"{protocol}, {BINDS[regime]}, what the step up from each size takes off, %: {', '.join(gains)}."
     beyond = [abs(step.gain) for step in steps if step.from_kib >= HELD_KIB and step.found]
     if beyond:
@@ -208,10 +210,6 @@ def _ladders(steps: Sequence[SizeStep]) -> Iterator[str]:
             f"Above {size_text(HELD_KIB)}, which is all that {MLX5['chunks']} chunks hold, a step changes at most "
             f"{100 * max(beyond):.2f} %."
         )
-
-
-def _gain_text(step: SizeStep) -> str:
-    return step.found.gain.brief(digits=2) if step.found else "(not completed)"
 
 
 def _costs(steps: Sequence[SizeStep]) -> list[str]:
@@ -283,7 +281,7 @@ def _chunks(frame: pl.DataFrame) -> Iterator[str]:
 
 
 def _change(found: Effect | None) -> str:
-    return found.change.brief(sign="+") if found else "(not completed)"
+    return found.change.brief(sign="+") if found else NOT_COMPLETED
 
 
 def _rows(frame: pl.DataFrame, steps: Sequence[SizeStep]) -> Iterator[dict[str, object]]:

@@ -84,7 +84,8 @@ def answer(frame: pl.DataFrame) -> Answer:
     """Set-up and downtime at the highest rate that the target keeps up with, and where each variant breaks."""
     rate = number(frame.filter(pl.col(FACTOR) < outrun_per_s())[FACTOR].max())
     busy = frame.filter(pl.col(FACTOR) == rate)
-    v2, v3 = (_setup_text(mean(busy, SETUP, protocol=name)) for name in ("v2", "v3-n4"))
+    setups = [mean(busy, SETUP, protocol=name) for name in ("v2", "v3-n4")]
+    v2, v3 = (setup.text("ms") if setup else "an unknown time (no run completed)" for setup in setups)
     gain, acked, multifd = (compared_text(busy, base, "v3-n4") for base in ("v2", ACKED, ACKED_MULTIFD))
     return Answer(
         f"At {rate:g} reconfigurations a second, of the {outrun_per_s():.1f} that the target can set up, {v3} of "
@@ -99,10 +100,6 @@ def answer(frame: pl.DataFrame) -> Answer:
         [_c1(frame), _c4(busy)],
         effect_table(frame, [FACTOR], [("v2", name) for name in PROTOCOLS[1:]]),
     )
-
-
-def _setup_text(setup: Interval | None) -> str:
-    return setup.text("ms") if setup else "an unknown time (no run completed)"
 
 
 def _where_they_break(frame: pl.DataFrame) -> list[str]:

@@ -56,7 +56,10 @@ def _scaling(frame: pl.DataFrame, command: str) -> Figure:
         for lock, look in LOOKS.items():
             _curve(axis, Place(lock, many), frame, look, law=many == last, expected=lock in ("per_fd", "global"))
         panels.dress(axis, f"{engines(many)}, by lock", "dirty streams N", "GiB/s")
-    _v2_lines(axes[0], frame)
+    for name in V2:  # one stream, whatever N
+        look = style.protocol(name)
+        if level := mean(Place(engines=1.0).of(frame, name), "gib_per_s", 1):
+            axes[0].axhline(level.mean, color=look.colour, linestyle=look.line, lw=1)
     for lock in ("none", "per_fd"):
         _curve(axes[3], Place(lock), frame, LOOKS[lock], kind="v3-blocks")
     panels.dress(axes[3], "one fd of blocks, N readers", "reading threads N", "GiB/s")
@@ -92,14 +95,6 @@ def _curve(
         axis.plot(ns, least, color=look.colour, linestyle=":", linewidth=1)
     if law and (curve := grid.fitted(runs)) is not None:
         axis.plot(ns, curve.at(ns), color=look.colour, linewidth=0.6)
-
-
-def _v2_lines(axis: Axes, frame: pl.DataFrame) -> None:
-    """v2 has one stream, whatever N."""
-    for name in V2:
-        look = style.protocol(name)
-        if level := mean(Place(engines=1.0).of(frame, name), "gib_per_s", 1):
-            axis.axhline(level.mean, color=look.colour, linestyle=look.line, lw=1)
 
 
 def _family(axis: Axes, frame: pl.DataFrame, shown: Mapping[str, Place]) -> None:

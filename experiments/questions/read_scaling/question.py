@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import NamedTuple
 
 import polars as pl
@@ -12,7 +11,7 @@ from experiments.questions.read_scaling import grid
 from experiments.questions.read_scaling.grid import LOOKS, PARTS, V2, Place, fitted, largest, shares, v3_places
 from experiments.runs.frame import COMPLETED, ms, number
 from experiments.study.claims import Finding, judge
-from experiments.study.effects import compared_text, effect_row, places, table
+from experiments.study.effects import compared_text, effect_table, places
 from experiments.study.experiment import Answer
 from experiments.study.statistics import Interval, effect, interval
 
@@ -45,7 +44,7 @@ def answer(frame: pl.DataFrame) -> Answer:
         "the source's, at the target v3's streams share no lock.",
         [*_against_v2(frame), *_laws(frame), *_locks_alike(frame), *_expected(frame), *_blocks(frame), *_rest(frame)],
         [_c2(frame), _c3(frame)],
-        table(_rows(frame)),
+        _effects(frame),
     )
 
 
@@ -283,17 +282,16 @@ def _why_not_nothing(frame: pl.DataFrame, slow: Sequence[Gain]) -> str:
     )
 
 
-def _rows(frame: pl.DataFrame) -> Iterator[dict[str, object]]:
+def _effects(frame: pl.DataFrame) -> pl.DataFrame:
     """N against one stream, place by place; blocks too; and dirty streams against v2."""
-
-    def row(at: dict[str, object], runs: pl.DataFrame, base: str, other: str) -> dict[str, object]:
-        return at | effect_row(effect(runs, "stop_copy_ns", base, other), base, other)
-
-    for at, runs in places(frame.filter(~pl.col("kind").is_in(V2)), ["kind", *grid.PLACE]):
-        for n in sorted(runs["streams"].unique()):
-            if n > 1:
-                yield row(at, runs, f"{at['kind']}-n1", f"{at['kind']}-n{n}")
-    for base in V2:
-        runs = pl.concat([Place().of(frame, base), Place().of(frame)])
-        for n in sorted(Place().of(frame)["streams"].unique()):
-            yield row({"kind": base, **asdict(Place())}, runs, base, f"v3-n{n}")
+    by, here, ns = ["kind", *grid.PLACE], Place().of(frame), frame["streams"].unique().sort()
+    of_one = [(f"{kind}-n1", f"{kind}-n{n}") for kind in ("v3", "v3-blocks") for n in ns if n > 1]
+    of_v2 = [pl.concat([Place().of(frame, kind), here.with_columns(kind=pl.lit(kind))]) for kind in V2]
+    against_v2 = [(base, f"v3-n{n}") for base in V2 for n in ns]
+    return pl.concat(
+        [
+            effect_table(frame.filter(~pl.col("kind").is_in(V2)), by, of_one, "stop_copy_ns"),
+            effect_table(pl.concat(of_v2), by, against_v2, "stop_copy_ns"),
+        ],
+        how="vertical_relaxed",
+    )

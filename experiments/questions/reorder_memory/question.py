@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import polars as pl
 
@@ -11,7 +12,7 @@ from experiments.runs.frame import COMPLETED, number
 from experiments.study.claims import Finding
 from experiments.study.effects import NOT_BOTH, effect_row, incomplete, places, sentence, table
 from experiments.study.experiment import Answer, Point, under
-from experiments.study.statistics import Effect, effect, interval
+from experiments.study.statistics import effect, interval
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
 from sim.scenario.units import MIB
@@ -69,17 +70,6 @@ UNBOUNDED = "v2-multifd"
 SHARED = f"v3-n{MANY}-pool"
 ONE_READER = "v3-n1-pool"
 """One stream and one load at a time, as multifd has for a device: what they differ in is the bound."""
-PLACE = (
-    "part",
-    "streams",
-    "state_mib",
-    "load_mib_per_s",
-    "busy_streams",
-    "setup_us",
-    "dirty_credit_mib",
-    "critical_credit_mib",
-    "image",
-)
 PEAKS = {"vmm": "peak_reorder_bytes", "driver": "peak_held_bytes"}
 """The peak that each of the two bounds is for."""
 
@@ -115,27 +105,34 @@ def of_kind(frame: pl.DataFrame, kind: str) -> pl.DataFrame:
 # --- the grid ---------------------------------------------------------------------------------------------------------
 
 
-def _slow(
-    part: str,
-    protocol: str,
-    *,
-    streams: int = MANY,
-    state_mib: int = STATE_MIB,
-    load_mib_per_s: int = LOAD_MIB_PER_S,
-    busy: int = 0,
-    credit_mib: int = DEFAULT_CREDIT_MIB,
-) -> Point:
+class MemoryPlace(NamedTuple):
+    """The swept values, and what they are where they are not swept."""
+
+    part: str
+    streams: int = MANY
+    state_mib: int = STATE_MIB
+    load_mib_per_s: int = LOAD_MIB_PER_S
+    busy_streams: int = MANY
+    setup_us: int = 0
+    dirty_credit_mib: int = DEFAULT_CREDIT_MIB
+    critical_credit_mib: int = 4
+    image: str = "chunks"
+
+
+PLACE = MemoryPlace._fields
+
+
+def _slow(protocol: str, at: MemoryPlace) -> Point:
     """All of the state moves after the stop, to a target that loads it more slowly than it comes."""
-    block_mib = state_mib // busy if busy else 1
+    block_mib = at.state_mib // at.busy_streams if at.part == "uneven" else 1
     settings = (
         *SLOW_LOAD,
-        *under("device.0", state_mib=state_mib, stop_only_mib=state_mib, block_kib=block_mib * 1024),
+        *under("device.0", state_mib=at.state_mib, stop_only_mib=at.state_mib, block_kib=block_mib * 1024),
         f"driver.chunk_mib={max(8, block_mib)}",
-        f"firmware.load_mib_per_s={load_mib_per_s}",
-        f"v3.dirty_credit_mib={credit_mib}",
+        f"firmware.load_mib_per_s={at.load_mib_per_s}",
+        f"v3.dirty_credit_mib={at.dirty_credit_mib}",
     )
-    place = (part, streams, state_mib, load_mib_per_s, busy or streams, 0, credit_mib, 4, "chunks")
-    return Point("favours-v2", protocol, settings, dict(zip(PLACE, place, strict=True)))
+    return Point("favours-v2", protocol, settings, at._asdict())
 
 
 def _held_back(
@@ -144,9 +141,9 @@ def _held_back(
     """A guest that reconfigures: dirty records wait for their epoch's set-up."""
     credit_mib = 16 if LARGE_OBJECTS[0] in settings else DEFAULT_CREDIT_MIB
     image = "chunks" if CHUNKS in settings else "whole"
-    place = (part, MANY, STATE_MIB, 6000, busy, setup_us, credit_mib, critical_mib, image)
+    at = MemoryPlace(part, MANY, STATE_MIB, 6000, busy, setup_us, credit_mib, critical_mib, image)
     settings = (f"device.0.critical.setup_us={setup_us}", f"v3.critical_credit_mib={critical_mib}", *settings)
-    return Point("nic-reconfig", protocol, (*LATE, *settings), dict(zip(PLACE, place, strict=True)))
+    return Point("nic-reconfig", protocol, (*LATE, *settings), at._asdict())
 
 
 def points(quick: bool) -> list[Point]:
@@ -162,21 +159,22 @@ def points(quick: bool) -> list[Point]:
     def protocols(n: int) -> list[str]:
         return [*(f"v3-n{n}{wire}" for wire in WIRES), f"v3-blocks-n{n}"]
 
+    at = MemoryPlace
     *many, many_blocks = protocols(MANY)
     images = [f"driver.precopy_image={image}" for image in ("chunks", "whole")]
     return [
-        *(_slow("streams", name, streams=n, state_mib=STREAMS_STATE_MIB) for n in streams for name in protocols(n)),
-        *(_slow("uneven", name, busy=few) for few in busy for name in many),
+        *(_slow(name, at("streams", n, STREAMS_STATE_MIB, busy_streams=n)) for n in streams for name in protocols(n)),
+        *(_slow(name, at("uneven", busy_streams=few)) for few in busy for name in many),
         *(_hot(name, few) for few in busy for name in many),
         *(_held_back("late", name, us, CHUNKS) for us in setups for name in [*many, many_blocks]),
         *(_held_back("image", name, setups[1], image) for image in images for name in many[:2]),
-        *(_slow("credits", name, credit_mib=credit) for credit in credits for name in many[1:]),
+        *(_slow(name, at("credits", dirty_credit_mib=credit)) for credit in credits for name in many[1:]),
         *(
             _held_back("critical credit", SHARED, SETUPS_US[2], CHUNKS, *LARGE_OBJECTS, critical_mib=credit)
             for credit in criticals
         ),
-        *(_slow("state", name, state_mib=mib) for mib in states for name in (UNBOUNDED, ONE_READER, many[0], many[1])),
-        *(_slow("load rate", name, load_mib_per_s=rate) for rate in loads for name in (UNBOUNDED, ONE_READER)),
+        *(_slow(name, at("state", state_mib=mib)) for mib in states for name in (UNBOUNDED, ONE_READER, *many[:2])),
+        *(_slow(name, at("load rate", load_mib_per_s=rate)) for rate in loads for name in (UNBOUNDED, ONE_READER)),
     ]
 
 
@@ -298,21 +296,16 @@ def _tightness(frame: pl.DataFrame) -> Iterator[str]:
 
 def _price(frame: pl.DataFrame) -> Iterator[str]:
     """What less memory costs in downtime."""
-    for cost in _credit_effects(frame):
-        yield f"Dirty credit of {cost.other} against {cost.base} (pool): {cost.text('ms', 1e6)}."
+    pool = frame.filter(part="credits", protocol=SHARED).sort("dirty_credit_mib", maintain_order=True)
+    credits = pool.with_columns(protocol=pl.format("{} MiB", "dirty_credit_mib"))  # paired as protocols are
+    *smaller, largest_credit = credits["protocol"].unique(maintain_order=True).to_list() or [""]
+    for credit in smaller:
+        if cost := effect(credits, "downtime_ns", largest_credit, credit):
+            yield f"Dirty credit of {credit} against {largest_credit} (pool): {cost.text('ms', 1e6)}."
     state = frame.filter(part="state")
     largest = state.filter(pl.col("state_mib") == state["state_mib"].max())
     if same := effect(largest, "downtime_ns", UNBOUNDED, ONE_READER):
         yield f"Downtime of {ONE_READER}, bounded, against {UNBOUNDED}, not bounded: {same.text('ms', 1e6)}."
-
-
-def _credit_effects(frame: pl.DataFrame) -> list[Effect]:
-    """The pool's downtime by its credit against that of the largest credit; credits are paired as protocols are."""
-    runs = frame.filter(part="credits", protocol=SHARED)
-    labelled = runs.with_columns(protocol=pl.format("{} MiB", pl.col("dirty_credit_mib")))
-    labels = list(labelled.sort("dirty_credit_mib")["protocol"].unique(maintain_order=True))
-    found = [effect(labelled, "downtime_ns", labels[-1], label) for label in labels[:-1]]
-    return [each for each in found if each is not None]
 
 
 def _uneven(frame: pl.DataFrame) -> Iterator[str]:

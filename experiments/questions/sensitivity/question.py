@@ -11,11 +11,12 @@ import polars as pl
 
 from experiments.questions.reconfiguration import ACKED_MULTIFD
 from experiments.questions.sensitivity.grid import CONCLUSIONS, ENGINES_COLUMN, IDLE, MAPS, NIC, V3, Conclusion, Map
-from experiments.runs.frame import COMPLETED, number
+from experiments.runs.frame import COMPLETED, path_shares
 from experiments.study.claims import WORTH, Finding, judge
 from experiments.study.effects import NOT_BOTH, effect_row, sentence, table
 from experiments.study.experiment import Answer
 from experiments.study.statistics import Effect, effect
+from proto_v3.timeline import Resource
 
 FEWEST = 3
 """Seeds that both completed, for a ratio at an end of a parameter."""
@@ -195,21 +196,16 @@ def _c3(frame: pl.DataFrame, found: Sequence[Bar]) -> Finding:
     lock = next((bar.high for bar in found if bar.parameter == ONE_LOCK), None)
     if engine is None or lock is None or engine.found is None or lock.found is None:
         return Finding("C3", "under conditions", "one of the two was not completed under both protocols here.")
+    path = path_shares(frame.filter(COMPLETED, base=IDLE, parameter=ONE_LOCK, side="high"), V3)
+    locked = 100 * (path[Resource.LOCK] + path[Resource.COPY])
     under = [is_under(engine.found), is_under(lock.found)]
     return Finding(
         "C3",
         judge(supported=all(under), refuted=not any(under)),
         f"{V3} gains {engine.found.gain.brief('%')} over v2-multifd with {engine.at} engine, and "
         f"{lock.found.gain.brief('%')} under a {lock.at} lock, on {IDLE}, where copies and waits for the lock are "
-        f"{_locked_percent(frame):.1f} % of {V3}'s critical path.",
+        f"{locked:.1f} % of {V3}'s critical path.",
     )
-
-
-def _locked_percent(frame: pl.DataFrame) -> float:
-    """The part of v3's downtime under the global lock that this lock can hold up."""
-    runs = frame.filter(COMPLETED, base=IDLE, parameter=ONE_LOCK, side="high", protocol=V3)
-    locked = number(runs["path_lock_ns"].sum()) + number(runs["path_copy_ns"].sum())
-    return 100 * locked / number(runs["downtime_ns"].sum())
 
 
 def _rows(frame: pl.DataFrame) -> Iterator[dict[str, Any]]:
