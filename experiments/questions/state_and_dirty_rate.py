@@ -35,7 +35,8 @@ from sim.theory.rates import MIB_PER_S_PER_GBIT, convergence_mib_per_s, precopy_
 
 BASE = "vgpu-32g"
 LINK_GBIT_PER_S = 40.0
-"""Less than eight engines save, more than one connection carries (15 Gbit/s)."""
+"""The map's link: less than eight engines save, more than one connection carries (15 Gbit/s)."""
+LINK_MIB_PER_S = LINK_GBIT_PER_S * MIB_PER_S_PER_GBIT
 SMALL_RAM = under("ram", size_gib=1, nonzero_gib=0.125, dirty_mib_per_s=0.01, working_set_mib=16)
 """The question is not about RAM."""
 SYNC = under("ram", sync_ms=0.1, final_sync_ms=0.1)
@@ -121,11 +122,6 @@ def settings(machine: str, state_mib: int) -> tuple[str, ...]:
     )
 
 
-def link_mib_per_s() -> float:
-    """The rate of the map's link."""
-    return LINK_GBIT_PER_S * MIB_PER_S_PER_GBIT
-
-
 @lru_cache
 def connection_mib_per_s() -> float:
     """The rate of one connection, except on machines that set a higher one."""
@@ -149,7 +145,7 @@ def boundary_mib_per_s(machine: str, state_mib: int, protocol: str) -> float:
 def points(quick: bool) -> list[Point]:
     """The map, the surroundings of the other machines' boundaries, and the hotspot."""
     grid = [
-        _point(MAP, state, rate * link_mib_per_s(), protocol)
+        _point(MAP, state, rate * LINK_MIB_PER_S, protocol)
         for state in (QUICK_STATES_MIB if quick else STATES_MIB)
         for rate in (QUICK_RATES if quick else RATES)
         for protocol in PROTOCOLS
@@ -161,7 +157,7 @@ def points(quick: bool) -> list[Point]:
             boundary = boundary_mib_per_s(machine, state, protocol)
             grid += [_point(machine, state, part * boundary, protocol) for part in (QUICK_NEAR if quick else NEAR)]
     return grid + [
-        _point(HOTSPOT, state, rate * link_mib_per_s(), protocol) for rate in HOTSPOT_RATES for protocol in COMPARED
+        _point(HOTSPOT, state, rate * LINK_MIB_PER_S, protocol) for rate in HOTSPOT_RATES for protocol in COMPARED
     ]
 
 
@@ -171,7 +167,7 @@ def _point(machine: str, state_mib: int, dirty_mib_per_s: float, protocol: str) 
         writes = f"device.0.writes.mib_per_s={rate:.6g}"  # the base's pattern
     else:
         writes = f'device.0.writes={{pattern = "uniform", mib_per_s = {rate:.6g}}}'
-    of_link = round(dirty_mib_per_s / link_mib_per_s(), 3)
+    of_link = round(dirty_mib_per_s / LINK_MIB_PER_S, 3)
     place: tuple[Factor, ...] = (machine, state_mib, round(dirty_mib_per_s, 1), of_link)
     repeats: int | None = REPEATS[state_mib] if machine == MAP else REPEATS_OF_MACHINES
     if machine == MAP and protocol in COMPARED and of_link == COMPARED_AT:
@@ -192,7 +188,7 @@ def answer(frame: pl.DataFrame) -> Answer:
     ends = "; ".join(f"{protocol} {_bracket_text(of_largest, protocol, MAP)}" for protocol in ENDS)
     return Answer(
         f"With {largest / 1024:g} GiB of state, dirtied all over, pre-copy stops converging: {ends} (theory in "
-        f"brackets; the link carries {link_mib_per_s():.0f}, a connection {connection_mib_per_s():.0f}); "
+        f"brackets; the link carries {LINK_MIB_PER_S:.0f}, a connection {connection_mib_per_s():.0f}); "
         f"{_agreement(frame)}.",
         f"Writes go to all blocks alike, the worst case ({_hotspot(frame)}); boundaries are between two rates that "
         f"were tried; large states move in larger pieces, with few seeds ({fewest} at {largest / 1024:g} GiB, except "
@@ -295,11 +291,8 @@ def _shift(frame: pl.DataFrame, machine: str) -> tuple[float, float, str]:
         return np.nan, np.nan, f"{machine}: the runs do not show both boundaries."
     one, four = (one_low + one_high) / 2, (four_low + four_high) / 2
     low, high = four_low / one_high, four_high / one_low
-    text = (
-        f"{machine}: v3-n4's boundary is at {four / one:.2f} times v3-n1's ({four:.0f} and {one:.0f} MiB/s; by the "
-        f"rates that were tried, {low:.2f} to {high:.2f} times)"
-    )
-    return low, high, text
+    factor = f"v3-n4's boundary is at {four / one:.2f} times v3-n1's ({four:.0f} and {one:.0f} MiB/s"
+    return low, high, f"{machine}: {factor}; by the rates that were tried, {low:.2f} to {high:.2f} times)"
 
 
 def _moved(frame: pl.DataFrame) -> Finding:
@@ -309,7 +302,7 @@ def _moved(frame: pl.DataFrame) -> Finding:
         return Finding("C2", "under conditions", text)
     one, four = (boundary_mib_per_s(ENGINES, STATE_OF_MACHINES_MIB, protocol) for protocol in ("v3-n1", "v3-n4"))
     near = four / one * (1 - CLOSE) <= low and high <= four / one * (1 + CLOSE)
-    judged = "supported" if near else judge(supported=False, refuted=high <= 1 + NOTHING)
+    judged = judge(supported=near, refuted=not near and high <= 1 + NOTHING)
     return Finding("C2", judged, f"{text}; theory: {four / one:.2f}. This is about pre-copy, not stop-copy.")
 
 
@@ -378,12 +371,12 @@ def _map(
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axis.texts[row * len(rates) + column].set(fontsize=9, fontweight="bold", bbox=box)
     for row, state in enumerate(states):
-        boundary = boundary_mib_per_s(MAP, state, protocol) / link_mib_per_s()
+        boundary = boundary_mib_per_s(MAP, state, protocol) / LINK_MIB_PER_S
         if boundary <= rates[-1] and any(text != "-" for _, text in squares[row]):
             x = float(np.interp(boundary, rates, range(len(rates))))
             axis.plot([x, x], [row - 0.5, row + 0.5], color="white", linewidth=4.5)
             axis.plot([x, x], [row - 0.5, row + 0.5], color="black", linewidth=2)
-    panels.dress(axis, protocol, f"dirty rate / link's rate ({link_mib_per_s():.0f} MiB/s)", "device state")
+    panels.dress(axis, protocol, f"dirty rate / link's rate ({LINK_MIB_PER_S:.0f} MiB/s)", "device state")
     axis.grid(visible=False)
 
 

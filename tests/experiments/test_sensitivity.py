@@ -15,6 +15,7 @@ from experiments.questions.sensitivity.figures import figures
 from experiments.questions.sensitivity.grid import BASES, CONCLUSIONS, ENGINES, IDLE, MAPS, NIC, PARAMETERS, V3, points
 from experiments.questions.sensitivity.question import MULTIFD, WORTH, answer, bars, base
 from experiments.runs import frame as results
+from experiments.runs.frame import PATH_COLUMNS
 from experiments.runs.pool import run_cell
 from experiments.study.claims import CLAIMS
 from experiments.study.effects import NOT_BOTH
@@ -102,7 +103,7 @@ def row(
         "base": point.base,
         "outcome": "DID_NOT_CONVERGE" if gone else "COMPLETED",
         "downtime_ns": None if gone else round(downtime),
-        "path_lock_ns": None if gone else 0,
+        **dict.fromkeys(PATH_COLUMNS, None if gone else 0),
         "path_copy_ns": None if gone else round(downtime * 0.02),
         **point.factors,
     }

@@ -39,7 +39,7 @@ def test_what_is_carried_is_bound_by_what_streams_share() -> None:
     def carried(machine: str, protocol: str) -> float:
         return precopy_mib_per_s(*experiment.applied(machine, 4096, protocol))
 
-    connection, link = experiment.connection_mib_per_s(), experiment.link_mib_per_s()
+    connection, link = experiment.connection_mib_per_s(), experiment.LINK_MIB_PER_S
     assert carried(MAP, "v2") == carried(MAP, "v2-multifd") == carried(MAP, "v3-n1") == connection
     assert carried(MAP, "v3-n4") == carried(MAP, "v3-blocks-n4") == carried(ENGINES, "v3-n4") == link
     assert carried(ONE_ENGINE, "v3-n4") == 2000.0

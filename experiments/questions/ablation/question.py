@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from experiments.study.statistics import Effect, Interval, effect, interval, pai
 MUCH_TO_SAVE = ("device.0.stop_only_mib=256", "firmware.engines=4", "vmm.downtime_limit_ms=1000")
 """Half the state moves in the downtime, and the firmware runs as many commands at once as there are streams: so N can
 gain something. The limit lets v2 stop at all."""
-LEFT_ALONE = ("device.0.reconfigurations.poisson_per_s=0",)
+NO_RECONFIGURATIONS = "device.0.reconfigurations.poisson_per_s=0"
 
 V2 = "v2"
 TWO_FDS = "v3-n1"
@@ -73,7 +74,9 @@ CASES = {
         (*SMALL_RAM, *GIVE_UP, *MUCH_TO_SAVE),
         (MULTIFD, TWO_FDS_ONE_CONNECTION, N_FDS_ONE_CONNECTION),
     ),
-    IDLE: Case("as nic-much, never reconfigured", "nic-reconfig", (*SMALL_RAM, *GIVE_UP, *MUCH_TO_SAVE, *LEFT_ALONE)),
+    IDLE: Case(
+        "as nic-much, never reconfigured", "nic-reconfig", (*SMALL_RAM, *GIVE_UP, *MUCH_TO_SAVE, NO_RECONFIGURATIONS)
+    ),
     "mlx5-2vf": Case("two idle VFs, as published", "mlx5-2vf", ()),
     FAVOURS_V2: Case("one engine, lock, full link", "favours-v2", ()),
 }
@@ -141,10 +144,10 @@ def steps(runs: pl.DataFrame, column: str) -> list[tuple[str, Effect | None]]:
 
 def _most(name: str, runs: pl.DataFrame) -> str:
     """The step that takes off most."""
-    known = [(label, found) for label, found in steps(runs, "downtime_ns") if found]
+    known = {label: found for label, found in steps(runs, "downtime_ns") if found}
     if not known:
         return f"{name}: unknown (no step was completed on both sides)"
-    label, best = min(known, key=lambda each: each[1].difference.mean)
+    label, best = min(known.items(), key=lambda each: each[1].difference.mean)
     percent = 100 * (best.ratio.mean - 1)
     if best.difference.high >= 0 or percent > -100 * LITTLE:
         return f"{name}: none (the best, '{label}': {change_text(best.difference)})"
@@ -154,11 +157,10 @@ def _most(name: str, runs: pl.DataFrame) -> str:
 
 def _nothing(name: str, runs: pl.DataFrame) -> str:
     """The steps that bring nothing, next to nothing, or cost."""
-    by_kind: dict[str, list[str]] = {}
+    by_kind: defaultdict[str, list[str]] = defaultdict(list)
     for label, found in steps(runs, "downtime_ns"):
         if kind := _kind(found):
-            number = f" {change_text(found.difference)}" if found else ""
-            by_kind.setdefault(kind, []).append(f"'{label}'{number}")
+            by_kind[kind].append(f"'{label}' {change_text(found.difference)}" if found else f"'{label}'")
     parts = [f"{kind}: {', '.join(labels)}" for kind, labels in by_kind.items()]
     return f"{name}, downtime: {'; '.join(parts) or 'every step takes off 1 % or more'}."
 

@@ -72,7 +72,7 @@ MEANS = (
     Measure("peak_reorder_mib", "peak_reorder_bytes", float(1 << 20)),
     Measure("send_blocked_ms", "send_blocked_ns"),
 )
-Effects = Sequence[tuple[Place, Effect | None]]
+Effects = Sequence[tuple[Place, Effect]]
 FILLED = pl.col("per_connection_gbit_per_s") == LINK_GBIT_PER_S
 NARROW = pl.col("per_connection_gbit_per_s") == NARROW_GBIT_PER_S
 QUICK = pl.col("setup_us") == QUICK_SETUP["setup_us"]
@@ -179,16 +179,12 @@ def compared(frame: pl.DataFrame, *parts: str) -> Iterator[tuple[Place, pl.DataF
 
 
 def pool_effects(frame: pl.DataFrame, column: str, *parts: str) -> Effects:
-    """How the pool changes a column against dedicated connections, place by place."""
+    """How the pool changes a column against dedicated connections, where a seed was completed by both."""
     return [
-        (at, effect(runs, column, dedicated(at["streams"]), pooled(at["streams"])))
+        (at, found)
         for at, runs in compared(frame, *parts)
+        if (found := effect(runs, column, dedicated(at["streams"]), pooled(at["streams"])))
     ]
-
-
-def known(effects: Effects) -> list[tuple[Place, Effect]]:
-    """Without the places that have no seed that both completed."""
-    return [(at, found) for at, found in effects if found is not None]
 
 
 def answer(frame: pl.DataFrame) -> Answer:
@@ -212,7 +208,10 @@ def answer(frame: pl.DataFrame) -> Answer:
                 for at, ends in incomplete(frame, ["part", "per_connection_gbit_per_s", "protocol"])
             ),
         ],
-        [_finding("downtime", downtime, MOST_DOWNTIME), _finding("mean critical lag", lag, MOST_LAG)],
+        [
+            _finding("downtime", downtime, len(list(compared(frame, "width"))), MOST_DOWNTIME),
+            _finding("mean critical lag", lag, len(list(compared(frame, "lag"))), MOST_LAG),
+        ],
         table(_rows(frame)),
     )
 
@@ -223,9 +222,9 @@ def _ratio(of: Effect) -> str:
 
 def _range(effects: Effects) -> str:
     """The best and the worst place."""
-    if not known(effects):
+    if not effects:
         return "unknown: no seed was completed under both"
-    best, worst = (pick(known(effects), key=lambda each: each[1].ratio.mean) for pick in (min, max))
+    best, worst = (pick(effects, key=lambda each: each[1].ratio.mean) for pick in (min, max))
     return (
         f"between {_ratio(best[1])} times that of dedicated connections, {_where(best[0])}, and {_ratio(worst[1])} "
         f"times, {_where(worst[0])}"
@@ -240,18 +239,18 @@ def _where(at: Place) -> str:
     )
 
 
-def _finding(what: str, effects: Effects, most: float) -> Finding:
-    """Supported if the upper end of the ratio's interval is within the tolerance everywhere, refuted if nowhere."""
-    found = known(effects)
-    far = [(at, each) for at, each in found if each.ratio.high > most]
-    close, missing = len(found) - len(far), len(effects) - len(found)
-    why = f"the pool's {what} is within {100 * (most - 1):.0f} % at {close} of {len(effects)} places"
+def _finding(what: str, effects: Effects, tried: int, most: float) -> Finding:
+    """Of `tried` places. Supported if the upper end of the ratio's interval is within the tolerance everywhere, refuted
+    if nowhere."""
+    far = [(at, each) for at, each in effects if each.ratio.high > most]
+    close, missing = len(effects) - len(far), tried - len(effects)
+    why = f"the pool's {what} is within {100 * (most - 1):.0f} % at {close} of {tried} places"
     if missing:
         why += f"; {missing} places have no seed that both completed"
     if far:
         at, worst = max(far, key=lambda each: each[1].ratio.high)
         why += f"; it is not at {len(far)}, at most {_ratio(worst)} times, {_where(at)}"
-    judged = judge(supported=not far and not missing, refuted=bool(found) and not close)
+    judged = judge(supported=not far and not missing, refuted=bool(effects) and not close)
     return Finding("C5", judged, f"{why}.")
 
 
@@ -263,7 +262,7 @@ def _credit(frame: pl.DataFrame, downtime: Effects) -> list[str]:
         f"of {BUFFER_MIB:g} MiB: downtime is {_ratio(less)} times the dedicated one with {CREDIT_MIB:g} MiB of "
         f"credit, which fills {CREDIT_MIB / BUFFER_MIB:.1f} sockets, and {_ratio(ample)} times with "
         f"{AMPLE_CREDIT_MIB:g} MiB."
-        for at, ample in known(pool_effects(frame, "downtime_ns", "credit"))
+        for at, ample in pool_effects(frame, "downtime_ns", "credit")
         if (less := with_less.get((at["streams"], at["per_connection_gbit_per_s"]))) and less.ratio.high > MOST_DOWNTIME
     ]
 
@@ -273,9 +272,9 @@ def _sockets(frame: pl.DataFrame) -> list[str]:
     lines = [
         f"With sockets of {at['socket_buffer_mib']:g} MiB and {CREDIT_MIB:g} MiB of credit the pool's downtime is "
         f"{_ratio(small)} times the dedicated one, {_where(at)}."
-        for at, small in known(pool_effects(frame, "downtime_ns", "buffer"))
+        for at, small in pool_effects(frame, "downtime_ns", "buffer")
     ]
-    for at, lag in known(pool_effects(frame.filter(QUICK, NARROW), "critical_lag_mean_ns", "lag")):
+    for at, lag in pool_effects(frame.filter(QUICK, NARROW), "critical_lag_mean_ns", "lag"):
         full_ms = at["socket_buffer_mib"] * (1 << 20) * 8 / at["per_connection_gbit_per_s"] / 1e6
         lines.append(
             f"Mean critical lag in the pool of {at['pool_connections']}, sockets of {at['socket_buffer_mib']:g} MiB at "
@@ -290,11 +289,11 @@ def _where_dedicated_lose(frame: pl.DataFrame) -> list[str]:
     return [
         f"N = {at['streams']} at {at['per_connection_gbit_per_s']:g} Gbit/s a connection, where the dedicated "
         f"connection of the critical stream is idle: the pool changes the downtime by {effect_text(found, 0)}."
-        for at, found in known(pool_effects(few, "downtime_ns", "width"))
+        for at, found in pool_effects(few, "downtime_ns", "width")
     ] + [
         f"{at['busy_streams']} of {at['streams']} streams have all the data, at {at['per_connection_gbit_per_s']:g} "
         f"Gbit/s a connection: pool against dedicated {effect_text(found, 0)}."
-        for at, found in known(pool_effects(frame, "downtime_ns", "uneven"))
+        for at, found in pool_effects(frame, "downtime_ns", "uneven")
     ]
 
 

@@ -139,7 +139,11 @@ def answer(frame: pl.DataFrame) -> Answer:
         busy = random.filter(pl.col(RATE) == rate)
     what = {PAID: "paid in the downtime", GAVE_UP: "the migration FAILED", TOOK_BACK: "stopped again later"}
     counted = {NO_ACK: PAID, ONE_SHOT_REINIT: PAID, REUSABLE: GAVE_UP, PROCEED: PAID, RETRY: TOOK_BACK}
-    shares = "; ".join(f"{name} {_percent(busy, name, way)} ({what[way]})" for name, way in counted.items())
+    found = {name: _share(busy, name, way) for name, way in counted.items()}
+    shares = "; ".join(
+        f"{name} {part.percent.text('%', 0) if part else 'no run'} ({what[counted[name]]})"
+        for name, part in found.items()
+    )
     return Answer(
         f"At {at} critical data comes too late in this share of runs: {shares}{chance}.",
         "One device, whose vCPUs take one fixed time to stop and whose reconfigurations come at random: a guest that "
@@ -164,11 +168,6 @@ def answer(frame: pl.DataFrame) -> Answer:
 def _share(runs: pl.DataFrame, name: str, column: str) -> Interval | None:
     of = runs.filter(protocol=name)[column]
     return share(int(of.sum()), len(of)) if len(of) else None
-
-
-def _percent(runs: pl.DataFrame, name: str, column: str) -> str:
-    part = _share(runs, name, column)
-    return part.percent.text("%", 0) if part else "no run"
 
 
 def _how_often(random: pl.DataFrame) -> Iterator[str]:
@@ -268,9 +267,8 @@ def _c1(random: pl.DataFrame) -> Finding:
     retry = policies[RETRY]
     checked, blind = (random.filter(pl.col("protocol").is_in(names)) for names in (CHECKS, BLIND))
     if retry.is_empty() or checked.is_empty():
-        return Finding(
-            "C1", "under conditions", "it could not be tried: v3 with retry, or v2 with a final check, has no run."
-        )
+        why = "it could not be tried: v3 with retry, or v2 with a final check, has no run."
+        return Finding("C1", "under conditions", why)
     paid = {name: int(runs[PAID].sum()) for name, runs in policies.items()}
     few = {name: paid[name] <= MOST_PAID * runs.height for name, runs in policies.items()}
     counts = ", ".join(f"{name} {paid[name]} of {runs.height}" for name, runs in policies.items())
