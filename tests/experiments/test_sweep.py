@@ -24,7 +24,7 @@ from experiments.runs import pool as runs
 from experiments.runs.pool import Cell, Done
 from experiments.runs.resume import RunStore
 from experiments.study import experiment
-from experiments.study.claims import CLAIMS, Finding
+from experiments.study.claims import Finding
 from experiments.study.effects import effect_row
 from experiments.study.experiment import NAMES, Answer, Experiment, Planned, Point, find
 from experiments.study.statistics import effect
@@ -427,10 +427,6 @@ def test_a_grid_that_cannot_be_run_is_refused_before_anything_is_run(
     monkeypatch.setattr(sys.modules[f"experiments.questions.{NAME}"], "EXPERIMENT", told)
     assert "firmware.engines" in refused(NAME, "--out", str(tmp_path))
     assert counted.calls == []
-
-
-def test_each_experiment_names_claims_that_there_are() -> None:
-    assert set(TINY.claims) <= CLAIMS.keys()
 
 
 OWN_QUICK_GRID = ("state_and_dirty_rate", "reorder_memory", "many_devices")
