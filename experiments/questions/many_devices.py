@@ -13,7 +13,7 @@ nothing where they leave none.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import polars as pl
@@ -181,17 +181,15 @@ def _small(frame: pl.DataFrame) -> str:
     return "; ".join([head, *(f"{where}: {', '.join(gains)}" for where, gains in small.items())]) + "."
 
 
-def _where_it_goes(frame: pl.DataFrame, vfs: int) -> list[str]:
+def _where_it_goes(frame: pl.DataFrame, vfs: int) -> Iterator[str]:
     """The largest parts of the critical path."""
-    lines = []
     for protocol in PROTOCOLS:
         runs = _place(frame, 1, FITTED, vfs).filter(COMPLETED, protocol=protocol)
         if runs.height:
             shares = path_shares(runs, protocol)
             largest = sorted(shares, key=lambda one: -shares[one])[:3]
             parts = ", ".join(f"{style.RESOURCES[one].label} {100 * shares[one]:.0f} %" for one in largest)
-            lines.append(f"{protocol} with {vfs} VFs on one PF: {parts}.")
-    return lines
+            yield f"{protocol} with {vfs} VFs on one PF: {parts}."
 
 
 def _measured(frame: pl.DataFrame) -> list[str]:

@@ -11,7 +11,8 @@ set-up that v3-n1 has already.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 import polars as pl
@@ -102,14 +103,11 @@ def answer(frame: pl.DataFrame) -> Answer:
     )
 
 
-def _where_they_break(frame: pl.DataFrame) -> list[str]:
+def _where_they_break(frame: pl.DataFrame) -> Iterator[str]:
     """The lowest rate at which not all runs complete, for each protocol that has one."""
-    lines = []
     for name in PROTOCOLS:
-        for at, ends in incomplete(frame.filter(protocol=name).sort(FACTOR), [FACTOR]):
-            lines.append(f"{name}: from {at[FACTOR]:g} a second on, not all runs complete: {ends}.")
-            break
-    return lines
+        for at, ends in itertools.islice(incomplete(frame.filter(protocol=name).sort(FACTOR), [FACTOR]), 1):
+            yield f"{name}: from {at[FACTOR]:g} a second on, not all runs complete: {ends}."
 
 
 def _c1(frame: pl.DataFrame) -> Finding:

@@ -267,20 +267,19 @@ def _credit(frame: pl.DataFrame, downtime: Effects) -> list[str]:
     ]
 
 
-def _sockets(frame: pl.DataFrame) -> list[str]:
+def _sockets(frame: pl.DataFrame) -> Iterator[str]:
     """Another explanation, tried: what waits in a socket."""
-    lines = [
-        f"With sockets of {at['socket_buffer_mib']:g} MiB and {CREDIT_MIB:g} MiB of credit the pool's downtime is "
-        f"{_ratio(small)} times the dedicated one, {_where(at)}."
-        for at, small in pool_effects(frame, "downtime_ns", "buffer")
-    ]
+    for at, small in pool_effects(frame, "downtime_ns", "buffer"):
+        yield (
+            f"With sockets of {at['socket_buffer_mib']:g} MiB and {CREDIT_MIB:g} MiB of credit the pool's downtime is "
+            f"{_ratio(small)} times the dedicated one, {_where(at)}."
+        )
     for at, lag in pool_effects(frame.filter(QUICK, NARROW), "critical_lag_mean_ns", "lag"):
         full_ms = at["socket_buffer_mib"] * (1 << 20) * 8 / at["per_connection_gbit_per_s"] / 1e6
-        lines.append(
+        yield (
             f"Mean critical lag in the pool of {at['pool_connections']}, sockets of {at['socket_buffer_mib']:g} MiB at "
             f"{at['per_connection_gbit_per_s']:g} Gbit/s (a full one takes {full_ms:.0f} ms): {effect_text(lag)}."
         )
-    return lines
 
 
 def _where_dedicated_lose(frame: pl.DataFrame) -> list[str]:
@@ -307,17 +306,15 @@ def _multifd(frame: pl.DataFrame) -> list[str]:
     ]
 
 
-def _costs(frame: pl.DataFrame) -> list[str]:
+def _costs(frame: pl.DataFrame) -> Iterator[str]:
     """Where one connection fills the link: what more connections bring and cost."""
-    lines = []
     filled = frame.filter(FILLED, part="width")
     base, streams = f"{dedicated(MANY)}-one", max(filled["streams"], default=MANY)
     for other in (dedicated(streams), pooled(streams)):
         if more := effect(filled, "downtime_ns", base, other):
             before, after = (_means(filled, name) for name in (base, other))
             counts = ", ".join(f"{after[each]:.0f} {each} in place of {before[each]:.0f}" for each in list(after)[:3])
-            lines.append(f"On a link that one connection fills, {other} against {base}: {effect_text(more)}; {counts}.")
-    return lines
+            yield f"On a link that one connection fills, {other} against {base}: {effect_text(more)}; {counts}."
 
 
 def _one_lag(frame: pl.DataFrame) -> list[str]:

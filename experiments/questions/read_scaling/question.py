@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -65,10 +66,10 @@ def _where_read_binds(frame: pl.DataFrame) -> str:
     foretold = sum(place.bound(n) == "read" for place, n in bound)
     silent = sum(place.bound(n) == "read" for place, n, most in seen if most != "read")
     base = Place().copy_gib_per_s
-    at_base: dict[str, set[int]] = {}
+    at_base: defaultdict[str, set[int]] = defaultdict(set)
     for place, n in bound:
         if place.copy_gib_per_s == base:
-            at_base.setdefault(f"{LOOKS[place.lock].label} and {grid.engines(place.engines)}", set()).add(n)
+            at_base[f"{LOOKS[place.lock].label} and {grid.engines(place.engines)}"].add(n)
     listed = "; ".join(f"{where}, N = {', '.join(map(str, sorted(ns)))}" for where, ns in at_base.items()) or "nowhere"
     return (
         f"read() (copy and lock) is the largest part of what moves the state in {len(bound)} of {len(seen)} places; in "
@@ -162,10 +163,11 @@ def _rest(frame: pl.DataFrame) -> Iterator[str]:
     """What N cannot change of the downtime, at the base point's largest N."""
     runs = Place().of(frame).filter(COMPLETED)
     if not runs.is_empty():
-        last = runs.filter(pl.col("streams") == runs["streams"].max())
+        most = max(runs["streams"])
+        last = runs.filter(streams=most)
         fixed, load, whole = (ms(last[f"{name}_ns"].mean()) for name in ("path_fixed", "path_load", "downtime"))
         yield (
-            f"At N = {number(runs['streams'].max()):.0f}, {fixed:.0f} ms of fixed costs and {load:.0f} ms of LOAD are "
+            f"At N = {most}, {fixed:.0f} ms of fixed costs and {load:.0f} ms of LOAD are "
             f"left in a downtime of {whole:.0f} ms: streams cannot share most of it."
         )
 
@@ -204,12 +206,10 @@ def _c2(frame: pl.DataFrame) -> Finding:
     fine = len(firmware) - len(short)
     _, place, n, speed_up = min(firmware, key=lambda each: each[0])
     copying = [100 * shares(at.of(frame, streams=many)).get("read", 0.0) for _, at, many, _ in short]
-    last = (
-        f" (in the others copy and lock have {min(copying):.0f} to {max(copying):.0f} % of the path: a stream's last "
-        "chunk is copied when all is saved)"
-        if short
-        else ""
-    )
+    last = ""
+    if short:
+        path = f"{min(copying):.0f} to {max(copying):.0f} % of the path"
+        last = f" (in the others copy and lock have {path}: a stream's last chunk is copied when all is saved)"
     beyond = f"{min(elsewhere):.2f} to {max(elsewhere):.2f}" if elsewhere else "not looked at"
     return Finding(
         "C2",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -293,9 +294,8 @@ def _c1(random: pl.DataFrame) -> Finding:
 def _rows(random: pl.DataFrame, sure: pl.DataFrame) -> Iterator[dict[str, object]]:
     """Shares with Wilson's intervals, mean costs of completed runs with bootstrap intervals, paired effects."""
     for frame, names in ((random, AT_RANDOM), (sure, FOR_SURE)):
-        for at, runs in places(frame, [RATE, LATE]):
-            for name in names:
-                yield from _of_protocol(at, runs.filter(protocol=name), name)
+        for (at, runs), name in itertools.product(places(frame, [RATE, LATE]), names):
+            yield from _of_protocol(at, runs.filter(protocol=name), name)
     for at, runs in places(sure, [RATE, LATE]):
         for pair in PAIRS:
             for column, what in (("downtime_ns", "downtime"), (STOOD_STILL, "downtime and pauses of retries")):
@@ -307,14 +307,8 @@ def _rows(random: pl.DataFrame, sure: pl.DataFrame) -> Iterator[dict[str, object
 
 def _of_protocol(at: Place, runs: pl.DataFrame, name: str) -> Iterator[dict[str, object]]:
     """The shares and means of one protocol at one place."""
-
-    def row(what: str, found: Interval, kind: str) -> dict[str, object]:
-        numbers = {kind: found.mean, f"{kind}_low": found.low, f"{kind}_high": found.high}
-        return at | {"other": name, "what": what} | numbers | {"runs": runs.height, "counted": found.count}
-
-    for column, what in WAYS.items():
-        if part := _share(runs, name, column):
-            yield row(f"share of runs: {what}", part, "share")
-    for of in COSTS:
-        if cost := mean(runs, of.column, of.scale):
-            yield row(of.label, cost, "mean")
+    shares = [("share", f"share of runs: {what}", _share(runs, name, column)) for column, what in WAYS.items()]
+    for kind, what, found in (*shares, *(("mean", of.label, mean(runs, of.column, of.scale)) for of in COSTS)):
+        if found:
+            numbers = {kind: found.mean, f"{kind}_low": found.low, f"{kind}_high": found.high}
+            yield at | {"other": name, "what": what} | numbers | {"runs": runs.height, "counted": found.count}
