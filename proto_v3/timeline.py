@@ -273,39 +273,6 @@ def on_track(name: str) -> None:
     _track.set(name)
 
 
-class Notify:
-    """Wakes all tasks that wait for a change. The span that notified becomes the cause of what they do next.
-
-    Use: `while not condition: await notify.wait()`.
-    """
-
-    def __init__(self) -> None:
-        self._waiters: list[asyncio.Future[int]] = []
-
-    @property
-    def waited_for(self) -> bool:
-        """Whether any task waits."""
-        return any(not waiter.done() for waiter in self._waiters)
-
-    def notify(self, by: int | None = None) -> None:
-        """Wake all waiting tasks. `by`: the span that is the cause; by default the current task's cursor."""
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(cause() if by is None else by)
-
-    async def wait(self) -> None:
-        """Wait for the next notify()."""
-        waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        try:
-            caused_by(await waiter)
-        except asyncio.CancelledError:  # also a timeout; else the waiter would stay until the next notify()
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
-            raise
-
-
 class Join:
     """A TaskGroup. If its end has to be waited for, the child that finished last is the cause.
 

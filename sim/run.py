@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from proto_v3.errors import ProtoV3Error, leaves
 from proto_v3.timeline import Timeline, on_track
 from proto_v3.vmm.migration import OutcomeKind, Side, Source, Target
-from proto_v3.wire.frames import Channel
+from proto_v3.wire.channel import Channel
 from sim.clock import virtual
 from sim.clock.port import now_ns
 from sim.clock.virtual import VirtualLoop

@@ -29,7 +29,8 @@ from proto_v3.vfio.uapi import MigrationFlags, State
 from proto_v3.vmm.machine import Machine
 from proto_v3.vmm.return_path import HandOver, ReturnPath
 from proto_v3.vmm.switchover import SwitchoverSettings
-from proto_v3.wire.frames import Channel, Frame, Kind, Payload
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind, Payload
 
 
 class OutcomeKind(enum.StrEnum):

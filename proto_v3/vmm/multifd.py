@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from proto_v3.errors import PeerProtocolError
-from proto_v3.timeline import Join, Mark, Notify, Work
+from proto_v3.notify import Notify
+from proto_v3.timeline import Join, Mark, Work
 from proto_v3.vfio.device import DataFd
-from proto_v3.wire.frames import Channel, Frame, Kind
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind
 
 if TYPE_CHECKING:
     from proto_v3.vmm.migration import Source, Target

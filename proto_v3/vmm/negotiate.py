@@ -25,7 +25,8 @@ from proto_v3.vmm.v2_target import V2Target
 from proto_v3.vmm.v3 import V3Options
 from proto_v3.vmm.v3_source import V3Source
 from proto_v3.vmm.v3_target import V3Target
-from proto_v3.wire.frames import Channel, Frame, Kind
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind
 from proto_v3.wire.streams import Credits, Wire
 
 VERSION = 3

@@ -6,8 +6,9 @@ import enum
 from collections.abc import Callable
 
 from proto_v3.errors import PeerFailedError, PeerProtocolError
-from proto_v3.timeline import Notify
-from proto_v3.wire.frames import Channel, Frame, Kind
+from proto_v3.notify import Notify
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind
 
 
 class HandOver(enum.IntEnum):

@@ -24,7 +24,8 @@ from proto_v3.vmm.migration import OutcomeKind, Side, Source, pause, read_some
 from proto_v3.vmm.multifd import Senders
 from proto_v3.vmm.switchover import Switchover
 from proto_v3.vmm.v2 import Ack, V2Options
-from proto_v3.wire.frames import Channel, Frame, Kind, Payload
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind, Payload
 
 UNKNOWN_STOP_COPY_BYTES = 100 << 30
 """Assumed when MIG_DATA_SIZE fails, so that the downtime limit is not violated (QEMU, VFIO_MIG_STOP_COPY_SIZE)."""

@@ -17,7 +17,8 @@ from proto_v3.vfio.uapi import MigrationFlags
 from proto_v3.vmm.migration import Side, Target
 from proto_v3.vmm.multifd import Receivers
 from proto_v3.vmm.v2 import Ack, V2Options
-from proto_v3.wire.frames import Channel, Frame, Kind
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind
 
 
 class V2Target(Target):

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proto_v3.errors import LocalProtocolError
-from proto_v3.timeline import Join, Notify
+from proto_v3.notify import Notify
+from proto_v3.timeline import Join
 from proto_v3.vfio.device import BlocksFd
 from proto_v3.vmm.migration import read_some
 from proto_v3.wire.frames import Frame, Kind

@@ -22,14 +22,16 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from proto_v3.timeline import Join, Notify, Work
+from proto_v3.notify import Notify
+from proto_v3.timeline import Join, Work
 from proto_v3.vfio.device import BlocksFd, DataFd, Ready
 from proto_v3.vmm.migration import OutcomeKind, Side, Source, pause, read_some
 from proto_v3.vmm.return_path import HandOver
 from proto_v3.vmm.switchover import RamBacklog, StreamBacklog, Switchover
 from proto_v3.vmm.v3 import V3Options, opt_out
 from proto_v3.vmm.v3_blocks import BlockReaders
-from proto_v3.wire.frames import Channel, Frame, Kind
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind
 from proto_v3.wire.streams import OutStream, OutStreams, OwnOutStreams, SharedOutStreams, Wire
 
 

@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from typing_extensions import override
 
 from proto_v3.errors import PeerProtocolError
-from proto_v3.timeline import Join, Mark, Notify
+from proto_v3.notify import Notify
+from proto_v3.timeline import Join, Mark
 from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.uapi import State
 from proto_v3.vmm.migration import Side, Target
 from proto_v3.vmm.v3 import V3Options, opt_out
-from proto_v3.wire.frames import Channel, Frame, Kind
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind
 from proto_v3.wire.streams import InStream, InStreams, OwnInStreams, SharedInStreams, Wire
 
 

@@ -1,1 +1,1 @@
-"""What the two VMMs send each other: frames, channels, streams over connections. Imports timeline and errors."""
+"""What the two VMMs send each other: frames, channels, streams over connections. Imports notify, timeline, errors."""

@@ -1,8 +1,8 @@
-"""The wire format, and the channels that carry it between the two VMMs: ordered frames over a transport.
+"""The wire format: a msgpack header, followed by the raw payload.
 
-A frame is a msgpack header, followed by the raw payload. A header is the array `[kind, device, stream, value,
-payload_bytes]`; on a shared connection the frame's place follows. The payload is never parsed: it is the driver's
-stream, or pages of RAM, and only its length and slices of it are used. (HELLO's payload is the protocol's own.)
+A header is the array `[kind, device, stream, value, payload_bytes]`; on a shared connection the frame's place follows.
+The payload is never parsed: it is the driver's stream, or pages of RAM, and only its length and slices of it are used.
+(HELLO's payload is the protocol's own.)
 """
 
 from __future__ import annotations
@@ -99,46 +99,3 @@ def decode(header: bytes, payload: Payload) -> Frame:
         return Frame(Kind(kind), device, stream, value, payload, *place)
     except ValueError as error:
         raise PeerProtocolError(f"unknown frame kind {kind}") from error
-
-
-class Transport(Protocol):
-    """One end of a connection: reliable, ordered, bounded. If one end does not read, the other end waits."""
-
-    async def send(self, header: bytes, payload: Payload) -> None:
-        """Return when the bytes are accepted. Waits while the connection's buffer is full.
-
-        Raises ConnectionError when the connection is gone.
-        """
-
-    async def recv(self) -> tuple[bytes, Payload]:
-        """Wait for the next header and payload. ConnectionError when the connection is gone."""
-
-
-class Channel:
-    """Frames over one transport. Counts bytes and messages."""
-
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-        self.bytes_sent = 0
-        self.messages_sent = 0  # frames without payload: what the protocol sends besides the data
-
-    async def send(self, frame: Frame) -> None:
-        """Send one frame. Waits while the connection is full."""
-        header = encode_header(frame)
-        self.bytes_sent += len(header) + len(frame.payload)
-        self.messages_sent += not len(frame.payload)
-        await self._transport.send(header, frame.payload)
-
-    async def send_control(self, kind: Kind, device: int = 0, stream: int = 0, value: int = 0) -> None:
-        """Send a frame without payload."""
-        await self.send(Frame(kind, device, stream, value))
-
-    async def recv(self) -> Frame:
-        """The next frame. PeerProtocolError if it is malformed."""
-        return decode(*await self._transport.recv())
-
-    async def expect(self, kind: Kind) -> None:
-        """Wait for a frame of this kind. PeerProtocolError if another kind arrives."""
-        frame = await self.recv()
-        if frame.kind is not kind:
-            raise PeerProtocolError(f"{frame.kind.name} came where {kind.name} was due")

@@ -31,8 +31,10 @@ from typing import Protocol
 from typing_extensions import override
 
 from proto_v3.errors import PeerProtocolError
-from proto_v3.timeline import Notify, Work, cause, caused_by
-from proto_v3.wire.frames import Channel, Frame, Kind
+from proto_v3.notify import Notify
+from proto_v3.timeline import Work, cause, caused_by
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind
 
 OnHeld = Callable[[int], None]
 """Called with the change of bytes held in the target VMM's memory: positive when received, negative when the driver

@@ -12,7 +12,8 @@ from typing import Protocol
 
 from typing_extensions import override
 
-from proto_v3.timeline import Notify, Resource, Timeline
+from proto_v3.notify import Notify
+from proto_v3.timeline import Resource, Timeline
 from proto_v3.vfio.device import BlocksFd, DataFd, DirtyBlocks, Ready
 from proto_v3.vfio.uapi import PrecopyInfo, StreamFlags, StreamInfo
 from proto_v3.wire.frames import Payload

@@ -15,7 +15,8 @@ import asyncio
 import errno
 from collections import deque
 
-from proto_v3.timeline import NO_CAUSE, Notify, Resource, Timeline, cause, caused_by
+from proto_v3.notify import Notify
+from proto_v3.timeline import NO_CAUSE, Resource, Timeline, cause, caused_by
 from proto_v3.wire.frames import Payload
 from sim.clock.port import now_ns
 from sim.clock.virtual import VirtualLoop
@@ -107,7 +108,7 @@ class _OneWay:
 
 
 class ConnectionEnd:
-    """One end of a connection (proto_v3.wire.frames.Transport): sends one way, receives the other."""
+    """One end of a connection (proto_v3.wire.channel.Transport): sends one way, receives the other."""
 
     def __init__(self, name: str, out: _OneWay, into: _OneWay) -> None:
         self.name = name

@@ -8,7 +8,7 @@ from proto_v3.vmm.migration import Side, Source, Target
 from proto_v3.vmm.negotiate import negotiated_source, negotiated_target
 from proto_v3.vmm.v2_source import V2Source
 from proto_v3.vmm.v2_target import V2Target
-from proto_v3.wire.frames import Channel
+from proto_v3.wire.channel import Channel
 from sim.report import Counters, DeviceReport, SideReport
 from sim.scenario.device import Device
 from sim.scenario.protocol import AppliedScenario

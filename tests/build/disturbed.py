@@ -28,7 +28,8 @@ import pytest
 
 from proto_v3.timeline import Timeline
 from proto_v3.vmm.migration import OutcomeKind, Side
-from proto_v3.wire.frames import Channel, Kind, decode
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Kind, decode
 from sim.clock import virtual
 from sim.clock.port import now_ns
 from sim.clock.virtual import VirtualLoop

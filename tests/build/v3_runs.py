@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from proto_v3.vfio.uapi import State
-from proto_v3.wire.frames import Channel, Frame, Payload, Transport, decode, encode_header
+from proto_v3.wire.channel import Channel, Transport
+from proto_v3.wire.frames import Frame, Payload, decode, encode_header
 from sim.clock import virtual
 from sim.outcome import Outcome
 from sim.run import VirtualRun

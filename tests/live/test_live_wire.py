@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from proto_v3.errors import LocalProtocolError, PeerFailedError, PeerProtocolError, UserError
 from proto_v3.timeline import Resource
 from proto_v3.vmm.negotiate import Hello
-from proto_v3.wire.frames import Channel, Frame, Kind
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind
 from sim.device.record import Bulk
 from sim.live.buffers import Buffers, as_view
 from sim.live.io import IO

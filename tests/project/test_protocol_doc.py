@@ -16,7 +16,8 @@ from pydantic import BaseModel
 from proto_v3.vfio.device import DataFd, MigrationDevice
 from proto_v3.vfio.uapi import State
 from proto_v3.vmm.migration import OutcomeKind
-from proto_v3.wire.frames import Channel, Frame, Kind
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind
 from sim.clock import virtual
 from sim.device.driver import SimDriver
 from sim.device.load import LoadStream

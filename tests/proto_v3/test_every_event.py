@@ -38,7 +38,8 @@ from proto_v3.errors import LostAfterCommitError
 from proto_v3.vfio.uapi import State
 from proto_v3.vmm.migration import OutcomeKind, Source, Target
 from proto_v3.vmm.return_path import ReturnPath
-from proto_v3.wire.frames import Channel, Kind
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Kind
 from sim.outcome import Outcome
 from sim.run import simulate
 from sim.scenario.protocol import Protocol

@@ -20,7 +20,8 @@ from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.fsm import arcs
 from proto_v3.vfio.uapi import MigrationFlags, State
 from proto_v3.vmm.migration import OutcomeKind
-from proto_v3.wire.frames import Channel, Kind, Payload
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Kind, Payload
 from sim.clock import virtual
 from sim.clock.port import now_ns, sleep_ns
 from sim.device.blocks import SaveBlocks

@@ -17,7 +17,8 @@ from proto_v3.errors import PeerProtocolError
 from proto_v3.timeline import Timeline
 from proto_v3.vmm.migration import OutcomeKind, Side, Target
 from proto_v3.vmm.multifd import Multifd, Receivers, Senders
-from proto_v3.wire.frames import Channel, Frame, Kind, Payload
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind, Payload
 from sim.clock import virtual as clock
 from sim.clock.port import now_ns, sleep_ns
 from sim.outcome import Outcome

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from proto_v3.timeline import NO_CAUSE, Notify, cause, caused_by
+from proto_v3.notify import Notify
+from proto_v3.timeline import NO_CAUSE, cause, caused_by
 from sim.clock.port import now_ns, sleep_ns
 from sim.clock.virtual import run
 

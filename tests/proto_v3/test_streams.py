@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 
 from proto_v3.errors import PeerProtocolError
-from proto_v3.wire.frames import Channel, Frame, Kind
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind
 from proto_v3.wire.streams import LEAST_BYTES, MIN_FRAMES, Credits, SharedInStreams, SharedOutStreams
 from sim.clock.port import sleep_ns
 from tests.build.scenario import virtual

@@ -21,7 +21,8 @@ from proto_v3.vmm.switchover import SwitchoverSettings
 from proto_v3.vmm.v2 import Ack, V2Options
 from proto_v3.vmm.v2_source import UNKNOWN_STOP_COPY_BYTES, LateAckError, V2Source
 from proto_v3.vmm.v2_target import V2Target
-from proto_v3.wire.frames import Channel, Frame, Kind, Payload, decode, encode_header
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind, Payload, decode, encode_header
 from sim.clock import virtual as clock
 from sim.clock.port import now_ns, sleep_ns
 from sim.device.record import Bulk

@@ -15,7 +15,7 @@ from proto_v3.vmm.migration import OutcomeKind, Side, Source
 from proto_v3.vmm.v2 import V2Options
 from proto_v3.vmm.v2_source import V2Source
 from proto_v3.vmm.v3 import V3Options
-from proto_v3.wire.frames import Channel
+from proto_v3.wire.channel import Channel
 from sim.device.driver import SimDriver
 from sim.host import vmms
 from sim.outcome import Outcome

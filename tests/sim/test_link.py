@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proto_v3.timeline import Mark, PathStep, Resource, Timeline, cause
-from proto_v3.wire.frames import Channel, Frame, Kind, Transport, encode_header
+from proto_v3.wire.channel import Channel, Transport
+from proto_v3.wire.frames import Frame, Kind, encode_header
 from sim.clock.port import now_ns, sleep_ns, sleep_until_ns
 from sim.clock.virtual import VirtualLoop
 from sim.device.record import Bulk

@@ -19,7 +19,8 @@ from proto_v3.vmm.switchover import Backlog, RamBacklog, StreamBacklog, Switchov
 from proto_v3.vmm.v3_blocks import BlockReaders
 from proto_v3.vmm.v3_source import V3Source, _Stream
 from proto_v3.vmm.v3_target import V3Target
-from proto_v3.wire.frames import Channel, Frame, Kind, Payload
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Frame, Kind, Payload
 from sim.clock import port as clock
 from sim.clock import virtual
 from sim.device.blocks import LoadBlocks

@@ -28,7 +28,8 @@ from typing import NamedTuple
 import numpy as np
 from typing_extensions import override
 
-from proto_v3.timeline import Notify, Resource, on_track
+from proto_v3.notify import Notify
+from proto_v3.timeline import Resource, on_track
 from sim.device.blocks import SaveBlocks
 from sim.device.record import NO_INDICES, Extent, Record
 from sim.device.save import SaveStream

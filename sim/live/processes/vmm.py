@@ -22,7 +22,8 @@ from typing_extensions import override
 from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error, leaves
 from proto_v3.timeline import Mark, on_track
 from proto_v3.vmm.migration import OutcomeKind, Side, Source, Target, UnsupportedError
-from proto_v3.wire.frames import Channel, Kind
+from proto_v3.wire.channel import Channel
+from proto_v3.wire.frames import Kind
 from sim.clock import port as clock
 from sim.host.machine import Guest, MachineModel
 from sim.host.vmms import connections, make_source, make_target, side_report

@@ -16,7 +16,8 @@ from typing_extensions import override
 
 from proto_v3.errors import LocalProtocolError, PeerProtocolError
 from proto_v3.timeline import Resource
-from proto_v3.wire.frames import MAX_HEADER_BYTES, Payload, Transport
+from proto_v3.wire.channel import Transport
+from proto_v3.wire.frames import MAX_HEADER_BYTES, Payload
 from sim.live.buffers import Buffers, as_view
 from sim.live.io import Pipe
 from sim.live.merge_timelines import LATEST, ProcessTimeline

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error
-from proto_v3.wire.frames import Transport
+from proto_v3.wire.channel import Transport
 from sim.live.merge_timelines import ProcessTimeline
 from sim.live.tcp.connection import Connection, connection_error
 from sim.live.tcp.messages import MAX_MESSAGE_BYTES, Failed, M, Message, MessageStream, Ping, RawMessage, printable
