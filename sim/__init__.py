@@ -1,1 +1,2 @@
-"""One simulated device, its guest, firmware, driver, link and hosts, in virtual time."""
+"""One simulated device, its guest, firmware, driver, link and hosts; in virtual time and, in `live/`, in real time.
+Imports proto_v3 only."""

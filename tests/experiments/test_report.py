@@ -40,9 +40,7 @@ def experiment(name: str, verdict: Verdict, question: str = "What is <asked> & w
             told, "hardly anything.", ["a <b>detail</b>"], [Finding("C1", verdict, "so it is")], frame.head(1)
         )
 
-    return Experiment(
-        name, question, ("C1",), lambda quick: points, answer, lambda frame, command: {name: figure()}, 1, 1
-    )
+    return Experiment(name, question, lambda quick: points, answer, lambda frame, command: {name: figure()}, 1, 1)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +36,8 @@ from tests.build.live import (
     stat,
     two_hosts,
 )
+
+ROOT = Path(__file__).parents[2]
 
 MOMENTS = {
     "set-up": (None, 0.0, 0.15),
@@ -319,10 +323,9 @@ def test_a_run_that_is_cancelled_leaves_nothing(cancels: int) -> None:
 @contextlib.contextmanager
 def supervisor() -> Iterator[tuple[subprocess.Popen[str], dict[str, int]]]:
     """A process that supervises runs, one after the other; and those below it, by name."""
-    command = [sys.executable, "-u", live.__file__]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    command = [sys.executable, "-u", "-m", live.__name__]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
         try:
             assert process.stdout is not None
             yield process, json.loads(process.stdout.readline())
