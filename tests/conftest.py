@@ -10,6 +10,7 @@ in and out. (test_v2_on_v3.py compares whole migrations on both.)
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import signal
@@ -62,6 +63,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     files = [list(each) for _, each in itertools.groupby(items, lambda item: (begins_first(item), item.path))]
     processes = getattr(config, "workerinput", {}).get("workercount", 1)
     items[:] = [item for first in range(processes) for file in files[first::processes] for item in file]
+
+
+def pytest_collection_finish() -> None:
+    """What was collected stays to the end: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
