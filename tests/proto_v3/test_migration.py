@@ -127,7 +127,7 @@ def machines(draw: st.DrawFn) -> Scenario:
 
 
 @pytest.mark.slow
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(scenario=machines(), name=st.sampled_from(WAYS), seed=st.integers(0, 3))
 def test_any_machine_ends_and_its_accounts_add_up(scenario: Scenario, name: str, seed: int) -> None:
     # That the target's image is the source's is what makes a run COMPLETED; see test_run.
