@@ -27,7 +27,7 @@ quick: $(VENV)/dev.stamp
 
 test: $(VENV)/dev.stamp
 	@$(HAS_CC) || $(MAKE) --no-print-directory debian-cc
-	@echo 'some 7,500 tests: usually four minutes on two cores; the slow ones come first'
+	@echo 'some 7,500 tests: less than five minutes on two cores; the slow ones come first'
 	@$(PYTEST)
 
 validate: $(VENV)/core.stamp
