@@ -189,7 +189,7 @@ def sooner() -> str:
     assert [round(each) for each in lags] == [1, 9]
     long, short = (compared("nic-reconfig", name, "total_ns", 1e9) for name in (v2, v3))
     assert 0.45 < short / long < 0.55
-    return f"after one second and not after nine, that the migration takes half as long ({short:.1f} s)"
+    return f"after one second and not after nine, the migration takes half as long ({short:.1f} s)"
 
 
 def in_vain() -> str:
