@@ -20,9 +20,10 @@ from experiments.commands.options import (
     live_settings,
     out_option,
     protocols_option,
-    runs_option,
+    seeds_option,
     set_option,
     spans_option,
+    trace_option,
 )
 from proto_v3.errors import UserError
 
@@ -81,13 +82,12 @@ def main() -> None:
 @main.command()
 @click.argument("scenario")
 @protocols_option(
-    "--protocols",
     "v2,v2-multifd,v3-n1,v3-n4",
     "Separated by commas: v2 or v3, as the scenario sets them up, or with suffixes. Of v2: -multifd, -ack, "
     "-ack-reusable, -reinit-flush, -reinit-invalidate, -polls. Of v3: -n1 to -n64 (dirty streams), -blocks, -pool, "
     "-one, -invalidate, -retry.",
 )
-@runs_option("--seeds", 10, "Runs of each protocol.", most=100_000)
+@seeds_option(10, "Runs of each protocol.", most=100_000)
 @first_seed_option
 @out_option("Write the table, the figure and the manifest into this folder.  [default: results/SCENARIO]")
 @format_option
@@ -108,7 +108,7 @@ def compare(seeds: int, first_seed: int, **options: Any) -> int:
 
 @main.command()
 @click.argument("names", metavar="[CASE]...", nargs=-1)
-@runs_option("--seeds", 10, "Runs of each case.", most=100_000)
+@seeds_option(10, "Runs of each case.", most=100_000)
 @jobs_option
 @out_option("Write the table, the figure and the manifest into this folder.", default="results/validate")
 def validate(seeds: int, **options: Any) -> int:
@@ -167,8 +167,8 @@ def run(**options: Any) -> int:
 
 @main.command()
 @click.option("--results", metavar="FOLDER", default="results", show_default=True, help="What `proto-v3 run` wrote.")
-@click.option("--out", metavar="FILE", help="The page.  [default: report.html in that folder]")
-def report(results: str, out: str | None) -> int:
+@click.option("--page", metavar="FILE", help="The page.  [default: report.html in that folder]")
+def report(results: str, page: str | None) -> int:
     """Put all answers, figures and tables on one HTML page that needs nothing beside itself.
 
     The answers come first, then each experiment, what the model is compared with, all parameters with their sources,
@@ -178,20 +178,20 @@ def report(results: str, out: str | None) -> int:
     """
     from experiments.commands.report import run_report
 
-    return run_report(results, out)
+    return run_report(results, page)
 
 
 @main.command()
 @click.argument("scenario")
-@protocols_option("--protocol", "v2", "Names as of `compare`, separated by commas.")
-@runs_option("--runs", 1, "Runs of each protocol.")
+@protocols_option("v2", "Names as of `compare`, separated by commas.")
+@seeds_option(1, "Runs of each protocol.")
 @first_seed_option
 @click.option("--connect", metavar="HOST:PORT", help="The target is there: `proto-v3 live-target`.  [default: here]")
 @out_option("Table, figure and manifest go there.  [default: results/live-SCENARIO]")
 @format_option
 @live_options
 @set_option
-def live(runs: int, first_seed: int, **options: Any) -> int:
+def live(seeds: int, first_seed: int, **options: Any) -> int:
     """Migrate SCENARIO for real: processes, file descriptors, TCP, bytes; the clock is the machine's.
 
     There are four processes: a device process and a VMM at each side. The device processes hold the state, up to 4 GiB,
@@ -204,7 +204,7 @@ def live(runs: int, first_seed: int, **options: Any) -> int:
     from experiments.commands.live import run_live
 
     how = live_settings(options, progress=True)
-    return run_live(seeds=range(first_seed, first_seed + runs), how=how, command=command_line(), **options)
+    return run_live(seeds=range(first_seed, first_seed + seeds), how=how, command=command_line(), **options)
 
 
 @main.command("live-target")
@@ -241,12 +241,12 @@ def live_target(listen: str, once: bool, max_state_mib: int, **options: Any) -> 
 
 @main.command()
 @click.argument("scenario")
-@protocols_option("--protocols", "v2,v3-n2", "Names as of `compare`.")
-@runs_option("--runs", 10, "Runs of each protocol.")
+@protocols_option("v2,v3-n2", "Names as of `compare`, separated by commas.")
+@seeds_option(10, "Runs of each protocol.")
 @out_option("Tables, figure and manifest go there.  [default: results/agree-SCENARIO]")
 @live_options
 @set_option
-def agree(runs: int, **options: Any) -> int:
+def agree(seeds: int, **options: Any) -> int:
     """Run SCENARIO in virtual time and live, with the same seeds: every figure side by side, with its ratio.
 
     The aim: downtime and throughput are within 10 % of the simulation, in the median of the runs. The machine should be
@@ -257,7 +257,7 @@ def agree(runs: int, **options: Any) -> int:
     from experiments.commands.agree import run_agree
 
     how = live_settings(options, progress=True)
-    return run_agree(seeds=range(1, runs + 1), how=how, command=command_line(), **options)
+    return run_agree(seeds=range(1, seeds + 1), how=how, command=command_line(), **options)
 
 
 @main.command()
@@ -265,7 +265,7 @@ def agree(runs: int, **options: Any) -> int:
 @click.option("--protocol", required=True, metavar="NAME", help="As of `compare`.")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
 @set_option
-@click.option("--out", metavar="FILE", help="The trace.  [default: out/SCENARIO-PROTOCOL-SEED.perfetto-trace]")
+@trace_option("out/SCENARIO-PROTOCOL-SEED.perfetto-trace")
 @spans_option
 def trace(**options: Any) -> int:
     """Make one run of SCENARIO in virtual time, and write a trace of it for https://ui.perfetto.dev.
@@ -283,7 +283,7 @@ def trace(**options: Any) -> int:
 
 @main.command()
 @click.argument("run", metavar="RUN")
-@click.option("--trace", metavar="FILE", help="The trace.  [default: out/RUN.perfetto-trace]")
+@trace_option("out/RUN.perfetto-trace")
 @spans_option
 def replay(**options: Any) -> int:
     """Make one run of a results folder again, check that it is the same, and write a trace of it.

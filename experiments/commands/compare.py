@@ -36,7 +36,7 @@ def run_compare(
     settings: Sequence[str] = (),
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
-    loaded, chosen = parsed(scenario, protocols, settings, "--protocols")
+    loaded, chosen = parsed(scenario, protocols, settings)
     if out == "":
         raise UserError("--out '': must be the name of a folder")
     folder = ResultFolder(Path(out) if out else Path("results") / loaded.name)

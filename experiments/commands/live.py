@@ -91,7 +91,7 @@ def prepared(
     scenario: str, protocols: Sequence[str], settings: Sequence[str], how: Settings
 ) -> tuple[Scenario, list[Protocol]]:
     """The scenario and the protocols. UserError if one of them is unknown or cannot be run live."""
-    loaded, chosen = parsed(scenario, protocols, settings, "--protocol")
+    loaded, chosen = parsed(scenario, protocols, settings)
     for protocol in chosen:
         applied(loaded, protocol, how)  # it may refuse
     return loaded, chosen

@@ -33,25 +33,28 @@ first_seed_option = click.option(
 spans_option = click.option("--spans", metavar="FILE", help="Write a table of all spans too, in Parquet.")
 
 
-def protocols_option(name: str, default: str, what: str) -> Callable[[F], F]:
-    """Names of protocols, separated by commas; the command gets them as a list, `protocols`."""
-    return click.option(
-        name, "protocols", default=default, show_default=True, metavar="NAMES", callback=_split, help=what
-    )
+def protocols_option(default: str, what: str) -> Callable[[F], F]:
+    """Names of protocols, separated by commas; the command gets them as a list."""
+    return click.option("--protocols", default=default, show_default=True, metavar="NAMES", callback=_split, help=what)
 
 
 def _split(ctx: click.Context, option: click.Parameter, names: str) -> list[str]:
     return [name.strip() for name in names.split(",")]
 
 
-def runs_option(name: str, default: int, what: str, most: int = 10_000) -> Callable[[F], F]:
+def seeds_option(default: int, what: str, most: int = 10_000) -> Callable[[F], F]:
     """A number of runs."""
-    return click.option(name, type=click.IntRange(1, most), default=default, show_default=True, help=what)
+    return click.option("--seeds", type=click.IntRange(1, most), default=default, show_default=True, help=what)
 
 
 def out_option(what: str, default: str | None = None) -> Callable[[F], F]:
     """The folder of the results."""
     return click.option("--out", metavar="FOLDER", default=default, show_default=True, help=what)
+
+
+def trace_option(default: str) -> Callable[[F], F]:
+    """The file of the trace."""
+    return click.option("--trace", metavar="FILE", help=f"The trace.  [default: {default}]")
 
 
 def live_options(command: F) -> F:
@@ -103,15 +106,13 @@ def live_settings(options: dict[str, Any], **more: Any) -> Settings:
     )
 
 
-def parsed(
-    scenario: str, protocols: Sequence[str], settings: Sequence[str], option: str
-) -> tuple[Scenario, list[Protocol]]:
-    """The scenario and the protocols of `option`. UserError if one is unknown, or if a protocol is named twice."""
+def parsed(scenario: str, protocols: Sequence[str], settings: Sequence[str]) -> tuple[Scenario, list[Protocol]]:
+    """The scenario and the protocols of --protocols. UserError if one is unknown, or if a protocol is named twice."""
     from sim.scenario.file import load
     from sim.scenario.protocol import Protocol
 
     loaded = load(scenario, settings)
     chosen = [Protocol.parse(name, loaded) for name in protocols]
     if len({protocol.name for protocol in chosen}) < len(chosen):
-        raise UserError(f"{option} {','.join(protocols)}: one is named twice")
+        raise UserError(f"--protocols {','.join(protocols)}: one is named twice")
     return loaded, chosen

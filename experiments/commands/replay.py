@@ -53,7 +53,7 @@ def run_replay(run: str, trace: str | None, spans: str | None) -> int:
     scenario = _scenario(read, row)
     protocol = Protocol.parse(row["protocol"], scenario)
     name = "-".join([folder.resolve().name, *([row["cell"]] if len(which) == 1 else which)])
-    trace_file, spans_file = output_files(("--trace", trace, OUT / f"{name}{TRACE_SUFFIX}"), spans)
+    trace_file, spans_file = output_files(trace, OUT / f"{name}{TRACE_SUFFIX}", spans)
     again = traced_run(scenario, protocol, row["seed"])
     console = tables.console()
     same = _print(console, read, row, again.outcome)

@@ -13,14 +13,14 @@ from experiments.study.experiment import NAMES
 README = "README.md"
 
 
-def run_report(results: str, out: str | None) -> int:
+def run_report(results: str, page_file: str | None) -> int:
     """Write the page, and the answers into the results' README.md; returns the exit status.
 
     UserError if there is no such folder, or if something in it is damaged.
     """
     folder = Path(results)
     kept = answers.read(folder)
-    path = Path(out) if out else folder / "report.html"
+    path = Path(page_file) if page_file else folder / "report.html"
     html = page(folder, kept)
     with replacing(path) as new:
         new.write_text(html, encoding="utf-8")

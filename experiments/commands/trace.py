@@ -20,13 +20,13 @@ OUT = Path("out")
 
 
 def run_trace(
-    scenario: str, protocol: str, seed: int, settings: Sequence[str], out: str | None, spans: str | None
+    scenario: str, protocol: str, seed: int, settings: Sequence[str], trace: str | None, spans: str | None
 ) -> int:
     """Run, write, print; returns the exit status. UserError for bad input, before anything is run or written."""
     loaded = load(scenario, settings)
     chosen = Protocol.parse(protocol, loaded)
     default = OUT / f"{loaded.name}-{chosen.name}-{seed}{TRACE_SUFFIX}"
-    trace_file, spans_file = output_files(("--out", out, default), spans)
+    trace_file, spans_file = output_files(trace, default, spans)
     run = traced_run(loaded, chosen, seed)
     console = tables.console()
     say(console, run.summary)
@@ -34,14 +34,15 @@ def run_trace(
     return int(run.outcome.kind is OutcomeKind.FAILED)
 
 
-def output_files(trace: tuple[str, str | None, Path], spans: str | None) -> tuple[Path, Path | None]:
-    """Where to write the trace (its option, what the user named, the default) and the table of spans, if that is asked
-    for. UserError, before the work, if one cannot be there."""
-    option, named, default = trace
-    for name, value in ((option, named), ("--spans", spans)):
+def output_files(trace: str | None, default: Path, spans: str | None) -> tuple[Path, Path | None]:
+    """Where to write the trace (what the user named, or the default) and the table of spans, if that is asked for.
+
+    UserError, before the work, if one cannot be there.
+    """
+    for name, value in (("--trace", trace), ("--spans", spans)):
         if value == "":
             raise UserError(f"{name} '': must be the name of a file")
-    return output_file(option, named or default), output_file("--spans", spans) if spans else None
+    return output_file("--trace", trace or default), output_file("--spans", spans) if spans else None
 
 
 def write(console: Console, run: TracedRun, trace_file: Path, spans_file: Path | None) -> None:

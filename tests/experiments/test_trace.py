@@ -422,10 +422,10 @@ def test_the_command_writes_a_trace_and_says_where(here: Path) -> None:
 
 @pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes_in_any_process(here: Path) -> None:
-    assert trace("--protocol", "v2", "--out", "a b/1.x", "--spans", "a b/1.parquet").exit_code == 0
+    assert trace("--protocol", "v2", "--trace", "a b/1.x", "--spans", "a b/1.parquet").exit_code == 0
     command = [sys.executable, "-m", "experiments.cli", "trace", "mine.toml", "--protocol", "v2"]
     subprocess.run(
-        [*command, "--out", "a b/2.x", "--spans", "a b/2.parquet"],
+        [*command, "--trace", "a b/2.x", "--spans", "a b/2.parquet"],
         env=os.environ | {"PYTHONHASHSEED": "7"},
         check=True,
         capture_output=True,
@@ -448,8 +448,8 @@ def test_a_run_that_failed_is_drawn_and_is_exit_status_1(here: Path) -> None:
     [
         (["--protocol", "v4"], "unknown protocol 'v4'"),
         (["--protocol", "v2", "--set", "link.mtu=9"], "link.mtu = 9: unknown key"),
-        (["--protocol", "v2", "--out", "."], "--out .: must be the name of a file"),
-        (["--protocol", "v2", "--out", ""], "--out '': must be the name of a file"),
+        (["--protocol", "v2", "--trace", "."], "--trace .: must be the name of a file"),
+        (["--protocol", "v2", "--trace", ""], "--trace '': must be the name of a file"),
         (["--protocol", "v2", "--spans", "mine.toml/x.parquet"], "--spans mine.toml/x.parquet: its folder cannot be"),
     ],
 )

@@ -51,7 +51,7 @@ def tls(side: str) -> list[str]:
 
 @pytest.mark.parametrize("how", [[], ["--io", "loop"], ["--loop", "asyncio"]], ids=["threads", "loop", "asyncio"])
 def test_live_migrates_for_real_and_writes_what_compare_writes(tmp_path: Path, how: Sequence[str]) -> None:
-    done = proto_v3(tmp_path, "live", "live-paced", "--protocol", "v2,v3-n2", *quick(), *how, "--out", "out")
+    done = proto_v3(tmp_path, "live", "live-paced", "--protocols", "v2,v3-n2", *quick(), *how, "--out", "out")
     assert done.returncode == 0, done.stderr
     runs = pl.read_parquet(tmp_path / "out" / "runs.parquet")
     assert runs["outcome"].to_list() == ["COMPLETED", "COMPLETED"]
@@ -74,13 +74,13 @@ def test_live_migrates_for_real_and_writes_what_compare_writes(tmp_path: Path, h
 
 @pytest.mark.slow
 def test_live_as_csv_with_several_runs(tmp_path: Path) -> None:
-    done = proto_v3(tmp_path, "live", "live-paced", *quick(), "--runs", "2", "--first-seed", "7", "--format", "csv")
+    done = proto_v3(tmp_path, "live", "live-paced", *quick(), "--seeds", "2", "--first-seed", "7", "--format", "csv")
     assert done.returncode == 0, done.stderr
     assert pl.read_csv(tmp_path / "results" / "live-live-paced" / "runs.csv")["seed"].to_list() == [7, 8]
 
 
 def test_a_device_that_cannot_is_unsupported(tmp_path: Path) -> None:
-    done = proto_v3(tmp_path, "live", "live-paced", "--protocol", "v3-n2", *quick("device.0.max_dirty_streams=1"))
+    done = proto_v3(tmp_path, "live", "live-paced", "--protocols", "v3-n2", *quick("device.0.max_dirty_streams=1"))
     assert done.returncode == 0, done.stderr
     assert "UNSUPPORTED" in done.stdout
     assert "1 dirty streams; 2 were asked for" in done.stdout.replace("\n", " ")
@@ -99,8 +99,8 @@ def test_a_fault_of_the_scenario_fails_the_run_and_the_guest_runs_on(tmp_path: P
     ("arguments", "told"),
     [
         (["nowhere"], "nowhere"),
-        (["live-paced", "--protocol", "v4"], "unknown protocol 'v4'"),
-        (["live-paced", "--protocol", "v2,v2"], "one is named twice"),
+        (["live-paced", "--protocols", "v4"], "unknown protocol 'v4'"),
+        (["live-paced", "--protocols", "v2,v2"], "one is named twice"),
         (["live-paced", "--set", "device.0.state_mib=8192"], "takes at most 4096 MiB"),
         (["live-paced", "--connect", "host:port"], "must be HOST:PORT"),
         (["live-paced", "--tls-cert", "a"], "--tls-key, --tls-ca: must be given too"),
@@ -117,7 +117,7 @@ def test_bad_input_is_one_message(tmp_path: Path, arguments: Sequence[str], told
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_was_done_and_leaves_nothing_running(tmp_path: Path) -> None:
-    command = [*CLI, "live", "live-paced", *quick(), "--runs", "1000", "--out", "out"]
+    command = [*CLI, "live", "live-paced", *quick(), "--seeds", "1000", "--out", "out"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         while not any("source-VMM" in each for each in comms_below(process.pid)):
@@ -362,7 +362,7 @@ def test_the_figure_has_all_ratios_and_says_how_it_was_made() -> None:
 
 @pytest.mark.slow
 def test_agree_runs_both_and_writes_both(tmp_path: Path) -> None:
-    done = proto_v3(tmp_path, "agree", "live-paced", "--protocols", "v3-n2", "--runs", "1", *quick(), "--out", "out")
+    done = proto_v3(tmp_path, "agree", "live-paced", "--protocols", "v3-n2", "--seeds", "1", *quick(), "--out", "out")
     assert done.returncode in (0, 1), done.stderr  # a busy machine may be slow
     runs = pl.read_parquet(tmp_path / "out" / "runs.parquet")
     assert runs["clock"].to_list() == ["virtual", "live"]
