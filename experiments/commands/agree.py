@@ -38,8 +38,8 @@ NEGLIGIBLE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """A figure of a run, and its expression over the table of runs."""
+class Quantity:
+    """A figure of a run, as an expression over the table of runs."""
 
     name: str
     unit: str
@@ -56,19 +56,19 @@ _MOVING_NS = pl.col("total_ns") - pl.sum_horizontal(
 )
 
 FIGURES = [
-    Figure("downtime", "ms", _ms("downtime_ns")),
-    Figure("throughput", "MiB/s", pl.col("device_bytes") / MIB / _MOVING_NS * NS_PER_S),
-    Figure("total", "ms", _ms("total_ns")),
-    *[Figure(f"phase {name}", "ms", _ms(f"phase_{name}_ns")) for name in PHASES],
-    *[Figure(f"path {each.name.lower()}", "ms", _ms(f"path_{each.name.lower()}_ns")) for each in Resource],
-    Figure("path unexplained", "ms", _ms("path_unexplained_ns")),
-    Figure("set-up in downtime", "ms", _ms("setup_in_downtime_ns")),
-    Figure("longest critical lag", "ms", _ms("critical_lag_max_ns")),
-    Figure("late critical objects", "", pl.col("late_critical_objects")),
-    Figure("read() in a lock", "ms", _ms("read_lock_ns")),
-    Figure("bytes of the devices", "MiB", pl.col("device_bytes") / MIB),
-    Figure("bytes on the wire", "MiB", pl.col("wire_bytes") / MIB),
-    Figure("read() calls", "", pl.col("reads")),
+    Quantity("downtime", "ms", _ms("downtime_ns")),
+    Quantity("throughput", "MiB/s", pl.col("device_bytes") / MIB / _MOVING_NS * NS_PER_S),
+    Quantity("total", "ms", _ms("total_ns")),
+    *[Quantity(f"phase {name}", "ms", _ms(f"phase_{name}_ns")) for name in PHASES],
+    *[Quantity(f"path {each.name.lower()}", "ms", _ms(f"path_{each.name.lower()}_ns")) for each in Resource],
+    Quantity("path unexplained", "ms", _ms("path_unexplained_ns")),
+    Quantity("set-up in downtime", "ms", _ms("setup_in_downtime_ns")),
+    Quantity("longest critical lag", "ms", _ms("critical_lag_max_ns")),
+    Quantity("late critical objects", "", pl.col("late_critical_objects")),
+    Quantity("read() in a lock", "ms", _ms("read_lock_ns")),
+    Quantity("bytes of the devices", "MiB", pl.col("device_bytes") / MIB),
+    Quantity("bytes on the wire", "MiB", pl.col("wire_bytes") / MIB),
+    Quantity("read() calls", "", pl.col("reads")),
 ]
 
 

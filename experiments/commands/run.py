@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from experiments import INTERRUPTED
+from experiments.draw.canvas import own_settings
 from experiments.report import tables
 from experiments.report.tables import say
 from experiments.runs import frame as results
@@ -154,7 +155,8 @@ def write(
     folder.write_json(manifest.of_sweep(what, frame, command), "manifest")
     answer = experiment.answer(frame)
     folder.write_table(answer.table, "effects", "parquet")
-    figures = experiment.figures(frame, shlex.join(command))
+    with own_settings():
+        figures = experiment.figures(frame, shlex.join(command))
     as_json = {
         "experiment": experiment.name,
         "question": experiment.question,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import polars as pl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from experiments.draw import panels, style
+from experiments.draw.canvas import Axes, Figure, own_settings
 from experiments.runs.frame import COMPLETED, ms, number, protocols
 
 PHASE_LOOKS = [
@@ -23,6 +22,7 @@ FARTHEST = 0.5
 """Ratios further from 1 are drawn at this distance, each with its number beside it."""
 
 
+@own_settings()
 def agreement(scenario: str, frame: pl.DataFrame, compared: pl.DataFrame, aim: float, command: str) -> Figure:
     """`frame` has one row a run, under both clocks; `compared` has one row a protocol and figure
     (experiments.commands.agree). A ratio within `aim` of 1 is within the grey band."""

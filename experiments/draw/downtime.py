@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import polars as pl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from experiments.draw import panels, style
+from experiments.draw.canvas import Axes, Figure, own_settings
 from experiments.draw.panels import MADE_BY
 from experiments.runs.frame import PATH_COLUMNS, PHASE_COLUMNS, completed_runs, ms, number, protocols
 from experiments.study.effects import Measure
@@ -32,6 +31,7 @@ CRITICAL = (
 """The panels of draw_critical()."""
 
 
+@own_settings()
 def draw_downtime(scenario: Scenario, runs: pl.DataFrame, made_by: str = MADE_BY) -> Figure:
     """Where the downtime goes: its phases and its critical path under each protocol, means over seeds, ms.
 
@@ -69,6 +69,7 @@ def draw_downtime(scenario: Scenario, runs: pl.DataFrame, made_by: str = MADE_BY
     return figure
 
 
+@own_settings()
 def draw_critical(scenario: Scenario, runs: pl.DataFrame, made_by: str = MADE_BY) -> Figure:
     """What late critical data costs under each protocol: downtime (ms), longest lag (s), objects, wasted bytes (MiB).
 

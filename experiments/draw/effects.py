@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import polars as pl
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from experiments.draw import panels, style
+from experiments.draw.canvas import Figure, Line2D, own_settings
 from experiments.draw.panels import MADE_BY
 from experiments.runs import frame
 from experiments.runs.frame import COMPLETED
@@ -19,6 +18,7 @@ from sim.scenario.units import NS_PER_MS
 VERDICT_COLOURS = {"shorter": "#2171B5", "longer": "#882255", "next to nothing": "#999999", "uncertain": "#E69F00"}
 
 
+@own_settings()
 def draw_seeds(
     runs: pl.DataFrame,
     protocols: Sequence[str] | None = None,
@@ -51,6 +51,7 @@ def draw_seeds(
     return figure
 
 
+@own_settings()
 def draw_changes(
     verdicts: pl.DataFrame,
     by: Sequence[str] = (),

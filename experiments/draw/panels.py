@@ -13,15 +13,10 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
 
 from experiments import __version__
 from experiments.draw import style
+from experiments.draw.canvas import Artist, Axes, AxesImage, ConstrainedLayoutEngine, Figure, Line2D
 from experiments.runs.frame import COMPLETED
 from experiments.runs.manifest import git_revision
 from experiments.study.effects import Measure

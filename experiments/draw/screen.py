@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 
 import polars as pl
-from matplotlib.figure import Figure
+
+from experiments.draw.canvas import Figure
 
 DPI = 80
 """Of a figure in a notebook: it is read on a screen, and kept in the repository."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import polars as pl
-from matplotlib.figure import Figure
 
 from experiments.draw import panels, style
+from experiments.draw.canvas import Figure, own_settings
 from experiments.draw.panels import MADE_BY
 from experiments.trace.traced_run import TracedRun, stretches
 from proto_v3.errors import UserError
@@ -18,6 +18,7 @@ LEAST_DRAWN_MS = 0.5
 """A shorter stretch of a critical path is not drawn."""
 
 
+@own_settings()
 def draw_path(
     runs: Mapping[str, TracedRun], made_by: str = MADE_BY, question: str = "What did the downtime wait for?"
 ) -> Figure:

@@ -10,9 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.patches import Patch
-
+from experiments.draw.canvas import Axes, Patch
 from proto_v3.timeline import Resource
 
 

@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from experiments.draw import panels
+from experiments.draw.canvas import Axes, Figure, Line2D, own_settings
 from experiments.runs.frame import number
 from experiments.study.published import words
 
@@ -24,6 +22,7 @@ FARTHEST = 0.4
 Looks = Mapping[str, tuple[str, str]]
 
 
+@own_settings()
 def published_against_simulated(frame: pl.DataFrame, bands: Sequence[float], seeds: int, command: str) -> Figure:
     """Published against simulated figures on log axes, and their errors one by one.
 

@@ -17,11 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import polars as pl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 from experiments.draw import panels
+from experiments.draw.canvas import Axes, Figure, NullFormatter
 from experiments.runs.frame import COMPLETED, ms, number
 from experiments.study.effects import Measure, effect_row, places, sentence, table
 from experiments.study.experiment import Answer, Experiment, Factor, Point, under

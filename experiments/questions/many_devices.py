@@ -17,11 +17,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import polars as pl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from experiments.draw import panels, style
+from experiments.draw.canvas import Axes, Figure, Patch
 from experiments.runs.frame import COMPLETED, PATH_COLUMNS, completed_text, number, path_shares
 from experiments.study.claims import WORTH, Finding, judge
 from experiments.study.effects import Measure, compared_text, effect_table, places, sentence

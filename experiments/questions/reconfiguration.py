@@ -16,10 +16,9 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 import polars as pl
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from experiments.draw import panels
+from experiments.draw.canvas import Figure, NullLocator
 from experiments.runs.frame import COMPLETED, completed_text, number
 from experiments.study.claims import MOST_OF_SETUP, Finding, gave_up, judge, kept_out
 from experiments.study.effects import Measure, compared_text, effect_table, incomplete, mean, places

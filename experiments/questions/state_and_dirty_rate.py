@@ -16,12 +16,9 @@ from functools import lru_cache
 
 import numpy as np
 import polars as pl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
 
 from experiments.draw import panels, style
+from experiments.draw.canvas import Axes, Figure, Line2D, Patch, Rectangle
 from experiments.runs.frame import COMPLETED, completed_text, ms, number
 from experiments.study.claims import Finding, judge
 from experiments.study.effects import compared_text, effect_row, places, sentence, table

