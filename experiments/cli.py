@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -19,6 +20,7 @@ from experiments.commands.options import (
     live_options,
     live_settings,
     out_option,
+    protocol_option,
     protocols_option,
     seeds_option,
     set_option,
@@ -27,9 +29,44 @@ from experiments.commands.options import (
 )
 from proto_v3.errors import UserError
 
+NO_BREAK = "\N{NON-BREAKING HYPHEN}"
+
+
+class Formatter(click.HelpFormatter):
+    """Help in which no line ends within a name: `-no-ack` stays whole."""
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Write terms and what they mean."""
+        super().write_dl([(term, text.replace("-", NO_BREAK)) for term, text in rows], col_max, col_spacing)
+
+    def getvalue(self) -> str:
+        """The text."""
+        return super().getvalue().replace(NO_BREAK, "-")
+
+
+class Context(click.Context):
+    """Of all commands."""
+
+    formatter_class = Formatter
+
+
+class Command(click.Command):
+    """One of the commands."""
+
+    context_class = Context
+
 
 class Cli(click.Group):
     """The commands, which return their exit status; a user's mistake is one message on stderr, never a traceback."""
+
+    context_class = Context
+    command_class = Command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands with their first sentences, which are never cut."""
+        commands = [(name, self.commands[name].get_short_help_str(limit=1000)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(commands)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -81,12 +118,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("scenario")
-@protocols_option(
-    "v2,v2-multifd,v3-n1,v3-n4",
-    "Separated by commas: v2 or v3, as the scenario sets them up, or with suffixes. Of v2: -multifd, -ack, "
-    "-ack-reusable, -reinit-flush, -reinit-invalidate, -polls. Of v3: -n1 to -n64 (dirty streams), -blocks, -pool, "
-    "-one, -invalidate, -retry.",
-)
+@protocols_option("v2,v2-multifd,v3-n1,v3-n4")
 @seeds_option(10, "Runs of each protocol.", most=100_000)
 @first_seed_option
 @out_option("Write the table, the figure and the manifest into this folder.  [default: results/SCENARIO]")
@@ -183,7 +215,7 @@ def report(results: str, page: str | None) -> int:
 
 @main.command()
 @click.argument("scenario")
-@protocols_option("v2", "Names as of `compare`, separated by commas.")
+@protocols_option("v2")
 @seeds_option(1, "Runs of each protocol.")
 @first_seed_option
 @click.option("--connect", metavar="HOST:PORT", help="The target is there: `proto-v3 live-target`.  [default: here]")
@@ -241,7 +273,7 @@ def live_target(listen: str, once: bool, max_state_mib: int, **options: Any) -> 
 
 @main.command()
 @click.argument("scenario")
-@protocols_option("v2,v3-n2", "Names as of `compare`, separated by commas.")
+@protocols_option("v2,v3-n2")
 @seeds_option(10, "Runs of each protocol.")
 @out_option("Tables, figure and manifest go there.  [default: results/agree-SCENARIO]")
 @live_options
@@ -262,7 +294,7 @@ def agree(seeds: int, **options: Any) -> int:
 
 @main.command()
 @click.argument("scenario")
-@click.option("--protocol", required=True, metavar="NAME", help="As of `compare`.")
+@protocol_option
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
 @set_option
 @trace_option("out/SCENARIO-PROTOCOL-SEED.perfetto-trace")
@@ -311,6 +343,21 @@ def scenarios(name: str | None, settings: tuple[str, ...]) -> None:
         raise click.UsageError("--set changes a scenario: name one")
     else:
         list_scenarios()
+
+
+@main.command()
+@click.argument("scenario", required=False)
+@set_option
+def protocols(scenario: str | None, settings: tuple[str, ...]) -> None:
+    """List every suffix that a protocol's name may have, with what it changes.
+
+    With a SCENARIO: also what each changes in it, and which of them it does not allow.
+    """
+    from experiments.commands.protocols import list_protocols
+
+    if scenario is None and settings:
+        raise click.UsageError("--set changes a scenario: name one")
+    list_protocols(scenario, settings)
 
 
 if __name__ == "__main__":

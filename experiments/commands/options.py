@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from proto_v3.errors import UserError
+from sim.scenario.suffixes import HELP
 
 if TYPE_CHECKING:
     from sim.live.processes.settings import Settings
@@ -33,9 +34,20 @@ first_seed_option = click.option(
 spans_option = click.option("--spans", metavar="FILE", help="Write a table of all spans too, in Parquet.")
 
 
-def protocols_option(default: str, what: str) -> Callable[[F], F]:
+PROTOCOLS = f"{HELP}. `proto-v3 protocols` says what each changes."
+protocol_option = click.option("--protocol", required=True, metavar="NAME", help=PROTOCOLS)
+
+
+def protocols_option(default: str) -> Callable[[F], F]:
     """Names of protocols, separated by commas; the command gets them as a list."""
-    return click.option("--protocols", default=default, show_default=True, metavar="NAMES", callback=_split, help=what)
+    return click.option(
+        "--protocols",
+        default=default,
+        show_default=True,
+        metavar="NAMES",
+        callback=_split,
+        help=f"Separated by commas: {PROTOCOLS}",
+    )
 
 
 def _split(ctx: click.Context, option: click.Parameter, names: str) -> list[str]:

@@ -21,7 +21,7 @@ from experiments.runs.pool import Cell, run_cells
 from experiments.study.published import PublishedFigure, held_against
 from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
-from sim.scenario.file import bases, changes, load, shipped
+from sim.scenario.file import bases, changes, find, load, shipped
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 
@@ -99,6 +99,9 @@ def _cases(names: Sequence[str]) -> dict[str, Scenario]:
         for name in shipped():
             for published in load(name).published:
                 by_case.setdefault(published.case or name, []).append(name)
+    for name in names:
+        if name not in by_case:
+            find(name, by_case)
     chosen = dict.fromkeys(each for name in names or shipped() for each in by_case.get(name, [name]))
     cases = {name: load(name) for name in chosen}
     if not names:

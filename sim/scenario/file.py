@@ -48,12 +48,15 @@ def shipped_bases() -> dict[str, Path]:
     return {path.stem: path for path in sorted((FOLDER / "base").glob("*.toml"))} | shipped()
 
 
-def find(name_or_path: str) -> Path:
-    """The file of a shipped scenario's name or of a path. UserError if there is none."""
-    return _find(name_or_path, shipped(), Path())
+def find(name_or_path: str, also: Collection[str] = ()) -> Path:
+    """The file of a shipped scenario's name or of a path. UserError if there is none.
+
+    `also` are names of other things that the user may have meant.
+    """
+    return _find(name_or_path, shipped(), Path(), also)
 
 
-def _find(named: str, known: Mapping[str, Path], beside: Path) -> Path:
+def _find(named: str, known: Mapping[str, Path], beside: Path, also: Collection[str] = ()) -> Path:
     """By name, else as a path from the folder `beside`."""
     if named in known:
         return known[named]
@@ -62,9 +65,8 @@ def _find(named: str, known: Mapping[str, Path], beside: Path) -> Path:
         raise UserError(f"{named} is a folder; a scenario is a TOML file")
     if named and os.path.exists(path):  # of os.path: False for a name that is too long, where Path raises
         return path
-    raise UserError(
-        f"no scenario {short(named)}: neither a file nor one of {', '.join(known)}{did_you_mean(named, known)}"
-    )
+    hint = did_you_mean(named, [*known, *also])
+    raise UserError(f"no scenario {short(named)}: neither a file nor one of {', '.join(known)}{hint}")
 
 
 def load(name_or_path: str, settings: Sequence[str] = ()) -> Scenario:

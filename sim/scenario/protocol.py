@@ -9,50 +9,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from proto_v3.errors import UserError
 from sim.scenario.scenario import Scenario
-from sim.scenario.tables import MAX_STREAMS
+from sim.scenario.suffixes import HELP, SUFFIXES, Changes, in_words
 from sim.scenario.units import did_you_mean
-
-Changes = dict[str, dict[str, Any]]  # table, key, value
-
-V2_SUFFIXES: dict[str, Changes] = {
-    "multifd": {"vmm": {"multifd": True, "multifd_device_state": True}},
-    "single": {"vmm": {"multifd_device_state": False}},
-    "reinit-flush": {"vmm": {"reinit": True}, "driver": {"reinit": "flush"}},
-    "reinit-invalidate": {"vmm": {"reinit": True}, "driver": {"reinit": "invalidate"}},
-    "no-reinit": {"vmm": {"reinit": False}},
-    "ack-reusable": {"vmm": {"switchover_ack": "reusable"}},
-    "no-ack": {"vmm": {"switchover_ack": "off"}},
-    "ack": {"vmm": {"switchover_ack": "one_shot"}},
-    "polls": {"vmm": {"precopy_user": "polls"}},
-    "deduces": {"vmm": {"precopy_user": "deduces"}},
-}
-V3_SUFFIXES: dict[str, Changes] = {
-    "blocks": {"v3": {"blocks": True}},
-    **{f"n{n}": {"v3": {"dirty_streams": n}} for n in range(1, MAX_STREAMS + 1)},
-    "streams": {"v3": {"wire": "streams"}},
-    "pool": {"v3": {"wire": "pool"}},
-    "one": {"v3": {"wire": "one"}},
-    "keep": {"driver": {"epochs": "keep"}},
-    "invalidate": {"driver": {"epochs": "invalidate"}},
-    "retry": {"v3": {"late_epoch": "retry"}},
-    "proceed": {"v3": {"late_epoch": "proceed"}},
-}
-SUFFIXES = {"v2": V2_SUFFIXES, "v3": V3_SUFFIXES}
-"""What may follow a protocol's name. If one begins like another, the longer one stands first."""
-
-
-def _suffixes(version: str) -> str:
-    """The suffixes in words; all N as one."""
-    names = [name for name in SUFFIXES[version] if not re.fullmatch(r"n\d+", name)]
-    numbers = [f"-n1 to -n{MAX_STREAMS}"] if version == "v3" else []
-    return ", ".join([*numbers, *(f"-{name}" for name in names)])
-
-
-HELP = f"v2, with any of {_suffixes('v2')}; v3, with any of {_suffixes('v3')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +63,14 @@ def _changes(name: str, version: str) -> Changes:
     while rest:
         suffix = next((each for each in suffixes if re.match(rf"-{each}(-|$)", rest)), None)
         if suffix is None:
-            raise UserError(f"unknown protocol {name!r}: {rest!r} is none of {_suffixes(version)}")
+            known, first = [f"-{each}" for each in suffixes], "-" + rest.lstrip("-").split("-")[0]
+            hint = did_you_mean(rest, known) or did_you_mean(first, known)
+            raise UserError(f"unknown protocol {name!r}: {rest!r} is none of {in_words(version)}{hint}")
         if suffix in used:
             raise UserError(f"protocol {name!r}: -{suffix} is there twice")
         used.add(suffix)
         rest = rest.removeprefix(f"-{suffix}")
-        for table, keys in suffixes[suffix].items():
+        for table, keys in suffixes[suffix].changes.items():
             for key, value in keys.items():
                 if changes.setdefault(table, {}).setdefault(key, value) != value:
                     raise UserError(f"protocol {name!r}: -{suffix} contradicts what comes before it")

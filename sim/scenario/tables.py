@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from sim.scenario.suffixes import MAX_STREAMS
 from sim.scenario.units import (
     GIB,
     KIB,
@@ -22,8 +23,6 @@ from sim.scenario.units import (
     Table,
     Whole,
 )
-
-MAX_STREAMS = 64
 
 
 class Ram(Table):

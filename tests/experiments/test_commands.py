@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
+from pathlib import Path
 
 import click
+import pytest
+from click.testing import CliRunner
 
 from experiments.cli import main
+from sim.scenario.suffixes import STREAMS, SUFFIXES
+
+ROOT = Path(__file__).resolve().parents[2]
 
 OPTIONS = [
     (name, option)
@@ -39,3 +46,62 @@ def test_runs_and_protocols_have_one_name() -> None:
     assert having("--protocol") == having("--seed") == {"trace"}, "one run"
     assert having("--seeds") == {"compare", "validate", "live", "agree"}
     assert having("--runs") == set()
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+def help_of(*command: str) -> str:
+    return CliRunner().invoke(main, [*command, "--help"], prog_name="proto-v3").output
+
+
+def test_short_help_lines_are_whole() -> None:
+    told = " ".join(help_of().split())
+    for name, command in main.commands.items():
+        sentence = " ".join((command.help or "").split("\n\n")[0].split()).removesuffix(".")
+        assert f"{name} {sentence}" in told
+
+
+@pytest.mark.parametrize("text", ["README", "protocols", "compare", "live", "agree", "trace"])
+def test_every_suffix_of_a_protocols_name_is_told(text: str) -> None:
+    told = (ROOT / "README.md").read_text(encoding="utf-8")
+    if text != "README":
+        told = CliRunner().invoke(main, [text] if text == "protocols" else [text, "--help"]).output
+    named = set(re.findall(r"(?<![\w-])-[a-z][a-z0-9-]*", told))
+    every = {f"-{suffix}" for suffixes in SUFFIXES.values() for suffix in suffixes if not STREAMS.fullmatch(suffix)}
+    assert every | {"-n1", "-n64"} <= named
+
+
+def test_protocols_says_what_a_suffix_does_in_a_scenario() -> None:
+    told = CliRunner().invoke(main, ["protocols", "nic-reconfig", "--set", "vmm.reinit=true"], env={"COLUMNS": "300"})
+    rows = {line.split()[0]: line for line in told.output.splitlines() if line.startswith("-")}
+    assert "changes it" in rows["-ack-reusable"], "allowed now"
+    assert "as it is" in rows["-deduces"]
+    assert "more than 16 dirty stream(s) is UNSUPPORTED" in told.output
+    told = CliRunner().invoke(main, ["protocols", "nic-reconfig"], env={"COLUMNS": "300"})
+    assert re.search(r"-ack-reusable .* not allowed: a reusable ack", told.output)
+
+
+# --- what is nearly right ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "meant"),
+    [
+        (["comapre", "mlx5-2vf"], "compare"),
+        (["compare", "mlx5-2vf", "--protocol", "v2"], "--protocols"),
+        (["compare", "mlx5-2fv"], "mlx5-2vf"),
+        (["compare", "mlx5-2vf", "--protocols", "v2-mutlifd"], "-multifd"),
+        (["compare", "mlx5-2vf", "--set", "link.gbit_per_sec=1"], "gbit_per_s"),
+        (["compare", "mlx5-2vf", "--set", "lnk.gbit_per_s=1"], "link"),
+        (["validate", "szmigiero-4fv"], "szmigiero-4vf"),
+        (["validate", "ufimtseva-2fv"], "ufimtseva-2vf"),
+        (["run", "read_scalling"], "read_scaling"),
+        (["trace", "mlx5-2vf", "--protocol", "v33"], "v3"),
+        (["scenarios", "nic-reconf"], "nic-reconfig"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(command: list[str], meant: str) -> None:
+    done = CliRunner().invoke(main, command, prog_name="proto-v3")
+    assert done.exit_code == 2
+    assert re.search(rf"[Dd]id you mean '?{meant}'?\?", done.stderr), done.stderr

@@ -19,8 +19,9 @@ from proto_v3.vmm.v2 import Ack
 from proto_v3.vmm.v3 import V3Options
 from proto_v3.wire.streams import Credits, Wire
 from sim.run import simulate
-from sim.scenario.protocol import HELP, SUFFIXES, Protocol
+from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
+from sim.scenario.suffixes import HELP, SUFFIXES
 from sim.scenario.units import MIB
 from tests.build.scenario import small_scenario
 
@@ -272,7 +273,7 @@ def test_an_unknown_suffix_is_shown_and_answered_with_those_that_there_are(name:
         Protocol.parse(name, SCENARIO)
     told = str(refused.value)
     assert told.startswith(f"unknown protocol {name!r}: {rest!r} is none of -")
-    _, of_version = told.split(" is none of ")
+    _, of_version = told.partition("; did you mean")[0].split(" is none of ")
     assert of_version in HELP
     assert all(f"-{suffix}" in of_version for suffix in MEANING[name[:2]] if not suffix.startswith("n"))
     assert ("-n1 to -n64" in of_version) == (name[:2] == "v3")
@@ -281,6 +282,13 @@ def test_an_unknown_suffix_is_shown_and_answered_with_those_that_there_are(name:
 def test_a_close_name_is_suggested() -> None:
     with pytest.raises(UserError, match=r"did you mean v3\?"):
         Protocol.parse("v33", SCENARIO)
+    for name, meant in {
+        "v2-mutlifd-polls": "multifd",
+        "v2-polls-reinit-flsh": "reinit-flush",
+        "v3-n4-pol": "pool",
+    }.items():
+        with pytest.raises(UserError, match=rf"did you mean -{meant}\?"):
+            Protocol.parse(name, SCENARIO)
 
 
 def test_a_reusable_ack_needs_reinit_from_the_name_or_from_the_scenario() -> None:

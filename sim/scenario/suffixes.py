@@ -1,0 +1,90 @@
+"""The names of protocols: every suffix that one may have, what it sets, and what that means.
+
+Help, completion, `proto-v3 protocols` and the parser all read this table. It imports nothing, so that help and
+completion are fast.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+Changes = dict[str, dict[str, Any]]  # table, key, value
+MAX_STREAMS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Suffix:
+    """A suffix: the settings that it replaces, and what that means, in words."""
+
+    changes: Changes
+    what: str
+
+
+_REINIT = "the VMM opts in to PRECOPY_INFOv2; on new critical data the driver "
+V2_SUFFIXES: dict[str, Suffix] = {
+    "multifd": Suffix(
+        {"vmm": {"multifd": True, "multifd_device_state": True}},
+        "RAM and stop-copy data of the devices take connections of their own (QEMU 10.0)",
+    ),
+    "single": Suffix({"vmm": {"multifd_device_state": False}}, "all device data stays on the main connection"),
+    "reinit-flush": Suffix(
+        {"vmm": {"reinit": True}, "driver": {"reinit": "flush"}},
+        f"{_REINIT}counts unread bytes as initial, and the new ones follow (mlx5)",
+    ),
+    "reinit-invalidate": Suffix(
+        {"vmm": {"reinit": True}, "driver": {"reinit": "invalidate"}},
+        f"{_REINIT}drops unread dirty bytes, which are dirty again",
+    ),
+    "no-reinit": Suffix({"vmm": {"reinit": False}}, "the VMM does not opt in to PRECOPY_INFOv2"),
+    "ack-reusable": Suffix(
+        {"vmm": {"switchover_ack": "reusable"}},
+        "the target must have loaded initial data before the stop, after a REINIT again (QEMU 11.1); needs REINIT",
+    ),
+    "no-ack": Suffix({"vmm": {"switchover_ack": "off"}}, "the source does not wait for the target before the stop"),
+    "ack": Suffix(
+        {"vmm": {"switchover_ack": "one_shot"}},
+        "the target must have loaded the first initial data before the stop (QEMU 8.1)",
+    ),
+    "polls": Suffix({"vmm": {"precopy_user": "polls"}}, "the VMM asks for PRECOPY_INFO in every round"),
+    "deduces": Suffix(
+        {"vmm": {"precopy_user": "deduces"}},
+        "the VMM asks for PRECOPY_INFO only when the remaining bytes seem to fit (QEMU)",
+    ),
+}
+V3_SUFFIXES: dict[str, Suffix] = {
+    "blocks": Suffix(
+        {"v3": {"blocks": True}}, "one fd of addressable blocks, which N threads read, in place of streams"
+    ),
+    **{
+        f"n{n}": Suffix({"v3": {"dirty_streams": n}}, f"{n} dirty streams a device, or threads that read its blocks")
+        for n in range(1, MAX_STREAMS + 1)
+    },
+    "streams": Suffix({"v3": {"wire": "streams"}}, "each stream has a connection of its own"),
+    "pool": Suffix({"v3": {"wire": "pool"}}, "all streams share v3.pool_connections connections"),
+    "one": Suffix({"v3": {"wire": "one"}}, "everything takes one connection"),
+    "keep": Suffix({"driver": {"epochs": "keep"}}, "a new epoch of critical data leaves earlier dirty data valid"),
+    "invalidate": Suffix({"driver": {"epochs": "invalidate"}}, "a new epoch makes earlier dirty data invalid"),
+    "retry": Suffix(
+        {"v3": {"late_epoch": "retry"}},
+        "if an epoch comes after the stop, the guest is resumed, and stopped again later",
+    ),
+    "proceed": Suffix(
+        {"v3": {"late_epoch": "proceed"}}, "if an epoch comes after the stop, its data is loaded in the downtime"
+    ),
+}
+SUFFIXES = {"v2": V2_SUFFIXES, "v3": V3_SUFFIXES}
+"""What may follow a protocol's name. If one begins like another, the longer one stands first."""
+STREAMS = re.compile(r"n\d+")
+"""The suffixes that give N, which lists show as one."""
+
+
+def in_words(version: str) -> str:
+    """The suffixes of a version; all N as one."""
+    names = [name for name in SUFFIXES[version] if not STREAMS.fullmatch(name)]
+    numbers = [f"-n1 to -n{MAX_STREAMS}"] if version == "v3" else []
+    return ", ".join([*numbers, *(f"-{name}" for name in names)])
+
+
+HELP = f"v2, with any of {in_words('v2')}; v3, with any of {in_words('v3')}"
