@@ -1,4 +1,8 @@
-"""Dataclasses as the plain values that msgpack carries, and back again, checked: what processes and hosts send."""
+"""Dataclasses as the plain values that msgpack carries, and back again, checked: what processes and hosts send.
+
+A `str` is a text for people: it is cleaned where it comes in (proto_v3.text). One that is data is `Annotated` with its
+bounds, and stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,14 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from proto_v3.errors import PeerProtocolError
+from proto_v3.text import clean
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Within:
-    """Bounds of a field, for `Annotated`: of an int's value, or of the length of text or bytes."""
+    """Bounds of a field, for `Annotated`: of an int's value, or of the length of a str or of bytes."""
 
     low: int
     high: int
@@ -25,7 +30,8 @@ class Within:
 MAX_INT = 2**60
 ANY_INT = Within(-MAX_INT, MAX_INT)
 """In nanoseconds 36 years; sums of a few stay within 64 bits."""
-ANY_TEXT = Within(0, 1 << 16)
+MAX_TEXT_CHARS = 2000
+"""Of a text that is shown."""
 
 
 def to_plain(value: Any) -> Any:
@@ -41,8 +47,8 @@ def from_plain(kind: type[T], value: object) -> T:
     """The dataclass that `to_plain` made `value` of.
 
     All fields must be there, and no others, each of its type and within its bounds: those that the field is annotated
-    with, else ANY_INT or ANY_TEXT. Values of type `Any` are not checked. Raises PeerProtocolError with the field, its
-    value, and what it must be.
+    with, or ANY_INT. A text is cleaned, and cut to MAX_TEXT_CHARS. Values of type `Any` are not checked. Raises
+    PeerProtocolError with the field, its value, and what it must be.
     """
     read: T = _read(kind, value, kind.__name__)
     return read
@@ -69,7 +75,8 @@ def _read(kind: Any, value: Any, name: str) -> Any:
         return kind(value)
     if kind is int:
         return _bounded(int, ANY_INT, value, name)
-    return _bounded(str, ANY_TEXT, value, name) if kind is str else _checked(kind, value, name)
+    checked = _checked(kind, value, name)
+    return clean(checked, MAX_TEXT_CHARS) if kind is str else checked
 
 
 def _bounded(kind: type, within: Within, value: Any, name: str) -> Any:
@@ -92,7 +99,8 @@ def _read_fields(kind: type, value: Any, name: str) -> Any:
 
 @functools.cache
 def _types(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
+    hints = get_type_hints(kind, include_extras=True)
+    return {each.name: hints[each.name] for each in fields(kind)}
 
 
 def _checked(kind: type, value: Any, name: str) -> Any:

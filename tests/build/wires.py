@@ -16,7 +16,7 @@ from proto_v3.errors import PeerFailedError, PeerProtocolError, UserError
 from sim.live.io import IO
 from sim.live.tcp.connection import FRAME_MAGIC
 from sim.live.tcp.handshake import Limits, accept, connect
-from sim.live.tcp.messages import Result, Run
+from sim.live.tcp.messages import ORDER, Run
 from sim.live.tcp.session import Session
 from sim.live.tcp.sockets import Preamble, Role, SocketSettings, listen, text_of
 from tests.build import loops
@@ -180,7 +180,7 @@ class SourcePeer(Peer):
             await self.send("clock", session, message("clockrequest"))
             await read_message(reader)
         await self.send("begin", session, message("begin", offset_ns=-5, uncertainty_ns=7))
-        await talk(self, session, data)
+        await talk(self, session, data, [message("start", zero_ns=1), message("bye")])
 
     async def _dial(self, address: tuple[str, int]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_connection(*address)
@@ -208,7 +208,8 @@ class TargetPeer(Peer):
         await self.send("connected", session, message("connected"))
         while (await read_message(reader))["kind"] == "clockrequest":
             await self.send("clock", session, message("clockreply", at_ns=self.at_ns))
-        await talk(self, session, data)
+        result = message("result", report={"rows": [1, 2], "column": bytes(100)})
+        await talk(self, session, data, [message("prepared"), message("started"), result])
 
     async def _take(self, listener: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         listener.setblocking(False)
@@ -218,17 +219,21 @@ class TargetPeer(Peer):
         return reader, writer
 
 
-async def talk(peer: Peer, session: asyncio.StreamWriter, data: list[asyncio.StreamWriter]) -> None:
-    """What both sides may say once the session stands."""
+async def talk(
+    peer: Peer, session: asyncio.StreamWriter, data: list[asyncio.StreamWriter], messages: list[bytes]
+) -> None:
+    """What a side may say once the session stands. `messages`: all that it sends, in their order."""
     await peer.send("ping", session, message("ping"))
     for index, writer in enumerate(data):
         for number, (header, payload) in enumerate(FRAMES):
             await peer.send(f"frame {index} {number}", writer, frame(header, payload))
-    await peer.send("result", session, message("result", report={"rows": [1, 2], "column": bytes(100)}))
+    for each in messages[:-1]:
+        await peer.send("message", session, each)
+    await peer.send("last", session, messages[-1])
 
 
 STAGES = [
-    "ping", *(f"frame {index} {number}" for index in range(2) for number in range(len(FRAMES))), "result",
+    "ping", *(f"frame {index} {number}" for index in range(2) for number in range(len(FRAMES))), "message", "last",
 ]  # fmt: skip
 SOURCE_STAGES = ["preamble", "offer", "data preamble 0", "data preamble 1", "clock", "begin", *STAGES]
 TARGET_STAGES = ["accept", "connected", "clock", *STAGES]
@@ -281,7 +286,8 @@ async def _met(following: asyncio.Task[None], meeting: asyncio.Task[Session], ov
 
 
 async def _receive_messages(session: Session) -> Any:
-    while not isinstance(result := await outcome(session.receive_message(Result)), Exception):
+    kinds: tuple[type[Any], ...] = (*ORDER["source"], *ORDER["target"])
+    while not isinstance(result := await outcome(session.receive_message(*kinds)), Exception):
         pass
     return result
 

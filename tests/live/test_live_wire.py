@@ -25,7 +25,7 @@ from sim.live.merge_timelines import LATEST, ProcessTimeline, merge
 from sim.live.tcp import handshake, messages
 from sim.live.tcp.connection import SMALL_BYTES
 from sim.live.tcp.handshake import Limits, accept, connect
-from sim.live.tcp.messages import Bye, Failed, Prepared, Result, Run, Start, Started
+from sim.live.tcp.messages import Bye, Failed, Result, Run, Start, Started
 from sim.live.tcp.session import ClockOffset, Session
 from sim.live.tcp.sockets import Granted, SocketSettings, listen
 from tests.build.loops import WAYS
@@ -396,15 +396,15 @@ def test_messages_come_in_order_and_a_wrong_one_is_the_peers_error(loop: str, io
         async with pair(io, 1) as (source, target):
             column = os.urandom(3 << 20)
             report = {"column": column, "marks": {"a": [1, -2, 2.5, None]}}
-            await source.send_message(Result(report=report))
-            await source.send_message(Started())
-            cancelled = asyncio.create_task(target.receive_message(Bye))
+            await target.send_message(Started())
+            await target.send_message(Result(report=report))
+            cancelled = asyncio.create_task(source.receive_message(Started))
             cancelled.cancel()
-            assert await target.receive_message(Bye, Result) == Result(report=report)
-            with pytest.raises(PeerProtocolError, match="the message STARTED came where RESULT or BYE was due"):
-                await target.receive_message(Result, Bye)
-            await target.send_message(Failed(why="the device\x1b[2J is gone"))
-            with pytest.raises(PeerFailedError, match=r"the target at .* failed: the device\?\[2J is gone"):
+            with pytest.raises(PeerProtocolError, match="the message STARTED came where RESULT was due"):
+                await source.receive_message(Result)
+            assert await source.receive_message(Started, Result) == Result(report=report)
+            await target.send_message(Failed(why="the device\x1b[2J is\ngone"))
+            with pytest.raises(PeerFailedError, match=r"the target at .* failed: the device\\x1b\[2J is gone"):
                 await source.receive_message(Result)
 
     run(loop, main)
@@ -416,8 +416,8 @@ def test_what_cannot_be_told_is_this_sides_error() -> None:
             for wrong in (
                 object(),
                 2**65,
-                bytes(messages.MAX_MESSAGE_BYTES),
-                list(range(messages.MAX_MESSAGE_ITEMS)),
+                bytes(messages.MAX_RESULT_BYTES),
+                list(range(messages.MAX_RESULT_ITEMS)),
             ):
                 with pytest.raises(LocalProtocolError):
                     await source.send_message(Result(report=wrong))
@@ -427,18 +427,27 @@ def test_what_cannot_be_told_is_this_sides_error() -> None:
     run("asyncio", main)
 
 
-def test_a_peer_that_says_more_than_anybody_asks_for_is_given_up() -> None:
+UNASKED = {
+    "the message START came where BYE was due": [message("start", zero_ns=0)] * 2,
+    "sends FAILED a second time": [message("failed", why="x")] * 2,
+    "the message X came where START or BYE was due": [message("x", v=[[]] * (1 << 18))],
+    "the message RESULT came where START or BYE was due": [message("result", report=bytes(1 << 20))],
+    r"START of \d+ bytes; at most 1024 are allowed": [message("start", zero_ns=bytes(1 << 20))],
+}
+
+
+@pytest.mark.parametrize("words", UNASKED)
+def test_a_message_that_is_not_due_ends_the_session_before_it_is_received(words: str) -> None:
     async def main() -> None:
         async with pair("loop", 1) as (source, target):
-            for number in range(300):
-                if isinstance(await outcome(source.send_message(Start(zero_ns=number))), ConnectionError):
-                    break
-            with pytest.raises(ConnectionAbortedError, match="sends more messages than are received"):
+            received = target._stream.received_bytes
+            sending = asyncio.create_task(outcome(source._stream.pipe.send_all([memoryview(b"".join(UNASKED[words]))])))
+            with pytest.raises(ConnectionAbortedError, match=words):
                 await target.channels[0].recv()
-            assert (await target.receive_message(Start)).zero_ns == 0
-            while not isinstance(result := await outcome(target.receive_message(Start)), Exception):
-                pass
-            assert isinstance(result, PeerProtocolError)
+            assert target._stream.received_bytes - received <= 2 * (4 + messages.HEAD_BYTES) + len(message("ping"))
+            while not isinstance(result := await outcome(target.receive_message(Start)), PeerProtocolError):
+                assert result == Start(zero_ns=0) or isinstance(result, PeerFailedError)
+            await sending
 
     run("asyncio", main)
 
@@ -450,8 +459,9 @@ def test_a_peer_that_says_more_than_anybody_asks_for_is_given_up() -> None:
 ))  # fmt: skip
 def test_a_message_comes_back_as_it_was_told(value: Any) -> None:
     sent = Result(report=value)
-    packed = messages.packed(sent)
-    assert messages.unpacked(packed[4:], messages.MAX_MESSAGE_ITEMS).read_as(Bye, Result) == sent
+    body = messages.packed(sent)[4:]
+    assert messages.kind_of(body[: messages.HEAD_BYTES]) == "result"
+    assert messages.RawMessage(Result, body).read() == sent
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
@@ -515,8 +525,8 @@ def test_sessions_that_say_nothing_live_by_their_pings(loop: str, io: str) -> No
             until = stream.received_bytes + 6 * len(message("ping"))
             while stream.received_bytes < until:  # more than the beats that may be missed
                 await asyncio.sleep(0.01)
-            await source.send_message(Prepared())
-            await target.receive_message(Prepared)
+            await source.send_message(Bye())
+            await target.receive_message(Bye)
 
     run(loop, main)
 

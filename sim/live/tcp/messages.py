@@ -4,36 +4,44 @@
 
 They may come from another host, so every length and count is checked before it is believed: msgpack allocates a list as
 long as an array claims to be, and one byte on the wire can become sixty in memory. Large data must be sent as bytes.
-`sim.live.plain` checks types and bounds of the fields; PeerProtocolError names the field that is wrong.
+The kind comes first, and only a message that is due is received: each kind has a largest size, and each side of a
+session sends its messages once, in their order. `sim.live.plain` checks types and bounds of the fields, and cleans
+texts; PeerProtocolError names the field that is wrong.
 """
 
 from __future__ import annotations
 
 import asyncio
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from reprlib import repr as short
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import msgpack
 
 from proto_v3.errors import LocalProtocolError, PeerFailedError, PeerProtocolError
+from proto_v3.text import clean
 from sim.live.io import Pipe, fill
-from sim.live.plain import Within, from_plain, to_plain
+from sim.live.plain import MAX_TEXT_CHARS, Within, from_plain, to_plain
 from sim.live.tcp.sockets import TOKEN_BYTES, reason
 
-MAX_HANDSHAKE_BYTES = 1 << 20
-MAX_HANDSHAKE_ITEMS = 10_000
-MAX_MESSAGE_BYTES = 64 << 20
-"""After the handshake: results travel in messages, with timelines."""
-MAX_MESSAGE_ITEMS = 1 << 20
+MAX_SHORT_BYTES = 1 << 10
+"""Of a message with a few numbers."""
+MAX_WHY_BYTES = 16 << 10
+MAX_OFFER_BYTES = 1 << 20
+MAX_RESULT_BYTES = 64 << 20
+"""A result has timelines in it."""
+MAX_ITEMS = 64
 """Values, keys and containers in a message, nested ones included."""
+MAX_RESULT_ITEMS = 1 << 18
 MAX_KIND_CHARS = 32
+HEAD_BYTES = 64
+"""Has the kind."""
 PIECE_BYTES = 1 << 18
 """Memory for a message is allocated as its bytes come, not as its length claims."""
 _LENGTH = struct.Struct("!I")
 
-MAX_WHY_CHARS = 2000
 MAX_BOOT_ID_CHARS = 64
 MAX_SCENARIO_CHARS = 256 << 10
 MAX_TIME_NS = 2**62
@@ -43,14 +51,12 @@ Time = Annotated[int, Within(-MAX_TIME_NS, MAX_TIME_NS)]
 Size = Annotated[int, Within(0, 2**63 - 1)]
 
 
-def printable(text: str) -> str:
-    """Text of the other side, to be shown: cut to MAX_WHY_CHARS, and without characters that a terminal acts on."""
-    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text[:MAX_WHY_CHARS])
-
-
 @dataclass(frozen=True, slots=True)
 class Message:
     """A message. Its kind on the wire is the name of the class, in lower case."""
+
+    max_bytes: ClassVar[int] = MAX_SHORT_BYTES
+    max_items: ClassVar[int] = MAX_ITEMS
 
     @classmethod
     def kind(cls) -> str:
@@ -75,6 +81,7 @@ class Run:
 class Offer(Message):
     """Source: what it asks for."""
 
+    max_bytes: ClassVar[int] = MAX_OFFER_BYTES
     frame_bytes: Size
     """The largest payload of a frame, either way."""
     connections: Size
@@ -96,6 +103,7 @@ class Accept(Message):
 class Refuse(Message):
     """Either side: the handshake is over."""
 
+    max_bytes: ClassVar[int] = MAX_WHY_BYTES
     why: str
 
 
@@ -135,6 +143,7 @@ class Ping(Message):
 class Failed(Message):
     """Either side: it failed. The other side's receive_message() raises PeerFailedError with the reason."""
 
+    max_bytes: ClassVar[int] = MAX_WHY_BYTES
     why: str
 
 
@@ -158,11 +167,17 @@ class Started(Message):
 class Result(Message):
     """Target: what it measured. The receiver checks the report."""
 
+    max_bytes: ClassVar[int] = MAX_RESULT_BYTES
+    max_items: ClassVar[int] = MAX_RESULT_ITEMS
     report: Any
 
 
 class Bye(Message):
     """Source: it wants nothing more."""
+
+
+ORDER: dict[str, tuple[type[Message], ...]] = {"source": (Start, Bye), "target": (Prepared, Started, Result)}
+"""What each side may send in a session, each once and in this order; PING and FAILED at any time."""
 
 
 # --- as bytes ---------------------------------------------------------------------------------------------------------
@@ -172,37 +187,55 @@ M = TypeVar("M", bound=Message)
 
 
 @dataclass(frozen=True, slots=True)
-class RawMessage:
-    """A message whose fields are not checked yet."""
+class RawMessage(Generic[M]):
+    """A message that was due, as it came: nothing of it is decoded yet."""
 
-    kind: str
-    fields: dict[str, Any]
-    size_bytes: int
+    kind: type[M]
+    body: bytes | bytearray
 
-    def read_as(self, *kinds: type[M]) -> M:
-        """The message, which must be one of these. PeerProtocolError if it is not, or has a field that is wrong."""
-        for each in kinds:
-            if self.kind == each.kind():
-                return from_plain(each, self.fields)
-        due = " or ".join(each.kind().upper() for each in kinds)
-        raise PeerProtocolError(f"the message {printable(self.kind).upper()} came where {due} was due")
+    def read(self) -> M:
+        """The message. PeerProtocolError for whatever is wrong with it."""
+        return from_plain(self.kind, unpacked(self.body, self.kind.max_items))
 
 
-def packed(message: Message, max_bytes: int = MAX_MESSAGE_BYTES, max_items: int = MAX_MESSAGE_ITEMS) -> bytes:
+def not_due(kind: str, due: Sequence[type[Message]]) -> PeerProtocolError:
+    """The error of a message that came where others were due."""
+    others = " or ".join(each.kind().upper() for each in due) or "none"
+    return PeerProtocolError(f"the message {clean(kind.upper())} came where {others} was due")
+
+
+def packed(message: Message) -> bytes:
     """A message as it goes over the wire. LocalProtocolError if it cannot, or if the other side would not take it."""
     kind = message.kind()
     try:
         body: bytes = msgpack.packb({"kind": kind, **to_plain(message)})
-        _check_items(body, max_items)
+        _check_items(body, message.max_items)
     except Exception as error:  # msgpack raises several unrelated types
         raise LocalProtocolError(f"{kind} cannot be sent: {error}") from error
-    if len(body) > max_bytes:
-        raise LocalProtocolError(f"{kind} would be a message of {len(body)} bytes; at most {max_bytes} are allowed")
+    if len(body) > message.max_bytes:
+        raise LocalProtocolError(
+            f"{kind} would be a message of {len(body)} bytes; at most {message.max_bytes} are allowed"
+        )
     return _LENGTH.pack(len(body)) + body
 
 
-def unpacked(body: bytes | bytearray, max_items: int) -> RawMessage:
-    """The message in these bytes. PeerProtocolError for whatever is wrong with it."""
+def kind_of(head: bytes | bytearray) -> str:
+    """The kind of the message that begins with these bytes. PeerProtocolError if they are the beginning of none."""
+    nothing = dict.fromkeys(("max_array_len", "max_map_len", "max_bin_len", "max_ext_len"), 0)
+    unpacker = msgpack.Unpacker(max_str_len=MAX_KIND_CHARS, **nothing)
+    unpacker.feed(head)
+    try:
+        unpacker.read_map_header()
+        first, kind = unpacker.unpack(), unpacker.unpack()
+    except Exception as error:  # msgpack raises several unrelated types on bad input
+        raise PeerProtocolError(f"a message that does not begin with its kind: {short(bytes(head))}") from error
+    if first != "kind" or not isinstance(kind, str) or not kind:
+        raise PeerProtocolError(f"a message of the kind {short(kind)}")
+    return kind
+
+
+def unpacked(body: bytes | bytearray, max_items: int) -> dict[str, Any]:
+    """The fields of the message in these bytes, without its kind. PeerProtocolError for whatever is wrong with it."""
     _check_items(body, max_items)
     size = len(body)
     try:
@@ -210,13 +243,11 @@ def unpacked(body: bytes | bytearray, max_items: int) -> RawMessage:
             body, max_str_len=size, max_bin_len=size, max_array_len=max_items, max_map_len=max_items, max_ext_len=0
         )
     except Exception as error:  # msgpack raises several unrelated types on bad input
-        raise PeerProtocolError(f"a message that is not msgpack: {printable(str(error))}") from error
+        raise PeerProtocolError(f"a message that is not msgpack: {clean(str(error))}") from error
     if not isinstance(fields, dict):
-        raise PeerProtocolError(f"a message that is not a map: {printable(short(fields))}")
-    kind = fields.pop("kind", None)
-    if not isinstance(kind, str) or not 0 < len(kind) <= MAX_KIND_CHARS:
-        raise PeerProtocolError(f"a message of the kind {printable(short(kind))}")
-    return RawMessage(kind, fields, size)
+        raise PeerProtocolError(f"a message that is not a map: {short(fields)}")
+    fields.pop("kind", None)
+    return fields
 
 
 # What the first byte of a value says, by the msgpack specification: how many bytes follow it, or how wide the number is
@@ -268,52 +299,63 @@ class MessageStream:
         self.peer = f"the {side} at {address}"
         self.received_bytes = 0
         """Grows whenever bytes come, of a message that is not complete too."""
-        self._max_bytes = MAX_HANDSHAKE_BYTES
-        self._max_items = MAX_HANDSHAKE_ITEMS
-
-    def handshake_done(self) -> None:
-        """From now on messages may be long."""
-        self._max_bytes = MAX_MESSAGE_BYTES
-        self._max_items = MAX_MESSAGE_ITEMS
+        self._next = ORDER[side]
+        """What the other side may still send in the session."""
 
     async def send(self, message: Message) -> None:
         """Send a message, whole even if the caller is cancelled. ConnectionError if the connection is gone."""
-        data = packed(message, self._max_bytes, self._max_items)
+        data = packed(message)
         try:
             await self.pipe.send_all([memoryview(data)])
         except OSError as error:
             raise self._lost(error) from error
 
-    async def recv(self) -> RawMessage:
-        """The next message. ConnectionError if the connection is gone. If the caller is cancelled, nobody may receive
-        any more."""
-        prefix = bytearray(_LENGTH.size)
-        await self._fill(memoryview(prefix))
-        (size,) = _LENGTH.unpack(prefix)
-        if not 1 <= size <= self._max_bytes:
-            raise PeerProtocolError(f"a message of {size} bytes; 1 to {self._max_bytes} are allowed")
-        body = bytearray()
-        while len(body) < size:
-            piece = bytearray(min(PIECE_BYTES, size - len(body)))
-            await self._fill(memoryview(piece))
-            body += piece
-        return unpacked(body, self._max_items)
+    async def recv(self) -> RawMessage[Any]:
+        """The next message of the session. ConnectionError if the connection is gone, PeerProtocolError if it is not
+        due. If the caller is cancelled, nobody may receive any more."""
+        message = await self._recv(*self._next, Ping, Failed)
+        if message.kind in self._next:
+            self._next = self._next[self._next.index(message.kind) + 1 :]
+        return message
 
     async def expect(self, *kinds: type[M]) -> M:
         """The next message of a handshake, which must be one of these.
 
         PeerFailedError if the other side refuses, PeerProtocolError if it is another one.
         """
-        message = await self.recv()
-        if message.kind == Refuse.kind():
-            raise PeerFailedError(f"{self.peer} refuses: {printable(message.read_as(Refuse).why)}")
-        return message.read_as(*kinds)
+        raw: RawMessage[Any] = await self._recv(*kinds, Refuse)
+        message = raw.read()
+        if isinstance(message, Refuse):
+            raise PeerFailedError(f"{self.peer} refuses: {message.why}")
+        read: M = message
+        return read
+
+    async def _recv(self, *due: type[M]) -> RawMessage[M]:
+        """The next message, if it is one of these and not too large; of others, only the head is received."""
+        prefix = bytearray(_LENGTH.size)
+        await self._fill(memoryview(prefix))
+        (size,) = _LENGTH.unpack(prefix)
+        if not 1 <= size <= MAX_RESULT_BYTES:
+            raise PeerProtocolError(f"a message of {size} bytes; 1 to {MAX_RESULT_BYTES} are allowed")
+        body = bytearray(min(size, HEAD_BYTES))
+        await self._fill(memoryview(body))
+        name = kind_of(body)
+        kind = next((each for each in due if each.kind() == name), None)
+        if kind is None:
+            raise not_due(name, [each for each in due if each not in (Ping, Failed, Refuse)])
+        if size > kind.max_bytes:
+            raise PeerProtocolError(f"{name.upper()} of {size} bytes; at most {kind.max_bytes} are allowed")
+        while len(body) < size:
+            piece = bytearray(min(PIECE_BYTES, size - len(body)))
+            await self._fill(memoryview(piece))
+            body += piece
+        return RawMessage(kind, body)
 
     async def refuse(self, why: str, limit_s: float = 1.0) -> None:
         """Send the reason for which this side ends the handshake, if the other side takes it soon."""
         try:
             async with asyncio.timeout(limit_s):
-                await self.send(Refuse(printable(why)))
+                await self.send(Refuse(clean(why, MAX_TEXT_CHARS)))
         except (OSError, LocalProtocolError):
             return
 

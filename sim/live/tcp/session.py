@@ -17,11 +17,9 @@ from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error
 from proto_v3.wire.channel import Transport
 from sim.live.merge_timelines import ProcessTimeline
 from sim.live.tcp.connection import Connection, connection_error
-from sim.live.tcp.messages import MAX_MESSAGE_BYTES, Failed, M, Message, MessageStream, Ping, RawMessage, printable
+from sim.live.tcp.messages import Failed, M, Message, MessageStream, Ping, RawMessage, not_due
 from sim.live.tcp.sockets import Granted
 
-MAX_QUEUED = 256
-"""Messages that were received, and that no caller has asked for yet."""
 BEATS = 4
 """PINGs in `silent_s` seconds."""
 
@@ -49,11 +47,10 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._cause: Exception | None = None
         self._grace: asyncio.TimerHandle | None = None
-        self._queue: deque[RawMessage] = deque()
-        self._queued_bytes = 0
+        self._queue: deque[RawMessage[Any]] = deque()
+        """What was received, and no caller has asked for yet: as bytes, each kind once (messages.ORDER)."""
         self._receiver: asyncio.Future[None] | None = None
         self._receiving = asyncio.Lock()
-        stream.handshake_done()
         self._tasks: set[asyncio.Task[None]] = set()
         self._start(self._listen())
         self._beating = self._start(self._beat())
@@ -101,24 +98,25 @@ class Session:
                     raise connection_error(self._cause)
                 self._receiver = self._loop.create_future()
                 await self._receiver
-            message = self._queue.popleft()
-            self._queued_bytes -= message.size_bytes
-        if message.kind == Failed.kind():
-            raise PeerFailedError(f"{self._stream.peer} failed: {printable(message.read_as(Failed).why)}")
-        return message.read_as(*kinds)
+            raw = self._queue.popleft()
+        if raw.kind is not Failed and raw.kind not in kinds:
+            raise not_due(raw.kind.kind(), kinds)
+        message = raw.read()
+        if isinstance(message, Failed):
+            raise PeerFailedError(f"{self._stream.peer} failed: {message.why}")
+        read: M = message
+        return read
 
     async def _listen(self) -> None:
         stream = self._stream
         try:
             while True:
                 message = await stream.recv()
-                if message.kind == Ping.kind():
+                if message.kind is Ping:
                     continue
-                room = MAX_MESSAGE_BYTES - self._queued_bytes
-                if self._queue and (message.size_bytes > room or len(self._queue) >= MAX_QUEUED):
-                    raise PeerProtocolError(f"{stream.peer} sends more messages than are received")
+                if any(each.kind is message.kind for each in self._queue):  # a second FAILED
+                    raise PeerProtocolError(f"{stream.peer} sends {message.kind.kind().upper()} a second time")
                 self._queue.append(message)
-                self._queued_bytes += message.size_bytes
                 self._wake()
         except PeerProtocolError as error:
             self._fail(error)
