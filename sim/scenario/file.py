@@ -4,6 +4,7 @@
 are merged key by key. Lists of tables are merged by position, the first `[[device]]` with the first, and surplus ones
 are appended. Any other value replaces the base's. Three things are never inherited: name, description, and published
 figures. A source of the base is about the base's value: a changed key has the source that this file gives it, or none.
+What a user's file or `--set` sets has the source `yours`, also where it is the base's value, unless the file gives one.
 """
 
 from __future__ import annotations
@@ -176,8 +177,24 @@ def _merged(layers: Sequence[Layer]) -> dict[str, Any]:
     for layer in reversed(layers):
         inherited = {key: value for key, value in whole.items() if key not in OWN}
         own = {key: value for key, value in layer.tables.items() if key != "extends"}
-        whole = _without_stale_sources(inherited, tables.merged(inherited, own), own.get("sources", ()))
+        after = tables.merged(inherited, own)
+        anew = own.get("sources", {})
+        if FOLDER not in Path(layer.file).resolve().parents and isinstance(anew, dict):
+            anew = dict.fromkeys(_parameters(own), f"yours: {Path(layer.file).name}") | anew
+            after = _with_sources(after, anew)
+        whole = _without_stale_sources(inherited, after, anew)
     return whole
+
+
+def _parameters(whole: dict[str, Any]) -> list[str]:
+    """The dotted keys of all values that are set."""
+    own = {table: keys for table, keys in whole.items() if table not in NO_PARAMETERS}
+    return [key for key, _, value in tables.differences({}, own) if value != {}]
+
+
+def _with_sources(whole: dict[str, Any], anew: dict[str, Any]) -> dict[str, Any]:
+    sources = whole.get("sources", {})
+    return whole | {"sources": sources | anew} if isinstance(sources, dict) else whole  # the validation reports it
 
 
 def _with_settings(whole: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -229,10 +246,8 @@ def _set(before: dict[str, Any], setting: str) -> dict[str, Any]:
         after: dict[str, Any] = tables.put(before, way, tables.value(text.strip()))
     except ValueError as error:
         raise UserError(f"--set {setting}: {error}") from None
-    changed = {name: "assumed: --set" for name, _, own in tables.differences(before, after) if own is not None}
-    if isinstance(sources := after.get("sources", {}), dict):
-        after = after | {"sources": sources | changed}
-    return _without_stale_sources(before, after, changed)
+    anew = dict.fromkeys(_parameters(tables.put({}, way, tables.value(text.strip()))), "yours: --set")
+    return _without_stale_sources(before, _with_sources(after, anew), anew)
 
 
 def _without_stale_sources(before: dict[str, Any], after: dict[str, Any], anew: Collection[str]) -> dict[str, Any]:

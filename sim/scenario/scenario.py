@@ -1,7 +1,7 @@
 """Scenarios: TOML files, validated, with units in the key names.
 
 Every assumption of the model is a key here, none is a constant in the code. `[sources]` gives, by key, the source of
-its value: `published`, `kernel`, `qemu`, `fitted`, `derived` or `assumed`, a colon, and the words.
+its value: `published`, `kernel`, `qemu`, `fitted`, `derived`, `assumed` or `yours`, a colon, and the words.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sim.scenario.tables import V3, Driver, Firmware, Host, Link, Published, Ram
 from sim.scenario.units import BYTES_PER_S_PER_GBIT, KIB, MIB, NS_PER_S, Table, did_you_mean, ns, short
 
 MAX_DEVICES = 64
-SOURCE_KINDS = ("published", "kernel", "qemu", "fitted", "derived", "assumed")
+SOURCE_KINDS = ("published", "kernel", "qemu", "fitted", "derived", "assumed", "yours")
 
 
 class Scenario(Table):

@@ -185,7 +185,7 @@ def test_set_changes_what_is_run_and_stands_in_the_manifest(tmp_path: Path) -> N
     (device,) = manifest["scenario"]["device"]
     assert (device["count"], device["features"]) == (2, ["STOP_COPY", "PRE_COPY"])
     assert manifest["scenario"]["driver"]["lock"] == "device"
-    assert manifest["scenario"]["sources"]["driver.lock"] == "assumed: --set"
+    assert manifest["scenario"]["sources"]["driver.lock"] == "yours: --set"
     assert shlex.split(manifest["command"])[-len(settings) :] == settings
     assert "stage_device_save_1_ns" in pl.read_parquet(tmp_path / "results/small/runs.parquet").columns
 
@@ -196,7 +196,7 @@ def test_set_is_shown_with_the_parameters(tmp_path: Path) -> None:
     done = proto_v3(tmp_path, "scenarios", "more.toml", "--set", "vmm.read_mib=0.25")
     assert done.returncode == 0, done.stderr
     assert "Extends mine." in done.stdout
-    assert ["vmm.read_mib", "0.25", "assumed:", "--set"] in [line.split() for line in done.stdout.splitlines()]
+    assert ["vmm.read_mib", "0.25", "yours:", "--set"] in [line.split() for line in done.stdout.splitlines()]
 
 
 # --- outcomes other than COMPLETED -----------------------------------------------------------------------------------

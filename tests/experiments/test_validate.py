@@ -415,8 +415,8 @@ def test_what_had_to_differ_is_told_with_its_source(
     text = capsys.readouterr().out
     assert "mine: what had to differ from base" in text
     assert row_of(text, "driver.chunks") == ["driver.chunks", "2", "3", "kernel:", "another", "driver"]
-    assert row_of(text, "firmware.engines") == ["firmware.engines", "2", "4", "not", "stated"]
-    assert row_of(text, "device.0.state_mib") == ["device.0.state_mib", "8", "7", "not", "stated"]
+    assert row_of(text, "firmware.engines") == ["firmware.engines", "2", "4", "yours:", "mine.toml"]
+    assert row_of(text, "device.0.state_mib") == ["device.0.state_mib", "8", "7", "yours:", "mine.toml"]
     assert "sync_ms" not in text
     assert "read_mib" not in text
 

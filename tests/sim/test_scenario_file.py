@@ -11,7 +11,7 @@ import pytest
 from proto_v3.errors import UserError
 from sim.scenario import file as scenario_file
 from sim.scenario.file import bases, changes, find, load, parse, shipped, shipped_bases
-from sim.scenario.scenario import Scenario
+from sim.scenario.scenario import Scenario, parameters
 from tests.build.scenario import small_scenario, small_tables, small_text, to_toml
 
 # --- finding and reading a file --------------------------------------------------------------------------------------
@@ -23,7 +23,7 @@ def test_a_scenario_is_found_by_name_and_by_path(tmp_path: Path) -> None:
     mine = tmp_path / "mine.toml"
     mine.write_text(small_text())
     assert find(str(mine)) == mine
-    assert load(str(mine)) == small_scenario()
+    assert same(load(str(mine)), small_scenario())
 
 
 def test_a_missing_file_is_told_with_what_there_is() -> None:
@@ -91,6 +91,16 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
+def stated(scenario: Scenario) -> dict[str, str]:
+    """The sources, but for those that say only which of the user's files set the value."""
+    return {key: source for key, source in scenario.sources.items() if source != "yours: base.toml"}
+
+
+def same(one: Scenario, other: Scenario) -> bool:
+    """All but their sources, which name the files."""
+    return one.model_copy(update={"sources": other.sources}) == other
+
+
 def refused(path: str, settings: list[str] | None = None) -> str:
     with pytest.raises(UserError) as caught:
         load(path, settings or [])
@@ -100,7 +110,7 @@ def refused(path: str, settings: list[str] | None = None) -> str:
 def test_what_a_file_says_replaces_what_its_base_says_and_nothing_else(write: Write) -> None:
     write("base.toml")
     mine = load(write("mine.toml", {"extends": "base.toml", "driver": {"chunks": 3}, "vmm": {"read_mib": 0.5}}))
-    assert mine.model_copy(update={"sources": {}}) == small_scenario({"driver.chunks": 3, "vmm.read_mib": 0.5} | OWN)
+    assert same(mine, small_scenario({"driver.chunks": 3, "vmm.read_mib": 0.5} | OWN))
 
 
 def test_devices_are_merged_by_position_and_what_is_over_is_appended(write: Write) -> None:
@@ -129,14 +139,29 @@ def test_published_figures_replace_the_bases_as_a_whole(write: Write) -> None:
     assert published.figures() == {"downtime_ms": 5.0}
 
 
-def test_a_source_stays_while_its_value_does(write: Write) -> None:
+def test_a_source_stays_while_nobody_sets_its_value_anew(write: Write) -> None:
     write("base.toml")
     own = {"extends": "base.toml", "driver": {"chunks": 2}, "vmm": {"setup_ms": 9.0}}  # there are 2 in the base too
-    assert load(write("mine.toml", own)).sources == {
+    assert stated(load(write("mine.toml", own))) == {
         "ram.size_gib": "published: so",
-        "driver.chunks": "kernel: so",
+        "driver.chunks": "yours: mine.toml",
         "device.0.state_mib": "derived: so",
+        "vmm.setup_ms": "yours: mine.toml",
     }
+
+
+def test_every_value_of_a_users_file_has_a_source(write: Write) -> None:
+    scenario = load(write("mine.toml", small_tables() | OWN))
+    assert dict.fromkeys(parameters(scenario), "yours: mine.toml") == scenario.sources
+
+
+def test_a_value_that_the_user_sets_as_it_was_is_the_users() -> None:
+    """Of a shipped scenario, whose sources are all stated."""
+    was = load("mlx5-2vf")
+    scenario = parse('extends = "mlx5-2vf"\nname = "mine"\ndescription = "x"\nlink.gbit_per_s = 100.0\n', "my.toml")
+    assert scenario.link == was.link
+    assert scenario.sources == was.sources | {"link.gbit_per_s": "yours: my.toml"}
+    assert load("mlx5-2vf", ["link.gbit_per_s=100.0"]).sources == was.sources | {"link.gbit_per_s": "yours: --set"}
 
 
 def test_a_source_of_a_changed_value_is_dropped_unless_it_is_given_anew(write: Write) -> None:
@@ -147,8 +172,9 @@ def test_a_source_of_a_changed_value_is_dropped_unless_it_is_given_anew(write: W
         "device": [{"state_mib": 4.0}],
         "sources": {"driver.chunks": "assumed: mine", "vmm.setup_ms": "assumed: of a value of the base"},
     }
-    assert load(write("mine.toml", own)).sources == {
+    assert stated(load(write("mine.toml", own))) == {
         "ram.size_gib": "published: so",
+        "device.0.state_mib": "yours: mine.toml",
         "driver.chunks": "assumed: mine",
         "vmm.setup_ms": "assumed: of a value of the base",
     }
@@ -158,7 +184,8 @@ def test_a_source_is_dropped_wherever_in_a_chain_the_value_changes(write: Write)
     write("base.toml")
     write("middle.toml", {"extends": "base.toml", "driver": {"chunks": 3}})
     mine = write("mine.toml", {"extends": "middle.toml", "driver": {"chunks": 2}})  # as in the base, but by our choice
-    assert "driver.chunks" not in load(mine).sources
+    assert load(mine).sources["driver.chunks"] == "yours: mine.toml"
+    assert load(str(Path(mine).with_name("middle.toml"))).sources["driver.chunks"] == "yours: middle.toml"
     assert load(mine).sources["ram.size_gib"] == "published: so"
 
 
@@ -306,7 +333,7 @@ def test_what_is_set_is_as_if_the_file_said_it(write: Write) -> None:
     base = write("base.toml")
     settings = ["device.0.count=3", "driver.lock=device", 'device.0.features=["STOP_COPY"]', "vmm.read_mib = 0.5"]
     keys = {"device.0.count": 3, "driver.lock": "device", "device.0.features": ["STOP_COPY"], "vmm.read_mib": 0.5}
-    assert load(base, settings).model_copy(update={"sources": {}}) == small_scenario(keys)
+    assert same(load(base, settings), small_scenario(keys))
 
 
 def test_the_last_value_of_a_key_counts(write: Write) -> None:
@@ -320,12 +347,12 @@ def test_what_is_set_over_an_extending_file_counts_before_it(write: Write) -> No
 
 
 def test_what_is_set_has_that_as_its_source(write: Write) -> None:
-    sources = load(write("base.toml"), ["driver.chunks=3", "vmm.read_mib=0.5", "ram.size_gib=0.0625"]).sources
-    assert sources == {
-        "ram.size_gib": "published: so",  # the same as in the file
+    settings = ["driver.chunks=3", "vmm.read_mib=0.5", "ram.size_gib=0.0625"]
+    assert stated(load(write("base.toml"), settings)) == {
+        "ram.size_gib": "yours: --set",  # the same as in the file
         "device.0.state_mib": "derived: so",
-        "driver.chunks": "assumed: --set",
-        "vmm.read_mib": "assumed: --set",
+        "driver.chunks": "yours: --set",
+        "vmm.read_mib": "yours: --set",
     }
 
 
@@ -335,14 +362,16 @@ def test_what_is_taken_away_takes_its_sources_with_it() -> None:
     text = small_text({"device.0.faults": faults, "sources": sources})
     scenario = parse(text, "my.toml", ["device.0.faults=[]"])
     assert scenario.device[0].faults == []
-    assert scenario.sources == {"ram.size_gib": "assumed: x"}
+    assert scenario.sources["ram.size_gib"] == "assumed: x"
+    assert scenario.sources["device.0.faults"] == "yours: --set"
+    assert not [key for key in scenario.sources if key.startswith("device.0.faults.")]
 
 
 def test_a_whole_table_can_be_set(write: Write) -> None:
     scenario = load(write("base.toml"), ['device.0.writes={pattern="uniform", mib_per_s=3}'])
     assert scenario.device[0].writes is not None
     assert scenario.device[0].writes.mib_per_s == 3
-    assert scenario.sources["device.0.writes.pattern"] == "assumed: --set"
+    assert scenario.sources["device.0.writes.pattern"] == "yours: --set"
 
 
 @pytest.mark.parametrize(
