@@ -84,7 +84,7 @@ def make_activity(device: Device, horizon_ns: int, rng: np.random.Generator) -> 
 def _writes(
     writes: Writes | None, blocks: int, block_bytes: int, horizon_ns: int, rng: np.random.Generator
 ) -> tuple[Int32, float]:
-    if writes is None:
+    if writes is None or not writes.mib_per_s:
         return np.empty(0, np.int32), 0.0
     per_s = writes.bytes_per_s / block_bytes
     count = int(per_s * horizon_ns // NS_PER_S)

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from proto_v3.vfio.fsm import FEATURE_SETS, arcs
 from proto_v3.vfio.uapi import MigrationFlags
-from sim.scenario.units import KIB, MIB, Fraction, NonNegative, Positive, Rate, Table, Whole
+from sim.scenario.units import KIB, MIB, Fraction, NonNegative, Rate, Table, Whole
 
 MAX_BLOCKS = 1 << 24
 MAX_WRITES = 1 << 26
@@ -24,7 +24,8 @@ class Writes(Table):
     """
 
     pattern: Literal["uniform", "hotspot", "sequential"]
-    mib_per_s: Positive
+    mib_per_s: NonNegative
+    """0: nobody writes to the device, whatever the file that this one extends says."""
     hot_share: Fraction = 0.9
     hot_fraction: Fraction = 0.1
 
@@ -149,7 +150,7 @@ class Device(Table):
                 f"reconfigurations.objects_each = {self.reconfigurations.objects_each}: must be at most "
                 f"critical.objects = {self.critical.objects}"
             )
-        if self.writes and self.stop_only_blocks == self.blocks:
+        if self.writes and self.writes.mib_per_s and self.stop_only_blocks == self.blocks:
             raise self.wrong("stop_only_mib", "must leave something for writes to dirty")
         return self
 

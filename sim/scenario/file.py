@@ -2,14 +2,17 @@
 
 `extends = "NAME_OR_FILE"` at the top of a file: the base's values hold, except for those that this file sets. Tables
 are merged key by key. Lists of tables are merged by position, the first `[[device]]` with the first, and surplus ones
-are appended. Any other value replaces the base's. Three things are never inherited: name, description, and published
-figures. A source of the base is about the base's value: a changed key has the source that this file gives it, or none.
-What a user's file or `--set` sets has the source `yours`, also where it is the base's value, unless the file gives one.
+are appended. Any other value replaces the base's. Published figures are never inherited. A file without a name has that
+of the file; one without a description is called a change of its base.
+
+A source of the base is about the base's value: a changed key has the source that this file gives it, or none. What a
+user's file or `--set` sets has the source `yours`, also where it is the base's value, unless the file gives one.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ import pydantic
 from proto_v3.errors import UserError
 from sim.scenario import toml as tables
 from sim.scenario.protocol import Protocol
-from sim.scenario.scenario import Scenario
+from sim.scenario.scenario import MAX_NAME, Scenario
 from sim.scenario.units import did_you_mean, short, unit_of
 
 FOLDER = Path(str(resources.files("scenarios")))
@@ -176,7 +179,7 @@ def _merged(layers: Sequence[Layer]) -> dict[str, Any]:
     whole: dict[str, Any] = {}
     for layer in reversed(layers):
         inherited = {key: value for key, value in whole.items() if key not in OWN}
-        own = {key: value for key, value in layer.tables.items() if key != "extends"}
+        own = _titled(layer, whole)
         after = tables.merged(inherited, own)
         anew = own.get("sources", {})
         if FOLDER not in Path(layer.file).resolve().parents and isinstance(anew, dict):
@@ -184,6 +187,14 @@ def _merged(layers: Sequence[Layer]) -> dict[str, Any]:
             after = _with_sources(after, anew)
         whole = _without_stale_sources(inherited, after, anew)
     return whole
+
+
+def _titled(layer: Layer, base: dict[str, Any]) -> dict[str, Any]:
+    """What a file says, with a name and a description if it has none."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(layer.file).stem).strip("-_.")[:MAX_NAME] or "scenario"
+    description = f"changed from {base['name']}: {base['description']}" if base else "no description"
+    own = {key: value for key, value in layer.tables.items() if key != "extends"}
+    return {"name": name, "description": description} | own
 
 
 def _parameters(whole: dict[str, Any]) -> list[str]:
@@ -293,7 +304,7 @@ def _unknown_protocols(scenario: Scenario) -> Iterator[str]:
 
 
 def _required() -> list[str]:
-    return [name for name, field in Scenario.model_fields.items() if field.is_required()]
+    return [name for name, field in Scenario.model_fields.items() if field.is_required() and name not in OWN]
 
 
 def _explain(problem: Any) -> str:

@@ -22,13 +22,14 @@ from sim.scenario.tables import V3, Driver, Firmware, Host, Link, Published, Ram
 from sim.scenario.units import BYTES_PER_S_PER_GBIT, KIB, MIB, NS_PER_S, Table, did_you_mean, ns, short
 
 MAX_DEVICES = 64
+MAX_NAME = 64
 SOURCE_KINDS = ("published", "kernel", "qemu", "fitted", "derived", "assumed", "yours")
 
 
 class Scenario(Table):
     """All inputs of a run, except the protocol and the seed."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=MAX_NAME)]
     description: str
     ram: Ram
     device: Annotated[list[Device], Field(min_length=1)]
@@ -149,7 +150,7 @@ def _size_of_a_run(scenario: Scenario) -> Iterator[str]:
         yield f"device.block_kib: makes {blocks} blocks in all; must make at most {MAX_BLOCKS}"
     writes = 0.0
     for at, device in enumerate(scenario.device):
-        if device.writes:
+        if device.writes is not None:
             writes += device.count * device.writes.bytes_per_s / device.block_bytes * scenario.vmm.give_up_s
             if writes > MAX_WRITES:
                 yield (

@@ -197,7 +197,7 @@ def test_an_integer_is_a_number_and_nothing_is_converted_else() -> None:
     assert small_scenario({"device.0.state_mib": 8}).device[0].state_mib == 8
 
 
-@pytest.mark.parametrize("key", ["ram", "device", "firmware", "driver", "host", "link", "vmm", "name", "description"])
+@pytest.mark.parametrize("key", ["ram", "device", "firmware", "driver", "host", "link", "vmm"])
 def test_what_is_missing_at_the_top_is_told(key: str) -> None:
     assert problems({key: None}) == [f"{key}: missing; it is required"]
 

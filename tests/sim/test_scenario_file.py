@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from proto_v3.errors import UserError
+from sim.device.guest import make_activity
 from sim.scenario import file as scenario_file
 from sim.scenario.file import bases, changes, find, load, parse, shipped, shipped_bases
 from sim.scenario.scenario import Scenario, parameters
+from sim.scenario.units import NS_PER_S
 from tests.build.scenario import small_scenario, small_tables, small_text, to_toml
 
 # --- finding and reading a file --------------------------------------------------------------------------------------
@@ -122,13 +125,36 @@ def test_devices_are_merged_by_position_and_what_is_over_is_appended(write: Writ
     assert second.name == "more"
 
 
-def test_a_name_a_description_and_published_figures_are_never_inherited(write: Write, tmp_path: Path) -> None:
+def test_published_figures_are_never_inherited(write: Write) -> None:
     write("base.toml", small_tables({"published": [{"citation": "somebody", "downtime_ms": 5.0}]}))
     assert load(write("mine.toml", {"extends": "base.toml"})).published == []
-    (tmp_path / "nameless.toml").write_text('extends = "base.toml"\n')
-    told = refused(str(tmp_path / "nameless.toml"))
-    assert "name: missing" in told
-    assert "description: missing" in told
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("my nic ✓ 2.toml", "my-nic-2"), (f"{200 * 'x'}.toml", 64 * "x"), ("_.toml", "scenario")]
+)
+def test_a_name_and_a_description_can_be_left_out(tmp_path: Path, file: str, name: str) -> None:
+    path = tmp_path / file
+    path.write_text('extends = "mlx5-2vf"\n')
+    mine = load(str(path))
+    assert mine.name == name
+    assert mine.description == f"changed from mlx5-2vf: {load('mlx5-2vf').description}"
+    path.write_text(small_text({"description": None}))
+    assert load(str(path)).description == "no description"
+
+
+def test_a_device_that_nobody_writes_to_can_be_said(tmp_path: Path) -> None:
+    path = tmp_path / "idle.toml"
+    path.write_text(
+        'extends = "nic-reconfig"\n[[device]]\nwrites.mib_per_s = 0.0\nreconfigurations.poisson_per_s = 0.0\n'
+    )
+    (idle,) = load(str(path)).devices
+    activity = make_activity(idle, 10 * NS_PER_S, np.random.default_rng(1))
+    assert (activity.write_blocks.size, activity.reconfiguration_ns.size) == (0, 0)
+    (device,) = load("nic-reconfig", ["device.0.writes.mib_per_s=0", "device.0.stop_only_mib=512"]).devices
+    assert make_activity(device, NS_PER_S, np.random.default_rng(1)).write_blocks.size == 0, (
+        "also where no block is writable"
+    )
 
 
 def test_published_figures_replace_the_bases_as_a_whole(write: Write) -> None:
