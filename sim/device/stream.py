@@ -59,25 +59,28 @@ class Faults:
     """The failures that the scenario orders for one side of a device."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
-        self._left = [fault for fault in faults for _ in range(fault.times)]
+        self._faults = faults
+        self._left = [fault.times for fault in faults]
         self._commands = 0
+
+    def _due(self, is_due: Callable[[Fault], bool]) -> Fault | None:
+        """The first fault that is due and not used up; it counts as used once more from now on."""
+        for at, fault in enumerate(self._faults):
+            if self._left[at] and is_due(fault):
+                self._left[at] -= 1
+                return fault
+        return None
 
     def of_arc(self, arc: str) -> Fault | None:
         """The fault of an arc that is about to be taken; it counts as used from now on."""
-        fault = next((fault for fault in self._left if fault.arc == arc), None)
-        if fault is not None:
-            self._left.remove(fault)
-        return fault
+        return self._due(lambda fault: fault.arc == arc)
 
     def of_command(self, command: str) -> OSError | None:
         """The error of a firmware command that just ended, None if it succeeded."""
         done = self._commands
         self._commands += 1
-        fault = next((fault for fault in self._left if fault.command == command and done >= (fault.after or 0)), None)
-        if fault is None:
-            return None
-        self._left.remove(fault)
-        return fails(getattr(errno, fault.errno))
+        fault = self._due(lambda fault: fault.command == command and done >= (fault.after or 0))
+        return None if fault is None else fails(getattr(errno, fault.errno))
 
 
 @dataclass(frozen=True, slots=True)

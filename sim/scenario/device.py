@@ -13,6 +13,10 @@ from sim.scenario.units import KIB, MIB, Fraction, NonNegative, Rate, Table, Who
 MAX_BLOCKS = 1 << 24
 MAX_WRITES = 1 << 26
 """Blocks and writes are NumPy arrays; more than these would not fit the memory that a run is meant to take."""
+MAX_FAULTS = 256
+MAX_TIMES = 100_000
+"""Entries of `faults`, and of each list of times, of one device."""
+Times = Annotated[list[NonNegative], Field(max_length=MAX_TIMES)]
 ARCS = sorted({f"{a.name} -> {b.name}" for features in FEATURE_SETS for a, b in arcs(features)})
 """Every step that some device takes at once; one without P2P goes from RUNNING to STOP."""
 
@@ -41,9 +45,9 @@ class Writes(Table):
 class Reconfigurations(Table):
     """When the guest reconfigures the device, which makes critical objects new."""
 
-    at_s: list[NonNegative] = []
+    at_s: Times = []
     poisson_per_s: NonNegative = 0.0
-    during_stop_ms: list[NonNegative] = []
+    during_stop_ms: Times = []
     """Times after the order to stop the vCPUs, while they still run: the VMM has decided, and asks no more."""
     objects_each: Annotated[int, Field(ge=1)] = 1
     during_stops: Annotated[int, Field(ge=1)] = 1
@@ -106,7 +110,7 @@ class Device(Table):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,31}$")]
     count: Annotated[int, Field(ge=1, le=64)] = 1
     pf: Annotated[int, Field(ge=0, le=63)] = 0
-    features: list[Literal["STOP_COPY", "P2P", "PRE_COPY"]]
+    features: Annotated[list[Literal["STOP_COPY", "P2P", "PRE_COPY"]], Field(max_length=3)]
     max_dirty_streams: Annotated[int, Field(ge=0, le=64)]
     state_mib: Annotated[float, Field(gt=0, le=1 << 20)]
     stop_only_mib: NonNegative
@@ -118,7 +122,7 @@ class Device(Table):
     critical: Critical
     writes: Writes | None = None
     reconfigurations: Reconfigurations | None = None
-    faults: list[Fault] = []
+    faults: Annotated[list[Fault], Field(max_length=MAX_FAULTS)] = []
 
     suspend_ns = Whole("suspend_ms")
     quiesce_ns = Whole("quiesce_ms")

@@ -23,10 +23,11 @@ from typing import Any
 import pydantic
 
 from proto_v3.errors import UserError
+from proto_v3.text import clean
 from sim.scenario import toml as tables
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import MAX_NAME, Scenario
-from sim.scenario.units import did_you_mean, short, unit_of
+from sim.scenario.units import MAX_TEXT_CHARS, did_you_mean, short, unit_of
 
 FOLDER = Path(str(resources.files("scenarios")))
 """The shipped files: a package of their own, so that they are installed with the code."""
@@ -134,7 +135,7 @@ def _parsed(text: str, file: str) -> dict[str, Any]:
     try:
         parsed = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, a number of 5000 digits, endless brackets
-        raise UserError(f"{file}: not valid TOML: {error}") from error
+        raise UserError(f"{file}: not valid TOML: {clean(str(error))}") from error
     if not parsed:
         raise UserError(f"{file}: empty; a scenario needs the tables {', '.join(_required())}")
     return parsed
@@ -286,7 +287,8 @@ def _validated(whole: dict[str, Any], title: str) -> Scenario:
     except pydantic.ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
     if problems:
-        raise UserError("\n  ".join([f"{title}: {len(problems)} problem(s)", *problems]))
+        lines = [f"{title}: {len(problems)} problem(s)", *problems]
+        raise UserError("\n  ".join(clean(line, MAX_TEXT_CHARS) for line in lines))
     return scenario
 
 

@@ -19,10 +19,11 @@ from proto_v3.wire.streams import Credits, Wire
 from sim.scenario import toml
 from sim.scenario.device import MAX_BLOCKS, MAX_WRITES, Device
 from sim.scenario.tables import V3, Driver, Firmware, Host, Link, Published, Ram, Vmm
-from sim.scenario.units import BYTES_PER_S_PER_GBIT, KIB, MIB, NS_PER_S, Table, did_you_mean, ns, short
+from sim.scenario.units import BYTES_PER_S_PER_GBIT, KIB, MIB, NS_PER_S, Table, Text, did_you_mean, ns, short
 
 MAX_DEVICES = 64
 MAX_NAME = 64
+MAX_PUBLISHED = 1000
 SOURCE_KINDS = ("published", "kernel", "qemu", "fitted", "derived", "assumed", "yours")
 
 
@@ -30,17 +31,17 @@ class Scenario(Table):
     """All inputs of a run, except the protocol and the seed."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=MAX_NAME)]
-    description: str
+    description: Text
     ram: Ram
-    device: Annotated[list[Device], Field(min_length=1)]
+    device: Annotated[list[Device], Field(min_length=1, max_length=MAX_DEVICES)]
     firmware: Firmware
     driver: Driver
     host: Host
     link: Link
     vmm: Vmm
     v3: V3 = V3()
-    published: list[Published] = []
-    sources: dict[str, str] = {}
+    published: Annotated[list[Published], Field(max_length=MAX_PUBLISHED)] = []
+    sources: dict[str, Text] = {}
 
     @model_validator(mode="after")
     def _rules(self) -> Self:

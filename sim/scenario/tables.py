@@ -21,6 +21,7 @@ from sim.scenario.units import (
     PositiveMs,
     Rate,
     Table,
+    Text,
     Whole,
 )
 
@@ -260,8 +261,8 @@ NO_FIGURES = {"citation", "case", "protocol", "fitted"}
 class Published(Table):
     """What a source measured, to compare the runs of a protocol with. Milliseconds; in lists one value a device."""
 
-    citation: str
-    case: str | None = None
+    citation: Text
+    case: Text | None = None
     """What the measurement is called, if not as the scenario is."""
     protocol: str = "v2"
     fitted: list[str] = []

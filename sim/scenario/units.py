@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 import pydantic
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from typing_extensions import override
+
+from proto_v3.text import clean
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 NS_PER_US, NS_PER_MS, NS_PER_S = 1_000, 1_000_000, 1_000_000_000
@@ -20,6 +22,9 @@ NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 PositiveMs = Annotated[float, Field(ge=0.001, le=1e9, allow_inf_nan=False)]
 """A wait or a window; shorter than a microsecond it would only cost events."""
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Text = Annotated[str, AfterValidator(lambda text: clean(text, MAX_TEXT_CHARS))]
+"""For people: cleaned where it comes in."""
+MAX_TEXT_CHARS = 2000
 
 UNITS: dict[str, tuple[str, float]] = {
     "_gbit_per_s": ("Gbit/s", BYTES_PER_S_PER_GBIT),

@@ -308,6 +308,13 @@ async def test_an_arc_that_fails_leaves_the_device_before_it_wherever_on_the_pat
     assert await driver.state() is State.RUNNING
 
 
+@virtual
+async def test_a_fault_takes_no_memory_for_the_times_that_it_is_to_come() -> None:
+    driver = Hosts(fault("RUNNING -> PRE_COPY", times=10**15)).source
+    for _ in range(3):
+        await fails_with(errno.EIO, driver.set_state(State.PRE_COPY))
+
+
 @pytest.mark.parametrize("times", [1, 3])
 @virtual
 async def test_an_arc_fails_so_many_times_and_works_after_that(times: int) -> None:

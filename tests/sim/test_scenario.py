@@ -147,6 +147,28 @@ def test_a_wrong_value_is_told_with_key_value_and_what_is_right(key: str, value:
     assert right in problem
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "most"),
+    [
+        ("device", [{}] * 65, 64),
+        ("device.0.faults", [{}] * 257, 256),
+        ("device.0.features", ["?"] * 1000, 3),
+        ("device.0.reconfigurations.at_s", [1.0] * 100_001, 100_000),
+    ],
+)
+def test_a_list_that_is_too_long_is_one_problem_whatever_is_in_it(key: str, value: Any, most: int) -> None:
+    (problem,) = problems({key: value})
+    assert problem.startswith(f"{key} = [")
+    assert f"at most {most} items" in problem
+
+
+def test_texts_of_a_file_are_cleaned() -> None:
+    scenario = small_scenario({"description": "quick\x1b[2J\nand dirty"})
+    assert scenario.description == r"quick\x1b[2J and dirty"
+    (problem,) = problems({"vmm.\x1b[2J": 1})
+    assert problem == r"vmm.\x1b[2J = 1: unknown key"
+
+
 @pytest.mark.parametrize("key", sorted(key for key, value in parameters(small_scenario()).items() if value != "dev"))
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1, True, False])
 def test_no_parameter_takes_what_is_no_number_or_below_zero(key: str, value: float) -> None:
