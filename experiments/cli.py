@@ -345,6 +345,33 @@ def scenarios(name: str | None, settings: tuple[str, ...]) -> None:
         list_scenarios()
 
 
+@main.command("new-scenario")
+@click.argument("name")
+@click.option("--extends", default="mlx5", show_default=True, metavar="SCENARIO", help="What it changes: name or file.")
+def new_scenario(name: str, extends: str) -> None:
+    """Write NAME.toml, a scenario of your own: every key is there, with its value so far, its unit and its source.
+
+    All keys are commented out, so that the file is the one that it extends until you change it. No file is replaced.
+    """
+    from experiments.commands.new_scenario import write_scenario
+
+    write_scenario(name, extends)
+
+
+@main.command()
+def schema() -> None:
+    """Print a JSON Schema of scenario files, with which an editor completes and checks them.
+
+    For VS Code (Even Better TOML) and others that use Taplo: write it into a file beside the scenario, as in
+    `proto-v3 schema > scenario.schema.json`, and begin the scenario with the line `#:schema ./scenario.schema.json`.
+    """
+    import json
+
+    from sim.scenario.schema import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
 @main.command()
 @click.argument("scenario", required=False)
 @set_option

@@ -237,7 +237,7 @@ def _as_in_a_file(dump: Any, model: type[pydantic.BaseModel], sourced: Collectio
             or value != _dumped(field.default)
             or any(each == own or each.startswith(f"{own}.") for each in sourced)
         ):
-            inner = _model_in(field.annotation)
+            inner = model_in(field.annotation)
             given[name] = value if inner is None else _as_in_a_file(value, inner, sourced, f"{own}.")
     return given
 
@@ -322,7 +322,8 @@ def _explain(problem: Any) -> str:
     if kind == "value_error":
         return f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
     if kind in ("model_type", "dict_type"):
-        return f"{key} = {short(value)}: must be a table"
+        hint = "; mib_per_s = 0 in it says that nobody writes" if key.endswith(".writes") else ""
+        return f"{key} = {short(value)}: must be a table{hint}"
     if kind == "list_type" and isinstance(value, dict):
         return f"{key} = {short(value)}: must be a list of tables, each under [[{key}]]"
     message = problem["msg"].replace("Input should be", "must be")
@@ -335,17 +336,18 @@ def _keys_beside(loc: tuple[Any, ...]) -> list[str]:
     for part in loc[:-1]:
         if isinstance(part, int):
             continue
-        inner = _model_in(model.model_fields[part].annotation)
+        inner = model_in(model.model_fields[part].annotation)
         if inner is None:
             return []
         model = inner
     return list(model.model_fields)
 
 
-def _model_in(annotation: Any) -> type[pydantic.BaseModel] | None:
+def model_in(annotation: Any) -> type[pydantic.BaseModel] | None:
+    """The table in a field's type, as in `list[Device]` or `Writes | None`; None if it is a value."""
     if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
         return annotation
     for argument in getattr(annotation, "__args__", ()):
-        if (found := _model_in(argument)) is not None:
+        if (found := model_in(argument)) is not None:
             return found
     return None
