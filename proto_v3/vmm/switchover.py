@@ -8,6 +8,7 @@ it is below the threshold. Only bytes count: the device's save and load times an
 from __future__ import annotations
 
 import abc
+import math
 from dataclasses import dataclass
 
 from typing_extensions import override
@@ -60,6 +61,15 @@ class Switchover:
         """Whether these bytes can be sent within the downtime limit. 0 bytes always fit."""
         return pending_bytes == 0 or pending_bytes < self.threshold_bytes
 
+    def fits_after(self, unread_ns: float, unsaved_bytes: int) -> bool:
+        """v3: whether bytes that a device has not saved yet fit what is left of the limit, once its streams are empty.
+
+        `unread_ns`: how long the slowest stream takes for that. A limit below the decision interval counts as one
+        interval, as for a `Backlog`.
+        """
+        left_ns = max(self._settings.downtime_limit_ns, self._settings.decision_interval_ns) - unread_ns
+        return unsaved_bytes == 0 or unsaved_bytes * NS_PER_S < self.bandwidth_bytes_per_s * left_ns
+
 
 class Backlog(abc.ABC):
     """One part of the remaining bytes, RAM or a dirty stream, that must also fit the downtime limit by itself.
@@ -92,12 +102,18 @@ class Backlog(abc.ABC):
 
     def fits(self, remaining_bytes: int) -> bool:
         """Whether this part alone can be sent within the downtime limit. True for 0 bytes or a given bandwidth."""
-        settings, rate = self._settings, self._bytes_per_s
-        if remaining_bytes == 0 or settings.given_bandwidth_bytes_per_s is not None:
-            return True
+        settings = self._settings
+        return self.time_ns(remaining_bytes) < max(settings.downtime_limit_ns, settings.decision_interval_ns)
+
+    def time_ns(self, remaining_bytes: int) -> float:
+        """How long these bytes take at the part's rate: 0 if the part keeps up or the bandwidth is given, infinite if no
+        rate is known."""
+        rate = self._bytes_per_s
+        if remaining_bytes == 0 or self._settings.given_bandwidth_bytes_per_s is not None:
+            return 0.0
         if rate is None:
-            return self._ran_dry
-        return remaining_bytes < rate * max(settings.downtime_limit_ns, settings.decision_interval_ns) / NS_PER_S
+            return 0.0 if self._ran_dry else math.inf
+        return remaining_bytes * NS_PER_S / rate if rate else math.inf
 
 
 class RamBacklog(Backlog):

@@ -287,12 +287,18 @@ class V3Source(Source):
             backlog.sample(now_ns, part.sent_bytes, part.unread_bytes)
 
     def _fits(self, device_bytes: int) -> bool:
-        """Whether RAM and `device_bytes` fit the downtime limit together, and each part by itself."""
+        """Whether RAM and `device_bytes` fit the downtime limit together, and each part by itself.
+
+        A stream first sends what it has saved, at its own rate. What the devices save after that must fit the rest of
+        the limit, at the bandwidth of the whole.
+        """
         ram_bytes = self.side.machine.ram.pending_bytes()
+        unread_ns = max((backlog.time_ns(part.unread_bytes) for part, backlog in self._backlogs), default=0.0)
         return (
             self._whole.fits(ram_bytes + device_bytes)
             and self._ram.fits(ram_bytes)
             and all(backlog.fits(part.unread_bytes) for part, backlog in self._backlogs)
+            and self._whole.fits_after(unread_ns, max(0, device_bytes - self._unread_bytes))
         )
 
     @property

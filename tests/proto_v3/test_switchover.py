@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -173,6 +174,36 @@ def test_what_runs_dry_between_two_decisions_is_not_judged_by_less_than_that_tim
     part.sample(10 * MS, 5_000, 0)
     assert part.fits(4_999)
     assert not part.fits(5_000)
+
+
+@pytest.mark.rule("v3.6.2")
+@pytest.mark.parametrize(("unread_ms", "most"), [(0, 2_999_999), (100, 1_999_999), (299, 9_999), (300, 0), (1_000, 0)])
+def test_what_is_not_saved_yet_must_fit_the_time_that_is_left_when_the_streams_are_empty(
+    unread_ms: int, most: int
+) -> None:
+    switchover = Switchover(SETTINGS, 0)
+    switchover.sample(100 * MS, 1_000_000)
+    assert switchover.fits_after(unread_ms * MS, most)
+    assert not switchover.fits_after(unread_ms * MS, most + 1)
+
+
+def test_a_limit_below_the_decision_interval_leaves_one_interval_for_what_is_not_saved_yet() -> None:
+    switchover = Switchover(replace(SETTINGS, downtime_limit_ns=1 * MS), 0)
+    switchover.sample(100 * MS, 1_000_000)
+    assert switchover.fits_after(5 * MS, 49_999)
+    assert not switchover.fits_after(5 * MS, 50_000)
+
+
+@pytest.mark.parametrize("kind", [RamBacklog, StreamBacklog])
+def test_a_part_without_a_rate_takes_for_ever_unless_it_keeps_up(kind: type[Backlog]) -> None:
+    part = kind(SETTINGS, 0)
+    assert part.time_ns(0) == 0
+    assert part.time_ns(1) == math.inf
+    part.sample(10 * MS, 0, 0)
+    assert part.time_ns(1 << 40) == 0
+    part.sample(20 * MS, 0, 5_000)
+    part.sample(120 * MS, 0, 5_000)
+    assert part.time_ns(1) == math.inf, "a whole window, and nothing was sent"
 
 
 @pytest.mark.parametrize("kind", [RamBacklog, StreamBacklog])

@@ -403,6 +403,26 @@ def test_v3_does_not_stop_with_more_of_a_stream_left_than_it_saves_within_the_li
     assert outcome.critical_path_ns["firmware"] < 1.2 * 30e6
 
 
+@pytest.mark.rule("v3.6.2")
+def test_v3_does_not_take_the_first_image_s_speed_for_that_of_what_is_not_saved_yet() -> None:
+    """A GPU whose first image is read four streams wide: much of it became dirty meanwhile, and is saved once more."""
+    changes = {
+        "device.0.state_mib": 16384.0,
+        "device.0.stop_only_mib": 512.0,
+        "device.0.writes.mib_per_s": 2000.0,
+        "device.0.reconfigurations.poisson_per_s": 0.0,
+        "firmware.save_mib_per_s": 6000.0,
+        "ram.size_gib": 4.0,
+        "ram.nonzero_gib": 1.0,
+        "ram.dirty_mib_per_s": 50.0,
+        "ram.working_set_mib": 256.0,
+    }
+    gpu = load("nic-reconfig", [f"{key}={value}" for key, value in changes.items()])
+    outcome = run(gpu, "v3-n4")
+    assert outcome.kind is OutcomeKind.COMPLETED
+    assert outcome.phases_ns["drain"] < 300e6
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_streams_that_have_carried_nothing_yet_are_not_expected_to_be_fast(protocol: str) -> None:
     """The first chunk takes half a second; RAM, which is fast, says nothing about how fast the rest will come."""
