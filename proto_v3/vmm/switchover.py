@@ -106,7 +106,7 @@ class Backlog(abc.ABC):
         return self.time_ns(remaining_bytes) < max(settings.downtime_limit_ns, settings.decision_interval_ns)
 
     def time_ns(self, remaining_bytes: int) -> float:
-        """How long these bytes take at the part's rate: 0 if the part keeps up or the bandwidth is given, infinite if no
+        """How long these bytes take at the rate of the part: 0 if it keeps up or the bandwidth is given, infinite if no
         rate is known."""
         rate = self._bytes_per_s
         if remaining_bytes == 0 or self._settings.given_bandwidth_bytes_per_s is not None:
