@@ -20,6 +20,7 @@ from experiments.commands.options import (
     live_options,
     live_settings,
     out_option,
+    output_options,
     protocol_option,
     protocols_option,
     seeds_option,
@@ -125,6 +126,7 @@ def main() -> None:
 @format_option
 @jobs_option
 @set_option
+@output_options
 def compare(seeds: int, first_seed: int, **options: Any) -> int:
     """Migrate the devices of SCENARIO under each protocol: downtime, where it went, a figure.
 
@@ -223,6 +225,7 @@ def report(results: str, page: str | None) -> int:
 @format_option
 @live_options
 @set_option
+@output_options
 def live(seeds: int, first_seed: int, **options: Any) -> int:
     """Migrate SCENARIO for real: processes, file descriptors, TCP, bytes; the clock is the machine's.
 
@@ -278,6 +281,7 @@ def live_target(listen: str, once: bool, max_state_mib: int, **options: Any) -> 
 @out_option("Tables, figure and manifest go there.  [default: results/agree-SCENARIO]")
 @live_options
 @set_option
+@output_options
 def agree(seeds: int, **options: Any) -> int:
     """Run SCENARIO in virtual time and live, with the same seeds: every figure side by side, with its ratio.
 

@@ -29,6 +29,7 @@ from experiments.api.running import (
     scenarios,
     sweep,
 )
+from experiments.draw.distribution import draw_distribution
 from experiments.draw.downtime import draw_critical, draw_downtime
 from experiments.draw.effects import draw_changes, draw_seeds
 from experiments.draw.screen import shown, whole_tables
@@ -36,7 +37,15 @@ from experiments.draw.staircase import draw_path
 from experiments.report.answers import claims, kept_answer, kept_figures, kept_runs, results_folder
 from experiments.report.findings import findings
 from experiments.study.advice import advice
-from experiments.study.summaries import above_bound, bounds, downtimes, read_times, resource_shares, scaling_laws
+from experiments.study.summaries import (
+    above_bound,
+    bounds,
+    distributions,
+    downtimes,
+    read_times,
+    resource_shares,
+    scaling_laws,
+)
 from experiments.study.verdicts import count_verdicts, readable, seed_by_seed, verdicts
 from experiments.trace.traced_run import TracedRun, spans, steps, stretches, write_spans, write_trace
 from proto_v3.errors import UserError
@@ -46,9 +55,17 @@ SECTIONS = {
     "Scenarios": (scenarios, load, parameters),
     "Runs": (compare, sweep, run, TracedRun, compare_command),
     "One run, step by step": (steps, stretches, spans, write_trace, write_spans),
-    "Tables of runs, summed up": (downtimes, resource_shares, bounds, above_bound, read_times, scaling_laws),
+    "Tables of runs, summed up": (
+        downtimes,
+        distributions,
+        resource_shares,
+        bounds,
+        above_bound,
+        read_times,
+        scaling_laws,
+    ),
     "Protocols against each other": (seed_by_seed, verdicts, readable, count_verdicts, findings, advice),
-    "Figures": (draw_downtime, draw_critical, draw_path, draw_seeds, draw_changes),
+    "Figures": (draw_downtime, draw_distribution, draw_critical, draw_path, draw_seeds, draw_changes),
     "Kept results": (questions, kept_runs, kept_answer, kept_figures, claims, results_folder),
     "In a notebook": (whole_tables, shown),
     "Errors": (UserError,),
@@ -69,9 +86,11 @@ __all__ = [
     "compare",
     "compare_command",
     "count_verdicts",
+    "distributions",
     "downtimes",
     "draw_changes",
     "draw_critical",
+    "draw_distribution",
     "draw_downtime",
     "draw_path",
     "draw_seeds",

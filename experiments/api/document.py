@@ -49,7 +49,7 @@ def _member(member: Callable[..., object] | type) -> str:
         fields = [f"- `{field}`: {text}" for field, text in _fields(tree)]
         return "\n".join([f"### {tree.name}\n", _text(member), *fields, *[""] * bool(fields)])
     assert isinstance(tree, ast.FunctionDef)
-    signature = "".join(source.splitlines(keepends=True)[: tree.body[0].lineno - 1])
+    signature = "".join(source.splitlines(keepends=True)[tree.lineno - 1 : tree.body[0].lineno - 1])
     return f"### {tree.name}\n\n```python\n{signature}```\n\n{_text(member)}"
 
 

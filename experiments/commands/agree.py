@@ -13,12 +13,11 @@ from pathlib import Path
 
 import polars as pl
 from rich.console import Console
-from rich.table import Table
 
 from experiments import INTERRUPTED
 from experiments.commands.live import live_manifest, prepared, run_jobs, table, warn
 from experiments.report import tables
-from experiments.report.tables import say
+from experiments.report.tables import Heading, Output, Section
 from experiments.runs import frame as results
 from experiments.runs import manifest
 from experiments.runs.folder import ResultFolder
@@ -80,6 +79,9 @@ def run_agree(
     out: str | None,
     command: Sequence[str],
     settings: Sequence[str],
+    *,
+    as_json: bool = False,
+    quiet: bool = False,
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
     loaded, chosen = prepared(scenario, protocols, settings, how)
@@ -102,8 +104,21 @@ def run_agree(
     how_made = manifest.of_scenario(loaded, scenario, command, frame, 2 * len(cells))
     folder.write_json(how_made | {"live": live_manifest(live, how)}, "manifest")
     folder.remove("agree.png", "agree.svg")
-    _show(folder, loaded, frame, compared, command)
-    failed = OutcomeKind.FAILED.value in frame["outcome"]
+    output = Output(as_json, quiet)
+    compared_protocols = compared["protocol"].unique(maintain_order=True)
+    output.results(
+        {"command": "agree", "scenario": loaded.name, "folder": str(folder.folder)},
+        f"{loaded.name}, in virtual time and live: {loaded.description}",
+        verdicts(compared) or ["No protocol was completed both in virtual time and live: nothing can be compared."],
+        [
+            tables.outcomes(frame, ("protocol", "clock")),
+            *(_section(compared, name) for name in compared_protocols),
+        ],
+    )
+    drawn = output.drawn(lambda: _draw(folder, loaded, frame, compared, command))
+    where = ", ".join(str(folder.folder / name) for name in ("runs.parquet", "agree.parquet", "manifest.json"))
+    output.say(f"Tables and manifest: {where}")
+    failed = OutcomeKind.FAILED.value in frame["outcome"] or not drawn
     return 1 if failed or not within_aim(compared) else 0
 
 
@@ -139,46 +154,36 @@ def within_aim(compared: pl.DataFrame) -> bool:
     return not aimed_at.is_empty() and all(ratio is not None and abs(ratio - 1) <= AIM for ratio in aimed_at["ratio"])
 
 
-def _show(
+def _draw(
     folder: ResultFolder, scenario: Scenario, frame: pl.DataFrame, compared: pl.DataFrame, command: Sequence[str]
-) -> None:
-    console = tables.console()
-    paths = []
-    if not compared.is_empty():
-        from experiments.draw import agree as figures_agree
+) -> list[Path]:
+    if compared.is_empty():
+        return []
+    from experiments.draw import agree as figures_agree
 
-        drawn = figures_agree.agreement(scenario.name, frame, compared, AIM, shlex.join(command))
-        paths = folder.write_figure(drawn, "agree")
-    tables.print_table(console, f"{scenario.name}: {scenario.description}", _outcomes(frame))
-    for protocol in protocols(compared):
-        rows = compared.filter(pl.col("protocol") == protocol)
-        tables.print_table(console, f"{protocol}: medians, in virtual time and live", _compared(rows))
-    for sentence in verdicts(compared):
-        console.print(f"- {sentence}", highlight=False, markup=False)
-    if paths:
-        say(console, f"\nFigure: {paths[0]} (and .svg)")
-    where = ", ".join(str(folder.folder / name) for name in ("runs.parquet", "agree.parquet", "manifest.json"))
-    say(console, f"Tables and manifest: {where}")
+    drawn = figures_agree.agreement(scenario.name, frame, compared, AIM, shlex.join(command))
+    return folder.write_figure(drawn, "agree")
 
 
-def _outcomes(frame: pl.DataFrame) -> Table:
-    shown = tables.plain_table(["protocol", "clock", "runs", "outcome", "reason"])
-    counted = frame.group_by("protocol", "clock", "outcome", "reason", maintain_order=True).len()
-    for protocol, clock, outcome, reason, runs in counted.iter_rows():
-        tables.add_row(shown, protocol, clock, str(runs), outcome, reason)
-    return shown
-
-
-def _compared(rows: pl.DataFrame) -> Table:
-    shown = tables.plain_table(["figure", "unit", "virtual", "live", "least", "most", "ratio"])
-    for row in rows.iter_rows(named=True):
-        numbers = [row["virtual"], row["live"], row["live_least"], row["live_most"]]
-        if not any(numbers):
-            continue
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
-        cells = ["" if value is None else f"{value:.1f}" for value in numbers]
-        tables.add_row(shown, row["figure"], row["unit"], *cells, ratio)
-    return shown
+def _section(compared: pl.DataFrame, protocol: str) -> Section:
+    """The figures of a protocol that are not 0 under both clocks."""
+    numbers = ("virtual", "live", "live_least", "live_most")
+    of_protocol = compared.filter(protocol=protocol).iter_rows(named=True)
+    return Section(
+        f"agreement {protocol}",
+        f"{protocol}: in virtual time and live",
+        "medians of the completed runs; least, most: of the live runs; ratio: live / virtual, if not negligible",
+        [
+            Heading("figure", "figure"),
+            Heading("unit", "unit"),
+            Heading("virtual", "virtual", ".1f"),
+            Heading("live", "live", ".1f"),
+            Heading("live_least", "least", ".1f"),
+            Heading("live_most", "most", ".1f"),
+            Heading("ratio", "ratio", ".3f"),
+        ],
+        [row for row in of_protocol if any(row[name] for name in numbers)],
+    )
 
 
 def verdicts(compared: pl.DataFrame) -> list[str]:

@@ -1,6 +1,6 @@
 """`proto-v3 compare`: the same devices migrated under each protocol, with the same seeds.
 
-It prints tables, draws figures, and states in sentences what they show.
+It states in sentences what the runs show, prints tables, and draws figures.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import polars as pl
 
 from experiments import INTERRUPTED
 from experiments.commands.options import parsed
-from experiments.report import findings, tables
-from experiments.report.tables import say
+from experiments.report import comparison, findings, tables
+from experiments.report.tables import Output, say
 from experiments.runs import frame as results
 from experiments.runs import manifest
 from experiments.runs.folder import ResultFolder
@@ -23,6 +23,8 @@ from experiments.runs.pool import Cell, run_cells
 from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
 from sim.scenario.scenario import Scenario
+
+FIGURES = [f"{name}.{suffix}" for name in ("compare", "distribution", "critical") for suffix in ("png", "svg")]
 
 
 def run_compare(
@@ -34,6 +36,9 @@ def run_compare(
     jobs: int | None,
     command: Sequence[str],
     settings: Sequence[str] = (),
+    *,
+    as_json: bool = False,
+    quiet: bool = False,
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
     loaded, chosen = parsed(scenario, protocols, settings)
@@ -50,26 +55,30 @@ def run_compare(
     folder.write_table(frame, "runs", table_format)
     folder.write_json(manifest.of_scenario(loaded, scenario, command, frame, len(cells)), "manifest")
     other_table = "runs.parquet" if table_format == "csv" else "runs.csv"
-    folder.remove("compare.png", "compare.svg", "critical.png", "critical.svg", other_table)
+    folder.remove(*FIGURES, other_table)
     if interrupted:
         say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done and are kept in {folder.folder}")
         return INTERRUPTED
-    figures = _draw(folder, loaded, frame, command)  # before anything is printed, which may go to `head`
-    tables.print_tables(console, loaded, frame)
-    for sentence in findings.findings(frame):
-        console.print(f"- {sentence}", highlight=False, markup=False)
-    drawn = ", ".join(str(path) for path in figures if path.suffix == ".png")
-    say(console, f"\nFigure: {drawn} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
-    say(console, f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")
-    return 1 if OutcomeKind.FAILED.value in frame["outcome"] else 0
+    output = Output(as_json, quiet)
+    output.results(
+        {"command": "compare", "scenario": loaded.name, "folder": str(folder.folder)},
+        f"{loaded.name}: {loaded.description}",
+        findings.conclusion(frame),
+        list(comparison.sections(loaded, frame)),
+    )
+    drawn = output.drawn(lambda: _draw(folder, loaded, frame, command))
+    output.say(f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")
+    return 1 if OutcomeKind.FAILED.value in frame["outcome"] or not drawn else 0
 
 
 def _draw(folder: ResultFolder, scenario: Scenario, frame: pl.DataFrame, command: Sequence[str]) -> list[Path]:
     if frame.filter(COMPLETED).is_empty():
         return []
+    from experiments.draw import distribution
     from experiments.draw import downtime as figures
 
     paths = folder.write_figure(figures.draw_downtime(scenario, frame, shlex.join(command)), "compare")
+    paths += folder.write_figure(distribution.draw_distribution(scenario, frame, shlex.join(command)), "distribution")
     if any(device.reconfigurations for device in scenario.devices):
         paths += folder.write_figure(figures.draw_critical(scenario, frame, shlex.join(command)), "critical")
     return paths

@@ -6,13 +6,12 @@ import asyncio
 import platform
 import shlex
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from experiments import INTERRUPTED
 from experiments.commands.options import parsed
@@ -32,9 +31,12 @@ from sim.scenario.units import MIB
 if TYPE_CHECKING:
     import polars as pl
 
+    from experiments.report.tables import Section
+
 DEFAULT_PORT = 22067
 """0x5633: V3."""
 DEFAULT_LISTEN = f"127.0.0.1:{DEFAULT_PORT}"
+FIGURES = ("live.png", "live.svg", "distribution.png", "distribution.svg")
 LATENESS = ("late_median_ns", "late_p99_ns", "late_max_ns")
 
 
@@ -59,6 +61,9 @@ def run_live(
     table_format: str,
     command: Sequence[str],
     settings: Sequence[str],
+    *,
+    as_json: bool = False,
+    quiet: bool = False,
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
     loaded, chosen = prepared(scenario, protocols, settings, how)
@@ -79,12 +84,23 @@ def run_live(
     folder.write_table(frame, "runs", table_format)
     how_made = manifest.of_scenario(loaded, scenario, command, frame, len(cells))
     folder.write_json(how_made | {"live": live_manifest(found, how)}, "manifest")
-    folder.remove("live.png", "live.svg", "runs.parquet" if table_format == "csv" else "runs.csv")
+    folder.remove(*FIGURES, "runs.parquet" if table_format == "csv" else "runs.csv")
     if interrupted:
         stderr.print(f"interrupted: {len(found)} of {len(cells)} runs were done and are kept in {folder.folder}")
         return INTERRUPTED
-    _show(folder, loaded, frame, found, command, table_format)
-    return 1 if OutcomeKind.FAILED.value in frame["outcome"] else 0
+    from experiments.report import comparison, findings
+    from experiments.report.tables import Output
+
+    output = Output(as_json, quiet)
+    output.results(
+        {"command": "live", "scenario": loaded.name, "folder": str(folder.folder)},
+        f"{loaded.name}, live: {loaded.description}",
+        findings.conclusion(frame),
+        [*comparison.sections(loaded, frame), *streams(found), *delays(found)],
+    )
+    drawn = output.drawn(lambda: _draw(folder, loaded, frame, command))
+    output.say(f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")
+    return 1 if OutcomeKind.FAILED.value in frame["outcome"] or not drawn else 0
 
 
 def prepared(
@@ -188,40 +204,25 @@ def live_manifest(found: Sequence[LiveResult], settings: Settings) -> dict[str, 
     }
 
 
-def _show(
-    folder: Any,
-    scenario: Scenario,
-    frame: pl.DataFrame,
-    found: Sequence[LiveResult],
-    command: Sequence[str],
-    table_format: str,
-) -> None:
-    from experiments.draw import downtime as figures
-    from experiments.report import tables
-    from experiments.report.tables import say
+def _draw(folder: Any, scenario: Scenario, frame: pl.DataFrame, command: Sequence[str]) -> list[Path]:
+    from experiments.draw.distribution import draw_distribution
+    from experiments.draw.downtime import draw_downtime
     from experiments.runs.frame import completed_runs
 
-    console = tables.console()
-    figure_paths = []
-    if not completed_runs(frame).is_empty():
-        drawn = figures.draw_downtime(scenario, frame, shlex.join(command))
-        figure_paths = folder.write_figure(drawn, "live")
-    tables.print_tables(console, scenario, frame)
-    if any(result.streams for result in found):
-        tables.print_table(console, "Streams, of each protocol's first run", streams_table(found))
-    if any(result.delays for result in found):
-        tables.print_table(console, "Timers, what was asked for and how late they were; and CPU", delays_table(found))
-    if figure_paths:
-        say(console, f"\nFigure: {figure_paths[0]} (and .svg)")
-    say(console, f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")
+    if completed_runs(frame).is_empty():
+        return []
+    made_by = shlex.join(command)
+    return [
+        *folder.write_figure(draw_downtime(scenario, frame, made_by), "live"),
+        *folder.write_figure(draw_distribution(scenario, frame, made_by), "distribution"),
+    ]
 
 
-def streams_table(found: Sequence[LiveResult]) -> Table:
-    """Bytes and rate of each data fd, of the first completed run of each protocol."""
-    from experiments.report.tables import add_row, plain_table
+def streams(found: Sequence[LiveResult]) -> Iterator[Section]:
+    """Bytes and rate of each data fd, of the first completed run of each protocol; nothing if no run has streams."""
+    from experiments.report.tables import Heading, Section
 
-    shown = plain_table(["protocol", "data fd", "MiB", "read() calls", "us a call", "MiB/s while reading"])
-    seen = set()
+    rows, seen = [], set()
     for result in found:
         name = result.outcome.protocol
         if name in seen or result.outcome.kind is not OutcomeKind.COMPLETED:
@@ -230,23 +231,66 @@ def streams_table(found: Sequence[LiveResult]) -> Table:
         for stream in result.streams:
             counters = stream.counters
             mib, reading_ns = counters.device_bytes / MIB, counters.read_firmware_ns
-            rate = f"{mib / (reading_ns / 1e9):.0f}" if reading_ns else ""
-            calls = [f"{mib:.1f}", str(counters.reads), f"{reading_ns / 1e3 / counters.reads:.0f}"]
-            add_row(shown, name, stream.name, *calls, rate)
-    return shown
+            rows.append(
+                {
+                    "protocol": name,
+                    "data_fd": stream.name,
+                    "device_mib": mib,
+                    "reads": counters.reads,
+                    "us_a_read": reading_ns / 1e3 / counters.reads if counters.reads else None,
+                    "mib_per_s": mib / (reading_ns / 1e9) if reading_ns else None,
+                }
+            )
+    if rows:
+        yield Section(
+            "streams",
+            "Streams, of each protocol's first run",
+            "a row is one data fd; MiB/s: while a read() is under way",
+            [
+                Heading("protocol", "protocol"),
+                Heading("data_fd", "data fd"),
+                Heading("device_mib", "MiB", ".1f"),
+                Heading("reads", "read() calls"),
+                Heading("us_a_read", "us a call", ".0f"),
+                Heading("mib_per_s", "MiB/s", ".0f"),
+            ],
+            rows,
+        )
 
 
-def delays_table(found: Sequence[LiveResult]) -> Table:
-    """How late timers were in each process, in the worst of the runs."""
-    from experiments.report.tables import add_row, plain_table
+def delays(found: Sequence[LiveResult]) -> Iterator[Section]:
+    """How late timers were in each process, in the worst of the runs; nothing if no process reported it."""
+    from experiments.report.tables import Heading, Section
 
-    shown = plain_table(["process", "timers", "asked for s", "late us, median", "99 %", "most", "CPU s a run"])
+    rows = []
     for process in dict.fromkeys(name for result in found for name in result.delays):
-        delays = [result.delays[process] for result in found if process in result.delays]
-        worst = [max(getattr(each, key) for each in delays) for key in LATENESS]
-        asked_s = sum(each.asked_ns for each in delays) / 1e9
-        count = str(sum(each.count for each in delays))
-        cpu_s = sum(result.cpu_ns.get(process, 0) for result in found) / 1e9 / len(delays)
-        lateness = [f"{late_ns / 1000:.0f}" for late_ns in worst]
-        add_row(shown, process, count, f"{asked_s:.2f}", *lateness, f"{cpu_s:.2f}")
-    return shown
+        of_process = [result.delays[process] for result in found if process in result.delays]
+        cpu_ns = sum(result.cpu_ns.get(process, 0) for result in found) / len(of_process)
+        rows.append(
+            {
+                "process": process,
+                "timers": sum(each.count for each in of_process),
+                "asked_s": sum(each.asked_ns for each in of_process) / 1e9,
+                **{
+                    f"{key.removesuffix('_ns')}_us": max(getattr(each, key) for each in of_process) / 1e3
+                    for key in LATENESS
+                },
+                "cpu_s": cpu_ns / 1e9,
+            }
+        )
+    if rows:
+        yield Section(
+            "timers",
+            "Timers: what was asked for, and how late they were",
+            "late: in the worst run, us; CPU: s of a run, in the mean",
+            [
+                Heading("process", "process"),
+                Heading("timers", "timers"),
+                Heading("asked_s", "asked for s", ".2f"),
+                Heading("late_median_us", "late us, median", ".0f"),
+                Heading("late_p99_us", "p99", ".0f"),
+                Heading("late_max_us", "most", ".0f"),
+                Heading("cpu_s", "CPU s", ".2f"),
+            ],
+            rows,
+        )

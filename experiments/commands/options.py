@@ -69,6 +69,17 @@ def trace_option(default: str) -> Callable[[F], F]:
     return click.option("--trace", metavar="FILE", help=f"The trace.  [default: {default}]")
 
 
+def output_options(command: F) -> F:
+    """What a command that prints results prints: `as_json`, `quiet`."""
+    options = [
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document with all that is printed else."),
+        click.option("--quiet", is_flag=True, help="Print the conclusion only. All files are written."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def live_options(command: F) -> F:
     """Add the options of a live run: how its processes move bytes, and which certificates they trust."""
     options = [

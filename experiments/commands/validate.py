@@ -157,7 +157,7 @@ def _print_case(console: Console, scenario: Scenario, runs: pl.DataFrame, rows: 
         say(console, f"Published ({published.case or scenario.name}, {published.protocol}): {published.citation}")
     frame = runs.filter(scenario=scenario.name)
     if frame.filter(~COMPLETED).height:
-        tables.print_table(console, f"{scenario.name}: not all runs were completed", tables.outcomes_table(frame))
+        tables.outcomes(frame, title=f"{scenario.name}: not all runs were completed").print(console)
 
 
 def _cells(row: Row) -> list[str]:

@@ -8,11 +8,19 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from experiments.runs.frame import completed_runs, ms, number, path_shares, protocols
+from experiments.runs.frame import COMPLETED, completed_runs, ms, number, path_shares, protocols
 from sim.scenario.units import NS_PER_MS
 
 ENOUGH_SEEDS = 10
 """For an interval by the bootstrap, which draws from them."""
+
+
+def conclusion(runs: pl.DataFrame) -> list[str]:
+    """What a comparison shows: the downtimes, shortest first; what did not complete; then the findings."""
+    completed = completed_runs(runs)
+    if completed.is_empty():
+        return ["No run was completed: there is no downtime.", *_not_completed(runs)]
+    return [_order(completed), *_not_completed(runs), *findings(runs)]
 
 
 def findings(runs: pl.DataFrame) -> list[str]:
@@ -22,23 +30,43 @@ def findings(runs: pl.DataFrame) -> list[str]:
     sentences = [_bound(completed, protocol) for protocol in named]
     if "v2" in named:
         sentences += _overlap(completed)
-        sentences += [_difference(completed, "v2", other) for other in named if other != "v2"]
-    v3 = [name for name in named if name.startswith("v3")]
-    if len(v3) > 1:
-        sentences.append(_difference(completed, v3[0], v3[-1]))
-    if v3 and "v2" in named:
-        sentences += _beside_multifd(completed, v3)
+    sentences += [_difference(completed, *pair) for pair in pairs(named)]
+    if "v2" in named and "v2-multifd" not in named and any(name.startswith("v3") for name in named):
+        sentences.append(
+            "Limit: v2 here moves RAM, then one device after the other, on one channel. A large part of what v3 gains "
+            "may be that all of them move at the same time, which multifd gives v2 as well: compare with v2-multifd."
+        )
     return sentences
 
 
-def _beside_multifd(completed: pl.DataFrame, v3: Sequence[str]) -> list[str]:
-    """How much of v3's gain remains against v2 with multifd, which also moves RAM and devices side by side."""
-    if "v2-multifd" in protocols(completed):
-        return [_difference(completed, "v2-multifd", other) for other in v3]
-    return [
-        "Limit: v2 here moves RAM, then one device after the other, on one channel. A large part of what v3 gains may "
-        "be that all of them move at the same time, which multifd gives v2 as well: compare with v2-multifd."
-    ]
+def pairs(named: Sequence[str]) -> list[tuple[str, str]]:
+    """The protocols that are compared, (base, other): each with v2, or else with the first; the first v3 with the last.
+
+    v3 is compared with v2-multifd too, which moves RAM and devices side by side as v3 does.
+    """
+    base = "v2" if "v2" in named else named[0] if named else ""
+    v3 = [name for name in named if name.startswith("v3")]
+    found = [(base, other) for other in named if other != base]
+    found += [(v3[0], v3[-1])] if len(v3) > 1 else []
+    found += [("v2-multifd", other) for other in v3 if "v2-multifd" in named]
+    return list(dict.fromkeys(found))
+
+
+def _order(completed: pl.DataFrame) -> str:
+    means = completed.group_by("protocol", maintain_order=True).agg(pl.col("downtime_ns").mean())
+    shortest_first = ", ".join(f"{name} {ms(mean):.0f} ms" for name, mean in means.sort("downtime_ns").iter_rows())
+    return f"Mean downtime, shortest first: {shortest_first}."
+
+
+def _not_completed(runs: pl.DataFrame) -> list[str]:
+    """For each protocol and way to end: how many runs ended so, and the first reason."""
+    sentences = []
+    for (name,), some in runs.group_by("protocol", maintain_order=True):
+        for (outcome,), ended in some.filter(~COMPLETED).group_by("outcome", maintain_order=True):
+            lines = str(ended["reason"][0] or "").strip().splitlines()
+            why = f": {lines[-1]}" if lines else ""
+            sentences.append(f"{name}: {ended.height} of {some.height} run(s) {outcome}{why}")
+    return sentences
 
 
 def _bound(completed: pl.DataFrame, protocol: str) -> str:

@@ -1,129 +1,134 @@
-"""Tables for a terminal: of a comparison, each number computed from the runs; and of a scenario's parameters."""
+"""What a command prints of its results: the conclusion, then tables with a legend each; or one JSON document."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import polars as pl
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.runs.frame import PATH_COLUMNS, PHASE_COLUMNS, completed_runs, number, protocols
-from experiments.study.published import PublishedFigure, held_against
-from proto_v3.timeline import PHASES, Resource
+from experiments.study.published import PublishedFigure
+from proto_v3.errors import UserError
+from proto_v3.text import clean
 from sim.scenario.scenario import Scenario, parameters
-from sim.scenario.units import MIB, NS_PER_MS, NS_PER_S
 
-WORDS = ("outcome", "reason", "note", "protocol", "source")
+WORDS = ("outcome", "reason", "note", "protocol", "source", "base", "other", "what", "clock", "unit")
 """Columns of text, not of numbers."""
-
-Column = tuple[str, pl.Expr, str]
-"""A heading with its unit, the value over all completed runs of a protocol, and how the value is formatted."""
+NO_VALUE = "-"
 
 
-def _mean(column: str, unit: float = 1) -> pl.Expr:
-    return pl.col(column).mean() / unit
+class Heading(NamedTuple):
+    """A column of a section: its name in JSON, which ends in the unit; its text; the format of its numbers."""
+
+    name: str
+    text: str
+    how: str = ""
 
 
-# --- the tables -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A table under its title, with a legend that says what its columns are."""
 
-DOWNTIME: list[Column] = [
-    ("downtime", _mean("downtime_ns", NS_PER_MS), ".1f"),
-    ("least", pl.col("downtime_ns").min() / NS_PER_MS, ".1f"),
-    ("most", pl.col("downtime_ns").max() / NS_PER_MS, ".1f"),
-    *[(name, _mean(column, NS_PER_MS), ".1f") for name, column in zip(PHASES, PHASE_COLUMNS, strict=True)],
-]
-_SHARES = [pl.col(column).sum() / pl.col("downtime_ns").sum() for column in PATH_COLUMNS]
-CRITICAL_PATH: list[Column] = [
-    (resource.name.lower(), 100 * share, ".1f") for resource, share in zip(Resource, _SHARES, strict=True)
-]
-UNEXPLAINED: Column = ("unexplained", 100 * (1 - pl.sum_horizontal(_SHARES)), ".1f")
-"""Of the critical path, in live runs only."""
-TIME_AND_BYTES: list[Column] = [
-    ("total s", _mean("total_ns", NS_PER_S), ".2f"),
-    ("wire MiB", _mean("wire_bytes", MIB), ".1f"),
-    ("device MiB", _mean("device_bytes", MIB), ".1f"),
-    ("sent again MiB", _mean("device_bytes_resent", MIB), ".1f"),
-    ("set-up in downtime ms", _mean("setup_in_downtime_ns", NS_PER_MS), ".1f"),
-]
-LATE_CRITICAL: list[Column] = [
-    ("late objects", _mean("late_critical_objects"), ".1f"),
-    ("of them new", _mean("late_reconfigured_objects"), ".1f"),
-    ("lag ms", _mean("critical_lag_mean_ns", NS_PER_MS), ".0f"),
-    ("lag max ms", _mean("critical_lag_max_ns", NS_PER_MS), ".0f"),
-    ("dropped MiB", _mean("device_bytes_dropped", MIB), ".1f"),
-    ("in vain MiB", _mean("device_bytes_wasted", MIB), ".1f"),
-    ("retries", _mean("retries"), ".2f"),
-    ("paused ms", _mean("retries_stopped_ns", NS_PER_MS), ".1f"),
-]
-_READ_PARTS = {part: pl.col(f"read_{part}_ns").sum() for part in ("firmware", "lock", "copy")}
-_READING_NS = pl.sum_horizontal(_READ_PARTS.values())
-READS: list[Column] = [
-    ("calls", _mean("reads"), ".0f"),
-    ("us a call", _READING_NS / pl.max_horizontal(pl.col("reads").sum(), 1) / 1000, ".0f"),
-    *[(part, 100 * ns / pl.max_horizontal(_READING_NS, 1), ".0f") for part, ns in _READ_PARTS.items()],
-]
-OVERHEAD: list[Column] = [
-    ("connections", _mean("connections"), ".0f"),
-    ("messages", _mean("messages"), ".0f"),
-    ("wake-ups", _mean("wakeups"), ".0f"),
-    ("read() calls", _mean("reads"), ".0f"),
-    ("VMM holds MiB", pl.col("peak_reorder_bytes").max() / MIB, ".1f"),
-    ("driver holds MiB", pl.col("peak_held_bytes").max() / MIB, ".1f"),
-]
+    key: str
+    """Its name in JSON."""
+    title: str
+    legend: str
+    columns: Sequence[Heading]
+    rows: Sequence[Mapping[str, Any]]
+    """Each has a value for every column, None where there is none."""
+    in_text: bool = True
+    """False: the table is too long for a terminal, and only in JSON."""
+
+    def print(self, console: Console) -> None:
+        """Print it."""
+        table = plain_table([column.text for column in self.columns])
+        for row in self.rows:
+            add_row(table, *(_cell(row[column.name], column.how) for column in self.columns))
+        console.print(Text(f"\n{self.title}", style="bold"))
+        console.print(Text(self.legend, style="italic"))
+        console.print(table)
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        rows = [{column.name: _plain(row[column.name]) for column in self.columns} for row in self.rows]
+        return {"title": self.title, "legend": self.legend, "rows": rows}
 
 
-def print_tables(console: Console, scenario: Scenario, frame: pl.DataFrame) -> None:
-    """Outcomes, downtime and phases; the critical path; bytes and reads; published figures if there are any."""
-    seeds = frame["seed"].n_unique()
-    print_table(console, f"{scenario.name}: {scenario.description}", outcomes_table(frame))
-    completed = completed_runs(frame)
-    if completed.is_empty():
-        return
-    unexplained = [UNEXPLAINED] * (number(completed["path_unexplained_ns"].sum()) > 0)
-    shown = {
-        f"Downtime and its phases, ms (means over {seeds} seed(s), which add up)": DOWNTIME,
-        "Critical path through the downtime: share of each resource, %": CRITICAL_PATH + unexplained,
-        "Time and bytes, means a run": TIME_AND_BYTES,
-    }
-    if number(completed["late_critical_objects"].sum()) or number(completed["critical_lag_max_ns"].sum()):
-        title = "Critical data that came too late, what was saved or sent in vain, and retries: means a completed run"
-        shown[title] = LATE_CRITICAL
-    shown["read(), means a run, and where its time goes, %"] = READS
-    shown["Overhead, means a run, and the most that waited in the target's memory"] = OVERHEAD
-    for title, columns in shown.items():
-        print_table(console, title, _by_protocol(completed, columns))
-    for published in scenario.published:
-        held = held_against(published, frame)
-        if held and published.protocol in protocols(completed):
-            print_table(console, f"Published against simulated ({published.protocol}), ms", _held(held))
-            console.print(f"Published: {published.citation}", highlight=False, markup=False)
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where the results of a command go: all of them in words and tables, in one JSON document, or the conclusion."""
+
+    as_json: bool = False
+    quiet: bool = False
+
+    def results(
+        self, about: Mapping[str, Any], title: str, conclusion: Sequence[str], sections: Sequence[Section]
+    ) -> None:
+        """Print them. `about` is what JSON says of the results as a whole, such as their folder."""
+        if self.as_json:
+            tables = {section.key: section.plain() for section in sections}
+            document = {**about, "conclusion": list(conclusion), "tables": tables}
+            print(json.dumps(document, indent=2, allow_nan=False))
+            return
+        shown = console()
+        if not self.quiet:
+            shown.print(Text(f"\n{title}", style="bold"))
+        for sentence in conclusion:
+            shown.print(f"- {sentence}", highlight=False, markup=False)
+        for section in sections:
+            if section.in_text and not self.quiet:
+                section.print(shown)
+
+    def drawn(self, draw: Callable[[], Sequence[Path]]) -> bool:
+        """Draw figures, and print where they are. False if that fails: one line on stderr says why.
+
+        It is called last: a figure must not cost the tables.
+        """
+        try:
+            paths = draw()
+        except Exception as error:  # of matplotlib, of the user's fonts, of a full disk
+            name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            print(f"proto-v3: error: no figure: {name}{clean(str(error))}", file=sys.stderr)
+            return False
+        pictures = [str(path) for path in paths if path.suffix == ".png"]
+        self.say(
+            f"\nFigure: {', '.join(pictures)} (and .svg)" if pictures else "\nNo run was completed: nothing to draw."
+        )
+        return True
+
+    def say(self, line: str) -> None:
+        """Print a line that is no result, such as where files are: not in JSON, nor if quiet."""
+        if not self.as_json and not self.quiet:
+            say(console(), line)
 
 
-def _by_protocol(completed: pl.DataFrame, columns: Sequence[Column]) -> Table:
-    """One row a protocol."""
-    table = plain_table(["protocol", *(label for label, _, _ in columns)])
-    values = completed.group_by("protocol", maintain_order=True).agg(value.alias(label) for label, value, _ in columns)
-    for name, *row in values.iter_rows():
-        add_row(table, name, *[format(value, how) for value, (_, _, how) in zip(row, columns, strict=True)])
-    return table
+def _cell(value: object, how: str) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return NO_VALUE
+    return format(value, how)
 
 
-def outcomes_table(frame: pl.DataFrame) -> Table:
+def _plain(value: object) -> object:
+    """A value that JSON has: null for no number."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def outcomes(frame: pl.DataFrame, by: Sequence[str] = ("protocol",), title: str = "How the runs ended") -> Section:
     """How the runs of each protocol ended, with the reason and a note."""
-    table = plain_table(["protocol", "runs", "outcome", "reason"])
-    counted = frame.group_by("protocol", "outcome", "reason", "note", maintain_order=True).len()
-    for protocol, outcome, reason, note, runs in counted.iter_rows():
-        add_row(table, protocol, str(runs), outcome, "; ".join(filter(None, [reason, note])))
-    return table
-
-
-def _held(held: Sequence[PublishedFigure]) -> Table:
-    table = plain_table(["what", "published", "simulated", "error", "used to fit"])
-    for one in held:
-        add_row(table, *cells(one))
-    return table
+    counted = frame.group_by(*by, "outcome", "reason", "note", maintain_order=True).len("runs")
+    rows = [
+        row | {"reason": "; ".join(filter(None, [row["reason"], row["note"]]))} for row in counted.iter_rows(named=True)
+    ]
+    columns = [*(Heading(name, name) for name in by), *(Heading(name, name) for name in ("runs", "outcome", "reason"))]
+    return Section("outcomes", title, "reason: why a run did not complete, and notes", columns, rows)
 
 
 def cells(held: PublishedFigure) -> tuple[str, str, str, str, str]:

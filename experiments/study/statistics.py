@@ -69,6 +69,15 @@ def interval(values: Sequence[float] | Floats) -> Interval:
     return Interval(mean, *found, len(array))
 
 
+def percentile(values: Sequence[float] | Floats, percent: int) -> float | None:
+    """The least value that at least `percent` % of the values do not exceed; None if only the greatest value is so.
+
+    So the 95th percentile needs 20 values, the 99th 100: fewer say nothing about what one run in 20, or in 100, takes.
+    """
+    rank = -(-percent * len(values) // 100)
+    return float(np.sort(np.asarray(values, float))[rank - 1]) if 0 < rank < len(values) else None
+
+
 @dataclass(frozen=True, slots=True)
 class Effect:
     """How `other` changes a column against `base`, over the seeds that were completed under both."""

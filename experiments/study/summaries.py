@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from experiments.runs.frame import COMPLETED, completed_runs, number, path_shares, protocols
 from experiments.study.effects import places
-from experiments.study.statistics import interval, usl
+from experiments.study.statistics import interval, percentile, usl
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import GIB, MIB, NS_PER_MS, NS_PER_S
 from sim.theory.downtime_bound import lower_bound
+
+DISTRIBUTION = ("mean_ms", "low_ms", "high_ms", "least_ms", "median_ms", "p95_ms", "p99_ms", "most_ms")
 
 
 def downtimes(runs: pl.DataFrame, by: Sequence[str] = ()) -> pl.DataFrame:
@@ -36,6 +39,32 @@ def downtimes(runs: pl.DataFrame, by: Sequence[str] = ()) -> pl.DataFrame:
             row |= {"total_s": round(number(done["total_ns"].mean()) / NS_PER_S, 2)}
         rows.append(row)
     return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def distributions(runs: pl.DataFrame, by: Sequence[str] = ()) -> pl.DataFrame:
+    """The distribution of each protocol's downtime; with `by`, for each value of these columns.
+
+    Columns: `by`, protocol, runs, completed (runs), mean_ms, low_ms and high_ms (the mean's 95 % interval; null for one
+    run), least_ms, median_ms, p95_ms, p99_ms, most_ms. A percentile is null where there are too few completed runs: the
+    95th needs 20, the 99th 100. Where no run was completed all are null.
+    """
+    rows = []
+    for at, some in places(runs, [*by, "protocol"]):
+        values = some.filter(COMPLETED)["downtime_ns"].to_numpy() / NS_PER_MS
+        row: dict[str, Any] = at | {"runs": some.height, "completed": len(values)}
+        row |= dict.fromkeys(DISTRIBUTION)
+        if len(values):
+            mean = interval(values)
+            row["mean_ms"] = mean.mean
+            if len(values) > 1:
+                row |= {"low_ms": mean.low, "high_ms": mean.high}
+            row |= {"least_ms": values.min(), "median_ms": np.median(values), "most_ms": values.max()}
+            row |= {"p95_ms": percentile(values, 95), "p99_ms": percentile(values, 99)}
+        rows.append(row)
+    columns = dict.fromkeys(DISTRIBUTION, pl.Float64)
+    return pl.DataFrame(rows, infer_schema_length=None, schema_overrides=columns).with_columns(
+        pl.col(*columns).round(3)
+    )
 
 
 def resource_shares(runs: pl.DataFrame) -> pl.DataFrame:

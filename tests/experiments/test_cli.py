@@ -91,7 +91,14 @@ def test_compare_prints_what_it_found(compared: tuple[Path, subprocess.Completed
     _, done = compared
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    for title in ("Downtime and its phases, ms", "Critical path", "Time and bytes", "Published against simulated"):
+    for title in (
+        "Mean downtime",
+        "Downtime, ms",
+        "Phases of the downtime, ms",
+        "Critical path",
+        "Time and bytes",
+        "Published against simulated",
+    ):
         assert title in done.stdout
     assert "results/mlx5-2vf/compare.png" in done.stdout
     assert "results/mlx5-2vf/manifest.json" in done.stdout
@@ -128,7 +135,7 @@ def test_compare_draws_the_figure(compared: tuple[Path, subprocess.CompletedProc
     folder = compared[0] / "results/mlx5-2vf"
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert "</svg>" in (folder / "compare.svg").read_text()
-    written = {"compare.png", "compare.svg", "manifest.json", "runs.parquet"}
+    written = {"compare.png", "compare.svg", "distribution.png", "distribution.svg", "manifest.json", "runs.parquet"}
     assert {path.name for path in folder.iterdir()} == written, "nothing half written is left"
 
 
@@ -209,7 +216,7 @@ TOO_MUCH = {"device.0.stop_only_mib": 8.0, "vmm.bandwidth_gbit_per_s": 0.1}
 def test_migrations_that_do_not_converge_are_told_and_drawn_nowhere(tmp_path: Path) -> None:
     done = proto_v3(tmp_path, "compare", write_scenario(tmp_path, TOO_MUCH), "--seeds", "2", "--format", "csv")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("DID_NOT_CONVERGE") == 4
+    assert done.stdout.count("2 of 2 run(s) DID_NOT_CONVERGE") == 4
     assert "No run was completed: nothing to draw." in done.stdout
     folder = tmp_path / "results/small"
     assert {path.name for path in folder.iterdir()} == {"manifest.json", "runs.csv"}

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from experiments.commands import compare
-from experiments.report import findings, tables
+from experiments.report import comparison, findings
 from experiments.runs import frame as results
 from experiments.runs import manifest
 from experiments.runs import pool as runs
@@ -55,7 +55,8 @@ def given_up(outcome: Outcome) -> Outcome:
 def printed(scenario: Scenario, runs: Sequence[Outcome], width: int = 120) -> str:
     """What is shown on a terminal of this width."""
     console = Console(width=width, file=io.StringIO())
-    tables.print_tables(console, scenario, results.table(runs))
+    for section in comparison.sections(scenario, results.table(runs)):
+        section.print(console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -156,9 +157,11 @@ def test_path_shares_are_the_whole_downtime() -> None:
 def test_means_are_over_the_completed_runs_only() -> None:
     alone = printed(SCENARIO, outcomes())
     mixed = printed(SCENARIO, [*outcomes(), *(replace(given_up(o), seed=o.seed + 10) for o in outcomes()[:3])])
-    assert [line for line in alone.splitlines() if line.startswith("v3-n4")][1:] == [
-        line for line in mixed.splitlines() if line.startswith("v3-n4")
-    ][2:]
+    of_v3 = [[line.split() for line in text.splitlines() if line.startswith("v3-n4")] for text in (alone, mixed)]
+    _, one, *means = of_v3[0]
+    assert of_v3[1][-len(means) :] == means
+    assert one[1:3] == ["3", "3"]
+    assert [line[1:] for line in of_v3[1] if line[1:3] == ["4", "3"]] == [["4", "3", *one[3:]]]
     assert "DID_NOT_CONVERGE" in mixed
     assert "nan" not in mixed.lower()
 
@@ -230,7 +233,7 @@ def test_findings_say_so_where_no_seed_completed_under_both() -> None:
 def test_odd_published_figures_are_refused_or_shown_but_do_not_cost_the_runs(published: dict[str, Any]) -> None:
     with contextlib.suppress(UserError):
         text = printed(small_scenario({"published": [{"citation": "nobody", **published}]}), outcomes())
-        assert "Downtime and its phases" in text
+        assert "Phases of the downtime" in text
         assert "nan" not in text.lower()
 
 
@@ -274,3 +277,78 @@ def test_what_an_earlier_run_left_does_not_stay_beside_new_results(tmp_path: Pat
         "notes.txt",
         "runs.parquet",
     ]
+
+
+# --- words, JSON, quiet ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("scenario") / "small.toml"
+    path.write_text(small_text({"firmware.service_cv": 0.2}), encoding="utf-8")
+    return str(path)
+
+
+def run_small(file: str, out: Path, **how: bool) -> int:
+    return compare.run_compare(file, ["v2", "v3-n1"], [1, 2, 3], str(out), "parquet", 1, ["proto-v3"], **how)
+
+
+def test_json_has_all_that_is_printed_and_nothing_else_is_on_stdout(
+    small_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare, "_draw", lambda *_: [])
+    assert run_small(small_file, tmp_path, as_json=True) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert run_small(small_file, tmp_path) == 0
+    words = capsys.readouterr().out
+    assert document["conclusion"] == findings.conclusion(pl.read_parquet(tmp_path / "runs.parquet"))
+    assert " ".join(f"- {sentence}" for sentence in document["conclusion"]) in " ".join(words.split())
+    tables = document["tables"]
+    assert [words.index(table["title"]) for table in tables.values()] == sorted(
+        words.index(table["title"]) for table in tables.values()
+    )
+    of_v2, of_v3 = ({row["protocol"]: row for row in tables["downtime"]["rows"]}[name] for name in ("v2", "v3-n1"))
+    (effect,) = tables["effects"]["rows"]
+    assert effect["difference_mean_ms"] == pytest.approx(of_v3["mean_ms"] - of_v2["mean_ms"], abs=0.002)
+    assert effect["difference_low_ms"] < effect["difference_mean_ms"] < effect["difference_high_ms"]
+    assert [row["seed"] for row in tables["seeds"]["rows"]] == [1, 2, 3]
+    assert sum(row["v2_ms"] for row in tables["seeds"]["rows"]) / 3 == pytest.approx(of_v2["mean_ms"], abs=0.001)
+
+
+def test_quiet_prints_the_conclusion_only_and_writes_everything(
+    small_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_small(small_file, tmp_path, quiet=True) == 0
+    printed_lines = capsys.readouterr().out
+    assert printed_lines.startswith("- Mean downtime, shortest first: v3-n1 ")
+    assert "protocol  runs" not in printed_lines
+    assert str(tmp_path) not in printed_lines
+    assert {"compare.png", "distribution.svg", "manifest.json", "runs.parquet"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_a_figure_that_cannot_be_drawn_costs_nothing_else(
+    small_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_font(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no font\x1b[2J")
+
+    monkeypatch.setattr("experiments.draw.downtime.draw_downtime", no_font)
+    assert run_small(small_file, tmp_path) == 1
+    captured = capsys.readouterr()
+    assert "Downtime of each seed, ms" in captured.out
+    assert captured.err == "proto-v3: error: no figure: RuntimeError: no font\\x1b[2J\n"
+    assert {path.name for path in tmp_path.iterdir()} >= {"manifest.json", "runs.parquet"}
+
+
+def test_what_did_not_complete_is_in_the_conclusion() -> None:
+    runs = [*outcomes()[1:], replace(given_up(outcomes()[0]), reason="too much\nto send")]
+    assert "v2: 1 of 3 run(s) DID_NOT_CONVERGE: to send" in findings.conclusion(results.table(runs))
+
+
+def test_without_v2_protocols_are_compared_with_the_first() -> None:
+    assert findings.pairs(["v2-ack", "v3-n1", "v3-n4"]) == [
+        ("v2-ack", "v3-n1"),
+        ("v2-ack", "v3-n4"),
+        ("v3-n1", "v3-n4"),
+    ]
+    assert findings.pairs(["v3-n4"]) == findings.pairs([]) == []

@@ -12,7 +12,7 @@ from scipy import stats
 
 from experiments.study.claims import kept_out
 from experiments.study.effects import outcome_counts
-from experiments.study.statistics import RESAMPLES, Interval, Usl, effect, interval, share, usl
+from experiments.study.statistics import RESAMPLES, Interval, Usl, effect, interval, percentile, share, usl
 
 SAMPLES = 300
 OF_EACH = 30
@@ -317,3 +317,12 @@ def test_the_law_needs_three_places() -> None:
 def test_enough_is_drawn_for_the_ends_of_an_interval_to_be_stable() -> None:
     """2.5 % of the draws lie beyond each end."""
     assert RESAMPLES * 0.025 >= 50
+
+
+@pytest.mark.parametrize(("percent", "enough"), [(95, 20), (99, 100), (50, 2)])
+def test_a_percentile_is_a_value_that_enough_others_exceed(percent: int, enough: int) -> None:
+    values = np.random.default_rng(1).permutation(np.arange(1.0, 1001.0))
+    assert percentile(values, percent) == 10 * percent, "the rank of 1000 values"
+    assert percentile(np.arange(float(enough)), percent) == enough - 2, "all but the greatest"
+    assert percentile(np.arange(enough - 1.0), percent) is None
+    assert percentile([], percent) is None
