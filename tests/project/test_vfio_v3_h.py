@@ -96,7 +96,7 @@ def test_pythons_structure_names_cs(name: str) -> None:
 
 
 def test_it_says_what_it_is() -> None:
-    assert TEXT.startswith("/* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note */\n")
+    assert TEXT.startswith("/* SPDX-License-Identifier: GPL-2.0-or-later WITH Linux-syscall-note */\n")
     assert "EXPERIMENTAL. No kernel has any of this." in TEXT
 
 
