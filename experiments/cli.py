@@ -258,7 +258,7 @@ def live(seeds: int, first_seed: int, **options: Any) -> int:
     type=click.IntRange(1, 1 << 20),
     default=4096,
     show_default=True,
-    help="The most state that a migration may have, all devices together; it is held in memory.",
+    help="The most memory that a migration may take: its state, and all that its offer asks for.",
 )
 @live_options
 def live_target(listen: str, once: bool, max_state_mib: int, **options: Any) -> int:

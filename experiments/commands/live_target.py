@@ -29,7 +29,7 @@ def run_target(where: str, once: bool, settings: Settings) -> int:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     bound = listener.getsockname()
-    say(f"listening on {bound[0]}:{bound[1]}, at most {settings.max_state_bytes // MIB} MiB of state a migration")
+    say(f"listening on {bound[0]}:{bound[1]}, at most {settings.max_state_bytes // MIB} MiB of memory a migration")
     if not bound[0].startswith("127.") and bound[0] != "::1" and settings.tls is None:
         say("warning: everybody who reaches this address can send state here: use --tls-cert, --tls-key, --tls-ca")
     status = 0

@@ -23,6 +23,7 @@ from proto_v3.timeline import Join, Mark, Work
 from proto_v3.vfio.device import DataFd
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
+from proto_v3.wire.streams import most_frames
 
 if TYPE_CHECKING:
     from proto_v3.vmm.migration import Source, Target
@@ -133,16 +134,12 @@ class _Loader:
         self.index = index
         self._max_queued_bytes = max_queued_bytes
         self.waiting: dict[int, Frame] = {}  # packets that arrived and are not written yet, by their number
+        self.waiting_bytes = 0
         self.done = False
         self._target = target
         self._next = 0
         self._writes = False
         self._notify = Notify()
-
-    @property
-    def waiting_bytes(self) -> int:
-        """Payload bytes of the packets that wait."""
-        return sum(len(packet.payload) for packet in self.waiting.values())
 
     def put(self, packet: Frame) -> None:
         """Take a packet. PeerProtocolError if its number arrived before, or if too many bytes wait."""
@@ -154,7 +151,10 @@ class _Loader:
                 f"device {self.index}: {waiting_bytes} bytes of it wait to be written, and "
                 f"vmm.multifd_max_queued_mib allows {self._max_queued_bytes}: data comes faster than it is loaded"
             )
+        if len(self.waiting) >= most_frames(waiting_bytes):
+            raise PeerProtocolError(f"device {self.index}: {len(self.waiting)} packets of {waiting_bytes} bytes wait")
         self.waiting[packet.value] = packet
+        self.waiting_bytes = waiting_bytes
         self._notify.notify()
 
     async def starved(self) -> None:
@@ -170,6 +170,7 @@ class _Loader:
             while self._next not in self.waiting:
                 await self._notify.wait()
             packet = self.waiting.pop(self._next)
+            self.waiting_bytes -= len(packet.payload)
             self._next += 1
             if packet.kind is Kind.CONFIG:
                 break

@@ -31,7 +31,6 @@ from proto_v3.wire.streams import Credits, Wire
 
 VERSION = 3
 MAX_HELLO_BYTES = 1024
-MAX_WIRE_STREAMS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +146,9 @@ async def negotiated_target(
 ) -> Target | None:
     """The target for the protocol that the source asks for. None if the source gave up.
 
-    `v3`: the target's options, of which only its credits count; None if it knows v2 only. Raises OSError or
-    PeerProtocolError if the exchange fails; FAILED was then sent to the source.
+    `v3`: what the target's VMM is set up for: its credits, the most wire streams of a device, its wire, and blocks or
+    not; None if it knows v2 only. Raises OSError or PeerProtocolError if the exchange fails; FAILED was then sent to
+    the source.
     """
     async with _or_send(Kind.FAILED, channels[0]):
         return await _as_asked(side, channels, v3, v2)
@@ -187,10 +187,13 @@ def _as_wanted(v3: V3Options, wanted: Hello, devices: int, connections: int) -> 
     """The options that the source wants. PeerProtocolError if they contradict each other or need more connections."""
     if wanted.version < VERSION or wanted.wire not in list(Wire):
         raise PeerProtocolError(f"HELLO asks for version {wanted.version}, wire {wanted.wire!r}")
-    if not 1 <= wanted.wire_streams <= MAX_WIRE_STREAMS:
+    if not 1 <= wanted.wire_streams <= v3.wire_streams:
         raise PeerProtocolError(
-            f"HELLO asks for {wanted.wire_streams} dirty wire streams a device; 1 to {MAX_WIRE_STREAMS} are allowed"
+            f"HELLO asks for {wanted.wire_streams} dirty wire streams a device; 1 to {v3.wire_streams} are allowed"
         )
+    if (wanted.wire, wanted.blocks) != (v3.wire, v3.blocks):
+        asked, has = (f"wire {each.wire}, blocks {each.blocks}" for each in (wanted, v3))
+        raise PeerProtocolError(f"HELLO asks for {asked}; this side is set up for {has}")
     if wanted.dirty_streams != (1 if wanted.blocks else wanted.wire_streams):
         of = "blocks" if wanted.blocks else "streams"
         raise PeerProtocolError(
@@ -198,9 +201,7 @@ def _as_wanted(v3: V3Options, wanted: Hello, devices: int, connections: int) -> 
         )
     if wanted.wire == Wire.POOL and not wanted.pool:
         raise PeerProtocolError("HELLO asks for a pool of no connections")
-    options = replace(
-        v3, wire_streams=wanted.wire_streams, blocks=wanted.blocks, wire=Wire(wanted.wire), pool_connections=wanted.pool
-    )
+    options = replace(v3, wire_streams=wanted.wire_streams, pool_connections=wanted.pool)
     if options.connections(devices) > connections:
         raise PeerProtocolError(f"HELLO needs {options.connections(devices)} connections; there are {connections}")
     return options

@@ -268,6 +268,11 @@ LEAST_BYTES = 512
 """A frame's payload, on average: a record has at least one block, and a shorter read() is the record's last one."""
 
 
+def most_frames(size_bytes: int) -> int:
+    """The most frames that may wait with a room of `size_bytes`: frames cost memory, too, even empty ones."""
+    return MIN_FRAMES + size_bytes // LEAST_BYTES
+
+
 class _Room:
     """Checks sent <= granted, for one class of one device, at the target: held + not given back <= credit.
 
@@ -283,7 +288,7 @@ class _Room:
     def put(self, size: int) -> None:
         if self._held and self._held + self._taken + size > self._size:
             raise PeerProtocolError(f"{size} bytes more than {self._held} came; the credit is {self._size}")
-        if self._frames >= MIN_FRAMES + self._size // LEAST_BYTES:  # frames cost memory, too, even empty ones
+        if self._frames >= most_frames(self._size):
             raise PeerProtocolError(f"{self._frames} frames wait, with {self._held} bytes: no sender needs so many")
         self._frames += 1
         self._held += size

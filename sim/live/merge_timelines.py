@@ -77,6 +77,9 @@ NAMES = ("names", "stage_names", "edges")
 MAX_ROWS = 20_000_000
 """Of each table: 580 MB of spans."""
 MAX_STAGES = 100_000
+MAX_SPANS = 500_000
+"""What one process records of what a source sends, spans and stages together: some 30 MB. More would not fit a result
+(sim.live.tcp.messages)."""
 MAX_NAMES = 8_000
 """Of each kind in a part: the names of four parts fit a column of names."""
 MAX_ALL_NAMES = 2**15
@@ -101,6 +104,11 @@ class ProcessTimeline(Timeline):
         """The count of each edge."""
         self._sent: dict[str, array[int]] = {name: array(kind) for name, kind in TABLES["sent"].items()}
         self._waits: dict[str, array[int]] = {name: array(kind) for name, kind in TABLES["waits"].items()}
+
+    @property
+    def full(self) -> bool:
+        """Whether it has as much as one process may record. Who receives must take no more then."""
+        return len(self) + len(self.stages) >= MAX_SPANS
 
     def sent(self, edge: str, count: int, at_ns: int | None = None) -> None:
         """Record that the current task's cursor made the edge reach `count`, now or, if it is recorded later, `at_ns`.

@@ -15,8 +15,9 @@ from typing import Any
 
 from proto_v3.errors import UserError
 from sim.live.processes.children import HANGS, Child, device_main, start, vmm_main
+from sim.live.processes.memory import check_memory
 from sim.live.processes.report import GuestNote, Note, SessionNote, VmmReport
-from sim.live.processes.settings import Settings, check_size
+from sim.live.processes.settings import Settings
 from sim.live.processes.vmm import run_source, run_target
 from sim.live.result import LiveResult, SideEnd, result
 from sim.live.tcp.messages import Run
@@ -102,7 +103,7 @@ def applied(scenario: Scenario, protocol: Protocol, settings: Settings) -> Appli
     if not sys.platform.startswith("linux"):
         raise UserError("live mode needs Linux: timerfd, eventfd, memfd, descriptors passed over UNIX sockets")
     run_as = protocol.applied(scenario)
-    check_size(run_as.scenario, settings.max_state_bytes)
+    check_memory(run_as, settings.max_state_bytes)
     return run_as
 
 

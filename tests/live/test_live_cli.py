@@ -27,7 +27,7 @@ from proto_v3.errors import UserError
 from proto_v3.timeline import PHASES, Resource
 from sim.live.limits import delays_ns, too_short
 from sim.live.processes.report import GuestNote, ProgressNote
-from sim.live.processes.settings import Settings, Tls, check_size
+from sim.live.processes.settings import Settings, Tls
 from sim.scenario.file import load
 from tests.build.cli import CLI, proto_v3
 
@@ -190,7 +190,7 @@ def test_a_target_takes_no_more_state_than_it_was_told(tmp_path: Path) -> None:
         done = proto_v3(tmp_path, "live", "live-paced", *quick(), "--connect", where)
         process.communicate(timeout=60)
     assert done.returncode == 1
-    assert "at most 2 MiB" in done.stdout.replace("\n", " ")
+    assert "at most 2 MiB" in " ".join(done.stdout.split())
     assert process.returncode == 1
 
 
@@ -259,12 +259,6 @@ def test_delays_that_are_shorter_than_timers_are_late() -> None:
     assert "device.0.resume_ms" not in delays  # nothing
     assert set(too_short(scenario, 60_000)) == {"firmware.save_command_us"}
     assert not too_short(scenario, 10_000)
-
-
-def test_the_size_of_all_devices_counts() -> None:
-    check_size(load("live-paced"), 96 << 20)
-    with pytest.raises(UserError, match=r"96 MiB in all.*at most 95 MiB"):
-        check_size(load("live-paced"), 95 << 20)
 
 
 def note(at_s: float, remaining: int = 0, written: int = 0, wire: int = 0, **streams: int) -> ProgressNote:

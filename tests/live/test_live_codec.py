@@ -15,7 +15,7 @@ from proto_v3.vfio import uapi
 from proto_v3.vfio.uapi import BlockRange, RecordBlocks, RecordClass, RecordEnd, RecordFlags, RecordHeader, RecordRanges
 from sim.device.record import HEADER_BYTES, TABLE, TALLY, V3_HEADER_BYTES, Record, Tally, ranges_bytes, table_bytes
 from sim.live.fd import codec
-from sim.live.fd.codec import COMPLETE, END, INITIAL, MAX_NUMBER, MAX_PLAIN_BYTES, MAX_RANGES, V2_HEADER, Decoder
+from sim.live.fd.codec import COMPLETE, END, INITIAL, MAX_NUMBER, MAX_RANGES, V2_HEADER, Decoder
 from sim.scenario.units import KIB
 from tests.build.scenario import small_scenario
 
@@ -24,6 +24,7 @@ SPEC = small_scenario(
 ).devices[0]
 BLOCKS, OBJECTS = SPEC.blocks, SPEC.critical.objects
 OBJECT_BYTES = round(0.3 * KIB)
+MAX_PLAIN_BYTES = 1 << 20
 MOST_BYTES = V3_HEADER_BYTES + RecordRanges.SIZE + MAX_RANGES * BlockRange.SIZE + TABLE.size + 8 * 20 + MAX_PLAIN_BYTES
 """Of a head, whatever it claims."""
 
@@ -104,7 +105,7 @@ def records(draw: st.DrawFn) -> Record:
 
 def decoded(data: bytes, *, v3: bool) -> tuple[Record, int]:
     """The record that these bytes begin with, and how many of them were its head. EOFError if they end before."""
-    decoder = Decoder(SPEC, v3)
+    decoder = Decoder(SPEC, v3, MAX_PLAIN_BYTES)
     while decoder.record is None:
         assert len(decoder.head) < decoder.wanted <= MOST_BYTES  # it goes on, and asks for no more than it may
         if decoder.wanted > len(data):

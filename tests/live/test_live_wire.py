@@ -128,7 +128,7 @@ def test_a_payload_that_is_kept_does_not_change_and_a_dropped_ones_buffer_is_use
         async with pair(io, 1) as (source, target):
 
             async def next_one(number: int) -> memoryview:
-                sending = asyncio.create_task(source.channels[0].send(b"h", content(number, 500_000)))
+                sending = asyncio.create_task(source.channels[0].send(b"h", content(number, 600_000)))
                 _, payload = await target.channels[0].recv()
                 await sending
                 return as_view(payload)
@@ -138,9 +138,9 @@ def test_a_payload_that_is_kept_does_not_change_and_a_dropped_ones_buffer_is_use
             for number in range(1, 8):
                 payload = await next_one(number)
                 places.add(np.frombuffer(payload, np.uint8).ctypes.data)
-                assert payload == content(number, 500_000)
+                assert payload == content(number, 600_000)
                 del payload
-            assert kept == content(0, 500_000)[100:200]
+            assert kept == content(0, 600_000)[100:200]
             assert np.frombuffer(kept, np.uint8).ctypes.data not in {place + 100 for place in places}
             assert len(places) <= 2
 
@@ -574,6 +574,7 @@ class Notes:
     def __init__(self) -> None:
         self.now = 1000
         self.noted: list[tuple[Any, ...]] = []
+        self.full = False
 
     def now_ns(self) -> int:
         return self.now
@@ -586,6 +587,24 @@ class Notes:
 
     def blocked(self, start_ns: int, /) -> None:
         self.noted.append(("blocked", start_ns))
+
+
+@both_ways
+def test_a_target_takes_no_more_frames_than_its_timeline_has_room_for(loop: str, io: str) -> None:
+    notes = Notes()
+
+    async def main() -> None:
+        async with pair(io, 1) as (source, target):
+            source.trace(notes)  # type: ignore[arg-type]
+            target.trace(notes)  # type: ignore[arg-type]
+            for here, there in ((source, target), (target, source)):
+                await here.channels[0].send(b"h", memoryview(b""))
+                assert (await there.channels[0].recv())[0] == b"h"
+                notes.full = True
+            with pytest.raises(PeerProtocolError, match="data connection 0: more frames and records came"):
+                await target.channels[0].recv()
+
+    run(loop, main)
 
 
 @both_ways

@@ -434,6 +434,26 @@ def test_more_values_than_allowed_are_the_peers_error_before_they_are_made() -> 
         unpacked(b"\x91" * 5000 + b"\xc0", MAX_RESULT_ITEMS)
 
 
+@pytest.mark.parametrize("payload_bytes", [1, 100_000, 500_000])
+def test_frames_that_wait_take_as_much_memory_as_they_have_bytes(payload_bytes: int) -> None:
+    """A buffer of the pool is as large as the largest frame: many of them would be mostly empty."""
+    pool, data = Buffers(1 << 20, 4), frame(b"h", bytes(payload_bytes))
+    waiting = []
+    for _ in range(5):
+        frames = Frames(pool)
+        feeding = memoryview(data)
+        while len(feeding):
+            room = frames.room()
+            size = min(len(room), len(feeding))
+            room[:size] = feeding[:size]
+            feeding = feeding[size:]
+            frames.received(size)
+        taken = frames.take()
+        assert taken is not None
+        waiting.append(taken[1])
+    assert [len(payload.obj) for payload in waiting] == [payload_bytes] * 5  # type: ignore[arg-type]
+
+
 def feed(data: bytes, cuts: random.Random, size: int = 1 << 17) -> list[tuple[bytes, bytes]]:
     """The frames in some bytes that come in pieces of any size; raises what the connection would."""
     frames, found, at = Frames(Buffers(size, 2)), [], 0

@@ -27,8 +27,6 @@ V2_HEADER = struct.Struct("<QII")
 """struct mlx5_vf_migration_header: record_size, flags, tag (Linux drivers/vfio/pci/mlx5/cmd.h)."""
 END, INITIAL, COMPLETE = 1, 2, 4
 """Flags of the table."""
-MAX_PLAIN_BYTES = 1 << 20
-"""Payload of a record that holds neither blocks nor objects: messages between v2's drivers."""
 MAX_RANGES = 4096
 MAX_NUMBER = (1 << 31) - 1
 """Of versions and epochs: the drivers keep them in 32 bits."""
@@ -92,10 +90,12 @@ class Decoder:
     Append to `head` until it has `wanted` bytes, and call take(); repeat until `record` is set. v2 has one stream: 0.
     """
 
-    def __init__(self, spec: Device, v3: bool) -> None:
+    def __init__(self, spec: Device, v3: bool, plain_bytes: int) -> None:
+        """`plain_bytes`: the most in a record that holds neither blocks nor objects: messages between v2's drivers."""
         self.head = bytearray()
         self.record: Record | None = None
         self._spec = spec
+        self._plain = plain_bytes
         self._steps = self._v3() if v3 else self._v2()
         self.wanted = next(self._steps)
 
@@ -171,7 +171,7 @@ class Decoder:
         if len(record.blocks) or len(record.objects) or record.end or record.epoch_complete:
             if extra:
                 raise ValueError(f"{extra} bytes too many")
-        elif not 0 <= extra <= MAX_PLAIN_BYTES:
+        elif not 0 <= extra <= self._plain:
             raise ValueError(f"{extra} bytes that are no state")
         else:
             yield from self._until(at + extra)

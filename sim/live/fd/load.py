@@ -30,7 +30,7 @@ from sim.live.fd.codec import Decoder
 from sim.live.fd.copy import Copier, DriverEnd
 from sim.live.fd.store import StateStore
 from sim.live.fd.write_protocol import SIZE, AnnouncedBytes, WriteAnswer, new_page
-from sim.live.merge_timelines import ProcessTimeline
+from sim.live.merge_timelines import MAX_SPANS, ProcessTimeline
 
 NO_LIMIT = 1 << 62
 """Bytes; more than there are."""
@@ -97,6 +97,8 @@ class LoadedData(DriverEnd):
 
     async def _take_record(self, max_bytes: int) -> bool:
         """Receive and load one record of at most `max_bytes`; False at the end of what the VMM writes."""
+        if self._timeline.full:
+            raise self._refuse(f"more records came than the {MAX_SPANS} that are taken")
         decoder = self._decoder()
         while decoder.record is None:
             if decoder.wanted > max_bytes:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import mmap
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,14 +49,21 @@ class StateStore(Content):
         self.view = memoryview(self._memory)
         words = np.frombuffer(self.view[: self._objects_at], np.uint64)
         self._block_words: Words = words.reshape(self.blocks, self.block_bytes // 8)
-        self._row: Words = _row(self.block_bytes // 8)
-        self._object_row: Words = _row(-(-self.object_bytes // 8))
         if filled:
             self._fill()
             # NumPy loads parts of itself at first use, for some 15 ms: not while the guest writes.
             self.write_blocks(np.zeros(1, np.int32), np.zeros(self.blocks, np.int32))
         else:
             np.frombuffer(self.view, np.uint8).fill(0)  # a device has its memory before it is loaded
+
+    @cached_property
+    def _row(self) -> Words:
+        return _row(self.block_bytes // 8)
+
+    @cached_property
+    def _object_row(self) -> Words:
+        """An object may be as large as all of the state: only a store that the guest writes to needs this."""
+        return _row(-(-self.object_bytes // 8))
 
     def _fill(self) -> None:
         at_once = max(1, FILL_BYTES // self.block_bytes)

@@ -171,7 +171,7 @@ class DeviceProcess:
         else:
             assert isinstance(fd, LoadStream | LoadBlocks)
             kind = LoadedBlocks if isinstance(fd, LoadBlocks) else LoadedStream
-            decoder = partial(Decoder, device.driver.spec, device.driver.dirty_streams > 0)
+            decoder = partial(Decoder, device.driver.spec, device.driver.dirty_streams > 0, scenario.driver.check_bytes)
             data = kind(fd, decoder, device.store, Copier(None, rate), self.timeline, name, room_bytes=room_bytes)
         self._data[number] = data
         passed.append(data)

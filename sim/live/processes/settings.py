@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from proto_v3.errors import UserError
 from sim.host.machine import ZERO_PAGE_BYTES
 from sim.live.tcp.handshake import Limits
 from sim.live.tcp.sockets import SocketSettings
 from sim.scenario.scenario import Scenario
-from sim.scenario.units import GIB, MIB, NS_PER_S, PAGE_BYTES
+from sim.scenario.units import GIB, NS_PER_S, PAGE_BYTES
 
 FRAME_SLACK_BYTES = 128 << 10
 """Of a frame beside its data: the header of a record, and the versions of addressable blocks (8 bytes each)."""
@@ -39,21 +38,11 @@ class Settings:
     progress: bool = False
     """Send progress notes."""
     max_state_bytes: int = 4 * GIB
-    """Largest state of all devices together that a target allocates."""
+    """The memory that a target takes for a migration (sim.live.processes.memory)."""
 
     def limits(self, frame_bytes: int) -> Limits:
         """Of a session in which no frame is larger than this."""
         return Limits(handshake_s=self.handshake_s, silent_s=self.silent_s, frame_bytes=frame_bytes)
-
-
-def check_size(scenario: Scenario, max_bytes: int) -> None:
-    """UserError if the state of all devices is larger than `max_bytes`: live mode holds it in memory."""
-    state_bytes = sum(device.blocks * device.block_bytes for device in scenario.devices)
-    if state_bytes > max_bytes:
-        raise UserError(
-            f"device.state_mib: {state_bytes // MIB} MiB in all; a live run holds them in memory, and takes at most "
-            f"{max_bytes // MIB} MiB (--max-state-mib)"
-        )
 
 
 def frame_bytes(scenario: Scenario) -> int:

@@ -33,6 +33,7 @@ from sim.live.fd.remote_fd import Devices
 from sim.live.io import IO
 from sim.live.merge_timelines import ProcessTimeline
 from sim.live.plain import from_plain, to_plain
+from sim.live.processes.memory import check_memory, within
 from sim.live.processes.report import (
     DeviceProcessReport,
     Digests,
@@ -47,7 +48,7 @@ from sim.live.processes.report import (
     VmmReport,
     send_note,
 )
-from sim.live.processes.settings import Settings, check_size, frame_bytes, socket_settings
+from sim.live.processes.settings import Settings, frame_bytes, socket_settings
 from sim.live.real_time import RealTime
 from sim.live.tcp.connection import Connection
 from sim.live.tcp.handshake import accept, connect
@@ -84,9 +85,10 @@ class VmmProcess:
         """Set what is run. UserError if the scenario or the protocol is not valid."""
         self.run = run
         scenario = Scenario.model_validate_json(run.scenario)
-        self.applied = Protocol.parse(run.protocol, scenario).applied(scenario)
+        applied, max_bytes = Protocol.parse(run.protocol, scenario).applied(scenario), self.settings.max_state_bytes
+        check_memory(applied, max_bytes)
+        self.applied = within(applied, max_bytes) if self.side == "target" else applied
         self.scenario = self.applied.scenario
-        check_size(self.scenario, self.settings.max_state_bytes)
 
     def begin(self, zero_ns: int, session: Session) -> Side:
         """Time 0 is fixed: make this side's machine, devices and channels."""

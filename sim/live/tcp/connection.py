@@ -20,7 +20,7 @@ from proto_v3.wire.channel import Transport
 from proto_v3.wire.frames import MAX_HEADER_BYTES, Payload
 from sim.live.buffers import Buffers, as_view
 from sim.live.io import Pipe
-from sim.live.merge_timelines import LATEST, ProcessTimeline
+from sim.live.merge_timelines import LATEST, MAX_SPANS, ProcessTimeline
 from sim.live.tcp.sockets import Granted, reason
 
 FRAME_MAGIC = 0x5633
@@ -29,7 +29,8 @@ PREFIX_BYTES = _PREFIX.size
 AHEAD_BYTES = 4096
 """The most that the first call receives: several frames, if they have no payload."""
 SMALL_BYTES = 64 << 10
-"""A payload of up to this size gets memory of its own, a larger one a buffer of the pool."""
+"""A payload of up to this size gets memory of its own, and so does one that would leave half of a buffer of the pool
+empty: as many bytes may be kept as agreed on, and not as many buffers."""
 HELD_UP_NS = 1_000_000
 """A send that takes longer waited for the other side."""
 
@@ -100,7 +101,7 @@ class Frames:
         at = self._start + PREFIX_BYTES
         self._header = bytes(self._ahead[at : at + header_bytes])
         at += header_bytes
-        if payload_bytes > SMALL_BYTES:
+        if payload_bytes > max(SMALL_BYTES, self._pool.size_bytes // 2):
             payload = self._pool.take()[:payload_bytes]
         else:
             payload = memoryview(bytearray(payload_bytes))
@@ -125,6 +126,7 @@ class Connection(Transport):
         self.cause: Exception | None = None
         """Why the session ended this connection, if it did."""
         self._name = f"data connection {index}"
+        self._at_source = at_source
         self._out, self._in = f"to target {index}", f"to source {index}"
         if not at_source:
             self._out, self._in = self._in, self._out
@@ -170,12 +172,14 @@ class Connection(Transport):
     @override
     async def recv(self) -> tuple[bytes, Payload]:
         """The next header and payload. ConnectionError when the connection is gone; PeerProtocolError if the bytes are
-        no frame, and the connection is closed then."""
+        no frame, and the connection is closed then; or if more came than a timeline has room for."""
         trace = self.trace
         start_ns = 0
         if trace is not None:
             start_ns = trace.now_ns()
             trace.sent(f"{self._in} room", self._received + 1)
+        if self._received >= MAX_SPANS or (trace is not None and not self._at_source and trace.full):
+            raise PeerProtocolError(f"{self._name}: more frames and records came than the {MAX_SPANS} that are taken")
         async with self._in_turn:
             header, payload = await self._next()
             self._received += 1

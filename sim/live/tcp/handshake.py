@@ -167,7 +167,7 @@ async def answer_clock(stream: MessageStream, first: ClockRequest | Begin) -> Cl
 
 def make_connections(found: Sequence[tuple[Pipe, Granted]], at_source: bool, frame_bytes: int) -> list[Connection]:
     """The session's data connections; they share a pool of buffers."""
-    pool = Buffers(frame_bytes, keep=max(4, min(len(found) + 2, FREE_BYTES // frame_bytes)))
+    pool = Buffers(frame_bytes, keep=min(len(found) + 2, FREE_BYTES // frame_bytes))
     return [Connection(pipe, index, at_source, granted, pool) for index, (pipe, granted) in enumerate(found)]
 
 
