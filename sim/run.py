@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from proto_v3.errors import ProtoV3Error, leaves
 from proto_v3.timeline import Timeline, on_track
-from proto_v3.vmm.migration import OutcomeKind, Side, Source, Target
+from proto_v3.vmm.migration import GivenUpError, OutcomeKind, Side, Source, Target
 from proto_v3.wire.channel import Channel
 from sim.clock import virtual
 from sim.clock.port import now_ns
@@ -80,7 +80,7 @@ class VirtualRun:
         self.channels, self.channels_there = self._connect()
         self.source: Source | None = None
         self.target: Target | None = None
-        self.note = ""
+        self.note = self.reason = ""
         watching = None if watch is None else asyncio.create_task(watch(self), name="watch")
         try:
             kind, failures = await self._both(
@@ -92,8 +92,14 @@ class VirtualRun:
         return self._outcome(kind, failures)
 
     async def _run_source(self, side: Side, channels: Sequence[Channel]) -> OutcomeKind:
-        self.source, self.note = await make_source(side, channels, self._applied)
-        return await self.source.run()
+        try:
+            self.source, self.note = await make_source(side, channels, self._applied)
+        except GivenUpError as end:
+            self.reason = str(end) if end.kind is OutcomeKind.DID_NOT_CONVERGE else ""
+            return end.kind
+        kind = await self.source.run()
+        self.reason = self.source.reason
+        return kind
 
     async def _run_target(self, side: Side, channels: Sequence[Channel]) -> bool:
         self.target = await make_target(side, channels, self._applied)
@@ -133,7 +139,9 @@ class VirtualRun:
         if failures:
             return failed(self._report(), failures, echoes=(ClosedError,))
         assert kind is not None
-        return completed(self._report()) if kind is OutcomeKind.COMPLETED else ended(self._report(), kind)
+        if kind is OutcomeKind.COMPLETED:
+            return completed(self._report())
+        return ended(self._report(), kind, self.reason)
 
     def _report(self) -> RunReport:
         devices = zip(self._here, self._there, strict=True)

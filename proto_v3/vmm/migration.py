@@ -13,7 +13,7 @@ import enum
 import errno
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from proto_v3.errors import (
     LocalProtocolError,
@@ -26,9 +26,10 @@ from proto_v3.errors import (
 from proto_v3.timeline import Join, Mark, Timeline, Work
 from proto_v3.vfio.device import DataFd, MigrationDevice
 from proto_v3.vfio.uapi import MigrationFlags, State
+from proto_v3.vmm.calls_at_work import CallsAtWork
 from proto_v3.vmm.machine import Machine
 from proto_v3.vmm.return_path import HandOver, ReturnPath
-from proto_v3.vmm.switchover import SwitchoverSettings
+from proto_v3.vmm.switchover import Left, Switchover, SwitchoverSettings, why_not
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind, Payload
 
@@ -43,8 +44,25 @@ class OutcomeKind(enum.StrEnum):
     UNSUPPORTED = "UNSUPPORTED"  # refused before the guest was touched
 
 
+T = TypeVar("T")
+HUNG = 0.1
+"""A call is said to hang if it is at work for this part of the time that the migration had."""
+RETURNS_WITHIN_S = 10.0
+"""How long a VMM that gives up waits for each call that closes a session, and for its last frame to be taken. After
+that it goes on without. Ours: QEMU waits for ever, in an ioctl that cannot be interrupted."""
+
+
 class UnsupportedError(LocalProtocolError):
     """A device cannot do what the protocol needs. The guest was not touched."""
+
+
+class GivenUpError(ProtoV3Error):
+    """The migration ended before the guest was stopped, because its time was over. The message says what it waited
+    for; empty if that is not known."""
+
+    def __init__(self, kind: OutcomeKind, why: str) -> None:
+        super().__init__(why)
+        self.kind = kind
 
 
 @dataclass(slots=True)
@@ -70,6 +88,12 @@ class Side:
     settings: SwitchoverSettings
     timeline: Timeline
     counters: VmmCounters = field(default_factory=VmmCounters)
+    calls: CallsAtWork = field(init=False)
+    """Those of `devices`, which are watched."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "calls", CallsAtWork(self.timeline.now_ns))
+        object.__setattr__(self, "devices", [self.calls.watch(device) for device in self.devices])
 
 
 class Source(abc.ABC):
@@ -83,6 +107,10 @@ class Source(abc.ABC):
 
         self.back = ReturnPath(channels[0], self.handle)
         self.counters = side.counters
+        self.switchover: Switchover | None = None
+        """From the start of the iterations."""
+        self.reason = ""
+        """Why a migration that was given up in pre-copy did not converge, in words."""
 
     @property
     def handed_over(self) -> bool:
@@ -112,33 +140,37 @@ class Source(abc.ABC):
             try:
                 await self.recover()
             finally:
-                with contextlib.suppress(OSError):  # last of all: it waits for room if the target stopped reading
-                    await self.channels[0].send_control(Kind.CANCEL)
+                await self._cancel()
             raise
 
     async def migrate(self) -> OutcomeKind:
         """The steps of run(), without its recovery from failures."""
-        await self.opt_in()
         start_ns = self.now_ns
-        await self.side.machine.set_up()
-        await self.channels[0].send_control(Kind.SETUP, value=len(self.side.devices))
-        self.side.timeline.stage("setup", start_ns)
-        async with Join() as beside:
-            listening = beside.start(self.back.listen(), "source return path")
-            senders = [beside.start(work, track) for work, track in self.work()]
-            outcome = await self.move(start_ns)
-            if outcome is None:
-                self.side.timeline.mark(Mark.DRAINED)
-                await self.commit()
-                await self.back.reached(HandOver.RESUMED)
-            else:
-                listening.cancel()
-            for sender in senders:
-                sender.cancel()
+        outcome = await self.in_precopy(start_ns, self._begin(start_ns))
+        if outcome is None:
+            async with Join() as beside:
+                listening = beside.start(self.back.listen(), "source return path")
+                senders = [beside.start(work, track) for work, track in self.work()]
+                outcome = await self.move(start_ns)
+                if outcome is None:
+                    self.side.timeline.mark(Mark.DRAINED)
+                    await self.commit()
+                    await self.back.reached(HandOver.RESUMED)
+                else:
+                    listening.cancel()
+                for sender in senders:
+                    sender.cancel()
         if outcome is not None:
+            await self.give_up()
             return outcome
         await self.end_sessions()
         return OutcomeKind.COMPLETED
+
+    async def _begin(self, start_ns: int) -> None:
+        await self.opt_in()
+        await self.side.machine.set_up()
+        await self.channels[0].send_control(Kind.SETUP, value=len(self.side.devices))
+        self.side.timeline.stage("setup", start_ns)
 
     async def opt_in(self) -> None:  # noqa: B027  (v2 has nothing to choose before the set-up)
         """Choose the protocol at the devices, before anything else."""
@@ -151,7 +183,7 @@ class Source(abc.ABC):
     async def move(self, start_ns: int) -> OutcomeKind | None:
         """Open the sessions, run pre-copy, stop the guest and send everything. `start_ns`: when the migration started.
 
-        Returns None when all was sent, else how pre-copy ended; the sessions are then closed and CANCEL is sent.
+        Returns None when all was sent, else how pre-copy ended.
         """
 
     @abc.abstractmethod
@@ -172,25 +204,33 @@ class Source(abc.ABC):
         if not self.side.machine.running:
             await self.side.machine.start_vcpus()
 
-    async def unless_cancelled(
-        self, start_ns: int, precopy: Coroutine[Any, Any, OutcomeKind | None]
-    ) -> OutcomeKind | None:
-        """Run pre-copy. The user may cancel it at any time, also while a send or a read waits (migrate_cancel)."""
-        cancel_ns = self.side.settings.cancel_ns
-        remaining_s = None if cancel_ns is None else max(0, start_ns + cancel_ns - self.now_ns) / 1e9
-        user = asyncio.timeout(remaining_s)
+    async def in_precopy(self, start_ns: int, work: Coroutine[Any, Any, None]) -> OutcomeKind | None:
+        """Do this part of pre-copy, unless its time is over first: then how the migration ended. See `in_time`."""
         try:
-            async with user:
-                return await precopy
-        except TimeoutError:
-            if not user.expired():  # an OSError, ETIMEDOUT: something failed
-                raise
-            return OutcomeKind.CANCELLED
+            await in_time(self.side, start_ns, work)
+        except GivenUpError as end:
+            if end.kind is OutcomeKind.DID_NOT_CONVERGE:
+                self.reason = await self._why_not(self.now_ns - start_ns, str(end))
+            return end.kind
+        return None
 
-    def given_up(self, start_ns: int) -> OutcomeKind | None:
-        """DID_NOT_CONVERGE if pre-copy has taken longer than the settings allow, else None."""
-        too_long = self.now_ns - start_ns > self.side.settings.give_up_ns
-        return OutcomeKind.DID_NOT_CONVERGE if too_long else None
+    async def _why_not(self, precopy_ns: int, hung: str) -> str:
+        if hung or self.switchover is None:
+            return why_not(self.side.settings, precopy_ns, self.switchover, [], [hung] if hung else [])
+        parts: list[Left] = []
+        with contextlib.suppress(OSError):
+            async with asyncio.timeout(RETURNS_WITHIN_S):
+                parts = await self.left()
+        device_bytes = sum(part.left_bytes for part in parts[1:])
+        return why_not(self.side.settings, precopy_ns, self.switchover, parts, self.held_up(device_bytes))
+
+    @abc.abstractmethod
+    async def left(self) -> list[Left]:
+        """What is left of RAM, and then of each device, asked for."""
+
+    @abc.abstractmethod
+    def held_up(self, device_bytes: int) -> list[str]:
+        """What holds the stop up besides the sum of what is left, in words. `device_bytes`: what the devices have left."""
 
     @property
     def now_ns(self) -> int:
@@ -268,7 +308,13 @@ class Source(abc.ABC):
         """End a migration in pre-copy. The guest runs on and never noticed."""
         for device in self.side.devices:
             await _set_or_reset(device, State.RUNNING)
-        await self.channels[0].send_control(Kind.CANCEL)
+        await self._cancel()
+
+    async def _cancel(self) -> None:
+        """Send CANCEL, last of all: a target that does not read any more may have no room for it."""
+        with contextlib.suppress(OSError):
+            async with asyncio.timeout(RETURNS_WITHIN_S):
+                await self.channels[0].send_control(Kind.CANCEL)
 
     async def end_sessions(self) -> None:
         """STOP_COPY -> STOP, after the hand-over: it takes time, and nothing waits for it (QEMU)."""
@@ -366,12 +412,37 @@ class Target(abc.ABC):
         return frame.device
 
 
-async def _set_or_reset(device: MigrationDevice, state: State) -> None:
-    """SET_STATE, or a reset if that fails (QEMU, vfio_migration_set_state_or_reset)."""
+async def in_time(side: Side, start_ns: int, work: Coroutine[Any, Any, T]) -> T:
+    """Do work that comes before the stop. GivenUpError when its time is over, whatever the work then waits for.
+
+    The time is the user's cancel (QEMU's migrate_cancel) or `give_up_ns`, whichever is earlier, from `start_ns` on.
+    """
+    settings, now_ns = side.settings, side.timeline.now_ns
+    cancelled = settings.cancel_ns is not None and settings.cancel_ns <= settings.give_up_ns
+    limit_ns = settings.cancel_ns if cancelled and settings.cancel_ns is not None else settings.give_up_ns
+    timer = asyncio.timeout(max(0, start_ns + limit_ns - now_ns()) / 1e9)
     try:
-        await device.set_state(state)
-    except OSError:
-        await device.reset()
+        async with timer:
+            return await work
+    except TimeoutError:
+        if not timer.expired():  # an OSError, ETIMEDOUT: something failed
+            raise
+    hung = side.calls.hung(HUNG * limit_ns)
+    raise GivenUpError(OutcomeKind.CANCELLED if cancelled else OutcomeKind.DID_NOT_CONVERGE, hung)
+
+
+async def _set_or_reset(device: MigrationDevice, state: State) -> None:
+    """SET_STATE, or a reset if that fails or does not return (QEMU, vfio_migration_set_state_or_reset).
+
+    A device that does not return from that either is left alone: the next thing that is done to it may hang too.
+    """
+    try:
+        async with asyncio.timeout(RETURNS_WITHIN_S):
+            await device.set_state(state)
+    except OSError:  # also TimeoutError
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RETURNS_WITHIN_S):
+                await device.reset()
 
 
 async def read_some(fd: DataFd, max_bytes: int) -> Payload | None:

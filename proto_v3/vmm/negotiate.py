@@ -18,7 +18,8 @@ import msgpack
 from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error
 from proto_v3.vfio.device import MigrationDevice
 from proto_v3.vfio.uapi import MigrationFlags, StreamFlags
-from proto_v3.vmm.migration import Side, Source, Target, UnsupportedError
+from proto_v3.vmm.migration import GivenUpError, Side, Source, Target, UnsupportedError, in_time
+from proto_v3.vmm.switchover import why_not
 from proto_v3.vmm.v2 import V2Options
 from proto_v3.vmm.v2_source import V2Source
 from proto_v3.vmm.v2_target import V2Target
@@ -110,11 +111,18 @@ async def negotiated_source(
 ) -> tuple[Source, str]:
     """The source for the protocol that both sides know, and a note: empty, or why it is v2.
 
-    Raises UnsupportedError if they cannot agree; OSError, PeerProtocolError or PeerFailedError if the exchange fails.
+    Raises UnsupportedError if they cannot agree; GivenUpError if that takes longer than a migration may; OSError,
+    PeerProtocolError or PeerFailedError if the exchange fails.
     In each case CANCEL was sent to the target, and no device was touched.
     """
     async with _or_send(Kind.CANCEL, channels[0]):
-        return await _agreed(side, channels, v3, v2)
+        start_ns = side.timeline.now_ns()
+        try:
+            return await in_time(side, start_ns, _agreed(side, channels, v3, v2))
+        except GivenUpError as end:
+            hung = str(end) or "the target did not answer HELLO"
+            why = why_not(side.settings, side.timeline.now_ns() - start_ns, None, [], [hung])
+            raise GivenUpError(end.kind, why) from None
 
 
 async def _agreed(side: Side, channels: Sequence[Channel], v3: V3Options, v2: V2Options) -> tuple[Source, str]:

@@ -1,4 +1,5 @@
-"""When to stop the guest: the remaining bytes must fit the downtime limit at the measured bandwidth.
+"""When to stop the guest: the remaining bytes must fit the downtime limit at the measured bandwidth. And why they never
+did, in words.
 
 As QEMU (migration/migration.c, migration_update_counters and migration_iteration_run): bandwidth is measured over
 windows of 100 ms, threshold = bandwidth x downtime limit, and a cheap estimate is refined to an exact figure only once
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from typing_extensions import override
@@ -42,6 +44,8 @@ class Switchover:
         self._window_bytes = 0
         given = settings.given_bandwidth_bytes_per_s
         self.bandwidth_bytes_per_s = 0.0 if given is None else given
+        self.best_bytes_per_s = self.bandwidth_bytes_per_s
+        """The largest that was measured."""
 
     def sample(self, now_ns: int, bytes_sent: int) -> None:
         """Record all bytes sent since the start; end the window if its time has passed."""
@@ -50,12 +54,18 @@ class Switchover:
             return
         if self._settings.given_bandwidth_bytes_per_s is None:
             self.bandwidth_bytes_per_s = (bytes_sent - self._window_bytes) * NS_PER_S / elapsed_ns
+            self.best_bytes_per_s = max(self.best_bytes_per_s, self.bandwidth_bytes_per_s)
         self._window_start_ns, self._window_bytes = now_ns, bytes_sent
 
     @property
     def threshold_bytes(self) -> float:
         """The most bytes that may remain when the guest is stopped."""
         return self.bandwidth_bytes_per_s * self._settings.downtime_limit_ns / NS_PER_S
+
+    @property
+    def best_threshold_bytes(self) -> float:
+        """The same at the largest bandwidth that was measured."""
+        return self.best_bytes_per_s * self._settings.downtime_limit_ns / NS_PER_S
 
     def fits(self, pending_bytes: int) -> bool:
         """Whether these bytes can be sent within the downtime limit. 0 bytes always fit."""
@@ -69,6 +79,15 @@ class Switchover:
         """
         left_ns = max(self._settings.downtime_limit_ns, self._settings.decision_interval_ns) - unread_ns
         return unsaved_bytes == 0 or unsaved_bytes * NS_PER_S < self.bandwidth_bytes_per_s * left_ns
+
+    def falls_short(self, unread_ns: float, unsaved_bytes: int) -> str:
+        """In words, that fits_after() does not hold; empty if it does."""
+        if self.fits_after(unread_ns, unsaved_bytes):
+            return ""
+        return (
+            f"{_mib(unsaved_bytes)} MiB that no device has saved yet come when the slowest stream is empty, after "
+            f"{unread_ns / 1e6:.0f} ms"
+        )
 
 
 class Backlog(abc.ABC):
@@ -114,6 +133,14 @@ class Backlog(abc.ABC):
         if rate is None:
             return 0.0 if self._ran_dry else math.inf
         return remaining_bytes * NS_PER_S / rate if rate else math.inf
+
+    def falls_short(self, remaining_bytes: int) -> str:
+        """In words, that this does not fit."""
+        left = f"{_mib(remaining_bytes)} MiB left"
+        if not self._bytes_per_s:
+            return f"{left}, and moved nothing since it was asked"
+        time_ms = self.time_ns(remaining_bytes) / 1e6
+        return f"{left}, which take {time_ms:.0f} ms at its own {_mib(self._bytes_per_s)} MiB/s"
 
 
 class RamBacklog(Backlog):
@@ -166,3 +193,93 @@ class StreamBacklog(Backlog):
             self._bytes_per_s = self._round_bytes * NS_PER_S / self._round_ns
         else:
             self._bytes_per_s = self._last_round_bytes_per_s
+
+
+# --- a migration that did not converge --------------------------------------------------------------------------------
+
+
+class StoppedOnly:
+    """How much of a device's state only the stopped device gives, as far as its answers show.
+
+    MIG_DATA_SIZE counts all bytes, the calls of pre-copy count what can be read now. Their difference is what is asked
+    for; but bytes that the guest wrote in between are in it, too. So it is taken where there are none: when the session
+    begins, and when pre-copy has nothing to give.
+    """
+
+    def __init__(self) -> None:
+        self._size_bytes = 0
+        self._at_first_bytes = 0
+        self._drained_bytes = math.inf
+
+    def begins(self, size_bytes: int, rest_bytes: int) -> None:
+        """MIG_DATA_SIZE before the session, and how much of it pre-copy does not have when the session begins."""
+        self._size_bytes = max(self._size_bytes, size_bytes)
+        self._at_first_bytes = rest_bytes
+
+    def drained(self, size_bytes: int) -> None:
+        """Pre-copy has nothing to give: MIG_DATA_SIZE at that moment."""
+        self._size_bytes = max(self._size_bytes, size_bytes)
+        self._drained_bytes = min(size_bytes, self._drained_bytes)
+
+    @property
+    def bytes(self) -> int:
+        """The bytes; 0 if they are no more than headers and rounding may be (1 %)."""
+        drained_bytes = 0 if math.isinf(self._drained_bytes) else int(self._drained_bytes)
+        most = max(self._at_first_bytes, drained_bytes)
+        return most if most > self._size_bytes / 100 else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What is left of RAM or of a device."""
+
+    name: str
+    left_bytes: int
+    stopped_only_bytes: int = 0
+
+
+def why_not(
+    settings: SwitchoverSettings,
+    precopy_ns: int,
+    switchover: Switchover | None,
+    parts: Sequence[Left],
+    held_up: Sequence[str],
+) -> str:
+    """Why a migration did not converge, in one line: what was left, what would have fitted, what held it up.
+
+    `switchover` and `parts`: None and empty if they are not known. `held_up`: other reasons, in words.
+    """
+    after = f"given up after {precopy_ns / NS_PER_S:.4g} s of pre-copy"
+    if switchover is None or not parts:
+        return f"{after}: {'; '.join(held_up) or 'what is left is not known'}"
+    each = ", ".join(f"{part.name} {_mib(part.left_bytes)}" for part in parts)
+    lines = [
+        f"{after}: {_mib(sum(part.left_bytes for part in parts))} MiB left ({each})",
+        _what_fits(settings, switchover),
+        *held_up,
+    ]
+    never = [part for part in parts if part.stopped_only_bytes]
+    if never and sum(part.stopped_only_bytes for part in never) >= switchover.best_threshold_bytes:
+        each = " and ".join(f"{part.name} has {_mib(part.stopped_only_bytes)} MiB" for part in never)
+        bandwidths = "" if settings.given_bandwidth_bytes_per_s else ", at no bandwidth that was measured"
+        lines.append(f"{each} that only a stopped device gives: they can never fit{bandwidths}")
+    return "; ".join(lines)
+
+
+def _what_fits(settings: SwitchoverSettings, switchover: Switchover) -> str:
+    limit = f"a downtime limit of {settings.downtime_limit_ns / 1e6:g} ms"
+    window = f"{settings.bandwidth_window_ns / 1e6:g} ms"
+    rate, best = switchover.bandwidth_bytes_per_s, switchover.best_bytes_per_s
+    if not best:
+        return f"nothing fits {limit}, as no bandwidth was measured over {window}"
+    most = f"{_mib(switchover.best_threshold_bytes)} MiB would at {_mib(best)} MiB/s, the most that was measured"
+    if not rate:
+        return f"nothing fits {limit}, as nothing was sent in the last {window} ({most})"
+    given = "" if settings.given_bandwidth_bytes_per_s is None else "the given "
+    text = f"{_mib(switchover.threshold_bytes)} MiB fit {limit} at {given}{_mib(rate)} MiB/s"
+    return f"{text} ({most})" if best > 1.1 * rate else text
+
+
+def _mib(size: float) -> str:
+    value = size / (1 << 20)
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -20,9 +20,9 @@ from proto_v3.errors import ProtoV3Error
 from proto_v3.timeline import Join, Work
 from proto_v3.vfio.device import MigrationDevice
 from proto_v3.vfio.uapi import MigrationFlags
-from proto_v3.vmm.migration import OutcomeKind, Side, Source, pause, read_some
+from proto_v3.vmm.migration import HUNG, OutcomeKind, Side, Source, pause, read_some
 from proto_v3.vmm.multifd import Senders
-from proto_v3.vmm.switchover import Switchover
+from proto_v3.vmm.switchover import Left, StoppedOnly, Switchover
 from proto_v3.vmm.v2 import Ack, V2Options
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind, Payload
@@ -44,6 +44,12 @@ class _Known:
         self.requests = 1  # acks needed so far: one for the initial data, one for each REINIT
         self.sent = False  # whether INIT_DATA_SENT was sent for the newest request
         self.acked = 0  # the newest request that the target acknowledged
+        self.stopped_only = StoppedOnly()
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes that pre-copy has to give."""
+        return self.initial_bytes + self.dirty_bytes
 
     def read(self, size: int) -> None:
         """`size` bytes were read. Initial data comes first (vfio_update_estimated_pending_data)."""
@@ -56,12 +62,12 @@ class _Known:
         self.initial_bytes = self.dirty_bytes = 0
 
 
-async def _stop_copy_bytes(device: MigrationDevice, default: int) -> int:
-    """MIG_DATA_SIZE, or `default` if that fails."""
+async def _stop_copy_bytes(device: MigrationDevice) -> int:
+    """MIG_DATA_SIZE, or UNKNOWN_STOP_COPY_BYTES if that fails."""
     try:
         return await device.stop_copy_bytes()
     except OSError:
-        return default
+        return UNKNOWN_STOP_COPY_BYTES
 
 
 class V2Source(Source):
@@ -75,6 +81,7 @@ class V2Source(Source):
         self._known = [_Known() for _ in side.devices]
         self._all_acked = False  # whether the one-shot ack was received
         self._read_bytes: list[int] = []
+        self._decided_ns = self.now_ns  # when the last round began
 
     @override
     def work(self) -> list[Work]:
@@ -82,13 +89,10 @@ class V2Source(Source):
 
     @override
     async def move(self, start_ns: int) -> OutcomeKind | None:
-        await self._open()
-        outcome = await self.unless_cancelled(start_ns, self._precopy(start_ns))
+        outcome = await self.in_precopy(start_ns, self._precopy())
         if outcome is None:
             await self.stop_guest()
             await self._drain()
-        else:
-            await self.give_up()
         return outcome
 
     @override
@@ -108,32 +112,37 @@ class V2Source(Source):
             return False
         return True
 
-    async def _open(self) -> None:
-        for device in self.side.devices:  # vfio_save_setup: no larger buffer than the device can fill
-            self._read_bytes.append(max(1, min(self.side.settings.read_bytes, await _stop_copy_bytes(device, 1 << 62))))
+    async def _open(self) -> Switchover:
+        sizes = [await _stop_copy_bytes(device) for device in self.side.devices]
+        # vfio_save_setup: no larger buffer than the device can fill
+        self._read_bytes = [max(1, min(self.side.settings.read_bytes, size)) for size in sizes]
         for device in self.side.devices:
             if self._options.reinit and MigrationFlags.PRE_COPY in await device.migration_flags():
                 await device.set_precopy_info_v2()
         await self.open_sessions()
+        self.switchover = Switchover(self.side.settings, self.now_ns)
+        await self._ask_devices()
+        for known, size in zip(self._known, sizes, strict=True):
+            if size != UNKNOWN_STOP_COPY_BYTES:
+                known.stopped_only.begins(size, size - known.unread_bytes)
+        return self.switchover
 
     # --- pre-copy -----------------------------------------------------------------------------------------------------
 
-    async def _precopy(self, start_ns: int) -> OutcomeKind | None:
-        """Iterate until the guest can be stopped: None. Else how pre-copy ended."""
+    async def _precopy(self) -> None:
+        """Iterate until the guest can be stopped."""
         settings = self.side.settings
-        switchover = Switchover(settings, self.now_ns)
-        await self._ask_devices()
+        switchover = await self._open()
         while True:
             sent = self.bytes_sent()
+            self._decided_ns = self.now_ns
             await self._round()
             switchover.sample(self.now_ns, self.bytes_sent())
             if self._options.polls:
                 await self._ask_devices()
             # migration_iteration_run: the exact figure costs, and is asked for only once the cheap one fits
             if switchover.fits(self._estimate()) and switchover.fits(await self._exact()) and self._can_switch_over():
-                return None
-            if (outcome := self.given_up(start_ns)) is not None:
-                return outcome
+                return
             if self.bytes_sent() == sent:
                 await pause(settings.decision_interval_ns)
 
@@ -156,7 +165,7 @@ class V2Source(Source):
 
     def _estimate(self) -> int:
         """Remaining bytes as far as the VMM knows without asking (QEMU's state_pending_estimate)."""
-        device_bytes = sum(known.initial_bytes + known.dirty_bytes for known in self._known)
+        device_bytes = sum(known.unread_bytes for known in self._known)
         return self.side.machine.ram.pending_bytes() + device_bytes
 
     async def _exact(self) -> int:
@@ -168,9 +177,37 @@ class V2Source(Source):
         await self.side.machine.ram.sync()
         await self._ask_devices()
         remaining = self.side.machine.ram.pending_bytes()
-        for device in self.side.devices:
-            remaining += await _stop_copy_bytes(device, UNKNOWN_STOP_COPY_BYTES)
+        for device, known in zip(self.side.devices, self._known, strict=True):
+            size = await _stop_copy_bytes(device)
+            if not known.unread_bytes and size != UNKNOWN_STOP_COPY_BYTES:
+                known.stopped_only.drained(size)
+            remaining += size
         return remaining
+
+    @override
+    async def left(self) -> list[Left]:
+        await self.side.machine.ram.sync()
+        parts = [Left("RAM", self.side.machine.ram.pending_bytes())]
+        for device, known in zip(self.side.devices, self._known, strict=True):
+            size = await _stop_copy_bytes(device)
+            name = f"{device.name} (MIG_DATA_SIZE fails)" if size == UNKNOWN_STOP_COPY_BYTES else device.name
+            parts.append(Left(name, size, min(size, known.stopped_only.bytes)))
+        return parts
+
+    @override
+    def held_up(self, device_bytes: int) -> list[str]:
+        decided_ns = self.now_ns - self._decided_ns
+        if decided_ns > HUNG * self.side.settings.give_up_ns:
+            return [f"the target did not take what was sent for {decided_ns / 1e9:.3g} s"]
+        if self._can_switch_over():
+            return []
+        names = [device.name for device in self.side.devices]
+        if unsent := [names[index] for index in self.fds if not self._known[index].sent]:
+            return [f"the initial data of {', '.join(unsent)} must be loaded first, and was not read to its end"]
+        if self._options.ack is Ack.ONE_SHOT:
+            return ["the target has not acknowledged that the initial data is loaded"]
+        unacked = [names[index] for index in self.fds if self._known[index].acked < self._known[index].requests]
+        return [f"the target has not acknowledged that the newest initial data of {', '.join(unacked)} is loaded"]
 
     async def _ask_devices(self) -> None:
         for index in self.fds:

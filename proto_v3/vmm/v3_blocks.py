@@ -28,6 +28,8 @@ class BlockReaders:
         self._fd = fd
         self._streams = streams
         self.device = device
+        self.what = "blocks"
+        self.read_bytes = 0  # total since the start
         self.sent_bytes = 0  # total since the start
         self._read_bytes = read_bytes
         self._wanted: NDArray[np.bool_] = np.zeros(0, np.bool_)  # blocks still to be read
@@ -83,6 +85,7 @@ class BlockReaders:
                 continue
             first, count = self._next_run()
             data = await self._fd.read_blocks(first, count)
+            self.read_bytes += len(data)
             await stream.send(Frame(Kind.DATA, self.device, at, payload=data))
             self.sent_bytes += len(data)
 

@@ -25,9 +25,9 @@ from typing_extensions import override
 from proto_v3.notify import Notify
 from proto_v3.timeline import Join, Work
 from proto_v3.vfio.device import BlocksFd, DataFd, Ready
-from proto_v3.vmm.migration import OutcomeKind, Side, Source, pause, read_some
+from proto_v3.vmm.migration import RETURNS_WITHIN_S, OutcomeKind, Side, Source, pause, read_some
 from proto_v3.vmm.return_path import HandOver
-from proto_v3.vmm.switchover import RamBacklog, StreamBacklog, Switchover
+from proto_v3.vmm.switchover import Backlog, Left, RamBacklog, StoppedOnly, StreamBacklog, Switchover
 from proto_v3.vmm.v3 import V3Options, opt_out
 from proto_v3.vmm.v3_blocks import BlockReaders
 from proto_v3.wire.channel import Channel
@@ -52,6 +52,7 @@ class _Critical:
         self.epoch = 0  # the newest epoch that is known
         self.sent_epoch = 0  # the epoch of the last EPOCH_SENT
         self.loaded_epoch = 0  # the epoch of the last EPOCH_LOADED
+        self.read_bytes = 0  # total since the start
 
     @property
     def ready(self) -> bool:
@@ -69,6 +70,11 @@ class _Stream:
         self.unread_bytes = 0  # as far as is known without asking
         self.read_bytes = 0  # total since the start
         self.sent_bytes = 0  # total since the start
+
+    @property
+    def what(self) -> str:
+        """In words."""
+        return f"stream {self.index}"
 
     async def ask(self) -> None:
         """Ask how much is unread. This makes a drained stream save what became dirty."""
@@ -97,6 +103,9 @@ class V3Source(Source):
             shared = channels[:1] if options.wire is Wire.ONE else channels[1:]
             self._streams = SharedOutStreams(shared, devices, options.credits)
         self._critical = [_Critical() for _ in side.devices]
+        self._stopped_only = [StoppedOnly() for _ in side.devices]
+        self._not_dirty_bytes: list[int] = []
+        """Of each device, what its dirty streams did not have when the session began."""
         self._readers: list[BlockReaders] = []
         self._backlogs: list[tuple[_Stream | BlockReaders, StreamBacklog]] = []
         """One for each dirty stream, or for the readers of each device's blocks."""
@@ -138,12 +147,9 @@ class V3Source(Source):
     async def move(self, start_ns: int) -> OutcomeKind | None:
         async with Join() as tasks:
             ram = tasks.start(self._send_ram(), "source RAM")
-            await self.open_sessions()
-            live = list(self.fds)
-            for device in live:
-                await self._start_streams(tasks, device)
-            outcome = await self._until_stopped(start_ns)
+            outcome = await self.in_precopy(start_ns, self._open(tasks)) or await self._until_stopped(start_ns)
             if outcome is None:
+                live = {stream.device for stream, _ in self._backlogs}
                 for device in range(len(self.side.devices)):
                     if device not in live:
                         await self.ready_to_drain(device)
@@ -155,9 +161,20 @@ class V3Source(Source):
                 for task in self._sending:  # a target that waits for data that will not arrive may hold them up
                     task.cancel()
                 self._set_ram_phase(_RamPhase.GIVEN_UP)
-                await ram  # after CANCEL nobody would receive its last frame
-                await self.give_up()
+                await asyncio.wait([ram], timeout=RETURNS_WITHIN_S)  # after CANCEL nobody would receive its last frame
+                ram.cancel()
         return outcome
+
+    async def _open(self, tasks: Join) -> None:
+        sizes = [await device.stop_copy_bytes() for device in self.side.devices]
+        await self.open_sessions()
+        for device in self.fds:
+            await self._start_streams(tasks, device)
+        self.switchover = self._whole
+        for part, _ in self._backlogs:
+            await part.ask()
+            sizes[part.device] -= part.read_bytes + part.unread_bytes
+        self._not_dirty_bytes = sizes
 
     def _set_ram_phase(self, phase: _RamPhase) -> None:
         self._ram_phase = phase
@@ -235,6 +252,8 @@ class V3Source(Source):
         if len(data):
             stream.unread_bytes = max(0, stream.unread_bytes - len(data))
             stream.read_bytes += len(data)
+            if stream.index == 0:
+                self._critical[stream.device].read_bytes += len(data)
             await stream.wire.send(Frame(Kind.DATA, stream.device, stream.index, payload=data))
             stream.sent_bytes += len(data)
         return len(data)
@@ -256,18 +275,17 @@ class V3Source(Source):
 
     async def _until_stopped(self, start_ns: int) -> OutcomeKind | None:
         """Pre-copy, until the guest is stopped for good: None. Else how pre-copy ended."""
-        await self._ask()
-        while (outcome := await self.unless_cancelled(start_ns, self._converge(start_ns))) is None:
+        while (outcome := await self.in_precopy(start_ns, self._converge())) is None:
             self._ram_phase = _RamPhase.PAUSED
             if await self.stop_guest():
                 return None
             self._set_ram_phase(_RamPhase.ITERATE)
         return outcome
 
-    async def _converge(self, start_ns: int) -> OutcomeKind | None:
-        """Wait until the switchover fits and every device is ready: None. Else how pre-copy ended."""
+    async def _converge(self) -> None:
+        """Wait until the switchover fits and every device is ready."""
         settings = self.side.settings
-        while (outcome := self.given_up(start_ns)) is None:
+        while True:
             self._sample()
             if not self._ready:
                 await self._until_ready(settings.bandwidth_window_ns)
@@ -275,9 +293,8 @@ class V3Source(Source):
             await self._ask_dry()
             # As in v2: the exact figure costs time, so it is asked for only once the cheap one fits.
             if self._fits(self._unread_bytes) and self._fits(await self._exact()) and self._ready:
-                return None
+                return
             await pause(settings.decision_interval_ns)
-        return outcome
 
     def _sample(self) -> None:
         now_ns = self.now_ns
@@ -293,13 +310,17 @@ class V3Source(Source):
         the limit, at the bandwidth of the whole.
         """
         ram_bytes = self.side.machine.ram.pending_bytes()
-        unread_ns = max((backlog.time_ns(part.unread_bytes) for part, backlog in self._backlogs), default=0.0)
         return (
             self._whole.fits(ram_bytes + device_bytes)
             and self._ram.fits(ram_bytes)
             and all(backlog.fits(part.unread_bytes) for part, backlog in self._backlogs)
-            and self._whole.fits_after(unread_ns, max(0, device_bytes - self._unread_bytes))
+            and self._whole.fits_after(self._unread_ns, max(0, device_bytes - self._unread_bytes))
         )
+
+    @property
+    def _unread_ns(self) -> float:
+        """How long the slowest stream takes for what it has to give."""
+        return max((backlog.time_ns(part.unread_bytes) for part, backlog in self._backlogs), default=0.0)
 
     @property
     def _ready(self) -> bool:
@@ -320,7 +341,42 @@ class V3Source(Source):
         """The devices' remaining bytes, asked for: drained streams then save what became dirty. RAM is synced too."""
         await self.side.machine.ram.sync()
         await self._ask()
-        return sum([await device.stop_copy_bytes() for device in self.side.devices])
+        sizes = [await device.stop_copy_bytes() for device in self.side.devices]
+        for device in self.fds:
+            if not any(part.unread_bytes for part, _ in self._backlogs if part.device == device):
+                self._stopped_only[device].drained(sizes[device])
+        return sum(sizes)
+
+    @override
+    async def left(self) -> list[Left]:
+        await self.side.machine.ram.sync()
+        parts = [Left("RAM", self.side.machine.ram.pending_bytes())]
+        for index, device in enumerate(self.side.devices):
+            size, stopped_only = await device.stop_copy_bytes(), self._stopped_only[index]
+            if index not in self.fds:
+                stopped_only.drained(size)
+            elif self._critical[index].drained:
+                stopped_only.begins(size, self._not_dirty_bytes[index] - self._critical[index].read_bytes)
+            parts.append(Left(device.name, size, min(size, stopped_only.bytes)))
+        return parts
+
+    @override
+    def held_up(self, device_bytes: int) -> list[str]:
+        names = [device.name for device in self.side.devices]
+        lines = []
+        for device in self.fds:
+            if not (known := self._critical[device]).ready:
+                where = "loaded" if known.drained and known.sent_epoch == known.epoch else "read to its end"
+                lines.append(f"the critical data of {names[device]} (epoch {known.epoch}) was not {where}")
+        parts: list[tuple[str, Backlog, int]] = [("RAM", self._ram, self.side.machine.ram.pending_bytes())]
+        parts += [(f"{names[part.device]} {part.what}", backlog, part.unread_bytes) for part, backlog in self._backlogs]
+        if short := [each for each in parts if not each[1].fits(each[2])]:
+            what, backlog, unread_bytes = max(short, key=lambda each: each[1].time_ns(each[2]))
+            others = f" (and {len(short) - 1} more do not fit by themselves)" if len(short) > 1 else ""
+            lines.append(f"{what} has {backlog.falls_short(unread_bytes)}{others}")
+        elif unsaved := self._whole.falls_short(self._unread_ns, max(0, device_bytes - self._unread_bytes)):
+            lines.append(unsaved)
+        return lines
 
     async def _ask(self) -> None:
         for part, _ in self._backlogs:

@@ -123,7 +123,7 @@ def _outcome(run: RunReport, source: VmmReport, target: VmmReport | None, deaths
         return completed(replace(run, note="; ".join(notes + [f"when all was done, {each}" for each in deaths])))
     failures = _failures([source, target], deaths)
     if source.kind is not None and source.kind is not OutcomeKind.COMPLETED and not failures:
-        return ended(run, source.kind)
+        return ended(run, source.kind, source.reason)
     if any(failure.unsupported for failure in source.failures):
         return ended(run, OutcomeKind.UNSUPPORTED, failures)
     return ended(run, OutcomeKind.FAILED, f"{failures or 'the target did not say how it ended'}; {guest}")

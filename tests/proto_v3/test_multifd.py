@@ -40,6 +40,8 @@ def multifd(channels: int, **changes: Any) -> Multifd:
 class Fd:
     """A device that takes its time to write, and keeps what was written and in what pieces."""
 
+    name = "a"
+
     def __init__(self, write_ns: int = 0) -> None:
         self.written: list[bytes] = []
         self.write_ns = write_ns

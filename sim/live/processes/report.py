@@ -153,6 +153,8 @@ class VmmReport:
     """Source: how the migration ended; None if it failed."""
     note: str = ""
     """Source."""
+    reason: str = ""
+    """Source: why the migration was given up in pre-copy."""
     peer: dict[str, Any] | None = None
     """Source: what the target reported, a VmmReport; as it was received, not checked. None if nothing was received."""
     clock_uncertainty_ns: int = 0

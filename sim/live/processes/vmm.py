@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error, leaves
 from proto_v3.timeline import Mark, on_track
-from proto_v3.vmm.migration import OutcomeKind, Side, Source, Target, UnsupportedError
+from proto_v3.vmm.migration import GivenUpError, OutcomeKind, Side, Source, Target, UnsupportedError
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Kind
 from sim.clock import port as clock
@@ -253,11 +253,14 @@ async def _migrate(vmm: VmmProcess, session: Session) -> VmmReport:
     await session.receive_message(Started)
     await clock.sleep_ns(max(0, -clock.now_ns()))
     source: Source | None = None
-    note, kind, failures = "", None, []
+    note, reason, kind, failures = "", "", None, []
     try:
         source, note = await make_source(side, vmm.channels, vmm.applied)
         with _progress(vmm):
             kind = await vmm.within_limit(source.run(), session)
+        reason = source.reason
+    except GivenUpError as end:
+        kind, reason = end.kind, str(end) if end.kind is OutcomeKind.DID_NOT_CONVERGE else ""
     except (OSError, ProtoV3Error, ExceptionGroup) as error:
         failures = [vmm.failure(each) for each in leaves(error)]
         if source is None or not source.handed_over:
@@ -270,6 +273,7 @@ async def _migrate(vmm: VmmProcess, session: Session) -> VmmReport:
         digests=await vmm.digests(failures) if kind is OutcomeKind.COMPLETED else [],
         kind=kind,
         note=note,
+        reason=reason,
         peer=peer,
         clock_uncertainty_ns=session.peer_clock.uncertainty_ns,
         sockets=session.sockets,
