@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 .PHONY: help demo quick test validate experiments notebooks docs bench lock clean
 help:
-	@echo 'make demo      migrate the published two-VF machine under v2 and v3; table and figure in results/demo/'
+	@echo 'make demo      migrate the published two-VF machine under v2 and v3; table and figure in out/demo/'
 	@echo 'make quick     after each change: lint, types, and one case of each test that is not slow; less than a minute'
 	@echo 'make test      lint, types and all tests; less than five minutes on two idle cores'
 	@echo 'make validate  hold the simulation against published measurements'
@@ -17,7 +17,7 @@ help:
 	@echo 'make clean     remove the virtual environment and what was built'
 
 demo: $(VENV)/core.stamp
-	@$(BIN)/proto-v3 compare mlx5-2vf --out results/demo
+	@$(BIN)/proto-v3 compare mlx5-2vf --out out/demo
 
 # Dots are tests; the percentage behind them is how far it is.
 PYTEST = $(BIN)/python -m pytest -q -n auto --dist worksteal
@@ -34,8 +34,8 @@ validate: $(VENV)/core.stamp
 	@$(BIN)/proto-v3 validate --seeds 30
 
 experiments: $(VENV)/core.stamp
-	@$(BIN)/proto-v3 run all --resume
-	@$(BIN)/proto-v3 report
+	@$(BIN)/proto-v3 run all --resume --out results
+	@$(BIN)/proto-v3 report results
 
 notebooks: $(VENV)/dev.stamp
 	@$(BIN)/python -m experiments.notebook notebooks/*.ipynb

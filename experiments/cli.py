@@ -15,6 +15,7 @@ import click
 from experiments import INTERRUPTED, __version__
 from experiments.commands.options import (
     first_seed_option,
+    force_option,
     format_option,
     jobs_option,
     live_options,
@@ -122,7 +123,8 @@ def main() -> None:
 @protocols_option("v2,v2-multifd,v3-n1,v3-n4")
 @seeds_option(10, "Runs of each protocol.", most=100_000)
 @first_seed_option
-@out_option("Write the table, the figure and the manifest into this folder.  [default: results/SCENARIO]")
+@out_option("Write the table, the figure and the manifest into this folder.  [default: out/SCENARIO]")
+@force_option
 @format_option
 @jobs_option
 @set_option
@@ -144,7 +146,8 @@ def compare(seeds: int, first_seed: int, **options: Any) -> int:
 @click.argument("names", metavar="[CASE]...", nargs=-1)
 @seeds_option(10, "Runs of each case.", most=100_000)
 @jobs_option
-@out_option("Write the table, the figure and the manifest into this folder.", default="results/validate")
+@out_option("Write the table, the figure and the manifest into this folder.  [default: out/validate]")
+@force_option
 def validate(seeds: int, **options: Any) -> int:
     """Compare the simulation with published figures: the error of each figure, and how many errors are small.
 
@@ -171,7 +174,8 @@ def validate(seeds: int, **options: Any) -> int:
     metavar="ADDRESS",
     help="Make the runs on the workers of this Dask cluster (tcp://HOST:8786) instead; needs proto-v3[distributed].",
 )
-@out_option("Each experiment writes into a folder of its name in this one.  [default: results; results/quick if quick]")
+@out_option("Each experiment writes into a folder of its name in this one.  [default: out/run; out/quick if quick]")
+@force_option
 def run(**options: Any) -> int:
     """Answer a question that was asked on the kvm list: run a sweep, draw it, print the answer.
 
@@ -221,7 +225,8 @@ def report(results: str, page: str | None) -> int:
 @seeds_option(1, "Runs of each protocol.")
 @first_seed_option
 @click.option("--connect", metavar="HOST:PORT", help="The target is there: `proto-v3 live-target`.  [default: here]")
-@out_option("Table, figure and manifest go there.  [default: results/live-SCENARIO]")
+@out_option("Table, figure and manifest go there.  [default: out/live-SCENARIO]")
+@force_option
 @format_option
 @live_options
 @set_option
@@ -278,7 +283,8 @@ def live_target(listen: str, once: bool, max_state_mib: int, **options: Any) -> 
 @click.argument("scenario")
 @protocols_option("v2,v3-n2")
 @seeds_option(10, "Runs of each protocol.")
-@out_option("Tables, figure and manifest go there.  [default: results/agree-SCENARIO]")
+@out_option("Tables, figure and manifest go there.  [default: out/agree-SCENARIO]")
+@force_option
 @live_options
 @set_option
 @output_options

@@ -16,12 +16,14 @@ from rich.console import Console
 
 from experiments import INTERRUPTED
 from experiments.commands.live import live_manifest, prepared, run_jobs, table, warn
+from experiments.commands.options import out_folder
 from experiments.report import tables
 from experiments.report.tables import Heading, Output, Section
 from experiments.runs import frame as results
 from experiments.runs import manifest
 from experiments.runs.folder import ResultFolder
 from experiments.runs.frame import COMPLETED, protocols
+from experiments.runs.plan import Plan
 from experiments.runs.pool import Cell, run_cells
 from proto_v3.timeline import PHASES, Resource
 from proto_v3.vmm.migration import OutcomeKind
@@ -82,42 +84,45 @@ def run_agree(
     *,
     as_json: bool = False,
     quiet: bool = False,
+    force: bool = False,
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
     loaded, chosen = prepared(scenario, protocols, settings, how)
-    folder = ResultFolder(Path(out) if out else Path("results") / f"agree-{loaded.name}")
-    stderr = Console(stderr=True)
-    warn(stderr, loaded)
     cells = [Cell(loaded, protocol, seed) for seed in seeds for protocol in chosen]
-    simulated, interrupted = run_cells(cells, None)
-    if interrupted:
-        return INTERRUPTED
-    live, interrupted = run_jobs(cells, how, stderr)
-    if interrupted:
-        stderr.print("interrupted: nothing was written", markup=False)
-        return INTERRUPTED
-    virtual = results.table(simulated).with_columns(clock=pl.lit("virtual"))
-    frame = pl.concat([virtual, table(live, how)], how="diagonal_relaxed")
-    compared = compare(frame)
-    folder.write_table(frame, "runs", "parquet")
-    folder.write_table(compared, "agree", "parquet")
-    how_made = manifest.of_scenario(loaded, scenario, command, frame, 2 * len(cells))
-    folder.write_json(how_made | {"live": live_manifest(live, how)}, "manifest")
-    folder.remove("agree.png", "agree.svg")
-    output = Output(as_json, quiet)
-    compared_protocols = compared["protocol"].unique(maintain_order=True)
-    output.results(
-        {"command": "agree", "scenario": loaded.name, "folder": str(folder.folder)},
-        f"{loaded.name}, in virtual time and live: {loaded.description}",
-        verdicts(compared) or ["No protocol was completed both in virtual time and live: nothing can be compared."],
-        [
-            tables.outcomes(frame, ("protocol", "clock")),
-            *(_section(compared, name) for name in compared_protocols),
-        ],
-    )
-    drawn = output.drawn(lambda: _draw(folder, loaded, frame, compared, command))
+    names, writes = [each.name for each in chosen], ("runs", "agree")
+    plan = Plan(command, [loaded.name], 2 * len(cells), seeds, names, writes=writes)
+    with ResultFolder(out_folder(out, f"agree-{loaded.name}"), plan, force=force) as folder:
+        stderr = Console(stderr=True)
+        warn(stderr, loaded)
+        simulated, interrupted = run_cells(cells, None)
+        if interrupted:
+            return INTERRUPTED
+        live, interrupted = run_jobs(cells, how, stderr)
+        if interrupted:
+            stderr.print("interrupted: nothing was written", markup=False)
+            return INTERRUPTED
+        virtual = results.table(simulated).with_columns(clock=pl.lit("virtual"))
+        frame = pl.concat([virtual, table(live, how)], how="diagonal_relaxed")
+        compared = compare(frame)
+        folder.write_table(frame, "runs", "parquet")
+        folder.write_table(compared, "agree", "parquet")
+        how_made = manifest.of_scenario(loaded, scenario, command, frame, 2 * len(cells))
+        folder.write_manifest(how_made | {"live": live_manifest(live, how)})
+        output = Output(as_json, quiet)
+        compared_protocols = compared["protocol"].unique(maintain_order=True)
+        output.results(
+            {"command": "agree", "scenario": loaded.name, "folder": str(folder.folder)},
+            f"{loaded.name}, in virtual time and live: {loaded.description}",
+            verdicts(compared) or ["No protocol was completed both in virtual time and live: nothing can be compared."],
+            [
+                tables.outcomes(frame, ("protocol", "clock")),
+                *(_section(compared, name) for name in compared_protocols),
+            ],
+        )
+        drawn = output.drawn(lambda: _draw(folder, loaded, frame, compared, command))
+        folder.commit()
     where = ", ".join(str(folder.folder / name) for name in ("runs.parquet", "agree.parquet", "manifest.json"))
-    output.say(f"Tables and manifest: {where}")
+    output.say(f"Tables and manifest: {where}{folder.why_there}")
     failed = OutcomeKind.FAILED.value in frame["outcome"] or not drawn
     return 1 if failed or not within_aim(compared) else 0
 

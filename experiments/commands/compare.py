@@ -12,19 +12,20 @@ from pathlib import Path
 import polars as pl
 
 from experiments import INTERRUPTED
-from experiments.commands.options import parsed
+from experiments.commands.options import out_folder, parsed
 from experiments.report import comparison, findings, tables
 from experiments.report.tables import Output, say
 from experiments.runs import frame as results
 from experiments.runs import manifest
 from experiments.runs.folder import ResultFolder
 from experiments.runs.frame import COMPLETED
+from experiments.runs.plan import Plan
 from experiments.runs.pool import Cell, run_cells
-from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
 from sim.scenario.scenario import Scenario
 
-FIGURES = [f"{name}.{suffix}" for name in ("compare", "distribution", "critical") for suffix in ("png", "svg")]
+WRITES = ("runs", "compare", "distribution", "critical")
+"""Its files, without their suffixes."""
 
 
 def run_compare(
@@ -39,35 +40,37 @@ def run_compare(
     *,
     as_json: bool = False,
     quiet: bool = False,
+    force: bool = False,
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
     loaded, chosen = parsed(scenario, protocols, settings)
-    if out == "":
-        raise UserError("--out '': must be the name of a folder")
-    folder = ResultFolder(Path(out) if out else Path("results") / loaded.name)
     cells = [Cell(loaded, protocol, seed) for seed in seeds for protocol in chosen]
-    outcomes, interrupted = run_cells(cells, jobs)
-    console = tables.console()
-    if not outcomes:
-        say(console, "interrupted before the first run was done; nothing was written")
-        return INTERRUPTED
-    frame = results.table(outcomes)
-    folder.write_table(frame, "runs", table_format)
-    folder.write_json(manifest.of_scenario(loaded, scenario, command, frame, len(cells)), "manifest")
-    other_table = "runs.parquet" if table_format == "csv" else "runs.csv"
-    folder.remove(*FIGURES, other_table)
-    if interrupted:
-        say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done and are kept in {folder.folder}")
-        return INTERRUPTED
-    output = Output(as_json, quiet)
-    output.results(
-        {"command": "compare", "scenario": loaded.name, "folder": str(folder.folder)},
-        f"{loaded.name}: {loaded.description}",
-        findings.conclusion(frame),
-        list(comparison.sections(loaded, frame)),
-    )
-    drawn = output.drawn(lambda: _draw(folder, loaded, frame, command))
-    output.say(f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")
+    plan = Plan(command, [loaded.name], len(cells), seeds, [each.name for each in chosen], writes=WRITES)
+    with ResultFolder(out_folder(out, loaded.name), plan, force=force) as folder:
+        outcomes, interrupted = run_cells(cells, jobs)
+        console = tables.console()
+        if not outcomes:
+            say(console, "interrupted before the first run was done; nothing was written")
+            return INTERRUPTED
+        frame = results.table(outcomes)
+        folder.write_table(frame, "runs", table_format)
+        folder.write_manifest(manifest.of_scenario(loaded, scenario, command, frame, len(cells)))
+        if interrupted:
+            folder.commit()
+            done = f"{len(outcomes)} of {len(cells)} runs were done and are kept in {folder.folder}"
+            say(console, f"interrupted: {done}{folder.why_there}")
+            return INTERRUPTED
+        output = Output(as_json, quiet)
+        output.results(
+            {"command": "compare", "scenario": loaded.name, "folder": str(folder.folder)},
+            f"{loaded.name}: {loaded.description}",
+            findings.conclusion(frame),
+            list(comparison.sections(loaded, frame)),
+        )
+        drawn = output.drawn(lambda: _draw(folder, loaded, frame, command))
+        folder.commit()
+    files = f"{folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}"
+    output.say(f"Table and manifest: {files}{folder.why_there}")
     return 1 if OutcomeKind.FAILED.value in frame["outcome"] or not drawn else 0
 
 

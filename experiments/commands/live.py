@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from experiments import INTERRUPTED
-from experiments.commands.options import parsed
+from experiments.commands.options import out_folder, parsed
 from experiments.draw.live_progress import Progress
 from experiments.runs.folder import ResultFolder
+from experiments.runs.plan import Plan
 from experiments.runs.pool import Cell
 from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 DEFAULT_PORT = 22067
 """0x5633: V3."""
 DEFAULT_LISTEN = f"127.0.0.1:{DEFAULT_PORT}"
-FIGURES = ("live.png", "live.svg", "distribution.png", "distribution.svg")
+WRITES = ("runs", "live", "distribution")
+"""Its files, without their suffixes."""
 LATENESS = ("late_median_ns", "late_p99_ns", "late_max_ns")
 
 
@@ -64,42 +66,47 @@ def run_live(
     *,
     as_json: bool = False,
     quiet: bool = False,
+    force: bool = False,
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
     loaded, chosen = prepared(scenario, protocols, settings, how)
     to = None if connect is None else address(connect, "--connect")
     if to is None and how.tls is not None:
         raise UserError("--tls-cert: TLS is for a target on another host: give --connect")
-    folder = ResultFolder(Path(out) if out else Path("results") / f"live-{loaded.name}")
-    stderr = Console(stderr=True)
-    warn(stderr, loaded)
     cells = [Cell(loaded, protocol, seed) for seed in seeds for protocol in chosen]
-    found, interrupted = run_jobs(cells, how, stderr, to)
-    if not found:
-        stderr.print("interrupted before the first run was done; nothing was written", markup=False)
-        return INTERRUPTED
-    from experiments.runs import manifest  # after the runs, whose memory is measured: it is heavy
+    plan = Plan(command, [loaded.name], len(cells), seeds, [each.name for each in chosen], writes=WRITES)
+    with ResultFolder(out_folder(out, f"live-{loaded.name}"), plan, force=force) as folder:
+        stderr = Console(stderr=True)
+        warn(stderr, loaded)
+        found, interrupted = run_jobs(cells, how, stderr, to)
+        if not found:
+            stderr.print("interrupted before the first run was done; nothing was written", markup=False)
+            return INTERRUPTED
+        from experiments.runs import manifest  # after the runs, whose memory is measured: it is heavy
 
-    frame = table(found, how)
-    folder.write_table(frame, "runs", table_format)
-    how_made = manifest.of_scenario(loaded, scenario, command, frame, len(cells))
-    folder.write_json(how_made | {"live": live_manifest(found, how)}, "manifest")
-    folder.remove(*FIGURES, "runs.parquet" if table_format == "csv" else "runs.csv")
-    if interrupted:
-        stderr.print(f"interrupted: {len(found)} of {len(cells)} runs were done and are kept in {folder.folder}")
-        return INTERRUPTED
-    from experiments.report import comparison, findings
-    from experiments.report.tables import Output
+        frame = table(found, how)
+        folder.write_table(frame, "runs", table_format)
+        how_made = manifest.of_scenario(loaded, scenario, command, frame, len(cells))
+        folder.write_manifest(how_made | {"live": live_manifest(found, how)})
+        if interrupted:
+            folder.commit()
+            done = f"{len(found)} of {len(cells)} runs were done and are kept in {folder.folder}"
+            stderr.print(f"interrupted: {done}{folder.why_there}", markup=False)
+            return INTERRUPTED
+        from experiments.report import comparison, findings
+        from experiments.report.tables import Output
 
-    output = Output(as_json, quiet)
-    output.results(
-        {"command": "live", "scenario": loaded.name, "folder": str(folder.folder)},
-        f"{loaded.name}, live: {loaded.description}",
-        findings.conclusion(frame),
-        [*comparison.sections(loaded, frame), *streams(found), *delays(found)],
-    )
-    drawn = output.drawn(lambda: _draw(folder, loaded, frame, command))
-    output.say(f"Table and manifest: {folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}")
+        output = Output(as_json, quiet)
+        output.results(
+            {"command": "live", "scenario": loaded.name, "folder": str(folder.folder)},
+            f"{loaded.name}, live: {loaded.description}",
+            findings.conclusion(frame),
+            [*comparison.sections(loaded, frame), *streams(found), *delays(found)],
+        )
+        drawn = output.drawn(lambda: _draw(folder, loaded, frame, command))
+        folder.commit()
+    files = f"{folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}"
+    output.say(f"Table and manifest: {files}{folder.why_there}")
     return 1 if OutcomeKind.FAILED.value in frame["outcome"] or not drawn else 0
 
 
@@ -204,7 +211,7 @@ def live_manifest(found: Sequence[LiveResult], settings: Settings) -> dict[str, 
     }
 
 
-def _draw(folder: Any, scenario: Scenario, frame: pl.DataFrame, command: Sequence[str]) -> list[Path]:
+def _draw(folder: ResultFolder, scenario: Scenario, frame: pl.DataFrame, command: Sequence[str]) -> list[Path]:
     from experiments.draw.distribution import draw_distribution
     from experiments.draw.downtime import draw_downtime
     from experiments.runs.frame import completed_runs

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from experiments.runs.folder import OUT
 from proto_v3.errors import UserError
 from sim.scenario.suffixes import HELP
 
@@ -30,6 +32,9 @@ format_option = click.option(
 )
 first_seed_option = click.option(
     "--first-seed", type=click.IntRange(0), default=1, show_default=True, help="The seeds count up from it."
+)
+force_option = click.option(
+    "--force", is_flag=True, help="Replace what the folder holds, also results that this command does not make again."
 )
 spans_option = click.option("--spans", metavar="FILE", help="Write a table of all spans too, in Parquet.")
 
@@ -59,9 +64,16 @@ def seeds_option(default: int, what: str, most: int = 10_000) -> Callable[[F], F
     return click.option("--seeds", type=click.IntRange(1, most), default=default, show_default=True, help=what)
 
 
-def out_option(what: str, default: str | None = None) -> Callable[[F], F]:
+def out_option(what: str) -> Callable[[F], F]:
     """The folder of the results."""
-    return click.option("--out", metavar="FOLDER", default=default, show_default=True, help=what)
+    return click.option("--out", metavar="FOLDER", help=what)
+
+
+def out_folder(named: str | None, default: str) -> Path:
+    """The folder that the user named, or the default one in out/. UserError for an empty name."""
+    if named == "":
+        raise UserError("--out '': must be the name of a folder")
+    return Path(named) if named else OUT / default
 
 
 def trace_option(default: str) -> Callable[[F], F]:

@@ -16,13 +16,15 @@ from typing import Any
 import polars as pl
 from rich.console import Console
 
-from experiments.commands.trace import OUT, output_files, write
+from experiments.commands.trace import output_files, write
 from experiments.report import tables
 from experiments.report.tables import say
 from experiments.runs import frame as results
 from experiments.runs import manifest
+from experiments.runs.folder import MANIFEST, OUT
 from experiments.trace.traced_run import TRACE_SUFFIX, traced_run
 from proto_v3.errors import UserError
+from proto_v3.text import clean
 from sim.outcome import Outcome
 from sim.scenario.file import from_dump
 from sim.scenario.protocol import Protocol
@@ -31,7 +33,13 @@ from sim.scenario.units import NS_PER_MS, NS_PER_S, did_you_mean
 
 HOW = "must be FOLDER:PROTOCOL:SEED or FOLDER:CELL, as in results/mlx5-2vf:v2:1"
 CAN_BE = "what can be made again are runs in virtual time, by `compare` or `run`"
-RESULTS = Path("results")
+FOLDERS = (OUT, OUT / "run", OUT / "quick", Path("results"))
+"""Where the name of a folder is looked up, in this order."""
+MOST_CHARS = 200
+"""Of a trace's name."""
+COLUMNS = {"protocol": pl.String, "seed": pl.Int64, "digest": pl.String, "outcome": pl.String}
+CELL_COLUMNS = {"cell": pl.String, "base": pl.String, "settings": pl.List(pl.String)}
+"""Of the runs of `proto-v3 run`."""
 EXAMPLES = 5
 """Runs that an error message lists if no run, or more than one, fits the name."""
 
@@ -52,13 +60,18 @@ def run_replay(run: str, trace: str | None, spans: str | None) -> int:
     row = _row(read, which, run)
     scenario = _scenario(read, row)
     protocol = Protocol.parse(row["protocol"], scenario)
-    name = "-".join([folder.resolve().name, *([row["cell"]] if len(which) == 1 else which)])
+    name = _file_name("-".join([folder.resolve().name, *([row["cell"]] if len(which) == 1 else which)]))
     trace_file, spans_file = output_files(trace, OUT / f"{name}{TRACE_SUFFIX}", spans)
     again = traced_run(scenario, protocol, row["seed"])
     console = tables.console()
     same = _print(console, read, row, again.outcome)
     write(console, again, trace_file, spans_file)
     return 0 if same else 1
+
+
+def _file_name(text: str) -> str:
+    """The text as the name of a file in its folder: a cell or a protocol comes out of a table, and may be a path."""
+    return re.sub(r"[^\w.-]", "_", text)[:MOST_CHARS]
 
 
 # --- which run -------------------------------------------------------------------------------------------------------
@@ -69,14 +82,15 @@ def _parsed(run: str) -> tuple[Path, list[str]]:
     parts = run.split(":")
     tried = [":".join(parts[:-count]) for count in (1, 2) if len(parts) > count]
     for count, named in enumerate(tried, 1):  # the name of a folder can have a colon in it
-        for folder in (Path(named), RESULTS / named):
+        for folder in (Path(named), *(each / named for each in FOLDERS)):
             if named and folder.is_dir():
                 return folder, parts[-count:]
     if not tried or "" in tried:
         raise UserError(f"{run!r}: {HOW}")
-    known = sorted(path.parent.name for path in RESULTS.glob("*/manifest.json"))
-    hint = did_you_mean(tried[-1], known) or (f"; in {RESULTS}/ there are {', '.join(known)}" if known else "")
-    raise UserError(f"{run}: {tried[-1]} is no folder, nor one in {RESULTS}/{hint}")
+    known = sorted({clean(path.parent.name) for each in FOLDERS for path in each.glob(f"*/{MANIFEST}")})
+    places = f"{', '.join(f'{each}/' for each in FOLDERS[:-1])} or {FOLDERS[-1]}/"
+    hint = did_you_mean(tried[-1], known) or (f"; there are {', '.join(known)}" if known else "")
+    raise UserError(f"{run}: {tried[-1]} is no folder, nor one in {places}{hint}")
 
 
 def read_results(folder: Path) -> Results:
@@ -86,24 +100,26 @@ def read_results(folder: Path) -> Results:
     if not file.exists():
         csv = "; there is runs.csv: make it again with --format parquet" if (folder / "runs.csv").exists() else ""
         raise UserError(f"{file}: there is no such file{csv}")
-    try:
-        table = pl.read_parquet(file)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise UserError(f"{file}: cannot be read as Parquet: {error}") from error
-    needed = {"protocol", "seed", "digest", "outcome", *(("cell", "base", "settings") if "bases" in manifest else ())}
-    if missing := sorted(needed - set(table.columns)):
+    table = results.read(file)
+    swept = "bases" in manifest
+    needed = COLUMNS | (CELL_COLUMNS if swept else {})
+    if missing := sorted(needed.keys() - set(table.columns)):
         raise UserError(f"{file}: has no column {', '.join(missing)}")
-    return Results(folder, table, manifest)
+    if wrong := sorted(name for name, kind in needed.items() if table.schema[name] != kind):
+        raise UserError(f"{file}: column {wrong[0]} is of type {table.schema[wrong[0]]}; must be {needed[wrong[0]]}")
+    if (table["seed"] < 0).any():
+        raise UserError(f"{file}: column seed has negative numbers; a seed is a whole number from 0")
+    return Results(folder, table.drop_nulls(["protocol", "seed", *(["cell", "base"] if swept else [])]), manifest)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    file = folder / "manifest.json"
+    file = folder / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}; a folder of results has one") from error
-    except ValueError as error:
-        raise UserError(f"{file}: is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: is not JSON: {clean(str(error))}") from error
     if isinstance(manifest, dict) and "live" in manifest:
         raise UserError(f"{folder}: holds live runs, and no live run can be repeated exactly; {CAN_BE}")
     if not isinstance(manifest, dict) or not any(isinstance(manifest.get(key), dict) for key in ("scenario", "bases")):
@@ -124,7 +140,7 @@ def _row(read: Results, which: Sequence[str], run: str) -> dict[str, Any]:
             raise UserError(f"{run}: the seed {seed!r} must be a whole number; {HOW}")
         found = read.table.filter((pl.col("protocol") == protocol) & (pl.col("seed") == int(seed)))
     if found.height == 1:
-        return found.row(0, named=True)
+        return {name: _cleaned(value) for name, value in found.row(0, named=True).items()}
     names = [_named(row) for row in (found if found.height else read.table).head(EXAMPLES).iter_rows(named=True)]
     few = ", ".join(names) + (", ..." if (found.height or read.table.height) > EXAMPLES else "")
     if found.height:
@@ -133,7 +149,15 @@ def _row(read: Results, which: Sequence[str], run: str) -> dict[str, Any]:
 
 
 def _named(row: dict[str, Any]) -> str:
-    return f"{row['cell']} ({row['protocol']}:{row['seed']})" if "cell" in row else f"{row['protocol']}:{row['seed']}"
+    run = f"{row['protocol']}:{row['seed']}"
+    return clean(f"{row['cell']} ({run})" if "cell" in row else run)
+
+
+def _cleaned(value: Any) -> Any:
+    """A value of a table; its texts are somebody else's."""
+    if isinstance(value, list):
+        return [_cleaned(each) for each in value]
+    return clean(value) if isinstance(value, str) else value
 
 
 def _scenario(read: Results, row: dict[str, Any]) -> Scenario:
@@ -154,10 +178,12 @@ def _print(console: Console, read: Results, row: dict[str, Any], outcome: Outcom
     settings = [f"--set {setting}" for setting in row.get("settings") or []]
     named = " ".join([row.get("base") or outcome.scenario, *settings])
     shown = tables.plain_table(["", "in the table", "made again"])
-    tables.add_row(shown, "outcome", row["outcome"], again["outcome"])
+    tables.add_row(shown, "outcome", row["outcome"] or "", again["outcome"])
     for name, unit, unit_ns in (("downtime", "ms", NS_PER_MS), ("total", "s", NS_PER_S)):
         pair = (each.get(f"{name}_ns") for each in (row, again))
-        tables.add_row(shown, f"{name}, {unit}", *("" if ns is None else f"{ns / unit_ns:.3f}" for ns in pair))
+        tables.add_row(
+            shown, f"{name}, {unit}", *("" if not isinstance(ns, int) else f"{ns / unit_ns:.3f}" for ns in pair)
+        )
     tables.add_row(shown, "digest", *((each["digest"] or "")[:16] for each in (row, again)))
     tables.print_table(console, f"{named}, {row['protocol']}, seed {row['seed']}", shown)
     say(console, f"Digest in the table: {row['digest'] or 'none: the run broke'}")
@@ -166,6 +192,6 @@ def _print(console: Console, read: Results, row: dict[str, Any], outcome: Outcom
     if same:
         say(console, "The same run, to the last span.")
     else:
-        made_by, here = read.manifest.get("git_revision", "unknown"), manifest.git_revision()
+        made_by, here = clean(str(read.manifest.get("git_revision", "unknown"))), manifest.git_revision()
         say(console, f"Not the same run: the table was made by revision {made_by}, and this is {here}.")
     return same

@@ -7,7 +7,7 @@ from pathlib import Path
 from experiments.report import answers, tables
 from experiments.report.page import page
 from experiments.report.tables import say
-from experiments.runs.folder import replacing
+from experiments.runs.files import replacing
 from experiments.study.experiment import NAMES
 
 README = "README.md"

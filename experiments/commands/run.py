@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from experiments.report.tables import say
 from experiments.runs import frame as results
 from experiments.runs import manifest
 from experiments.runs.cluster import on_cluster
-from experiments.runs.folder import ResultFolder
+from experiments.runs.folder import MANIFEST, OUT, ResultFolder, damaged, read_manifest
+from experiments.runs.plan import Plan
 from experiments.runs.pool import in_processes, progress_bar
-from experiments.runs.resume import RunStore
+from experiments.runs.resume import KeptRuns, RunStore, put_aside, read, remove
 from experiments.study.effects import outcome_counts
 from experiments.study.experiment import NAMES, Answer, Experiment, Planned, find
 from proto_v3.errors import UserError
+from proto_v3.text import clean
 from sim.scenario.file import load
 
 KEPT = "runs.sqlite"
@@ -40,32 +42,48 @@ def run_experiments(
     jobs: int | None,
     scheduler: str | None,
     out: str | None,
+    force: bool,
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
     chosen = [find(name) for name in (NAMES if "all" in names else dict.fromkeys(names))]
-    root = Path(out) if out else Path("results/quick" if quick else "results")
+    if out == "":
+        raise UserError("--out '': must be the name of a folder")
+    root = Path(out) if out else OUT / ("quick" if quick else "run")
     planned = [list({each.key: each for each in experiment.planned(quick)}.values()) for experiment in chosen]
-    sweeps = [
-        _Sweep(experiment, runs, ResultFolder(root / experiment.name), jobs, scheduler)
-        for experiment, runs in zip(chosen, planned, strict=True)
-    ]
-    for sweep in sweeps if resume else ():
-        sweep.check()
-    console, status = tables.console(), 0
-    with progress_bar() as progress:
+    console, stderr, status, revision = tables.console(), Console(stderr=True), 0, manifest.git_revision()
+    with ExitStack() as stack:
+        sweeps = []
+        for experiment, runs in zip(chosen, planned, strict=True):
+            plan = plan_of(experiment, runs, quick)
+            folder = stack.enter_context(ResultFolder(root / experiment.name, plan, force=force))
+            sweeps.append(_Sweep(experiment, runs, folder, jobs, scheduler, revision))
+        kept = [sweep.check(resume, force) for sweep in sweeps]
+        progress = stack.enter_context(progress_bar())
         whole = progress.add_task("all", total=sum(map(len, planned)), visible=len(chosen) > 1)
-        for sweep in sweeps:
+        for sweep, found in zip(sweeps, kept, strict=True):
             try:
-                frame = sweep.rows(resume, progress, whole)
+                frame = sweep.rows(sweep.done(found, stderr) if resume else {}, progress, whole)
             except KeyboardInterrupt:
                 progress.stop()
-                say(Console(stderr=True), f"interrupted: what was done is kept in {root}; go on with --resume")
+                say(stderr, f"interrupted: what was done is kept in {root}; go on with --resume")
                 return INTERRUPTED
-            answer, figures = write(sweep.experiment, frame, sweep.folder, quick=quick)
-            sweep.forget()
-            _print(console, sweep.experiment, answer, frame, figures)
+            answer, figures = write(sweep.experiment, frame, sweep.folder)
+            remove(sweep.kept)
+            _print(console, sweep.experiment, answer, frame, sweep.folder, figures)
             status = max(status, int((frame["digest"] == "").any()))
     return status
+
+
+def plan_of(experiment: Experiment, runs: Sequence[Planned], quick: bool) -> Plan:
+    """What the command makes. It names the command that makes this experiment alone, even if others are run with it."""
+    return Plan(
+        command=["proto-v3", "run", experiment.name, *(["--quick"] if quick else [])],
+        of=[experiment.name],
+        runs=len(runs),
+        seeds={each.cell.seed for each in runs},
+        quick=quick,
+        writes=("runs", "effects", "answer"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +93,55 @@ class _Sweep:
     folder: ResultFolder
     jobs: int | None
     scheduler: str | None
+    revision: str
+    """Of the code that runs."""
 
     @property
     def kept(self) -> Path:
         """The file of the finished runs."""
         return self.folder.folder / KEPT
 
-    def rows(self, resume: bool, progress: Progress, whole: TaskID) -> pl.DataFrame:
-        """All rows, in the order of the grid; with `resume`, those that exist already are not made again."""
-        if not resume:
-            self.forget()
-        revision = manifest.git_revision()
-        with RunStore(self.kept, revision) as store:
-            done = self._done(store, revision) if resume else {}
-            if not store.fits:  # nothing in it is needed, or _done() would have refused it
-                store.begin_anew()
+    @property
+    def keys(self) -> set[str]:
+        """Of all planned runs."""
+        return {each.key for each in self.planned}
+
+    def check(self, resume: bool, force: bool) -> KeptRuns:
+        """The kept runs. UserError if some would be lost: to be called before the sweeps that come first are run."""
+        kept = read(self.kept, self.revision)
+        more = (kept.rows.keys() | kept.others.keys()) - self.keys
+        if more and not force:
+            raise UserError(
+                f"{self.kept}: keeps {len(more)} runs of an interrupted sweep that this command does not make; "
+                "--force removes them, --out names another folder"
+            )
+        others = [version for cell, version in kept.others.items() if cell in self.keys]
+        if others and resume:
+            raise UserError(
+                f"--resume: the runs in {self.kept} were made by another version ({others[0]}); "
+                "leave --resume out to make all of them again"
+            )
+        return kept
+
+    def done(self, kept: KeptRuns, stderr: Console) -> dict[str, dict[str, Any]]:
+        """The rows that need not be made again, of a finished sweep and of an interrupted one. Damage is told."""
+        if kept.problem:
+            aside = put_aside(self.kept)
+            with RunStore(self.kept, self.revision) as store:
+                store.add_json(kept.rows)
+            say(stderr, f"{self.kept}: {kept.problem}; {len(kept.rows)} are used, the file is now {aside}")
+        rows = _finished(self.folder.folder, self.revision, stderr)
+        rows |= {cell: json.loads(row) for cell, row in kept.rows.items()}
+        found = {cell: row for cell, row in rows.items() if cell in self.keys}
+        if kept.problem:
+            say(stderr, f"{self.experiment.name}: {len(self.planned) - len(found)} runs are made")
+        return found
+
+    def rows(self, done: dict[str, dict[str, Any]], progress: Progress, whole: TaskID) -> pl.DataFrame:
+        """All rows, in the order of the grid; those of `done` are not made again."""
+        if not done:
+            remove(self.kept)
+        with RunStore(self.kept, self.revision) as store:
             missing = [each for each in self.planned if each.key not in done]
             cells = [each.cell for each in missing]
             bar = progress.add_task(self.experiment.name, total=len(self.planned), completed=len(done))
@@ -104,59 +156,39 @@ class _Sweep:
             progress.remove_task(bar)
         return pl.DataFrame([done[each.key] for each in self.planned], infer_schema_length=None)
 
-    def check(self) -> None:
-        """UserError if the kept runs cannot be used: to be called before the sweeps that come first are run."""
-        if self.kept.exists():
-            revision = manifest.git_revision()
-            with RunStore(self.kept, revision) as store:
-                self._done(store, revision)
 
-    def _done(self, store: RunStore, revision: str) -> dict[str, dict[str, Any]]:
-        keys = {each.key for each in self.planned}
-        done = store.rows(keys)
-        if done and not store.fits:
-            raise UserError(
-                f"--resume: the runs in {self.kept} were made by another version ({store.made_by}); "
-                "leave --resume out to make all of them again"
-            )
-        return _finished(self.folder.folder, keys, revision) | done
-
-    def forget(self) -> None:
-        """Remove the kept runs."""
-        self.kept.unlink(missing_ok=True)
-
-
-def _finished(folder: Path, keys: set[str], revision: str) -> dict[str, dict[str, Any]]:
-    """The rows of a sweep that was finished, if this version made it."""
+def _finished(folder: Path, revision: str, stderr: Console) -> dict[str, dict[str, Any]]:
+    """The rows of a sweep that was finished, if this version made it, and if they are as they were written."""
+    made = read_manifest(folder / MANIFEST)
+    if made.get("git_revision") != revision:
+        return {}
     try:
-        if json.loads((folder / "manifest.json").read_text())["git_revision"] != revision:
-            return {}
-        frame = pl.read_parquet(folder / "runs.parquet")
-        return {row["cell"]: row for row in frame.iter_rows(named=True) if row["cell"] in keys}
-    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError):
+        if wrong := damaged(folder, made):
+            raise ValueError("; ".join(wrong))
+        frame = results.read(folder / "runs.parquet")
+        return {row["cell"]: row for row in frame.iter_rows(named=True)}
+    except (OSError, ValueError, KeyError, UserError) as error:
+        say(stderr, f"{folder}: {clean(str(error))}: all of its runs are made again")
         return {}
 
 
-def write(
-    experiment: Experiment, frame: pl.DataFrame, folder: ResultFolder, *, quick: bool
-) -> tuple[Answer, list[Path]]:
+def write(experiment: Experiment, frame: pl.DataFrame, folder: ResultFolder) -> tuple[Answer, list[str]]:
     """Write the table of runs, the answer with its table, the figures and the manifest.
 
-    They name the command that makes this experiment alone, even if others were run with it.
+    Returns the answer, and the names of the figures.
     """
-    command = ["proto-v3", "run", experiment.name, *(["--quick"] if quick else [])]
     what = {
         "experiment": experiment.name,
         "question": experiment.question,
-        "quick": quick,
+        "quick": folder.plan.quick,
         "bases": {base: load(base).model_dump(mode="json") for base in frame["base"].unique(maintain_order=True)},
     }
     folder.write_table(frame, "runs", "parquet")
-    folder.write_json(manifest.of_sweep(what, frame, command), "manifest")
+    folder.write_manifest(manifest.of_sweep(what, frame, folder.plan.command))
     answer = experiment.answer(frame)
     folder.write_table(answer.table, "effects", "parquet")
     with own_settings():
-        figures = experiment.figures(frame, shlex.join(command))
+        figures = experiment.figures(frame, folder.plan.line)
     as_json = {
         "experiment": experiment.name,
         "question": experiment.question,
@@ -167,11 +199,19 @@ def write(
         "figures": list(figures),  # the most important one first
     }
     folder.write_json(as_json, "answer")
-    return answer, [path for name, figure in figures.items() for path in folder.write_figure(figure, name)]
+    for name, figure in figures.items():
+        folder.write_figure(figure, name)
+    folder.commit()
+    return answer, list(figures)
 
 
 def _print(
-    console: Console, experiment: Experiment, answer: Answer, frame: pl.DataFrame, figures: Sequence[Path]
+    console: Console,
+    experiment: Experiment,
+    answer: Answer,
+    frame: pl.DataFrame,
+    folder: ResultFolder,
+    figures: Sequence[str],
 ) -> None:
     say(console, f"\n{experiment.name}: {experiment.question}")
     say(console, f"{frame.height} runs: {outcome_counts(frame)}")
@@ -182,6 +222,7 @@ def _print(
     broken = frame.filter(pl.col("digest") == "")
     for row in broken.head(3).iter_rows(named=True):
         say(console, f"a run broke (cell {row['cell']}): {row['reason'].strip().splitlines()[-1]}")
-    for path in figures:
-        if path.suffix == ".png":
-            say(console, f"Figure: {path} (and .svg)")
+    for name in figures:
+        say(console, f"Figure: {folder.folder / name}.png (and .svg)")
+    if folder.why_there:
+        say(console, f"The result is in {folder.folder}{folder.why_there}")

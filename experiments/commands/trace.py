@@ -9,14 +9,13 @@ from rich.console import Console
 
 from experiments.report import tables
 from experiments.report.tables import say
+from experiments.runs.folder import OUT
 from experiments.trace.traced_run import TRACE_SUFFIX, TracedRun, output_file, traced_run, write_spans, write_trace
 from experiments.trace.tracks import Track
 from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
-
-OUT = Path("out")
 
 
 def run_trace(
@@ -42,7 +41,10 @@ def output_files(trace: str | None, default: Path, spans: str | None) -> tuple[P
     for name, value in (("--trace", trace), ("--spans", spans)):
         if value == "":
             raise UserError(f"{name} '': must be the name of a file")
-    return output_file("--trace", trace or default), output_file("--spans", spans) if spans else None
+    files = output_file("--trace", trace or default), output_file("--spans", spans) if spans else None
+    if files[1] is not None and files[1].is_file() and files[0].exists() and files[0].samefile(files[1]):
+        raise UserError(f"--spans {spans}: is the file of the trace too; name another one")
+    return files
 
 
 def write(console: Console, run: TracedRun, trace_file: Path, spans_file: Path | None) -> None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 from rich.console import Console
 
 from experiments import INTERRUPTED
+from experiments.commands.options import out_folder
 from experiments.report import tables
 from experiments.report.tables import say, value_text
 from experiments.runs import frame as results
 from experiments.runs import manifest
 from experiments.runs.folder import ResultFolder
 from experiments.runs.frame import COMPLETED
+from experiments.runs.plan import Plan
 from experiments.runs.pool import Cell, run_cells
 from experiments.study.published import PublishedFigure, held_against
 from proto_v3.errors import UserError
@@ -57,37 +58,46 @@ class Row:
         return self.held.error is not None and abs(self.held.error) <= band
 
 
-def run_validate(names: Sequence[str], seeds: Sequence[int], out: str, jobs: int | None, command: Sequence[str]) -> int:
+def run_validate(
+    names: Sequence[str],
+    seeds: Sequence[int],
+    out: str | None,
+    jobs: int | None,
+    command: Sequence[str],
+    force: bool = False,
+) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
     cases = _cases(names)
-    if not out:
-        raise UserError("--out '': must be the name of a folder")
-    folder = ResultFolder(Path(out))
     cells = [
         Cell(scenario, Protocol.parse(protocol, scenario), seed)
         for scenario in cases.values()
         for protocol in _protocols(scenario)
         for seed in seeds
     ]
-    outcomes, interrupted = run_cells(cells, jobs)
-    console = tables.console()
-    if interrupted:
-        say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done; nothing was written")
-        return INTERRUPTED
-    runs = results.table(outcomes)
-    rows = [
-        Row(scenario.name, published.case or scenario.name, published.protocol, held)
-        for scenario in cases.values()
-        for published in scenario.published
-        for held in held_against(published, runs.filter(scenario=scenario.name))
-    ]
-    figures = _write(folder, tidy(rows), manifest.of_cases(cases, command, runs, len(cells)))
+    called = [scenario.name for scenario in cases.values()]
+    plan = Plan(command, called, len(cells), seeds, {each.protocol.name for each in cells}, writes=["validate"])
+    with ResultFolder(out_folder(out, "validate"), plan, force=force) as folder:
+        outcomes, interrupted = run_cells(cells, jobs)
+        console = tables.console()
+        if interrupted:
+            say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done; nothing was written")
+            return INTERRUPTED
+        runs = results.table(outcomes)
+        rows = [
+            Row(scenario.name, published.case or scenario.name, published.protocol, held)
+            for scenario in cases.values()
+            for published in scenario.published
+            for held in held_against(published, runs.filter(scenario=scenario.name))
+        ]
+        drawn = _write(folder, tidy(rows), manifest.of_cases(cases, command, runs, len(cells)))
     for name, scenario in cases.items():
         _print_case(console, scenario, runs, [row for row in rows if row.scenario == scenario.name])
         _print_differences(console, name, scenario)
     _print_summary(console, rows)
-    say(console, f"\nFigure: {figures[0]} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
-    say(console, f"Table and manifest: {folder.folder / 'validate.parquet'}, {folder.folder / 'manifest.json'}")
+    figure = f"Figure: {folder.folder / 'validate.png'} (and .svg)"
+    say(console, f"\n{figure}" if drawn else "\nNo run was completed: nothing to draw.")
+    files = f"{folder.folder / 'validate.parquet'}, {folder.folder / 'manifest.json'}"
+    say(console, f"Table and manifest: {files}{folder.why_there}")
     failed = OutcomeKind.FAILED.value in runs["outcome"]
     return 1 if failed or not all(row.within(BANDS[-1]) for row in rows) else 0
 
@@ -132,17 +142,18 @@ def tidy(rows: Sequence[Row]) -> pl.DataFrame:
     return pl.DataFrame(values, schema=COLUMNS, orient="row")
 
 
-def _write(folder: ResultFolder, frame: pl.DataFrame, how_made: dict[str, Any]) -> list[Path]:
-    """Write all files; returns those of the figure, none if there is nothing to draw."""
+def _write(folder: ResultFolder, frame: pl.DataFrame, how_made: dict[str, Any]) -> bool:
+    """Write all files; returns whether there is something to draw."""
     folder.write_table(frame, "validate", "parquet")
-    folder.write_json(how_made, "manifest")
-    if frame["simulated_ms"].is_null().all():
-        folder.remove("validate.png", "validate.svg")
-        return []
-    from experiments.draw import validate as figures_validate
+    folder.write_manifest(how_made)
+    drawn = not frame["simulated_ms"].is_null().all()
+    if drawn:
+        from experiments.draw import validate as figures_validate
 
-    figure = figures_validate.published_against_simulated(frame, BANDS, len(how_made["seeds"]), how_made["command"])
-    return folder.write_figure(figure, "validate")
+        figure = figures_validate.published_against_simulated(frame, BANDS, len(how_made["seeds"]), how_made["command"])
+        folder.write_figure(figure, "validate")
+    folder.commit()
+    return drawn
 
 
 # --- printing --------------------------------------------------------------------------------------------------------

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from proto_v3.errors import UserError
+from proto_v3.text import clean
 from proto_v3.timeline import PHASES, Resource
 from proto_v3.vmm.migration import OutcomeKind
 from sim.outcome import Outcome
@@ -43,6 +46,16 @@ def row(outcome: Outcome) -> dict[str, Any]:
 def table(outcomes: Sequence[Outcome]) -> pl.DataFrame:
     """The runs as a table."""
     return pl.DataFrame([row(outcome) for outcome in outcomes], infer_schema_length=None)
+
+
+def read(file: Path) -> pl.DataFrame:
+    """A table that was written as Parquet. UserError if it cannot be read; FileNotFoundError if it is not there."""
+    try:
+        return pl.read_parquet(file)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise UserError(f"{file}: cannot be read as Parquet: {clean(str(error))}") from error
 
 
 def protocols(frame: pl.DataFrame) -> list[str]:

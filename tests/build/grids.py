@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import polars as pl
 
+from experiments.commands import run as sweep
 from experiments.runs import frame as results
+from experiments.runs.folder import ResultFolder
 from experiments.runs.pool import run_cell
-from experiments.study.experiment import Planned
+from experiments.study.experiment import Experiment, Planned
 
 
 def table_of(planned: Iterable[Planned]) -> pl.DataFrame:
     """The table of these runs, as a sweep writes it."""
     rows = [results.row(run_cell(each.cell)) | each.columns() for each in planned]
     return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def write_quick(experiment: Experiment, planned: Sequence[Planned], folder: Path) -> None:
+    """Make these runs, and write what `proto-v3 run --quick` writes of them."""
+    with ResultFolder(folder, sweep.plan_of(experiment, planned, quick=True)) as results:
+        sweep.write(experiment, table_of(planned), results)

@@ -12,9 +12,9 @@ import pytest
 
 from experiments.draw.downtime import draw_downtime
 from experiments.runs import frame as results
-from experiments.runs.folder import ResultFolder
 from sim.run import simulate
 from sim.scenario.protocol import Protocol
+from tests.build.results import write_figure
 from tests.build.scenario import small_scenario
 
 SCENARIO = small_scenario({"firmware.service_cv": 0.2})
@@ -45,20 +45,20 @@ import logging, sys, warnings
 from pathlib import Path
 import polars as pl
 from experiments.draw.downtime import draw_downtime
-from experiments.runs.folder import ResultFolder
 from sim.scenario.scenario import Scenario
+from tests.build.results import write_figure
 
 folder = Path(sys.argv[1])
 scenario = Scenario.model_validate_json((folder / "scenario.json").read_text())
 figure = draw_downtime(scenario, pl.read_parquet(folder / "runs.parquet"), "made")
-ResultFolder(folder / "drawn").write_figure(figure, "compare")
+write_figure(folder / "drawn", figure, "compare")
 import matplotlib
 print(matplotlib.rcParams["font.size"], matplotlib.rcParams["savefig.dpi"])
 """
 
 
 def drawn(folder: Path) -> list[bytes]:
-    return [path.read_bytes() for path in ResultFolder(folder).write_figure(draw_downtime(SCENARIO, RUNS, "made"), "f")]
+    return [path.read_bytes() for path in write_figure(folder, draw_downtime(SCENARIO, RUNS, "made"), "f")]
 
 
 @pytest.fixture(scope="module")

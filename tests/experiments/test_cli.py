@@ -100,15 +100,15 @@ def test_compare_prints_what_it_found(compared: tuple[Path, subprocess.Completed
         "Published against simulated",
     ):
         assert title in done.stdout
-    assert "results/mlx5-2vf/compare.png" in done.stdout
-    assert "results/mlx5-2vf/manifest.json" in done.stdout
+    assert "out/mlx5-2vf/compare.png" in done.stdout
+    assert "out/mlx5-2vf/manifest.json" in done.stdout
     assert "nan" not in done.stdout.lower()
 
 
 def test_compare_writes_a_row_a_run_whose_phases_are_the_downtime(
     compared: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
-    table = pl.read_parquet(compared[0] / "results/mlx5-2vf/runs.parquet")
+    table = pl.read_parquet(compared[0] / "out/mlx5-2vf/runs.parquet")
     assert table.select("protocol", "seed").rows() == [(protocol, seed) for seed in (1, 2) for protocol in COMPARED]
     assert set(table["outcome"]) == {"COMPLETED"}
     assert table.select(f"phase_{name}_ns" for name in PHASES).sum_horizontal().equals(table["downtime_ns"])
@@ -119,7 +119,7 @@ def test_compare_writes_a_row_a_run_whose_phases_are_the_downtime(
 
 
 def test_compare_writes_how_it_was_made(compared: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    manifest = json.loads((compared[0] / "results/mlx5-2vf/manifest.json").read_text())
+    manifest = json.loads((compared[0] / "out/mlx5-2vf/manifest.json").read_text())
     assert manifest["command"] == "proto-v3 compare mlx5-2vf --seeds 2"
     assert manifest["complete"] is True
     assert manifest["runs"] == manifest["runs_planned"] == 8
@@ -132,7 +132,7 @@ def test_compare_writes_how_it_was_made(compared: tuple[Path, subprocess.Complet
 
 
 def test_compare_draws_the_figure(compared: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder = compared[0] / "results/mlx5-2vf"
+    folder = compared[0] / "out/mlx5-2vf"
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert "</svg>" in (folder / "compare.svg").read_text()
     written = {"compare.png", "compare.svg", "distribution.png", "distribution.svg", "manifest.json", "runs.parquet"}
@@ -188,13 +188,13 @@ def test_set_changes_what_is_run_and_stands_in_the_manifest(tmp_path: Path) -> N
     settings = [word for setting in changed for word in ("--set", setting)]
     done = proto_v3(tmp_path, "compare", scenario, "--protocols", "v2", "--seeds", "1", *settings)
     assert done.returncode == 0, done.stderr
-    manifest = json.loads((tmp_path / "results/small/manifest.json").read_text())
+    manifest = json.loads((tmp_path / "out/small/manifest.json").read_text())
     (device,) = manifest["scenario"]["device"]
     assert (device["count"], device["features"]) == (2, ["STOP_COPY", "PRE_COPY"])
     assert manifest["scenario"]["driver"]["lock"] == "device"
     assert manifest["scenario"]["sources"]["driver.lock"] == "yours: --set"
     assert shlex.split(manifest["command"])[-len(settings) :] == settings
-    assert "stage_device_save_1_ns" in pl.read_parquet(tmp_path / "results/small/runs.parquet").columns
+    assert "stage_device_save_1_ns" in pl.read_parquet(tmp_path / "out/small/runs.parquet").columns
 
 
 def test_set_is_shown_with_the_parameters(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_migrations_that_do_not_converge_are_told_and_drawn_nowhere(tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 of 2 run(s) DID_NOT_CONVERGE") == 4
     assert "No run was completed: nothing to draw." in done.stdout
-    folder = tmp_path / "results/small"
+    folder = tmp_path / "out/small"
     assert {path.name for path in folder.iterdir()} == {"manifest.json", "runs.csv"}
     everything = done.stdout + done.stderr + (folder / "runs.csv").read_text() + (folder / "manifest.json").read_text()
     assert "nan" not in everything.lower()
@@ -231,7 +231,7 @@ def test_migrations_that_do_not_converge_are_told_and_drawn_nowhere(tmp_path: Pa
 def test_a_table_of_runs_without_a_downtime_keeps_its_columns(tmp_path: Path) -> None:
     done = proto_v3(tmp_path, "compare", write_scenario(tmp_path, TOO_MUCH), "--seeds", "1")
     assert done.returncode == 0, done.stderr
-    table = pl.read_parquet(tmp_path / "results/small/runs.parquet")
+    table = pl.read_parquet(tmp_path / "out/small/runs.parquet")
     assert table["downtime_ns"].null_count() == table.height == 4
     assert {f"phase_{name}_ns" for name in PHASES} <= set(table.columns)
 
@@ -243,7 +243,7 @@ def test_an_unsupported_protocol_does_not_keep_the_others_from_their_figure(tmp_
     assert done.returncode == 0, done.stderr
     assert "dev has 2 dirty streams; 4 were asked for" in done.stdout
     assert "UNSUPPORTED" in done.stdout
-    assert (tmp_path / "results/small/compare.png").exists()
+    assert (tmp_path / "out/small/compare.png").exists()
     assert "nan" not in done.stdout.lower()
 
 
@@ -429,8 +429,8 @@ def test_ctrl_c_keeps_the_runs_that_were_done(tmp_path: Path, start: Any, everyb
     assert process.returncode == 130, stderr
     assert "Traceback" not in stdout + stderr
     assert not is_alive(process.pid), "worker processes are left"
-    manifest = json.loads((tmp_path / "results/small/manifest.json").read_text())
-    table = pl.read_parquet(tmp_path / "results/small/runs.parquet")
+    manifest = json.loads((tmp_path / "out/small/manifest.json").read_text())
+    table = pl.read_parquet(tmp_path / "out/small/runs.parquet")
     assert manifest["complete"] is False
     assert 0 < manifest["runs"] == table.height < manifest["runs_planned"] == 12000
     assert f"interrupted: {table.height} of 12000 runs were done" in stdout
@@ -443,7 +443,7 @@ def test_ctrl_c_before_the_first_run_is_done_leaves_nothing(tmp_path: Path, star
     # A run of minutes: the VMM waits for half an hour for state that can only be saved when it is stopped.
     patient = {"device.0.stop_only_mib": 8.0, "vmm.bandwidth_gbit_per_s": 0.1, "vmm.give_up_s": 1800.0}
     process = start("compare", write_scenario(tmp_path, patient), "--seeds", "2", "--jobs", jobs)
-    while process.poll() is None and not (tmp_path / "results/small").exists():
+    while process.poll() is None and not (tmp_path / "out/small").exists():
         time.sleep(0.05)
     before = cpu_s(process.pid)
     while process.poll() is None and sum(map(cpu_s, workers(process.pid))) + cpu_s(process.pid) - before < 1:
@@ -453,7 +453,7 @@ def test_ctrl_c_before_the_first_run_is_done_leaves_nothing(tmp_path: Path, star
     assert process.returncode == 130, stderr
     assert "Traceback" not in stdout + stderr
     assert "interrupted before the first run was done; nothing was written" in stdout
-    assert list((tmp_path / "results/small").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     assert not is_alive(process.pid), "worker processes are left"
 
 
@@ -468,5 +468,5 @@ def test_ctrl_c_ends_a_validation_that_writes_nothing(tmp_path: Path, start: Any
     assert process.returncode == 130, stderr
     assert "Traceback" not in stdout + stderr
     assert re.fullmatch(r"interrupted: \d+ of 3000 runs were done; nothing was written\n", stdout)
-    assert list((tmp_path / "results/validate").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     assert not is_alive(process.pid), "worker processes are left"

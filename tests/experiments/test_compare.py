@@ -24,6 +24,7 @@ from experiments.runs import manifest
 from experiments.runs import pool as runs
 from experiments.runs.folder import ResultFolder
 from experiments.runs.frame import path_shares, protocols
+from experiments.runs.plan import Plan
 from experiments.runs.pool import Cell, run_cell, run_cells
 from experiments.study.published import held_against
 from proto_v3.errors import UserError
@@ -111,29 +112,14 @@ def test_a_row_tells_all_of_an_outcome_and_nothing_else() -> None:
 
 def test_a_table_survives_parquet_and_csv(tmp_path: Path) -> None:
     frame = results.table([*outcomes(), given_up(outcomes()[0])])
-    folder = ResultFolder(tmp_path)
-    assert pl.read_parquet(folder.write_table(frame, "runs", "parquet")).equals(frame, null_equal=True)
-    csv = folder.write_table(frame, "runs", "csv")
-    assert pl.read_csv(csv, schema=frame.schema).equals(frame, null_equal=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs.csv", "runs.parquet"]
-
-
-def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
-    folder = ResultFolder(tmp_path)
-    folder.write_json({"kept": True}, "manifest")
-    with pytest.raises(TypeError):
-        folder.write_json({"bad": object()}, "manifest")
-    assert json.loads((tmp_path / "manifest.json").read_text()) == {"kept": True}
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
-
-
-def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
-    class Full:
-        def savefig(self, *_: Any, **__: Any) -> None:
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match=r"compare\.png: cannot be written: No space left on device"):
-        ResultFolder(tmp_path).write_figure(Full(), "compare")
+    with ResultFolder(tmp_path, Plan([], [], 0)) as folder:
+        folder.write_table(frame, "runs", "parquet")
+        folder.write_table(frame, "runs", "csv")
+        folder.write_manifest({"schema_version": 1, "complete": True})
+        folder.commit()
+    assert pl.read_parquet(tmp_path / "runs.parquet").equals(frame, null_equal=True)
+    assert pl.read_csv(tmp_path / "runs.csv", schema=frame.schema).equals(frame, null_equal=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "runs.csv", "runs.parquet"]
 
 
 def test_a_manifest_makes_the_scenario_again() -> None:
@@ -262,21 +248,6 @@ def test_reasons_are_shown_as_they_are() -> None:
 def test_numbers_are_whole_on_a_terminal_of_80_columns() -> None:
     text = printed(SCENARIO, outcomes(), width=80)
     assert "…" not in text
-
-
-def test_what_an_earlier_run_left_does_not_stay_beside_new_results(tmp_path: Path) -> None:
-    for name in ("compare.png", "compare.svg", "runs.csv", "notes.txt"):
-        (tmp_path / name).write_text("old", encoding="utf-8")
-    never = small_text({"device.0.stop_only_mib": 8.0, "vmm.bandwidth_gbit_per_s": 0.1, "vmm.give_up_s": 0.05})
-    (tmp_path / "never.toml").write_text(never, encoding="utf-8")
-    names, out = ["v2"], str(tmp_path)
-    assert compare.run_compare(str(tmp_path / "never.toml"), names, [1], out, "parquet", 1, ["proto-v3"]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "manifest.json",
-        "never.toml",
-        "notes.txt",
-        "runs.parquet",
-    ]
 
 
 # --- words, JSON, quiet ----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from experiments.cli import main
 from experiments.runs import frame as results
 from experiments.runs import manifest
 from experiments.runs.folder import ResultFolder
+from experiments.runs.plan import Plan
 from proto_v3.errors import UserError
 from sim.run import simulate
 from sim.scenario.file import from_dump, load, parse, shipped
@@ -41,7 +42,7 @@ def compared(here: Path) -> Path:
     (here / "mine.toml").write_text(small_text(), encoding="utf-8")
     arguments = ["compare", "mine.toml", "--protocols", "v2,v3-n2", "--seeds", "2", "--jobs", "1"]
     assert CliRunner().invoke(main, [*arguments, "--set", "firmware.service_cv=0.2"]).exit_code == 0
-    return here / "results/small"
+    return here / "out/small"
 
 
 @pytest.fixture
@@ -54,10 +55,11 @@ def swept(here: Path) -> Path:
         outcome = simulate(scenario, Protocol.parse(protocol, scenario), 7)
         rows.append(results.row(outcome) | {"cell": cell, "base": "small", "settings": list(settings)})
     frame = pl.DataFrame(rows, infer_schema_length=None)
-    folder = ResultFolder(here / "results/sweep")
-    folder.write_table(frame, "runs", "parquet")
-    bases = {"small": base.model_dump(mode="json")}
-    folder.write_json(manifest.of_sweep({"bases": bases}, frame, ["proto-v3", "run", "sweep"]), "manifest")
+    bases, command = {"small": base.model_dump(mode="json")}, ["proto-v3", "run", "sweep"]
+    with ResultFolder(here / "results/sweep", Plan(command, ["sweep"], 2)) as folder:
+        folder.write_table(frame, "runs", "parquet")
+        folder.write_manifest(manifest.of_sweep({"bases": bases}, frame, command))
+        folder.commit()
     return here / "results/sweep"
 
 
@@ -72,7 +74,7 @@ def rewrite(folder: Path, **columns: Any) -> None:
 # --- runs that are the same ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("folder", ["small", "results/small", "./results/small/"])
+@pytest.mark.parametrize("folder", ["small", "out/small", "./out/small/"])
 def test_a_run_of_compare_is_made_again(compared: Path, here: Path, folder: str) -> None:
     done = replay(f"{folder}:v3-n2:2")
     assert done.exit_code == 0, done.output
@@ -90,7 +92,7 @@ def test_the_files_are_written_where_it_is_said(compared: Path, here: Path) -> N
     assert done.exit_code == 0, done.output
     assert {path.name for path in (here / "a").iterdir()} == {"b.trace", "spans.parquet"}
     assert set(pl.read_parquet(here / "a/spans.parquet")["run"]) == {"small/v2/1"}
-    assert not (here / "out").exists()
+    assert not list((here / "out").glob("*.perfetto-trace"))
 
 
 @pytest.mark.slow
@@ -112,7 +114,7 @@ def test_a_run_of_a_sweep_is_made_again_with_its_settings(swept: Path, named: st
 
 def test_a_sweeps_trace_has_the_whole_cell_in_its_name(swept: Path, here: Path) -> None:
     assert replay("sweep:0a1b").exit_code == 0
-    assert [path.name for path in (here / "out").iterdir()] == ["sweep-0a1b2c3d4e5f.perfetto-trace"]
+    assert [path.name for path in (here / "out").glob("*.*")] == ["sweep-0a1b2c3d4e5f.perfetto-trace"]
 
 
 # --- runs that are not -----------------------------------------------------------------------------------------------
@@ -146,10 +148,10 @@ def test_a_mistake_in_the_name_is_told_in_a_line(compared: Path, swept: Path) ->
     told = {
         "small": "must be FOLDER:PROTOCOL:SEED or FOLDER:CELL",
         ":v2:1": "must be FOLDER:PROTOCOL:SEED or FOLDER:CELL",
-        "smal:v2:1": "smal is no folder, nor one in results/; did you mean small?",
-        "zzz:v2:1": "zzz is no folder, nor one in results/; in results/ there are small, sweep",
+        "smal:v2:1": "smal is no folder, nor one in out/, out/run/, out/quick/ or results/; did you mean small?",
+        "zzz:v2:1": "nor one in out/, out/run/, out/quick/ or results/; there are small, sweep",
         "small:v2:x": "the seed 'x' must be a whole number",
-        "small:v2:9": "no run in results/small has this name; there are v2:1, v3-n2:1, v2:2, v3-n2:2",
+        "small:v2:9": "no run in out/small has this name; there are v2:1, v3-n2:1, v2:2, v3-n2:2",
         "small:0a1b": "have no cells: name one by FOLDER:PROTOCOL:SEED",
         "sweep:ffff": "no run in results/sweep has this name; there are 0a1b2c3d4e5f (v2:7), 0a1fffffffff (v3-n2:7)",
         "sweep:0a1": "2 runs in results/sweep fit this name: 0a1b2c3d4e5f (v2:7), 0a1fffffffff (v3-n2:7); name one",

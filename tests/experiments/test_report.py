@@ -14,13 +14,11 @@ from click.testing import CliRunner
 from matplotlib.figure import Figure
 
 from experiments.cli import main
-from experiments.commands import run as sweep
 from experiments.report import answers, left_out
-from experiments.runs.folder import ResultFolder
 from experiments.study.claims import CLAIMS, Finding, Verdict
 from experiments.study.experiment import Answer, Experiment, Point
 from proto_v3.errors import UserError
-from tests.build.grids import table_of
+from tests.build.grids import write_quick
 
 SETTINGS = ("ram.size_gib=1", "ram.nonzero_gib=0.01", "ram.working_set_mib=1", "vmm.bandwidth_gbit_per_s=25")
 
@@ -48,9 +46,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two experiments with what `proto-v3 run` leaves of them."""
     folder = tmp_path_factory.mktemp("results")
     for each in (experiment("reconfiguration", "supported"), experiment("channels", "refuted")):
-        planned = each.planned(True)
-        frame = table_of(planned)
-        sweep.write(each, frame, ResultFolder(folder / each.name), quick=True)
+        write_quick(each, each.planned(True), folder / each.name)
     (folder / "README.md").write_text(f"# Before\n\n{answers.BEGIN}\nold\n{answers.END}\n\n# After\n")
     return folder
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import sqlite3
 import sys
@@ -19,7 +21,7 @@ from matplotlib.figure import Figure
 
 from experiments.cli import main
 from experiments.commands import run as sweep
-from experiments.runs import cluster, manifest
+from experiments.runs import cluster, manifest, resume
 from experiments.runs import pool as runs
 from experiments.runs.pool import Cell, Done
 from experiments.runs.resume import RunStore
@@ -94,9 +96,7 @@ def table(folder: Path) -> pl.DataFrame:
 
 def kept(folder: Path) -> int:
     """Rows that wait for --resume."""
-    with RunStore(folder / NAME / sweep.KEPT, "abc123") as store:
-        keys = {each.key for each in TINY.planned(False)}
-        return len(store.rows(keys))
+    return len(resume.read(folder / NAME / sweep.KEPT, "abc123").rows)
 
 
 class Counted:
@@ -305,37 +305,107 @@ def test_what_was_kept_of_nothing_belongs_to_who_goes_on(tmp_path: Path, monkeyp
     assert run(tmp_path, "--jobs", "1", "--resume").exit_code == 0
 
 
-def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
-    (tmp_path / NAME).mkdir()
-    (tmp_path / NAME / sweep.KEPT).write_text("not a database, but long enough to be taken for one " * 20)
-    done = run(tmp_path, "--resume")
-    assert done.exit_code == 2
-    assert "cannot be used to keep runs in" in done.stderr
+FLIPS = 150
+
+
+def test_a_flipped_bit_changes_no_value(made: Path, tmp_path: Path) -> None:
+    """All over the file: what is read is as it was written, or is told as damaged, or is not there."""
+    interrupt(tmp_path, RUNS - 1)
+    file = tmp_path / NAME / sweep.KEPT
+    good, whole = file.read_bytes(), resume.read(file, "abc123").rows
+    assert len(whole) == RUNS - 1
+    damaged = 0
+    for at in random.Random(1).sample(range(8 * len(good)), FLIPS):
+        file.write_bytes(good[: at // 8] + bytes([good[at // 8] ^ 1 << at % 8]) + good[at // 8 + 1 :])
+        kept = resume.read(file, "abc123")
+        assert kept.rows.items() <= whole.items(), at
+        assert kept.others == {}, at
+        damaged += bool(kept.problem)
+    assert damaged > FLIPS // 4, "most of the file is rows"
 
 
 @pytest.mark.parametrize(
-    "statement", ["update finished set row = 'no row'", "drop table finished; create table finished (x)"]
+    ("statement", "told", "again"),
+    [
+        ("update finished set row = 'no row' where rowid = 2", "1 runs in it do not match their digests", RUNS - 2),
+        ("drop table finished; create table finished (x)", "SQLite cannot read all of it", RUNS),
+        ("", "SQLite cannot read all of it", RUNS),
+    ],
+    ids=["row", "table", "file"],
 )
-def test_a_store_that_is_damaged_is_told_of_in_one_line(tmp_path: Path, statement: str) -> None:
+def test_kept_runs_that_are_damaged_are_made_again(
+    made: Path, tmp_path: Path, counted: Counted, statement: str, told: str, again: int
+) -> None:
     interrupt(tmp_path, 3)
-    with sqlite3.connect(tmp_path / NAME / sweep.KEPT) as db:
-        db.executescript(statement)
-    done = run(tmp_path, "--resume")
-    assert (done.exit_code, type(done.exception)) == (2, SystemExit)
-    assert "is damaged" in done.stderr
+    file = tmp_path / NAME / sweep.KEPT
+    if statement:
+        with contextlib.closing(sqlite3.connect(file)) as db:
+            db.executescript(statement)
+    else:
+        file.write_text("not a database, but long enough to be taken for one " * 20)
+    bad = file.read_bytes()
+    counted.calls.clear()
+    done = run(tmp_path, "--jobs", "1", "--resume")
+    assert done.exit_code == 0, done.output
+    assert len(counted.calls) == again
+    assert table(tmp_path).equals(table(made))
+    words = " ".join(done.stderr.split())
+    assert told in words
+    assert f"{NAME}: {again} runs are made" in words
+    assert Path(f"{file}.damaged").read_bytes() == bad
+    assert not file.exists()
+
+
+def test_kept_runs_of_a_larger_sweep_are_not_removed(tmp_path: Path) -> None:
+    interrupt(tmp_path, 9)
+    for arguments in (["--quick"], ["--quick", "--resume"]):
+        done = run(tmp_path, "--jobs", "1", *arguments)
+        assert done.exit_code == 2
+        assert (
+            "runs.sqlite: keeps 5 runs of an interrupted sweep that this command does not make; --force" in done.stderr
+        )
+    assert kept(tmp_path) == 9
+    assert run(tmp_path, "--jobs", "1", "--quick", "--force").exit_code == 0
+
+
+def test_a_second_command_in_the_same_folder_says_that_one_is_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    def in_processes(cells: Sequence[Cell], jobs: int | None) -> Done:
+        for each in runs.in_processes(cells, 1):
+            told.extend([run(tmp_path)] if not told else [])
+            yield each
+
+    monkeypatch.setattr(sweep, "in_processes", in_processes)
+    assert run(tmp_path).exit_code == 0
+    (second,) = told
+    assert second.exit_code == 2
+    assert f"`proto-v3 run {NAME}` (process {os.getpid()}, since 20" in second.stderr
+    assert "is at work in it; wait for it, or name another folder" in second.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["manifest", "table"])
+@pytest.mark.parametrize("damage", ["manifest", "table", "bit"])
 def test_a_whole_sweep_that_is_damaged_is_made_anew(tmp_path: Path, counted: Counted, damage: str) -> None:
     assert run(tmp_path, "--jobs", "1").exit_code == 0
+    file = tmp_path / NAME / ("manifest.json" if damage == "manifest" else "runs.parquet")
+    good = file.read_bytes()
     if damage == "manifest":
-        (tmp_path / NAME / "manifest.json").write_text("[]")
+        file.write_text("[]")
+        assert run(tmp_path, "--jobs", "1", "--resume").exit_code == 2
+    elif damage == "table":
+        table(tmp_path).drop("cell").write_parquet(file)
     else:
-        table(tmp_path).drop("cell").write_parquet(tmp_path / NAME / "runs.parquet")
+        file.write_bytes(good[:5000] + bytes([good[5000] ^ 1]) + good[5001:])
     counted.calls.clear()
-    assert run(tmp_path, "--jobs", "1", "--resume").exit_code == 0
+    done = run(tmp_path, "--jobs", "1", "--resume", *(["--force"] if damage == "manifest" else []))
+    assert done.exit_code == 0
     assert len(counted.calls) == RUNS
+    assert (
+        damage == "manifest" or "runs.parquet is not as it was written: all of its runs are made again" in done.stderr
+    )
 
 
 # --- runs that break -------------------------------------------------------------------------------------------------

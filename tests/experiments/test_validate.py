@@ -228,9 +228,9 @@ def test_a_case_that_does_not_converge_gives_no_figure(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    for name in ("validate.png", "validate.svg", "notes.txt"):
-        (out / name).write_text("old")
+    assert validated(out, write("case", [published(downtime_ms=off_by(0))])) == 0
+    assert (out / "validate.png").exists()
+    (out / "notes.txt").write_text("mine")
     assert validated(out, write("case", [published(downtime_ms=5.0)], NEVER)) == 1
     text = capsys.readouterr().out
     assert "DID_NOT_CONVERGE" in text
@@ -452,7 +452,8 @@ def invoke(*arguments: str) -> Result:
 def test_the_command_gives_the_exit_status(write: Write, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "out"), "--jobs", "1", "--seeds", "3"]
     assert invoke(write("good", [published(downtime_ms=off_by(0.14))]), *out).exit_code == 0
-    assert invoke(write("bad", [published(downtime_ms=off_by(0.16))]), *out).exit_code == 1
+    assert invoke(write("bad", [published(downtime_ms=off_by(0.16))]), *out).exit_code == 2, "another case"
+    assert invoke(write("bad", [published(downtime_ms=off_by(0.16))]), *out, "--force").exit_code == 1
     assert json.loads((tmp_path / "out/manifest.json").read_text())["seeds"] == [1, 2, 3]
 
 
@@ -479,7 +480,7 @@ def test_ctrl_c_gives_130_and_leaves_what_an_earlier_run_wrote(
         raise KeyboardInterrupt
 
     case, out = write("case", [published(downtime_ms=off_by(0))]), tmp_path / "out"
-    assert validated(out, case) == 0
+    assert invoke(case, "--seeds", "3", "--out", str(out)).exit_code == 0
     earlier = {path.name: path.read_bytes() for path in out.iterdir()}
     monkeypatch.setattr(made_runs, "in_processes", interrupted)
     done = invoke(case, "--seeds", "5", "--out", str(out))
@@ -491,5 +492,5 @@ def test_ctrl_c_gives_130_and_leaves_what_an_earlier_run_wrote(
 def test_help_names_the_options_and_the_exit_statuses() -> None:
     done = invoke("--help")
     assert done.exit_code == 0
-    for word in ("CASE", "--seeds", "--jobs", "--out", "results/validate", "15 %", "130"):
+    for word in ("CASE", "--seeds", "--jobs", "--out", "out/validate", "15 %", "130"):
         assert word in done.output

@@ -76,7 +76,7 @@ def test_live_migrates_for_real_and_writes_what_compare_writes(tmp_path: Path, h
 def test_live_as_csv_with_several_runs(tmp_path: Path) -> None:
     done = proto_v3(tmp_path, "live", "live-paced", *quick(), "--seeds", "2", "--first-seed", "7", "--format", "csv")
     assert done.returncode == 0, done.stderr
-    assert pl.read_csv(tmp_path / "results" / "live-live-paced" / "runs.csv")["seed"].to_list() == [7, 8]
+    assert pl.read_csv(tmp_path / "out" / "live-live-paced" / "runs.csv")["seed"].to_list() == [7, 8]
 
 
 def test_a_device_that_cannot_is_unsupported(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_bad_input_is_one_message(tmp_path: Path, arguments: Sequence[str], told
     assert done.returncode == 2
     assert done.stderr.startswith("proto-v3: error: ")
     assert told in done.stderr
-    assert not (tmp_path / "results").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def test_a_shipped_scenario_and_a_file_of_ones_own(installed: Installed) -> None
     for scenario, name in (("mlx5-2vf", "mlx5-2vf"), ("mine.toml", "mine")):
         out = installed.run("proto-v3", "compare", scenario, "--seeds", "1", "--protocols", "v2,v3-n4")
         assert "Downtime and its phases" in out
-        made = installed.folder / "results" / name
+        made = installed.folder / "out" / name
         assert json.loads((made / "manifest.json").read_text())["git_revision"] == "unknown"
         assert (made / "compare.svg").stat().st_size > 10_000
 

@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import polars as pl
 import pytest
 
 from experiments import notebook
-from experiments.commands import run as sweep
 from experiments.report import answers
-from experiments.runs.folder import ResultFolder
-from experiments.runs.frame import row
-from experiments.runs.pool import run_cell
 from experiments.study.experiment import Point, find
+from tests.build.grids import write_quick
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"
@@ -60,9 +56,7 @@ def make_small(name: str, folder: Path) -> None:
         return [point for point in whole.points(quick) if KEPT[name](point.factors)]
 
     small = replace(whole, points=points, figures=lambda frame, command: {}, quick_repeats=2)
-    rows = [row(run_cell(one.cell)) | one.columns() for one in small.planned(quick=True)]
-    frame = pl.DataFrame(rows, infer_schema_length=None)
-    sweep.write(small, frame, ResultFolder(folder / name), quick=True)
+    write_quick(small, small.planned(quick=True), folder / name)
 
 
 def outputs(notebook: Any) -> list[Any]:

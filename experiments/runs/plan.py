@@ -1,0 +1,94 @@
+"""What a command is about to make, and what an earlier one has made: whether runs of that would be lost."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from proto_v3.text import clean
+
+CONDITIONS = ("--set", "--io", "--loop", "--connect")
+"""Options that change what is measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The runs of one command."""
+
+    command: Sequence[str]
+    """Its words."""
+    of: Collection[str]
+    """The scenarios, or the question."""
+    runs: int
+    seeds: Collection[int] = ()
+    protocols: Collection[str] = ()
+    """Empty if the question decides."""
+    quick: bool = False
+    writes: Collection[str] = ()
+    """The names of the files that it can write, without their suffixes."""
+
+    @classmethod
+    def of_manifest(cls, manifest: dict[str, Any]) -> Self:
+        """What made a result. What the manifest does not say is left empty."""
+        scenario = manifest.get("scenario")
+        named = [scenario.get("name")] if isinstance(scenario, dict) else manifest.get("scenarios", ())
+        runs = manifest.get("runs")
+        return cls(
+            command=_words(manifest.get("command")),
+            of=_texts([manifest["experiment"]] if "experiment" in manifest else named),
+            runs=runs if isinstance(runs, int) else 0,
+            seeds=[each for each in _list(manifest.get("seeds")) if isinstance(each, int)],
+            protocols=_texts(manifest.get("protocols")),
+            quick=manifest.get("quick") is True,
+        )
+
+    @property
+    def line(self) -> str:
+        """The command as the user gave it."""
+        return shlex.join(self.command)
+
+    def makes_again(self, old: Plan) -> bool:
+        """Whether this command makes all runs of the older one again, under the same conditions."""
+        return (
+            self.command[1:2] == old.command[1:2]
+            and set(old.of) <= set(self.of)
+            and _conditions(self.command) == _conditions(old.command)
+            and set(old.protocols) <= set(self.protocols)
+            and set(old.seeds) <= set(self.seeds)
+            and old.runs <= self.runs
+            and old.quick >= self.quick
+        )
+
+
+def described(manifest: dict[str, Any]) -> str:
+    """What a folder holds, by its manifest: `40 runs of `proto-v3 compare ...`, made ...`."""
+    planned = manifest.get("runs_planned")
+    of = f" of {planned}" if manifest.get("complete") is False else ""
+    text = f"{manifest.get('runs')}{of} runs of `{manifest.get('command')}`, made {manifest.get('made')}"
+    return clean(text)
+
+
+def _conditions(command: Sequence[str]) -> list[tuple[str, str]]:
+    found = []
+    for at, word in enumerate(command):
+        option, equals, value = word.partition("=")
+        if option in CONDITIONS:
+            found.append((option, value if equals else " ".join(command[at + 1 : at + 2])))
+    return sorted(found)
+
+
+def _words(command: object) -> list[str]:
+    try:
+        return shlex.split(command) if isinstance(command, str) else []
+    except ValueError:
+        return []
+
+
+def _texts(value: object) -> list[str]:
+    return [each for each in (value if isinstance(value, dict) else _list(value)) if isinstance(each, str)]
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
