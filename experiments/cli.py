@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from experiments import INTERRUPTED, __version__
+from experiments.commands import complete
 from experiments.commands.options import (
     first_seed_option,
     force_option,
@@ -24,11 +25,13 @@ from experiments.commands.options import (
     output_options,
     protocol_option,
     protocols_option,
+    scenario_argument,
     seeds_option,
     set_option,
     spans_option,
     trace_option,
 )
+from experiments.study.names import QUESTIONS
 from proto_v3.errors import UserError
 
 NO_BREAK = "\N{NON-BREAKING HYPHEN}"
@@ -119,7 +122,7 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("scenario")
+@scenario_argument
 @protocols_option("v2,v2-multifd,v3-n1,v3-n4")
 @seeds_option(10, "Runs of each protocol.", most=100_000)
 @first_seed_option
@@ -143,7 +146,7 @@ def compare(seeds: int, first_seed: int, **options: Any) -> int:
 
 
 @main.command()
-@click.argument("names", metavar="[CASE]...", nargs=-1)
+@click.argument("names", metavar="[CASE]...", nargs=-1, shell_complete=complete.cases)
 @seeds_option(10, "Runs of each case.", most=100_000)
 @jobs_option
 @out_option("Write the table, the figure and the manifest into this folder.  [default: out/validate]")
@@ -165,7 +168,7 @@ def validate(seeds: int, **options: Any) -> int:
 
 
 @main.command("run")
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete.questions)
 @click.option("--quick", is_flag=True, help="A coarse grid and few repeats: minutes become seconds, intervals wide.")
 @click.option("--resume", is_flag=True, help="Make missing runs only; go on after an interruption.")
 @jobs_option
@@ -182,16 +185,7 @@ def run(**options: Any) -> int:
     NAME is one of the experiments, or several, or `all`:
 
     \b
-    reconfiguration       set-up in the downtime against the rate of reconfigurations
-    read_scaling          is read() the bottleneck, and when?
-    state_and_dirty_rate  what converges, from 64 MiB to 64 GiB
-    switchover_hazard     how often critical data comes too late, and what it costs
-    channels              dedicated connections, a pool, or one
-    reorder_memory        what waits at the target, and its bound
-    buffer_and_chunk      read sizes from 4 KiB to 128 MiB, chunks
-    many_devices          1 to 16 VFs on one PF and on several
-    ablation              from v2 to v3, one step at a time
-    sensitivity           which parameters the conclusions hang on
+    QUESTIONS
 
     Seeds are paired: all protocols get the same ones. The result does not depend on --jobs or --scheduler.
 
@@ -203,9 +197,23 @@ def run(**options: Any) -> int:
     return run_experiments(**options)
 
 
+run.help = (run.help or "").replace(
+    "QUESTIONS", "\n".join(f"{name:<20}  {question}" for name, question in QUESTIONS.items())
+)
+
+
 @main.command()
-@click.option("--results", metavar="FOLDER", default="results", show_default=True, help="What `proto-v3 run` wrote.")
-@click.option("--page", metavar="FILE", help="The page.  [default: report.html in that folder]")
+@click.option(
+    "--results",
+    metavar="FOLDER",
+    default="results",
+    show_default=True,
+    shell_complete=complete.folders,
+    help="What `proto-v3 run` wrote.",
+)
+@click.option(
+    "--page", metavar="FILE", shell_complete=complete.files, help="The page.  [default: report.html in that folder]"
+)
 def report(results: str, page: str | None) -> int:
     """Put all answers, figures and tables on one HTML page that needs nothing beside itself.
 
@@ -220,7 +228,7 @@ def report(results: str, page: str | None) -> int:
 
 
 @main.command()
-@click.argument("scenario")
+@scenario_argument
 @protocols_option("v2")
 @seeds_option(1, "Runs of each protocol.")
 @first_seed_option
@@ -280,7 +288,7 @@ def live_target(listen: str, once: bool, max_state_mib: int, **options: Any) -> 
 
 
 @main.command()
-@click.argument("scenario")
+@scenario_argument
 @protocols_option("v2,v3-n2")
 @seeds_option(10, "Runs of each protocol.")
 @out_option("Tables, figure and manifest go there.  [default: out/agree-SCENARIO]")
@@ -303,7 +311,7 @@ def agree(seeds: int, **options: Any) -> int:
 
 
 @main.command()
-@click.argument("scenario")
+@scenario_argument
 @protocol_option
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
 @set_option
@@ -324,7 +332,7 @@ def trace(**options: Any) -> int:
 
 
 @main.command()
-@click.argument("run", metavar="RUN")
+@click.argument("run", metavar="RUN", shell_complete=complete.folders)
 @trace_option("out/RUN.perfetto-trace")
 @spans_option
 def replay(**options: Any) -> int:
@@ -341,7 +349,7 @@ def replay(**options: Any) -> int:
 
 
 @main.command()
-@click.argument("name", required=False)
+@click.argument("name", metavar="[SCENARIO]", required=False, shell_complete=complete.scenarios)
 @set_option
 def scenarios(name: str | None, settings: tuple[str, ...]) -> None:
     """List the shipped scenarios, or show the parameters of one with the source of each."""
@@ -357,7 +365,14 @@ def scenarios(name: str | None, settings: tuple[str, ...]) -> None:
 
 @main.command("new-scenario")
 @click.argument("name")
-@click.option("--extends", default="mlx5", show_default=True, metavar="SCENARIO", help="What it changes: name or file.")
+@click.option(
+    "--extends",
+    default="mlx5",
+    show_default=True,
+    metavar="SCENARIO",
+    shell_complete=complete.bases,
+    help="What it changes: name or file.",
+)
 def new_scenario(name: str, extends: str) -> None:
     """Write NAME.toml, a scenario of your own: every key is there, with its value so far, its unit and its source.
 
@@ -383,7 +398,7 @@ def schema() -> None:
 
 
 @main.command()
-@click.argument("scenario", required=False)
+@click.argument("scenario", required=False, shell_complete=complete.scenarios)
 @set_option
 def protocols(scenario: str | None, settings: tuple[str, ...]) -> None:
     """List every suffix that a protocol's name may have, with what it changes.
@@ -395,6 +410,19 @@ def protocols(scenario: str | None, settings: tuple[str, ...]) -> None:
     if scenario is None and settings:
         raise click.UsageError("--set changes a scenario: name one")
     list_protocols(scenario, settings)
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(list(complete.SHELLS)))
+def completion(shell: str) -> None:
+    """Print what completes commands, options and names in a SHELL when you press Tab.
+
+    \b
+    bash, in ~/.bashrc:                      eval "$(proto-v3 completion bash)"
+    zsh, in ~/.zshrc, after compinit:        eval "$(proto-v3 completion zsh)"
+    fish, in ~/.config/fish/config.fish:     proto-v3 completion fish | source
+    """
+    click.echo(complete.script(main, shell))
 
 
 if __name__ == "__main__":

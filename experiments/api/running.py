@@ -25,6 +25,7 @@ from sim.outcome import Outcome
 from sim.scenario import file
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
+from sim.scenario.shipped import shipped
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,8 +42,8 @@ START_METHOD = "spawn"
 
 def scenarios() -> pl.DataFrame:
     """The shipped scenarios. Columns: name, description."""
-    shipped = [(name, file.load(name).description) for name in file.shipped()]
-    return pl.DataFrame(shipped, schema=["name", "description"], orient="row")
+    rows = [(name, file.load(name).description) for name in shipped()]
+    return pl.DataFrame(rows, schema=["name", "description"], orient="row")
 
 
 def questions() -> pl.DataFrame:

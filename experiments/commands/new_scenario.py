@@ -14,9 +14,10 @@ from experiments.report import tables
 from experiments.report.tables import say
 from proto_v3.errors import UserError
 from proto_v3.text import clean
-from sim.scenario.file import NO_PARAMETERS, find, load, model_in, parse, shipped_bases
+from sim.scenario.file import NO_PARAMETERS, find, load, model_in, parse
 from sim.scenario.scenario import SOURCE_KINDS, Scenario
 from sim.scenario.schema import meaning
+from sim.scenario.shipped import shipped_bases
 
 HEAD = """\
 # What differs from {base}. Each key below is a comment with the value that holds now: take the # away, and change it.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from experiments.commands import complete
 from experiments.runs.folder import OUT
 from proto_v3.errors import UserError
 from sim.scenario.suffixes import HELP
@@ -25,6 +26,7 @@ set_option = click.option(
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
+    shell_complete=complete.settings,
     help="Change a parameter, as in --set device.0.count=4 or --set driver.lock=device. May be repeated.",
 )
 format_option = click.option(
@@ -36,11 +38,16 @@ first_seed_option = click.option(
 force_option = click.option(
     "--force", is_flag=True, help="Replace what the folder holds, also results that this command does not make again."
 )
-spans_option = click.option("--spans", metavar="FILE", help="Write a table of all spans too, in Parquet.")
+scenario_argument = click.argument("scenario", shell_complete=complete.scenarios)
+spans_option = click.option(
+    "--spans", metavar="FILE", shell_complete=complete.files, help="Write a table of all spans too, in Parquet."
+)
 
 
 PROTOCOLS = f"{HELP}. `proto-v3 protocols` says what each changes."
-protocol_option = click.option("--protocol", required=True, metavar="NAME", help=PROTOCOLS)
+protocol_option = click.option(
+    "--protocol", required=True, metavar="NAME", shell_complete=complete.protocol, help=PROTOCOLS
+)
 
 
 def protocols_option(default: str) -> Callable[[F], F]:
@@ -50,6 +57,7 @@ def protocols_option(default: str) -> Callable[[F], F]:
         default=default,
         show_default=True,
         metavar="NAMES",
+        shell_complete=complete.protocols,
         callback=_split,
         help=f"Separated by commas: {PROTOCOLS}",
     )
@@ -66,7 +74,7 @@ def seeds_option(default: int, what: str, most: int = 10_000) -> Callable[[F], F
 
 def out_option(what: str) -> Callable[[F], F]:
     """The folder of the results."""
-    return click.option("--out", metavar="FOLDER", help=what)
+    return click.option("--out", metavar="FOLDER", shell_complete=complete.folders, help=what)
 
 
 def out_folder(named: str | None, default: str) -> Path:
@@ -78,7 +86,9 @@ def out_folder(named: str | None, default: str) -> Path:
 
 def trace_option(default: str) -> Callable[[F], F]:
     """The file of the trace."""
-    return click.option("--trace", metavar="FILE", help=f"The trace.  [default: {default}]")
+    return click.option(
+        "--trace", metavar="FILE", shell_complete=complete.files, help=f"The trace.  [default: {default}]"
+    )
 
 
 def output_options(command: F) -> F:
@@ -105,9 +115,14 @@ def live_options(command: F) -> F:
         click.option(
             "--loop", type=click.Choice(["uvloop", "asyncio"]), default="uvloop", show_default=True, help="Event loop."
         ),
-        click.option("--tls-cert", metavar="PEM", help="TLS: this side's certificate.  [default: no TLS]"),
-        click.option("--tls-key", metavar="PEM", help="Its private key."),
-        click.option("--tls-ca", metavar="PEM", help="Certificates that the other side's must be signed by."),
+        *(
+            click.option(f"--tls-{file}", metavar="PEM", shell_complete=complete.files, help=what)
+            for file, what in {
+                "cert": "TLS: this side's certificate.  [default: no TLS]",
+                "key": "Its private key.",
+                "ca": "Certificates that the other side's must be signed by.",
+            }.items()
+        ),
         click.option(
             "--silent-s",
             type=click.FloatRange(0.5, 3600),

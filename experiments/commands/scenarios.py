@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.report.tables import parameter_rows
-from sim.scenario.file import bases, load, shipped
+from sim.scenario.file import bases, load
+from sim.scenario.shipped import shipped
 
 
 def list_scenarios() -> None:

@@ -22,9 +22,10 @@ from experiments.runs.pool import Cell, run_cells
 from experiments.study.published import PublishedFigure, held_against
 from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
-from sim.scenario.file import bases, changes, find, load, shipped
+from sim.scenario.file import bases, changes, find, load
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
+from sim.scenario.shipped import shipped
 
 BANDS = (0.10, 0.15)
 """Relative errors: within the first they are small, beyond the second too large."""

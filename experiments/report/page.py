@@ -14,7 +14,8 @@ from experiments.report.tables import parameter_rows
 from experiments.runs.manifest import git_revision, versions
 from experiments.study.experiment import NAMES
 from proto_v3.errors import UserError
-from sim.scenario.file import load, shipped
+from sim.scenario.file import load
+from sim.scenario.shipped import shipped
 
 MAX_ROWS = 60
 """Of a table of effects on the page. effects.parquet has all of them."""

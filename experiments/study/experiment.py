@@ -17,6 +17,7 @@ import polars as pl
 
 from experiments.runs.pool import Cell
 from experiments.study.claims import Finding
+from experiments.study.names import QUESTIONS
 from proto_v3.errors import UserError
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
@@ -26,18 +27,7 @@ from sim.scenario.units import did_you_mean
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAMES = (
-    "reconfiguration",
-    "read_scaling",
-    "state_and_dirty_rate",
-    "switchover_hazard",
-    "channels",
-    "reorder_memory",
-    "buffer_and_chunk",
-    "many_devices",
-    "ablation",
-    "sensitivity",
-)
+NAMES = tuple(QUESTIONS)
 """In the order of the report."""
 KEY_CHARS = 12
 NOT_OF_A_RUN = ("name", "description", "published", "sources")

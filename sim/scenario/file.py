@@ -16,7 +16,6 @@ import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,9 @@ from proto_v3.text import clean
 from sim.scenario import toml as tables
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import MAX_NAME, Scenario
+from sim.scenario.shipped import FOLDER, shipped, shipped_bases
 from sim.scenario.units import MAX_TEXT_CHARS, did_you_mean, short, unit_of
 
-FOLDER = Path(str(resources.files("scenarios")))
-"""The shipped files: a package of their own, so that they are installed with the code."""
 OWN = ("name", "description", "published")
 NO_PARAMETERS = (*OWN, "sources", "extends")
 
@@ -41,16 +39,6 @@ class Layer:
 
     file: str
     tables: dict[str, Any]
-
-
-def shipped() -> dict[str, Path]:
-    """The scenarios that come with the project, by name."""
-    return {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
-
-
-def shipped_bases() -> dict[str, Path]:
-    """What a file can extend by name: scenarios, and sets of parameters that are no scenario by themselves."""
-    return {path.stem: path for path in sorted((FOLDER / "base").glob("*.toml"))} | shipped()
 
 
 def find(name_or_path: str, also: Collection[str] = ()) -> Path:

@@ -13,8 +13,9 @@ from typing import Any
 
 import pydantic
 
-from sim.scenario.file import model_in, shipped_bases
+from sim.scenario.file import model_in
 from sim.scenario.scenario import SOURCE_KINDS, Scenario
+from sim.scenario.shipped import shipped_bases
 from sim.scenario.units import unit_of
 
 EXTENDS = "The scenario that this file changes: the name of a shipped one, or a file, looked for beside this one."

@@ -11,9 +11,10 @@ import pytest
 
 from proto_v3.errors import UserError
 from sim.device.guest import make_activity
-from sim.scenario import file as scenario_file
-from sim.scenario.file import bases, changes, find, load, parse, shipped, shipped_bases
+from sim.scenario import shipped as of_project
+from sim.scenario.file import bases, changes, find, load, parse
 from sim.scenario.scenario import Scenario, parameters
+from sim.scenario.shipped import shipped, shipped_bases
 from sim.scenario.units import NS_PER_S
 from tests.build.scenario import small_scenario, small_tables, small_text, to_toml
 
@@ -243,7 +244,7 @@ def test_a_base_is_found_by_name_but_is_no_scenario_to_run(
     tables = small_tables({"name": None, "description": None, "device": None})
     (tmp_path / "base/machine.toml").write_text(to_toml(tables))
     write("run-me.toml", small_tables() | {"name": "run-me"})
-    monkeypatch.setattr(scenario_file, "FOLDER", tmp_path)
+    monkeypatch.setattr(of_project, "FOLDER", tmp_path)
     assert list(shipped()) == ["run-me"]
     assert sorted(shipped_bases()) == ["machine", "run-me"]
     with pytest.raises(UserError, match=r"no scenario 'machine': neither a file nor one of run-me"):
@@ -256,7 +257,7 @@ def test_a_base_is_found_by_name_but_is_no_scenario_to_run(
 
 
 def test_no_shipped_base_has_the_name_of_a_shipped_scenario() -> None:
-    in_folder = {path.stem for path in (scenario_file.FOLDER / "base").glob("*.toml")}
+    in_folder = {path.stem for path in (of_project.FOLDER / "base").glob("*.toml")}
     assert in_folder & shipped().keys() == set()
 
 
