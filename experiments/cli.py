@@ -311,6 +311,24 @@ def agree(seeds: int, **options: Any) -> int:
 
 
 @main.command()
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@output_options
+def diff(**options: Any) -> int:
+    """Compare two folders of results: what was run, how each run ended, and what it took.
+
+    A and B are folders of `compare`, `live`, `agree` or `validate`, or of one question of `run`. What both have is
+    compared: the difference of the means has a 95 % interval, paired by seed if the scenario and the seeds are the
+    same.
+
+    Exit status: 0 if the results are the same, run by run; 1 if they differ; 2 if one is no folder of results.
+    """
+    from experiments.commands.diff import run_diff
+
+    return run_diff(**options)
+
+
+@main.command()
 @scenario_argument
 @protocol_option
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True)

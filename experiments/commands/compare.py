@@ -13,8 +13,8 @@ import polars as pl
 
 from experiments import INTERRUPTED
 from experiments.commands.options import out_folder, parsed
-from experiments.report import comparison, findings, tables
-from experiments.report.tables import Output, say
+from experiments.report import comparison, findings
+from experiments.report.tables import Output
 from experiments.runs import frame as results
 from experiments.runs import manifest
 from experiments.runs.folder import ResultFolder
@@ -48,9 +48,9 @@ def run_compare(
     plan = Plan(command, [loaded.name], len(cells), seeds, [each.name for each in chosen], writes=WRITES)
     with ResultFolder(out_folder(out, loaded.name), plan, force=force) as folder:
         outcomes, interrupted = run_cells(cells, jobs)
-        console = tables.console()
+        output = Output(as_json, quiet)
         if not outcomes:
-            say(console, "interrupted before the first run was done; nothing was written")
+            output.say("interrupted before the first run was done; nothing was written", always=True)
             return INTERRUPTED
         frame = results.table(outcomes)
         folder.write_table(frame, "runs", table_format)
@@ -58,9 +58,8 @@ def run_compare(
         if interrupted:
             folder.commit()
             done = f"{len(outcomes)} of {len(cells)} runs were done and are kept in {folder.folder}"
-            say(console, f"interrupted: {done}{folder.why_there}")
+            output.say(f"interrupted: {done}{folder.why_there}", always=True)
             return INTERRUPTED
-        output = Output(as_json, quiet)
         output.results(
             {"command": "compare", "scenario": loaded.name, "folder": str(folder.folder)},
             f"{loaded.name}: {loaded.description}",

@@ -103,7 +103,7 @@ def each_seed(completed: pl.DataFrame) -> Section:
         "a row is one seed: the same guest and firmware under each protocol; -: that run did not complete",
         [Heading("seed", "seed"), *(Heading(f"{name}_ms", name, ".1f") for name in named)],
         rows,
-        in_text=len(rows) <= MOST_SEEDS,
+        most_rows=None if len(rows) <= MOST_SEEDS else 0,
     )
 
 

@@ -20,7 +20,7 @@ from proto_v3.errors import UserError
 from proto_v3.text import clean
 from sim.scenario.scenario import Scenario, parameters
 
-WORDS = ("outcome", "reason", "note", "protocol", "source", "base", "other", "what", "clock", "unit")
+WORDS = ("outcome", "reason", "note", "protocol", "source")
 """Columns of text, not of numbers."""
 NO_VALUE = "-"
 
@@ -44,13 +44,16 @@ class Section:
     columns: Sequence[Heading]
     rows: Sequence[Mapping[str, Any]]
     """Each has a value for every column, None where there is none."""
-    in_text: bool = True
-    """False: the table is too long for a terminal, and only in JSON."""
+    most_rows: int | None = None
+    """As many are printed; JSON has all."""
 
     def print(self, console: Console) -> None:
         """Print it."""
         table = plain_table([column.text for column in self.columns])
-        for row in self.rows:
+        for column, shown in zip(self.columns, table.columns, strict=True):
+            if any(isinstance(row[column.name], str) for row in self.rows):
+                shown.justify = "left"
+        for row in self.rows[: self.most_rows]:
             add_row(table, *(_cell(row[column.name], column.how) for column in self.columns))
         console.print(Text(f"\n{self.title}", style="bold"))
         console.print(Text(self.legend, style="italic"))
@@ -84,7 +87,7 @@ class Output:
         for sentence in conclusion:
             shown.print(f"- {sentence}", highlight=False, markup=False)
         for section in sections:
-            if section.in_text and not self.quiet:
+            if section.most_rows != 0 and not self.quiet:
                 section.print(shown)
 
     def drawn(self, draw: Callable[[], Sequence[Path]]) -> bool:
@@ -104,9 +107,11 @@ class Output:
         )
         return True
 
-    def say(self, line: str) -> None:
-        """Print a line that is no result, such as where files are: not in JSON, nor if quiet."""
-        if not self.as_json and not self.quiet:
+    def say(self, line: str, *, always: bool = False) -> None:
+        """Print a line that is no result, such as where files are: beside JSON on stderr; not if quiet, or `always`."""
+        if self.as_json:
+            print(line.strip(), file=sys.stderr)
+        elif always or not self.quiet:
             say(console(), line)
 
 

@@ -78,6 +78,27 @@ def percentile(values: Sequence[float] | Floats, percent: int) -> float | None:
     return float(np.sort(np.asarray(values, float))[rank - 1]) if 0 < rank < len(values) else None
 
 
+def difference(before: Floats, after: Floats, *, paired: bool) -> Interval:
+    """Mean of `after` minus mean of `before`, with its interval; ValueError if one of them has no values.
+
+    Paired values are resampled as pairs, others each for itself. The interval is a point if it cannot be told from one
+    value, or if no value differs.
+    """
+    if paired:
+        return interval(after - before)
+    if not len(before) or not len(after):
+        raise ValueError("no values: there is no difference")
+    mean, count = float(after.mean() - before.mean()), min(len(before), len(after))
+    if count < 2 or (np.ptp(before) == 0 and np.ptp(after) == 0):
+        return Interval(mean, mean, mean, count)
+
+    def of_means(a: Floats, b: Floats, axis: int = -1) -> Floats:
+        differences: Floats = b.mean(axis=axis) - a.mean(axis=axis)
+        return differences
+
+    return Interval(mean, *_bootstrap((before, after), of_means, paired=False), count)
+
+
 @dataclass(frozen=True, slots=True)
 class Effect:
     """How `other` changes a column against `base`, over the seeds that were completed under both."""
