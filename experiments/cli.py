@@ -149,6 +149,7 @@ def compare(seeds: int, first_seed: int, **options: Any) -> int:
 @click.argument("names", metavar="[CASE]...", nargs=-1, shell_complete=complete.cases)
 @seeds_option(10, "Runs of each case.", most=100_000)
 @jobs_option
+@set_option
 @out_option("Write the table, the figure and the manifest into this folder.  [default: out/validate]")
 @force_option
 def validate(seeds: int, **options: Any) -> int:
@@ -157,7 +158,7 @@ def validate(seeds: int, **options: Any) -> int:
     A CASE is a scenario with published figures, by name or as a TOML file; without one, all shipped cases are run.
     Each is run under the protocols that its figures were measured with. Figures that parameters were fitted to and
     predicted figures are counted apart. For each case there is a table of the parameters that differ from the set that
-    it builds on.
+    it builds on. With --set, the published figures are held against a machine that was not measured.
 
     Exit status: 0 if all figures are within 15 %; 1 if one is not, or a run FAILED; 2 for bad input; 130 if interrupted
     (nothing is written then).
@@ -177,6 +178,7 @@ def validate(seeds: int, **options: Any) -> int:
     metavar="ADDRESS",
     help="Make the runs on the workers of this Dask cluster (tcp://HOST:8786) instead; needs proto-v3[distributed].",
 )
+@set_option
 @out_option("Each experiment writes into a folder of its name in this one.  [default: out/run; out/quick if quick]")
 @force_option
 def run(**options: Any) -> int:
@@ -188,6 +190,7 @@ def run(**options: Any) -> int:
     QUESTIONS
 
     Seeds are paired: all protocols get the same ones. The result does not depend on --jobs or --scheduler.
+    --set changes the scenarios that a question builds on; it cannot set a key that the question sweeps.
 
     Exit status: 0; 1 if a run broke (migrations that fail are results, and counted); 2 for bad input; 130 if
     interrupted (what was done by then is kept for --resume).

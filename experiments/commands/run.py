@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def run_experiments(
     resume: bool,
     jobs: int | None,
     scheduler: str | None,
+    settings: Sequence[str],
     out: str | None,
     force: bool,
 ) -> int:
@@ -49,12 +51,12 @@ def run_experiments(
     if out == "":
         raise UserError("--out '': must be the name of a folder")
     root = Path(out) if out else OUT / ("quick" if quick else "run")
-    planned = [list({each.key: each for each in experiment.planned(quick)}.values()) for experiment in chosen]
+    planned = [list({each.key: each for each in experiment.planned(quick, settings)}.values()) for experiment in chosen]
     console, stderr, status, revision = tables.console(), Console(stderr=True), 0, manifest.git_revision()
     with ExitStack() as stack:
         sweeps = []
         for experiment, runs in zip(chosen, planned, strict=True):
-            plan = plan_of(experiment, runs, quick)
+            plan = plan_of(experiment, runs, quick, settings)
             folder = stack.enter_context(ResultFolder(root / experiment.name, plan, force=force))
             sweeps.append(_Sweep(experiment, runs, folder, jobs, scheduler, revision))
         kept = [sweep.check(resume, force) for sweep in sweeps]
@@ -67,23 +69,27 @@ def run_experiments(
                 progress.stop()
                 say(stderr, f"interrupted: what was done is kept in {root}; go on with --resume")
                 return INTERRUPTED
-            answer, figures = write(sweep.experiment, frame, sweep.folder)
+            answer, figures = write(sweep.experiment, frame, sweep.folder, settings)
             remove(sweep.kept)
             _print(console, sweep.experiment, answer, frame, sweep.folder, figures)
             status = max(status, int((frame["digest"] == "").any()))
     return status
 
 
-def plan_of(experiment: Experiment, runs: Sequence[Planned], quick: bool) -> Plan:
+def plan_of(experiment: Experiment, runs: Sequence[Planned], quick: bool, settings: Sequence[str] = ()) -> Plan:
     """What the command makes. It names the command that makes this experiment alone, even if others are run with it."""
     return Plan(
-        command=["proto-v3", "run", experiment.name, *(["--quick"] if quick else [])],
+        command=["proto-v3", "run", experiment.name, *(["--quick"] if quick else []), *_options(settings)],
         of=[experiment.name],
         runs=len(runs),
         seeds={each.cell.seed for each in runs},
         quick=quick,
         writes=("runs", "effects", "answer"),
     )
+
+
+def _options(settings: Sequence[str]) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,20 +178,26 @@ def _finished(folder: Path, revision: str, stderr: Console) -> dict[str, dict[st
         return {}
 
 
-def write(experiment: Experiment, frame: pl.DataFrame, folder: ResultFolder) -> tuple[Answer, list[str]]:
+def write(
+    experiment: Experiment, frame: pl.DataFrame, folder: ResultFolder, settings: Sequence[str] = ()
+) -> tuple[Answer, list[str]]:
     """Write the table of runs, the answer with its table, the figures and the manifest.
 
-    Returns the answer, and the names of the figures.
+    `settings` are those of --set. Returns the answer, and the names of the figures.
     """
     what = {
         "experiment": experiment.name,
         "question": experiment.question,
         "quick": folder.plan.quick,
+        "settings": list(settings),
         "bases": {base: load(base).model_dump(mode="json") for base in frame["base"].unique(maintain_order=True)},
     }
     folder.write_table(frame, "runs", "parquet")
     folder.write_manifest(manifest.of_sweep(what, frame, folder.plan.command))
     answer = experiment.answer(frame)
+    if settings:
+        changed = f"All runs were made with {shlex.join(_options(settings))}: this is not the question as it was asked."
+        answer = replace(answer, limit=f"{changed} {answer.limit}")
     folder.write_table(answer.table, "effects", "parquet")
     with own_settings():
         figures = experiment.figures(frame, folder.plan.line)

@@ -65,10 +65,12 @@ def run_validate(
     out: str | None,
     jobs: int | None,
     command: Sequence[str],
+    settings: Sequence[str] = (),
+    *,
     force: bool = False,
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
-    cases = _cases(names)
+    cases = _cases(names, settings)
     cells = [
         Cell(scenario, Protocol.parse(protocol, scenario), seed)
         for scenario in cases.values()
@@ -93,7 +95,9 @@ def run_validate(
         drawn = _write(folder, tidy(rows), manifest.of_cases(cases, command, runs, len(cells)))
     for name, scenario in cases.items():
         _print_case(console, scenario, runs, [row for row in rows if row.scenario == scenario.name])
-        _print_differences(console, name, scenario)
+        _print_differences(console, name, scenario, settings)
+    if settings:
+        say(console, f"\nWith {', '.join(f'--set {each}' for each in settings)}: not the machines that were measured.")
     _print_summary(console, rows)
     figure = f"Figure: {folder.folder / 'validate.png'} (and .svg)"
     say(console, f"\n{figure}" if drawn else "\nNo run was completed: nothing to draw.")
@@ -103,7 +107,7 @@ def run_validate(
     return 1 if failed or not all(row.within(BANDS[-1]) for row in rows) else 0
 
 
-def _cases(names: Sequence[str]) -> dict[str, Scenario]:
+def _cases(names: Sequence[str], settings: Sequence[str]) -> dict[str, Scenario]:
     """The scenarios by the name or file that the user gave: a scenario's or a case's; without any, all with figures."""
     by_case: dict[str, list[str]] = {}
     if set(names) - set(shipped()):
@@ -114,9 +118,9 @@ def _cases(names: Sequence[str]) -> dict[str, Scenario]:
         if name not in by_case:
             find(name, by_case)
     chosen = dict.fromkeys(each for name in names or shipped() for each in by_case.get(name, [name]))
-    cases = {name: load(name) for name in chosen}
     if not names:
-        cases = {name: scenario for name, scenario in cases.items() if _protocols(scenario)}
+        chosen = {name: None for name in chosen if _protocols(load(name))}
+    cases = {name: load(name, settings, keep_published=True) for name in chosen}
     without = [name for name, scenario in cases.items() if not _protocols(scenario)]
     if without:
         raise UserError(f"{', '.join(without)}: no published figures to compare the runs with ([[published]])")
@@ -178,14 +182,14 @@ def _cells(row: Row) -> list[str]:
     return [row.protocol, *tables.cells(row.held)[1:], f"{100 * outside[-1]:.0f} %" if outside else ""]
 
 
-def _print_differences(console: Console, name: str, scenario: Scenario) -> None:
+def _print_differences(console: Console, name: str, scenario: Scenario, settings: Sequence[str]) -> None:
     """The parameters that differ from the file at the bottom of what the case extends."""
     extended = bases(name)
     if not extended:
         say(console, f"{scenario.name} extends nothing: all parameters are its own.")
         return
     table = tables.plain_table(["parameter", "base", "here", "source"])
-    for key, (there, here) in changes(name).items():
+    for key, (there, here) in changes(name, settings).items():
         if key.partition(".")[0] in HELD_CONSTANT and there is not None:
             tables.add_row(table, key, value_text(there), value_text(here), scenario.sources.get(key, "not stated"))
     if table.row_count:

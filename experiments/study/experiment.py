@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -88,16 +88,33 @@ class Experiment:
     repeats: int = 30
     quick_repeats: int = 3
 
-    def planned(self, quick: bool) -> list[Planned]:
-        """All runs of the grid, repeat by repeat. UserError if a point cannot be run."""
+    def planned(self, quick: bool, settings: Sequence[str] = ()) -> list[Planned]:
+        """All runs of the grid, repeat by repeat; `settings`, KEY=VALUE each, change the scenarios that it builds on.
+
+        UserError if a point cannot be run, or if a setting is about a key that the question sets itself.
+        """
         seeds = range(1, 1 + (self.quick_repeats if quick else self.repeats))
         points = self.points(quick)
+        if settings:
+            self._check(settings, points)
+            points = [replace(point, settings=(*settings, *point.settings)) for point in points]
         return [
             Planned.of(point, seed)
             for seed in seeds
             for point in points
             if point.repeats is None or seed <= point.repeats
         ]
+
+    def _check(self, settings: Sequence[str], points: Sequence[Point]) -> None:
+        own = {setting.partition("=")[0].strip() for point in points for setting in point.settings}
+        for point in {point.protocol: point for point in points}.values():
+            changes = Protocol.parse(point.protocol, _scenario(point.base, point.settings)[0]).changes
+            own |= {f"{table}.{key}" for table, keys in changes.items() for key in keys}
+        for setting in settings:
+            key = setting.partition("=")[0].strip()
+            for swept in sorted(own):
+                if f"{key}.".startswith(f"{swept}.") or f"{swept}.".startswith(f"{key}."):
+                    raise UserError(f"--set {setting}: {self.name} sets {swept} itself, so no other value can be given")
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,20 +62,24 @@ def _find(named: str, known: Mapping[str, Path], beside: Path, also: Collection[
     raise UserError(f"no scenario {short(named)}: neither a file nor one of {', '.join(known)}{hint}")
 
 
-def load(name_or_path: str, settings: Sequence[str] = ()) -> Scenario:
+def load(name_or_path: str, settings: Sequence[str] = (), *, keep_published: bool = False) -> Scenario:
     """Read and validate a scenario, with `--set`'s KEY=VALUE put in.
+
+    What was published is of the machine that was measured, not of one that was changed: with `settings` it is left out,
+    unless `keep_published` says otherwise.
 
     UserError names the file, and key, value and what would be right per problem.
     """
     path = find(name_or_path)
-    return parse(_read(path), str(path), settings)
+    return parse(_read(path), str(path), settings, keep_published=keep_published)
 
 
-def parse(text: str, file: str, settings: Sequence[str] = ()) -> Scenario:
+def parse(text: str, file: str, settings: Sequence[str] = (), *, keep_published: bool = False) -> Scenario:
     """Validate a scenario's text; `file` is what its errors call it, and what it extends is looked for beside that."""
     try:
         layers = _layers(Layer(file, _parsed(text, file)))
-        return _validated(_with_settings(_merged(layers), settings), _title([layer.file for layer in layers], settings))
+        whole = _with_settings(_merged(layers), settings, keep_published)
+        return _validated(whole, _title([layer.file for layer in layers], settings))
     except RecursionError as error:  # a table's name may have any number of dots
         raise UserError(f"{file}: nested too deeply") from error
 
@@ -97,13 +101,13 @@ def bases(name_or_path: str) -> list[Path]:
     return [Path(layer.file) for layer in _layers_of(name_or_path)[1:]]
 
 
-def changes(name_or_path: str) -> dict[str, tuple[object, object]]:
+def changes(name_or_path: str, settings: Sequence[str] = ()) -> dict[str, tuple[object, object]]:
     """In which parameters a scenario differs from the file at the bottom: dotted key -> (value there, value here).
 
     None stands for a value that is not given. Empty if the scenario extends nothing. UserError as for `load`.
     """
     layers = _layers_of(name_or_path)
-    differences = tables.differences(layers[-1].tables, _merged(layers))
+    differences = tables.differences(layers[-1].tables, _with_settings(_merged(layers), settings))
     return {key: (base, own) for key, base, own in differences if key.partition(".")[0] not in NO_PARAMETERS}
 
 
@@ -197,9 +201,9 @@ def _with_sources(whole: dict[str, Any], anew: dict[str, Any]) -> dict[str, Any]
     return whole | {"sources": sources | anew} if isinstance(sources, dict) else whole  # the validation reports it
 
 
-def _with_settings(whole: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+def _with_settings(whole: dict[str, Any], settings: Sequence[str], keep_published: bool = False) -> dict[str, Any]:
     """The tables with every KEY=VALUE of --set put in."""
-    if settings:  # what was published is of the machine that was measured, not of one that was changed
+    if settings and not keep_published:
         whole = {key: value for key, value in whole.items() if key != "published"}
     for setting in settings:
         whole = _set(whole, setting)

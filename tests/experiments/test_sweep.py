@@ -276,6 +276,37 @@ def test_resume_goes_on_from_a_whole_sweep_of_fewer_repeats(tmp_path: Path, coun
     assert table(tmp_path).height == RUNS
 
 
+def test_set_changes_the_scenarios_and_resume_makes_no_run_of_another_setting(tmp_path: Path, counted: Counted) -> None:
+    three, four = (("--set", f"driver.chunks={chunks}") for chunks in (3, 4))
+    assert interrupt(tmp_path, 5, *three).exit_code == 130
+    counted.calls.clear()
+    done = run(tmp_path, "--jobs", "1", "--resume", *three)
+    assert done.exit_code == 0, done.stderr
+    assert len(counted.calls) == RUNS - 5
+    assert "All runs were made with --set driver.chunks=3: this is not the question" in done.stdout
+    assert {settings[0] for settings in table(tmp_path)["settings"]} == {"driver.chunks=3"}
+    manifest_of = json.loads((tmp_path / NAME / "manifest.json").read_text())
+    assert manifest_of["settings"] == ["driver.chunks=3"]
+    assert manifest_of["command"] == f"proto-v3 run {NAME} --set driver.chunks=3"
+    counted.calls.clear()
+    assert run(tmp_path, "--jobs", "1", "--resume", "--force", *four).exit_code == 0
+    assert len(counted.calls) == RUNS
+
+
+@pytest.mark.parametrize(
+    ("setting", "swept"),
+    [
+        ("device.0.count=3", "device.0.count"),
+        ("device.0={count=3}", "device.0.block_kib"),
+        ("ram.size_gib.x=3", "ram.size_gib"),
+        ("v3.dirty_streams=3", "v3.dirty_streams"),
+    ],
+)
+def test_a_key_that_the_question_sets_is_refused(tmp_path: Path, setting: str, swept: str) -> None:
+    told = refused(NAME, "--out", str(tmp_path / "none"), "--set", setting)
+    assert f"--set {setting}: tiny sets {swept} itself" in told
+
+
 def test_resume_of_runs_of_another_revision_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(tmp_path, 5)
     monkeypatch.setattr(manifest, "git_revision", lambda: "def456")

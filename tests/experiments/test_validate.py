@@ -393,6 +393,20 @@ def test_the_downtimes_of_all_cases_stand_in_one_table(
     assert "+5.0" in lines[2]
 
 
+def test_set_holds_the_published_figures_against_another_machine(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = write("case", [published(setup_ms=1.0)])
+    out = str(tmp_path / "out")
+    assert run_validate([case], [1], out, 1, ["proto-v3"], ["vmm.setup_ms=2.0"]) == 1
+    text = capsys.readouterr().out
+    assert "With --set vmm.setup_ms=2.0: not the machines that were measured." in text
+    assert row_of(text, "setup")[1:5] == ["v2", "1.0", "2.0", "+100.0"]
+    two = write("two", [published(device_save_ms=[1.0])])
+    with pytest.raises(UserError, match=r"published\.0\.device_save_ms = \[1\.0\]: must have one value a device, 3"):
+        run_validate([two], [1], out, 1, [], ["device.0.count=3"])
+
+
 @pytest.mark.slow
 def test_what_had_to_differ_is_told_with_its_source(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
