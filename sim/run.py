@@ -18,11 +18,10 @@ from sim.host.host import HostResources, device_report, devices_at_source, devic
 from sim.host.link import ClosedError, NetworkLink
 from sim.host.machine import GuestHere, MachineModel
 from sim.host.vmms import connections, make_source, make_target, side_report
-from sim.outcome import Outcome, RunReport, completed, ended, failed, with_bound
+from sim.outcome import Outcome, RunReport, compared, completed, ended, failed
 from sim.report import Counters
 from sim.scenario.protocol import AppliedScenario, Protocol
 from sim.scenario.scenario import Scenario
-from sim.theory.downtime_bound import lower_bound
 
 T = TypeVar("T")
 
@@ -48,7 +47,7 @@ def simulate(
     outcome = Context().run(lambda: virtual.run(run.outcome(watch)))  # without the caller's cause and track
     if keep is not None:
         keep(run.timeline)
-    return with_bound(outcome, lower_bound(applied))
+    return compared(outcome, applied)
 
 
 class VirtualRun:

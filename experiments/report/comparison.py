@@ -149,6 +149,7 @@ def _mean(column: str, unit: float = 1) -> pl.Expr:
 
 PHASE_MEANS: list[Column] = [
     ("downtime_ms", "downtime", _mean("downtime_ns", NS_PER_MS), ".1f"),
+    ("over_limit_ratio", "x limit", _mean("over_limit_ratio"), ".1f"),
     *[(f"{name}_ms", name, _mean(f"phase_{name}_ns", NS_PER_MS), ".1f") for name in PHASES],
 ]
 _SHARES = [pl.col(column).sum() / pl.col("downtime_ns").sum() for column in PATH_COLUMNS]
@@ -200,7 +201,7 @@ def _means(completed: pl.DataFrame) -> Iterator[Section]:
         completed,
         "phases",
         "Phases of the downtime, ms",
-        "means over the completed runs; the phases add up to the downtime",
+        "means over the completed runs; x limit: the downtime by its limit; the phases add up to the downtime",
         PHASE_MEANS,
     )
     yield _section(

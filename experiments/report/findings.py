@@ -9,6 +9,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from experiments.runs.frame import COMPLETED, completed_runs, ms, number, path_shares, protocols
+from experiments.study.summaries import far_over_limit
 from sim.scenario.units import NS_PER_MS
 
 ENOUGH_SEEDS = 10
@@ -28,6 +29,7 @@ def findings(runs: pl.DataFrame) -> list[str]:
     completed = completed_runs(runs)
     named = protocols(completed)
     sentences = [_bound(completed, protocol) for protocol in named]
+    sentences += [f"{name}: {far}." for name in named if (far := far_over_limit(completed, name))]
     if "v2" in named:
         sentences += _overlap(completed)
     sentences += [_difference(completed, *pair) for pair in pairs(named)]

@@ -127,13 +127,24 @@ def _plain(value: object) -> object:
 
 
 def outcomes(frame: pl.DataFrame, by: Sequence[str] = ("protocol",), title: str = "How the runs ended") -> Section:
-    """How the runs of each protocol ended, with the reason and a note."""
-    counted = frame.group_by(*by, "outcome", "reason", "note", maintain_order=True).len("runs")
+    """How the runs of each protocol ended, with the reason and a note; one row if only numbers differ."""
+    alike = [pl.col(name).str.replace_all(r"\d[\d.]*", "#").alias(f"{name} alike") for name in ("reason", "note")]
+    counted = (
+        frame.group_by(*by, "outcome", *alike, maintain_order=True)
+        .agg(pl.col("reason").first(), pl.col("note").first(), pl.len().alias("runs"))
+        .select(*by, "outcome", "reason", "note", "runs")
+    )
     rows = [
         row | {"reason": "; ".join(filter(None, [row["reason"], row["note"]]))} for row in counted.iter_rows(named=True)
     ]
     columns = [*(Heading(name, name) for name in by), *(Heading(name, name) for name in ("runs", "outcome", "reason"))]
-    return Section("outcomes", title, "reason: why a run did not complete, and notes", columns, rows)
+    return Section(
+        "outcomes",
+        title,
+        "reason: why a run did not complete, and notes; numbers of the first of several",
+        columns,
+        rows,
+    )
 
 
 def cells(held: PublishedFigure) -> tuple[str, str, str, str, str]:

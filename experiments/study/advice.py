@@ -7,6 +7,7 @@ import polars as pl
 from experiments.runs.frame import COMPLETED, protocols
 from experiments.study.claims import WORTH
 from experiments.study.statistics import effect
+from experiments.study.summaries import far_over_limit
 from experiments.study.verdicts import verdict
 from proto_v3.errors import UserError
 
@@ -35,8 +36,11 @@ def advice(runs: pl.DataFrame, *, today: str, best: str, one: str, many: str, wo
         made = runs.filter(pl.col("protocol") == name)
         if lost := made.filter(~COMPLETED).height:
             lines.append(
-                f"But {name} does not complete {lost} of {made.height} runs, and a downtime says nothing of these."
+                f"But {name} does not complete {lost} of {made.height} runs, and a downtime says nothing of these. The "
+                f"first of them: {made.filter(~COMPLETED)['reason'][0]}."
             )
+        if far := far_over_limit(runs, name):
+            lines.append(f"Of {name}, {far}.")
     if (seeds := runs["seed"].n_unique()) < ENOUGH_SEEDS:
         lines.append(f"{seeds} seeds are enough to look, not to publish: take {ENOUGH_SEEDS}.")
     return lines

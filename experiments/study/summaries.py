@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from experiments.runs.frame import COMPLETED, completed_runs, number, path_shares, protocols
+from experiments.runs.frame import COMPLETED, PATH, PHASE_COLUMNS, completed_runs, number, path_shares, protocols
 from experiments.study.effects import places
 from experiments.study.statistics import interval, percentile, usl
+from proto_v3.timeline import PHASES
+from sim.outcome import FAR_OVER, over_limit
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
@@ -65,6 +67,22 @@ def distributions(runs: pl.DataFrame, by: Sequence[str] = ()) -> pl.DataFrame:
     return pl.DataFrame(rows, infer_schema_length=None, schema_overrides=columns).with_columns(
         pl.col(*columns).round(3)
     )
+
+
+def far_over_limit(runs: pl.DataFrame, protocol: str) -> str:
+    """Which runs of a protocol were far over their downtime limit, and what took them there in the mean; in words.
+
+    Empty if none was.
+    """
+    done = runs.filter(COMPLETED & (pl.col("protocol") == protocol))
+    far = done.filter(pl.col("over_limit_ratio") > FAR_OVER) if "over_limit_ratio" in runs.columns else done.clear()
+    if far.is_empty():
+        return ""
+    mean = {name: number(far[name].mean()) for name in ("downtime_ns", "downtime_limit_ns", *PHASE_COLUMNS)}
+    path = {part: number(far[f"path_{part}_ns"].mean()) for part in PATH}
+    phases = {name: mean[column] for name, column in zip(PHASES, PHASE_COLUMNS, strict=True)}
+    words = over_limit(mean["downtime_ns"], mean["downtime_limit_ns"], phases, path)
+    return f"{far.height} of {done.height} completed runs are far over their downtime limit, in the mean {words}"
 
 
 def resource_shares(runs: pl.DataFrame) -> pl.DataFrame:

@@ -230,7 +230,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def held_up(self, device_bytes: int) -> list[str]:
-        """What holds the stop up besides the sum of what is left, in words. `device_bytes`: what the devices have left."""
+        """What holds the stop up besides the sum of what is left, in words. `device_bytes`: what is left of devices."""
 
     @property
     def now_ns(self) -> int:

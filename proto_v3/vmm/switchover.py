@@ -80,14 +80,12 @@ class Switchover:
         left_ns = max(self._settings.downtime_limit_ns, self._settings.decision_interval_ns) - unread_ns
         return unsaved_bytes == 0 or unsaved_bytes * NS_PER_S < self.bandwidth_bytes_per_s * left_ns
 
-    def falls_short(self, unread_ns: float, unsaved_bytes: int) -> str:
-        """In words, that fits_after() does not hold; empty if it does."""
+    def falls_short(self, unread_ns: float, unsaved_bytes: int) -> list[str]:
+        """In words, that fits_after() does not hold; none if it does."""
         if self.fits_after(unread_ns, unsaved_bytes):
-            return ""
-        return (
-            f"{_mib(unsaved_bytes)} MiB that no device has saved yet come when the slowest stream is empty, after "
-            f"{unread_ns / 1e6:.0f} ms"
-        )
+            return []
+        unsaved, unread_ms = _mib(unsaved_bytes), unread_ns / 1e6
+        return [f"{unsaved} MiB are not saved yet, and come when the slowest stream is empty, after {unread_ms:.0f} ms"]
 
 
 class Backlog(abc.ABC):
@@ -282,4 +280,4 @@ def _what_fits(settings: SwitchoverSettings, switchover: Switchover) -> str:
 
 def _mib(size: float) -> str:
     value = size / (1 << 20)
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"

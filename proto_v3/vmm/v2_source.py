@@ -196,18 +196,20 @@ class V2Source(Source):
 
     @override
     def held_up(self, device_bytes: int) -> list[str]:
+        lines, names = [], [device.name for device in self.side.devices]
         decided_ns = self.now_ns - self._decided_ns
         if decided_ns > HUNG * self.side.settings.give_up_ns:
-            return [f"the target did not take what was sent for {decided_ns / 1e9:.3g} s"]
+            lines.append(f"the target did not take what was sent for {decided_ns / 1e9:.3g} s")
         if self._can_switch_over():
-            return []
-        names = [device.name for device in self.side.devices]
+            return lines
         if unsent := [names[index] for index in self.fds if not self._known[index].sent]:
-            return [f"the initial data of {', '.join(unsent)} must be loaded first, and was not read to its end"]
-        if self._options.ack is Ack.ONE_SHOT:
-            return ["the target has not acknowledged that the initial data is loaded"]
-        unacked = [names[index] for index in self.fds if self._known[index].acked < self._known[index].requests]
-        return [f"the target has not acknowledged that the newest initial data of {', '.join(unacked)} is loaded"]
+            lines.append(f"the initial data of {', '.join(unsent)} must be loaded first, and was not read to its end")
+        elif self._options.ack is Ack.ONE_SHOT:
+            lines.append("the target has not acknowledged that the initial data is loaded")
+        else:
+            late = [names[index] for index in self.fds if self._known[index].acked < self._known[index].requests]
+            lines.append(f"the target has not acknowledged that the newest initial data of {', '.join(late)} is loaded")
+        return lines
 
     async def _ask_devices(self) -> None:
         for index in self.fds:

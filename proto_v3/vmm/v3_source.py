@@ -368,14 +368,15 @@ class V3Source(Source):
             if not (known := self._critical[device]).ready:
                 where = "loaded" if known.drained and known.sent_epoch == known.epoch else "read to its end"
                 lines.append(f"the critical data of {names[device]} (epoch {known.epoch}) was not {where}")
-        parts: list[tuple[str, Backlog, int]] = [("RAM", self._ram, self.side.machine.ram.pending_bytes())]
+        ram_bytes = self.side.machine.ram.pending_bytes()
+        parts: list[tuple[str, Backlog, int]] = [("RAM", self._ram, ram_bytes)]
         parts += [(f"{names[part.device]} {part.what}", backlog, part.unread_bytes) for part, backlog in self._backlogs]
         if short := [each for each in parts if not each[1].fits(each[2])]:
             what, backlog, unread_bytes = max(short, key=lambda each: each[1].time_ns(each[2]))
             others = f" (and {len(short) - 1} more do not fit by themselves)" if len(short) > 1 else ""
             lines.append(f"{what} has {backlog.falls_short(unread_bytes)}{others}")
-        elif unsaved := self._whole.falls_short(self._unread_ns, max(0, device_bytes - self._unread_bytes)):
-            lines.append(unsaved)
+        elif self._whole.fits(ram_bytes + device_bytes):
+            lines += self._whole.falls_short(self._unread_ns, max(0, device_bytes - self._unread_bytes))
         return lines
 
     async def _ask(self) -> None:

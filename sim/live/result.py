@@ -14,10 +14,9 @@ from sim.live.plain import from_plain
 from sim.live.processes.report import GuestNote, ProcessReport, StreamReport, VmmReport
 from sim.live.real_time import Delays
 from sim.live.tcp.sockets import Granted
-from sim.outcome import Outcome, RunReport, completed, ended, with_bound
+from sim.outcome import Outcome, RunReport, compared, completed, ended
 from sim.scenario.protocol import AppliedScenario
 from sim.scenario.scenario import Scenario
-from sim.theory.downtime_bound import lower_bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ def result(applied: AppliedScenario, seed: int, ends: dict[str, SideEnd], ran: l
         return failed("; ".join([*deaths, _unread(error)]))
     processes = _processes(source, target)
     return LiveResult(
-        with_bound(outcome, lower_bound(applied)),
+        compared(outcome, applied),
         run.timeline,
         {name: process.delays for name, process in processes.items()},
         {name: process.cpu_ns for name, process in processes.items()},

@@ -197,7 +197,7 @@ def frame(downtimes_ms: Mapping[str, Sequence[float | None]]) -> pl.DataFrame:
     """Runs of so long a downtime; None is one that was not completed."""
     return pl.DataFrame(
         [
-            {"protocol": name, "seed": seed, "outcome": "FAILED" if ms is None else "COMPLETED"}
+            {"protocol": name, "seed": seed, "outcome": "FAILED" if ms is None else "COMPLETED", "reason": "EIO"}
             | {"downtime_ns": None if ms is None else round(ms * 1e6)}
             for name, values in downtimes_ms.items()
             for seed, ms in enumerate(values, 1)
@@ -235,6 +235,7 @@ def test_the_advice_follows_the_effects() -> None:
     assert "v3 is worth a look" in told
     assert "One dirty stream is enough" in told
     assert "But v2-multifd does not complete 1 of 2 runs" in told
+    assert "The first of them: EIO." in told
 
 
 def test_a_device_that_nothing_moves_is_told_as_such() -> None:
@@ -253,6 +254,18 @@ def test_a_device_that_nothing_moves_is_told_as_such() -> None:
     assert api.shown(api.draw_downtime(scenario, runs, "a command"))._repr_png_()
     advice = api.advice(runs, today="v2", best="v2-multifd", one="v3-n1", many="v3-n4")
     assert "Neither v2-multifd nor v3-n4 completes: nothing can be said." in advice
+    assert advice[-2].startswith("But v3-n4 does not complete 2 of 2 runs")
+    assert "The first of them: given up after 0.001 s of pre-copy: " in advice[-2]
+
+
+def test_the_advice_names_downtimes_far_over_the_limit() -> None:
+    scenario = small_scenario({"vmm.vcpu_stop_ms": 50.0})
+    runs = api.compare(scenario, ["v2", "v2-multifd", "v3-n1", "v3-n4"], 2)
+    told = api.advice(runs, today="v2", best="v2-multifd", one="v3-n1", many="v3-n4")
+    (line,) = [each for each in told if each.startswith("Of v3-n4, ")]
+    assert line.startswith("Of v3-n4, 2 of 2 completed runs are far over their downtime limit, in the mean ")
+    assert "it does not count stop 5" in line
+    assert "is fixed costs" in line
 
 
 def test_protocols_that_were_not_run_are_named() -> None:

@@ -30,7 +30,7 @@ from experiments.study.published import held_against
 from proto_v3.errors import UserError
 from proto_v3.timeline import PHASES, Resource
 from proto_v3.vmm.migration import OutcomeKind
-from sim.outcome import Outcome
+from sim.outcome import FAR_OVER, Outcome, over_limit
 from sim.run import simulate
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
@@ -314,6 +314,48 @@ def test_a_figure_that_cannot_be_drawn_costs_nothing_else(
 def test_what_did_not_complete_is_in_the_conclusion() -> None:
     runs = [*outcomes()[1:], replace(given_up(outcomes()[0]), reason="too much\nto send")]
     assert "v2: 1 of 3 run(s) DID_NOT_CONVERGE: to send" in findings.conclusion(results.table(runs))
+
+
+def far_over(seed: int) -> Outcome:
+    """A run whose drain alone is five times the limit of 20 ms."""
+    made = outcomes()[0]
+    phases = {**made.phases_ns, "drain": 100_000_000 + seed, "transfer": 0}
+    downtime_ns = sum(phases.values())
+    path = {**dict.fromkeys(made.critical_path_ns, 0), "firmware": downtime_ns}
+    limit_ns = made.downtime_limit_ns
+    assert limit_ns == 20_000_000
+    return replace(
+        made,
+        seed=seed,
+        downtime_ns=downtime_ns,
+        phases_ns=phases,
+        critical_path_ns=path,
+        over_limit_ratio=downtime_ns / limit_ns,
+        note=over_limit(downtime_ns, limit_ns, phases, path),
+    )
+
+
+def test_a_downtime_far_over_its_limit_is_told_with_what_took_it() -> None:
+    runs = [far_over(seed) for seed in range(10_000_000, 13_000_000, 1_000_000)]
+    (sentence,) = [each for each in findings.conclusion(results.table(runs)) if "far over" in each]
+    assert sentence.startswith("v2: 3 of 3 completed runs are far over their downtime limit, in the mean ")
+    assert "times the downtime limit of 20 ms: drain and transfer, which the decision to stop estimates" in sentence
+    assert "took 111 ms; it does not count stop " in sentence
+    assert sentence.endswith("the largest part of the critical path is firmware SAVE, " + sentence.split()[-2] + " ms.")
+    text = " ".join(printed(SCENARIO, runs, width=400).split())
+    assert text.count("times the downtime limit") == 1, "runs that differ in numbers only are one row"
+    assert "v2 3 COMPLETED" in text
+
+
+def test_a_downtime_up_to_twice_its_limit_is_not_told() -> None:
+    made = outcomes()[0]
+    assert made.over_limit_ratio == pytest.approx(made.downtime_ns / 20e6)
+    assert made.over_limit_ratio < FAR_OVER
+    assert made.note == ""
+    assert not any("far over" in each for each in findings.conclusion(results.table(outcomes())))
+    twice = {"downtime_ns": 40e6, "limit_ns": 20e6, "phases_ns": made.phases_ns, "path_ns": made.critical_path_ns}
+    assert over_limit(**twice) == ""
+    assert over_limit(**twice | {"downtime_ns": 40e6 + 1}).startswith("2.0 times the downtime limit of 20 ms: ")
 
 
 def test_without_v2_protocols_are_compared_with_the_first() -> None:

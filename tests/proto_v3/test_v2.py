@@ -514,8 +514,8 @@ async def test_an_ack_that_never_comes_is_waited_for_until_it_gives_up() -> None
         assert await vmm.migrate() is OutcomeKind.DID_NOT_CONVERGE
         assert Mark.STOP_ORDERED not in vmm.timeline.marks
         assert vmm.vmm.reason == (
-            "given up after 0.3 s of pre-copy: 0 MiB left (RAM 0, a 0); 0.954 MiB fit a downtime limit of 1 ms at the "
-            "given 954 MiB/s; the target has not acknowledged that "
+            "given up after 0.3 s of pre-copy: 0 MiB left (RAM 0, a 0); 0.9537 MiB fit a downtime limit of 1 ms at the "
+            "given 953.7 MiB/s; the target has not acknowledged that "
             + ("the initial data is loaded" if ack is Ack.ONE_SHOT else "the newest initial data of a is loaded")
         )
 

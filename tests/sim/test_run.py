@@ -243,6 +243,17 @@ def test_writes_beyond_the_link_do_not_converge_and_the_guest_goes_on(protocol: 
     assert outcome.counters.device_bytes_resent == 0
     assert outcome.total_ns is not None
     assert outcome.total_ns >= scenario.vmm.give_up_s * 1e9
+    told = re.match(r"given up after 1 s of pre-copy: (.+) MiB left \(RAM (.+), dev0? ([^),]+)", outcome.reason)
+    assert told is not None, outcome.reason
+    whole, ram, device = map(float, told.groups())
+    assert 64 * devices * 0.9 < whole < 64 * devices * 1.2, "all of it is dirty again at any moment"
+    assert ram + device < whole + 0.5
+    fits, at = map(
+        float, re.findall(r"([\d.]+) MiB fit a downtime limit of 20 ms at ([\d.]+) MiB/s", outcome.reason)[0]
+    )
+    assert fits == pytest.approx(at * 0.02, rel=0.02)
+    assert at < 1.7 * 119.2, "1 Gbit/s, and buffers that are filled"
+    assert "only a stopped device" not in outcome.reason
     assert Mark.STOP_ORDERED not in kept.timeline.marks
     for driver, state in zip(kept.drivers, kept.states, strict=True):
         assert virtual.run(driver.state()) is State.RUNNING
@@ -259,7 +270,12 @@ def test_stop_only_state_beyond_the_limit_does_not_converge(protocol: str) -> No
     fits_ms = 8 * MIB / 1e9 * 1e3 + 1
     assert run(small_scenario(changes | {"vmm.downtime_limit_ms": fits_ms}), protocol).kind is OutcomeKind.COMPLETED
     too_short = small_scenario(changes | {"vmm.downtime_limit_ms": fits_ms - 1})
-    assert run(too_short, protocol).kind is OutcomeKind.DID_NOT_CONVERGE
+    outcome = run(too_short, protocol)
+    assert outcome.kind is OutcomeKind.DID_NOT_CONVERGE
+    assert outcome.reason.replace("8.001", "8") == (  # addressable blocks have larger headers
+        "given up after 2 s of pre-copy: 8 MiB left (RAM 0, dev 8); 8 MiB fit a downtime limit of 8.38861 ms at the "
+        "given 953.7 MiB/s; dev has 8 MiB that only a stopped device gives: they can never fit"
+    )
 
 
 @pytest.mark.parametrize("features", [["STOP_COPY"], ["STOP_COPY", "P2P"], ["STOP_COPY", "P2P", "PRE_COPY"]])
@@ -269,7 +285,36 @@ def test_a_state_far_beyond_the_limit_does_not_converge_with_or_without_pre_copy
 ) -> None:
     """1 GiB that can only be saved when stopped, 20 ms, 40 Gbit/s: a tenth of it would be too much."""
     changes = {"device.0.features": features, "device.0.state_mib": 1024.0, "device.0.stop_only_mib": 1024.0}
-    assert run(small_scenario(changes), protocol).kind is OutcomeKind.DID_NOT_CONVERGE
+    outcome = run(small_scenario(changes), protocol)
+    assert outcome.kind is OutcomeKind.DID_NOT_CONVERGE
+    assert "dev has 1024 MiB that only a stopped device gives: they can never fit" in outcome.reason
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_state_that_is_dirtied_again_and_again_is_not_taken_for_what_only_a_stopped_device_gives(protocol: str) -> None:
+    """Of 64 MiB, 32 can be read only when stopped; all of it is always dirty."""
+    reason = run(small_scenario(TOO_BUSY | {"device.0.stop_only_mib": 32.0, "ram.nonzero_gib": 0.0}), protocol).reason
+    told = re.search(r"dev has ([\d.]+) MiB that only a stopped device gives", reason)
+    assert told is None or float(told[1]) == pytest.approx(32, abs=0.2)
+    assert told is not None or "the most that was measured" in reason, "it would have fitted then"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "due"),
+    [
+        ("v2", "the target did not take what was sent for 1.9"),
+        ("v2-multifd-ack", "the target has not acknowledged that the initial data is loaded"),
+        ("v2-multifd-reinit-flush-ack-reusable", "the newest initial data of dev is loaded"),
+        ("v3-n2", "the critical data of dev (epoch 1) was not loaded"),
+        ("v3-blocks-n2", "the critical data of dev (epoch 1) was not loaded"),
+    ],
+)
+def test_critical_data_that_holds_up_the_stop_is_the_reason(protocol: str, due: str) -> None:
+    """Its set-up takes 20 s, ten times as long as the migration may take."""
+    slow = {"device.0.critical.objects": 200, "device.0.critical.setup_us": 100_000.0}
+    outcome = run(small_scenario(slow), protocol)
+    assert outcome.kind is OutcomeKind.DID_NOT_CONVERGE
+    assert due in outcome.reason
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
