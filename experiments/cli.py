@@ -206,28 +206,27 @@ run.help = (run.help or "").replace(
 
 
 @main.command()
-@click.option(
-    "--results",
-    metavar="FOLDER",
-    default="results",
-    show_default=True,
-    shell_complete=complete.folders,
-    help="What `proto-v3 run` wrote.",
-)
+@click.argument("folder", required=False, shell_complete=complete.folders)
+@click.option("--results", metavar="FOLDER", shell_complete=complete.folders, help="The same as FOLDER.")
 @click.option(
     "--page", metavar="FILE", shell_complete=complete.files, help="The page.  [default: report.html in that folder]"
 )
-def report(results: str, page: str | None) -> int:
+def report(folder: str | None, results: str | None, page: str | None) -> int:
     """Put all answers, figures and tables on one HTML page that needs nothing beside itself.
 
-    The answers come first, then each experiment, what the model is compared with, all parameters with their sources,
-    and limits. The answers are also written into the README.md of the results folder, if it has one.
+    FOLDER is what `proto-v3 run` wrote, a path or a name in out/; the default is the newest of out/run and out/quick.
+    The results that are kept with the project are in `results`. The answers come first, then each experiment, what the
+    model is compared with, all parameters with their sources, and limits. The answers are also written into the
+    README.md of the folder, if it has one and nothing is missing.
 
-    Exit status: 0; 2 if there is no such folder, or it is damaged.
+    Exit status: 0; 1 if a question is missing, damaged or not complete, which the page and the last lines say; 2 if
+    there are no results.
     """
     from experiments.commands.report import run_report
 
-    return run_report(results, page)
+    if folder is not None and results is not None:
+        raise click.UsageError("name one FOLDER")
+    return run_report(folder if results is None else results, page)
 
 
 @main.command()
@@ -360,7 +359,8 @@ def replay(**options: Any) -> int:
     """Make one run of a results folder again, check that it is the same, and write a trace of it.
 
     RUN is FOLDER:PROTOCOL:SEED, as in results/mlx5-2vf:v2:1, or for the runs of `proto-v3 run` FOLDER:CELL; the first
-    characters of CELL are enough if no other cell begins with them. FOLDER is a path, or a name in results/.
+    characters of CELL are enough if no other cell begins with them. FOLDER is a path, or a name in out/, out/run/,
+    out/quick/ or results/, the first of them that has it.
 
     Exit status: 0; 1 if the digest is not the table's; 2 for bad input.
     """

@@ -17,6 +17,7 @@ from rich.progress import Progress, TaskID
 from experiments import INTERRUPTED
 from experiments.draw.canvas import own_settings
 from experiments.report import tables
+from experiments.report.answers import QUICK, told_as_quick
 from experiments.report.tables import say
 from experiments.runs import frame as results
 from experiments.runs import manifest
@@ -204,6 +205,7 @@ def write(
     as_json = {
         "experiment": experiment.name,
         "question": experiment.question,
+        "quick": folder.plan.quick,
         "answer": answer.answer,
         "limit": answer.limit,
         "details": list(answer.details),
@@ -227,10 +229,13 @@ def _print(
 ) -> None:
     say(console, f"\n{experiment.name}: {experiment.question}")
     say(console, f"{frame.height} runs: {outcome_counts(frame)}")
+    if folder.plan.quick:
+        say(console, QUICK)
     for sentence in (answer.answer, f"Limit: {answer.limit}", *answer.details):
         say(console, f"- {sentence}")
     for finding in answer.findings:
-        say(console, f"- {finding.claim} {finding.verdict}: {finding.why}")
+        verdict = told_as_quick(finding.verdict, folder.plan.quick)
+        say(console, f"- {finding.claim} {verdict}: {finding.why}")
     broken = frame.filter(pl.col("digest") == "")
     for row in broken.head(3).iter_rows(named=True):
         say(console, f"a run broke (cell {row['cell']}): {row['reason'].strip().splitlines()[-1]}")

@@ -9,8 +9,9 @@ from rich.console import Console
 
 from experiments.report import tables
 from experiments.report.tables import say
+from experiments.runs.files import output_file
 from experiments.runs.folder import OUT
-from experiments.trace.traced_run import TRACE_SUFFIX, TracedRun, output_file, traced_run, write_spans, write_trace
+from experiments.trace.traced_run import TRACE_SUFFIX, TracedRun, traced_run, write_spans, write_trace
 from experiments.trace.tracks import Track
 from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind

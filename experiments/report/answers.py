@@ -8,14 +8,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import polars as pl
 
+from experiments.runs import frame
+from experiments.runs.folder import MANIFEST, OUT, damaged
 from experiments.runs.manifest import clone
 from experiments.study.claims import CLAIMS, Finding, Verdict
 from experiments.study.experiment import NAMES, find
 from proto_v3.errors import UserError
+from proto_v3.text import clean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +27,11 @@ T = TypeVar("T")
 
 FOLDER_VARIABLE = "PROTO_V3_RESULTS"
 """The environment variable that names the folder of results, if it is not results/."""
+OWN = (OUT / "run", OUT / "quick")
+"""Where `proto-v3 run` writes, unless the user names another place."""
+QUICK = "A quick run: a coarse grid, few repeats, wide intervals."
+MOST_CHARS = 20_000
+"""Of a text in a file of results."""
 BEGIN = "<!-- answers: written by `proto-v3 report`, from the tables -->"
 END = "<!-- end of the answers -->"
 
@@ -44,6 +52,15 @@ class KeptAnswer:
     """The PNGs, the most important one first; each has an SVG beside it."""
 
     @property
+    def quick(self) -> bool:
+        """Whether its runs were those of `proto-v3 run --quick`: few repeats, wide intervals."""
+        return self.manifest.get("quick") is True
+
+    def verdict(self, finding: Finding) -> str:
+        """What it says of a claim."""
+        return told_as_quick(finding.verdict, self.quick)
+
+    @property
     def outcomes(self) -> dict[str, int]:
         """How many runs ended in which way, the most frequent first."""
         counts: Counter[str] = Counter()
@@ -52,45 +69,114 @@ class KeptAnswer:
         return dict(counts.most_common())
 
 
+def told_as_quick(verdict: str, quick: bool) -> str:
+    """A verdict, with the words that a quick run's must have."""
+    return f"{verdict} (quick run)" if quick else verdict
+
+
 def read(results: Path) -> list[KeptAnswer]:
     """All answers in a results folder, in the order of the experiments.
 
     UserError if there is no such folder, or if an experiment's folder in it is damaged.
     """
+    return [_read(folder) for folder in _folders(results) if (folder / "answer.json").exists()]
+
+
+def examined(results: Path) -> tuple[list[KeptAnswer], list[str]]:
+    """All answers that can be read, and what is missing, damaged or not complete, a sentence each.
+
+    UserError if there is no such folder, or no answer in it.
+    """
+    folders = [folder for folder in _folders(results) if folder.is_dir()]
+    if not folders:
+        raise UserError(f"{results}: has no answers in it; make some with: proto-v3 run all")
+    found, problems = [], []
+    if missing := [name for name in NAMES if results / name not in folders]:
+        problems.append(f"not run yet: {', '.join(missing)}; make them with: proto-v3 run {' '.join(missing)}")
+    for folder in folders:
+        try:
+            kept = _read(folder)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        found.append(kept)
+        runs, planned = kept.manifest["runs"], kept.manifest.get("runs_planned")
+        if kept.manifest.get("complete") is False:
+            problems.append(f"{folder.name}: is not complete: {runs} of {planned} runs")
+    return found, problems
+
+
+def _folders(results: Path) -> list[Path]:
     if not results.is_dir():
         raise UserError(f"{results}: no such folder; make results with: proto-v3 run all")
-    return [_read(results / name) for name in NAMES if (results / name / "answer.json").exists()]
+    return [results / name for name in NAMES]
 
 
 def _read(folder: Path) -> KeptAnswer:
     try:
-        answer, manifest = _json(folder, "answer"), _json(folder, "manifest")
-        figures = [folder / f"{name}.png" for name in answer["figures"]]
+        manifest = _json(folder, "manifest")
+        for key in ("outcomes", "runs", "seeds", "command", "git_revision", "made"):
+            manifest[key]
+        if wrong := damaged(folder, manifest):
+            raise ValueError("; ".join(wrong))
+        answer = _json(folder, "answer")
+        runs = frame.read(folder / "runs.parquet").height
+        if runs != manifest["runs"]:
+            raise ValueError(f"runs.parquet has {runs} runs, and the manifest says {manifest['runs']}")
+        figures = [folder / f"{_file_name(name)}.png" for name in answer["figures"]]
         for figure in figures:
+            figure.stat()
             figure.with_suffix(".svg").stat()
         findings = [Finding(**finding) for finding in answer["findings"]]
         if unknown := {finding.claim for finding in findings} - CLAIMS.keys():
             raise ValueError(f"there is no claim {', '.join(sorted(unknown))}")
-        for key in ("outcomes", "runs", "seeds", "command", "git_revision", "made"):
-            manifest[key]
+        if strange := [finding.verdict for finding in findings if finding.verdict not in get_args(Verdict)]:
+            raise ValueError(f"there is no verdict {strange[0]}")
         return KeptAnswer(
-            name=answer["experiment"],
+            name=folder.name,
             question=answer["question"],
             answer=answer["answer"],
             limit=answer["limit"],
             details=answer["details"],
             findings=findings,
-            effects=pl.read_parquet(folder / "effects.parquet"),
+            effects=frame.read(folder / "effects.parquet"),
             manifest=manifest,
             figures=figures,
         )
-    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
-        raise UserError(f"{folder}: cannot be read ({error}); make it anew with: proto-v3 run {folder.name}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        raise UserError(
+            f"{folder}: cannot be read ({_why(error)}); make it anew with: proto-v3 run {folder.name}"
+        ) from error
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a file, in a line."""
+    if isinstance(error, OSError):
+        return f"{Path(str(error.filename)).name}: {error.strerror}"
+    return clean(f"{error} is missing" if isinstance(error, KeyError) else str(error))
+
+
+def _file_name(name: str) -> str:
+    """A name that a file of results says. ValueError if it is one in another folder."""
+    if name != os.path.basename(name):
+        raise ValueError(f"a figure is called {name}")
+    return name
 
 
 def _json(folder: Path, name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    """A file of results, its texts cleaned: it may be somebody else's."""
+    content = _cleaned(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+    if not isinstance(content, dict):
+        raise ValueError(f"{name}.json is no JSON object")
     return content
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean(value, MOST_CHARS)
+    if isinstance(value, list):
+        return [_cleaned(each) for each in value]
+    return {_cleaned(key): _cleaned(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +187,26 @@ class Claim:
     text: str
     verdict: str
     """`not tested` if no experiment has a finding on it."""
-    findings: Sequence[tuple[str, Finding]]
-    """Each with the name of its experiment."""
+    findings: Sequence[tuple[KeptAnswer, Finding]]
+    """Each with what its experiment wrote."""
+
+    @property
+    def quick(self) -> bool:
+        """Whether a quick run's verdict is among them."""
+        return any(kept.quick for kept, _ in self.findings)
+
+    @property
+    def told(self) -> str:
+        """The verdict, with the words that a quick run's must have."""
+        return told_as_quick(self.verdict, self.quick)
 
 
 def claims_of(kept: Sequence[KeptAnswer]) -> list[Claim]:
     """Each claim with its verdict: the one that all experiments agree on, else `under conditions`."""
-    found: dict[str, list[tuple[str, Finding]]] = {name: [] for name in CLAIMS}
+    found: dict[str, list[tuple[KeptAnswer, Finding]]] = {name: [] for name in CLAIMS}
     for each in kept:
         for finding in each.findings:
-            found[finding.claim].append((each.name, finding))
+            found[finding.claim].append((each, finding))
     return [
         Claim(name, text, _together([finding.verdict for _, finding in found[name]]), found[name])
         for name, text in CLAIMS.items()
@@ -128,10 +224,15 @@ def page(kept: Sequence[KeptAnswer]) -> str:
     """Claims, questions and answers in Markdown; the figures' paths are relative to the results folder."""
     lines = []
     for claim in claims_of(kept):
-        lines.append(f"- **{claim.name}, {claim.verdict}:** {claim.text}")
-        lines += [f"  - [{name}](#{name}), {finding.verdict}: {finding.why}" for name, finding in claim.findings]
+        lines.append(f"- **{claim.name}, {claim.told}:** {claim.text}")
+        lines += [
+            f"  - [{each.name}](#{each.name}), {each.verdict(finding)}: {finding.why}"
+            for each, finding in claim.findings
+        ]
     for each in kept:
-        lines += ["", f"### {each.name}", "", f"**{each.question}** {each.answer}", "", f"*Limit:* {each.limit}", ""]
+        quick = f"*{QUICK}* " if each.quick else ""
+        lines += ["", f"### {each.name}", "", f"{quick}**{each.question}** {each.answer}", ""]
+        lines += [f"*Limit:* {each.limit}", ""]
         lines += [f"![{each.question}]({each.name}/{figure.name})" for figure in each.figures[:1]]
         others = ", ".join(f"[{figure.stem}]({each.name}/{figure.name})" for figure in each.figures[1:])
         lines += ["", f"More: {others}"] if others else []
@@ -153,11 +254,22 @@ def with_answers(readme: str, kept: Sequence[KeptAnswer]) -> str:
 def results_folder() -> Path:
     """The folder of kept results: the one that the environment variable PROTO_V3_RESULTS names, or `results`.
 
-    A relative name is looked up in the project's clone, then in the current folder, then in the one above it.
+    A relative name is looked up in the project's clone, then in the current folder, then in the one above it. If no
+    folder is named and there is no `results`, it is the newest that `proto-v3 run` has written here.
     """
-    named = os.environ.get(FOLDER_VARIABLE) or "results"
-    candidates = [folder / named for folder in (clone(), Path(), Path("..")) if folder is not None]
-    return next((folder for folder in candidates if folder.is_dir()), candidates[0])
+    named = os.environ.get(FOLDER_VARIABLE)
+    candidates = [folder / (named or "results") for folder in (clone(), Path(), Path("..")) if folder is not None]
+    found = next((folder for folder in candidates if folder.is_dir()), None)
+    return found or (None if named else newest(OWN)) or candidates[0]
+
+
+def newest(folders: Sequence[Path]) -> Path | None:
+    """The folder in which an answer was written last; None if none of them has one."""
+    made = {
+        folder: max((file.stat().st_mtime for name in NAMES for file in folder.glob(f"{name}/{MANIFEST}")), default=0.0)
+        for folder in folders
+    }
+    return max((folder for folder in folders if made[folder]), key=made.__getitem__, default=None)
 
 
 def kept_runs(question: str) -> pl.DataFrame:
@@ -165,19 +277,22 @@ def kept_runs(question: str) -> pl.DataFrame:
 
     UserError for an unknown question, and if its results are missing or damaged.
     """
-    return _read_kept(question, lambda folder: pl.read_parquet(folder / "runs.parquet"))
+    return _read_kept(question, lambda folder: frame.read(folder / "runs.parquet"))
 
 
 def kept_answer(question: str) -> list[str]:
     """The answer to a question, in sentences: the answer, its limit, details, findings on the claims.
 
-    UserError as for `kept_runs`.
+    If it is of a quick run, that is said first, and with each finding. UserError as for `kept_runs`.
     """
 
     def sentences(folder: Path) -> list[str]:
-        answer = _json(folder, "answer")
-        findings = [f"{each['claim']} {each['verdict']}: {each['why']}" for each in answer["findings"]]
-        return [answer["answer"], f"Limit: {answer['limit']}", *answer["details"], *findings]
+        answer, quick = _json(folder, "answer"), _json(folder, "manifest").get("quick") is True
+        findings = [
+            f"{each['claim']} {told_as_quick(each['verdict'], quick)}: {each['why']}" for each in answer["findings"]
+        ]
+        told = [answer["answer"], f"Limit: {answer['limit']}", *answer["details"], *findings]
+        return [QUICK, *told] if quick else told
 
     return _read_kept(question, sentences)
 
@@ -195,7 +310,8 @@ def claims() -> pl.DataFrame:
     """Each claim about v3, and what all kept results together say of it.
 
     Columns: claim (C1, ...), text, verdict (`supported`, `refuted`, `under conditions`, `not tested`), says (the
-    questions that say so). UserError if there is no folder of results, or if one in it is damaged.
+    questions that say so), quick (whether a quick run is among them). UserError if there is no folder of results, or if
+    one in it is damaged.
     """
     found = claims_of(read(results_folder()))
     return pl.DataFrame(
@@ -203,7 +319,8 @@ def claims() -> pl.DataFrame:
             "claim": [each.name for each in found],
             "text": [each.text for each in found],
             "verdict": [each.verdict for each in found],
-            "says": [", ".join(dict.fromkeys(name for name, _ in each.findings)) for each in found],
+            "says": [", ".join(dict.fromkeys(kept.name for kept, _ in each.findings)) for each in found],
+            "quick": [each.quick for each in found],
         }
     )
 
@@ -213,11 +330,11 @@ def _read_kept(question: str, read: Callable[[Path], T]) -> T:
     folder = results_folder()
     how = (
         f"make them with: proto-v3 run {question}; or a few, in a minute, with: proto-v3 run {question} --quick, and "
-        f"set {FOLDER_VARIABLE}=results/quick"
+        f"set {FOLDER_VARIABLE}=out/quick"
     )
     try:
         return read(folder / question)
     except FileNotFoundError as error:
         raise UserError(f"no results of {question} in {folder}; {how}") from error
-    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
-        raise UserError(f"{folder / question}: cannot be read ({error}); {how}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        raise UserError(f"{folder / question}: cannot be read ({_why(error)}); {how}") from error

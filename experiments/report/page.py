@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
 from experiments.report import answers, left_out
 from experiments.report.tables import parameter_rows
+from experiments.runs.folder import MANIFEST, damaged
 from experiments.runs.manifest import git_revision, versions
-from experiments.study.experiment import NAMES
-from proto_v3.errors import UserError
+from proto_v3.text import clean
 from sim.scenario.file import load
 from sim.scenario.shipped import shipped
 
@@ -28,19 +29,29 @@ OTHERS = {
 """Folders whose figures show how far to trust the model, and the questions that they answer."""
 
 
-def page(folder: Path, found: list[answers.KeptAnswer]) -> str:
-    """The page as HTML, with the figures in it: a browser fetches nothing."""
+@dataclass(frozen=True, slots=True)
+class Other:
+    """A folder of OTHERS."""
+
+    question: str
+    figures: Sequence[Path]
+    command: str
+
+
+def page(found: Sequence[answers.KeptAnswer], shown: Sequence[Other], problems: Sequence[str]) -> str:
+    """The page as HTML, with the figures in it: a browser fetches nothing. `problems` stand at its top."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["picture"] = _picture
     environment.filters["cell"] = _cell
-    missing = [name for name in NAMES if name not in {each.name for each in found}]
     return environment.get_template("report.html.j2").render(
         claims=answers.claims_of(found),
         found=found,
-        missing=missing,
-        others=list(_others(folder)),
+        others=shown,
+        problems=problems,
+        quick=[each.name for each in found if each.quick],
+        about_quick=answers.QUICK,
         scenarios=[(scenario, list(parameter_rows(scenario))) for scenario in map(load, shipped())],
         limits=left_out.points(),
         versions=versions(),
@@ -59,19 +70,27 @@ def _cell(value: object) -> str:
     """A value in a table."""
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else clean(str(value))
 
 
-def _others(folder: Path) -> Iterator[tuple[str, list[Path], str]]:
-    """The figures of each folder of OTHERS: their question, the PNGs, and the command that made them."""
+def others(folder: Path) -> tuple[list[Other], list[str]]:
+    """The folders of OTHERS that are beside the answers, and which of them are damaged.
+
+    Of what `proto-v3 run` writes into out/run, they are in out/.
+    """
+    found, problems = [], []
     for name, question in OTHERS.items():
-        figures = sorted((folder / name).glob("*.png"))
+        where = folder.parent / name if folder in answers.OWN else folder / name
+        figures = sorted(where.glob("*.png"))
         if not figures:
             continue
         try:
-            manifest = json.loads((folder / name / "manifest.json").read_text(encoding="utf-8"))
+            manifest = json.loads((where / MANIFEST).read_text(encoding="utf-8"))
             for figure in figures:
                 figure.with_suffix(".svg").stat()
-            yield question, figures, manifest["command"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / name}: cannot be read ({error}); make it again, or remove it") from error
+            if wrong := damaged(where, manifest):
+                raise ValueError("; ".join(wrong))
+            found.append(Other(question, figures, clean(manifest["command"], answers.MOST_CHARS)))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problems.append(f"{where}: cannot be read ({clean(str(error))}); make it again, or remove it")
+    return found, problems

@@ -45,6 +45,20 @@ def replacing(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+def output_file(option: str, path: str | os.PathLike[str]) -> Path:
+    """`path`, whose folder is made. UserError, which names `option`, if it cannot be written to.
+
+    To be called before the work: a mistake is then found before it.
+    """
+    file = Path(path)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {file}: its folder cannot be made: {error.strerror}") from error
+    check_file(file, option)
+    return file
+
+
 def check_file(path: Path, option: str = "") -> None:
     """UserError, which names `option`, if no file can be written to `path`: to be called before the work."""
     named = f"{option} {path}" if option else str(path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from experiments.runs.files import check_file, replacing
+from experiments.runs.files import output_file, replacing
 from experiments.trace.samples import Samples
 from experiments.trace.tracks import Counter, Track, arranged
 from proto_v3.errors import UserError
@@ -137,20 +137,6 @@ def spans(run: TracedRun) -> pl.DataFrame:
             "on_critical_path": critical,
         }
     )
-
-
-def output_file(option: str, path: str | os.PathLike[str]) -> Path:
-    """`path`, whose folder is made. UserError, which names `option`, if it cannot be written to.
-
-    To be called before the run: a mistake is then found before the work.
-    """
-    file = Path(path)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{option} {file}: its folder cannot be made: {error.strerror}") from error
-    check_file(file, option)
-    return file
 
 
 def write_trace(run: TracedRun, path: str | os.PathLike[str]) -> Path:
