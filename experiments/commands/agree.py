@@ -92,7 +92,7 @@ def run_agree(
     names, writes = [each.name for each in chosen], ("runs", "agree")
     plan = Plan(command, [loaded.name], 2 * len(cells), seeds, names, writes=writes)
     with ResultFolder(out_folder(out, f"agree-{loaded.name}"), plan, force=force) as folder:
-        stderr = Console(stderr=True)
+        output, stderr = Output(as_json, quiet), Console(stderr=True)
         warn(stderr, loaded)
         simulated, interrupted = run_cells(cells, None)
         if interrupted:
@@ -104,26 +104,23 @@ def run_agree(
         virtual = results.table(simulated).with_columns(clock=pl.lit("virtual"))
         frame = pl.concat([virtual, table(live, how)], how="diagonal_relaxed")
         compared = compare(frame)
-        folder.write_table(frame, "runs", "parquet")
-        folder.write_table(compared, "agree", "parquet")
         how_made = manifest.of_scenario(loaded, scenario, command, frame, 2 * len(cells))
-        folder.write_manifest(how_made | {"live": live_manifest(live, how)})
-        output = Output(as_json, quiet)
-        compared_protocols = compared["protocol"].unique(maintain_order=True)
-        output.results(
-            {"command": "agree", "scenario": loaded.name, "folder": str(folder.folder)},
-            f"{loaded.name}, in virtual time and live: {loaded.description}",
-            verdicts(compared) or ["No protocol was completed both in virtual time and live: nothing can be compared."],
-            [
-                tables.outcomes(frame, ("protocol", "clock")),
-                *(_section(compared, name) for name in compared_protocols),
-            ],
-        )
+        try:
+            folder.write_table(frame, "runs", "parquet")
+            folder.write_table(compared, "agree", "parquet")
+            folder.write_manifest(how_made | {"live": live_manifest(live, how)})
+        finally:  # the results are printed if the disk is full, too
+            named = compared["protocol"].unique(maintain_order=True)
+            output.results(
+                {"command": "agree", "scenario": loaded.name, "folder": str(folder.folder)},
+                f"{loaded.name}, in virtual time and live: {loaded.description}",
+                verdicts(compared) or ["No protocol was completed both in virtual time and live."],
+                [tables.outcomes(frame, ("protocol", "clock")), *(_section(compared, name) for name in named)],
+            )
         drawn = output.drawn(lambda: _draw(folder, loaded, frame, compared, command))
         folder.commit()
-    where = ", ".join(str(folder.folder / name) for name in ("runs.parquet", "agree.parquet", "manifest.json"))
-    output.say(f"Tables and manifest: {where}{folder.why_there}")
-    failed = OutcomeKind.FAILED.value in frame["outcome"] or not drawn
+    output.files(folder.folder, ["runs.parquet", "agree.parquet"], drawn, folder.why_there)
+    failed = OutcomeKind.FAILED.value in frame["outcome"] or drawn is None
     return 1 if failed or not within_aim(compared) else 0
 
 

@@ -53,24 +53,26 @@ def run_compare(
             output.say("interrupted before the first run was done; nothing was written", always=True)
             return INTERRUPTED
         frame = results.table(outcomes)
-        folder.write_table(frame, "runs", table_format)
-        folder.write_manifest(manifest.of_scenario(loaded, scenario, command, frame, len(cells)))
+        try:
+            folder.write_table(frame, "runs", table_format)
+            folder.write_manifest(manifest.of_scenario(loaded, scenario, command, frame, len(cells)))
+        finally:  # the results are printed if the disk is full, too
+            if not interrupted:
+                output.results(
+                    {"command": "compare", "scenario": loaded.name, "folder": str(folder.folder)},
+                    f"{loaded.name}: {loaded.description}",
+                    findings.conclusion(frame),
+                    list(comparison.sections(loaded, frame)),
+                )
         if interrupted:
             folder.commit()
             done = f"{len(outcomes)} of {len(cells)} runs were done and are kept in {folder.folder}"
             output.say(f"interrupted: {done}{folder.why_there}", always=True)
             return INTERRUPTED
-        output.results(
-            {"command": "compare", "scenario": loaded.name, "folder": str(folder.folder)},
-            f"{loaded.name}: {loaded.description}",
-            findings.conclusion(frame),
-            list(comparison.sections(loaded, frame)),
-        )
         drawn = output.drawn(lambda: _draw(folder, loaded, frame, command))
         folder.commit()
-    files = f"{folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}"
-    output.say(f"Table and manifest: {files}{folder.why_there}")
-    return 1 if OutcomeKind.FAILED.value in frame["outcome"] or not drawn else 0
+    output.files(folder.folder, [f"runs.{table_format}"], drawn, folder.why_there)
+    return 1 if OutcomeKind.FAILED.value in frame["outcome"] or drawn is None else 0
 
 
 def _draw(folder: ResultFolder, scenario: Scenario, frame: pl.DataFrame, command: Sequence[str]) -> list[Path]:

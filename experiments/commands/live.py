@@ -82,32 +82,33 @@ def run_live(
         if not found:
             stderr.print("interrupted before the first run was done; nothing was written", markup=False)
             return INTERRUPTED
-        from experiments.runs import manifest  # after the runs, whose memory is measured: it is heavy
+        from experiments.report import comparison, findings  # after the runs, whose memory is measured: it is heavy
+        from experiments.report.tables import Output
+        from experiments.runs import manifest
 
+        output = Output(as_json, quiet)
         frame = table(found, how)
-        folder.write_table(frame, "runs", table_format)
         how_made = manifest.of_scenario(loaded, scenario, command, frame, len(cells))
-        folder.write_manifest(how_made | {"live": live_manifest(found, how)})
+        try:
+            folder.write_table(frame, "runs", table_format)
+            folder.write_manifest(how_made | {"live": live_manifest(found, how)})
+        finally:  # the results are printed if the disk is full, too
+            if not interrupted:
+                output.results(
+                    {"command": "live", "scenario": loaded.name, "folder": str(folder.folder)},
+                    f"{loaded.name}, live: {loaded.description}",
+                    findings.conclusion(frame),
+                    [*comparison.sections(loaded, frame), *streams(found), *delays(found)],
+                )
         if interrupted:
             folder.commit()
             done = f"{len(found)} of {len(cells)} runs were done and are kept in {folder.folder}"
             stderr.print(f"interrupted: {done}{folder.why_there}", markup=False)
             return INTERRUPTED
-        from experiments.report import comparison, findings
-        from experiments.report.tables import Output
-
-        output = Output(as_json, quiet)
-        output.results(
-            {"command": "live", "scenario": loaded.name, "folder": str(folder.folder)},
-            f"{loaded.name}, live: {loaded.description}",
-            findings.conclusion(frame),
-            [*comparison.sections(loaded, frame), *streams(found), *delays(found)],
-        )
         drawn = output.drawn(lambda: _draw(folder, loaded, frame, command))
         folder.commit()
-    files = f"{folder.folder / f'runs.{table_format}'}, {folder.folder / 'manifest.json'}"
-    output.say(f"Table and manifest: {files}{folder.why_there}")
-    return 1 if OutcomeKind.FAILED.value in frame["outcome"] or not drawn else 0
+    output.files(folder.folder, [f"runs.{table_format}"], drawn, folder.why_there)
+    return 1 if OutcomeKind.FAILED.value in frame["outcome"] or drawn is None else 0
 
 
 def prepared(

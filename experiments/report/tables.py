@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiments.runs.folder import MANIFEST
 from experiments.study.published import PublishedFigure
 from proto_v3.errors import UserError
 from proto_v3.text import clean
@@ -79,7 +81,7 @@ class Output:
         if self.as_json:
             tables = {section.key: section.plain() for section in sections}
             document = {**about, "conclusion": list(conclusion), "tables": tables}
-            print(json.dumps(document, indent=2, allow_nan=False))
+            console().out(json.dumps(document, indent=2, allow_nan=False), highlight=False)
             return
         shown = console()
         if not self.quiet:
@@ -90,22 +92,24 @@ class Output:
             if section.most_rows != 0 and not self.quiet:
                 section.print(shown)
 
-    def drawn(self, draw: Callable[[], Sequence[Path]]) -> bool:
-        """Draw figures, and print where they are. False if that fails: one line on stderr says why.
+    def drawn(self, draw: Callable[[], Sequence[Path]]) -> list[str] | None:
+        """Draw figures; returns the names of their files. None if that fails: one line on stderr says why.
 
-        It is called last: a figure must not cost the tables.
+        It comes after the tables, which a figure must not cost.
         """
         try:
-            paths = draw()
+            return [path.name for path in draw()]
         except Exception as error:  # of matplotlib, of the user's fonts, of a full disk
             name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             print(f"proto-v3: error: no figure: {name}{clean(str(error))}", file=sys.stderr)
-            return False
-        pictures = [str(path) for path in paths if path.suffix == ".png"]
-        self.say(
-            f"\nFigure: {', '.join(pictures)} (and .svg)" if pictures else "\nNo run was completed: nothing to draw."
-        )
-        return True
+            return None
+
+    def files(self, folder: Path, tables: Sequence[str], figures: Sequence[str] | None, why_there: str = "") -> None:
+        """Say where they are; `figures` as `drawn` returns them."""
+        if figures is not None:
+            drawn = ", ".join(str(folder / name) for name in figures if name.endswith(".png"))
+            self.say(f"\nFigure: {drawn} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
+        self.say(f"Tables and manifest: {', '.join(str(folder / name) for name in (*tables, MANIFEST))}{why_there}")
 
     def say(self, line: str, *, always: bool = False) -> None:
         """Print a line that is no result, such as where files are: beside JSON on stderr; not if quiet, or `always`."""
@@ -171,10 +175,18 @@ def value_text(value: object) -> str:
 # --- printing ---------------------------------------------------------------------------------------------------------
 
 
+class Patient(Console):
+    """A console whose reader, such as `head`, may go: the rest is printed nowhere, and the command goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """As Python's documentation of SIGPIPE says, but without an exit."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def console() -> Console:
     """A console for stdout: as wide as the terminal; 120 columns where there is none."""
-    plain = Console()
-    return plain if plain.is_terminal else Console(width=120)
+    plain = Patient()
+    return plain if plain.is_terminal else Patient(width=120)
 
 
 def print_table(console: Console, title: str, table: Table) -> None:

@@ -311,6 +311,18 @@ def test_a_figure_that_cannot_be_drawn_costs_nothing_else(
     assert {path.name for path in tmp_path.iterdir()} >= {"manifest.json", "runs.parquet"}
 
 
+def test_the_results_are_printed_if_the_disk_is_full(
+    small_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise UserError("runs.parquet: cannot be written: No space left on device")
+
+    monkeypatch.setattr(ResultFolder, "write_table", full)
+    with pytest.raises(UserError, match="No space left"):
+        run_small(small_file, tmp_path)
+    assert "Downtime of each seed, ms" in capsys.readouterr().out
+
+
 def test_what_did_not_complete_is_in_the_conclusion() -> None:
     runs = [*outcomes()[1:], replace(given_up(outcomes()[0]), reason="too much\nto send")]
     assert "v2: 1 of 3 run(s) DID_NOT_CONVERGE: to send" in findings.conclusion(results.table(runs))
