@@ -19,11 +19,11 @@ from experiments.draw.live_progress import Progress
 from experiments.runs.folder import ResultFolder
 from experiments.runs.plan import Plan
 from experiments.runs.pool import Cell
-from proto_v3.errors import UserError
+from proto_v3.errors import ProtoV3Error, UserError
 from proto_v3.vmm.migration import OutcomeKind
 from sim.live.limits import THE_MACHINES_OWN, measured_lateness_ns, too_short
 from sim.live.processes.settings import Settings
-from sim.live.result import LiveResult
+from sim.live.result import LiveResult, not_run
 from sim.live.run import applied, run_here, run_to
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
@@ -138,7 +138,10 @@ def warn(stderr: Console, scenario: Scenario) -> None:
 def run_jobs(
     cells: Sequence[Cell], settings: Settings, stderr: Console, to: tuple[str, int] | None = None
 ) -> tuple[list[LiveResult], bool]:
-    """Make the runs, one after the other; returns the finished ones, and whether Ctrl-C stopped it early."""
+    """Make the runs, one after the other; returns the finished ones, and whether Ctrl-C stopped it early.
+
+    What makes a run impossible is raised if it is the first one; later it is a FAILED run, and the others are kept.
+    """
     done: list[LiveResult] = []
 
     async def work() -> None:
@@ -146,10 +149,13 @@ def run_jobs(
             for cell in cells:
                 progress.begin(cell.protocol.name)
                 what = (cell.scenario, cell.protocol, cell.seed, settings)
-                if to is None:
-                    done.append(await run_here(*what, progress.heard))
-                else:
-                    done.append(await run_to(*what, to, progress.heard))
+                try:
+                    run = await (run_here(*what, progress.heard) if to is None else run_to(*what, to, progress.heard))
+                except (OSError, ProtoV3Error) as error:
+                    if not done:
+                        raise
+                    run = not_run(*what[:3], str(error))
+                done.append(run)
 
     return done, not interruptible(work)
 

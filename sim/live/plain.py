@@ -70,7 +70,7 @@ def _read(kind: Any, value: Any, name: str) -> Any:
         given = _checked(dict, value, name)
         return {_read(inner[0], key, f"key of {name}"): _read(inner[1], given[key], f"{name}.{key}") for key in given}
     if issubclass(kind, StrEnum):
-        if value not in set(kind):
+        if value not in list(kind):
             raise _wrong(name, value, " or ".join(kind))
         return kind(value)
     if kind is int:

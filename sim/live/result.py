@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from proto_v3.errors import PeerProtocolError, UserError
-from proto_v3.timeline import Timeline
+from proto_v3.timeline import Mark, Timeline
 from proto_v3.vmm.migration import OutcomeKind
 from sim.live import merge_timelines
 from sim.live.fd.store import differences
-from sim.live.plain import from_plain
 from sim.live.processes.report import GuestNote, ProcessReport, StreamReport, VmmReport
 from sim.live.real_time import Delays
 from sim.live.tcp.sockets import Granted
 from sim.outcome import Outcome, RunReport, compared, completed, ended
-from sim.scenario.protocol import AppliedScenario
+from sim.scenario.protocol import AppliedScenario, Protocol
 from sim.scenario.scenario import Scenario
 
 
@@ -52,6 +51,13 @@ class SideEnd:
     """Which of its processes died, and how."""
 
 
+def not_run(scenario: Scenario, protocol: Protocol, seed: int, why: str) -> LiveResult:
+    """The result of a run that could not be made."""
+    return LiveResult(
+        ended(RunReport(scenario.name, protocol.name, seed, Timeline(lambda: 0)), OutcomeKind.FAILED, why)
+    )
+
+
 def result(applied: AppliedScenario, seed: int, ends: dict[str, SideEnd], ran: list[GuestNote]) -> LiveResult:
     """The result of a run that ended like this. `ends`: by side, the target's only if it ran here.
 
@@ -61,27 +67,21 @@ def result(applied: AppliedScenario, seed: int, ends: dict[str, SideEnd], ran: l
     if source is not None and source.user_error:
         raise UserError(source.failures[0].text)
     deaths = [death for end in ends.values() for death in end.deaths]
-    unread = ""
-    try:
-        target = _target_report(ends)
-    except PeerProtocolError as error:
-        target, unread = None, _unread(error)
+    target = _target_report(ends)
     runs_at, guest = _guest(ends, target, ran)
     nothing = RunReport(applied.scenario.name, applied.protocol.name, seed, Timeline(lambda: 0), guest_runs_at=runs_at)
 
     def failed(why: str) -> LiveResult:
         return LiveResult(ended(nothing, OutcomeKind.FAILED, why), ran=ran, deaths=deaths)
 
-    if unread:
-        return failed("; ".join([*deaths, unread]))
     if source is None or source.measured is None:
         why = _failures([source, target], deaths) or "the source VMM is gone"
         return failed(f"{why}; {guest}")
     try:
         run = _run_report(applied.scenario, nothing, source, target)
         outcome = _outcome(run, source, target, deaths, guest)
-    except (PeerProtocolError, KeyError, ValueError) as error:
-        return failed("; ".join([*deaths, _unread(error)]))
+    except (PeerProtocolError, ValueError) as error:
+        return failed("; ".join([*deaths, f"what the target measured cannot be read: {error}"]))
     processes = _processes(source, target)
     return LiveResult(
         compared(outcome, applied),
@@ -96,15 +96,11 @@ def result(applied: AppliedScenario, seed: int, ends: dict[str, SideEnd], ran: l
     )
 
 
-def _unread(error: Exception) -> str:
-    return f"what the target measured cannot be read: {error!r}"
-
-
 def _target_report(ends: dict[str, SideEnd]) -> VmmReport | None:
-    """As the source received it, or else as the supervisor did. PeerProtocolError if it is malformed."""
+    """As the source received it, or else as the supervisor did."""
     source = ends["source"].report
     if source is not None and source.peer is not None:
-        return from_plain(VmmReport, source.peer)
+        return source.peer
     return ends["target"].report if "target" in ends else None
 
 
@@ -118,6 +114,7 @@ def _failures(reports: Sequence[VmmReport | None], deaths: Sequence[str] = ()) -
 def _outcome(run: RunReport, source: VmmReport, target: VmmReport | None, deaths: list[str], guest: str) -> Outcome:
     whole = source.kind is OutcomeKind.COMPLETED and target is not None and target.whole
     if whole and target is not None and source.digests and target.digests and not _failures([source, target]):
+        _check_marks(run.timeline)
         notes = [run.note] if run.note else []
         return completed(replace(run, note="; ".join(notes + [f"when all was done, {each}" for each in deaths])))
     failures = _failures([source, target], deaths)
@@ -126,6 +123,15 @@ def _outcome(run: RunReport, source: VmmReport, target: VmmReport | None, deaths
     if any(failure.unsupported for failure in source.failures):
         return ended(run, OutcomeKind.UNSUPPORTED, failures)
     return ended(run, OutcomeKind.FAILED, f"{failures or 'the target did not say how it ended'}; {guest}")
+
+
+def _check_marks(timeline: Timeline) -> None:
+    """PeerProtocolError unless the timeline has the downtime's phases: half of the marks come from the target."""
+    missing = [mark for mark in Mark if mark not in timeline.marks]
+    if missing:
+        raise PeerProtocolError(f"the timelines have no mark {', '.join(missing)}")
+    if timeline.downtime_ns < 0:
+        raise PeerProtocolError(f"the guest resumed {-timeline.downtime_ns} ns before it was to stop")
 
 
 def _guest(ends: dict[str, SideEnd], target: VmmReport | None, ran: list[GuestNote]) -> tuple[str, str]:

@@ -18,18 +18,24 @@ import polars as pl
 import pytest
 from rich.console import Console
 
+from experiments.commands import live
 from experiments.commands.agree import FIGURES, compare, verdicts, within_aim
 from experiments.commands.live import DEFAULT_PORT, address
 from experiments.commands.options import live_settings
 from experiments.draw.agree import agreement
 from experiments.draw.live_progress import Progress, rates_mib_per_s
+from experiments.runs.pool import Cell
 from proto_v3.errors import UserError
 from proto_v3.timeline import PHASES, Resource
 from sim.live.limits import delays_ns, too_short
 from sim.live.processes.report import GuestNote, ProgressNote
 from sim.live.processes.settings import Settings, Tls
+from sim.live.result import LiveResult, not_run
 from sim.scenario.file import load
+from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import Scenario
 from tests.build.cli import CLI, proto_v3
+from tests.build.live import live_scenario
 
 CERTIFICATES = Path(__file__).parents[1] / "data" / "tls"
 QUICK = ["device.0.count=1", "device.0.state_mib=4", "device.0.stop_only_mib=2", "firmware.load_finish_ms=2"]
@@ -366,3 +372,23 @@ def test_agree_runs_both_and_writes_both(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "agree.png").exists()
     assert (tmp_path / "out" / "agree.svg").exists()
     assert ("within) 10 %" in done.stdout) is True
+
+
+def test_a_run_that_cannot_be_made_keeps_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenario = live_scenario()
+    cells = [Cell(scenario, Protocol.parse("v2", scenario), seed) for seed in (1, 2, 3)]
+
+    async def run_here(scenario: Scenario, protocol: Protocol, seed: int, *_: object) -> LiveResult:
+        if seed == failing:
+            raise OSError(24, "Too many open files")
+        return not_run(scenario, protocol, seed, "a stand-in")
+
+    monkeypatch.setattr(live, "run_here", run_here)
+    failing = 2
+    found, interrupted = live.run_jobs(cells, Settings(), Console(file=io.StringIO()))
+    assert not interrupted
+    assert [run.outcome.seed for run in found] == [1, 2, 3]
+    assert "Too many open files" in found[1].outcome.reason
+    failing = 1
+    with pytest.raises(OSError, match="Too many open files"):
+        live.run_jobs(cells, Settings(), Console(file=io.StringIO()))

@@ -155,8 +155,8 @@ class VmmReport:
     """Source."""
     reason: str = ""
     """Source: why the migration was given up in pre-copy."""
-    peer: dict[str, Any] | None = None
-    """Source: what the target reported, a VmmReport; as it was received, not checked. None if nothing was received."""
+    peer: VmmReport | None = None
+    """Source: what the target reported (peer_report.py). None if nothing was received, or it is malformed."""
     clock_uncertainty_ns: int = 0
     """Source: how far the clocks of the two hosts may be apart."""
     sockets: list[Granted] = field(default_factory=list)

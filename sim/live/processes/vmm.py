@@ -13,7 +13,7 @@ import mmap
 import socket
 import ssl
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import pydantic
@@ -34,6 +34,7 @@ from sim.live.io import IO
 from sim.live.merge_timelines import ProcessTimeline
 from sim.live.plain import from_plain, to_plain
 from sim.live.processes.memory import check_memory, within
+from sim.live.processes.peer_report import peer_report
 from sim.live.processes.report import (
     DeviceProcessReport,
     Digests,
@@ -291,12 +292,16 @@ async def _cancel(vmm: VmmProcess) -> None:
             await vmm.channels[0].send_control(Kind.CANCEL)
 
 
-async def _peer_report(vmm: VmmProcess, session: Session, failures: Sequence[Failure]) -> dict[str, Any] | None:
-    """What the target reports; None if it cannot, or not soon after this side sent that it failed."""
+async def _peer_report(vmm: VmmProcess, session: Session, failures: list[Failure]) -> VmmReport | None:
+    """What the target reports; None if it cannot, or not soon after this side sent that it failed. A report that is
+    malformed is a failure."""
     try:
         async with asyncio.timeout(vmm.settings.silent_s if failures else None):
             report = (await session.receive_message(Result)).report
-            return report if isinstance(report, dict) else None
+        return peer_report(report, vmm.scenario, vmm.time.now_ns())
+    except PeerProtocolError as error:
+        failures.append(vmm.failure(error))
+        return None
     except (OSError, TimeoutError, ProtoV3Error):
         return None
 
