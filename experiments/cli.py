@@ -25,6 +25,7 @@ from experiments.commands.options import (
     output_options,
     protocol_option,
     protocols_option,
+    quiet_option,
     scenario_argument,
     seeds_option,
     set_option,
@@ -150,6 +151,7 @@ def compare(seeds: int, first_seed: int, **options: Any) -> int:
 @seeds_option(10, "Runs of each case.", most=100_000)
 @jobs_option
 @set_option
+@quiet_option
 @out_option("Write the table, the figure and the manifest into this folder.  [default: out/validate]")
 @force_option
 def validate(seeds: int, **options: Any) -> int:
@@ -179,6 +181,7 @@ def validate(seeds: int, **options: Any) -> int:
     help="Make the runs on the workers of this Dask cluster (tcp://HOST:8786) instead; needs proto-v3[distributed].",
 )
 @set_option
+@quiet_option
 @out_option("Each experiment writes into a folder of its name in this one.  [default: out/run; out/quick if quick]")
 @force_option
 def run(**options: Any) -> int:
@@ -191,6 +194,8 @@ def run(**options: Any) -> int:
 
     Seeds are paired: all protocols get the same ones. The result does not depend on --jobs or --scheduler.
     --set changes the scenarios that a question builds on; it cannot set a key that the question sweeps.
+
+    At the end stands a table: each question, its runs, how many broke, the verdicts on its claims, and its folder.
 
     Exit status: 0; 1 if a run broke (migrations that fail are results, and counted); 2 for bad input; 130 if
     interrupted (what was done by then is kept for --resume).

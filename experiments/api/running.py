@@ -17,7 +17,8 @@ import polars as pl
 
 from experiments.report.tables import parameter_rows
 from experiments.runs.frame import table
-from experiments.runs.pool import Cell, Done, in_processes, progress_bar, run_cell
+from experiments.runs.pool import Cell, Done, in_processes, run_cell
+from experiments.runs.progress import RunsProgress
 from experiments.study.experiment import NAMES, find
 from experiments.trace.traced_run import TracedRun, traced_run
 from proto_v3.errors import UserError
@@ -224,9 +225,8 @@ def _reported(progress: Progress, whole: int) -> Iterator[Callable[[int, int], N
     elif callable(progress):
         yield progress
     elif sys.stderr.isatty():
-        with progress_bar() as bar:
-            task = bar.add_task("runs", total=whole)
-            yield lambda done, whole: bar.update(task, completed=done)
+        with RunsProgress(whole) as bar:
+            yield lambda done, whole: bar.advance()
     else:  # a notebook or a file: one line, written over
         yield lambda done, whole: print(f"\rruns: {done} of {whole}", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)

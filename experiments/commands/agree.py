@@ -94,10 +94,10 @@ def run_agree(
     with ResultFolder(out_folder(out, f"agree-{loaded.name}"), plan, force=force) as folder:
         output, stderr = Output(as_json, quiet), Console(stderr=True)
         warn(stderr, loaded)
-        simulated, interrupted = run_cells(cells, None)
+        simulated, interrupted = run_cells(cells, None, quiet=quiet)
         if interrupted:
             return INTERRUPTED
-        live, interrupted = run_jobs(cells, how, stderr)
+        live, interrupted = run_jobs(cells, how, stderr, quiet=quiet)
         if interrupted:
             stderr.print("interrupted: nothing was written", markup=False)
             return INTERRUPTED

@@ -47,7 +47,7 @@ def run_compare(
     cells = [Cell(loaded, protocol, seed) for seed in seeds for protocol in chosen]
     plan = Plan(command, [loaded.name], len(cells), seeds, [each.name for each in chosen], writes=WRITES)
     with ResultFolder(out_folder(out, loaded.name), plan, force=force) as folder:
-        outcomes, interrupted = run_cells(cells, jobs)
+        outcomes, interrupted = run_cells(cells, jobs, quiet=quiet)
         output = Output(as_json, quiet)
         if not outcomes:
             output.say("interrupted before the first run was done; nothing was written", always=True)

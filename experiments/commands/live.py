@@ -78,7 +78,7 @@ def run_live(
     with ResultFolder(out_folder(out, f"live-{loaded.name}"), plan, force=force) as folder:
         stderr = Console(stderr=True)
         warn(stderr, loaded)
-        found, interrupted = run_jobs(cells, how, stderr, to)
+        found, interrupted = run_jobs(cells, how, stderr, to, quiet=quiet)
         if not found:
             stderr.print("interrupted before the first run was done; nothing was written", markup=False)
             return INTERRUPTED
@@ -136,7 +136,12 @@ def warn(stderr: Console, scenario: Scenario) -> None:
 
 
 def run_jobs(
-    cells: Sequence[Cell], settings: Settings, stderr: Console, to: tuple[str, int] | None = None
+    cells: Sequence[Cell],
+    settings: Settings,
+    stderr: Console,
+    to: tuple[str, int] | None = None,
+    *,
+    quiet: bool = False,
 ) -> tuple[list[LiveResult], bool]:
     """Make the runs, one after the other; returns the finished ones, and whether Ctrl-C stopped it early.
 
@@ -145,7 +150,7 @@ def run_jobs(
     done: list[LiveResult] = []
 
     async def work() -> None:
-        with Progress(stderr, cells[0].scenario.name, len(cells)) as progress:
+        with Progress(stderr, cells[0].scenario.name, len(cells), quiet=quiet) as progress:
             for cell in cells:
                 progress.begin(cell.protocol.name)
                 what = (cell.scenario, cell.protocol, cell.seed, settings)

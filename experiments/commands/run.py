@@ -12,7 +12,6 @@ from typing import Any
 
 import polars as pl
 from rich.console import Console
-from rich.progress import Progress, TaskID
 
 from experiments import INTERRUPTED
 from experiments.draw.canvas import own_settings
@@ -24,7 +23,8 @@ from experiments.runs import manifest
 from experiments.runs.cluster import on_cluster
 from experiments.runs.folder import MANIFEST, OUT, ResultFolder, damaged, read_manifest
 from experiments.runs.plan import Plan
-from experiments.runs.pool import in_processes, progress_bar
+from experiments.runs.pool import in_processes
+from experiments.runs.progress import RunsProgress
 from experiments.runs.resume import KeptRuns, RunStore, put_aside, read, remove
 from experiments.study.effects import outcome_counts
 from experiments.study.experiment import NAMES, Answer, Experiment, Planned, find
@@ -44,6 +44,7 @@ def run_experiments(
     jobs: int | None,
     scheduler: str | None,
     settings: Sequence[str],
+    quiet: bool,
     out: str | None,
     force: bool,
 ) -> int:
@@ -61,19 +62,26 @@ def run_experiments(
             folder = stack.enter_context(ResultFolder(root / experiment.name, plan, force=force))
             sweeps.append(_Sweep(experiment, runs, folder, jobs, scheduler, revision))
         kept = [sweep.check(resume, force) for sweep in sweeps]
-        progress = stack.enter_context(progress_bar())
-        whole = progress.add_task("all", total=sum(map(len, planned)), visible=len(chosen) > 1)
+        progress = stack.enter_context(RunsProgress(sum(map(len, planned)), quiet=quiet))
+        summary = tables.plain_table(["question", "runs", "broken", "verdict", "where"])
         for sweep, found in zip(sweeps, kept, strict=True):
             try:
-                frame = sweep.rows(sweep.done(found, stderr) if resume else {}, progress, whole)
+                frame = sweep.rows(sweep.done(found, stderr) if resume else {}, progress)
             except KeyboardInterrupt:
                 progress.stop()
                 say(stderr, f"interrupted: what was done is kept in {root}; go on with --resume")
                 return INTERRUPTED
             answer, figures = write(sweep.experiment, frame, sweep.folder, settings)
             remove(sweep.kept)
-            _print(console, sweep.experiment, answer, frame, sweep.folder, figures)
-            status = max(status, int((frame["digest"] == "").any()))
+            if not quiet:
+                _print(console, sweep.experiment, answer, frame, sweep.folder, figures)
+            broken = (frame["digest"] == "").sum()
+            counts = (str(frame.height), str(broken))
+            tables.add_row(summary, sweep.experiment.name, *counts, _verdicts(answer), str(sweep.folder.folder))
+            status = max(status, int(broken > 0))
+    how = ["quick: coarse grids, few repeats, wide intervals"] if quick else []
+    how += [shlex.join(_options(settings))] if settings else []
+    tables.print_table(console, "; ".join(["What was asked", *how]), summary)
     return status
 
 
@@ -144,23 +152,20 @@ class _Sweep:
             say(stderr, f"{self.experiment.name}: {len(self.planned) - len(found)} runs are made")
         return found
 
-    def rows(self, done: dict[str, dict[str, Any]], progress: Progress, whole: TaskID) -> pl.DataFrame:
+    def rows(self, done: dict[str, dict[str, Any]], progress: RunsProgress) -> pl.DataFrame:
         """All rows, in the order of the grid; those of `done` are not made again."""
         if not done:
             remove(self.kept)
         with RunStore(self.kept, self.revision) as store:
             missing = [each for each in self.planned if each.key not in done]
             cells = [each.cell for each in missing]
-            bar = progress.add_task(self.experiment.name, total=len(self.planned), completed=len(done))
-            progress.advance(whole, len(done))
+            progress.begin(self.experiment.name, len(self.planned), len(done))
             made = on_cluster(cells, self.scheduler) if self.scheduler else in_processes(cells, self.jobs)
             for at, outcome in made:
                 row = results.row(outcome) | missing[at].columns()
                 store.add(missing[at].key, row)
                 done[missing[at].key] = row
-                progress.advance(bar)
-                progress.advance(whole)
-            progress.remove_task(bar)
+                progress.advance()
         return pl.DataFrame([done[each.key] for each in self.planned], infer_schema_length=None)
 
 
@@ -217,6 +222,11 @@ def write(
         folder.write_figure(figure, name)
     folder.commit()
     return answer, list(figures)
+
+
+def _verdicts(answer: Answer) -> str:
+    """The verdict on each claim that a question is about: `C1 supported, C4 under conditions`."""
+    return ", ".join(f"{finding.claim} {finding.verdict}" for finding in answer.findings) or "no claim"
 
 
 def _print(

@@ -67,6 +67,7 @@ def run_validate(
     command: Sequence[str],
     settings: Sequence[str] = (),
     *,
+    quiet: bool = False,
     force: bool = False,
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
@@ -80,7 +81,7 @@ def run_validate(
     called = [scenario.name for scenario in cases.values()]
     plan = Plan(command, called, len(cells), seeds, {each.protocol.name for each in cells}, writes=["validate"])
     with ResultFolder(out_folder(out, "validate"), plan, force=force) as folder:
-        outcomes, interrupted = run_cells(cells, jobs)
+        outcomes, interrupted = run_cells(cells, jobs, quiet=quiet)
         console = tables.console()
         if interrupted:
             say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done; nothing was written")
@@ -93,18 +94,21 @@ def run_validate(
             for held in held_against(published, runs.filter(scenario=scenario.name))
         ]
         drawn = _write(folder, tidy(rows), manifest.of_cases(cases, command, runs, len(cells)))
-    for name, scenario in cases.items():
+    for name, scenario in () if quiet else cases.items():
         _print_case(console, scenario, runs, [row for row in rows if row.scenario == scenario.name])
         _print_differences(console, name, scenario, settings)
     if settings:
         say(console, f"\nWith {', '.join(f'--set {each}' for each in settings)}: not the machines that were measured.")
     _print_summary(console, rows)
+    failed = OutcomeKind.FAILED.value in runs["outcome"]
+    status = 1 if failed or not all(row.within(BANDS[-1]) for row in rows) else 0
+    if quiet:
+        return status
     figure = f"Figure: {folder.folder / 'validate.png'} (and .svg)"
     say(console, f"\n{figure}" if drawn else "\nNo run was completed: nothing to draw.")
     files = f"{folder.folder / 'validate.parquet'}, {folder.folder / 'manifest.json'}"
     say(console, f"Table and manifest: {files}{folder.why_there}")
-    failed = OutcomeKind.FAILED.value in runs["outcome"]
-    return 1 if failed or not all(row.within(BANDS[-1]) for row in rows) else 0
+    return status
 
 
 def _cases(names: Sequence[str], settings: Sequence[str]) -> dict[str, Scenario]:

@@ -1,7 +1,9 @@
-"""The progress of a live run on a terminal: phase, remaining bytes, what the guest writes, the rate of each stream."""
+"""The progress of a live run. On a terminal: phase, remaining bytes, what the guest writes, the rate of each stream.
+Elsewhere: a line now and then."""
 
 from __future__ import annotations
 
+import time
 from typing import Self
 
 from rich.console import Console
@@ -9,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from experiments.runs.progress import Clock, Pace
 from sim.live.processes.report import Note, ProgressNote
 from sim.scenario.units import MIB
 
@@ -16,9 +19,14 @@ from sim.scenario.units import MIB
 class Progress:
     """A context around the runs; its `heard` is passed to them."""
 
-    def __init__(self, stderr: Console, scenario: str, runs: int) -> None:
+    def __init__(
+        self, stderr: Console, scenario: str, runs: int, *, quiet: bool = False, clock: Clock = time.monotonic
+    ) -> None:
         self._live = Live(console=stderr, transient=True, auto_refresh=False)
-        self._shown = stderr.is_terminal
+        self._stderr = stderr
+        self._shown = stderr.is_terminal and not quiet
+        self._quiet = quiet
+        self._pace = Pace(clock)
         self._scenario = scenario
         self._runs = runs
         self._run = 0
@@ -45,16 +53,22 @@ class Progress:
         if not isinstance(note, ProgressNote):
             return
         rates = {} if self._before is None else rates_mib_per_s(self._before, note)
-        lines = [f"{note.remaining_bytes / MIB:.1f} MiB left of the devices"]
-        lines += [f"{name} {rate:.1f} MiB/s" for name, rate in rates.items()]
+        left = f"{note.remaining_bytes / MIB:.1f} MiB left"
+        lines = [f"{left} of the devices", *(f"{name} {rate:.1f} MiB/s" for name, rate in rates.items())]
         self._before = note
-        self._draw(f"{note.phase}, {note.at_ns / 1e9:.1f} s", lines)
+        phase = f"{note.phase}, {note.at_ns / 1e9:.1f} s"
+        self._draw(phase, lines)
+        if not self._shown and not self._quiet and self._pace.due((self._run - 1) / self._runs):
+            self._stderr.print(self._what(f"{phase}, {left}"), markup=False, highlight=False, soft_wrap=True)
+
+    def _what(self, phase: str) -> str:
+        return f"{self._scenario}, {self._protocol}, run {self._run} of {self._runs}: {phase}"
 
     def _draw(self, phase: str, lines: list[str]) -> None:
         if not self._shown:
             return
         shown = Table.grid()
-        shown.add_row(Text(f"{self._scenario}, {self._protocol}, run {self._run} of {self._runs}: {phase}", "bold"))
+        shown.add_row(Text(self._what(phase), "bold"))
         for line in lines:
             shown.add_row(Text(f"  {line}"))
         self._live.update(shown, refresh=True)

@@ -22,7 +22,7 @@ from proto_v3.errors import UserError
 from proto_v3.text import clean
 from sim.scenario.scenario import Scenario, parameters
 
-WORDS = ("outcome", "reason", "note", "protocol", "source")
+WORDS = ("outcome", "reason", "note", "protocol", "source", "verdict", "where")
 """Columns of text, not of numbers."""
 NO_VALUE = "-"
 

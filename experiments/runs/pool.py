@@ -20,9 +20,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 from types import FrameType, ModuleType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from experiments.runs.progress import RunsProgress
 from proto_v3.vmm.migration import OutcomeKind
 from sim.outcome import Outcome
 from sim.run import simulate
@@ -57,27 +55,20 @@ def broken(cell: Cell, reason: str) -> Outcome:
     return Outcome(cell.scenario.name, cell.protocol.name, cell.seed, OutcomeKind.FAILED, reason)
 
 
-def progress_bar() -> Progress:
-    """A bar with the remaining time, on a terminal; elsewhere nothing is shown."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    stderr = Console(stderr=True)
-    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
-
-
-def run_cells(cells: Sequence[Cell], jobs: int | None) -> tuple[list[Outcome], bool]:
-    """Make all runs in `jobs` processes (None: one a CPU), with a bar.
+def run_cells(cells: Sequence[Cell], jobs: int | None, *, quiet: bool = False) -> tuple[list[Outcome], bool]:
+    """Make all runs in `jobs` processes (None: one a CPU); unless `quiet`, stderr says how far they are.
 
     Returns the outcomes of the finished runs, in the order of the cells, and whether Ctrl-C stopped it early. They are
     the same for any number of processes.
     """
     done: dict[int, Outcome] = {}
     interrupted = False
-    with progress_bar() as progress:
-        task = progress.add_task("runs", total=len(cells))
+    with RunsProgress(len(cells), quiet=quiet) as progress:
+        progress.begin("runs", len(cells))
         try:
             for at, outcome in in_processes(cells, jobs):
                 done[at] = outcome
-                progress.advance(task)
+                progress.advance()
         except KeyboardInterrupt:
             interrupted = True
     return [done[at] for at in sorted(done)], interrupted

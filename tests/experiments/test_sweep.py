@@ -172,6 +172,11 @@ def test_what_was_found_is_printed(made: Path) -> None:
     printed = (made / "printed").read_text()
     for words in (f"{RUNS} runs: {RUNS} COMPLETED", "- Limit: Nothing.", "- C3 refuted: why", f"{NAME}.png"):
         assert words in printed
+    *_, title, headings, row = printed.splitlines()
+    assert title == "What was asked"
+    assert headings.split() == ["question", "runs", "broken", "verdict", "where"]
+    assert row.split()[:5] == [NAME, str(RUNS), "0", "C3", "refuted"]
+    assert printed.replace("\n", "").endswith(str(made / NAME))
 
 
 def test_the_rows_are_in_the_grids_order_with_their_factors_and_paired_seeds(made: Path) -> None:
