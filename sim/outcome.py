@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from proto_v3.errors import PeerFailedError
 from proto_v3.timeline import PHASES, Mark, Resource, Stage, Timeline
-from proto_v3.vmm.migration import OutcomeKind, UnsupportedError
-from sim.report import Counters, CriticalLoad, DeviceReport, SideReport
+from proto_v3.vmm.migration import OutcomeKind
+from sim.report import Counters, CriticalLoad, DeviceReport, Failure, SideReport
 from sim.scenario.protocol import AppliedScenario
 from sim.theory.downtime_bound import lower_bound
 
@@ -120,12 +119,13 @@ def ended(run: RunReport, kind: OutcomeKind, reason: str = "") -> Outcome:
     counters = run.counters()
     if kind is OutcomeKind.COMPLETED:
         counters.device_bytes_resent = max(0, counters.device_bytes - run.needed_bytes)
+    resets = [] if run.source is None else run.source.resets
     return Outcome(
         scenario=run.scenario,
         protocol=run.protocol,
         seed=run.seed,
         kind=kind,
-        reason=reason,
+        reason="; ".join(filter(None, [reason, *resets])),
         note=run.note,
         total_ns=max((side.ended_ns for side in run.sides), default=0),
         guest_runs_at=run.guest_runs_at,
@@ -134,17 +134,31 @@ def ended(run: RunReport, kind: OutcomeKind, reason: str = "") -> Outcome:
     )
 
 
-def failed(run: RunReport, failures: Sequence[Exception], *, echoes: tuple[type[Exception], ...] = ()) -> Outcome:
-    """The outcome of a run with these errors: UNSUPPORTED if one of them says so, otherwise FAILED.
-
-    By PeerFailedError and `echoes` a side learns that the other side has ended. They are part of the reason only if
-    there is no other error.
-    """
-    unsupported = next((cause for cause in failures if isinstance(cause, UnsupportedError)), None)
+def failed(run: RunReport, failures: Sequence[Failure]) -> Outcome:
+    """The outcome of a run with these errors: UNSUPPORTED if one of them says so, otherwise FAILED."""
+    unsupported = next((failure for failure in failures if failure.unsupported), None)
     if unsupported is not None:
-        return ended(run, OutcomeKind.UNSUPPORTED, str(unsupported))
-    causes = [cause for cause in failures if not isinstance(cause, (PeerFailedError, *echoes))] or failures
-    return ended(run, OutcomeKind.FAILED, "; ".join(dict.fromkeys(str(cause) for cause in causes)))
+        return ended(run, OutcomeKind.UNSUPPORTED, unsupported.text)
+    return ended(run, OutcomeKind.FAILED, reason_of(run, failures))
+
+
+def reason_of(run: RunReport, failures: Sequence[Failure]) -> str:
+    """Errors in words, in order of time; empty if there are none. Echoes are left out if there is any other error, and
+    of a device all but the first."""
+    causes = [failure for failure in failures if not failure.echo] or failures
+    told: dict[object, str] = {}
+    for failure in sorted(causes, key=lambda failure: failure.at_ns):
+        told.setdefault((failure.side, failure.device) if failure.device else failure.text, _with_cause(run, failure))
+    return "; ".join(told.values())
+
+
+def _with_cause(run: RunReport, failure: Failure) -> str:
+    """A failure in words, with what failed first in its device if that is known and says more."""
+    report = run.source if failure.side == "source" else run.target
+    logs = [message for device in _devices(report) if device.name == failure.device for message in device.log]
+    cause = next((message.text for message in reversed(logs) if message.at_ns <= failure.at_ns), failure.cause)
+    same = failure.text.startswith(f"{failure.side}, {failure.device}: {cause} ")
+    return failure.text if not cause or same else f"{failure.text}; first cause: {cause}"
 
 
 def completed(run: RunReport) -> Outcome:

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from proto_v3.vmm.migration import VmmCounters
+from proto_v3.errors import PeerFailedError, UserError
+from proto_v3.vmm.device_calls import DeviceCallError
+from proto_v3.vmm.migration import UnsupportedError, VmmCounters
 
 
 def _in_column(name: str) -> Any:
@@ -94,6 +96,14 @@ class CriticalLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class DriverMessage:
+    """What a driver logs when something fails in it, as a kernel does. The VMM sees an errno only."""
+
+    at_ns: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceReport:
     """What one side's driver knows of a device."""
 
@@ -105,6 +115,8 @@ class DeviceReport:
     """Target: in order of time, of all sessions."""
     reconfigurations_ns: list[int] = field(default_factory=list)
     """Source: when the guest reconfigured it, ascending; the first one began epoch 2."""
+    log: list[DriverMessage] = field(default_factory=list)
+    """What failed first, in order of time; not what failed in consequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,3 +129,34 @@ class SideReport:
     """Of the VMM."""
     devices: list[DeviceReport] = field(default_factory=list)
     """Empty, live, if the device process was gone by then."""
+    resets: list[str] = field(default_factory=list)
+    """Source: each device that was reset under the guest, and why, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error at one side."""
+
+    side: str
+    text: str
+    at_ns: int
+    """Of a failed call its time, else when the side ended."""
+    echo: bool = False
+    """It only says that another side or process failed, or is gone."""
+    unsupported: bool = False
+    device: str = ""
+    """The device of which a call failed; empty: it was no call on a device."""
+    cause: str = ""
+    """What the device said besides the errno."""
+
+
+def failure(side: str, error: BaseException, now_ns: int, echoes: tuple[type[BaseException], ...]) -> Failure:
+    """A single error that a side raised. By PeerFailedError and `echoes` it learns that another side failed."""
+    if isinstance(error, DeviceCallError):
+        return Failure(side, f"{side}, {error}", error.at_ns, device=error.device, cause=error.cause)
+    text = str(error) or type(error).__name__
+    if not isinstance(error, (UnsupportedError, UserError)):
+        text = f"{side}: {text}"
+    return Failure(
+        side, text, now_ns, isinstance(error, (PeerFailedError, *echoes)), isinstance(error, UnsupportedError)
+    )

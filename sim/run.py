@@ -19,7 +19,7 @@ from sim.host.link import ClosedError, NetworkLink
 from sim.host.machine import GuestHere, MachineModel
 from sim.host.vmms import connections, make_source, make_target, side_report
 from sim.outcome import Outcome, RunReport, compared, completed, ended, failed
-from sim.report import Counters
+from sim.report import Counters, Failure, failure
 from sim.scenario.protocol import AppliedScenario, Protocol
 from sim.scenario.scenario import Scenario
 
@@ -74,7 +74,10 @@ class VirtualRun:
             "target": MachineModel(scenario, GuestHere([]), timeline, running=False),
         }
         self.counters = {"source": Counters(), "target": Counters()}
-        source_side = Side(self.machines["source"], self.drivers, settings, timeline, self.counters["source"])
+        self.resets: list[str] = []
+        source_side = Side(
+            self.machines["source"], self.drivers, settings, timeline, self.counters["source"], self.resets
+        )
         target_side = Side(self.machines["target"], self.drivers_at_target, settings, timeline, self.counters["target"])
         self.channels, self.channels_there = self._connect()
         self.source: Source | None = None
@@ -106,12 +109,15 @@ class VirtualRun:
 
     async def _both(
         self, source: Coroutine[Any, Any, OutcomeKind], target: Coroutine[Any, Any, bool]
-    ) -> tuple[OutcomeKind | None, list[Exception]]:
+    ) -> tuple[OutcomeKind | None, list[Failure]]:
         """Run both sides to their ends; returns how the migration ended, and the errors. Bugs are raised."""
         tasks = [
             asyncio.create_task(on_own_track(source, "source"), name="source"),
             asyncio.create_task(on_own_track(target, "target"), name="target"),
         ]
+        ended_ns: dict[str, int] = {}
+        for task in tasks:
+            task.add_done_callback(lambda task: ended_ns.setdefault(task.get_name(), now_ns()))
         _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         if pending:  # one side failed, and has ended; the other one then ends by itself, or is cancelled
             self.link.close()
@@ -119,12 +125,15 @@ class VirtualRun:
         for task in pending:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        failures = [leaf for result in results if isinstance(result, BaseException) for leaf in leaves(result)]
-        for failure in failures:
-            if not isinstance(failure, (OSError, ProtoV3Error, asyncio.CancelledError)):
-                raise failure
+        failures = []
+        for task, result in zip(tasks, results, strict=True):
+            for error in leaves(result) if isinstance(result, BaseException) else ():
+                if isinstance(error, (OSError, ProtoV3Error)):
+                    failures.append(failure(task.get_name(), error, ended_ns[task.get_name()], (ClosedError,)))
+                elif not isinstance(error, asyncio.CancelledError):
+                    raise error
         sent = results[0]
-        return sent if isinstance(sent, OutcomeKind) else None, [f for f in failures if isinstance(f, Exception)]
+        return sent if isinstance(sent, OutcomeKind) else None, failures
 
     def _connect(self) -> tuple[list[Channel], list[Channel]]:
         loop = asyncio.get_running_loop()
@@ -133,10 +142,10 @@ class VirtualRun:
         ends = [self.link.connect(f"connection {i}") for i in range(connections(self._applied))]
         return [Channel(here) for here, _ in ends], [Channel(there) for _, there in ends]
 
-    def _outcome(self, kind: OutcomeKind | None, failures: Sequence[Exception]) -> Outcome:
+    def _outcome(self, kind: OutcomeKind | None, failures: Sequence[Failure]) -> Outcome:
         """The outcome: `kind` as the source returned it, or the errors of both sides."""
         if failures:
-            return failed(self._report(), failures, echoes=(ClosedError,))
+            return failed(self._report(), failures)
         assert kind is not None
         if kind is OutcomeKind.COMPLETED:
             return completed(self._report())
@@ -152,8 +161,8 @@ class VirtualRun:
             self._applied.protocol.name,
             self._seed,
             self.timeline,
-            side_report("source", self.counters["source"], self.channels, now_ns(), here),
-            side_report("target", self.counters["target"], self.channels_there, now_ns(), there),
+            side_report("source", self.counters["source"], self.channels, now_ns(), here, self.resets),
+            side_report("target", self.counters["target"], self.channels_there, now_ns(), there, []),
             self.note,
             guest_runs_at=", ".join(side for side, machine in self.machines.items() if machine.running),
             differences=[f"{name}: {difference}" for name, difference in differences.items() if difference],

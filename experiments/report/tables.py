@@ -17,10 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.runs.folder import MANIFEST
+from experiments.runs.frame import number
 from experiments.study.published import PublishedFigure
 from proto_v3.errors import UserError
 from proto_v3.text import clean
 from sim.scenario.scenario import Scenario, parameters
+from sim.scenario.units import NS_PER_MS
 
 WORDS = ("outcome", "reason", "note", "protocol", "source", "verdict", "where")
 """Columns of text, not of numbers."""
@@ -130,25 +132,36 @@ def _plain(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+IN_VAIN = {
+    "stopped_in_vain_ns": (
+        Heading("stopped_in_vain_ms", "in vain, ms", ".1f"),
+        pl.col("stopped_in_vain_ns").mean() / NS_PER_MS,
+    ),
+    "devices_reset_under_guest": (Heading("devices_reset", "reset", ".1f"), pl.col("devices_reset_under_guest").mean()),
+}
+"""By column of the table of runs: what a run cost the guest and led to nothing."""
+
+
 def outcomes(frame: pl.DataFrame, by: Sequence[str] = ("protocol",), title: str = "How the runs ended") -> Section:
-    """How the runs of each protocol ended, with the reason and a note; one row if only numbers differ."""
+    """How the runs of each protocol ended, with the reason and a note; one row if only numbers differ. And what a run
+    cost the guest in vain, if any did."""
+    costs = [cost for name, cost in IN_VAIN.items() if name in frame.columns and number(frame[name].sum())]
     alike = [pl.col(name).str.replace_all(r"\d[\d.]*", "#").alias(f"{name} alike") for name in ("reason", "note")]
+    values = {heading.name: value for heading, value in costs}
     counted = (
         frame.group_by(*by, "outcome", *alike, maintain_order=True)
-        .agg(pl.col("reason").first(), pl.col("note").first(), pl.len().alias("runs"))
-        .select(*by, "outcome", "reason", "note", "runs")
+        .agg(pl.col("reason").first(), pl.col("note").first(), pl.len().alias("runs"), **values)
+        .select(*by, "outcome", "reason", "note", "runs", *values)
     )
     rows = [
         row | {"reason": "; ".join(filter(None, [row["reason"], row["note"]]))} for row in counted.iter_rows(named=True)
     ]
-    columns = [*(Heading(name, name) for name in by), *(Heading(name, name) for name in ("runs", "outcome", "reason"))]
-    return Section(
-        "outcomes",
-        title,
-        "reason: why a run did not complete, and notes; numbers of the first of several",
-        columns,
-        rows,
-    )
+    words = [Heading(name, name) for name in (*by, "runs", "outcome", "reason")]
+    columns = [*words[:-1], *(heading for heading, _ in costs), words[-1]]
+    legend = "reason: why a run did not complete, and notes; numbers of the first of several"
+    if costs:
+        legend += "; in vain: how long the guest stood still for nothing, mean; reset: devices reset under it, mean"
+    return Section("outcomes", title, legend, columns, rows)
 
 
 def cells(held: PublishedFigure) -> tuple[str, str, str, str, str]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import polars as pl
     from matplotlib.figure import Figure
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Of the table of runs. It grows when a column changes its meaning."""
 OUT = Path("out")
 """Where everything is written, in the current folder, unless the user names another place."""

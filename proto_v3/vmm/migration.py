@@ -26,7 +26,7 @@ from proto_v3.errors import (
 from proto_v3.timeline import Join, Mark, Timeline, Work
 from proto_v3.vfio.device import DataFd, MigrationDevice
 from proto_v3.vfio.uapi import MigrationFlags, State
-from proto_v3.vmm.calls_at_work import CallsAtWork
+from proto_v3.vmm.device_calls import DeviceCallError, DeviceCalls, look
 from proto_v3.vmm.machine import Machine
 from proto_v3.vmm.return_path import HandOver, ReturnPath
 from proto_v3.vmm.switchover import Left, Switchover, SwitchoverSettings, why_not
@@ -73,6 +73,13 @@ class VmmCounters:
     """Source: orders to stop the guest that were taken back, because a new epoch had begun."""
     retries_stopped_ns: int = 0
     """Source: how long the guest stood still for them. The downtime counts from the last order."""
+    stopped_in_vain_ns: int = 0
+    """Source: how long the guest stood still for orders to stop after which it did not run at the target: those taken
+    back, and the last one of a migration that failed, until the vCPUs ran here again, or this side ended without that.
+    0 of a side that was killed."""
+    devices_reset_under_guest: int = 0
+    """Source: devices that could not go back to RUNNING and were reset. The guest runs on; what it had in them is
+    lost."""
     late_final_checks: int = 0
     """Source, v3: devices for which the final check found an epoch that is not loaded, over all orders to stop."""
     peak_reorder_bytes: int = 0
@@ -88,11 +95,13 @@ class Side:
     settings: SwitchoverSettings
     timeline: Timeline
     counters: VmmCounters = field(default_factory=VmmCounters)
-    calls: CallsAtWork = field(init=False)
+    resets: list[str] = field(default_factory=list)
+    """Source: each device that was reset under the guest, and why, in words."""
+    calls: DeviceCalls = field(init=False)
     """Those of `devices`, which are watched."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "calls", CallsAtWork(self.timeline.now_ns))
+        object.__setattr__(self, "calls", DeviceCalls(self.timeline.now_ns))
         object.__setattr__(self, "devices", [self.calls.watch(device) for device in self.devices])
 
 
@@ -111,6 +120,8 @@ class Source(abc.ABC):
         """From the start of the iterations."""
         self.reason = ""
         """Why a migration that was given up in pre-copy did not converge, in words."""
+        self._stop_ordered_ns: int | None = None
+        """When the guest was ordered to stop, if it did not run here again."""
 
     @property
     def handed_over(self) -> bool:
@@ -130,6 +141,7 @@ class Source(abc.ABC):
         except (OSError, ProtoV3Error, ExceptionGroup) as error:
             if self.back.hand_over is HandOver.RESUMED:  # what failed is only the end of the sessions here
                 raise
+            await look(error)
             causes = list(leaves(error))
             if self.handed_over and not any(isinstance(cause, PeerFailedError) for cause in causes):
                 why = "; ".join(dict.fromkeys(str(cause) for cause in causes))
@@ -139,9 +151,15 @@ class Source(abc.ABC):
                 ) from error
             try:
                 await self.recover()
+            except OSError as later:
+                await look(later)
+                raise ExceptionGroup("the migration failed, and so did the way back", [error, later]) from None
             finally:
                 await self._cancel()
             raise
+        finally:
+            if self.back.hand_over is not HandOver.RESUMED:
+                self._count_stop_in_vain()
 
     async def migrate(self) -> OutcomeKind:
         """The steps of run(), without its recovery from failures."""
@@ -199,10 +217,27 @@ class Source(abc.ABC):
 
         As QEMU does (hw/vfio/migration.c, vfio_migration_set_state and its recover state; migration.c restarts the VM).
         """
-        for device in self.side.devices:
-            await _set_or_reset(device, State.RUNNING)
-        if not self.side.machine.running:
+        await self._devices_back()
+        if self.side.machine.running:
+            self._stop_ordered_ns = None  # it failed before they stood still
+        else:
             await self.side.machine.start_vcpus()
+            self._count_stop_in_vain()
+
+    async def _devices_back(self) -> None:
+        """All devices to RUNNING, under a guest that runs or will run."""
+        for device in self.side.devices:
+            if why := await _set_or_reset(device, State.RUNNING):
+                self.counters.devices_reset_under_guest += 1
+                self.side.resets.append(
+                    f"source, {device.name} was reset under the guest, and what the guest had in it is lost ({why})"
+                )
+
+    def _count_stop_in_vain(self) -> None:
+        """The vCPUs run here again, or never will; the guest does not run at the target."""
+        if self._stop_ordered_ns is not None:
+            self.counters.stopped_in_vain_ns += self.now_ns - self._stop_ordered_ns
+        self._stop_ordered_ns = None
 
     async def in_precopy(self, start_ns: int, work: Coroutine[Any, Any, None]) -> OutcomeKind | None:
         """Do this part of pre-copy, unless its time is over first: then how the migration ended. See `in_time`."""
@@ -255,7 +290,7 @@ class Source(abc.ABC):
         """
         timeline = self.side.timeline
         timeline.mark(Mark.STOP_ORDERED)
-        start = timeline.now_ns()
+        self._stop_ordered_ns = start = timeline.now_ns()
         await self.side.machine.stop_vcpus()
         await self.check_before_p2p()
         for index, device in enumerate(self.side.devices):
@@ -266,6 +301,7 @@ class Source(abc.ABC):
             timeline.stage("retry", start, self.counters.retries)
             self.counters.retries += 1
             self.counters.retries_stopped_ns += timeline.now_ns() - start
+            self._count_stop_in_vain()
             return False
         for index in range(len(self.side.devices)):
             if index in self.fds:
@@ -306,8 +342,7 @@ class Source(abc.ABC):
 
     async def give_up(self) -> None:
         """End a migration in pre-copy. The guest runs on and never noticed."""
-        for device in self.side.devices:
-            await _set_or_reset(device, State.RUNNING)
+        await self._devices_back()
         await self._cancel()
 
     async def _cancel(self) -> None:
@@ -362,10 +397,12 @@ class Target(abc.ABC):
         """
         try:
             return await self.receive()
-        except (OSError, ProtoV3Error, ExceptionGroup):
+        except (OSError, ProtoV3Error, ExceptionGroup) as error:
             if not self.side.machine.running:
                 with contextlib.suppress(OSError):
                     await self.channels[0].send_control(Kind.FAILED)
+            await look(error)
+            if not self.side.machine.running:
                 await self.cancelled()
             raise
 
@@ -431,18 +468,25 @@ async def in_time(side: Side, start_ns: int, work: Coroutine[Any, Any, T]) -> T:
     raise GivenUpError(OutcomeKind.CANCELLED if cancelled else OutcomeKind.DID_NOT_CONVERGE, hung)
 
 
-async def _set_or_reset(device: MigrationDevice, state: State) -> None:
-    """SET_STATE, or a reset if that fails or does not return (QEMU, vfio_migration_set_state_or_reset).
+async def _set_or_reset(device: MigrationDevice, state: State) -> str:
+    """SET_STATE, or a reset if that fails or does not return (QEMU, vfio_migration_set_state_or_reset). Returns why it
+    was reset, in words; empty if it was not.
 
     A device that does not return from that either is left alone: the next thing that is done to it may hang too.
     """
     try:
         async with asyncio.timeout(RETURNS_WITHIN_S):
             await device.set_state(state)
-    except OSError:  # also TimeoutError
+        return ""
+    except OSError as error:  # also TimeoutError
+        why = f"SET_STATE did not return for {RETURNS_WITHIN_S:g} s" if isinstance(error, TimeoutError) else str(error)
+        if isinstance(error, DeviceCallError):
+            await error.look()
+            why = error.what
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RETURNS_WITHIN_S):
                 await device.reset()
+        return why
 
 
 async def read_some(fd: DataFd, max_bytes: int) -> Payload | None:

@@ -18,6 +18,7 @@ import msgpack
 from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error
 from proto_v3.vfio.device import MigrationDevice
 from proto_v3.vfio.uapi import MigrationFlags, StreamFlags
+from proto_v3.vmm.device_calls import look
 from proto_v3.vmm.migration import GivenUpError, Side, Source, Target, UnsupportedError, in_time
 from proto_v3.vmm.switchover import why_not
 from proto_v3.vmm.v2 import V2Options
@@ -100,9 +101,10 @@ async def _or_send(kind: Kind, channel: Channel) -> AsyncIterator[None]:
     """If the body fails, send a frame of this kind to the other side; the error is raised on."""
     try:
         yield
-    except (OSError, ProtoV3Error):
+    except (OSError, ProtoV3Error) as error:
         with contextlib.suppress(OSError):
             await channel.send_control(kind)
+        await look(error)
         raise
 
 

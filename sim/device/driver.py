@@ -29,7 +29,7 @@ from sim.device.save_plan import image_bytes
 from sim.device.save_v2 import V2Stream
 from sim.device.sessions import LoadingSession, SavedStream, SavingSession
 from sim.device.state import DeviceState, Image
-from sim.device.stream import DriverContext, DriverLock, Faults, MigrationSession, fails
+from sim.device.stream import DriverContext, DriverLock, DriverLog, Faults, MigrationSession, fails
 from sim.report import Counters, CriticalLoad
 from sim.scenario.device import Device
 from sim.scenario.tables import Driver
@@ -71,7 +71,8 @@ class SimDriver(MigrationDevice):
         self.critical_loads: list[CriticalLoad] = []
         """The critical data that was loaded, in every session so far."""
         side = "source" if state is not None else "target"
-        self._faults = Faults([fault for fault in spec.faults if fault.side == side])
+        self.log = DriverLog()
+        self._faults = Faults([fault for fault in spec.faults if fault.side == side], self.log)
 
     @property
     def dirty_streams(self) -> int:
@@ -208,6 +209,7 @@ class SimDriver(MigrationDevice):
             self._stream_flags,
             self._state_lock,
             self._faults,
+            self.log,
             self._fail,
         )
 

@@ -53,10 +53,14 @@ class LoadSession(PartOfSession):
     def check_whole(self) -> None:
         """Leaving RESUMING: EIO unless all streams are whole."""
         if not self.whole:
+            if not self.over:  # what ended it was logged then
+                self.session.log.add("RESUMING -> STOP: the stream did not come to its END")
             raise fails(errno.EIO)
 
     def refuse(self, code: int, why: str) -> OSError:
         """The error of a write() of something that is not the source's stream: EINVAL. The session is over then."""
+        if not self.over:
+            self.session.log.add(why)
         self.end()
         return fails(errno.EINVAL)
 

@@ -39,15 +39,19 @@ class V3LoadSession(LoadSession):
     def check_whole(self) -> None:
         """Leaving RESUMING: ENODATA unless every END and the newest epoch's critical data are there."""
         self.check_open()
+        why = ""
         if self._open_streams:
-            raise OSError(errno.ENODATA, f"{self._name}: {self._open_streams} of its streams did not come to their END")
-        if self._epoch_loaded < self._last_epoch:
-            why = f"{self._name}: critical data of epoch {self._last_epoch} is not there, only up to epoch"
-            raise OSError(errno.ENODATA, f"{why} {self._epoch_loaded}")
+            why = f"{self._open_streams} of its streams did not come to their END"
+        elif self._epoch_loaded < self._last_epoch:
+            why = f"critical data of epoch {self._last_epoch} is not there, only up to epoch {self._epoch_loaded}"
+        if why:
+            self.session.log.add(why)
+            raise OSError(errno.ENODATA, f"{self._name}: {why}")
 
     @override
     def refuse(self, code: int, why: str) -> OSError:
         """The error of a write() of something that is not the source's stream: `code`. The device is in ERROR then."""
+        self.session.log.add(why)
         self.session.fail()
         return OSError(code, f"{self._name} {why}")
 

@@ -19,7 +19,7 @@ from proto_v3.vfio.uapi import PrecopyInfo, StreamFlags, StreamInfo
 from proto_v3.wire.frames import Payload
 from sim.clock.port import now_ns
 from sim.device.firmware import FirmwareModel
-from sim.report import Counters
+from sim.report import Counters, DriverMessage
 from sim.resource import Lock, spend
 from sim.scenario.device import Fault
 from sim.scenario.tables import Driver
@@ -55,13 +55,25 @@ class DriverContext:
     """Records carry a table of their blocks and objects. True in live mode, where records are bytes."""
 
 
+class DriverLog:
+    """What the driver logs when something fails in it; not what fails in consequence."""
+
+    def __init__(self) -> None:
+        self.messages: list[DriverMessage] = []
+
+    def add(self, text: str) -> None:
+        """Log it, with the time."""
+        self.messages.append(DriverMessage(now_ns(), text))
+
+
 class Faults:
     """The failures that the scenario orders for one side of a device."""
 
-    def __init__(self, faults: Sequence[Fault]) -> None:
+    def __init__(self, faults: Sequence[Fault], log: DriverLog) -> None:
         self._faults = faults
         self._left = [fault.times for fault in faults]
         self._commands = 0
+        self._log = log
 
     def _due(self, is_due: Callable[[Fault], bool]) -> Fault | None:
         """The first fault that is due and not used up; it counts as used once more from now on."""
@@ -73,14 +85,20 @@ class Faults:
 
     def of_arc(self, arc: str) -> Fault | None:
         """The fault of an arc that is about to be taken; it counts as used from now on."""
-        return self._due(lambda fault: fault.arc == arc)
+        fault = self._due(lambda fault: fault.arc == arc)
+        if fault is not None:
+            self._log.add(f"{arc} failed: {fault.errno}")
+        return fault
 
     def of_command(self, command: str) -> OSError | None:
         """The error of a firmware command that just ended, None if it succeeded."""
         done = self._commands
         self._commands += 1
         fault = self._due(lambda fault: fault.command == command and done >= (fault.after or 0))
-        return None if fault is None else fails(getattr(errno, fault.errno))
+        if fault is None:
+            return None
+        self._log.add(f"firmware {command} {self._commands}: {fault.errno}")
+        return fails(getattr(errno, fault.errno))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +112,7 @@ class MigrationSession:
     flags: StreamFlags
     state_lock: DriverLock
     faults: Faults
+    log: DriverLog
     fail: Callable[[], None]
     """v3: put the device into ERROR; every stream answers EIO from then on."""
 

@@ -103,4 +103,5 @@ def device_report(driver: SimDriver, state: DeviceState | Image) -> DeviceReport
         Counters.total(driver.counters),
         driver.critical_loads,
         state.activity.reconfiguration_ns[: state.epoch - 1].tolist() if isinstance(state, DeviceState) else [],
+        driver.log.messages,
     )

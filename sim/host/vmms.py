@@ -57,11 +57,16 @@ async def make_target(side: Side, channels: Sequence[Channel], applied: AppliedS
 
 
 def side_report(
-    name: str, counters: Counters, channels: Sequence[Channel], ended_ns: int, devices: list[DeviceReport]
+    name: str,
+    counters: Counters,
+    channels: Sequence[Channel],
+    ended_ns: int,
+    devices: list[DeviceReport],
+    resets: list[str],
 ) -> SideReport:
-    """What a side (`source` or `target`) knows at its end. `counters` are those that its VMM counted in."""
+    """What a side (`source` or `target`) knows at its end. `counters` and `resets` are those of its VMM's Side."""
     counters.messages = sum(channel.messages_sent for channel in channels)
     if name == "source":
         counters.wire_bytes = sum(channel.bytes_sent for channel in channels)
         counters.connections = len(channels)
-    return SideReport(ended_ns, counters, devices)
+    return SideReport(ended_ns, counters, devices, resets)

@@ -13,7 +13,7 @@ from sim.live.fd.store import differences
 from sim.live.processes.report import GuestNote, ProcessReport, StreamReport, VmmReport
 from sim.live.real_time import Delays
 from sim.live.tcp.sockets import Granted
-from sim.outcome import Outcome, RunReport, compared, completed, ended
+from sim.outcome import Outcome, RunReport, compared, completed, ended, reason_of
 from sim.scenario.protocol import AppliedScenario, Protocol
 from sim.scenario.scenario import Scenario
 
@@ -75,7 +75,7 @@ def result(applied: AppliedScenario, seed: int, ends: dict[str, SideEnd], ran: l
         return LiveResult(ended(nothing, OutcomeKind.FAILED, why), ran=ran, deaths=deaths)
 
     if source is None or source.measured is None:
-        why = _failures([source, target], deaths) or "the source VMM is gone"
+        why = _failures(nothing, [source, target], deaths) or "the source VMM is gone"
         return failed(f"{why}; {guest}")
     try:
         run = _run_report(applied.scenario, nothing, source, target)
@@ -104,20 +104,20 @@ def _target_report(ends: dict[str, SideEnd]) -> VmmReport | None:
     return ends["target"].report if "target" in ends else None
 
 
-def _failures(reports: Sequence[VmmReport | None], deaths: Sequence[str] = ()) -> str:
-    """The errors in words. Echoes are left out if their cause is known."""
+def _failures(run: RunReport, reports: Sequence[VmmReport | None], deaths: Sequence[str]) -> str:
+    """Deaths and errors in words. Echoes are left out if their cause is known."""
     failures = [failure for report in reports if report is not None for failure in report.failures]
-    causes = [*deaths, *(failure.text for failure in failures if not failure.echo)]
-    return "; ".join(dict.fromkeys(causes or [failure.text for failure in failures]))
+    causes = [failure for failure in failures if not (failure.echo and deaths)]
+    return "; ".join(filter(None, [*deaths, reason_of(run, causes)]))
 
 
 def _outcome(run: RunReport, source: VmmReport, target: VmmReport | None, deaths: list[str], guest: str) -> Outcome:
     whole = source.kind is OutcomeKind.COMPLETED and target is not None and target.whole
-    if whole and target is not None and source.digests and target.digests and not _failures([source, target]):
+    if whole and target is not None and source.digests and target.digests and not _failures(run, [source, target], []):
         _check_marks(run.timeline)
         notes = [run.note] if run.note else []
         return completed(replace(run, note="; ".join(notes + [f"when all was done, {each}" for each in deaths])))
-    failures = _failures([source, target], deaths)
+    failures = _failures(run, [source, target], deaths)
     if source.kind is not None and source.kind is not OutcomeKind.COMPLETED and not failures:
         return ended(run, source.kind, source.reason)
     if any(failure.unsupported for failure in source.failures):

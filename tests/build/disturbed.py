@@ -35,6 +35,7 @@ from sim.clock.port import now_ns
 from sim.clock.virtual import VirtualLoop
 from sim.device.driver import SimDriver
 from sim.outcome import Outcome, RunReport, ended
+from sim.report import Failure
 from sim.run import VirtualRun
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
@@ -135,7 +136,7 @@ class Disturbed(VirtualRun):
         self.source_resets = 0
         self.wrong: list[str] = []
         self.ended_ns = 0
-        self.failures: list[Exception] = []
+        self.failures: list[Failure] = []
         self._tasks: dict[str, asyncio.Task[Any] | None] = {}
 
     def go(self) -> Outcome:
@@ -175,14 +176,14 @@ class Disturbed(VirtualRun):
 
     async def _both(
         self, source: Coroutine[Any, Any, OutcomeKind], target: Coroutine[Any, Any, bool]
-    ) -> tuple[OutcomeKind | None, list[Exception]]:
+    ) -> tuple[OutcomeKind | None, list[Failure]]:
         outcome, self.failures = await super()._both(source, target)
         self.ended_ns = now_ns()
         if outcome is None and not self.failures:
-            self.failures = [ConnectionResetError("the source was killed, and the target did not fail")]
+            self.failures = [Failure("target", "the source was killed, and the target did not fail", now_ns())]
         return outcome, self.failures
 
-    def _outcome(self, kind: OutcomeKind | None, failures: Sequence[Exception]) -> Outcome:
+    def _outcome(self, kind: OutcomeKind | None, failures: Sequence[Failure]) -> Outcome:
         if kind is OutcomeKind.COMPLETED and not failures:
             return ended(self._report(), kind)
         return super()._outcome(kind, failures)

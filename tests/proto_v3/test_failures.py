@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Coroutine
+import re
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,6 +69,9 @@ class Watched:
         self.fds: dict[str, list[DataFd]] = {"source": [], "target": []}
         self.most_running = 0
         self.stops = 0
+        self.stood_still_ns = 0
+        """From each order to stop until the vCPUs ran at the source again."""
+        self._stopped_ns = 0
 
     def outcome(self) -> Outcome:
         with pytest.MonkeyPatch.context() as patch:
@@ -82,10 +86,13 @@ class Watched:
 
         async def start_vcpus(machine: MachineModel) -> None:
             await start(machine)
+            if machine is self.run.machines["source"]:
+                self.stood_still_ns += now_ns() - self._stopped_ns
             self.most_running = max(self.most_running, sum(each.running for each in self.run.machines.values()))
 
         async def stop_vcpus(machine: MachineModel) -> None:
             self.stops += 1
+            self._stopped_ns = now_ns()
             await stop(machine)
 
         patch.setattr(MachineModel, "start_vcpus", start_vcpus)
@@ -109,6 +116,17 @@ class Watched:
 
     def _side(self, driver: SimDriver) -> str:
         return "source" if driver in self.run.drivers else "target"
+
+    def check_the_columns(self, outcome: Outcome, reset: Sequence[str] = ()) -> None:
+        """How long the guest stood still in vain, and which of the source's devices were reset under it."""
+        counters = outcome.counters
+        assert counters.stopped_in_vain_ns == self.stood_still_ns
+        assert counters.devices_reset_under_guest == len(reset)
+        said = re.findall(
+            r"source, (\w+) was reset under the guest, and what the guest had in it is lost \(", outcome.reason
+        )
+        assert said == list(reset)
+        assert "\n" not in outcome.reason
 
     def check_the_source_goes_on(self) -> None:
         """Devices run on both sides, no session is open, and the guest writes on at the source."""
@@ -210,7 +228,10 @@ def test_a_call_that_times_out_is_a_failure_not_a_cancel(
         monkeypatch.setattr(V2Stream, "precopy_info", times_out)
     outcome = Watched(small_scenario(ENDLESS | cancels), name).outcome()
     assert outcome.kind is OutcomeKind.FAILED
-    assert outcome.reason.endswith(os.strerror(errno.ETIMEDOUT))
+    what = "GET_STREAM_INFO" if name.startswith("v3") else "GET_PRECOPY_INFO"
+    assert re.fullmatch(
+        rf"source, dev( stream \d)?: {what} failed: ETIMEDOUT \(.*\); this left it in PRE_COPY", outcome.reason
+    )
     assert outcome.guest_runs_at == "source"
 
 
@@ -281,7 +302,14 @@ def test_an_arc_that_fails_ends_the_migration_and_the_guest_runs_on_at_the_sourc
         watched = Watched(two_devices(features, {device: [{"side": side, "arc": arc, "leaves": leaves}]}), name)
         outcome = watched.outcome()
         assert outcome.kind is OutcomeKind.FAILED
-        assert outcome.reason == "[Errno 5] Input/output error"
+        left_in = leaves if leaves == "ERROR" else arc.partition(" ")[0]
+        asked_for = rf"{arc} failed: EIO \(Input/output error\); this left it in {left_in}"
+        on_a_path = (
+            rf"\w+ -> \w+ failed: EIO \(Input/output error\); this left it in ERROR; first cause: {arc} failed: EIO"
+        )
+        name_of = ("first", "second")[device]
+        assert re.match(rf"{side}, {name_of}: ({asked_for}|{on_a_path})(; source, |$)", outcome.reason), outcome.reason
+        watched.check_the_columns(outcome, [name_of] if (side, leaves) == ("source", "ERROR") else [])
         assert outcome.guest_runs_at == "source"
         assert outcome.downtime_ns is None
         assert outcome.total_ns is not None
@@ -305,14 +333,56 @@ def test_a_session_that_cannot_be_ended_after_the_hand_over_is_reset_and_the_mig
         assert virtual.run(driver.state()) in (State.STOP, State.RUNNING)
 
 
-@pytest.mark.parametrize("errno", ["EINVAL", "ENOMEM", "ETIMEDOUT", "EBUSY"])
+COMMANDS = {
+    ("SAVE", "v2"): r"source, second: (read\(\)|GET_PRECOPY_INFO) failed: ENODEV \(.*\); this left it in \w+COPY",
+    ("SAVE", "v3"): r"source, second( stream \d)?: \S+ failed: EIO \(.*\); this left it in ERROR",
+    ("LOAD", "v2"): r"target, second: write\(\) failed: {errno} \(.*\); this left it in RESUMING",
+    ("LOAD", "v3"): r"target, second( stream \d)?: write\(\) failed: ({errno}|EIO) \(.*\); this left it in ERROR",
+}
+"""How a VMM sees that a firmware command failed: mlx5's read() says ENODEV, v3's says EIO."""
+
+
+@pytest.mark.parametrize(
+    ("command", "after", "code"),
+    [
+        *(("SAVE", 0, "EINVAL"), ("SAVE", 3, "ENODEV"), ("SAVE", 5, "ETIMEDOUT")),
+        *(("LOAD", 0, "ENOMEM"), ("LOAD", 3, "EBUSY")),
+    ],
+)
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_command_that_fails_is_the_first_cause_whatever_the_call_says(
+    name: str, command: str, after: int, code: str
+) -> None:
+    side = "source" if command == "SAVE" else "target"
+    fault = {"side": side, "command": command, "after": after, "errno": code}
+    watched = Watched(two_devices("all", {1: [fault]}), name)
+    outcome = watched.outcome()
+    assert outcome.kind is OutcomeKind.FAILED
+    call = COMMANDS[command, name[:2]].format(errno=code)
+    assert re.match(f"{call}; first cause: firmware {command} {after + 1}: {code}(; source, |$)", outcome.reason)
+    watched.check_the_columns(outcome, ["second"] if (command, name[:2]) == ("SAVE", "v3") else [])
+    watched.check_the_source_goes_on()
+
+
+@pytest.mark.parametrize("code", ["EINVAL", "ENOMEM", "ENODEV", "ETIMEDOUT", "EBUSY"])
 @pytest.mark.parametrize(("side", "arc"), [("source", "PRE_COPY_P2P -> STOP_COPY"), ("target", "RESUMING -> STOP")])
-def test_the_reason_is_the_error_that_was_given(side: str, arc: str, errno: str) -> None:
-    fault = {"side": side, "arc": arc, "errno": errno}
-    number = getattr(__import__("errno"), errno)
+def test_the_reason_has_the_error_that_was_given(side: str, arc: str, code: str) -> None:
+    fault = {"side": side, "arc": arc, "errno": code}
+    told = (
+        f"{side}, second: {arc} failed: {code} ({os.strerror(getattr(errno, code))}); this left it in {arc.split()[0]}"
+    )
     for name in ("v2", "v3-n1"):
-        outcome = Watched(two_devices("all", {1: [fault]}), name).outcome()
-        assert outcome.reason == f"[Errno {number}] {os.strerror(number)}"
+        assert Watched(two_devices("all", {1: [fault]}), name).outcome().reason == told
+
+
+def test_of_two_sides_that_fail_the_first_in_time_stands_first() -> None:
+    faults = [{"side": "target", "command": "LOAD"}, {"side": "source", "command": "SAVE", "after": 3}]
+    reasons = []
+    for other_way in (False, True):
+        if other_way:
+            faults = [{"side": "target", "command": "LOAD", "after": 2}, {"side": "source", "command": "SAVE"}]
+        reasons.append(Watched(two_devices("all", {0: faults[:1], 1: faults[1:]}), "v3-n3").outcome().reason)
+    assert [reason.partition(",")[0] for reason in reasons] == ["target", "source"]
 
 
 @pytest.mark.rule("v2.vmm.12")
@@ -326,6 +396,7 @@ def test_a_source_device_that_cannot_go_back_is_reset(name: str, arc: str, leave
     outcome = watched.outcome()
     assert outcome.kind is OutcomeKind.FAILED
     assert outcome.guest_runs_at == "source"
+    watched.check_the_columns(outcome, ["first"])
     watched.check_the_source_goes_on()
 
 
@@ -333,8 +404,10 @@ def test_a_source_device_that_cannot_go_back_is_reset(name: str, arc: str, leave
 def test_a_device_that_cannot_go_back_when_the_user_cancels_is_reset_and_the_guest_never_stopped(name: str) -> None:
     fault = {"side": "source", "arc": "PRE_COPY -> RUNNING"}
     watched = Watched(small_scenario(ENDLESS | {"vmm.cancel_after_s": 0.1, "device.0.faults": [fault]}), name)
-    assert watched.outcome().guest_runs_at == "source"
+    outcome = watched.outcome()
+    assert outcome.guest_runs_at == "source"
     assert watched.stops == 0
+    watched.check_the_columns(outcome, ["dev"])
     watched.check_the_source_goes_on()
 
 
@@ -404,7 +477,7 @@ def test_a_target_that_fails_while_the_source_still_sends_is_heard(name: str, mo
     watched = Watched(two({"device.0.features": ["STOP_COPY"]} | full), name)
     outcome = watched.outcome()
     assert outcome.kind is OutcomeKind.FAILED
-    assert outcome.reason == "[Errno 28] No space left on device"
+    assert outcome.reason == "target: [Errno 28] No space left on device"
     assert outcome.guest_runs_at == "source"
     watched.check_the_source_goes_on()
 
@@ -438,7 +511,10 @@ def test_a_device_that_cannot_be_read_any_more_once_it_is_stopped_gives_the_gues
     outcome = watched.outcome()
     assert reads > after_reads
     assert outcome.kind is OutcomeKind.FAILED
-    assert outcome.reason == "[Errno 5] Input/output error"
+    assert re.fullmatch(
+        r"source, [\w ]+: .* failed: EIO \(Input/output error\); this left it in STOP_COPY", outcome.reason
+    )
+    watched.check_the_columns(outcome)
     assert outcome.guest_runs_at == "source"
     assert outcome.total_ns is not None
     assert outcome.total_ns < ns(1000), "the target was told"
@@ -450,7 +526,8 @@ def test_what_failed_is_told_and_not_that_the_peer_said_so(name: str) -> None:
     """Both sides fail: the target by itself, the source because it was told."""
     fault = {"side": "target", "arc": "STOP -> RESUMING", "errno": "ENOMEM"}
     outcome = Watched(two_devices("all", {0: [fault]}), name).outcome()
-    assert outcome.reason == "[Errno 12] Cannot allocate memory"
+    told = "target, first: STOP -> RESUMING failed: ENOMEM (Cannot allocate memory); this left it in STOP"
+    assert outcome.reason == told
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

@@ -76,6 +76,9 @@ class Device:
     async def migration_flags(self) -> MigrationFlags:
         return self.flags
 
+    async def state(self) -> State:
+        return self.is_in
+
     async def set_state(self, target: State) -> Device | None:
         self.log.append((self.name, "set_state", target))
         session = self.is_in in (State.PRE_COPY, State.PRE_COPY_P2P)
@@ -690,7 +693,7 @@ async def test_what_fails_after_the_target_said_that_it_runs_is_told_as_it_is(mo
 
     monkeypatch.setattr(Device, "set_state", fails_at_the_end)
     monkeypatch.setattr(Device, "reset", no_reset)
-    with pytest.raises(OSError, match="no reset either"):
+    with pytest.raises(OSError, match="VFIO_DEVICE_RESET failed: ENOTTY"):
         await vmm.migrate()
     assert not vmm.machine.running
     assert Kind.CANCEL not in [frame.kind for frame in vmm.wire.sent]
@@ -1007,7 +1010,7 @@ def test_a_reusable_ack_that_would_come_too_late_fails_the_migration_and_the_gue
     changes = DURING_STOP | {"device.0.writes": {"pattern": "sequential", "mib_per_s": 1.0}}
     outcome, kept = migrated(changes, f"v2{multifd}-reinit-{policy}-ack-reusable-{user}")
     assert outcome.kind is OutcomeKind.FAILED
-    assert outcome.reason == "dev reported REINIT after it was decided to stop: its ack comes too late"
+    assert outcome.reason == "source: dev reported REINIT after it was decided to stop: its ack comes too late"
     assert outcome.guest_runs_at == "source"
     assert outcome.downtime_ns is None
     assert Mark.STOP_ORDERED in kept.timeline.marks
@@ -1055,7 +1058,7 @@ def test_one_device_of_several_that_is_late_is_named() -> None:
         "device.1": other | {"name": "other", "reconfigurations": {"during_stop_ms": [0.5], "objects_each": 1}}
     }
     outcome, _ = migrated(changes, "v2-reinit-flush-ack-reusable")
-    assert outcome.reason == "other reported REINIT after it was decided to stop: its ack comes too late"
+    assert outcome.reason == "source: other reported REINIT after it was decided to stop: its ack comes too late"
 
 
 # --- migrations: how late critical data is ---------------------------------------------------------------------------

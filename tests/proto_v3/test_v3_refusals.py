@@ -442,7 +442,7 @@ def places(name: str, read_mib: float) -> list[tuple[int, int]]:
 
 
 def codes_told(outcome: Outcome) -> set[int]:
-    return {int(code) for code in re.findall(r"\[Errno (\d+)\]", outcome.reason)}
+    return {getattr(errno, name) for name in re.findall(r"failed: (E[A-Z0-9]+) ", outcome.reason)}
 
 
 def check_failed_at_once(run: TappedRun, outcome: Outcome) -> None:
@@ -456,7 +456,7 @@ def check_refused(run: TappedRun, outcome: Outcome, codes: set[int], stream: int
     check_failed_at_once(run, outcome)
     assert codes_told(outcome) - {errno.EIO} == codes, outcome.reason
     where = f"(blocks|stream {stream}|critical data of epoch)"
-    assert re.search(rf"\[Errno ({'|'.join(map(str, codes))})\] second:? {where}", outcome.reason), outcome.reason
+    assert re.search(f"^target, second( stream [0-9]+)?: .* first cause: {where}", outcome.reason), outcome.reason
 
 
 def tampered(name: str, what: str, stream: int, at: int, read_mib: float) -> bool:
@@ -588,7 +588,7 @@ def test_blocks_an_end_that_is_not_as_it_should_be_is_refused(
         check_refused(run, outcome, codes, 1)
     else:
         check_failed_at_once(run, outcome)
-        assert outcome.reason == "LAST does not belong on stream 1"
+        assert outcome.reason == "target: LAST does not belong on stream 1"
 
 
 # --- frames ----------------------------------------------------------------------------------------------------------

@@ -89,7 +89,10 @@ def test_shipped_scenarios_are_the_three_of_the_readme() -> None:
 
 # --- a target that differs is a failure ------------------------------------------------------------------------------
 
-WRONG_BLOCKS = "[Errno 74] dev blocks: the END's digest is not that of the versions that came"
+WRONG_BLOCKS = (
+    "target, dev stream 1: write() failed: EBADMSG (Bad message); this left it in ERROR; "
+    "first cause: blocks: the END's digest is not that of the versions that came"
+)
 """With addressable blocks the target's driver sees it by itself: EBADMSG."""
 Load = Callable[[Any, Record], Coroutine[Any, Any, None]]
 
@@ -171,10 +174,12 @@ def test_a_stream_without_its_end_fails_the_run(monkeypatch: pytest.MonkeyPatch,
     outcome = run(small_scenario(), protocol)
     assert outcome.kind is OutcomeKind.FAILED
     if protocol.startswith("v2"):
-        assert outcome.reason == "[Errno 5] Input/output error"
-    else:  # ENODATA; the critical stream's is one of them
-        streams = 2 if protocol in ("v3-n1", BLOCKS) else 5
-        assert outcome.reason == f"[Errno 61] dev: {streams} of its streams did not come to their END"
+        why = "RESUMING -> RUNNING failed: EIO (Input/output error); this left it in ERROR"
+        cause = "RESUMING -> STOP: the stream did not come to its END"
+    else:  # the critical stream's is one of them
+        why = "RESUMING -> STOP failed: ENODATA (No data available); this left it in ERROR"
+        cause = f"{2 if protocol in ('v3-n1', BLOCKS) else 5} of its streams did not come to their END"
+    assert outcome.reason == f"target, dev: {why}; first cause: {cause}"
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -196,13 +201,17 @@ def test_a_lost_payload_fails_the_run(monkeypatch: pytest.MonkeyPatch, protocol:
     outcome = run(small_scenario(), protocol)
     assert outcome.kind is OutcomeKind.FAILED
     if protocol.startswith("v2"):
-        assert outcome.reason.startswith("[Errno 22] Invalid argument")
+        told = (
+            "target, dev: write() failed: EINVAL (Invalid argument); this left it in RESUMING; first cause: stream 0: "
+        )
+        assert outcome.reason.startswith(told)
     elif protocol == BLOCKS and lost:
         assert outcome.reason == WRONG_BLOCKS
     else:
-        # EILSEQ, or EPROTO where the record goes on; the other streams then find a device that failed.
-        told = r"\[Errno (84|71)\] dev stream \d: byte \d+ of record \d+ of stream \d came where byte \d+ of record \d+"
-        assert re.fullmatch(rf"{told} was due(; \[Errno 5\] Input/output error)?", outcome.reason)
+        # EPROTO where the record goes on; the other streams then find a device that failed, which is no news.
+        call = r"target, dev( stream \d)?: write\(\) failed: (EILSEQ|EPROTO) \([^)]*\); this left it in ERROR"
+        cause = r"stream \d: byte \d+ of record \d+ of stream \d came where byte \d+ of record \d+ was due"
+        assert re.fullmatch(f"{call}; first cause: {cause}", outcome.reason)
 
 
 def test_a_target_that_breaks_the_protocol_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +224,7 @@ def test_a_target_that_breaks_the_protocol_fails_the_run(monkeypatch: pytest.Mon
     monkeypatch.setattr(V3Target, "load_config", impatient)
     outcome = run(small_scenario(), "v3-n1")
     assert outcome.kind is OutcomeKind.FAILED
-    assert outcome.reason.startswith("RESUMED came on the return path")
+    assert outcome.reason.startswith("source: RESUMED came on the return path")
     assert outcome.guest_runs_at == "source"
 
 

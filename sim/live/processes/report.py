@@ -13,7 +13,7 @@ from sim.live.fd.calls import Calls
 from sim.live.plain import from_plain, to_plain
 from sim.live.real_time import Delays
 from sim.live.tcp.sockets import Granted
-from sim.report import Counters, DeviceReport, SideReport
+from sim.report import Counters, DeviceReport, Failure, SideReport
 
 # --- notes ------------------------------------------------------------------------------------------------------------
 
@@ -75,16 +75,6 @@ def received_note(name: str, body: object) -> Note:
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An error in a process."""
-
-    text: str
-    echo: bool
-    """It only says that another process failed, or is gone."""
-    unsupported: bool
 
 
 @dataclass(frozen=True, slots=True)

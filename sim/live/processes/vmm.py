@@ -14,14 +14,15 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pydantic
 from typing_extensions import override
 
-from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error, leaves
+from proto_v3.errors import PeerProtocolError, ProtoV3Error, leaves
 from proto_v3.timeline import Mark, on_track
-from proto_v3.vmm.migration import GivenUpError, OutcomeKind, Side, Source, Target, UnsupportedError
+from proto_v3.vmm.migration import GivenUpError, OutcomeKind, Side, Source, Target
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Kind
 from sim.clock import port as clock
@@ -38,7 +39,6 @@ from sim.live.processes.peer_report import peer_report
 from sim.live.processes.report import (
     DeviceProcessReport,
     Digests,
-    Failure,
     GuestNote,
     Measured,
     ProcessReport,
@@ -56,7 +56,7 @@ from sim.live.tcp.handshake import accept, connect
 from sim.live.tcp.messages import Bye, Failed, Prepared, Result, Run, Start, Started
 from sim.live.tcp.session import Session
 from sim.live.tcp.tls import tls_client, tls_server
-from sim.report import Counters
+from sim.report import Counters, Failure, failure
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 
@@ -81,6 +81,7 @@ class VmmProcess:
         self.machine: LiveMachine | None = None
         self.channels: list[Channel] = []
         self.counters = Counters()
+        self.resets: list[str] = []
 
     def prepare(self, run: Run) -> None:
         """Set what is run. UserError if the scenario or the protocol is not valid."""
@@ -111,7 +112,7 @@ class VmmProcess:
             on_run=self._guest_runs,
         )
         self.channels = [Channel(transport) for transport in session.channels]
-        return Side(self.machine, remote, settings, self.timeline, self.counters)
+        return Side(self.machine, remote, settings, self.timeline, self.counters, self.resets)
 
     def _guest_runs(self, runs: bool) -> None:
         send_note(self.supervisor, GuestNote(self.side, runs, time.perf_counter_ns()))
@@ -143,8 +144,10 @@ class VmmProcess:
         try:
             report = from_plain(DeviceProcessReport, (await self.device.call("collect")).body)
         except OSError:
-            return Measured(side_report(self.side, self.counters, self.channels, ended_ns, []), vmm, None, streams)
-        side = side_report(self.side, self.counters, self.channels, ended_ns, report.devices)
+            return Measured(
+                side_report(self.side, self.counters, self.channels, ended_ns, [], self.resets), vmm, None, streams
+            )
+        side = side_report(self.side, self.counters, self.channels, ended_ns, report.devices, self.resets)
         return Measured(side, vmm, report.process, streams)
 
     async def digests(self, failures: list[Failure]) -> list[bytes]:
@@ -162,9 +165,9 @@ class VmmProcess:
 
     def failure(self, error: BaseException) -> Failure:
         """An error, for whoever reads the report."""
+        told = failure(self.side, error, 0 if self.machine is None else self.time.now_ns(), (ConnectionError,))
         device_gone = self.device.gone.done() and isinstance(error, OSError) and error.errno == errno.ENODEV
-        echo = device_gone or isinstance(error, PeerFailedError | ConnectionError)
-        return Failure(str(error) or type(error).__name__, echo, isinstance(error, UnsupportedError))
+        return replace(told, echo=told.echo or device_gone)
 
 
 # --- its guest --------------------------------------------------------------------------------------------------------
