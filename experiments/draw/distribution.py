@@ -13,33 +13,41 @@ from experiments.study.statistics import Floats, percentile
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import NS_PER_MS
 
+MANY = 30
+"""More runs than this get smaller marks."""
+ROWS = 7
+"""The marks of a protocol's runs are spread over these rows, so that few of them hide others."""
+
 
 @own_settings()
 def draw_distribution(scenario: Scenario, runs: pl.DataFrame, made_by: str = MADE_BY) -> Figure:
-    """The distribution of the downtime under each protocol, ms: the part of the runs that take at most so long.
+    """The distribution of the downtime under each protocol, ms: the part of the runs that take at most this time.
 
-    A mark is one seed. At the right the same curves, as distances from each protocol's own median. Runs that were not
+    At the right each run by itself, as distance from its protocol's median, with the percentiles. Runs that were not
     completed have no mark, and their part of the curve is missing at the top. Arguments as for `draw_downtime`.
     """
     named = protocols(completed_runs(runs))
     figure, (whole, spread) = panels.sheet(
         f"How are the downtimes distributed? {scenario.name}, {runs['seed'].n_unique()} seed(s)",
-        "a mark is one run; large marks: 95th and 99th percentile, of at least 20 and 100 runs; if a curve ends below "
-        "100 %, the other runs did not complete",
+        "a mark is one run; if a curve ends below 100 %, the other runs did not complete; lines: median, p95 "
+        "(dashed) and p99 (dotted), which need 20 and 100 runs",
         made_by,
         (1, 2),
-        (11, 4.6 + 0.2 * -(-len(named) // 5)),
+        (11, max(4.6, 0.5 * len(named) + 2) + 0.2 * -(-len(named) // 5)),
     )
-    for name in named:
+    labels = []
+    for at, name in enumerate(named):
         of_protocol = runs.filter(protocol=name)
         values = np.sort(of_protocol.filter(COMPLETED)["downtime_ns"].to_numpy() / NS_PER_MS)
-        for axis, away in ((whole, 0.0), (spread, float(np.median(values)))):
-            _curve(axis, values - away, of_protocol.height, style.protocol(name))
-    panels.dress(whole, "downtime of each run", "downtime, ms", "% of the runs take at most so long")
-    panels.dress(spread, "spread around the protocol's median", "downtime - median, ms", "")
-    for axis in (whole, spread):
-        axis.set_ylim(0, 104)
-        axis.set_yticks([0, 25, 50, 75, 95, 100])
+        _curve(whole, values, of_protocol.height, style.protocol(name))
+        _strip(spread, at, values, style.protocol(name))
+        labels.append(_label(name, values))
+    panels.dress(whole, "downtime of all runs", "downtime, ms", "% of the runs take at most this time")
+    panels.dress(spread, "each run, from its protocol's median", "downtime - median, ms", "")
+    whole.set_ylim(0, 104)
+    whole.set_yticks([0, 25, 50, 75, 95, 100])
+    spread.set_yticks(range(len(named)), labels)
+    spread.set_ylim(max(len(named), 1) - 0.5, -0.6)
     if not named:
         panels.say(whole, "no run was completed: there is no downtime")
     panels.legend(figure, named)
@@ -49,11 +57,25 @@ def draw_distribution(scenario: Scenario, runs: pl.DataFrame, made_by: str = MAD
 def _curve(axis: Axes, values: Floats, runs: int, look: style.Style) -> None:
     """The empirical distribution of sorted values, as a part of all runs."""
     percent = 100 * np.arange(1, len(values) + 1) / runs
-    steps = {"color": look.colour, "linestyle": look.line, "linewidth": 1.3}
-    axis.step([values[0], *values], [0, *percent], where="post", **steps)
-    size = 5 if len(values) <= 30 else 2.5
-    axis.plot(values, percent, look.marker, color=look.colour, markersize=size)
-    for each in (95, 99):
-        if (value := percentile(values, each)) is not None:
-            at = percent[np.searchsorted(values, value, side="right") - 1]
-            axis.plot([value], [at], look.marker, color=look.colour, markersize=9, markeredgecolor="black")
+    axis.step([values[0], *values], [0, *percent], where="post", color=look.colour, linestyle=look.line, linewidth=1.3)
+    axis.plot(values, percent, look.marker, color=look.colour, markersize=5 if len(values) <= MANY else 2.5)
+
+
+def _strip(axis: Axes, at: float, values: Floats, look: style.Style) -> None:
+    """A mark for each of the sorted values, beside a line for the median and a line for each percentile."""
+    median = float(np.median(values))
+    rows = at + 0.5 * ((3 * np.arange(len(values))) % ROWS / (ROWS - 1) - 0.5)
+    size = 5 if len(values) <= MANY else 3
+    axis.plot(values - median, rows, look.marker, color=look.colour, markersize=size, alpha=0.6, markeredgewidth=0)
+    for value, line in zip(_percentiles(values).values(), ("-", "--", ":"), strict=False):
+        axis.plot([value - median] * 2, [at - 0.38, at + 0.38], color="black", linestyle=line, linewidth=1.2)
+
+
+def _percentiles(values: Floats) -> dict[str, float]:
+    """The median, and the percentiles that there are enough values for, by name."""
+    known = {f"p{percent}": percentile(values, percent) for percent in (95, 99)}
+    return {"median": float(np.median(values))} | {name: value for name, value in known.items() if value is not None}
+
+
+def _label(name: str, values: Floats) -> str:
+    return f"{name}\n{', '.join(f'{what} {value:.1f}' for what, value in _percentiles(values).items())}"

@@ -145,17 +145,18 @@ def handle(look: style.Style) -> Line2D:
 def handles_below(figure: Figure, handles: Sequence[Artist], columns: int = 5) -> None:
     """A legend between the panels and the command."""
     rows, height = -(-len(handles) // columns), figure.get_figheight()
+    foot = 0.2 + 0.11 * max((text.get_text().count("\n") for text in figure.texts[1:]), default=0)  # the command
     figure.legend(
         handles=handles,
         loc="lower center",
-        bbox_to_anchor=(0.5, 0.2 / height),
+        bbox_to_anchor=(0.5, foot / height),
         ncols=columns,
         fontsize=8,
         frameon=False,
     )
     engine = figure.get_layout_engine()
     assert isinstance(engine, ConstrainedLayoutEngine)
-    below = (0.3 + 0.2 * rows) / height
+    below = (0.1 + foot + 0.2 * rows) / height
     engine.set(rect=(0, below, 1, 1 - below))
 
 

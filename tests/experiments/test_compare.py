@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from experiments.commands import compare
+from experiments.draw.distribution import draw_distribution
 from experiments.report import comparison, findings
 from experiments.runs import frame as results
 from experiments.runs import manifest
@@ -248,6 +249,17 @@ def test_reasons_are_shown_as_they_are() -> None:
 def test_numbers_are_whole_on_a_terminal_of_80_columns() -> None:
     text = printed(SCENARIO, outcomes(), width=80)
     assert "…" not in text
+
+
+def test_each_run_has_a_mark_and_a_curve_ends_at_the_part_that_completed() -> None:
+    runs = results.table([*outcomes()[1:], given_up(outcomes()[0])])
+    whole, spread = draw_distribution(SCENARIO, runs).axes
+    steps, marks = whole.lines[0], whole.lines[1]
+    of_v2 = sorted(o.downtime_ns / 1e6 for o in outcomes()[1:] if o.protocol == "v2" and o.downtime_ns)
+    assert list(marks.get_xdata()) == pytest.approx(of_v2)
+    assert max(steps.get_ydata()) == pytest.approx(100 * 2 / 3)
+    assert sum(len(line.get_xdata()) for line in spread.lines if line.get_marker() != "None") == len(outcomes()) - 1
+    assert [label.get_text().split("\n")[0] for label in spread.get_yticklabels()] == ["v3-n1", "v3-n4", "v2"]
 
 
 # --- words, JSON, quiet ----------------------------------------------------------------------------------------------
