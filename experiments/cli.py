@@ -33,6 +33,7 @@ from experiments.commands.options import (
     trace_option,
 )
 from experiments.study.names import QUESTIONS
+from experiments.runs import interrupt
 from proto_v3.errors import UserError
 
 NO_BREAK = "\N{NON-BREAKING HYPHEN}"
@@ -76,20 +77,24 @@ class Cli(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
+        with interrupt.raised():
+            ctx.exit(self._status(ctx))
+
+    def _status(self, ctx: click.Context) -> int:
         try:
             status = super().invoke(ctx)
+            return interrupt.exit_status() if status == INTERRUPTED else status or 0
         except UserError as error:
             click.echo(f"proto-v3: error: {error}", err=True)
-            ctx.exit(2)
+            return 2
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of our output closed it: click handles that
                 raise
             click.echo(f"proto-v3: error: {error}", err=True)
-            ctx.exit(1)
+            return 1
         except KeyboardInterrupt:
             click.echo("proto-v3: interrupted", err=True)
-            ctx.exit(INTERRUPTED)
-        ctx.exit(status or 0)
+            return interrupt.exit_status()
 
 
 def command_line() -> list[str]:

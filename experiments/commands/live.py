@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import platform
 import shlex
-import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.console import Console
 from experiments import INTERRUPTED
 from experiments.commands.options import out_folder, parsed
 from experiments.draw.live_progress import Progress
+from experiments.runs import interrupt
 from experiments.runs.folder import ResultFolder
 from experiments.runs.plan import Plan
 from experiments.runs.pool import Cell
@@ -171,13 +171,11 @@ def interruptible(work: Callable[[], Awaitable[None]]) -> bool:
     async def main() -> bool:
         task = asyncio.ensure_future(work())
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, task.cancel)
-        try:
-            await task
-        except asyncio.CancelledError:
-            return False
-        finally:
-            loop.remove_signal_handler(signal.SIGINT)
+        with interrupt.postponed(lambda: loop.call_soon_threadsafe(task.cancel)):
+            try:
+                await task
+            except asyncio.CancelledError:
+                return False
         return True
 
     return asyncio.run(main())

@@ -6,10 +6,12 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.runs.pool import CELLS_PER_WORKER, Cell, Done, broken, run_cell
+from experiments.runs.pool import Cell, Done, broken, run_cell
 from proto_v3.errors import UserError
 
 CONNECT_TIMEOUT_S = 10
+CELLS_PER_WORKER = 16
+"""Runs that the cluster has in advance: enough that no worker waits."""
 
 
 def on_cluster(cells: Sequence[Cell], address: str) -> Done:

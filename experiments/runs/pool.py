@@ -4,22 +4,21 @@ changes it."""
 from __future__ import annotations
 
 import contextlib
-import itertools
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import partial
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
-from multiprocessing.context import BaseContext
-from types import FrameType, ModuleType
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import ModuleType
+from typing import Any
 
+from experiments.runs import interrupt
 from experiments.runs.progress import RunsProgress
 from proto_v3.vmm.migration import OutcomeKind
 from sim.outcome import Outcome
@@ -29,8 +28,12 @@ from sim.scenario.scenario import Scenario
 
 Done = Iterator[tuple[int, Outcome]]
 """The finished runs, in any order: the cell's index in the sequence that was passed, and its outcome."""
-CELLS_PER_WORKER = 16
-"""Runs handed to the pool in advance: enough that no worker waits, few enough that an interruption loses little."""
+GIVEN = 2
+"""Runs that a worker has at a time: one that it makes, and the next one, so that it never waits."""
+LOOK_S = 0.2
+"""How often Ctrl-C is looked for."""
+WORKER_FILES, OWN_FILES = 4, 48
+"""Files that this process has open for each worker, and for all else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,8 @@ def broken(cell: Cell, reason: str) -> Outcome:
 def run_cells(cells: Sequence[Cell], jobs: int | None, *, quiet: bool = False) -> tuple[list[Outcome], bool]:
     """Make all runs in `jobs` processes (None: one a CPU); unless `quiet`, stderr says how far they are.
 
-    Returns the outcomes of the finished runs, in the order of the cells, and whether Ctrl-C stopped it early. They are
-    the same for any number of processes.
+    Returns the outcomes of the finished runs, in the order of the cells, and whether it was interrupted. They are the
+    same for any number of processes.
     """
     done: dict[int, Outcome] = {}
     interrupted = False
@@ -79,117 +82,136 @@ def in_processes(cells: Sequence[Cell], jobs: int | None, start_method: str | No
 
     `start_method` is one of multiprocessing's, None its default. No worker imports the caller's main module, so a
     script without a guard, a notebook and standard input can call it. KeyboardInterrupt on Ctrl-C, after the runs that
-    were finished by then.
+    were finished by then. No worker outlives this process, not even if it is killed.
     """
     if jobs == 1 or len(cells) <= 1:
         for at, cell in enumerate(cells):
             yield at, run_cell(cell)
         return
-    workers = min(jobs or os.cpu_count() or 1, len(cells))
-    with _noted_interrupt() as interrupted:
-        in_pool = partial(_in_pool, cells, multiprocessing.get_context(start_method), interrupted)
-        remaining = iter(range(len(cells)))
-        while True:  # a pool with a dead worker can make no more runs: another one goes on
-            lost: list[int] = []
-            yield from in_pool(remaining, workers, lost)
-            if not lost:
-                return
-            for at in sorted(lost):  # one of them may have killed the worker: each gets a process of its own now
-                lost_again: list[int] = []
-                yield from in_pool(iter([at]), 1, lost_again)
-                if lost_again:
-                    yield at, broken(cells[at], "the process that made this run died: out of memory, or killed")
-
-
-@contextlib.contextmanager
-def _noted_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event; a second one raises at once, for a user who cannot wait.
-
-    A KeyboardInterrupt at any line could leave the pool with a lock held for ever. Outside of the main thread, where
-    Python delivers no signal, nothing changes.
-    """
+    context = multiprocessing.get_context(start_method)
     interrupted = threading.Event()
-
-    def note(number: int, frame: FrameType | None) -> None:
+    with interrupt.postponed(interrupted.set):  # an exception at any line could leave a process behind
+        died: list[int] = []
+        yield from _in_workers(cells, range(len(cells)), _most(jobs), context, interrupted, died)
+        for at in died:  # once more, and alone: it has all the memory now
+            died_again: list[int] = []
+            yield from _in_workers(cells, [at], 1, context, interrupted, died_again)
+            if died_again:
+                yield at, broken(cells[at], "the process that made this run died: out of memory, or killed")
         if interrupted.is_set():
-            signal.default_int_handler(number, frame)
-        interrupted.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
+            raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
-def _starting_workers(context: BaseContext) -> Iterator[None]:
-    """While workers are started: they get no Ctrl-C, not even before they ignore it, and no main module to import."""
-    if context.get_start_method() == "fork":
-        yield
-        return
-    caller = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        with _without_interrupts():
-            yield
-    finally:
-        sys.modules["__main__"] = caller
-
-
-@contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """What is started meanwhile never gets SIGINT, where there are signal masks."""
+def _most(jobs: int | None) -> int:
+    """How many workers there can be: `jobs`, or fewer if this process may not have so many open files."""
+    workers = jobs or os.cpu_count() or 1
     if sys.platform == "win32":
-        yield
-        return
-    resource_tracker.ensure_running()  # first: the start of a worker would start it, and that unblocks SIGINT
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return workers
+    import resource
+
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return workers if files == resource.RLIM_INFINITY else max(1, min(workers, (files - OWN_FILES) // WORKER_FILES))
 
 
-def _in_pool(
+# --- workers: each has a connection of its own, so that there is no lock which a killed one could keep ----------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    process: BaseProcess
+    connection: Any
+    given: deque[int] = field(default_factory=deque)
+    """The indices of its cells. It makes the first; the others wait in the connection."""
+
+    def end(self) -> None:
+        """Kill it: it has nothing to lose but a run that nobody waits for."""
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+        self.connection.close()
+
+
+def _in_workers(
     cells: Sequence[Cell],
-    context: BaseContext,
+    which: Iterable[int],
+    count: int,
+    context: Any,
     interrupted: threading.Event,
-    remaining: Iterator[int],
-    workers: int,
-    lost: list[int],
+    died: list[int],
 ) -> Done:
-    """Runs of the remaining cells, until there are no more or the pool breaks: `lost` then gets those under way."""
-    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore_interrupt)
-    waiting: dict[Future[Outcome], int] = {}
+    """Runs of these cells, until an interruption. If a worker dies, `died` gets its cell, and another one goes on."""
+    remaining = deque(which)
+    workers: dict[Any, _Worker] = {}
+
+    def give(worker: _Worker) -> None:
+        while remaining and len(worker.given) < GIVEN:
+            worker.given.append(remaining.popleft())
+            with contextlib.suppress(OSError):  # it died; reading from it says so, too
+                worker.connection.send(cells[worker.given[-1]])
+
     try:
-        while not lost:
-            # Few at a time: a wait looks at every future that it waits for.
-            for at in itertools.islice(remaining, CELLS_PER_WORKER * workers - len(waiting)):
-                with _starting_workers(context):
-                    waiting[pool.submit(run_cell, cells[at])] = at
-            if not waiting:
-                return
-            for future in wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED).done:
-                at = waiting.pop(future)
+        while not interrupted.is_set():
+            while remaining and len(workers) < count:
                 try:
-                    outcome = future.result()
-                except BrokenProcessPool:
-                    lost.append(at)
+                    worker = _started(context)
+                except OSError:  # too few files, processes or memory: what works has to do
+                    if not workers:
+                        raise
+                    count = len(workers)
                 else:
-                    yield at, outcome
-            if interrupted.is_set():
-                raise KeyboardInterrupt
-        lost += waiting.values()
-    except BrokenProcessPool:  # raised by submit()
-        lost += [*waiting.values(), at]
-    except BaseException:  # the runs under way can take minutes, and nobody waits for them any more
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
+                    workers[worker.connection] = worker
+                    give(worker)
+            if not workers:
+                return
+            for connection in wait(list(workers), LOOK_S):
+                worker = workers[connection]
+                try:
+                    outcome = worker.connection.recv()
+                except (EOFError, OSError):
+                    died.append(worker.given.popleft())
+                    remaining.extendleft(reversed(worker.given))
+                    worker.given.clear()
+                else:
+                    yield worker.given.popleft(), outcome
+                    give(worker)
+                if not worker.given:
+                    workers.pop(connection).end()
+    finally:
+        for worker in workers.values():
+            worker.end()
+
+
+def _started(context: Any) -> _Worker:
+    """A worker, which gets no Ctrl-C and has no main module to import."""
+    ours, theirs = context.Pipe()
+    caller = sys.modules["__main__"]
+    try:
+        with theirs:
+            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            if context.get_start_method() != "fork":
+                resource_tracker.ensure_running()  # now: starting it unblocks signals
+                sys.modules["__main__"] = ModuleType("__main__")
+            with interrupt.blocked():
+                process.start()
+    except BaseException:
+        ours.close()
         raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        sys.modules["__main__"] = caller
+    return _Worker(process, ours)
+
+
+def _work(connection: Connection) -> None:
+    """What runs in a worker. It ends with its parent, in the middle of a run too."""
+    interrupt.ignore()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            connection.send(run_cell(connection.recv()))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
