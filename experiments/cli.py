@@ -5,14 +5,13 @@ Options have the names of the parameters of what they are passed to: `run_NAME` 
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 import click
 
-from experiments import INTERRUPTED, __version__
+from experiments import INTERRUPTED, __version__, streams
 from experiments.commands import complete
 from experiments.commands.options import (
     first_seed_option,
@@ -32,8 +31,8 @@ from experiments.commands.options import (
     spans_option,
     trace_option,
 )
-from experiments.study.names import QUESTIONS
 from experiments.runs import interrupt
+from experiments.study.names import QUESTIONS
 from proto_v3.errors import UserError
 
 NO_BREAK = "\N{NON-BREAKING HYPHEN}"
@@ -75,6 +74,21 @@ class Cli(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(commands)
 
+    def main(self, *args: Any, **more: Any) -> Any:
+        """Be the program."""
+        if sys.platform == "win32" or sys.stdout is not sys.__stdout__:  # called by a test, or from Python
+            return super().main(*args, **more)
+        stdout, raw = streams.take_over()
+        try:
+            return super().main(*args, **more)
+        except SystemExit as end:
+            interrupt.ignore()  # there is nothing left to do
+            stdout.flush()
+            if raw.lost:
+                click.echo(f"proto-v3: error: standard output cannot be written: {raw.lost}", err=True)
+                end.code = end.code or 1
+            raise
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         with interrupt.raised():
@@ -87,9 +101,14 @@ class Cli(click.Group):
         except UserError as error:
             click.echo(f"proto-v3: error: {error}", err=True)
             return 2
+        except UnicodeEncodeError as error:  # a file's name
+            click.echo(
+                f"proto-v3: error: {error.object!a}: a name that the locale cannot write ({error.encoding}); "
+                "set LC_ALL=C.UTF-8, or PYTHONUTF8=1",
+                err=True,
+            )
+            return 2
         except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of our output closed it: click handles that
-                raise
             click.echo(f"proto-v3: error: {error}", err=True)
             return 1
         except KeyboardInterrupt:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -188,18 +187,10 @@ def value_text(value: object) -> str:
 # --- printing ---------------------------------------------------------------------------------------------------------
 
 
-class Patient(Console):
-    """A console whose reader, such as `head`, may go: the rest is printed nowhere, and the command goes on."""
-
-    def on_broken_pipe(self) -> None:
-        """As Python's documentation of SIGPIPE says, but without an exit."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def console() -> Console:
     """A console for stdout: as wide as the terminal; 120 columns where there is none."""
-    plain = Patient()
-    return plain if plain.is_terminal else Patient(width=120)
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=120)
 
 
 def print_table(console: Console, title: str, table: Table) -> None:

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shlex
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,18 +161,6 @@ def test_tables_are_whole_where_there_is_no_terminal(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "set-up in downtime ms" in done.stdout
     assert "…" not in done.stdout
-
-
-@pytest.mark.slow
-def test_a_reader_that_has_seen_enough_costs_nothing(tmp_path: Path) -> None:
-    write_scenario(tmp_path)
-    command = [*CLI, "compare", "mine.toml", "--seeds", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.communicate()[1] == b""
-    assert process.returncode == 0
-    assert (tmp_path / "out/small/distribution.svg").exists()
 
 
 @pytest.mark.slow
@@ -369,103 +352,3 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_runs(tmp_path: Pa
     done = proto_v3(tmp_path, "compare", "vgpu-32g", "--seeds", "1000", "--out", out)
     check_refused(done, f"proto-v3: error: --out {out}: cannot be written: ")
     assert (tmp_path / "file").read_text() == "kept"
-
-
-# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
-
-HUNG_S = 60
-"""Longer than anything takes here, to fail instead of waiting for ever. Nothing is judged by its speed."""
-
-
-def cpu_s(pid: int) -> float:
-    """What a process has computed so far, from the kernel's books (proc(5), utime and stime); 0 if it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
-        return 0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def workers(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start the command in a process group of its own, which is gone after the test whatever happens."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen([*CLI, *arguments], cwd=tmp_path, start_new_session=True, **pipes))
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        if is_alive(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("everybody", [True, False], ids=["group", "parent"])
-def test_ctrl_c_keeps_the_runs_that_were_done(tmp_path: Path, start: Any, everybody: bool) -> None:
-    """A terminal's Ctrl-C goes to the whole process group; `kill -INT` to one process."""
-    process = start("compare", write_scenario(tmp_path), "--seeds", "3000", "--jobs", "2")
-    # One run takes about 20 ms: by then some are done, however slow or busy the machine.
-    while process.poll() is None and sum(map(cpu_s, workers(process.pid))) < 2:
-        time.sleep(0.05)
-    (os.killpg if everybody else os.kill)(process.pid, signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=HUNG_S)
-    assert process.returncode == 130, stderr
-    assert "Traceback" not in stdout + stderr
-    assert not is_alive(process.pid), "worker processes are left"
-    manifest = json.loads((tmp_path / "out/small/manifest.json").read_text())
-    table = pl.read_parquet(tmp_path / "out/small/runs.parquet")
-    assert manifest["complete"] is False
-    assert 0 < manifest["runs"] == table.height < manifest["runs_planned"] == 12000
-    assert f"interrupted: {table.height} of 12000 runs were done" in stdout
-    assert set(table["outcome"]) == {"COMPLETED"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_ctrl_c_before_the_first_run_is_done_leaves_nothing(tmp_path: Path, start: Any, jobs: str) -> None:
-    # A run of minutes: the VMM waits for half an hour for state that can only be saved when it is stopped.
-    patient = {"device.0.stop_only_mib": 8.0, "vmm.bandwidth_gbit_per_s": 0.1, "vmm.give_up_s": 1800.0}
-    process = start("compare", write_scenario(tmp_path, patient), "--seeds", "2", "--jobs", jobs)
-    while process.poll() is None and not (tmp_path / "out/small").exists():
-        time.sleep(0.05)
-    before = cpu_s(process.pid)
-    while process.poll() is None and sum(map(cpu_s, workers(process.pid))) + cpu_s(process.pid) - before < 1:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=HUNG_S)
-    assert process.returncode == 130, stderr
-    assert "Traceback" not in stdout + stderr
-    assert "interrupted before the first run was done; nothing was written" in stdout
-    assert not (tmp_path / "out").exists()
-    assert not is_alive(process.pid), "worker processes are left"
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_a_validation_that_writes_nothing(tmp_path: Path, start: Any) -> None:
-    scenario = write_scenario(tmp_path, {"published": [{"citation": "nobody", "downtime_ms": 5.0}]})
-    process = start("validate", scenario, "--seeds", "3000", "--jobs", "2")
-    while process.poll() is None and sum(map(cpu_s, workers(process.pid))) < 2:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=HUNG_S)
-    assert process.returncode == 130, stderr
-    assert "Traceback" not in stdout + stderr
-    assert re.fullmatch(r"interrupted: \d+ of 3000 runs were done; nothing was written\n", stdout)
-    assert not (tmp_path / "out").exists()
-    assert not is_alive(process.pid), "worker processes are left"
