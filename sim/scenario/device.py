@@ -28,10 +28,13 @@ class Writes(Table):
     """
 
     pattern: Literal["uniform", "hotspot", "sequential"]
+    """Where they go: anywhere, mostly to a hot part, or from the first block to the last, again and again."""
     mib_per_s: NonNegative
     """0: nobody writes to the device, whatever the file that this one extends says."""
     hot_share: Fraction = 0.9
+    """Share of the writes that go to the hot part."""
     hot_fraction: Fraction = 0.1
+    """The hot part, as a share of the blocks."""
 
     bytes_per_s = Rate("mib_per_s")
 
@@ -46,10 +49,13 @@ class Reconfigurations(Table):
     """When the guest reconfigures the device, which makes critical objects new."""
 
     at_s: Times = []
+    """Times after the start."""
     poisson_per_s: NonNegative = 0.0
+    """Instead of times: a rate of random ones."""
     during_stop_ms: Times = []
     """Times after the order to stop the vCPUs, while they still run: the VMM has decided, and asks no more."""
     objects_each: Annotated[int, Field(ge=1)] = 1
+    """Critical objects that one reconfiguration makes new."""
     during_stops: Annotated[int, Field(ge=1)] = 1
     """Number of orders to stop, from the first one, to which `during_stop_ms` applies. v3's `retry` makes several."""
     invalidates_share: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -67,8 +73,11 @@ class Critical(Table):
     """The objects that the target must set up before the device can run: queues, contexts, memory."""
 
     objects: Annotated[int, Field(ge=0, le=1_000_000)]
+    """Their number."""
     object_kib: Annotated[float, Field(ge=1 / KIB, le=1 << 30)]
+    """The size of each."""
     setup_us: NonNegative
+    """What the target takes to set one up."""
 
     object_bytes = Whole("object_kib")
     setup_ns = Whole("setup_us")
@@ -78,12 +87,15 @@ class Fault(Table):
     """A fault. An arc of the state machine fails: SET_STATE returns `errno`, and the device stays as `leaves` says."""
 
     side: Literal["source", "target"]
+    """Where it happens."""
     arc: Annotated[str, Field(pattern=r"^[A-Z0-9_]+ -> [A-Z0-9_]+$")] | None = None
+    """Of the state machine, as in `RUNNING_P2P -> STOP`."""
     command: Literal["SAVE", "LOAD"] | None = None
     """Instead of an arc: a firmware command fails, and with it its session."""
     after: Annotated[int, Field(ge=0)] | None = None
     """Number of these commands that succeed before."""
     errno: Literal["EIO", "EINVAL", "ENOMEM", "ENODEV", "ETIMEDOUT", "EBUSY"] = "EIO"
+    """What the call returns."""
     leaves: Literal["before", "ERROR"] = "before"
     """In the state before the arc; or in ERROR, which only a reset leaves (vfio.h)."""
     times: Annotated[int, Field(ge=1)] = 1
@@ -108,21 +120,34 @@ class Device(Table):
     """One VFIO device, or `count` like it."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,31}$")]
+    """What tables and traces call it."""
     count: Annotated[int, Field(ge=1, le=64)] = 1
+    """So many devices alike; names get a number."""
     pf: Annotated[int, Field(ge=0, le=63)] = 0
+    """The number of its physical function: devices with the same one share its firmware."""
     features: Annotated[list[Literal["STOP_COPY", "P2P", "PRE_COPY"]], Field(max_length=3)]
+    """VFIO_DEVICE_FEATURE_MIGRATION's flags."""
     max_dirty_streams: Annotated[int, Field(ge=0, le=64)]
+    """v3: the most dirty streams that it offers; 0: the device knows no v3."""
     state_mib: Annotated[float, Field(gt=0, le=1 << 20)]
+    """All of its state, beside critical objects."""
     stop_only_mib: NonNegative
+    """Of it, what can be saved only when the device is stopped."""
     block_kib: Annotated[int, Field(ge=1, le=1 << 20)]
+    """The grain in which state is dirtied and sent."""
     suspend_ms: NonNegative
+    """Until it starts no DMA any more."""
     quiesce_ms: NonNegative
+    """Until it answers no DMA of other devices any more."""
     resume_ms: NonNegative = 0.0
+    """Until it runs again."""
     config_load_ms: NonNegative
+    """To load its configuration at the target, one device after the other."""
     critical: Critical
     writes: Writes | None = None
     reconfigurations: Reconfigurations | None = None
     faults: Annotated[list[Fault], Field(max_length=MAX_FAULTS)] = []
+    """What fails in it."""
 
     suspend_ns = Whole("suspend_ms")
     quiesce_ns = Whole("quiesce_ms")

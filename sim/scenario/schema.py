@@ -26,7 +26,7 @@ def json_schema() -> dict[str, Any]:
     """The schema. A file that extends another may leave out everything; one that does not has to be whole."""
     schema = Scenario.model_json_schema()
     tables: dict[str, Any] = schema["$defs"]
-    for model in _models(Scenario):
+    for model in tables_in(Scenario):
         table = schema if model is Scenario else tables[model.__name__]
         table.pop("required", None)
         for key, value in table["properties"].items():
@@ -79,10 +79,10 @@ def _describe(value: dict[str, Any], model: type[pydantic.BaseModel], key: str) 
         value["description"] = words
 
 
-def _models(model: type[pydantic.BaseModel]) -> list[type[pydantic.BaseModel]]:
+def tables_in(model: type[pydantic.BaseModel]) -> list[type[pydantic.BaseModel]]:
     """A table and all tables in it."""
     inner = filter(None, (model_in(field.annotation) for field in model.model_fields.values()))
-    return [model, *(each for table in inner for each in _models(table))]
+    return [model, *(each for table in inner for each in tables_in(table))]
 
 
 def _required(model: type[pydantic.BaseModel]) -> dict[str, Any]:

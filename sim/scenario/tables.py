@@ -30,15 +30,25 @@ class Ram(Table):
     """Guest RAM. Pages of zeros come first in the first pass and cost a scan, not a copy."""
 
     size_gib: Annotated[float, Field(gt=0, le=65536)]
+    """The guest's RAM."""
     nonzero_gib: NonNegative
+    """RAM that is not zero, and is copied in the first pass."""
     scan_gib_per_s: Positive
+    """How fast pages of zeros are found."""
     send_gib_per_s: Positive
+    """How fast one thread sends pages."""
     dirty_mib_per_s: NonNegative
+    """What the guest writes to its RAM."""
     working_set_mib: Positive
+    """These writes stay in so much RAM, so a page may be written twice before it is sent."""
     sync_ms: NonNegative
+    """To fetch the dirty bitmap before a pass."""
     final_sync_ms: NonNegative
+    """To fetch it once more when the guest is stopped."""
     final_scan_ms: NonNegative
+    """The last search for dirty pages beyond those that are sent, when the guest is stopped."""
     frame_mib: Annotated[float, Field(ge=PAGE_BYTES / MIB, le=1024)] = 1.0
+    """Pages are sent in frames of this size."""
 
     frame_bytes = Whole("frame_mib")
     sync_ns = Whole("sync_ms")
@@ -61,12 +71,19 @@ class Firmware(Table):
     """A PF's firmware: shared by its VFs. The same at the source and at the target."""
 
     engines: Annotated[float, Field(ge=1, le=256)]
+    """Commands that run at full speed at once; more of them share the speed."""
     save_mib_per_s: Positive
+    """Of one SAVE command."""
     save_command_us: NonNegative
+    """What a SAVE takes beside its bytes."""
     load_mib_per_s: Positive
+    """Of one LOAD command."""
     load_command_us: NonNegative
+    """What a LOAD takes beside its bytes."""
     load_finish_ms: NonNegative
+    """The command that ends a device's load."""
     service_cv: Annotated[float, Field(ge=0, le=2)]
+    """How much the times of commands vary: standard deviation over mean."""
 
     save_bytes_per_s = Rate("save_mib_per_s")
     save_command_ns = Whole("save_command_us")
@@ -85,9 +102,13 @@ class Driver(Table):
     """The kernel driver. The defaults are what mlx5 does (Linux 7.1, drivers/vfio/pci/mlx5)."""
 
     chunk_mib: Annotated[int, Field(ge=1, le=1024)]
+    """One SAVE saves so much of the state."""
     chunks: Annotated[int, Field(ge=1, le=64)]
+    """How many there are: the next SAVE waits until one is read."""
     lock: Literal["none", "per_fd", "device", "global"]
+    """What read() holds: nothing, a lock of its fd, of the device, or of the whole driver."""
     call_us: NonNegative
+    """A read() or write(), beside its bytes."""
     precopy: Literal["incremental", "reread", "check"] = "incremental"
     """`incremental`: what became dirty (mlx5). `reread`: the whole context again, at most once each `reread_ms`
     (virtio). `check`: a few bytes by which the target sees whether it fits, the state itself only when stopped
@@ -104,7 +125,9 @@ class Driver(Table):
     epochs: Literal["keep", "invalidate"] = "keep"
     """v3: whether a new epoch leaves earlier dirty data valid, or not."""
     reread_ms: PositiveMs = 1000.0
+    """With `precopy = reread`."""
     check_bytes: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
+    """With `precopy = check`."""
 
     chunk_bytes = Whole("chunk_mib")
     call_ns = Whole("call_us")
@@ -115,7 +138,9 @@ class Host(Table):
     """Memory: what one thread copies, and what all of them together."""
 
     copy_gib_per_s: Positive
+    """What one thread copies."""
     memory_gib_per_s: Positive
+    """What all threads copy together."""
 
     copy_bytes_per_s = Rate("copy_gib_per_s")
     memory_bytes_per_s = Rate("memory_gib_per_s")
@@ -134,9 +159,13 @@ class Link(Table):
     """The network between the hosts."""
 
     gbit_per_s: Positive
+    """What all connections carry together."""
     per_connection_gbit_per_s: Positive
+    """What one connection carries at most."""
     round_trip_us: NonNegative
+    """There and back."""
     socket_buffer_mib: Annotated[float, Field(gt=0, le=4096)]
+    """What a connection holds that its reader has not taken."""
 
     bytes_per_s = Rate("gbit_per_s")
     per_connection_bytes_per_s = Rate("per_connection_gbit_per_s")
@@ -158,16 +187,27 @@ class Vmm(Table):
     """The VMM's costs and settings."""
 
     read_mib: Annotated[float, Field(ge=1 / KIB, le=1024)] = 1.0
+    """The buffer of one read()."""
     write_kib: Annotated[int, Field(ge=1, le=1 << 20)] = 32
+    """The most of one write() at the target, on the main connection."""
     setup_ms: NonNegative
+    """Before the first byte; the guest runs."""
     vcpu_stop_ms: NonNegative
+    """To stop the vCPUs."""
     vcpu_start_ms: NonNegative
+    """To announce the guest at the target, and to start its vCPUs."""
     downtime_limit_ms: Positive = 300.0
+    """The guest is stopped when what is left fits this time at the measured bandwidth."""
     bandwidth_window_ms: PositiveMs = 100.0
+    """The bandwidth is measured over so long a time."""
     bandwidth_gbit_per_s: Positive | None = None
+    """Used in place of the measured bandwidth (QEMU's avail-switchover-bandwidth)."""
     decision_interval_ms: Annotated[float, Field(ge=0.1, le=1e9)]
+    """How long an idle migration loop waits."""
     ram_budget_ms: PositiveMs
+    """RAM is sent for so long before the devices have their turn."""
     give_up_s: Annotated[float, Field(gt=0, le=86400)]
+    """A migration that has not stopped the guest by then did not converge."""
     cancel_after_s: Positive | None = None
     """When the user cancels the migration, if the guest is not stopped yet."""
     other_load_ms: NonNegative = 0.0
@@ -186,6 +226,7 @@ class Vmm(Table):
     multifd: bool = False
     """RAM over `multifd_channels` connections of their own."""
     multifd_channels: Annotated[int, Field(ge=1, le=256)] = 2
+    """With multifd."""
     multifd_device_state: bool = True
     """With multifd, stop-copy data of the devices takes them too, a save and a load thread a device (QEMU 10.0)."""
     multifd_dedicated: Annotated[int, Field(ge=0, le=255)] = 0
@@ -237,6 +278,7 @@ class V3(Table):
     wire: Literal["streams", "pool", "one"] = "streams"
     """A connection a stream; one pool of connections for all streams; or one connection for everything."""
     pool_connections: Annotated[int, Field(ge=1, le=256)] = 4
+    """With `wire = pool`."""
     critical_credit_mib: Annotated[float, Field(gt=0, le=4096)] = 4.0
     """With shared connections: the most of a device's critical stream at the target that its driver has not taken."""
     dirty_credit_mib: Annotated[float, Field(gt=0, le=4096)] = 64.0

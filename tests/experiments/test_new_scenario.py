@@ -12,9 +12,11 @@ import jsonschema
 import pytest
 
 from experiments.commands.new_scenario import scenario_text
-from sim.scenario.file import load, parse, shipped_bases
-from sim.scenario.scenario import parameters
-from sim.scenario.schema import json_schema
+from sim.scenario.file import load, model_in, parse
+from sim.scenario.scenario import Scenario, parameters
+from sim.scenario.schema import json_schema, meanings, tables_in
+from sim.scenario.shipped import shipped_bases
+from sim.scenario.tables import Published
 from sim.scenario.units import unit_of
 from tests.build.cli import proto_v3
 from tests.build.scenario import small_tables, small_text
@@ -45,9 +47,10 @@ def test_a_new_file_is_its_base_and_every_key_in_it_can_be_taken(base: str) -> N
 
 def test_each_key_says_its_unit_its_value_in_the_base_and_the_source() -> None:
     text = scenario_text("mine", "mlx5-2vf", load("mlx5-2vf"))
+    before = "Before the first byte; the guest runs."
     keys = [(key, told(comment)) for comment, _, key in KEY.findall(text)]
-    assert ("setup_ms", "In milliseconds. mlx5-2vf: 380.0 (published: setup 380 ms).") in keys
-    assert ("frame_mib", "In MiB. Default: 1.0.") in keys
+    assert ("setup_ms", f"{before} In milliseconds. mlx5-2vf: 380.0 (published: setup 380 ms).") in keys
+    assert ("frame_mib", "Pages are sent in frames of this size. In MiB. Default: 1.0.") in keys
     for key, comment in keys:
         unit = unit_of(key)
         assert unit is None or unit[0].removeprefix("a ") in comment, key
@@ -144,3 +147,6 @@ def test_the_schema_says_what_a_key_means_and_its_unit() -> None:
     assert vmm["downtime_limit_ms"]["description"].endswith("In milliseconds.")
     assert vmm["reinit"]["description"] == "Opts in to PRECOPY_INFOv2."
     assert "null" not in json.dumps(schema)
+    for model in set(tables_in(Scenario)) - {Scenario, Published}:
+        values = {key for key, field in model.model_fields.items() if model_in(field.annotation) is None}
+        assert values - meanings(model).keys() == set(), f"{model.__name__}: keys of which nothing is said"
