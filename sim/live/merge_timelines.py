@@ -77,8 +77,8 @@ NAMES = ("names", "stage_names", "edges")
 MAX_ROWS = 20_000_000
 """Of each table: 580 MB of spans."""
 MAX_STAGES = 100_000
-MAX_SPANS = 500_000
-"""What one process records of what a source sends, spans and stages together: some 30 MB. More would not fit a result
+MAX_SPANS = 300_000
+"""The most that one process records of what a source sends, spans and stages together: some 20 MB. It fits a result
 (sim.live.tcp.messages)."""
 MAX_NAMES = 8_000
 """Of each kind in a part: the names of four parts fit a column of names."""
