@@ -9,7 +9,7 @@ help:
 	@echo 'make quick     after each change: lint, types, and one case of each test that is not slow; less than a minute'
 	@echo 'make test      lint, types and all tests; less than five minutes on two idle cores'
 	@echo 'make validate  hold the simulation against published measurements'
-	@echo 'make experiments  run all experiments (half an hour on two cores), and write results/report.html'
+	@echo 'make experiments  run all experiments into results/ (half an hour on two cores), and write results/report.html'
 	@echo 'make notebooks    execute the notebooks over the results, in place'
 	@echo 'make docs      write anew what is generated in docs/: the state machine, the tests of each rule, the API'
 	@echo 'make bench     the virtual clock against SimPy; what a simulation costs; a live stream against a bare relay; live memory'
