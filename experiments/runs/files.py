@@ -41,6 +41,8 @@ def replacing(path: Path) -> Iterator[Path]:
             if target.exists():
                 shutil.copymode(target, new)
             os.replace(new, target)
+    except BrokenPipeError:  # the reader of a FIFO or of stdout has seen enough
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 

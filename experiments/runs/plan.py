@@ -10,7 +10,7 @@ from typing import Any, Self
 from proto_v3.text import clean
 
 CONDITIONS = ("--set", "--io", "--loop", "--connect")
-"""Options that change what is measured."""
+"""Options that change what is measured. Of --connect, the host; a target's port may be another one each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,8 @@ def _conditions(command: Sequence[str]) -> list[tuple[str, str]]:
     for at, word in enumerate(command):
         option, equals, value = word.partition("=")
         if option in CONDITIONS:
-            found.append((option, value if equals else " ".join(command[at + 1 : at + 2])))
+            value = value if equals else " ".join(command[at + 1 : at + 2])
+            found.append((option, value.rpartition(":")[0] if option == "--connect" else value))
     return sorted(found)
 
 
