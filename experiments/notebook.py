@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.runs.files import replacing
+
 KERNEL = "python3"
 
 
@@ -43,7 +45,8 @@ def main() -> None:
     parser.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK")
     for path in parser.parse_args().notebooks:
         notebook = execute(path)
-        nbformat.write(notebook, path)  # type: ignore[no-untyped-call]
+        with replacing(path) as new:
+            nbformat.write(notebook, new)  # type: ignore[no-untyped-call]
         print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")
 
 

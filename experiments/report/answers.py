@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,10 +90,10 @@ def examined(results: Path) -> tuple[list[KeptAnswer], list[str]]:
     """
     folders = [folder for folder in _folders(results) if folder.is_dir()]
     if not folders:
-        raise UserError(f"{results}: has no answers in it; make some with: proto-v3 run all")
+        raise UserError(f"{results}: has no answers in it; make some with: {_command(results, 'all')}")
     found, problems = [], []
     if missing := [name for name in NAMES if results / name not in folders]:
-        problems.append(f"not run yet: {', '.join(missing)}; make them with: proto-v3 run {' '.join(missing)}")
+        problems.append(f"not run yet: {', '.join(missing)}; make them with: {_command(results, *missing)}")
     for folder in folders:
         try:
             kept = _read(folder)
@@ -108,7 +109,7 @@ def examined(results: Path) -> tuple[list[KeptAnswer], list[str]]:
 
 def _folders(results: Path) -> list[Path]:
     if not results.is_dir():
-        raise UserError(f"{results}: no such folder; make results with: proto-v3 run all")
+        raise UserError(f"{results}: no such folder; make results with: {_command(results, 'all')}")
     return [results / name for name in NAMES]
 
 
@@ -144,9 +145,14 @@ def _read(folder: Path) -> KeptAnswer:
             figures=figures,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
-        raise UserError(
-            f"{folder}: cannot be read ({_why(error)}); make it anew with: proto-v3 run {folder.name}"
-        ) from error
+        again = _command(folder.parent, folder.name)
+        raise UserError(f"{folder}: cannot be read ({_why(error)}); make it anew with: {again}") from error
+
+
+def _command(results: Path, *names: str) -> str:
+    """The command that makes answers in this folder."""
+    where = {OWN[0]: [], OWN[1]: ["--quick"]}.get(results, ["--out", str(results)])
+    return shlex.join(["proto-v3", "run", *names, *where])
 
 
 def _why(error: Exception) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from experiments.runs.files import replacing
+
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "model.md"
 COPY = Path(__file__).with_name("left_out.md")
 TITLE = "## What is left out\n"
@@ -26,4 +28,5 @@ def section() -> str:
 
 
 if __name__ == "__main__":
-    COPY.write_text(section(), encoding="utf-8")
+    with replacing(COPY) as new:
+        new.write_text(section(), encoding="utf-8")
