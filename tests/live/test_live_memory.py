@@ -34,6 +34,9 @@ LARGE_READS = {
     "v3.dirty_credit_mib": 500.0,
 }  # fmt: skip
 LITTLE_CREDIT = {"v3.critical_credit_mib": 1.0, "v3.dirty_credit_mib": 1.0}
+SMALL_FRAMES = {
+    "vmm.read_mib": 0.25, "ram.frame_mib": 0.25, "v3.critical_credit_mib": 0.25, "v3.dirty_credit_mib": 0.25,
+}  # fmt: skip
 ONE_BYTE = 1 / 1024
 ASKED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "blocks": ("state", "v2", {"device.0.state_mib": 800.0}),
@@ -50,7 +53,7 @@ ASKED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "threads that read blocks": ("frames", "v3-blocks-n64", {}),
     "dirty credit": ("waiting", "v3-n2-pool", {"v3.dirty_credit_mib": 4096.0}),
     "critical credit": ("waiting", "v3-n2-one", {"v3.critical_credit_mib": 4096.0}),
-    "data fds": ("connections", "v3-n64-one", {"device.0.count": 16, **LITTLE_CREDIT}),
+    "data fds": ("connections", "v3-n64-one", {"device.0.count": 16, **SMALL_FRAMES}),
 }
 """What an offer of a few hundred bytes may ask for, and what most of its memory is for."""
 

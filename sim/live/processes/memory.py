@@ -21,9 +21,9 @@ ITEM_BYTES = 64
 """Of a block or a critical object: versions, epoch, and its digest on the way to the source."""
 ITEM_OF_A_RECORD_BYTES = 72
 """Of each that a record names, while the record is taken in (sim.live.fd.codec). Each stream may name them all."""
-DATA_FD_BYTES = 128 << 10
-CONNECTION_BYTES = 128 << 10
-"""Threads, sockets and objects, as measured, rounded up."""
+DATA_FD_BYTES = 64 << 10
+CONNECTION_BYTES = 64 << 10
+"""Threads, sockets and objects of both processes; measured: some 35 and 45 KiB."""
 WAITING = 2
 """Bytes of memory for a byte that waits: a small frame costs its object, too, and a buffer may be half full."""
 
