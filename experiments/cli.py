@@ -175,7 +175,7 @@ def compare(seeds: int, first_seed: int, **options: Any) -> int:
 @seeds_option(10, "Runs of each case.", most=100_000)
 @jobs_option
 @set_option
-@output_options
+@quiet_option
 @out_option("Write the table, the figure and the manifest into this folder.  [default: out/validate]")
 @force_option
 def validate(seeds: int, **options: Any) -> int:
@@ -221,8 +221,8 @@ def run(**options: Any) -> int:
 
     At the end stands a table: each question, its runs, how many broke, the verdicts on its claims, and its folder.
 
-    Exit status: 0; 1 if a run broke (migrations that fail are results, and counted), or if no figure can be drawn;
-    2 for bad input; 130 if interrupted (what was done by then is kept for --resume).
+    Exit status: 0; 1 if a run broke (migrations that fail are results, and counted); 2 for bad input; 130 if
+    interrupted (what was done by then is kept for --resume).
     """
     from experiments.commands.run import run_experiments
 

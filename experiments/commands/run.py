@@ -17,7 +17,7 @@ from experiments import INTERRUPTED
 from experiments.draw.canvas import own_settings
 from experiments.report import tables
 from experiments.report.answers import QUICK, told_as_quick
-from experiments.report.tables import Output, say
+from experiments.report.tables import say
 from experiments.runs import frame as results
 from experiments.runs import manifest
 from experiments.runs.cluster import on_cluster
@@ -78,7 +78,7 @@ def run_experiments(
             broken = (frame["digest"] == "").sum()
             counts = (str(frame.height), str(broken))
             tables.add_row(summary, sweep.experiment.name, *counts, _verdicts(answer), str(sweep.folder.folder))
-            status = max(status, int(broken > 0 or not figures))
+            status = max(status, int(broken > 0))
     how = ["quick: coarse grids, few repeats, wide intervals"] if quick else []
     how += [shlex.join(_options(settings))] if settings else []
     tables.print_table(console, "; ".join(["What was asked", *how]), summary)
@@ -200,10 +200,13 @@ def write(
     }
     folder.write_table(frame, "runs", "parquet")
     folder.write_manifest(manifest.of_sweep(what, frame, folder.plan.command))
-    answer = _answer(experiment, frame, settings)
+    answer = experiment.answer(frame)
+    if settings:
+        changed = f"All runs were made with {shlex.join(_options(settings))}: this is not the question as it was asked."
+        answer = replace(answer, limit=f"{changed} {answer.limit}")
     folder.write_table(answer.table, "effects", "parquet")
-    files = Output().drawn(lambda: _draw(experiment, frame, folder)) or []
-    figures = [name.removesuffix(".png") for name in files if name.endswith(".png")]
+    with own_settings():
+        figures = experiment.figures(frame, folder.plan.line)
     as_json = {
         "experiment": experiment.name,
         "question": experiment.question,
@@ -212,31 +215,13 @@ def write(
         "limit": answer.limit,
         "details": list(answer.details),
         "findings": [asdict(finding) for finding in answer.findings],
-        "figures": figures,  # the most important one first
+        "figures": list(figures),  # the most important one first
     }
     folder.write_json(as_json, "answer")
+    for name, figure in figures.items():
+        folder.write_figure(figure, name)
     folder.commit()
-    return answer, figures
-
-
-def _answer(experiment: Experiment, frame: pl.DataFrame, settings: Sequence[str]) -> Answer:
-    """The answer; it says with which settings, and is no answer where these leave nothing to compare."""
-    if not settings:
-        return experiment.answer(frame)
-    made_with = shlex.join(_options(settings))
-    try:
-        answer = experiment.answer(frame)
-    except Exception as error:  # a question reckons with runs that its own grid gives
-        why = f"{outcome_counts(frame)}; {type(error).__name__}: {clean(str(error))}"
-        raise UserError(f"{made_with}: {experiment.name} cannot be answered from such runs: {why}") from error
-    changed = f"All runs were made with {made_with}: this is not the question as it was asked."
-    return replace(answer, limit=f"{changed} {answer.limit}")
-
-
-def _draw(experiment: Experiment, frame: pl.DataFrame, folder: ResultFolder) -> list[Path]:
-    with own_settings():
-        figures = experiment.figures(frame, folder.plan.line)
-    return [path for name, figure in figures.items() for path in folder.write_figure(figure, name)]
+    return answer, list(figures)
 
 
 def _verdicts(answer: Answer) -> str:

@@ -16,6 +16,7 @@ from proto_v3.errors import LocalProtocolError
 from proto_v3.notify import Notify
 from proto_v3.timeline import Join
 from proto_v3.vfio.device import BlocksFd
+from proto_v3.vmm.first_pass import FirstPass
 from proto_v3.vmm.migration import read_some
 from proto_v3.wire.frames import Frame, Kind
 from proto_v3.wire.streams import OutStream
@@ -31,6 +32,7 @@ class BlockReaders:
         self.what = "blocks"
         self.read_bytes = 0  # total since the start
         self.sent_bytes = 0  # total since the start
+        self.first_pass = FirstPass(device, range(1, 1 + len(streams)))
         self._read_bytes = read_bytes
         self._wanted: NDArray[np.bool_] = np.zeros(0, np.bool_)  # blocks still to be read
         self._wanted_blocks = 0  # how many they are
@@ -81,7 +83,8 @@ class BlockReaders:
     async def _read(self, stream: OutStream, at: int) -> None:
         while self._wanted_blocks or not self._final:
             if not self._wanted_blocks:
-                await self._notify.wait()
+                if not len(self._wanted) or not await self.first_pass.ran_dry(stream, at):
+                    await self._notify.wait()
                 continue
             first, count = self._next_run()
             data = await self._fd.read_blocks(first, count)

@@ -25,6 +25,7 @@ from typing_extensions import override
 from proto_v3.notify import Notify
 from proto_v3.timeline import Join, Work
 from proto_v3.vfio.device import BlocksFd, DataFd, Ready
+from proto_v3.vmm.first_pass import FirstPass
 from proto_v3.vmm.migration import RETURNS_WITHIN_S, OutcomeKind, Side, Source, pause, read_some
 from proto_v3.vmm.return_path import HandOver
 from proto_v3.vmm.switchover import Backlog, Left, RamBacklog, StoppedOnly, StreamBacklog, Switchover
@@ -70,6 +71,7 @@ class _Stream:
         self.unread_bytes = 0  # as far as is known without asking
         self.read_bytes = 0  # total since the start
         self.sent_bytes = 0  # total since the start
+        self.first_pass = FirstPass(device, [index])
 
     @property
     def what(self) -> str:
@@ -240,6 +242,7 @@ class V3Source(Source):
     async def _send_dirty(self, stream: _Stream) -> None:
         while (data := await self._forward(stream)) is None or data:
             if data is None:
+                await stream.first_pass.ran_dry(stream.wire, stream.index)
                 await stream.fd.poll()
         await stream.send_control(Kind.STREAM_END)
 
@@ -262,6 +265,9 @@ class V3Source(Source):
     def handle(self, frame: Frame) -> bool:
         if frame.kind is Kind.CREDIT:
             return self._streams.credited(frame)
+        if frame.kind is Kind.FIRST_PASS_LOADED:
+            passes = [part.first_pass for part, _ in self._backlogs]
+            return any(each.device == frame.device and each.answered(frame.stream) for each in passes)
         if frame.kind is not Kind.EPOCH_LOADED or frame.device >= len(self._critical):
             return False
         critical = self._critical[frame.device]
@@ -306,13 +312,14 @@ class V3Source(Source):
     def _fits(self, device_bytes: int) -> bool:
         """Whether RAM and `device_bytes` fit the downtime limit together, and each part by itself.
 
-        A stream first sends what it has saved, at its own rate. What the devices save after that must fit the rest of
-        the limit, at the bandwidth of the whole.
+        The first pass over each device must be loaded. A stream first sends what it has saved, at its own rate. What
+        the devices save after that must fit the rest of the limit, at the bandwidth of the whole.
         """
         ram_bytes = self.side.machine.ram.pending_bytes()
         return (
             self._whole.fits(ram_bytes + device_bytes)
             and self._ram.fits(ram_bytes)
+            and all(part.first_pass.loaded for part, _ in self._backlogs)
             and all(backlog.fits(part.unread_bytes) for part, backlog in self._backlogs)
             and self._whole.fits_after(self._unread_ns, max(0, device_bytes - self._unread_bytes))
         )
@@ -368,6 +375,11 @@ class V3Source(Source):
             if not (known := self._critical[device]).ready:
                 where = "loaded" if known.drained and known.sent_epoch == known.epoch else "read to its end"
                 lines.append(f"the critical data of {names[device]} (epoch {known.epoch}) was not {where}")
+        lines += [
+            f"the first pass of {names[part.device]} {part.what} was not loaded at the target"
+            for part, _ in self._backlogs
+            if not part.first_pass.loaded
+        ][:1]
         ram_bytes = self.side.machine.ram.pending_bytes()
         parts: list[tuple[str, Backlog, int]] = [("RAM", self._ram, ram_bytes)]
         parts += [(f"{names[part.device]} {part.what}", backlog, part.unread_bytes) for part, backlog in self._backlogs]

@@ -172,6 +172,8 @@ class V3Target(Target):
                     last.append(frame)
                 case Kind.EPOCH_SENT if critical:
                     await self._control.send_control(Kind.EPOCH_LOADED, index, 0, frame.value)
+                case Kind.FIRST_PASS_SENT if not critical:
+                    await self._control.send_control(Kind.FIRST_PASS_LOADED, index, at)
                 case Kind.STREAM_END:
                     if critical or not self._options.blocks:
                         await fd.close()

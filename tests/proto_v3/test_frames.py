@@ -55,8 +55,8 @@ def test_the_kinds_keep_their_numbers_on_the_wire() -> None:
     assert {kind.name: int(kind) for kind in Kind} == {
         "SETUP": 1, "RAM": 2, "RAM_BEGIN": 3, "RAM_END": 4, "DATA": 5, "DEVICE_BEGIN": 6, "STREAM_END": 7, "CONFIG": 8,
         "END": 9, "CANCEL": 10, "EPOCH_SENT": 11, "INIT_DATA_SENT": 12, "PACKET": 13, "SYNC": 14,
-        "SWITCHOVER_START": 15, "HELLO": 16, "LAST": 17, "EPOCH_LOADED": 20, "LOADED": 21, "RESUMED": 22,
-        "SWITCHOVER_ACK": 23, "FAILED": 24, "CREDIT": 25, "COMMIT": 30,
+        "SWITCHOVER_START": 15, "HELLO": 16, "LAST": 17, "FIRST_PASS_SENT": 18, "EPOCH_LOADED": 20, "LOADED": 21,
+        "RESUMED": 22, "SWITCHOVER_ACK": 23, "FAILED": 24, "CREDIT": 25, "FIRST_PASS_LOADED": 26, "COMMIT": 30,
     }  # fmt: skip
 
 
