@@ -296,7 +296,7 @@ def live(seeds: int, first_seed: int, **options: Any) -> int:
     metavar="HOST:PORT",
     help="Where to wait for `proto-v3 live --connect`.",
 )
-@click.option("--once", is_flag=True, help="End after one migration.")
+@click.option("--once", is_flag=True, help="End after one migration, or one that is refused.")
 @click.option(
     "--max-state-mib",
     type=click.IntRange(1, 1 << 20),

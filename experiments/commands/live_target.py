@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -44,7 +45,7 @@ def run_target(where: str, once: bool, settings: Settings) -> int:
     async def work() -> None:
         nonlocal status
         while True:
-            end = await serve_one(listener, settings, show)
+            end = await serve_one(listener, replace(settings, once=once), show)
             status = 0 if end.report is not None and end.report.whole else 1
             say(_ending(end))
             if once:

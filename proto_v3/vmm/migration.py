@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import enum
 import errno
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -97,6 +98,9 @@ class Side:
     counters: VmmCounters = field(default_factory=VmmCounters)
     resets: list[str] = field(default_factory=list)
     """Source: each device that was reset under the guest, and why, in words."""
+    bounded: Callable[[], AbstractAsyncContextManager[None]] = contextlib.nullcontext
+    """Around the steps of a migration, but not around what gets the guest back. It may cancel them, and raises an
+    OSError or ProtoV3Error then."""
     calls: DeviceCalls = field(init=False)
     """Those of `devices`, which are watched."""
 
@@ -135,7 +139,8 @@ class Source(abc.ABC):
         target reported that it runs there, or may run it and was lost (LostAfterCommitError).
         """
         try:
-            return await self.migrate()
+            async with self.side.bounded():
+                return await self.migrate()
         except UnsupportedError:
             raise
         except (OSError, ProtoV3Error, ExceptionGroup) as error:
@@ -396,7 +401,8 @@ class Target(abc.ABC):
         devices are reset.
         """
         try:
-            return await self.receive()
+            async with self.side.bounded():
+                return await self.receive()
         except (OSError, ProtoV3Error, ExceptionGroup) as error:
             if not self.side.machine.running:
                 with contextlib.suppress(OSError):

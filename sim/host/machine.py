@@ -154,12 +154,15 @@ class MachineModel:
         await self._fixed(self._vmm.setup_ns, "migration set-up")
 
     async def stop_vcpus(self) -> None:
-        """Stop the vCPUs: the guest is warned, stops after `vcpu_stop_ms`, and then writes nothing more."""
+        """Stop the vCPUs: the guest is warned, stops after `vcpu_stop_ms`, and then writes nothing more.
+
+        If this is cancelled, `running` is False: who wants the guest to run must start the vCPUs.
+        """
+        self.running = False
         await self._guest.order_stop()
         await self._fixed(self._vmm.vcpu_stop_ns, "vCPUs stop")
         self.ram.stop()
         await self._guest.stop()
-        self.running = False
 
     async def buffer_device_data(self, size_bytes: int) -> None:
         """Copy through the main channel's own buffers, at `device_buffer_gib_per_s`."""

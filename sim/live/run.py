@@ -10,7 +10,7 @@ import asyncio
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from proto_v3.errors import UserError
@@ -123,7 +123,7 @@ async def run_here(
     sides: list[_Side] = []
     beside: asyncio.Future[None] | None = None
     try:
-        target = _Side("target", settings, notes, run_target, listener)
+        target = _Side("target", replace(settings, once=True), notes, run_target, listener)
         sides.append(target)
         source = _Side("source", settings, notes, run_source, run, listener.getsockname()[:2])
         sides.append(source)

@@ -15,7 +15,7 @@ import msgpack
 from proto_v3.errors import PeerFailedError, PeerProtocolError, UserError
 from sim.live.io import IO
 from sim.live.tcp.connection import FRAME_MAGIC
-from sim.live.tcp.handshake import Limits, accept, connect
+from sim.live.tcp.handshake import Judge, Limits, accept, connect
 from sim.live.tcp.messages import ORDER, Run
 from sim.live.tcp.session import Session
 from sim.live.tcp.sockets import Preamble, Role, SocketSettings, listen, text_of
@@ -26,7 +26,13 @@ PLAIN = SocketSettings()
 RUN = Run("{}", "v2", 1)
 PATIENT = Limits(handshake_s=60, silent_s=60)
 """For tests that must not depend on how fast this machine is."""
-ALLOWED = (OSError, PeerProtocolError, PeerFailedError, UserError)
+
+
+class TurnedAwayError(Exception):
+    """A target turned a source away with this reason, and waits for another one."""
+
+
+ALLOWED = (OSError, PeerProtocolError, PeerFailedError, UserError, TurnedAwayError)
 """What a peer may bring about, whatever it does."""
 
 
@@ -75,6 +81,19 @@ async def pair(
         finally:
             await source.close()
             await target.close()
+
+
+async def refused(judge: Judge, io: str, limits: Limits, source: Callable[[tuple[str, int]], Awaitable[Any]]) -> Any:
+    """What a source gets from a target that refuses it, and what the target says of it: it waits for another source."""
+    said: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    async with listening() as (listener, address):
+        accepting = asyncio.create_task(accept(listener, judge, io=IO[io], limits=limits, rejected=said.set_result))
+        result = await outcome(source(address))
+        why = (await said).split(": ", 1)[1]
+        assert not accepting.done()
+        accepting.cancel()
+        await asyncio.wait({accepting})
+    return result, why
 
 
 async def outcome(work: Awaitable[Any]) -> Any:
@@ -240,23 +259,21 @@ TARGET_STAGES = ["accept", "connected", "clock", *STAGES]
 
 
 async def met_by_target(io: str, change: Change, limits: Limits) -> list[Any]:
-    """What a target goes through with such a source: its session's errors, or why there was none.
-
-    Nothing, if it turned the session's connection away and waits for another.
-    """
+    """What a target goes through with such a source: its session's errors, or why there was none."""
     async with listening() as (listener, address):
         over = asyncio.Event()
         peer = SourcePeer(change)
         turned_away: list[str] = []
         accepting = asyncio.create_task(accept(listener, agree, io=IO[io], limits=limits, rejected=turned_away.append))
         following = asyncio.create_task(peer.follow(peer.script(address), over))
-        while not accepting.done() and not any(text.startswith(f"{peer.name}: ") for text in turned_away):
+        while not accepting.done():
+            for text in turned_away:
+                if text.startswith(f"{peer.name}: "):  # its session: the target waits for another, as it should
+                    accepting.cancel()
+                    over.set()
+                    await asyncio.wait({accepting, following})
+                    return [TurnedAwayError(text)]
             await asyncio.wait({accepting}, timeout=0.002)
-        if not accepting.done():  # it waits for the next source, as it should
-            accepting.cancel()
-            await asyncio.wait({accepting})
-            await following
-            return []
         return await _met(following, accepting, over)
 
 

@@ -29,7 +29,20 @@ from sim.live.tcp.messages import Bye, Failed, Result, Run, Start, Started
 from sim.live.tcp.session import ClockOffset, Session
 from sim.live.tcp.sockets import Granted, SocketSettings, listen
 from tests.build.loops import WAYS
-from tests.build.wires import LOCAL, PATIENT, RUN, Peer, TargetPeer, agree, listening, message, outcome, pair, run
+from tests.build.wires import (
+    LOCAL,
+    PATIENT,
+    RUN,
+    Peer,
+    TargetPeer,
+    agree,
+    listening,
+    message,
+    outcome,
+    pair,
+    refused,
+    run,
+)
 
 both_ways = pytest.mark.parametrize(("loop", "io"), WAYS, ids=lambda name: name)
 SIZES = [0, 1, 71, 4000, 4096, 4097, 65_535, SMALL_BYTES, SMALL_BYTES + 1, 300_000, 1 << 20]
@@ -258,13 +271,11 @@ def test_an_offer_beyond_the_targets_limits_is_refused_in_the_same_words_at_both
     theirs: Limits, connections: int, words: str
 ) -> None:
     async def main() -> None:
-        async with listening() as (listener, address):
-            accepting = asyncio.create_task(outcome(accept(listener, agree, io=IO["loop"], limits=theirs)))
-            result = await outcome(connect(address, RUN, connections, io=IO["loop"], limits=PATIENT))
-            refused = await accepting
+        result, why = await refused(
+            agree, "loop", theirs, lambda address: connect(address, RUN, connections, io=IO["loop"], limits=PATIENT)
+        )
         assert isinstance(result, PeerFailedError)
-        assert isinstance(refused, PeerProtocolError)
-        assert str(refused) == words
+        assert why == words
         assert f"refuses: {words}" in str(result)
 
     run("asyncio", main)
@@ -277,11 +288,11 @@ def test_what_the_judge_says_is_the_refusal(loop: str, io: str, error: Exception
         raise error
 
     async def main() -> None:
-        async with listening() as (listener, address):
-            accepting = asyncio.create_task(outcome(accept(listener, judge, io=IO[io], limits=PATIENT)))
-            result = await outcome(connect(address, RUN, 2, io=IO[io], limits=PATIENT))
-            assert await accepting is error
+        result, why = await refused(
+            judge, io, PATIENT, lambda address: connect(address, RUN, 2, io=IO[io], limits=PATIENT)
+        )
         assert isinstance(result, PeerFailedError)
+        assert why == getattr(error, "strerror", str(error))
         assert str(result).endswith(f"refuses: {error}")
 
     run(loop, main)

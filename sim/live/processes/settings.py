@@ -35,6 +35,10 @@ class Settings:
     handshake_s: float = 30.0
     after_stop_s: float = 120.0
     """A migration that lasts longer than vmm.give_up_s plus this is ended, in any phase."""
+    max_give_up_s: float = 3600.0
+    """The largest vmm.give_up_s that a target accepts: nobody else gets its place for that time."""
+    once: bool = False
+    """A target that refuses an offer waits for no other source."""
     progress: bool = False
     """Send progress notes."""
     max_state_bytes: int = 4 * GIB

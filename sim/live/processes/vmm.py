@@ -13,14 +13,15 @@ import mmap
 import socket
 import ssl
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import pydantic
 from typing_extensions import override
 
-from proto_v3.errors import PeerProtocolError, ProtoV3Error, leaves
+from proto_v3.errors import PeerProtocolError, ProtoV3Error, UserError, leaves
 from proto_v3.timeline import Mark, on_track
 from proto_v3.vmm.migration import GivenUpError, OutcomeKind, Side, Source, Target
 from proto_v3.wire.channel import Channel
@@ -52,21 +53,22 @@ from sim.live.processes.report import (
 from sim.live.processes.settings import Settings, frame_bytes, socket_settings
 from sim.live.real_time import RealTime
 from sim.live.tcp.connection import Connection
-from sim.live.tcp.handshake import accept, connect
-from sim.live.tcp.messages import Bye, Failed, Prepared, Result, Run, Start, Started
+from sim.live.tcp.handshake import accepting, connect
+from sim.live.tcp.messages import Bye, Prepared, Result, Run, Start, Started
 from sim.live.tcp.session import Session
 from sim.live.tcp.tls import tls_client, tls_server
 from sim.report import Counters, Failure, failure
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 
-T = TypeVar("T")
 HEAD_START_NS = 50_000_000
 """From the moment at which both sides agree on time 0 until time 0."""
 MAX_FRAME_BYTES = 1 << 30
 """That a target receives."""
 PROGRESS_S = 0.25
 """Between progress notes."""
+RECOVERS = 2
+"""A device that does not answer is given up RECOVERS x silent_s after the end of the migration's time limit."""
 
 
 class VmmProcess:
@@ -89,6 +91,11 @@ class VmmProcess:
         scenario = Scenario.model_validate_json(run.scenario)
         applied, max_bytes = Protocol.parse(run.protocol, scenario).applied(scenario), self.settings.max_state_bytes
         check_memory(applied, max_bytes)
+        most_s = self.settings.max_give_up_s
+        if applied.scenario.vmm.give_up_s > most_s:
+            raise UserError(
+                f"vmm.give_up_s = {applied.scenario.vmm.give_up_s:g}: a live run takes at most {most_s:g} s"
+            )
         self.applied = within(applied, max_bytes) if self.side == "target" else applied
         self.scenario = self.applied.scenario
 
@@ -112,29 +119,38 @@ class VmmProcess:
             on_run=self._guest_runs,
         )
         self.channels = [Channel(transport) for transport in session.channels]
-        return Side(self.machine, remote, settings, self.timeline, self.counters, self.resets)
+        bounded = partial(session.waiting, self.doing)
+        return Side(self.machine, remote, settings, self.timeline, self.counters, self.resets, bounded)
+
+    def doing(self) -> str:
+        """What the migration is waited for, in words."""
+        return f"the end of the migration, in {_phase(self.timeline)}" if self.side == "source" else "the source's data"
 
     def _guest_runs(self, runs: bool) -> None:
         send_note(self.supervisor, GuestNote(self.side, runs, time.perf_counter_ns()))
 
-    async def within_limit(self, work: Coroutine[Any, Any, T], session: Session) -> T:
-        """Do the work. A peer may answer and yet make no progress, so the session ends after a time limit."""
-        limit = asyncio.create_task(self._limit(session))
+    @contextlib.contextmanager
+    def migrating(self, session: Session) -> Iterator[None]:
+        """The stage of the migration: its steps end in time, whatever the other side or a device does, or does not.
+
+        What comes after the steps, to get the guest back, has time until the session's connections are closed, and as
+        long again; then a device that does not answer is given up.
+        """
+        limit_s = self.scenario.vmm.give_up_s + self.settings.after_stop_s
+        session.stage(limit_s)
+        why = f"did not do what was asked of it within {limit_s:g} s"
+        recover_s = RECOVERS * self.settings.silent_s
+        overdue = asyncio.get_running_loop().call_later(limit_s + recover_s, self.device.close, why)
         try:
-            return await work
+            yield
         finally:
-            limit.cancel()
+            overdue.cancel()
 
     async def beat(self) -> None:
         """Ping the device process; close the socket to it after `silent_s` seconds without an answer."""
         silent_s = self.settings.silent_s
         if await self.device.unanswered(self.settings.handshake_s, silent_s):
             self.device.close(f"does not answer for {silent_s:g} s")
-
-    async def _limit(self, session: Session) -> None:
-        limit_s = self.scenario.vmm.give_up_s + self.settings.after_stop_s
-        await asyncio.sleep(limit_s)
-        session.give_up(f"the migration did not end within {limit_s:g} s")
 
     async def measured(self) -> Measured:
         """What this side measured, at its end."""
@@ -208,7 +224,11 @@ class LiveMachine(MachineModel):
     @override
     async def start_vcpus(self) -> None:
         self._on_run(True)
-        await super().start_vcpus()
+        try:
+            await super().start_vcpus()
+        finally:
+            if not self.running:
+                self._on_run(False)
 
 
 class Pages:
@@ -244,6 +264,9 @@ async def run_source(vmm: VmmProcess, run: Run, address: tuple[str, int]) -> Vmm
     )
     try:
         return await _migrate(vmm, session)
+    except (OSError, ProtoV3Error) as error:
+        await session.send_failed(error)
+        raise
     finally:
         await session.close()
 
@@ -251,25 +274,29 @@ async def run_source(vmm: VmmProcess, run: Run, address: tuple[str, int]) -> Vmm
 async def _migrate(vmm: VmmProcess, session: Session) -> VmmReport:
     await session.receive_message(Prepared)  # its device process has the memory
     zero_ns = time.perf_counter_ns() + HEAD_START_NS
+    session.stage(vmm.settings.handshake_s)
     await session.send_message(Start(zero_ns=zero_ns + session.peer_clock.offset_ns))
     side = vmm.begin(zero_ns, session)
-    await vmm.device.call("start", zero_ns=zero_ns)
+    async with session.waiting("the source's device process"):
+        await vmm.device.call("start", zero_ns=zero_ns)
     await session.receive_message(Started)
     await clock.sleep_ns(max(0, -clock.now_ns()))
     source: Source | None = None
     note, reason, kind, failures = "", "", None, []
-    try:
-        source, note = await make_source(side, vmm.channels, vmm.applied)
-        with _progress(vmm):
-            kind = await vmm.within_limit(source.run(), session)
-        reason = source.reason
-    except GivenUpError as end:
-        kind, reason = end.kind, str(end) if end.kind is OutcomeKind.DID_NOT_CONVERGE else ""
-    except (OSError, ProtoV3Error, ExceptionGroup) as error:
-        failures = [vmm.failure(each) for each in leaves(error)]
-        if source is None or not source.handed_over:
-            await _cancel(vmm)
-    measured, peer = await vmm.measured(), await _peer_report(vmm, session, failures)
+    with vmm.migrating(session), _progress(vmm):
+        try:
+            async with side.bounded():
+                source, note = await make_source(side, vmm.channels, vmm.applied)
+            kind = await source.run()
+            reason = source.reason
+        except GivenUpError as end:
+            kind, reason = end.kind, str(end) if end.kind is OutcomeKind.DID_NOT_CONVERGE else ""
+        except (OSError, ProtoV3Error, ExceptionGroup) as error:
+            failures = [vmm.failure(each) for each in leaves(error)]
+            if source is None or not source.handed_over:
+                await _cancel(vmm)
+    session.stage(vmm.settings.silent_s if failures else vmm.settings.after_stop_s)
+    measured, peer = await vmm.measured(), await _peer_report(vmm, session, kind, failures)
     report = VmmReport(
         vmm.guest_runs,
         failures,
@@ -295,17 +322,17 @@ async def _cancel(vmm: VmmProcess) -> None:
             await vmm.channels[0].send_control(Kind.CANCEL)
 
 
-async def _peer_report(vmm: VmmProcess, session: Session, failures: list[Failure]) -> VmmReport | None:
-    """What the target reports; None if it cannot, or not soon after this side sent that it failed. A report that is
-    malformed is a failure."""
+async def _peer_report(
+    vmm: VmmProcess, session: Session, kind: OutcomeKind | None, failures: list[Failure]
+) -> VmmReport | None:
+    """What the target reports; None if it cannot, or not in time. That is a failure if the guest is there now. A report
+    that is malformed is one in any case."""
     try:
-        async with asyncio.timeout(vmm.settings.silent_s if failures else None):
-            report = (await session.receive_message(Result)).report
+        report = (await session.receive_message(Result)).report
         return peer_report(report, vmm.scenario, vmm.time.now_ns())
-    except PeerProtocolError as error:
-        failures.append(vmm.failure(error))
-        return None
-    except (OSError, TimeoutError, ProtoV3Error):
+    except (OSError, ProtoV3Error) as error:
+        if kind is OutcomeKind.COMPLETED or isinstance(error, PeerProtocolError):
+            failures.append(vmm.failure(error))
         return None
 
 
@@ -353,54 +380,69 @@ async def run_target(vmm: VmmProcess, listener: socket.socket) -> VmmReport:
     tls = vmm.settings.tls
     context: ssl.SSLContext | None = None if tls is None else tls_server(tls.cert, tls.key, tls.ca)
 
-    async def check(run: Run) -> None:
+    refused: list[Exception] = []
+
+    async def check(run: Run) -> int:
         try:
             vmm.prepare(run)
-        except pydantic.ValidationError as error:
-            raise PeerProtocolError(f"the offer's scenario is not valid: {error.errors()[0]['msg']}") from error
+        except (ProtoV3Error, pydantic.ValidationError) as error:
+            if isinstance(error, pydantic.ValidationError):
+                error = PeerProtocolError(f"the offer's scenario is not valid: {error.errors()[0]['msg']}")
+            refused.append(error)
+            raise error from None
+        return connections(vmm.applied)
 
-    session = await accept(
-        listener,
-        check,
-        io=vmm.io,
-        limits=vmm.settings.limits(MAX_FRAME_BYTES),
-        tls=context,
-        rejected=lambda why: send_note(vmm.supervisor, RejectedNote(why)),
-    )
-    try:
-        send_note(vmm.supervisor, SessionNote(session.peer, vmm.run.protocol, vmm.scenario.name))
-        return await _receive(vmm, session)
-    except (OSError, ProtoV3Error) as error:
-        with contextlib.suppress(OSError, ProtoV3Error):
-            await session.send_message(Failed(why=str(error)))
-        raise
-    finally:
-        await session.close()
+    def turned_away(why: str) -> None:
+        send_note(vmm.supervisor, RejectedNote(why))
+        if vmm.settings.once and refused:
+            acceptor.give_up(refused[0])
+
+    limits = vmm.settings.limits(MAX_FRAME_BYTES)
+    async with accepting(listener, check, io=vmm.io, limits=limits, tls=context, rejected=turned_away) as acceptor:
+        session = await acceptor.session()
+        session.lost.add_done_callback(lambda _: acceptor.stop())
+        try:
+            vmm.prepare(session.run)
+            send_note(vmm.supervisor, SessionNote(session.peer, vmm.run.protocol, vmm.scenario.name))
+            return await _receive(vmm, session, acceptor.stop)
+        except (OSError, ProtoV3Error) as error:
+            await session.send_failed(error)
+            raise
+        finally:
+            await session.close()
 
 
-async def _receive(vmm: VmmProcess, session: Session) -> VmmReport:
-    await vmm.device.call("init", scenario=vmm.scenario.to_json(), seed=vmm.run.seed)
+async def _receive(vmm: VmmProcess, session: Session, free: Callable[[], None]) -> VmmReport:
+    """`free` is called before the source gets its last message: it may come again at once."""
+    async with session.waiting("the target's device process"):
+        await vmm.device.call("init", scenario=vmm.scenario.to_json(), seed=vmm.run.seed)
+    session.stage(vmm.settings.handshake_s)
     await session.send_message(Prepared())
     zero_ns = (await session.receive_message(Start)).zero_ns
     if abs(zero_ns - time.perf_counter_ns()) > 10_000_000_000:
         raise PeerProtocolError(f"time 0 is said to be at {zero_ns!r}, which is not about now")
     side = vmm.begin(zero_ns, session)
-    await vmm.device.call("start", zero_ns=zero_ns)
+    async with session.waiting("the target's device process"):
+        await vmm.device.call("start", zero_ns=zero_ns)
     await session.send_message(Started())
     target: Target | None = None
     whole, failures = False, []
-    try:
-        target = await make_target(side, vmm.channels, vmm.applied)
-        if target is not None:
-            whole = await vmm.within_limit(target.run(), session)
-    except (OSError, ProtoV3Error, ExceptionGroup) as error:
-        failures = [vmm.failure(each) for each in leaves(error)]
-        if side.machine.running:
-            _hang_up(session)
+    with vmm.migrating(session):
+        try:
+            async with side.bounded():
+                target = await make_target(side, vmm.channels, vmm.applied)
+            if target is not None:
+                whole = await target.run()
+        except (OSError, ProtoV3Error, ExceptionGroup) as error:
+            failures = [vmm.failure(each) for each in leaves(error)]
+            if side.machine.running:
+                _hang_up(session)
+    session.stage(vmm.settings.after_stop_s)
     drains = [] if whole else [asyncio.create_task(_drain(channel)) for channel in vmm.channels]
     measured = await vmm.measured()
     digests = await vmm.digests(failures) if whole else []
     report = VmmReport(vmm.guest_runs, failures, measured=measured, digests=digests, whole=whole)
+    free()
     with contextlib.suppress(OSError, ProtoV3Error):
         await session.send_message(Result(report=to_plain(report)))
         await session.receive_message(Bye)

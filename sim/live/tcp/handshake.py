@@ -8,7 +8,8 @@
     CLOCKREQUEST -> ... some times                      <- CLOCKREPLY {at_ns} ...
     BEGIN {offset_ns, uncertainty_ns} ->
 
-Each side has a deadline for all of it. Who gives up sends the reason in a REFUSE, if the other side still listens.
+Each side has a deadline for all of it. Who gives up sends the reason in a REFUSE, if the other side still listens. The
+target hears several sources at once. The first one whose BEGIN comes gets the session, the others a REFUSE.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error, UserError, leaves
 from sim.live.buffers import Buffers
 from sim.live.io import MakePipe, Pipe
 from sim.live.tcp.connection import Connection
-from sim.live.tcp.listener import Accepted, Acceptor
+from sim.live.tcp.deadline import Deadline, Waited
+from sim.live.tcp.listener import Accepted, Acceptor, Caller
 from sim.live.tcp.messages import (
     MAX_BOOT_ID_CHARS,
     Accept,
@@ -90,25 +93,23 @@ class Limits:
 class Handshake:
     """How far a handshake is."""
 
-    waits_for: str | Callable[[], str]
+    waits_for: Waited
     """What is waited for now."""
     stream: MessageStream | None = None
     """To the other side, once there is one."""
 
+    def waited(self) -> str:
+        """What is waited for now, in words."""
+        return self.waits_for if isinstance(self.waits_for, str) else self.waits_for()
+
 
 @asynccontextmanager
-async def handshake(limit_s: float, waits_for: str) -> AsyncIterator[Handshake]:
-    """Bound a handshake; TimeoutError says what was waited for. If it fails here, the other side is sent the reason."""
+async def handshake(deadline: Deadline, waits_for: str) -> AsyncIterator[Handshake]:
+    """Bound a handshake. If it fails here, the other side is sent the reason."""
     progress = Handshake(waits_for)
     try:
-        try:
-            async with asyncio.timeout(limit_s) as timeout:
-                yield progress
-        except TimeoutError:
-            if timeout.expired():
-                what = progress.waits_for if isinstance(progress.waits_for, str) else progress.waits_for()
-                raise TimeoutError(f"waited for {what}: not there within {limit_s:g} s") from None
-            raise
+        async with deadline.waiting(progress.waited):
+            yield progress
     except PeerFailedError:
         raise
     except Exception as error:
@@ -116,6 +117,20 @@ async def handshake(limit_s: float, waits_for: str) -> AsyncIterator[Handshake]:
         if progress.stream is not None:
             await progress.stream.refuse(str(error) if ours else "an error of its own")
         raise
+
+
+def begun(
+    stream: MessageStream,
+    connections: list[Connection],
+    clock: ClockOffset,
+    limits: Limits,
+    run: Run,
+    deadline: Deadline,
+) -> Session:
+    """The session that a handshake ends in. Its first stage may take as long as the handshake."""
+    session = Session(stream, connections, clock, limits.silent_s, run, deadline)
+    session.stage(limits.handshake_s)
+    return session
 
 
 def boot_id() -> str:
@@ -194,9 +209,10 @@ async def connect(
         raise UserError(f"{connections} data connections; there must be from 1 to {MAX_CONNECTIONS}")
     offer = Offer(limits.frame_bytes, connections, boot_id(), run)
     peer = text_of(address)
+    deadline = Deadline("source", limits.handshake_s)
     async with AsyncExitStack() as opened:
         dialler = _Dialler(address, opened, io, sockets, tls, limits.handshake_s)
-        async with handshake(limits.handshake_s, f"a connection to {peer}") as progress:
+        async with handshake(deadline, f"a connection to {peer}") as progress:
             stream = progress.stream = MessageStream(await dialler.first(), "target", peer)
             progress.waits_for = f"the answer of {stream.peer} to the offer"
             accept = await _offered(stream, offer, tls)
@@ -206,7 +222,7 @@ async def connect(
             await stream.expect(Connected)
             progress.waits_for = f"the clock of {stream.peer}"
             clock = await measure_clock(stream, same_host=bool(offer.boot_id) and offer.boot_id == accept.boot_id)
-        session = Session(stream, make_connections(found, True, limits.frame_bytes), clock, limits.silent_s)
+        session = begun(stream, make_connections(found, True, limits.frame_bytes), clock, limits, run, deadline)
         opened.pop_all()
     return session
 
@@ -278,47 +294,63 @@ class _Dialler:
 # --- the target: it accepts connections, and accepts or refuses the offer ---------------------------------------------
 
 
-async def accept(
+Judge = Callable[[Run], Awaitable[int | None]]
+"""Decides about what a source wants to run. Returns how many data connections that takes; None: any number."""
+
+
+@asynccontextmanager
+async def accepting(
     listener: socket.socket,
-    judge: Callable[[Run], Awaitable[None]],
+    judge: Judge,
     *,
     io: MakePipe,
     limits: Limits,
     tls: ssl.SSLContext | None = None,
     rejected: Callable[[str], None] = lambda _: None,
-) -> Session:
-    """Wait for a source, and set up a session with it.
+) -> AsyncIterator[Acceptor[Session]]:
+    """Accept sources meanwhile; the first one whose handshake succeeds is the acceptor's session().
 
-    Connections that send nothing or rubbish do not end the wait; `rejected` is called with the reason for each. The
-    first connection that begins as a session ends it, whether the handshake succeeds or not. `judge` decides about what
-    the source wants to run: an error that it raises becomes the refusal, and is raised here (the source gets the text
-    if it is an OSError or an error of this project). Raises PeerProtocolError or PeerFailedError for what the source
-    did, OSError if the source is gone or too slow, or if this host has no descriptors left. The listener stays open: to
-    wait for another source, call this again.
+    Whoever fails before is turned away, and `rejected` is called with the reason: strangers that send nothing or
+    rubbish, and sources whose offer is refused. An error that `judge` raises becomes the refusal. (The source gets the
+    text if it is an OSError or an error of this project; any other error is raised by session().) Once the session is
+    there, other sources get the answer that another one is being served, until the end, or until stop() is called.
     """
-    async with AsyncExitStack() as opened:
-        acceptor = Acceptor(listener, opened, io=io, tls=tls, limit_s=limits.handshake_s, rejected=rejected)
-        async with acceptor.accepting():
-            session_connection = await acceptor.session
-            stream = MessageStream(session_connection.pipe, "source", session_connection.name)
-            async with handshake(limits.handshake_s, f"the offer of {stream.peer}") as progress:
-                progress.stream = stream
-                offer = await stream.expect(Offer)
-                _check(offer, limits)
-                progress.waits_for = "this side's own judgement of the offer"
-                await judge(offer.run)
-                token = secrets.token_bytes(TOKEN_BYTES)
-                acceptor.data.expect(offer.connections, token)
-                await stream.send(Accept(boot_id=boot_id(), token=token))
-                progress.waits_for = lambda: (
-                    f"data connections {acceptor.data.missing()} of {offer.connections} of {stream.peer}"
-                )
-                found, first = await _collected(acceptor, stream, progress)
-                clock = await answer_clock(stream, first)
-        connections = make_connections([(each.pipe, each.granted) for each in found], False, offer.frame_bytes)
-        session = Session(stream, connections, clock, limits.silent_s)
-        opened.pop_all()
-    return session
+
+    async def meet(caller: Caller, connection: Accepted) -> Callable[[], Session]:
+        stream = MessageStream(connection.pipe, "source", connection.name)
+        async with handshake(caller.deadline, f"the offer of {stream.peer}") as progress:
+            progress.stream = stream
+            offer = await stream.expect(Offer)
+            _check(offer, limits)
+            progress.waits_for = "this side's own judgement of the offer"
+            _check_count(offer, await judge(offer.run))
+            token = secrets.token_bytes(TOKEN_BYTES)
+            caller.expect(offer.connections, token)
+            await stream.send(Accept(boot_id=boot_id(), token=token))
+            progress.waits_for = lambda: f"data connections {caller.missing()} of {offer.connections} of {stream.peer}"
+            found, first = await _collected(caller, stream, progress)
+            clock = await answer_clock(stream, first)
+            acceptor.take_place(caller)
+
+        def begin() -> Session:
+            connections = make_connections([(each.pipe, each.granted) for each in found], False, offer.frame_bytes)
+            return begun(stream, connections, clock, limits, offer.run, caller.deadline)
+
+        return begin
+
+    acceptor = Acceptor(listener, meet, io=io, tls=tls, limit_s=limits.handshake_s, rejected=rejected)
+    async with acceptor.accepting():
+        yield acceptor
+
+
+async def accept(listener: socket.socket, judge: Judge, **settings: Any) -> Session:
+    """Wait for a source, and set up a session with it; the arguments are those of accepting().
+
+    Raises OSError if this host has no descriptors left. The listener stays open: to wait for another source, call this
+    again.
+    """
+    async with accepting(listener, judge, **settings) as acceptor:
+        return await acceptor.session()
 
 
 def _check(offer: Offer, limits: Limits) -> None:
@@ -331,12 +363,20 @@ def _check(offer: Offer, limits: Limits) -> None:
         )
 
 
+def _check_count(offer: Offer, needed: int | None) -> None:
+    """PeerProtocolError if what is offered to be run takes another number of data connections."""
+    if needed is not None and offer.connections != needed:
+        raise PeerProtocolError(
+            f"{offer.connections} data connections are offered; {offer.run.protocol} takes {needed} with this scenario"
+        )
+
+
 async def _collected(
-    acceptor: Acceptor, stream: MessageStream, progress: Handshake
+    caller: Caller, stream: MessageStream, progress: Handshake
 ) -> tuple[list[Accepted], ClockRequest | Begin]:
     """The data connections, and the source's first message after CONNECTED."""
     loop = asyncio.get_running_loop()
-    collecting = loop.create_task(acceptor.data.collect())
+    collecting = loop.create_task(caller.collect())
     # meanwhile, so that the source's end is noticed
     listening: asyncio.Task[ClockRequest | Begin] = loop.create_task(stream.expect(ClockRequest, Begin))
     try:

@@ -313,7 +313,7 @@ class MessageStream:
     async def recv(self) -> RawMessage[Any]:
         """The next message of the session. ConnectionError if the connection is gone, PeerProtocolError if it is not
         due. If the caller is cancelled, nobody may receive any more."""
-        message = await self._recv(*self._next, Ping, Failed)
+        message = await self._recv(*self._next, Ping, Failed, Refuse)
         if message.kind in self._next:
             self._next = self._next[self._next.index(message.kind) + 1 :]
         return message

@@ -2,6 +2,9 @@
 
 Each side sends a PING from time to time. A side that receives nothing for `silent_s` seconds gives up, and closes all
 connections. (TCP by itself would wait for many minutes.)
+
+A side that receives PINGs alone gives up too: each stage of the session has a time limit, and all waits of this side
+end when it is over. They also end when the session does.
 """
 
 from __future__ import annotations
@@ -10,18 +13,25 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error
+from proto_v3.text import clean
 from proto_v3.wire.channel import Transport
+from sim.live.io import set_done
 from sim.live.merge_timelines import ProcessTimeline
+from sim.live.plain import MAX_TEXT_CHARS
 from sim.live.tcp.connection import Connection, connection_error
-from sim.live.tcp.messages import Failed, M, Message, MessageStream, Ping, RawMessage, not_due
+from sim.live.tcp.deadline import Deadline, Waited, again
+from sim.live.tcp.messages import Failed, M, Message, MessageStream, Ping, RawMessage, Refuse, Run, not_due
 from sim.live.tcp.sockets import Granted
 
 BEATS = 4
 """PINGs in `silent_s` seconds."""
+FAREWELL_S = 1.0
+"""How long the other side may take to receive why this one failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +46,27 @@ class Session:
     """One end of the session. It is made in a running event loop, and must be closed in the same one."""
 
     def __init__(
-        self, stream: MessageStream, connections: Sequence[Connection], peer_clock: ClockOffset, silent_s: float
+        self,
+        stream: MessageStream,
+        connections: Sequence[Connection],
+        peer_clock: ClockOffset,
+        silent_s: float,
+        run: Run,
+        deadline: Deadline,
     ) -> None:
+        """`run` is what both sides agreed on; `deadline` is the one that the handshake had."""
         self.channels: list[Transport] = list(connections)
         self.peer_clock = peer_clock
         self.peer = stream.address
+        self.run = run
+        self._deadline = deadline
+        self._overdue: asyncio.TimerHandle | None = None
         self._stream = stream
         self._connections = connections
         self._silent_s = silent_s
         self._loop = asyncio.get_running_loop()
+        self.lost: asyncio.Future[None] = self._loop.create_future()
+        """Done when this session is over, or the connection of its messages is gone."""
         self._cause: Exception | None = None
         self._grace: asyncio.TimerHandle | None = None
         self._queue: deque[RawMessage[Any]] = deque()
@@ -72,6 +94,23 @@ class Session:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    # --- its time limit -----------------------------------------------------------------------------------------------
+
+    def stage(self, limit_s: float) -> None:
+        """A new stage begins: what waits in this session ends in `limit_s` seconds, whatever the other side sends.
+
+        It gets an error then, and can still send the reason. `silent_s` later all connections are closed.
+        """
+        self._deadline.set(limit_s)
+        if self._overdue is not None:
+            self._overdue.cancel()
+        late = ConnectionAbortedError(f"the time limit of {limit_s:g} s is over")
+        self._overdue = self._loop.call_later(limit_s + self._silent_s, self._fail, late)
+
+    def waiting(self, waits_for: Waited) -> AbstractAsyncContextManager[None]:
+        """Bound what the body waits for by the time limit of the stage, and by the session's end."""
+        return self._deadline.waiting(waits_for)
+
     # --- messages -----------------------------------------------------------------------------------------------------
 
     async def send_message(self, message: Message) -> None:
@@ -80,30 +119,40 @@ class Session:
         if self._cause is not None:
             raise connection_error(self._cause)
         try:
-            await self._stream.send(message)
+            async with self.waiting(f"{self._stream.peer} to take {message.kind().upper()}"):
+                await self._stream.send(message)
         except ConnectionError as error:
             raise connection_error(self._cause or error) from error
+
+    async def send_failed(self, error: BaseException) -> None:
+        """Send the reason for which this side gives up, if the other side takes it soon."""
+        with contextlib.suppress(OSError, ProtoV3Error):
+            async with asyncio.timeout(FAREWELL_S):
+                await self._stream.send(Failed(why=clean(str(error), MAX_TEXT_CHARS)))
 
     async def receive_message(self, *kinds: type[M]) -> M:
         """Wait for the next message, which must be one of these. If that is cancelled, no message is lost.
 
         PeerFailedError if the other side sent FAILED, PeerProtocolError if it sent another message or a wrong one,
-        ConnectionError if it is gone. Messages that it sent before it went are received first.
+        TimeoutError if the stage's time limit is over, ConnectionError if the other side is gone. Messages that it sent
+        before it went are received first.
         """
+        due = " or ".join(kind.kind().upper() for kind in kinds)
         async with self._receiving:
             while not self._queue:
                 if self._cause is not None:
-                    if isinstance(self._cause, ProtoV3Error):
-                        raise type(self._cause)(*self._cause.args)
-                    raise connection_error(self._cause)
+                    raise again(self._cause)
                 self._receiver = self._loop.create_future()
-                await self._receiver
+                async with self.waiting(f"{due} of {self._stream.peer}"):
+                    await self._receiver
             raw = self._queue.popleft()
-        if raw.kind is not Failed and raw.kind not in kinds:
+        if raw.kind not in (Failed, Refuse, *kinds):
             raise not_due(raw.kind.kind(), kinds)
         message = raw.read()
         if isinstance(message, Failed):
             raise PeerFailedError(f"{self._stream.peer} failed: {message.why}")
+        if isinstance(message, Refuse):  # it gave the place to another source, while BEGIN was on its way
+            raise PeerFailedError(f"{self._stream.peer} refuses: {message.why}")
         read: M = message
         return read
 
@@ -151,6 +200,7 @@ class Session:
         if self._cause is None:
             self._cause = error
             self._grace = self._loop.call_later(self._silent_s, self._fail, error)
+            set_done(self.lost)
             self._wake()
 
     def _fail(self, cause: Exception) -> None:
@@ -160,11 +210,9 @@ class Session:
         self._stream.pipe.close()
         for connection in self._connections:
             connection.end(self._cause)
+        self._deadline.end(self._cause)
+        set_done(self.lost)
         self._wake()
-
-    def give_up(self, why: str) -> None:
-        """Close all connections; every task that waits on this side gets a ConnectionError with the reason."""
-        self._fail(ConnectionAbortedError(why))
 
     async def close(self) -> None:
         """Close all connections; return when no task and no descriptor of the session is left. May be called again."""
@@ -174,8 +222,9 @@ class Session:
 
     async def _close(self) -> None:
         self._fail(ConnectionAbortedError("this side closed the session"))
-        if self._grace is not None:
-            self._grace.cancel()
+        for timer in (self._grace, self._overdue):
+            if timer is not None:
+                timer.cancel()
         self._beating.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
