@@ -5,6 +5,7 @@ Options have the names of the parameters of what they are passed to: `run_NAME` 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -229,7 +230,7 @@ def run(**options: Any) -> int:
     return run_experiments(**options)
 
 
-run.help = (run.help or "").replace(
+run.help = inspect.cleandoc(run.help or "").replace(
     "QUESTIONS", "\n".join(f"{name:<20}  {question}" for name, question in QUESTIONS.items())
 )
 
@@ -342,8 +343,8 @@ def agree(seeds: int, **options: Any) -> int:
 
 
 @main.command()
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
+@click.argument("a", metavar="A", shell_complete=complete.folders)
+@click.argument("b", metavar="B", shell_complete=complete.folders)
 @output_options
 def diff(**options: Any) -> int:
     """Compare two folders of results: what was run, how each run ended, and what it took.

@@ -14,10 +14,9 @@ from experiments.report import tables
 from experiments.report.tables import say
 from proto_v3.errors import UserError
 from proto_v3.text import clean
-from sim.scenario.file import NO_PARAMETERS, find, load, model_in, parse
+from sim.scenario.file import NO_PARAMETERS, find_base, load, model_in, parse
 from sim.scenario.scenario import SOURCE_KINDS, Scenario
 from sim.scenario.schema import meaning
-from sim.scenario.shipped import shipped_bases
 
 HEAD = """\
 # What differs from {base}. Each key below is a comment with the value that holds now: take the # away, and change it.
@@ -40,8 +39,7 @@ def write_scenario(name: str, extends: str) -> None:
     """Write NAME.toml into the current folder. UserError if it exists, or if what it extends cannot be loaded."""
     name = name.removesuffix(".toml")
     path = Path(f"{name}.toml")
-    known = shipped_bases()
-    base = load(str(known.get(extends) or find(extends, known)))
+    base = load(str(find_base(extends)))
     text = scenario_text(name, extends, base)
     parse(text, str(path))  # a name that is none
     try:

@@ -49,6 +49,11 @@ def find(name_or_path: str, also: Collection[str] = ()) -> Path:
     return _find(name_or_path, shipped(), Path(), also)
 
 
+def find_base(name_or_path: str) -> Path:
+    """The file of what a scenario can extend. UserError if there is none."""
+    return _find(name_or_path, shipped_bases(), Path())
+
+
 def _find(named: str, known: Mapping[str, Path], beside: Path, also: Collection[str] = ()) -> Path:
     """By name, else as a path from the folder `beside`."""
     if named in known:

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from experiments.cli import main
+from experiments.study.names import QUESTIONS
 from sim.scenario.suffixes import STREAMS, SUFFIXES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +61,12 @@ def test_short_help_lines_are_whole() -> None:
     for name, command in main.commands.items():
         sentence = " ".join((command.help or "").split("\n\n")[0].split()).removesuffix(".")
         assert f"{name} {sentence}" in told
+
+
+def test_help_of_run_lists_the_questions() -> None:
+    lines = help_of("run").splitlines()
+    for name, question in QUESTIONS.items():
+        assert f"  {name:<20}  {question}" in lines
 
 
 @pytest.mark.parametrize("text", ["README", "protocols", "compare", "live", "agree", "trace"])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
@@ -65,6 +66,16 @@ def test_scenario_files_are_offered_beside_the_names(tmp_path: Path, monkeypatch
         (tmp_path / name).touch()
     assert offered("compare", "mlx") == ["mlx5-2vf", "mlx.toml"]
     assert offered("compare", "below/") == ["below/mine.toml"]
+
+
+def test_where_a_file_or_a_folder_is_due_the_shell_offers_its_own() -> None:
+    complete = ShellComplete(main, {}, "proto-v3", "_PROTO_V3_COMPLETE")
+    for name, command in main.commands.items():
+        for option in command.params:
+            kind = {"FOLDER": "dir", "FILE": "file", "PEM": "file"}.get(option.metavar or "")
+            if kind is not None and isinstance(option, click.Option):
+                assert [each.type for each in complete.get_completions([name, option.opts[0]], "x")] == [kind]
+    assert [each.type for each in complete.get_completions(["diff", "a"], "b")] == ["dir"]
 
 
 def test_every_suffix_is_offered_where_it_is_not_used_yet_and_is_one() -> None:
