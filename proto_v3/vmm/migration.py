@@ -454,6 +454,11 @@ class Target(abc.ABC):
             raise PeerProtocolError(f"frame for device {frame.device}; there are {len(self.side.devices)}")
         return frame.device
 
+    def check_devices(self, set_up: Frame) -> None:
+        """PeerProtocolError unless SETUP names as many devices as there are here."""
+        if set_up.value != len(self.side.devices):
+            raise PeerProtocolError(f"the source has {set_up.value} devices, here are {len(self.side.devices)}")
+
 
 async def in_time(side: Side, start_ns: int, work: Coroutine[Any, Any, T]) -> T:
     """Do work that comes before the stop. GivenUpError when its time is over, whatever the work then waits for.

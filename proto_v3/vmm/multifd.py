@@ -138,13 +138,20 @@ class _Loader:
         self.done = False
         self._target = target
         self._next = 0
+        self._last: int | None = None  # the config's number, when that arrived
         self._writes = False
         self._notify = Notify()
 
     def put(self, packet: Frame) -> None:
-        """Take a packet. PeerProtocolError if its number arrived before, or if too many bytes wait."""
+        """Take a packet. PeerProtocolError if its number arrived before, if too many bytes wait, or if it is behind the
+        config, which is the last one."""
         if packet.value < self._next or packet.value in self.waiting:
             raise PeerProtocolError(f"device {self.index}: packet {packet.value} came twice")
+        if packet.kind is Kind.CONFIG and self._last is None:
+            self._last = packet.value
+        newest = max([packet.value, *self.waiting]) if packet.kind is Kind.CONFIG else packet.value
+        if self._last is not None and newest > self._last:
+            raise PeerProtocolError(f"device {self.index}: packet {newest} is behind its config, {self._last}")
         waiting_bytes = self.waiting_bytes + len(packet.payload)
         if self._max_queued_bytes is not None and waiting_bytes > self._max_queued_bytes:
             raise PeerProtocolError(
@@ -204,12 +211,13 @@ class Receivers:
         devices = range(len(target.side.devices))
         self._loaders = [_Loader(index, target, settings.max_queued_bytes) for index in devices]
         self._fds: Sequence[DataFd] = []
-        self._synced = 0
+        self._synced: set[int] = set()
+        """Channels on which no RAM follows."""
         self._notify = Notify()
 
     def work(self) -> list[Work]:
         """One thread for each channel, and the devices' load threads. To be cancelled when everything is loaded."""
-        receiving = [(self._receive(channel), f"target multifd {at}") for at, channel in enumerate(self._channels)]
+        receiving = [(self._receive(at), f"target multifd {at}") for at in range(len(self._channels))]
         return [*receiving, (self._load_devices(), "target loads")]
 
     def start_loading(self, fds: Sequence[DataFd]) -> None:
@@ -219,7 +227,7 @@ class Receivers:
 
     async def synced(self) -> None:
         """Wait for SYNC on every channel that carries RAM."""
-        while self._synced < len(self._channels) - self._settings.dedicated:
+        while len(self._synced) < len(self._channels) - self._settings.dedicated:
             await self._notify.wait()
 
     async def loaded(self) -> None:
@@ -227,17 +235,17 @@ class Receivers:
         while self._settings.device_state and not all(loader.done for loader in self._loaders):
             await self._notify.wait()
 
-    async def _receive(self, channel: Channel) -> None:
-        target = self._target
+    async def _receive(self, at: int) -> None:
+        target, dedicated = self._target, self._settings.dedicated
         while True:
-            frame = await channel.recv()
+            frame = await self._channels[at].recv()
             match frame.kind:
-                case Kind.RAM:
+                case Kind.RAM if at >= dedicated and at not in self._synced:
                     await target.side.machine.ram.load(frame.payload)
-                case Kind.SYNC:
-                    self._synced += 1
+                case Kind.SYNC if at >= dedicated and at not in self._synced:
+                    self._synced.add(at)
                     self._notify.notify()
-                case Kind.PACKET | Kind.CONFIG if self._settings.device_state:
+                case Kind.PACKET | Kind.CONFIG if self._settings.device_state and (at < dedicated or not dedicated):
                     loader = self._loaders[target.device(frame)]
                     target.side.timeline.mark(Mark.TRANSFERRED)
                     loader.put(frame)
@@ -245,7 +253,8 @@ class Receivers:
                     if self._settings.coupled:
                         await loader.starved()
                 case _:
-                    raise PeerProtocolError(f"{frame.kind.name} does not belong on a multifd channel")
+                    after = " after its SYNC" if at in self._synced else ""
+                    raise PeerProtocolError(f"{frame.kind.name} does not belong on multifd channel {at}{after}")
             del frame  # its payload's memory is free once it is loaded
 
     async def _load_devices(self) -> None:

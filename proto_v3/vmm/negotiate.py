@@ -170,7 +170,7 @@ async def _as_asked(side: Side, channels: Sequence[Channel], v3: V3Options | Non
     if frame.kind is Kind.CANCEL:
         return None
     if frame.kind is Kind.SETUP:  # a source that knows v2 only sends no HELLO; its SETUP has nothing else
-        return V2Target(side, channels, v2)
+        return V2Target(side, channels, v2, frame)
     wanted = Hello.of(frame)
     if v3 is None:
         await main.send(Hello(2).frame())

@@ -16,15 +16,46 @@ from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.uapi import MigrationFlags
 from proto_v3.vmm.migration import Side, Target
 from proto_v3.vmm.multifd import Receivers
+from proto_v3.vmm.order import RAM, Order, Table, stays
 from proto_v3.vmm.v2 import Ack, V2Options
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
+
+ON_MAIN: Table = {
+    **RAM,
+    **stays("pre-copy", [Kind.DATA, Kind.INIT_DATA_SENT]),
+    **stays("RAM is here", [Kind.DEVICE_BEGIN, Kind.DATA, Kind.STREAM_END, Kind.CONFIG]),
+    ("RAM is here", Kind.END): "ended",
+}
+"""What comes on the main channel if it carries everything."""
+RAM_BY_MULTIFD: Table = {entry: after for entry, after in ON_MAIN.items() if entry[1] is not Kind.RAM}
+"""The same, if multifd carries the pages."""
+ALL_BY_MULTIFD: Table = {
+    ("set-up", Kind.SETUP): "pre-copy",
+    **stays("pre-copy", [Kind.DATA, Kind.INIT_DATA_SENT]),
+    ("pre-copy", Kind.SWITCHOVER_START): "switchover",
+    ("switchover", Kind.RAM_BEGIN): "last pass",
+    ("last pass", Kind.RAM_END): "RAM is here",
+    ("RAM is here", Kind.END): "ended",
+}
+"""The same, if multifd carries the devices' stop-copy data, too."""
+OF_DEVICE: Table = {
+    **stays("pre-copy", [Kind.DATA, Kind.INIT_DATA_SENT]),
+    ("pre-copy", Kind.DEVICE_BEGIN): "stop-copy",
+    **stays("stop-copy", [Kind.DATA]),
+    ("stop-copy", Kind.STREAM_END): "loaded",
+    ("loaded", Kind.CONFIG): "configured",
+}
+"""What comes of each device on the main channel. Only one that is configured may run."""
 
 
 class V2Target(Target):
     """The receiving VMM."""
 
-    def __init__(self, side: Side, channels: Sequence[Channel], options: V2Options) -> None:
+    def __init__(
+        self, side: Side, channels: Sequence[Channel], options: V2Options, set_up: Frame | None = None
+    ) -> None:
+        """`set_up`: the SETUP, if it was received already."""
         super().__init__(side, channels)
         self._options = options
         self._main = channels[0]
@@ -32,6 +63,13 @@ class V2Target(Target):
         self._acks_due = 0
         self._others_loaded = False
         self._receivers = Receivers(options.multifd, channels[1:], self) if options.multifd else None
+        table = ON_MAIN if options.multifd is None else RAM_BY_MULTIFD
+        table = ALL_BY_MULTIFD if options.devices_by_multifd else table
+        self._order = Order(table, "set-up", "on the main channel")
+        self._orders = [Order(OF_DEVICE, "pre-copy", f"for {device.name}") for device in side.devices]
+        self._requests = [0] * len(side.devices)
+        """The newest request for an ack that came, by device."""
+        self._set_up = set_up
 
     @override
     async def receive(self) -> bool:
@@ -58,8 +96,11 @@ class V2Target(Target):
         timeline = self.side.timeline
         began = 0
         while True:
-            frame = await self._main.recv()
+            frame, self._set_up = self._set_up or await self._main.recv(), None
             index = self.device(frame)
+            if frame.kind is Kind.CANCEL:
+                return False
+            self._take(frame, index)
             match frame.kind:
                 case Kind.DATA:
                     await self.side.machine.buffer_device_data(len(frame.payload))
@@ -86,13 +127,24 @@ class V2Target(Target):
                 case Kind.END:
                     await self._load_others()
                     return True
-                case Kind.CANCEL:
-                    return False
-                case Kind.SETUP:
-                    pass
-                case _:
-                    raise PeerProtocolError(f"{frame.kind.name} is not a frame of v2's main channel")
             del frame  # its payload's memory is free while the next one comes
+
+    def _take(self, frame: Frame, index: int) -> None:
+        """PeerProtocolError if the frame is not due: nothing may be left out before the guest runs, or come twice."""
+        kind = frame.kind
+        self._order.take(kind)
+        if any(of == kind for _, of in OF_DEVICE):
+            self._orders[index].take(kind)
+        if kind is Kind.SETUP:
+            self.check_devices(frame)
+        if kind is Kind.INIT_DATA_SENT:
+            if frame.value <= self._requests[index]:
+                raise PeerProtocolError(f"INIT_DATA_SENT came for request {frame.value} of device {index} twice")
+            self._requests[index] = frame.value
+        if kind is Kind.END and not self._options.devices_by_multifd:
+            for device, order in zip(self.side.devices, self._orders, strict=True):
+                if order.state != "configured":
+                    raise PeerProtocolError(f"END came, but {device.name} is not whole ({order.state})")
 
     async def _load_others(self) -> None:
         """Load all other devices of the guest, once: before the first config."""

@@ -19,6 +19,7 @@ from proto_v3.timeline import Join, Mark
 from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.uapi import State
 from proto_v3.vmm.migration import Side, Target
+from proto_v3.vmm.order import RAM, Order, Table
 from proto_v3.vmm.v3 import V3Options, opt_out
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
@@ -34,15 +35,8 @@ class Phase(enum.Enum):
     CANCELLED = enum.auto()  # the source keeps its guest
 
 
-DUE: dict[Kind, frozenset[Phase]] = {
-    Kind.SETUP: frozenset({Phase.LOADING, Phase.LOADED}),
-    Kind.RAM: frozenset({Phase.LOADING, Phase.LOADED}),
-    Kind.RAM_BEGIN: frozenset({Phase.LOADING, Phase.LOADED}),
-    Kind.RAM_END: frozenset({Phase.LOADING, Phase.LOADED}),
-    Kind.CANCEL: frozenset({Phase.LOADING, Phase.LOADED}),
-    Kind.COMMIT: frozenset({Phase.LOADED}),
-}
-"""What may come on the first connection, and in which phases. In COMMITTED and CANCELLED nothing is read."""
+ON_FIRST: Table = {**RAM, ("RAM is here", Kind.COMMIT): "committed"}
+"""What may come on the first connection, beside CANCEL and what the streams take. COMMIT answers LOADED."""
 
 
 class V3Target(Target):
@@ -63,7 +57,7 @@ class V3Target(Target):
         self._held_bytes = 0
         self._loading: list[asyncio.Task[None]] = []
         self._phase = Phase.LOADING
-        self._ram_arrived = False
+        self._order = Order(ON_FIRST, "set-up", "on the first connection")
         self._ram_began_ns = 0
         self._notify = Notify()  # the phase changed, or all RAM arrived
 
@@ -102,7 +96,7 @@ class V3Target(Target):
 
     async def _load_others(self) -> None:
         """Load all other devices of the guest, once RAM is here."""
-        while not self._ram_arrived:
+        while self._order.state != "RAM is here":
             await self._notify.wait()
         await self.side.machine.load_other_devices()
 
@@ -115,13 +109,14 @@ class V3Target(Target):
             del frame  # its payload's memory is free while the next one is received
 
     async def _handle(self, frame: Frame) -> None:
-        if self._phase not in DUE.get(frame.kind, ()):
-            raise PeerProtocolError(f"{frame.kind.name} came on the first connection, where it is not due")
+        if frame.kind is Kind.COMMIT and self._phase is not Phase.LOADED:
+            raise PeerProtocolError("COMMIT came on the first connection, where it is not due (not all is loaded)")
+        if frame.kind is not Kind.CANCEL:
+            self._order.take(frame.kind)
         timeline = self.side.timeline
         match frame.kind:
             case Kind.SETUP:
-                if frame.value != len(self.side.devices):
-                    raise PeerProtocolError(f"the source has {frame.value} devices, here are {len(self.side.devices)}")
+                self.check_devices(frame)
             case Kind.RAM:
                 await self.side.machine.ram.load(frame.payload)
             case Kind.RAM_BEGIN:
@@ -129,7 +124,6 @@ class V3Target(Target):
             case Kind.RAM_END:
                 timeline.stage("ram_load", self._ram_began_ns)
                 timeline.mark(Mark.TRANSFERRED)
-                self._ram_arrived = True
                 self._notify.notify()
             case Kind.COMMIT:
                 self._phase = Phase.COMMITTED

@@ -327,14 +327,14 @@ ALLOWED = {Kind.RAM, Kind.SYNC, Kind.PACKET, Kind.CONFIG}
 @virtual
 async def test_what_does_not_belong_on_a_multifd_channel_is_refused(kind: Kind) -> None:
     told = await refused(Rig(multifd(1), [Fd()]), Frame(kind))
-    assert told == f"{kind.name} does not belong on a multifd channel"
+    assert told == f"{kind.name} does not belong on multifd channel 0"
 
 
 @pytest.mark.parametrize("kind", [Kind.PACKET, Kind.CONFIG], ids=lambda kind: kind.name)
 @virtual
 async def test_device_state_is_refused_where_it_was_not_agreed_on(kind: Kind) -> None:
     told = await refused(Rig(multifd(1, device_state=False), [Fd()]), Frame(kind))
-    assert told == f"{kind.name} does not belong on a multifd channel"
+    assert told == f"{kind.name} does not belong on multifd channel 0"
 
 
 # --- RAM and SYNC ----------------------------------------------------------------------------------------------------
