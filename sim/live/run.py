@@ -103,7 +103,7 @@ def applied(scenario: Scenario, protocol: Protocol, settings: Settings) -> Appli
     if not sys.platform.startswith("linux"):
         raise UserError("live mode needs Linux: timerfd, eventfd, memfd, descriptors passed over UNIX sockets")
     run_as = protocol.applied(scenario)
-    check_memory(run_as, settings.max_state_bytes)
+    check_memory(run_as, settings.max_state_bytes, settings.tls is not None)
     return run_as
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import re
 from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from proto_v3.errors import UserError
-from sim.live.processes.memory import KEYS, check_memory, target_memory, within
+from proto_v3.vmm.migration import OutcomeKind
+from sim.host.vmms import connections
+from sim.live.processes.memory import KEYS, TLS_BYTES, check_memory, target_memory, within
+from sim.live.processes.report import Note, RejectedNote
 from sim.live.processes.settings import Settings
-from sim.live.run import applied
+from sim.live.run import applied, run_to, serve_one
+from sim.live.tcp.sockets import Preamble, Role
 from sim.scenario.protocol import AppliedScenario, Protocol
 from sim.scenario.units import MIB
 from tests.build.live import live_scenario
+from tests.build.wires import OFFER, listening, message, read_message
 
 DEFAULT_BYTES = Settings().max_state_bytes
 
@@ -72,6 +80,14 @@ def test_whatever_an_offer_asks_for_is_held_against_the_limit(what: str) -> None
         check_memory(run, 32 * MIB)
 
 
+def test_tls_is_counted_for_each_connection() -> None:
+    run = run_of("v3-n4")
+    plain, with_tls = target_memory(run), target_memory(run, tls=True)
+    assert with_tls.total_bytes - plain.total_bytes == connections(run) * TLS_BYTES
+    with pytest.raises(UserError):
+        check_memory(run, plain.total_bytes, tls=True)
+
+
 def test_a_run_that_no_target_takes_is_refused_before_it_begins() -> None:
     with pytest.raises(UserError, match="--max-state-mib"):
         applied(live_scenario({"device.0.state_mib": 4096.0}), Protocol.parse("v2", live_scenario()), Settings())
@@ -84,3 +100,43 @@ def test_packets_that_come_early_have_what_is_left(asked_mib: float | None, left
     assert bounded.multifd is not None
     assert bounded.multifd.max_queued_bytes == pytest.approx(left_mib * MIB, abs=4 * MIB)
     assert within(run_of("v3-n2"), DEFAULT_BYTES).scenario == run_of("v3-n2").scenario
+
+
+HOSTILE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "a live run needs 80": ("v2", {"device.0.critical.objects": 4, "device.0.critical.object_kib": 200 << 10}, {}),
+    "a live run needs 8": ("v3-n2-pool", {"v3.dirty_credit_mib": 4096.0}, {}),
+    "64 data connections are offered; v2 takes 1": ("v2", {}, {"connections": 64}),
+    "frames of up to 1073741824 bytes are offered; with this scenario they have": ("v2", {}, {"frame_bytes": 1 << 30}),
+    r"not valid: device\.0\.faults: List should have at most 256 items": ("v2", {}, {"faults": [{}] * 5000}),
+}
+"""Offers, by what they are refused with: protocol, changes of the scenario, and of the offer."""
+
+
+def test_a_real_target_refuses_them_all_and_serves_an_honest_source_after_that() -> None:
+    notes: list[Note] = []
+    said: list[str] = []
+    honest = live_scenario()
+
+    async def offer(address: tuple[str, int], protocol: str, changes: dict[str, Any], more: dict[str, Any]) -> None:
+        scenario = json.loads(live_scenario(changes).to_json())
+        scenario["device"][0]["faults"] = more.pop("faults", [])
+        fields = OFFER | {"connections": 1, "run": {"scenario": json.dumps(scenario), "protocol": protocol, "seed": 1}}
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(Preamble(Role.SESSION).pack() + message("offer", **fields | more))
+        said.append((await read_message(reader))["why"])
+        writer.close()
+
+    async def main() -> None:
+        async with listening() as (listener, address):
+            serving = asyncio.create_task(serve_one(listener, Settings(max_state_bytes=32 * MIB), notes.append))
+            for protocol, changes, more in HOSTILE.values():
+                await offer(address, protocol, changes, dict(more))
+            run = await run_to(honest, Protocol.parse("v2", honest), 1, Settings(), address)
+            assert run.outcome.kind is OutcomeKind.COMPLETED, run.outcome.reason
+            await serving
+
+    asyncio.run(main())
+    for words, why in zip(HOSTILE, said, strict=True):
+        assert re.search(words, why), why
+    rejected = [note.why for note in notes if isinstance(note, RejectedNote)]
+    assert [why.split(": ", 1)[1] for why in rejected] == said

@@ -7,6 +7,7 @@ import contextlib
 import random
 import re
 import tracemalloc
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -14,13 +15,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto_v3.errors import PeerProtocolError
+from proto_v3.errors import PeerFailedError, PeerProtocolError
 from sim.live.buffers import Buffers
 from sim.live.io import IO
 from sim.live.tcp import listener as listener_module
 from sim.live.tcp.connection import Frames
-from sim.live.tcp.handshake import Limits, accept, accepting, connect
-from sim.live.tcp.messages import HEAD_BYTES, MAX_ITEMS, MAX_RESULT_ITEMS, Offer, RawMessage, Start, kind_of, unpacked
+from sim.live.tcp.handshake import Limits, Needed, accept, accepting, connect
+from sim.live.tcp.messages import (
+    HEAD_BYTES,
+    MAX_ITEMS,
+    MAX_RESULT_ITEMS,
+    Offer,
+    RawMessage,
+    Run,
+    Start,
+    kind_of,
+    unpacked,
+)
 from sim.live.tcp.sockets import NO_TOKEN, WIRE_VERSION, Preamble, Role
 from tests.build.loops import WAYS
 from tests.build.wires import (
@@ -369,6 +380,28 @@ def test_an_offer_that_cannot_be_is_refused_with_the_reason(changes: dict[str, A
         answer, why = await refused(agree, "loop", PATIENT, source)
         assert answer == {"kind": "refuse", "why": why}
         assert re.search(words, why)
+
+    run("asyncio", main)
+
+
+@pytest.mark.parametrize(
+    ("needed", "words"),
+    [
+        (Needed(3, 1 << 16), "2 data connections are offered; v2 takes 3 with this scenario"),
+        (Needed(1, 1 << 16), "2 data connections are offered; v2 takes 1 with this scenario"),
+        (Needed(2, 1000), "frames of up to 65536 bytes are offered; with this scenario they have at the most 1000"),
+    ],
+)
+def test_an_offer_that_does_not_fit_its_run_is_refused(needed: Needed, words: str) -> None:
+    async def judge(_: Run) -> Needed:
+        return needed
+
+    async def main() -> None:
+        limits = Limits(60, 60, frame_bytes=1 << 16)
+        source = partial(connect, run=RUN, connections=2, io=IO["loop"], limits=limits)
+        result, why = await refused(judge, "loop", PATIENT, source)
+        assert isinstance(result, PeerFailedError)
+        assert why == words
 
     run("asyncio", main)
 

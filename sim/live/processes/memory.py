@@ -24,6 +24,8 @@ ITEM_OF_A_RECORD_BYTES = 72
 DATA_FD_BYTES = 64 << 10
 CONNECTION_BYTES = 64 << 10
 """Threads, sockets and objects of both processes; measured: some 35 and 45 KiB."""
+TLS_BYTES = 1 << 20
+"""Of a connection beside that: the most that TLS and its stream reader keep (sim.live.tcp.tls, CHUNK_BYTES)."""
 WAITING = 2
 """Bytes of memory for a byte that waits: a small frame costs its object, too, and a buffer may be half full."""
 
@@ -59,8 +61,8 @@ class TargetMemory:
         return sum(getattr(self, each.name) for each in fields(self))
 
 
-def target_memory(applied: AppliedScenario) -> TargetMemory:
-    """What a run needs at the target, at the most."""
+def target_memory(applied: AppliedScenario, tls: bool = False) -> TargetMemory:
+    """What a run needs at the target, at the most. `tls`: on its connections."""
     scenario, largest, count = applied.scenario, frame_bytes(applied.scenario), connections(applied)
     devices = [target_device(scenario, device) for device in scenario.devices]
     v3 = scenario.v3_options() if applied.protocol.version == 3 else None
@@ -79,13 +81,13 @@ def target_memory(applied: AppliedScenario) -> TargetMemory:
         + len(devices) * fds * scenario.driver.check_bytes,
         frames=frames,
         waiting=WAITING * len(devices) * waiting,
-        connections=count * CONNECTION_BYTES + len(devices) * fds * DATA_FD_BYTES,
+        connections=count * (CONNECTION_BYTES + tls * TLS_BYTES) + len(devices) * fds * DATA_FD_BYTES,
     )
 
 
-def check_memory(applied: AppliedScenario, max_bytes: int) -> None:
+def check_memory(applied: AppliedScenario, max_bytes: int, tls: bool = False) -> None:
     """UserError if a run needs more than `max_bytes` at the target."""
-    needed = target_memory(applied)
+    needed = target_memory(applied, tls)
     if needed.total_bytes > max_bytes:
         parts = {each.name: getattr(needed, each.name) for each in fields(needed)}
         most = max(parts, key=parts.__getitem__)
@@ -96,12 +98,12 @@ def check_memory(applied: AppliedScenario, max_bytes: int) -> None:
         )
 
 
-def within(applied: AppliedScenario, max_bytes: int) -> AppliedScenario:
+def within(applied: AppliedScenario, max_bytes: int, tls: bool = False) -> AppliedScenario:
     """The same run with what a target may still give to packets that come early, which QEMU does not bound."""
     scenario = applied.scenario
     if not scenario.vmm.multifd:
         return applied
-    left = max_bytes - target_memory(applied).total_bytes
+    left = max_bytes - target_memory(applied, tls).total_bytes
     most = _least_early_bytes(applied) + left // (WAITING * len(scenario.devices))
     asked_mib = scenario.vmm.multifd_max_queued_mib
     vmm = scenario.vmm.model_copy(update={"multifd_max_queued_mib": min(most / MIB, asked_mib or most / MIB)})

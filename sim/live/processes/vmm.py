@@ -22,6 +22,7 @@ import pydantic
 from typing_extensions import override
 
 from proto_v3.errors import PeerProtocolError, ProtoV3Error, UserError, leaves
+from proto_v3.text import clean
 from proto_v3.timeline import Mark, on_track
 from proto_v3.vmm.migration import GivenUpError, OutcomeKind, Side, Source, Target
 from proto_v3.wire.channel import Channel
@@ -53,7 +54,7 @@ from sim.live.processes.report import (
 from sim.live.processes.settings import Settings, frame_bytes, socket_settings
 from sim.live.real_time import RealTime
 from sim.live.tcp.connection import Connection
-from sim.live.tcp.handshake import accepting, connect
+from sim.live.tcp.handshake import Needed, accepting, connect
 from sim.live.tcp.messages import Bye, Prepared, Result, Run, Start, Started
 from sim.live.tcp.session import Session
 from sim.live.tcp.tls import tls_client, tls_server
@@ -90,13 +91,14 @@ class VmmProcess:
         self.run = run
         scenario = Scenario.model_validate_json(run.scenario)
         applied, max_bytes = Protocol.parse(run.protocol, scenario).applied(scenario), self.settings.max_state_bytes
-        check_memory(applied, max_bytes)
+        tls = self.settings.tls is not None
+        check_memory(applied, max_bytes, tls)
         most_s = self.settings.max_give_up_s
         if applied.scenario.vmm.give_up_s > most_s:
             raise UserError(
                 f"vmm.give_up_s = {applied.scenario.vmm.give_up_s:g}: a live run takes at most {most_s:g} s"
             )
-        self.applied = within(applied, max_bytes) if self.side == "target" else applied
+        self.applied = within(applied, max_bytes, tls) if self.side == "target" else applied
         self.scenario = self.applied.scenario
 
     def begin(self, zero_ns: int, session: Session) -> Side:
@@ -382,15 +384,17 @@ async def run_target(vmm: VmmProcess, listener: socket.socket) -> VmmReport:
 
     refused: list[Exception] = []
 
-    async def check(run: Run) -> int:
+    async def check(run: Run) -> Needed:
         try:
             vmm.prepare(run)
         except (ProtoV3Error, pydantic.ValidationError) as error:
             if isinstance(error, pydantic.ValidationError):
-                error = PeerProtocolError(f"the offer's scenario is not valid: {error.errors()[0]['msg']}")
+                first = error.errors()[0]
+                key = ".".join(map(str, first["loc"]))
+                error = PeerProtocolError(clean(f"the offer's scenario is not valid: {key}: {first['msg']}"))
             refused.append(error)
             raise error from None
-        return connections(vmm.applied)
+        return Needed(connections(vmm.applied), frame_bytes(vmm.scenario))
 
     def turned_away(why: str) -> None:
         send_note(vmm.supervisor, RejectedNote(why))
@@ -438,6 +442,8 @@ async def _receive(vmm: VmmProcess, session: Session, free: Callable[[], None]) 
             if side.machine.running:
                 _hang_up(session)
     session.stage(vmm.settings.after_stop_s)
+    if not whole:
+        session.trace(None)  # what the source still sends is of no interest
     drains = [] if whole else [asyncio.create_task(_drain(channel)) for channel in vmm.channels]
     measured = await vmm.measured()
     digests = await vmm.digests(failures) if whole else []

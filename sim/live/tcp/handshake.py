@@ -294,8 +294,18 @@ class _Dialler:
 # --- the target: it accepts connections, and accepts or refuses the offer ---------------------------------------------
 
 
-Judge = Callable[[Run], Awaitable[int | None]]
-"""Decides about what a source wants to run. Returns how many data connections that takes; None: any number."""
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """What a run needs of the session."""
+
+    connections: int
+    """So many data connections, no more and no fewer."""
+    frame_bytes: int
+    """Frames with at the most this payload."""
+
+
+Judge = Callable[[Run], Awaitable[Needed | None]]
+"""Decides about what a source wants to run. Returns what that needs; None: whatever is offered."""
 
 
 @asynccontextmanager
@@ -323,7 +333,7 @@ async def accepting(
             offer = await stream.expect(Offer)
             _check(offer, limits)
             progress.waits_for = "this side's own judgement of the offer"
-            _check_count(offer, await judge(offer.run))
+            _check_needed(offer, await judge(offer.run))
             token = secrets.token_bytes(TOKEN_BYTES)
             caller.expect(offer.connections, token)
             await stream.send(Accept(boot_id=boot_id(), token=token))
@@ -363,11 +373,17 @@ def _check(offer: Offer, limits: Limits) -> None:
         )
 
 
-def _check_count(offer: Offer, needed: int | None) -> None:
-    """PeerProtocolError if what is offered to be run takes another number of data connections."""
-    if needed is not None and offer.connections != needed:
+def _check_needed(offer: Offer, needed: Needed | None) -> None:
+    """PeerProtocolError if the offer does not fit what is offered to be run: this side counts on it (memory)."""
+    if needed is not None and offer.connections != needed.connections:
         raise PeerProtocolError(
-            f"{offer.connections} data connections are offered; {offer.run.protocol} takes {needed} with this scenario"
+            f"{offer.connections} data connections are offered; {offer.run.protocol} takes {needed.connections} with "
+            "this scenario"
+        )
+    if needed is not None and offer.frame_bytes > needed.frame_bytes:
+        raise PeerProtocolError(
+            f"frames of up to {offer.frame_bytes} bytes are offered; with this scenario they have at the most "
+            f"{needed.frame_bytes}"
         )
 
 
