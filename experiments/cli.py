@@ -25,7 +25,6 @@ from experiments.commands.options import (
     output_options,
     protocol_option,
     protocols_option,
-    quiet_option,
     scenario_argument,
     seeds_option,
     set_option,
@@ -206,7 +205,7 @@ def validate(seeds: int, **options: Any) -> int:
     help="Make the runs on the workers of this Dask cluster (tcp://HOST:8786) instead; needs proto-v3[distributed].",
 )
 @set_option
-@quiet_option
+@output_options
 @out_option("Each experiment writes into a folder of its name in this one.  [default: out/run; out/quick if quick]")
 @force_option
 def run(**options: Any) -> int:

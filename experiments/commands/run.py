@@ -17,7 +17,7 @@ from experiments import INTERRUPTED
 from experiments.draw.canvas import own_settings
 from experiments.report import tables
 from experiments.report.answers import QUICK, told_as_quick
-from experiments.report.tables import say
+from experiments.report.tables import Output, say
 from experiments.runs import frame as results
 from experiments.runs import manifest
 from experiments.runs.cluster import on_cluster
@@ -44,6 +44,7 @@ def run_experiments(
     jobs: int | None,
     scheduler: str | None,
     settings: Sequence[str],
+    as_json: bool = False,
     quiet: bool,
     out: str | None,
     force: bool,
@@ -63,6 +64,7 @@ def run_experiments(
             sweeps.append(_Sweep(experiment, runs, folder, jobs, scheduler, revision))
         kept = [sweep.check(resume, force) for sweep in sweeps]
         progress = stack.enter_context(RunsProgress(sum(map(len, planned)), quiet=quiet))
+        output, told = Output(as_json, quiet), []
         summary = tables.plain_table(["question", "runs", "broken", "verdict", "where"])
         for sweep, found in zip(sweeps, kept, strict=True):
             try:
@@ -71,14 +73,20 @@ def run_experiments(
                 progress.stop()
                 say(stderr, f"interrupted: what was done is kept in {root}; go on with --resume")
                 return INTERRUPTED
-            answer, figures = write(sweep.experiment, frame, sweep.folder, settings)
+            answer, figures = write(sweep.experiment, frame, sweep.folder, settings, output)
             remove(sweep.kept)
-            if not quiet:
-                _print(console, sweep.experiment, answer, frame, sweep.folder, figures)
-            broken = (frame["digest"] == "").sum()
+            for name in figures or ():
+                output.say(f"Figure: {sweep.folder.folder / name}.png (and .svg)")
+            if sweep.folder.why_there:
+                output.say(f"The result is in {sweep.folder.folder}{sweep.folder.why_there}", always=True)
+            broken = frame.filter(pl.col("digest") == "").height
+            told.append(_told(sweep, frame, answer, broken))
             counts = (str(frame.height), str(broken))
             tables.add_row(summary, sweep.experiment.name, *counts, _verdicts(answer), str(sweep.folder.folder))
-            status = max(status, int(broken > 0))
+            status = max(status, int(broken > 0 or figures is None))
+    if as_json:
+        output.document({"command": "run", "quick": quick, "settings": list(settings), "questions": told})
+        return status
     how = ["quick: coarse grids, few repeats, wide intervals"] if quick else []
     how += [shlex.join(_options(settings))] if settings else []
     tables.print_table(console, "; ".join(["What was asked", *how]), summary)
@@ -185,11 +193,15 @@ def _finished(folder: Path, revision: str, stderr: Console) -> dict[str, dict[st
 
 
 def write(
-    experiment: Experiment, frame: pl.DataFrame, folder: ResultFolder, settings: Sequence[str] = ()
-) -> tuple[Answer, list[str]]:
-    """Write the table of runs, the answer with its table, the figures and the manifest.
+    experiment: Experiment,
+    frame: pl.DataFrame,
+    folder: ResultFolder,
+    settings: Sequence[str] = (),
+    output: Output = Output(quiet=True),  # noqa: B008 it cannot be changed
+) -> tuple[Answer, list[str] | None]:
+    """Write tables and manifest, print the answer, draw the figures, write the answer.
 
-    `settings` are those of --set. Returns the answer, and the names of the figures.
+    `settings` are those of --set. Returns the answer, and the names of the figures; None if they cannot be drawn.
     """
     what = {
         "experiment": experiment.name,
@@ -205,8 +217,10 @@ def write(
         changed = f"All runs were made with {shlex.join(_options(settings))}: this is not the question as it was asked."
         answer = replace(answer, limit=f"{changed} {answer.limit}")
     folder.write_table(answer.table, "effects", "parquet")
-    with own_settings():
-        figures = experiment.figures(frame, folder.plan.line)
+    if not output.as_json and not output.quiet:
+        _print(tables.console(), experiment, answer, frame, folder)
+    files = output.drawn(lambda: _draw(experiment, frame, folder))
+    figures = None if files is None else list(dict.fromkeys(Path(name).stem for name in files))
     as_json = {
         "experiment": experiment.name,
         "question": experiment.question,
@@ -215,13 +229,34 @@ def write(
         "limit": answer.limit,
         "details": list(answer.details),
         "findings": [asdict(finding) for finding in answer.findings],
-        "figures": list(figures),  # the most important one first
+        "figures": figures or [],  # the most important one first
     }
     folder.write_json(as_json, "answer")
-    for name, figure in figures.items():
-        folder.write_figure(figure, name)
     folder.commit()
-    return answer, list(figures)
+    return answer, figures
+
+
+def _draw(experiment: Experiment, frame: pl.DataFrame, folder: ResultFolder) -> list[Path]:
+    with own_settings():
+        figures = experiment.figures(frame, folder.plan.line)
+    return [path for name, figure in figures.items() for path in folder.write_figure(figure, name)]
+
+
+def _told(sweep: _Sweep, frame: pl.DataFrame, answer: Answer, broken: int) -> dict[str, Any]:
+    """For JSON: a question and its answer."""
+    return {
+        "experiment": sweep.experiment.name,
+        "question": sweep.experiment.question,
+        "runs": frame.height,
+        "broken": broken,
+        "outcomes": dict(frame["outcome"].value_counts(sort=True).iter_rows()),
+        "answer": answer.answer,
+        "limit": answer.limit,
+        "details": list(answer.details),
+        "findings": [asdict(finding) for finding in answer.findings],
+        "effects": answer.table.fill_nan(None).to_dicts(),
+        "folder": str(sweep.folder.folder),
+    }
 
 
 def _verdicts(answer: Answer) -> str:
@@ -235,7 +270,6 @@ def _print(
     answer: Answer,
     frame: pl.DataFrame,
     folder: ResultFolder,
-    figures: Sequence[str],
 ) -> None:
     say(console, f"\n{experiment.name}: {experiment.question}")
     say(console, f"{frame.height} runs: {outcome_counts(frame)}")
@@ -249,7 +283,3 @@ def _print(
     broken = frame.filter(pl.col("digest") == "")
     for row in broken.head(3).iter_rows(named=True):
         say(console, f"a run broke (cell {row['cell']}): {row['reason'].strip().splitlines()[-1]}")
-    for name in figures:
-        say(console, f"Figure: {folder.folder / name}.png (and .svg)")
-    if folder.why_there:
-        say(console, f"The result is in {folder.folder}{folder.why_there}")

@@ -82,7 +82,7 @@ class Output:
         if self.as_json:
             tables = {section.key: section.plain() for section in sections}
             document = {**about, "conclusion": list(conclusion), "tables": tables}
-            console().out(json.dumps(document, indent=2, allow_nan=False), highlight=False)
+            self.document(document)
             return
         shown = console()
         if not self.quiet:
@@ -92,6 +92,10 @@ class Output:
         for section in sections:
             if section.most_rows != 0 and not self.quiet:
                 section.print(shown)
+
+    def document(self, value: Mapping[str, Any]) -> None:
+        """Print a JSON document, which has all that there is to print."""
+        console().out(json.dumps(value, indent=2, allow_nan=False), highlight=False)
 
     def drawn(self, draw: Callable[[], Sequence[Path]]) -> list[str] | None:
         """Draw figures; returns the names of their files. None if that fails: one line on stderr says why.
