@@ -9,7 +9,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import get_args
 
 import click
 from click.shell_completion import BashComplete, CompletionItem, FishComplete, ShellComplete, ZshComplete
@@ -17,9 +17,6 @@ from click.shell_completion import BashComplete, CompletionItem, FishComplete, S
 from experiments.study.names import QUESTIONS
 from sim.scenario.shipped import shipped, shipped_bases
 from sim.scenario.suffixes import STREAMS, SUFFIXES, Suffix
-
-if TYPE_CHECKING:
-    import pydantic
 
 Items = list[CompletionItem]
 SOME_STREAMS = ("n1", "n2", "n4", "n8", "n16")
@@ -103,10 +100,10 @@ def protocols(ctx: click.Context, option: click.Parameter, word: str) -> Items:
 
 def settings(ctx: click.Context, option: click.Parameter, word: str) -> Items:
     """A key of a scenario with `=`; after that, its values, if they are words."""
-    from sim.scenario.scenario import Scenario
+    from sim.scenario.file import every_key
 
     key, equals, _ = word.partition("=")
-    keys = dict(_keys(Scenario, ""))
+    keys = dict(every_key())
     if not equals:
         return _items(word, [f"{each}=" for each in keys])
     inner = keys.get(re.sub(r"^device\.\d+\.", "device.0.", key))
@@ -146,17 +143,3 @@ def _protocols(word: str) -> Iterator[str]:
 
 def _sets(suffix: Suffix) -> set[tuple[str, str]]:
     return {(table, key) for table, keys in suffix.changes.items() for key in keys}
-
-
-def _keys(model: type[pydantic.BaseModel], at: str) -> Iterator[tuple[str, Any]]:
-    """The dotted keys of a table that --set can change, each with its type; lists of tables with their first one."""
-    from sim.scenario.file import NO_PARAMETERS, model_in
-
-    for key, field in model.model_fields.items():
-        if not at and key in NO_PARAMETERS:
-            continue
-        inner = model_in(field.annotation)
-        if inner is None:
-            yield f"{at}{key}", field.annotation
-        else:
-            yield from _keys(inner, f"{at}{key}.0." if "list[" in str(field.annotation) else f"{at}{key}.")

@@ -314,7 +314,11 @@ def _explain(problem: Any) -> str:
         unit = unit_of(key.rpartition(".")[2])
         return f"{key}: missing; it is required" + (f" ({unit[0]})" if unit else "")
     if kind == "extra_forbidden":
-        hint = did_you_mean(key.rpartition(".")[2], _keys_beside(problem["loc"]))
+        name = key.rpartition(".")[2]
+        elsewhere = [each for each, _ in every_key() if each.rpartition(".")[2] == name]
+        hint = did_you_mean(name, _keys_beside(problem["loc"])) or (
+            f"; did you mean {elsewhere[0]}?" if elsewhere else ""
+        )
         return f"{key} = {short(value)}: unknown key{hint}"
     if kind == "value_error":
         return f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
@@ -338,6 +342,18 @@ def _keys_beside(loc: tuple[Any, ...]) -> list[str]:
             return []
         model = inner
     return list(model.model_fields)
+
+
+def every_key(model: type[pydantic.BaseModel] = Scenario, at: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys that --set can change, each with its type; of lists of tables, those of the first one."""
+    for key, field in model.model_fields.items():
+        inner = model_in(field.annotation)
+        if not at and key in NO_PARAMETERS:
+            continue
+        if inner is None:
+            yield f"{at}{key}", field.annotation
+        else:
+            yield from every_key(inner, f"{at}{key}.0." if "list[" in str(field.annotation) else f"{at}{key}.")
 
 
 def model_in(annotation: Any) -> type[pydantic.BaseModel] | None:

@@ -101,6 +101,8 @@ def test_protocols_says_what_a_suffix_does_in_a_scenario() -> None:
         (["compare", "mlx5-2vf", "--protocols", "v2-mutlifd"], "-multifd"),
         (["compare", "mlx5-2vf", "--set", "link.gbit_per_sec=1"], "gbit_per_s"),
         (["compare", "mlx5-2vf", "--set", "lnk.gbit_per_s=1"], "link"),
+        (["compare", "mlx5-2vf", "--set", "downtime_limit_ms=1"], "vmm.downtime_limit_ms"),
+        (["compare", "mlx5-2vf", "--set", "device.0.mib_per_s=1"], "device.0.writes.mib_per_s"),
         (["validate", "szmigiero-4fv"], "szmigiero-4vf"),
         (["validate", "ufimtseva-2fv"], "ufimtseva-2vf"),
         (["run", "read_scalling"], "read_scaling"),
