@@ -175,7 +175,7 @@ def compare(seeds: int, first_seed: int, **options: Any) -> int:
 @seeds_option(10, "Runs of each case.", most=100_000)
 @jobs_option
 @set_option
-@quiet_option
+@output_options
 @out_option("Write the table, the figure and the manifest into this folder.  [default: out/validate]")
 @force_option
 def validate(seeds: int, **options: Any) -> int:

@@ -91,14 +91,11 @@ def trace_option(default: str) -> Callable[[F], F]:
     )
 
 
-quiet_option = click.option("--quiet", is_flag=True, help="Print the conclusion only. All files are written.")
-
-
 def output_options(command: F) -> F:
     """What a command that prints results prints: `as_json`, `quiet`."""
     options = [
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON document with all that is printed else."),
-        quiet_option,
+        click.option("--json", "as_json", is_flag=True, help="Print all of it as one JSON document."),
+        click.option("--quiet", is_flag=True, help="Print the conclusion only. All files are written."),
     ]
     for option in reversed(options):
         command = option(command)
