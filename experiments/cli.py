@@ -25,6 +25,7 @@ from experiments.commands.options import (
     output_options,
     protocol_option,
     protocols_option,
+    quiet_option,
     scenario_argument,
     seeds_option,
     set_option,
