@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -209,7 +210,7 @@ class ResultFolder:
         for worse, name, why in (
             (not whole, "unfinished", "the new result is not whole"),
             (old.get("complete") is not False and not new["complete"], "interrupted", "that one is whole"),
-            (_all_failed(new) and not _all_failed(old), "failed", "all new runs FAILED"),
+            (_failed_more(new, old), "failed", "more of the new runs FAILED"),
         ):
             if old and worse:
                 self._put_aside(name, f"{self._named} keeps {described(old)}: {why}")
@@ -279,17 +280,25 @@ def files_of(manifest: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _all_failed(manifest: dict[str, Any]) -> bool:
-    return set(_kinds(manifest.get("outcomes"))) == {"FAILED"}
+def _failed_more(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether a new result has failed where the old one has not: a measurement in any run, a simulation in all runs."""
+    now, before = _outcomes(new), _outcomes(old)
+    if "live" in new:
+        return now["FAILED"] > before["FAILED"]
+    return now.keys() == {"FAILED"} != before.keys()
 
 
-def _kinds(outcomes: object) -> Iterator[str]:
-    """The outcomes that are counted, by protocol or by scenario and protocol."""
-    for key, value in outcomes.items() if isinstance(outcomes, dict) else ():
-        if isinstance(value, dict):
-            yield from _kinds(value)
-        else:
-            yield key
+def _outcomes(manifest: dict[str, Any]) -> Counter[str]:
+    """How many runs ended in which way."""
+    counts: Counter[str] = Counter()
+    waiting = [manifest.get("outcomes")]  # by protocol, or by scenario and protocol
+    for value in waiting:
+        for key, inner in value.items() if isinstance(value, dict) else ():
+            if isinstance(inner, int):
+                counts[key] += inner
+            else:
+                waiting.append(inner)
+    return counts
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:

@@ -42,6 +42,14 @@ def test_a_file_is_never_called_like_a_folder() -> None:
     assert files == {"--trace", "--spans", "--page"}
 
 
+def test_nothing_is_written_into_results_unless_it_is_named() -> None:
+    for name in having("--out"):
+        (out,) = (option for command, option in OPTIONS if command == name and "--out" in option.opts)
+        assert "[default: out/" in (out.help or ""), name
+        assert "--force" in {word for command, option in OPTIONS if command == name for word in option.opts}, name
+    assert "/out/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
 def test_runs_and_protocols_have_one_name() -> None:
     assert having("--protocols") == {"compare", "live", "agree"}
     assert having("--protocol") == having("--seed") == {"trace"}, "one run"

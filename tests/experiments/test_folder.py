@@ -164,7 +164,7 @@ def test_what_a_folder_holds_is_told_without_escapes(tmp_path: Path) -> None:
     ("new", "name", "why"),
     [
         ({"runs": 3}, "interrupted", "that one is whole"),
-        ({"outcome": "FAILED"}, "failed", "all new runs FAILED"),
+        ({"outcome": "FAILED"}, "failed", "more of the new runs FAILED"),
     ],
 )
 def test_a_whole_result_stays_where_the_new_one_is_worth_less(
@@ -179,6 +179,19 @@ def test_a_whole_result_stays_where_the_new_one_is_worth_less(
         assert why in folder.why_there
         assert "4 runs of `proto-v3 compare small`" in folder.why_there
     assert damaged(tmp_path, read_manifest(tmp_path / "manifest.json")) == []
+
+
+@pytest.mark.parametrize(("live", "stays"), [(True, True), (False, False)], ids=["measured", "simulated"])
+def test_one_run_that_failed_spoils_a_measurement_and_is_a_result_of_a_simulation(
+    tmp_path: Path, live: bool, stays: bool
+) -> None:
+    for outcomes in ({"COMPLETED": 4}, {"COMPLETED": 3, "FAILED": 1}):
+        with written(tmp_path, text=str(len(outcomes))) as folder:
+            told = {"live": {}} if live else {}
+            how = {"schema_version": 1, "command": PLAN.line, "complete": True, "outcomes": {"v2": outcomes}}
+            folder.write_manifest(how | told)
+            folder.commit()
+    assert pl.read_csv(tmp_path / "runs.csv")["text"].item() == (1 if stays else 2)
 
 
 def test_the_first_result_stays_in_the_folder_whatever_it_is_and_a_whole_one_replaces_it(tmp_path: Path) -> None:
