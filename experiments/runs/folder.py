@@ -225,7 +225,8 @@ class ResultFolder:
     def _say_at_work(self) -> None:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         told = {"command": self.plan.line, "process": os.getpid(), "since": since}
-        (self._stage / AT_WORK).write_text(json.dumps(told), encoding="utf-8")
+        with contextlib.suppress(OSError):  # on a full disk, the result is printed at least
+            (self._stage / AT_WORK).write_text(json.dumps(told), encoding="utf-8")
 
     def _at_work(self) -> str:
         try:

@@ -66,8 +66,8 @@ def described(manifest: dict[str, Any]) -> str:
     """What a folder holds, by its manifest: `40 runs of `proto-v3 compare ...`, made ...`."""
     planned = manifest.get("runs_planned")
     of = f" of {planned}" if manifest.get("complete") is False else ""
-    text = f"{manifest.get('runs')}{of} runs of `{manifest.get('command')}`, made {manifest.get('made')}"
-    return clean(text)
+    runs = "run" if (manifest.get("runs"), of) == (1, "") else "runs"
+    return clean(f"{manifest.get('runs')}{of} {runs} of `{manifest.get('command')}`, made {manifest.get('made')}")
 
 
 def _conditions(command: Sequence[str]) -> list[tuple[str, str]]:
