@@ -25,7 +25,6 @@ from experiments.commands.options import (
     output_options,
     protocol_option,
     protocols_option,
-    quiet_option,
     scenario_argument,
     seeds_option,
     set_option,
