@@ -221,8 +221,8 @@ def run(**options: Any) -> int:
 
     At the end stands a table: each question, its runs, how many broke, the verdicts on its claims, and its folder.
 
-    Exit status: 0; 1 if a run broke (migrations that fail are results, and counted); 2 for bad input; 130 if
-    interrupted (what was done by then is kept for --resume).
+    Exit status: 0; 1 if a run broke (migrations that fail are results, and counted), or if no figure can be drawn;
+    2 for bad input; 130 if interrupted (what was done by then is kept for --resume).
     """
     from experiments.commands.run import run_experiments
 

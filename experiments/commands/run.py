@@ -212,10 +212,7 @@ def write(
     }
     folder.write_table(frame, "runs", "parquet")
     folder.write_manifest(manifest.of_sweep(what, frame, folder.plan.command))
-    answer = experiment.answer(frame)
-    if settings:
-        changed = f"All runs were made with {shlex.join(_options(settings))}: this is not the question as it was asked."
-        answer = replace(answer, limit=f"{changed} {answer.limit}")
+    answer = _answer(experiment, frame, settings)
     folder.write_table(answer.table, "effects", "parquet")
     if not output.as_json and not output.quiet:
         _print(tables.console(), experiment, answer, frame, folder)
@@ -234,6 +231,20 @@ def write(
     folder.write_json(as_json, "answer")
     folder.commit()
     return answer, figures
+
+
+def _answer(experiment: Experiment, frame: pl.DataFrame, settings: Sequence[str]) -> Answer:
+    """The answer; it says with which settings, and is no answer where these leave nothing to compare."""
+    if not settings:
+        return experiment.answer(frame)
+    made_with = shlex.join(_options(settings))
+    try:
+        answer = experiment.answer(frame)
+    except Exception as error:  # a question reckons with runs that its own grid gives
+        why = f"{outcome_counts(frame)}; {type(error).__name__}: {clean(str(error))}"
+        raise UserError(f"{made_with}: {experiment.name} cannot be answered from such runs: {why}") from error
+    changed = f"All runs were made with {made_with}: this is not the question as it was asked."
+    return replace(answer, limit=f"{changed} {answer.limit}")
 
 
 def _draw(experiment: Experiment, frame: pl.DataFrame, folder: ResultFolder) -> list[Path]:

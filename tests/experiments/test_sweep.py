@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -327,6 +328,24 @@ def test_set_changes_the_scenarios_and_resume_makes_no_run_of_another_setting(tm
 def test_a_key_that_the_question_sets_is_refused(tmp_path: Path, setting: str, swept: str) -> None:
     told = refused(NAME, "--out", str(tmp_path / "none"), "--set", setting)
     assert f"--set {setting}: tiny sets {swept} itself" in told
+
+
+def raises(*_: Any) -> Any:
+    raise ZeroDivisionError("nothing \x1b[2J to compare")
+
+
+def test_a_figure_costs_no_answer_and_settings_that_leave_no_answer_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, replace(TINY, figures=raises))
+    done = run(tmp_path, "--jobs", "1", "--quick")
+    assert done.exit_code == 1
+    assert "proto-v3: error: no figure: ZeroDivisionError: nothing" in done.stderr
+    assert json.loads((tmp_path / NAME / "answer.json").read_text())["figures"] == []
+    register(monkeypatch, replace(TINY, answer=raises))
+    told = refused(NAME, "--quick", "--jobs", "1", "--out", str(tmp_path / "other"), "--set", "driver.chunks=3")
+    assert "--set driver.chunks=3: tiny cannot be answered from such runs: 4 COMPLETED; ZeroDivisionError" in told
+    assert "\x1b" not in told
 
 
 def test_resume_of_runs_of_another_revision_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
