@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def _sentence(change: Change) -> str:
         return f"{change.place}: downtime {change.means[0]:.1f} ms in both."
     (a, b), (runs_a, runs_b), mean = change.means, change.counts, change.difference.mean
     how = f"paired, {change.difference.count} seed(s)" if change.paired else f"not paired, {runs_a} and {runs_b} runs"
-    interval = f", 95 % interval {change.difference.low:+.1f} to {change.difference.high:+.1f}"
+    interval = f", 95 % interval {change.difference.low:+z.1f} to {change.difference.high:+z.1f}"
     what = f"downtime {a:.1f} ms in A, {b:.1f} in B, {mean:+z.1f} ms{interval if change.has_interval else ''} ({how})"
     return f"{change.place}: {what}: {change.word}."
 
@@ -148,19 +149,18 @@ def _changes(unit: str, changes: Sequence[Change]) -> Section:
     numbers = {f"{side}_{kind}{end}": f"{kind} {side.upper()}" for kind in ("mean", "median") for side in "ab"}
     parts = {f"difference_{part}{end}": text for part, text in (("mean", "B - A"), ("low", "low"), ("high", "high"))}
     rows = []
-    for change in sorted(changes, key=lambda change: not change.is_shown):
+    for change in sorted(changes, key=lambda change: (change.is_tiny, not change.is_shown)):
         ends = (change.difference.low, change.difference.high) if change.has_interval else (None, None)
         texts = (change.place, change.measure.label, "yes" if change.paired else "no", *change.counts)
         values = (*texts, *change.means, *change.medians, change.difference.mean, *ends)
         rows.append(dict(zip([*headings, *numbers, *parts], values, strict=True)))
-    legend = (
-        "B - A: difference of the means; low, high: its 95 % interval, first those without 0 in it; paired: by seed"
-    )
+    legend = "B - A: of the means; low, high: its 95 % interval, first those without 0 in it; paired: by seed"
     section = _section(
         f"changes{end}", f"Means and medians that differ, {unit}", legend, headings | numbers, rows, ".1f"
     )
     columns = [*section.columns, *(Heading(name, text, "+z.1f") for name, text in parts.items())]
-    return Section(section.key, section.title, section.legend, columns, section.rows, section.most_rows)
+    printed = sum(not change.is_tiny for change in changes)
+    return replace(section, columns=columns, most_rows=min(printed, MOST_ROWS))
 
 
 def _section(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import polars as pl
-from rich.console import Console
 
 from experiments import INTERRUPTED
 from experiments.commands.options import out_folder
-from experiments.report import tables
-from experiments.report.tables import say, value_text
+from experiments.report import findings, tables
+from experiments.report.tables import Heading, Output, Section, value_text
 from experiments.runs import frame as results
 from experiments.runs import manifest
 from experiments.runs.folder import ResultFolder
@@ -31,7 +31,7 @@ BANDS = (0.10, 0.15)
 """Relative errors: within the first they are small, beyond the second too large."""
 HELD_CONSTANT = ("firmware", "driver", "device", "host", "link", "vmm")
 """The scenario's tables that describe a machine. A case is weaker evidence if it differs from its base in them."""
-HEADINGS = ["protocol", "published", "simulated", "error", "used to fit", "outside"]
+LEGEND = "error: of the published figure; outside: the widest band that the figure is outside of; -: not simulated"
 COLUMNS = {
     "scenario": pl.String,
     "case": pl.String,
@@ -67,6 +67,7 @@ def run_validate(
     command: Sequence[str],
     settings: Sequence[str] = (),
     *,
+    as_json: bool = False,
     quiet: bool = False,
     force: bool = False,
 ) -> int:
@@ -79,12 +80,14 @@ def run_validate(
         for seed in seeds
     ]
     called = [scenario.name for scenario in cases.values()]
-    plan = Plan(command, called, len(cells), seeds, {each.protocol.name for each in cells}, writes=["validate"])
+    protocols = {each.protocol.name for each in cells}
+    plan = Plan(command, called, len(cells), seeds, protocols, writes=["runs", "validate"])
     with ResultFolder(out_folder(out, "validate"), plan, force=force) as folder:
         outcomes, interrupted = run_cells(cells, jobs, quiet=quiet)
-        console = tables.console()
+        output = Output(as_json, quiet)
         if interrupted:
-            say(console, f"interrupted: {len(outcomes)} of {len(cells)} runs were done; nothing was written")
+            done = f"{len(outcomes)} of {len(cells)} runs were done; nothing was written"
+            output.say(f"interrupted: {done}", always=True)
             return INTERRUPTED
         runs = results.table(outcomes)
         rows = [
@@ -93,22 +96,23 @@ def run_validate(
             for published in scenario.published
             for held in held_against(published, runs.filter(scenario=scenario.name))
         ]
-        drawn = _write(folder, tidy(rows), manifest.of_cases(cases, command, runs, len(cells)))
-    for name, scenario in () if quiet else cases.items():
-        _print_case(console, scenario, runs, [row for row in rows if row.scenario == scenario.name])
-        _print_differences(console, name, scenario, settings)
-    if settings:
-        say(console, f"\nWith {', '.join(f'--set {each}' for each in settings)}: not the machines that were measured.")
-    _print_summary(console, rows)
-    failed = OutcomeKind.FAILED.value in runs["outcome"]
-    status = 1 if failed or not all(row.within(BANDS[-1]) for row in rows) else 0
-    if quiet:
-        return status
-    figure = f"Figure: {folder.folder / 'validate.png'} (and .svg)"
-    say(console, f"\n{figure}" if drawn else "\nNo run was completed: nothing to draw.")
-    files = f"{folder.folder / 'validate.parquet'}, {folder.folder / 'manifest.json'}"
-    say(console, f"Table and manifest: {files}{folder.why_there}")
-    return status
+        frame, how_made = tidy(rows), manifest.of_cases(cases, command, runs, len(cells))
+        try:
+            folder.write_table(runs, "runs", "parquet")
+            folder.write_table(frame, "validate", "parquet")
+            folder.write_manifest(how_made)
+        finally:  # the results are printed if the disk is full, too
+            output.results(
+                {"command": "validate", "scenarios": called, "folder": str(folder.folder)},
+                f"{len(cases)} case(s), means over {len(seeds)} seed(s)",
+                list(_conclusion(rows, runs, settings)),
+                list(_sections(cases, rows, runs, settings)),
+            )
+        drawn = output.drawn(lambda: _draw(folder, frame, how_made))
+        folder.commit()
+    output.files(folder.folder, ["validate.parquet", "runs.parquet"], drawn, folder.why_there)
+    failed = OutcomeKind.FAILED.value in runs["outcome"] or drawn is None
+    return 1 if failed or not all(row.within(BANDS[-1]) for row in rows) else 0
 
 
 def _cases(names: Sequence[str], settings: Sequence[str]) -> dict[str, Scenario]:
@@ -151,70 +155,112 @@ def tidy(rows: Sequence[Row]) -> pl.DataFrame:
     return pl.DataFrame(values, schema=COLUMNS, orient="row")
 
 
-def _write(folder: ResultFolder, frame: pl.DataFrame, how_made: dict[str, Any]) -> bool:
-    """Write all files; returns whether there is something to draw."""
-    folder.write_table(frame, "validate", "parquet")
-    folder.write_manifest(how_made)
-    drawn = not frame["simulated_ms"].is_null().all()
-    if drawn:
-        from experiments.draw import validate as figures_validate
+def _draw(folder: ResultFolder, frame: pl.DataFrame, how_made: dict[str, Any]) -> list[Path]:
+    if frame["simulated_ms"].is_null().all():
+        return []
+    from experiments.draw import validate as figures_validate
 
-        figure = figures_validate.published_against_simulated(frame, BANDS, len(how_made["seeds"]), how_made["command"])
-        folder.write_figure(figure, "validate")
-    folder.commit()
-    return drawn
+    figure = figures_validate.published_against_simulated(frame, BANDS, len(how_made["seeds"]), how_made["command"])
+    return folder.write_figure(figure, "validate")
 
 
 # --- printing --------------------------------------------------------------------------------------------------------
 
 
-def _print_case(console: Console, scenario: Scenario, runs: pl.DataFrame, rows: Sequence[Row]) -> None:
-    table = tables.plain_table(["what, ms", *HEADINGS])
+def _conclusion(rows: Sequence[Row], runs: pl.DataFrame, settings: Sequence[str]) -> Iterator[str]:
+    """How many figures come out, and which do not; what did not complete."""
+    if settings:
+        yield f"With {', '.join(f'--set {each}' for each in settings)}: not the machines that were measured."
+    for kind, some in _kinds(rows):
+        within = " and ".join(f"{_within(some, band)} within {100 * band:.0f} %" for band in BANDS)
+        yield f"Published figures, {kind}: {len(some)}, of these {within}."
     for row in rows:
-        tables.add_row(table, row.held.what, *_cells(row))
-    tables.print_table(console, f"{scenario.name}: {scenario.description}", table)
-    for published in scenario.published:
-        say(console, f"Published ({published.case or scenario.name}, {published.protocol}): {published.citation}")
-    frame = runs.filter(scenario=scenario.name)
-    if frame.filter(~COMPLETED).height:
-        tables.outcomes(frame, title=f"{scenario.name}: not all runs were completed").print(console)
+        if not row.within(BANDS[-1]):
+            error = "not simulated" if row.held.error is None else f"{100 * row.held.error:+.1f} %"
+            yield f"{row.scenario}, {row.protocol}: {row.held.what} is not within {100 * BANDS[-1]:.0f} %: {error}."
+    for (name,), of_case in runs.group_by("scenario", maintain_order=True):
+        yield from (f"{name}, {sentence}" for sentence in findings.not_completed(of_case))
 
 
-def _cells(row: Row) -> list[str]:
-    """Under HEADINGS; the last is the widest band that the figure is outside of."""
-    outside = [band for band in BANDS if not row.within(band)]
-    return [row.protocol, *tables.cells(row.held)[1:], f"{100 * outside[-1]:.0f} %" if outside else ""]
+def _kinds(rows: Sequence[Row]) -> Iterator[tuple[str, Sequence[Row]]]:
+    yield "predicted", [row for row in rows if not row.held.fitted]
+    yield "fitted", [row for row in rows if row.held.fitted]
+    yield "all", rows
 
 
-def _print_differences(console: Console, name: str, scenario: Scenario, settings: Sequence[str]) -> None:
+def _within(rows: Sequence[Row], band: float) -> int:
+    return sum(row.within(band) for row in rows)
+
+
+def _sections(
+    cases: Mapping[str, Scenario], rows: Sequence[Row], runs: pl.DataFrame, settings: Sequence[str]
+) -> Iterator[Section]:
+    """For each case its figures and how it differs from its base; then the downtimes, and how many figures come out."""
+    for name, scenario in cases.items():
+        of_case = [row for row in rows if row.scenario == scenario.name]
+        sources = [
+            f"Published ({each.case or scenario.name}, {each.protocol}): {each.citation}" for each in scenario.published
+        ]
+        yield _figures(
+            scenario.name, f"{scenario.name}: {scenario.description}", "\n".join([LEGEND, *sources]), of_case, "what"
+        )
+        frame = runs.filter(scenario=scenario.name)
+        if frame.filter(~COMPLETED).height:
+            title = f"{scenario.name}: not all runs were completed"
+            yield replace(tables.outcomes(frame, title=title), key=f"{scenario.name}: outcomes")
+        yield _differences(name, scenario, settings)
+    downtimes = [row for row in rows if row.held.figure == "downtime_ms"]
+    if downtimes:
+        yield _figures("downtimes", "The downtimes of all cases", LEGEND, downtimes, "scenario")
+    yield Section(
+        "counts",
+        "How many of the published figures come out",
+        "fitted: a parameter was fitted to the figure; predicted: none was",
+        [
+            Heading("kind", ""),
+            Heading("figures", "figures"),
+            *(Heading(f"within_{100 * band:.0f}_percent", f"within {100 * band:.0f} %") for band in BANDS),
+        ],
+        [
+            {"kind": kind, "figures": len(some)}
+            | {f"within_{100 * band:.0f}_percent": _within(some, band) for band in BANDS}
+            for kind, some in _kinds(rows)
+        ],
+    )
+
+
+def _figures(key: str, title: str, legend: str, rows: Sequence[Row], first: str) -> Section:
+    """A row a figure; `outside` is the widest band that it is outside of."""
+    columns = [
+        Heading(first, f"{first}, ms"),
+        Heading("protocol", "protocol"),
+        Heading("published_ms", "published", ".1f"),
+        Heading("simulated_ms", "simulated", ".1f"),
+        Heading("error_percent", "error %", "+.1f"),
+        Heading("used_to_fit", "used to fit"),
+        Heading("outside_percent", "outside %", ".0f"),
+    ]
+    shown = []
+    for row in rows:
+        outside = [band for band in BANDS if not row.within(band)]
+        texts = (row.held.what if first == "what" else row.scenario, row.protocol)
+        error = None if row.held.error is None else 100 * row.held.error
+        fitted, widest = "yes" if row.held.fitted else "no", 100 * outside[-1] if outside else None
+        values = (*texts, row.held.published_ms, row.held.simulated_ms, error, fitted, widest)
+        shown.append(dict(zip((column.name for column in columns), values, strict=True)))
+    return Section(key, title, legend, columns, shown)
+
+
+def _differences(name: str, scenario: Scenario, settings: Sequence[str]) -> Section:
     """The parameters that differ from the file at the bottom of what the case extends."""
-    extended = bases(name)
-    if not extended:
-        say(console, f"{scenario.name} extends nothing: all parameters are its own.")
-        return
-    table = tables.plain_table(["parameter", "base", "here", "source"])
-    for key, (there, here) in changes(name, settings).items():
+    extended, rows = bases(name), []
+    for key, (there, here) in changes(name, settings).items() if extended else ():
         if key.partition(".")[0] in HELD_CONSTANT and there is not None:
-            tables.add_row(table, key, value_text(there), value_text(here), scenario.sources.get(key, "not stated"))
-    if table.row_count:
-        tables.print_table(console, f"{scenario.name}: what had to differ from {extended[-1].stem}", table)
-    else:
-        say(console, f"{scenario.name}: nothing had to differ from {extended[-1].stem}.")
-
-
-def _print_summary(console: Console, rows: Sequence[Row]) -> None:
-    table = tables.plain_table(["downtime, ms", *HEADINGS])
-    for row in rows:
-        if row.held.figure == "downtime_ms":
-            tables.add_row(table, row.scenario, *_cells(row))
-    if table.row_count:
-        tables.print_table(console, "The downtimes of all cases", table)
-    table = tables.plain_table(["", "figures", *[f"within {100 * band:.0f} %" for band in BANDS]])
-    for kind, some in (
-        ("predicted", [row for row in rows if not row.held.fitted]),
-        ("fitted", [row for row in rows if row.held.fitted]),
-        ("all", rows),
-    ):
-        within = [sum(row.within(band) for row in some) for band in BANDS]
-        tables.add_row(table, kind, str(len(some)), *map(str, within))
-    tables.print_table(console, "How many of the published figures come out", table)
+            values = {"base": value_text(there), "here": value_text(here)}
+            rows.append({"parameter": key, **values, "source": scenario.sources.get(key, "not stated")})
+    title = f"{scenario.name} extends nothing: all parameters are its own."
+    if extended:
+        nothing = f"{scenario.name}: nothing had to differ from {extended[-1].stem}."
+        title = f"{scenario.name}: what had to differ from {extended[-1].stem}" if rows else nothing
+    columns = [Heading(key, key) for key in ("parameter", "base", "here", "source")]
+    return Section(f"{scenario.name}: differences", title, "", columns, rows)

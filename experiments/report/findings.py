@@ -20,8 +20,8 @@ def conclusion(runs: pl.DataFrame) -> list[str]:
     """What a comparison shows: the downtimes, shortest first; what did not complete; then the findings."""
     completed = completed_runs(runs)
     if completed.is_empty():
-        return ["No run was completed: there is no downtime.", *_not_completed(runs)]
-    return [_order(completed), *_not_completed(runs), *findings(runs)]
+        return ["No run was completed: there is no downtime.", *not_completed(runs)]
+    return [_order(completed), *not_completed(runs), *findings(runs)]
 
 
 def findings(runs: pl.DataFrame) -> list[str]:
@@ -60,7 +60,7 @@ def _order(completed: pl.DataFrame) -> str:
     return f"Mean downtime, shortest first: {shortest_first}."
 
 
-def _not_completed(runs: pl.DataFrame) -> list[str]:
+def not_completed(runs: pl.DataFrame) -> list[str]:
     """For each protocol and way to end: how many runs ended so, and the first reason."""
     sentences = []
     for (name,), some in runs.group_by("protocol", maintain_order=True):

@@ -17,7 +17,6 @@ from rich.text import Text
 
 from experiments.runs.folder import MANIFEST
 from experiments.runs.frame import number
-from experiments.study.published import PublishedFigure
 from proto_v3.errors import UserError
 from proto_v3.text import clean
 from sim.scenario.scenario import Scenario, parameters
@@ -59,8 +58,10 @@ class Section:
         for row in self.rows[: self.most_rows]:
             add_row(table, *(_cell(row[column.name], column.how) for column in self.columns))
         console.print(Text(f"\n{self.title}", style="bold"))
-        console.print(Text(self.legend, style="italic"))
-        console.print(table)
+        if self.legend:
+            console.print(Text(self.legend, style="italic"))
+        if self.rows:
+            console.print(table)
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -165,14 +166,6 @@ def outcomes(frame: pl.DataFrame, by: Sequence[str] = ("protocol",), title: str 
     if costs:
         legend += "; in vain: how long the guest stood still for nothing, mean; reset: devices reset under it, mean"
     return Section("outcomes", title, legend, columns, rows)
-
-
-def cells(held: PublishedFigure) -> tuple[str, str, str, str, str]:
-    """The cells of a row: what, published, simulated, error, whether it was used to fit."""
-    simulated, error = "not simulated", ""
-    if held.simulated_ms is not None and held.error is not None:
-        simulated, error = f"{held.simulated_ms:.1f}", f"{100 * held.error:+.1f} %"
-    return held.what, f"{held.published_ms:.1f}", simulated, error, "yes" if held.fitted else "no"
 
 
 def parameter_rows(scenario: Scenario) -> Iterator[tuple[str, str, str]]:

@@ -35,6 +35,8 @@ MEASURES = (
     Measure("bytes sent again", "device_bytes_resent", MIB, "MiB"),
 )
 SAME = "the same"
+TINY = 0.05
+"""Tables show one digit after the point."""
 NOT_COMPARED = ("cell", "io", "loop")
 """Columns that do not say what a run did."""
 
@@ -65,12 +67,19 @@ class Change:
         return self.has_interval and 0 not in self.difference
 
     @property
+    def is_tiny(self) -> bool:
+        """Whether rounding hides it: all of it is less than TINY ms or MiB."""
+        return max(abs(self.difference.low), abs(self.difference.high)) < TINY
+
+    @property
     def word(self) -> str:
         """How B is against A."""
         if self.difference.low == self.difference.high == 0:
             return SAME
         if not self.has_interval:
             return "too few runs for an interval"
+        if self.is_tiny:
+            return f"less than {TINY:g} ms"
         if not self.is_shown:
             return "no difference is shown"
         return "more in B" if self.difference.mean > 0 else "less in B"
