@@ -114,9 +114,12 @@ def _devices(side: SideReport | None) -> Sequence[DeviceReport]:
     return () if side is None else side.devices
 
 
-def ended(run: RunReport, kind: OutcomeKind, reason: str = "") -> Outcome:
-    """The outcome of a run that ended like this, without the figures that only a completed migration has."""
+def ended(run: RunReport, kind: OutcomeKind, reason: str = "", guest: str = "") -> Outcome:
+    """The outcome of a run that ended like this, without the figures that only a completed migration has. `guest`: what
+    became of it, in words."""
     counters = run.counters()
+    if "target" in run.guest_runs_at:  # though the source may not know: the last stop was not in vain
+        counters.stopped_in_vain_ns = counters.retries_stopped_ns
     if kind is OutcomeKind.COMPLETED:
         counters.device_bytes_resent = max(0, counters.device_bytes - run.needed_bytes)
     resets = [] if run.source is None else run.source.resets
@@ -125,7 +128,7 @@ def ended(run: RunReport, kind: OutcomeKind, reason: str = "") -> Outcome:
         protocol=run.protocol,
         seed=run.seed,
         kind=kind,
-        reason="; ".join(filter(None, [reason, *resets])),
+        reason="; ".join(filter(None, [reason, *resets, guest])),
         note=run.note,
         total_ns=max((side.ended_ns for side in run.sides), default=0),
         guest_runs_at=run.guest_runs_at,

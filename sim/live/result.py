@@ -122,7 +122,7 @@ def _outcome(run: RunReport, source: VmmReport, target: VmmReport | None, deaths
         return ended(run, source.kind, source.reason)
     if any(failure.unsupported for failure in source.failures):
         return ended(run, OutcomeKind.UNSUPPORTED, failures)
-    return ended(run, OutcomeKind.FAILED, f"{failures or 'the target did not say how it ended'}; {guest}")
+    return ended(run, OutcomeKind.FAILED, failures or "the target did not say how it ended", guest)
 
 
 def _check_marks(timeline: Timeline) -> None:

@@ -128,13 +128,18 @@ async def live_run(
 
 
 async def two_hosts(
-    protocol: str, act: Act, *, seed: int = 0, settings: Settings | None = None
+    protocol: str,
+    act: Act,
+    *,
+    seed: int = 0,
+    settings: Settings | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[LiveResult, SideEnd]:
     """A run whose sides have a supervisor each, as on two hosts: what the source's and the target's have to tell.
 
     `act` finds the processes by their names (`children_of`).
     """
-    scenario, seen, settings = live_scenario(), Seen(), settings or Settings()
+    scenario, seen, settings = live_scenario(changes), Seen(), settings or Settings()
     with closing(listen(("127.0.0.1", 0))) as listener:
         async with asyncio.timeout(HANG_S), asyncio.TaskGroup() as group:
             serving = group.create_task(serve_one(listener, settings, seen.watch))

@@ -52,6 +52,14 @@ def test_whoever_counts_it_a_counter_reaches_the_table_of_runs(name: str) -> Non
     assert sum(value for key, value in row.items() if key in Counters().columns()) == row[column], "in no other column"
 
 
+def test_a_stop_after_which_the_guest_runs_at_the_target_was_not_in_vain() -> None:
+    """The source does not know it, where what the target said last is lost."""
+    source = SideReport(1, Counters(retries_stopped_ns=2, stopped_in_vain_ns=9))
+    for where, in_vain_ns in (("", 9), ("source", 9), ("target", 2)):
+        run = RunReport("s", "v2", 1, Timeline(lambda: 0), source, guest_runs_at=where)
+        assert ended(run, OutcomeKind.FAILED).counters.stopped_in_vain_ns == in_vain_ns
+
+
 def columns_of_a_row(outcome: Outcome) -> list[str]:
     """By the fields of the outcome and of its counters."""
     columns: list[str] = []
