@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo quick test validate experiments notebooks docs bench lock clean
+.PHONY: help demo quick test faults validate experiments notebooks docs bench lock clean
 help:
 	@echo 'make demo      migrate the published two-VF machine under v2 and v3; table and figure in out/demo/'
 	@echo 'make quick     after each change: lint, types, and one case of each test that is not slow; less than a minute'
 	@echo 'make test      lint, types and all tests; less than five minutes on two idle cores'
+	@echo 'make faults    search for two faults that a migration does not survive: SEEDS=500 (24 runs each), from a drawn start'
 	@echo 'make validate  hold the simulation against published measurements'
 	@echo 'make experiments  run all experiments into results/ (half an hour on two cores), and write results/report.html'
 	@echo 'make notebooks    execute the notebooks over the results, in place'
@@ -29,6 +30,10 @@ test: $(VENV)/dev.stamp
 	@$(HAS_CC) || $(MAKE) --no-print-directory debian-cc
 	@echo 'some 7,500 tests: less than five minutes on two cores; the slow ones come first'
 	@$(PYTEST)
+
+SEEDS ?= 500
+faults: $(VENV)/dev.stamp
+	@$(BIN)/python -m tests.proto_v3.test_double_faults --seeds $(SEEDS)
 
 validate: $(VENV)/core.stamp
 	@$(BIN)/proto-v3 validate --seeds 30

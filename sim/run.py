@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextvars import Context
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from proto_v3.vmm.migration import GivenUpError, OutcomeKind, Side, Source, Targ
 from proto_v3.wire.channel import Channel
 from sim.clock import virtual
 from sim.clock.port import now_ns
+from sim.clock.stuck import WaitingTask
 from sim.clock.virtual import VirtualLoop
 from sim.host.host import HostResources, device_report, devices_at_source, devices_at_target, seeds
 from sim.host.link import ClosedError, NetworkLink
@@ -25,7 +26,7 @@ from sim.scenario.scenario import Scenario
 
 T = TypeVar("T")
 
-PEER_ENDS_WITHIN_S = 10.0
+PEER_ENDS_WITHIN_S = 30.0
 """Virtual seconds that a side may take to end after the other side failed and closed its connections."""
 
 
@@ -83,6 +84,9 @@ class VirtualRun:
         self.source: Source | None = None
         self.target: Target | None = None
         self.note = self.reason = ""
+        self.sides: dict[str, Side] = {}
+        self.stuck: dict[str, str] = {}
+        """By side: what it waited for when the run was ended, in words."""
         watching = None if watch is None else asyncio.create_task(watch(self), name="watch")
         try:
             kind, failures = await self._both(
@@ -94,6 +98,7 @@ class VirtualRun:
         return self._outcome(kind, failures)
 
     async def _run_source(self, side: Side, channels: Sequence[Channel]) -> OutcomeKind:
+        self.sides["source"] = side
         try:
             self.source, self.note = await make_source(side, channels, self._applied)
         except GivenUpError as end:
@@ -104,6 +109,7 @@ class VirtualRun:
         return kind
 
     async def _run_target(self, side: Side, channels: Sequence[Channel]) -> bool:
+        self.sides["target"] = side
         self.target = await make_target(side, channels, self._applied)
         return self.target is not None and await self.target.run()
 
@@ -118,12 +124,12 @@ class VirtualRun:
         ended_ns: dict[str, int] = {}
         for task in tasks:
             task.add_done_callback(lambda task: ended_ns.setdefault(task.get_name(), now_ns()))
+        self._loop().call_when_stuck(lambda: self._nothing_happens(tasks))
         _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         if pending:  # one side failed, and has ended; the other one then ends by itself, or is cancelled
             self.link.close()
             _, pending = await asyncio.wait(pending, timeout=PEER_ENDS_WITHIN_S)
-        for task in pending:
-            task.cancel()
+        self._kill(pending)
         results = await asyncio.gather(*tasks, return_exceptions=True)
         failures = []
         for task, result in zip(tasks, results, strict=True):
@@ -133,12 +139,42 @@ class VirtualRun:
                 elif not isinstance(error, asyncio.CancelledError):
                     raise error
         sent = results[0]
-        return sent if isinstance(sent, OutcomeKind) else None, failures
+        if isinstance(sent, OutcomeKind):
+            if sent is not OutcomeKind.COMPLETED and all(failure.echo for failure in failures):
+                failures = []  # a target that was given up learns it late
+            self.note = "; ".join(filter(None, [self.note, *self.stuck.values()]))
+            return sent, failures
+        return None, [*failures, *(Failure(side, why, now_ns()) for side, why in self.stuck.items())]
 
-    def _connect(self) -> tuple[list[Channel], list[Channel]]:
+    def _nothing_happens(self, tasks: Sequence[asyncio.Task[Any]]) -> None:
+        """A VMM waits without a limit for what never happens. End the connections, as a user does who waits no longer.
+        A side that does not end then is killed."""
+        self._note_stuck([task for task in tasks if not task.done()])
+        self.link.close()
+        self._loop().call_when_stuck(lambda: self._kill(tasks))
+
+    def _kill(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
+        tasks = [task for task in tasks if not task.done()]
+        self._note_stuck(tasks)
+        for task in tasks:
+            task.cancel()
+
+    def _note_stuck(self, tasks: Sequence[asyncio.Task[Any]]) -> None:
+        """The calls that do not return of the sides that have not ended; or, if there is none, where they wait."""
+        sides = [task.get_name() for task in tasks if task.get_name() in self.sides]
+        hung = {side: call for side in sides if (call := self.sides[side].calls.hung(poll=True))}
+        if not hung and not self.stuck:
+            hung = {task.get_name(): f"waits for ever in {WaitingTask.of(task).places[0]}" for task in tasks}
+        for side, why in hung.items():
+            self.stuck.setdefault(side, f"{side}: {why}")
+
+    def _loop(self) -> VirtualLoop:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
-        self.link = NetworkLink(self.scenario.link, loop, self.timeline)
+        return loop
+
+    def _connect(self) -> tuple[list[Channel], list[Channel]]:
+        self.link = NetworkLink(self.scenario.link, self._loop(), self.timeline)
         ends = [self.link.connect(f"connection {i}") for i in range(connections(self._applied))]
         return [Channel(here) for here, _ in ends], [Channel(there) for _, there in ends]
 

@@ -43,8 +43,9 @@ NAMES = {
 }
 """The kernel's name of each call of a device and of its data fds (proto_v3.vfio.device)."""
 
-ANSWERS_WITHIN_S = 10.0
-"""How long a VMM waits for the answer in which state a device is."""
+RETURNS_WITHIN_S = 5.0
+"""How long a VMM that gives up, or recovers, waits for each call that closes a session or asks for a state. After that
+it goes on without. Ours: QEMU waits for ever, in an ioctl that cannot be interrupted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class DeviceCallError(OSError):
         if self._state is not None:
             return
         with contextlib.suppress(OSError):  # also TimeoutError
-            async with asyncio.timeout(ANSWERS_WITHIN_S):
+            async with asyncio.timeout(RETURNS_WITHIN_S):
                 await self._look(self._of.state)
 
     async def _look(self, began: State) -> None:
@@ -125,15 +126,17 @@ class DeviceCalls:
         """
         return cast(MigrationDevice, _Watched(_CalledDevice(self, device), device.name, device))
 
-    def hung(self, least_ns: float) -> str:
+    def hung(self, least_ns: float = 0, *, poll: bool = False) -> str:
         """The call that has not returned for longest, in words; empty if none is at work for `least_ns`.
 
-        poll() may wait for ever, and does not count. A call that its caller gave up at this very moment does.
+        poll() may wait for ever, and counts only with `poll`, if there is no other. A call that its caller gave up at
+        this very moment counts, too.
         """
         calls = list(self._at_work.values())
         if self._given_up is not None and self._given_up[0] == self.now_ns():
             calls.append(self._given_up[1])
-        longest = min((call for call in calls if call.what != "poll()"), key=lambda call: call.since_ns, default=None)
+        calls = [call for call in calls if poll or call.what != "poll()"]
+        longest = min(calls, key=lambda call: (call.what == "poll()", call.since_ns), default=None)
         if longest is None or self.now_ns() - longest.since_ns < least_ns:
             return ""
         return (

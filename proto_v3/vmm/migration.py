@@ -27,7 +27,7 @@ from proto_v3.errors import (
 from proto_v3.timeline import Join, Mark, Timeline, Work
 from proto_v3.vfio.device import DataFd, MigrationDevice
 from proto_v3.vfio.uapi import MigrationFlags, State
-from proto_v3.vmm.device_calls import DeviceCallError, DeviceCalls, look
+from proto_v3.vmm.device_calls import RETURNS_WITHIN_S, DeviceCallError, DeviceCalls, look
 from proto_v3.vmm.machine import Machine
 from proto_v3.vmm.return_path import HandOver, ReturnPath
 from proto_v3.vmm.switchover import Left, Switchover, SwitchoverSettings, why_not
@@ -48,9 +48,6 @@ class OutcomeKind(enum.StrEnum):
 T = TypeVar("T")
 HUNG = 0.1
 """A call is said to hang if it is at work for this part of the time that the migration had."""
-RETURNS_WITHIN_S = 10.0
-"""How long a VMM that gives up waits for each call that closes a session, and for its last frame to be taken. After
-that it goes on without. Ours: QEMU waits for ever, in an ioctl that cannot be interrupted."""
 
 
 class UnsupportedError(LocalProtocolError):
@@ -160,7 +157,8 @@ class Source(abc.ABC):
                 await look(later)
                 raise ExceptionGroup("the migration failed, and so did the way back", [error, later]) from None
             finally:
-                await self._cancel()
+                with contextlib.suppress(OSError):
+                    await self._cancel()
             raise
         finally:
             if self.back.hand_over is not HandOver.RESUMED:
@@ -234,9 +232,7 @@ class Source(abc.ABC):
         for device in self.side.devices:
             if why := await _set_or_reset(device, State.RUNNING):
                 self.counters.devices_reset_under_guest += 1
-                self.side.resets.append(
-                    f"source, {device.name} was reset under the guest, and what the guest had in it is lost ({why})"
-                )
+                self.side.resets.append(f"source, {device.name} {why}")
 
     def _count_stop_in_vain(self) -> None:
         """The vCPUs run here again, or never will; the guest does not run at the target."""
@@ -352,7 +348,7 @@ class Source(abc.ABC):
 
     async def _cancel(self) -> None:
         """Send CANCEL, last of all: a target that does not read any more may have no room for it."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RETURNS_WITHIN_S):
                 await self.channels[0].send_control(Kind.CANCEL)
 
@@ -426,7 +422,7 @@ class Target(abc.ABC):
     async def cancelled(self) -> bool:
         """The source keeps its guest: reset the devices, as only that leaves RESUMING (vfio.h). Returns False."""
         for device in self.side.devices:
-            await device.reset()
+            await _reset(device)
         return False
 
     async def write(self, fd: DataFd, payload: Payload, piece_bytes: int) -> None:
@@ -480,11 +476,8 @@ async def in_time(side: Side, start_ns: int, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def _set_or_reset(device: MigrationDevice, state: State) -> str:
-    """SET_STATE, or a reset if that fails or does not return (QEMU, vfio_migration_set_state_or_reset). Returns why it
-    was reset, in words; empty if it was not.
-
-    A device that does not return from that either is left alone: the next thing that is done to it may hang too.
-    """
+    """SET_STATE, or a reset if that fails or does not return (QEMU, vfio_migration_set_state_or_reset). Returns what
+    became of the device, in words; empty if SET_STATE did it."""
     try:
         async with asyncio.timeout(RETURNS_WITHIN_S):
             await device.set_state(state)
@@ -494,10 +487,19 @@ async def _set_or_reset(device: MigrationDevice, state: State) -> str:
         if isinstance(error, DeviceCallError):
             await error.look()
             why = error.what
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(RETURNS_WITHIN_S):
-                await device.reset()
-        return why
+    if await _reset(device):
+        return f"was reset under the guest, and what the guest had in it is lost ({why})"
+    return f"is lost to the guest ({why}, and a reset did not return either)"
+
+
+async def _reset(device: MigrationDevice) -> bool:
+    """Reset a device. False if that does not return: the device is then left alone."""
+    try:
+        async with asyncio.timeout(RETURNS_WITHIN_S):
+            await device.reset()
+    except TimeoutError:
+        return False
+    return True
 
 
 async def read_some(fd: DataFd, max_bytes: int) -> Payload | None:

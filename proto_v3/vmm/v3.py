@@ -7,12 +7,14 @@ Variant: a critical fd and one fd of addressable blocks, read by N threads. See 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from proto_v3.vfio.device import NO_STREAM_FLAGS, MigrationDevice
 from proto_v3.vfio.uapi import StreamFlags
+from proto_v3.vmm.device_calls import RETURNS_WITHIN_S
 from proto_v3.wire.streams import Credits, Wire
 
 
@@ -51,7 +53,8 @@ class V3Options:
 
 
 async def opt_out(devices: Sequence[MigrationDevice]) -> None:
-    """Return the devices to v2, for the next user. A device that refuses is left as it is."""
+    """Return the devices to v2, for the next user. One that refuses, or does not answer in time, is left as it is."""
     for device in devices:
-        with contextlib.suppress(OSError):
-            await device.set_streams(0)
+        with contextlib.suppress(OSError):  # also TimeoutError
+            async with asyncio.timeout(RETURNS_WITHIN_S):
+                await device.set_streams(0)

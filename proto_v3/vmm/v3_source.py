@@ -25,8 +25,9 @@ from typing_extensions import override
 from proto_v3.notify import Notify
 from proto_v3.timeline import Join, Work
 from proto_v3.vfio.device import BlocksFd, DataFd, Ready
+from proto_v3.vmm.device_calls import RETURNS_WITHIN_S
 from proto_v3.vmm.first_pass import FirstPass
-from proto_v3.vmm.migration import RETURNS_WITHIN_S, OutcomeKind, Side, Source, pause, read_some
+from proto_v3.vmm.migration import OutcomeKind, Side, Source, pause, read_some
 from proto_v3.vmm.return_path import HandOver
 from proto_v3.vmm.switchover import Backlog, Left, RamBacklog, StoppedOnly, StreamBacklog, Switchover
 from proto_v3.vmm.v3 import V3Options, opt_out

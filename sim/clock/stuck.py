@@ -29,6 +29,13 @@ class WaitingTask(NamedTuple):
     places: tuple[CodePlace, ...]
     awaits: str | None
 
+    @classmethod
+    def of(cls, task: asyncio.Task[Any]) -> WaitingTask:
+        """Where a task waits."""
+        awaited = getattr(task, "_fut_waiter", None)
+        awaits = awaited.get_name() if isinstance(awaited, asyncio.Task) else None
+        return cls(task.get_name(), _await_chain(task.get_coro()), awaits)
+
     def __str__(self) -> str:
         where = ", called from ".join(map(str, self.places)) or "an unknown place"
         return f"{self.name} waits in {where}" + (f", for task {self.awaits}" if self.awaits else "")
@@ -38,7 +45,7 @@ class StuckError(ClockError):
     """A run that would never end. `waiting` lists the unfinished ones of `tasks`."""
 
     def __init__(self, reason: str, tasks: Iterable[asyncio.Task[Any]]) -> None:
-        self.waiting = _waiting(tasks)
+        self.waiting = [WaitingTask.of(task) for task in tasks if not task.done()]
         super().__init__("\n  ".join([reason, *map(str, self.waiting)]))
 
 
@@ -48,16 +55,6 @@ class DeadlockError(StuckError):
 
 class TimeLimitError(StuckError):
     """Virtual time would pass the loop's limit, or callbacks continue without end at one instant."""
-
-
-def _waiting(tasks: Iterable[asyncio.Task[Any]]) -> list[WaitingTask]:
-    unfinished = []
-    for task in tasks:
-        if not task.done():
-            awaited = getattr(task, "_fut_waiter", None)
-            awaits = awaited.get_name() if isinstance(awaited, asyncio.Task) else None
-            unfinished.append(WaitingTask(task.get_name(), _await_chain(task.get_coro()), awaits))
-    return unfinished
 
 
 def _await_chain(awaited: object) -> tuple[CodePlace, ...]:

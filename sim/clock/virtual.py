@@ -21,8 +21,9 @@ coroutines given to `asyncio.as_completed` (give it tasks) and futures made by `
 objects in a reference cycle, which run when the garbage collector finds them.
 
 Errors. If no callback is ready and no timer is set, nothing can happen any more: `DeadlockError` reports where each
-task waits. A task's exception is raised when its run ends, unless it was retrieved in asyncio's sense; what `gather`
-and `shield` drop on purpose was. Of the tasks that are done, the loop keeps those that failed.
+task waits, unless `call_when_stuck` said what to do then. A task's exception is raised when its run ends, unless it was
+retrieved in asyncio's sense; what `gather` and `shield` drop on purpose was. Of the tasks that are done, the loop keeps
+those that failed.
 
 Async generators that are still open at the end are not closed: the code that uses one must do it (`aclosing`).
 
@@ -155,6 +156,7 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
         self._failed: list[_Task[Any]] = []
         self._other_errors: list[BaseException] = []
         self._awaited: asyncio.Future[Any] | None = None
+        self._when_stuck: Handle | None = None
         self._stopping = self._closed = False
 
     # Time and callbacks.
@@ -184,6 +186,10 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
     def call_at_ns(self, when_ns: int, callback: Callback, *args: Any) -> Handle:
         """Run the callback at `when_ns` nanoseconds. ValueError if that is past, TypeError if not an integer."""
         return self._call_at(when_ns, callback, args, None)
+
+    def call_when_stuck(self, callback: Callback) -> None:
+        """If nothing can happen any more, run the callback, once, in place of raising DeadlockError."""
+        self._when_stuck = Handle(callback, (), None)
 
     def _call_at(self, when_ns: int, callback: Callback, args: tuple[Any, ...], context: Context | None) -> Handle:
         handle = Handle(callback, args, context)
@@ -313,6 +319,10 @@ class VirtualLoop(_Refusing):  # type: ignore[misc]  # a base made at run time
                 timers[:] = [entry for entry in timers if not entry[2].cancelled()]
                 heapify(timers)
                 compact_at = max(1000, 2 * len(timers))
+            if not timers and self._when_stuck is not None:
+                ready.append(self._when_stuck)
+                self._when_stuck = None
+                continue
             if not timers:
                 raise DeadlockError(f"nothing can happen any more at {self._now_ns} ns", self._tasks.values())
             entry = heappop(timers)

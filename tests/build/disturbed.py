@@ -1,11 +1,12 @@
-"""A small migration under watch, in which one thing is done at one event: a call fails, a connection is cut, a side is
-killed.
+"""A small migration under watch, in which something is done at an event, or at several: a call fails or never returns,
+a connection is cut, a side is killed.
 
 An *event* is each callback of the virtual loop, before it runs, and each call over a port (device, data fd, machine,
-RAM, transport), when it starts and when it returns. Events are numbered from 1, alike in each run up to the one at
-which something is done. What is done:
+RAM, transport), when it starts and when it returns. Events are numbered from 1, alike in each run up to the first one
+at which something is done. What is done:
 
     fail          the call fails, before it does anything or after it did it all: EIO, or a transport's reset
+    hang          a device's call never returns, before it does anything or after it did it all
     cut N         connection N is cut, as by a TCP reset: what is on its way is lost, both ends learn of it
     cut all       all connections at once
     kill source   as by SIGKILL: all its connections are cut, and no call of it does anything, or returns, any more
@@ -60,11 +61,40 @@ class Event:
 
 CALLBACK = Event("callback")
 NOT_YET = Event("not yet")
+NO_WAY_OUT = ("reset", "start_vcpus")
+"""Calls that do not fail: no protocol has a way out of that."""
 
 
 @functools.cache
 def _start_and_return(side: str, port: str, call: str) -> tuple[Event, Event]:
     return Event("starts", side, port, call), Event("returns", side, port, call)
+
+
+@dataclass(slots=True)
+class Fault:
+    """What is done, and at which event."""
+
+    at: int
+    done: str
+    hit: Event = NOT_YET
+    """Where it was done."""
+    told: Any = None
+    """The call's arguments, or its result."""
+
+    @property
+    def does(self) -> str:
+        """`fail`, `hang`, `cut` or `kill`."""
+        return self.done.split()[0]
+
+    def can_be_done_at(self, event: Event) -> bool:
+        """A call fails, or one of a device hangs; reset() and start_vcpus() do neither."""
+        match self.does:
+            case "fail":
+                return bool(event.call) and event.call not in NO_WAY_OUT
+            case "hang":
+                return event.port not in ("", "machine", "ram") and event.call not in (*NO_WAY_OUT, "send", "recv")
+            case _:
+                return True
 
 
 class Callbacks(deque[Any]):
@@ -103,37 +133,37 @@ class Port:
 
     async def _call(self, method: Callable[..., Any], starts: Event, returns: Event, *args: Any) -> Any:
         run = self._run
-        run.event(starts, args)
+        await run.call(starts, args)
         try:
             result = await method(*args)
         except Exception:
             run.check_alive(self._side)
             raise
-        run.event(returns, result)
+        await run.call(returns, result)
         if hasattr(result, "poll"):
             return Port(run, self._side, f"{self._name}'s fd", result)
         return result
 
 
 class Disturbed(VirtualRun):
-    """A run; `done` is done at event number `at`, if that is not 0."""
+    """A run with faults. One that cannot be done at its event is done at the next one at which it can."""
 
-    def __init__(self, scenario: Scenario, protocol: Protocol, at: int = 0, done: str = "") -> None:
+    def __init__(self, scenario: Scenario, protocol: Protocol, faults: Sequence[Fault] = ()) -> None:
         super().__init__(protocol.applied(scenario), 1)
-        self.at = at
-        self.done = done.split()
+        self.faults = faults
         self.count = 0
         self.events: list[Event] = []
         """All of them, where nothing is done."""
-        self.hit: Event = NOT_YET
-        """At which it was done."""
-        self.hit_told: Any = None
-        """The call's arguments, or its result."""
-        self.dead = ""
+        self.dead: set[str] = set()
+        """Sides that were killed."""
+        self.hangs: set[str] = set()
+        """Sides that have a call that never returns."""
+        self._hangs_now = False
         self.said: dict[str, list[Kind]] = {"source": [], "target": []}
         """In frames without payload."""
         self.heard: dict[str, list[Kind]] = {"source": [], "target": []}
         self.source_resets = 0
+        self.guest_was_stopped = False
         self.wrong: list[str] = []
         self.ended_ns = 0
         self.failures: list[Failure] = []
@@ -147,7 +177,7 @@ class Disturbed(VirtualRun):
 
     def guest_runs_at(self) -> list[str]:
         """On which sides that live."""
-        return [side for side, machine in self.machines.items() if machine.running and side != self.dead]
+        return [side for side, machine in self.machines.items() if machine.running and side not in self.dead]
 
     def drivers_of(self, side: str) -> list[SimDriver]:
         return self.drivers if side == "source" else self.drivers_at_target
@@ -200,16 +230,26 @@ class Disturbed(VirtualRun):
             self.check_alive(event.side)
             self._look(event, told)
         self.count += 1
-        if not self.at:
+        if not self.faults:
             self.events.append(event)
-        if self.count == self.at:
-            self.hit, self.hit_told = event, told
-            self._disturb(event)
-            self.check_alive(event.side)
+        for fault in self.faults:
+            if fault.hit is NOT_YET and self.count >= fault.at and fault.can_be_done_at(event):
+                fault.hit, fault.told = event, told
+                self._disturb(fault, event)
+                self.check_alive(event.side)
+                break  # one at an event
+
+    async def call(self, event: Event, told: Any) -> None:
+        """A call starts or returns; it may hang there."""
+        self.event(event, told)
+        if self._hangs_now:
+            self._hangs_now = False
+            self.hangs.add(event.side)
+            await asyncio.Event().wait()
 
     def check_alive(self, side: str) -> None:
         """One that was killed does nothing any more."""
-        if side and side == self.dead:
+        if side in self.dead:
             raise asyncio.CancelledError
 
     def _look(self, event: Event, told: Any) -> None:
@@ -218,6 +258,8 @@ class Disturbed(VirtualRun):
                 self.said[event.side].append(decode(*told).kind)
             case "recv", "returns" if not len(told[1]):
                 self.heard[event.side].append(decode(*told).kind)
+            case "stop_vcpus", "starts":
+                self.guest_was_stopped = True
             case "reset", "starts":
                 self.source_resets += event.side == "source"
             case "start_vcpus", "starts":
@@ -234,16 +276,18 @@ class Disturbed(VirtualRun):
         if side == "source" and handed_over:
             self.wrong.append("the source starts the guest after it said COMMIT or END")
 
-    def _disturb(self, event: Event) -> None:
-        match self.done:
+    def _disturb(self, fault: Fault, event: Event) -> None:
+        match fault.done.split():
             case ["fail"] if event.call in ("send", "recv"):
                 raise ConnectionResetError(errno.ECONNRESET, "made to fail")
             case ["fail"]:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
+            case ["hang"]:
+                self._hangs_now = True
             case ["cut", which]:
                 self._cut(which)
             case ["kill", side]:
-                self.dead = side
+                self.dead.add(side)
                 self._cut("all")
                 task = self._tasks.get(side)  # none, if it has not begun: its first call is its last
                 if task is not None:

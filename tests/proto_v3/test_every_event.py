@@ -2,9 +2,9 @@
 lost, always an end.
 
 What is exhaustive (`disturbed` says what an event is, and what is done at one), in each of `MIGRATIONS`: each call
-fails, at its start and at its return. Each connection is cut (one for all that carry the same), all of them are, and
-each side is killed: before every callback of the loop, and between the calls in it, where it says every="event"; at the
-start and the return of every call in the others. One thing is done a run.
+fails, at its start and at its return; in some, each call of a device hangs there. Each connection is cut (one for all
+that carry the same), all of them are, and each side is killed: before every callback of the loop, and between the calls
+in it, where it says every="event"; at the start and the return of every call in the others. One thing is done a run.
 
 Left out: reset() and start_vcpus() do not fail, for no protocol has a way out of that. A device that refuses to be
 opted out of streams stays so; its guest runs all the same.
@@ -35,6 +35,7 @@ from typing import Any
 import pytest
 
 from proto_v3.vfio.uapi import State
+from proto_v3.vmm.device_calls import RETURNS_WITHIN_S
 from proto_v3.vmm.migration import OutcomeKind, Source, Target
 from proto_v3.vmm.return_path import ReturnPath
 from proto_v3.wire.channel import Channel
@@ -44,7 +45,7 @@ from sim.run import simulate
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import ns
-from tests.build.disturbed import CALLBACK, HAND_OVER, NOT_YET, Disturbed, Event
+from tests.build.disturbed import CALLBACK, HAND_OVER, NOT_YET, Disturbed, Event, Fault
 from tests.build.scenario import small_scenario
 
 SMALL: dict[str, Any] = {
@@ -86,6 +87,8 @@ class Migration:
     cut_alone: int | None = None
     """How many of them are cut one by one, from the first on; the others are as the last of these. None: all."""
     ends: OutcomeKind = OutcomeKind.COMPLETED
+    hangs: bool = False
+    """Each call of a device is made to hang, too."""
     every: str = "call"
     """Its connections are cut, and its sides are killed, at every `event`, or at every `call`: start and return."""
 
@@ -93,8 +96,8 @@ class Migration:
     def scenario(self) -> Scenario:
         return small_scenario(SMALL | self.changes)
 
-    def run(self, at: int = 0, done: str = "") -> Disturbed:
-        return Disturbed(self.scenario, Protocol.parse(self.protocol, self.scenario), at, done)
+    def run(self, *faults: Fault) -> Disturbed:
+        return Disturbed(self.scenario, Protocol.parse(self.protocol, self.scenario), faults)
 
     @functools.cached_property
     def events(self) -> list[Event]:
@@ -107,13 +110,14 @@ class Migration:
     def all_done(self) -> list[str]:
         """What is done to it."""
         cuts = [f"cut {at}" for at in range(self.connections if self.cut_alone is None else self.cut_alone)]
-        return ["fail", "kill source", "kill target", *cuts, *(["cut all"] if self.connections > 1 else [])]
+        hang = ["hang"] if self.hangs else []
+        return [*hang, "fail", "kill source", "kill target", *cuts, *(["cut all"] if self.connections > 1 else [])]
 
     def numbers(self, done: str) -> list[int]:
         """Of the events at which this is done; not where it would be the same at the event before."""
         numbered = list(zip(range(1, len(self.events)), self.events[1:], self.events, strict=False))
-        if done == "fail":
-            return [at for at, event, _ in numbered if event.call and event.call not in ("reset", "start_vcpus")]
+        if done in ("fail", "hang"):
+            return [at for at, event, _ in numbered if Fault(at, done).can_be_done_at(event)]
         if self.every == "call":
             return [at for at, event, before in numbered if event.call and not begins_at_once(event, before)]
         return [at for at, event, before in numbered if event == CALLBACK or begins_at_once(event, before)]
@@ -129,14 +133,14 @@ MIGRATIONS: dict[str, Migration] = {
     "v2-multifd": Migration("v2-multifd", connections=3, cut_alone=2, every="event"),
     "v2-ack": Migration("v2-reinit-flush-ack-reusable", NO_LATE_ONE),
     "v2-late-ack": Migration("v2-reinit-flush-ack-reusable", ends=OutcomeKind.FAILED),
-    "v2-cancelled": Migration("v2", CANCELLED, ends=OutcomeKind.CANCELLED),
+    "v2-cancelled": Migration("v2", CANCELLED, hangs=True, ends=OutcomeKind.CANCELLED),
     "v2-two": Migration("v2", TWO),
-    "v2-multifd-two": Migration("v2-multifd", TWO, connections=3, cut_alone=2),
+    "v2-multifd-two": Migration("v2-multifd", TWO, hangs=True, connections=3, cut_alone=2),
     "v3-n2": Migration("v3-n2", connections=4, cut_alone=3, every="event"),
     "v3-n2-pool": Migration("v3-n2-pool", CREDIT, connections=3, cut_alone=2),
-    "v3-n2-one": Migration("v3-n2-one"),
+    "v3-n2-one": Migration("v3-n2-one", hangs=True),
     "v3-n1-retry": Migration("v3-n1-retry", connections=3),
-    "v3-blocks-n2": Migration("v3-blocks-n2", connections=4, cut_alone=3),
+    "v3-blocks-n2": Migration("v3-blocks-n2", hangs=True, connections=4, cut_alone=3),
     "v3-n2-invalidate": Migration("v3-n2-invalidate", connections=4, cut_alone=0),
     "v3-n2-cancelled": Migration("v3-n2", CANCELLED, connections=4, cut_alone=2, ends=OutcomeKind.CANCELLED),
     "v3-n1-one-two": Migration("v3-n1-one", TWO),
@@ -184,7 +188,7 @@ def may_run_at(migration: Migration, done: str) -> set[str]:
 
 def judged(migration: Migration, at: int, done: str) -> tuple[str, list[str]]:
     """Where the guest runs at the end, and what is wrong."""
-    run = migration.run(at, done)
+    run = migration.run(Fault(at, done))
     try:
         outcome = run.go()
     except (Exception, BaseExceptionGroup) as error:
@@ -194,15 +198,18 @@ def judged(migration: Migration, at: int, done: str) -> tuple[str, list[str]]:
 
 
 def complaints(run: Disturbed, outcome: Outcome, where: str) -> Iterator[str]:
-    if run.hit is NOT_YET:
+    if all(fault.hit is NOT_YET for fault in run.faults):
         yield "there was no such event"
         return
-    if run.ended_ns > ns(1000):
+    if run.ended_ns > ns(1000) and not run.hangs:
         yield f"it ended after {run.ended_ns} ns: a peer counted as lost"
+    if run.stuck and not run.hangs:
+        yield from run.stuck.values()
     yield from about_the_reason(run, outcome)
-    for side in ("source", "target"):
+    yield from about_a_call_that_hangs(run, outcome)
+    for side in {"source", "target"} - run.dead:
         for driver in run.drivers_of(side):
-            if driver._state is State.ERROR and side != run.dead:
+            if driver._state is State.ERROR and not killed_as_it_hung(run, side):
                 yield f"{side}'s {driver.name} is left in ERROR"
     if where == "source":
         yield from about_a_guest_at_the_source(run, outcome)
@@ -212,14 +219,40 @@ def complaints(run: Disturbed, outcome: Outcome, where: str) -> Iterator[str]:
         yield from about_a_guest_that_does_not_run(run, outcome)
 
 
+def does(run: Disturbed, *what: str) -> bool:
+    """Whether this was done."""
+    return any(fault.does in what for fault in run.faults if fault.hit is not NOT_YET)
+
+
+def about_a_call_that_hangs(run: Disturbed, outcome: Outcome) -> Iterator[str]:
+    """Before the stop, the source gives up or is cancelled in time, and names the call if it held up anything."""
+    if run.hangs != {"source"} or run.guest_was_stopped or len(run.faults) > 1:
+        return
+    settings, (fault,) = run.scenario.switchover_settings(), run.faults
+    closes_ns = ns(RETURNS_WITHIN_S * 1000) if fault.hit.call == "set_state" else 0  # it may be the one that closes
+    if outcome.kind not in (OutcomeKind.DID_NOT_CONVERGE, OutcomeKind.CANCELLED):
+        yield f"it ended as {outcome.kind}: {outcome.reason!r}"
+    if run.ended_ns > min(settings.give_up_ns, settings.cancel_ns or settings.give_up_ns) + ns(10) + closes_ns:
+        yield f"it ended after {run.ended_ns} ns, which is too late"
+    named = fault.hit.call == "poll" or "has not returned for 0." in outcome.reason
+    if outcome.kind is OutcomeKind.DID_NOT_CONVERGE and not named:
+        yield f"the reason does not name the call: {outcome.reason!r}"
+
+
+def killed_as_it_hung(run: Disturbed, side: str) -> bool:
+    """The target's thread waits in a call for ever: it ends with its process, and the kernel closes its devices."""
+    return side == "target" and side in run.hangs
+
+
 def about_the_reason(run: Disturbed, outcome: Outcome) -> Iterator[str]:
     """It tells what was done, and not only that the peer failed."""
     told = {
         "fail": ("Input/output error", "made to fail", "was cut"),
+        "hang": ("has not returned", "did not return"),
         "cut": ("was cut",),
         "kill": ("was cut", "killed"),
     }
-    due = ("its ack comes too late", *told[run.done[0]])
+    due = ["its ack comes too late", *(text for fault in run.faults for text in told[fault.does])]
     if outcome.kind is OutcomeKind.FAILED and not any(each in outcome.reason for each in due):
         yield f"the reason is {outcome.reason!r}"
 
@@ -228,16 +261,16 @@ def about_a_guest_at_the_source(run: Disturbed, outcome: Outcome) -> Iterator[st
     if outcome.kind is OutcomeKind.COMPLETED:
         yield "COMPLETED, but the guest runs at the source"
     yield from about_devices_that_go_on(run, "source")
-    if run.source_resets and run.hit.call != "set_state":
+    if run.source_resets and not any(fault.hit.call == "set_state" for fault in run.faults):
         yield "a device of the source was reset: its state is lost"
     if any(state._stopped_ns is not None for state in run.states):
         yield "the guest runs, but its devices are stopped"
-    if not run.dead:
+    if "target" not in run.dead | run.hangs:
         yield from about_devices_that_go_on(run, "target")
 
 
 def about_a_guest_at_the_target(run: Disturbed, outcome: Outcome) -> Iterator[str]:
-    if not run.dead and Kind.RESUMED not in run.heard["source"] and not is_lost_and_told(run, outcome):
+    if "source" not in run.dead and Kind.RESUMED not in run.heard["source"] and not is_lost_and_told(run, outcome):
         yield f"the source does not know that the target may run: {outcome.reason!r}"
     yield from about_devices_that_go_on(run, "target")
     for driver, image, state in zip(run.drivers, run.images, run.states, strict=True):
@@ -246,18 +279,20 @@ def about_a_guest_at_the_target(run: Disturbed, outcome: Outcome) -> Iterator[st
 
 
 def about_a_guest_that_does_not_run(run: Disturbed, outcome: Outcome) -> Iterator[str]:
-    if run.dead != "target":
+    if "target" not in run.dead | run.hangs:
         yield from about_devices_that_go_on(run, "target")
-        if not HAND_OVER.isdisjoint(run.heard["target"]) and run.done != ["fail"] and not hands_over_early(run):
+        if not HAND_OVER.isdisjoint(run.heard["target"]) and not does(run, "fail") and not hands_over_early(run):
             yield "the target had COMMIT or END, and does not run"
-    if run.dead == "source":
+    if "source" in run.dead:
         return
     if outcome.kind is OutcomeKind.COMPLETED:
-        if run.dead != "target" or Kind.RESUMED not in run.heard["source"]:
+        if "target" not in run.dead or Kind.RESUMED not in run.heard["source"]:
             yield "COMPLETED, but the guest runs nowhere"
         return
-    cut_off = run.done[0] == "kill" or run.done in (["cut", "0"], ["cut", "all"]) or run.hit.port == "connection 0"
-    if not cut_off and not hands_over_early(run):
+    cut_off = does(run, "kill") or any(
+        fault.done in ("cut 0", "cut all") or fault.hit.port == "connection 0" for fault in run.faults
+    )
+    if not cut_off and not hands_over_early(run) and not run.hangs:
         yield "the guest runs nowhere, though the two can talk"
     if not is_lost_and_told(run, outcome):
         yield f"the guest runs nowhere, and the source says only {outcome.reason!r}"
@@ -268,7 +303,7 @@ def about_a_guest_that_does_not_run(run: Disturbed, outcome: Outcome) -> Iterato
 
 def hands_over_early(run: Disturbed) -> bool:
     """END comes before all that the target needs."""
-    return run._applied.protocol.name == "v2-multifd"
+    return "multifd" in run._applied.protocol.name
 
 
 def is_lost_and_told(run: Disturbed, outcome: Outcome) -> bool:
@@ -277,7 +312,7 @@ def is_lost_and_told(run: Disturbed, outcome: Outcome) -> bool:
 
 def about_devices_that_go_on(run: Disturbed, side: str) -> Iterator[str]:
     """As they were before the migration: running, no session open, users of v2."""
-    cannot_opt_out = run.done == ["fail"] and (run.hit.call, run.hit_told) == ("set_streams", (0,))
+    cannot_opt_out = any((fault.hit.call, fault.told) == ("set_streams", (0,)) for fault in run.faults)
     for driver in run.drivers_of(side):
         if driver._state is not State.RUNNING:
             yield f"{side}'s {driver.name} is left in {driver._state.name}"
@@ -359,7 +394,7 @@ WRONG: list[tuple[type, str, Any, str, str]] = [
     (Source, "recover", does_nothing, "cut 0", "the guest runs nowhere, and the source says only"),
     (Source, "recover", resets, "kill target", "its state is lost"),
     (Source, "recover", waits, "cut 0", "a peer counted as lost"),
-    (ReturnPath, "reached", waits, "cut all", "DeadlockError"),
+    (ReturnPath, "reached", waits, "cut all", "waits for ever in "),
     (Target, "cancelled", does_nothing, "cut 0", "left in RESUMING"),
     (Target, "resume_guest", does_nothing, "kill source", "the target had COMMIT or END, and does not run"),
     (Channel, "send_control", tells_no_failure, "fail", "the guest runs nowhere, though the two can talk"),
@@ -382,7 +417,7 @@ def main() -> None:
     name, at, done = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     migration = MIGRATIONS[name]
     print(f"{name}: {done!r} at event {at} of {len(migration.events) - 1}, {migration.events[at]}")
-    run = migration.run(at, done)
+    run = migration.run(Fault(at, done))
     print(run.go())
     print("the guest runs at", run.guest_runs_at(), "at the end, after", run.ended_ns, "ns")
     print("\n".join(judged(migration, at, done)[1]) or "nothing is wrong")
