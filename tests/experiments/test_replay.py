@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,30 @@ def test_a_sweeps_trace_has_the_whole_cell_in_its_name(swept: Path, here: Path) 
     assert [path.name for path in (here / "out").glob("*.*")] == ["sweep-0a1b2c3d4e5f.perfetto-trace"]
 
 
+@pytest.mark.parametrize("cell", ["0a/../../../victim", "/victim", "0a\x1b[2J", "0a" + 300 * "b"])
+def test_a_cell_of_somebody_elses_table_is_no_path(swept: Path, here: Path, cell: str) -> None:
+    (here / "victim.perfetto-trace").write_text("precious")
+    shutil.copytree(swept, here / "evil")
+    table = pl.read_parquet(swept / "runs.parquet").head(1)
+    table.with_columns(cell=pl.lit(cell)).write_parquet(here / "evil/runs.parquet")
+    done = replay(f"evil:{cell[:2]}")
+    assert done.exit_code == 0, done.output
+    assert (here / "victim.perfetto-trace").read_text() == "precious"
+    assert "\x1b" not in done.output
+    (trace,) = (here / "out").iterdir()
+    assert trace.name.startswith("evil-")
+
+
+def test_a_name_is_looked_up_in_out_before_results(compared: Path, swept: Path, here: Path) -> None:
+    shutil.copytree(compared, here / "results/small")
+    rewrite(here / "results/small", digest="0" * 64)
+    (here / "out/run").mkdir()
+    assert replay("small:v2:1").exit_code == 0
+    assert replay("results/small:v2:1").exit_code == 1
+    swept.rename(here / "out/run/sweep")
+    assert replay("sweep:0a1b").exit_code == 0
+
+
 # --- runs that are not -----------------------------------------------------------------------------------------------
 
 
@@ -192,6 +218,10 @@ def test_a_folder_that_cannot_be_used_is_told(compared: Path) -> None:
     good, how = table.read_bytes(), json.loads(manifest.read_text())
     pl.read_parquet(table).drop("digest", "seed").write_parquet(table)
     assert "runs.parquet: has no column digest, seed" in told()
+    pl.read_parquet(io.BytesIO(good)).with_columns(seed=pl.lit("x")).write_parquet(table)
+    assert "runs.parquet: column seed is of type String; must be Int64" in told()
+    pl.read_parquet(io.BytesIO(good)).with_columns(seed=-pl.col("seed")).write_parquet(table)
+    assert "column seed has negative numbers" in told()
     table.write_bytes(good[:100])
     assert "runs.parquet: cannot be read as Parquet" in told()
     table.rename(compared / "runs.csv")
