@@ -123,7 +123,7 @@ def effects(frame: pl.DataFrame) -> Iterator[Section]:
     yield Section(
         "effects",
         "Differences of the downtime, paired by seed",
-        "other minus base: mean, with the 95 % interval (low, high) of a bootstrap over the pairs; two pairs at least",
+        "other minus base: mean; low, high: 95 % interval by bootstrap over the pairs, too narrow for less than 10",
         [
             Heading("base", "base"),
             Heading("other", "other"),

@@ -9,11 +9,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from experiments.runs.frame import COMPLETED, completed_runs, ms, number, path_shares, protocols
+from experiments.study.statistics import ENOUGH_SEEDS, interval
 from experiments.study.summaries import far_over_limit
 from sim.scenario.units import NS_PER_MS
-
-ENOUGH_SEEDS = 10
-"""For an interval by the bootstrap, which draws from them."""
 
 
 def conclusion(runs: pl.DataFrame) -> list[str]:
@@ -121,8 +119,6 @@ def _interval(change_ms: NDArray[np.float64]) -> str:
     """The mean's 95 % confidence interval in words, by the bootstrap over seeds; nothing for a handful of them."""
     if len(change_ms) < ENOUGH_SEEDS:
         return ""
-    from experiments.study.statistics import interval  # late: it loads SciPy
-
     mean = interval(change_ms)
     verdict = ", which has 0 in it: no difference is shown" if 0 in mean else ""
     return f"; 95 % interval of the mean {mean.low:+.1f} to {mean.high:+.1f} ms{verdict}"

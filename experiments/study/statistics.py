@@ -22,6 +22,8 @@ Floats = NDArray[np.float64]
 
 LEVEL = 0.95
 RESAMPLES = 2000
+ENOUGH_SEEDS = 10
+"""For an interval by the bootstrap, which draws from them: of fewer values it is too narrow."""
 
 
 @dataclass(frozen=True, slots=True)
