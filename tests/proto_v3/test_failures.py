@@ -5,6 +5,7 @@ Whatever happens, never two sides run the guest, and one does at the end: the so
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import re
@@ -20,6 +21,7 @@ from proto_v3.timeline import Mark
 from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.fsm import arcs
 from proto_v3.vfio.uapi import MigrationFlags, State
+from proto_v3.vmm.device_calls import RETURNS_WITHIN_S
 from proto_v3.vmm.migration import OutcomeKind
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Kind, Payload
@@ -233,6 +235,52 @@ def test_a_call_that_times_out_is_a_failure_not_a_cancel(
         rf"source, dev( stream \d)?: {what} failed: ETIMEDOUT \(.*\); this left it in PRE_COPY", outcome.reason
     )
     assert outcome.guest_runs_at == "source"
+
+
+# --- a call never returns --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.rule("v2.vmm.13", "v3.9.3")
+@pytest.mark.parametrize("cancels", [False, True])
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_device_that_does_not_answer_any_more_ends_the_migration_and_is_told_as_lost(
+    name: str, cancels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After 50 ms no call of the source's device returns, a reset included. The guest never stands still for it."""
+    times = {"vmm.give_up_s": 0.4} | ({"vmm.cancel_after_s": 0.3} if cancels else {})
+    watched = Watched(small_scenario(ENDLESS | times), name)
+
+    def hanging(call: Callable[..., Any]) -> Callable[..., Any]:
+        async def hangs(self: Any, *arguments: Any) -> Any:
+            if now_ns() > ns(50) and self not in watched.run.drivers_at_target:
+                await asyncio.Event().wait()
+            return await call(self, *arguments)
+
+        return hangs
+
+    for kind, calls in (
+        (SimDriver, ("set_state", "reset", "stop_copy_bytes", "set_streams")),
+        (SaveStream, ("read",)),
+        (SaveBlocks, ("read_blocks", "dirty_blocks")),
+        (V2Stream, ("precopy_info",)),
+        (V3Stream, ("stream_info",)),
+    ):
+        for call in calls:
+            monkeypatch.setattr(kind, call, hanging(getattr(kind, call)))
+    outcome = watched.outcome()
+    assert outcome.total_ns is not None
+    gone_ns = outcome.total_ns - ns(300 if cancels else 400)
+    least = 3 if name.startswith("v3") else 2  # SET_STATE, the reset, and v3's way out of streams
+    assert 0 <= gone_ns - ns(least * RETURNS_WITHIN_S * 1000) < ns(10)
+    lost = "source, dev is lost to the guest (SET_STATE did not return for 5 s, and a reset did not return either)"
+    assert outcome.reason.endswith(lost)
+    if cancels:
+        assert (outcome.kind, outcome.reason) == (OutcomeKind.CANCELLED, lost)
+    else:
+        assert outcome.kind is OutcomeKind.DID_NOT_CONVERGE
+        assert re.match(r"given up after 0.4 s of pre-copy: .+ of dev.* has not returned for 0.3", outcome.reason)
+    assert outcome.guest_runs_at == "source"
+    assert watched.stops == 0
 
 
 # --- an arc fails ----------------------------------------------------------------------------------------------------

@@ -603,6 +603,29 @@ def test_after_a_deadlock_the_tasks_have_ended() -> None:
     assert seen == ["child at 1", "main"]
 
 
+def test_a_callback_runs_once_when_nothing_else_can_happen() -> None:
+    seen: list[int] = []
+
+    async def main() -> None:
+        event = asyncio.Event()
+
+        def stuck() -> None:
+            seen.append(now_ns())
+            event.set()
+
+        loop: Any = asyncio.get_running_loop()
+        loop.call_when_stuck(stuck)
+        await sleep_ns(SECOND)
+        await event.wait()
+        await sleep_ns(1)
+        event.clear()
+        await event.wait()
+
+    with pytest.raises(DeadlockError, match=f"at {SECOND + 1} ns"):
+        run(main())
+    assert seen == [SECOND]
+
+
 def test_a_task_that_will_not_end_is_closed_and_reported() -> None:
     seen: list[str] = []
 
