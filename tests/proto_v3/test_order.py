@@ -72,6 +72,7 @@ def all_kinds(name: str) -> list[Kind]:
     return undisturbed.kinds
 
 
+@pytest.mark.rule("v2.vmm.15", "v3.8.4")
 @pytest.mark.parametrize("how", ["missing", "doubled", "early"])
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_a_target_that_gets_not_what_is_due_leaves_the_guest_at_the_source(name: str, how: str) -> None:
