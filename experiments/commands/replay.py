@@ -21,7 +21,7 @@ from experiments.report import tables
 from experiments.report.tables import say
 from experiments.runs import frame as results
 from experiments.runs import manifest
-from experiments.runs.folder import MANIFEST, OUT
+from experiments.runs.folder import MANIFEST, OUT, damaged
 from experiments.trace.traced_run import TRACE_SUFFIX, traced_run
 from proto_v3.errors import UserError
 from proto_v3.text import clean
@@ -194,4 +194,6 @@ def _print(console: Console, read: Results, row: dict[str, Any], outcome: Outcom
     else:
         made_by, here = clean(str(read.manifest.get("git_revision", "unknown"))), manifest.git_revision()
         say(console, f"Not the same run: the table was made by revision {made_by}, and this is {here}.")
+        for wrong in damaged(read.folder, read.manifest):
+            say(console, f"{read.folder}: {wrong}")
     return same

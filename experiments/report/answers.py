@@ -335,8 +335,8 @@ def _read_kept(question: str, read: Callable[[Path], T]) -> T:
     find(question)
     folder = results_folder()
     how = (
-        f"make them with: proto-v3 run {question}; or a few, in a minute, with: proto-v3 run {question} --quick, and "
-        f"set {FOLDER_VARIABLE}=out/quick"
+        f"make them with: proto-v3 run {question}, and set {FOLDER_VARIABLE}={OWN[0]}; or a few, in a minute, with "
+        f"--quick, and set {FOLDER_VARIABLE}={OWN[1]}"
     )
     try:
         return read(folder / question)

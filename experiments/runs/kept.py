@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from experiments.runs.folder import MANIFEST
+from experiments.runs.folder import MANIFEST, damaged
 from experiments.runs.frame import read
 from proto_v3.errors import UserError
 from proto_v3.text import clean
@@ -47,6 +47,8 @@ def read_folder(folder: Path) -> Kept:
         raise UserError(f"{file}: cannot be read: {clean(str(error))}") from error
     if not isinstance(manifest, dict):
         raise UserError(f"{file}: is no manifest: it must be an object with keys")
+    if wrong := [each for each in damaged(folder, manifest) if ".parquet" in each or ".csv" in each]:
+        raise UserError(f"{folder}: {'; '.join(wrong)}")
     runs = _table(folder, "runs")
     summaries = {name: table for name in SUMMARIES if (table := _table(folder, name)) is not None}
     if runs is None and not summaries:
