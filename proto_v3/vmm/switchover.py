@@ -247,7 +247,7 @@ def why_not(
 
     `switchover` and `parts`: None and empty if they are not known. `held_up`: other reasons, in words.
     """
-    after = f"given up after {precopy_ns / NS_PER_S:.4g} s of pre-copy"
+    after = f"given up after {_digits(precopy_ns / NS_PER_S, 3)} s of pre-copy"
     if switchover is None or not parts:
         return f"{after}: {'; '.join(held_up) or 'what is left is not known'}"
     each = ", ".join(f"{part.name} {_mib(part.left_bytes)}" for part in parts)
@@ -279,5 +279,9 @@ def _what_fits(settings: SwitchoverSettings, switchover: Switchover) -> str:
 
 
 def _mib(size: float) -> str:
-    value = size / (1 << 20)
-    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+    return _digits(size / (1 << 20), 4)
+
+
+def _digits(value: float, digits: int) -> str:
+    """A number with this many digits, or with all of them before the point."""
+    return f"{value:.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"

@@ -92,6 +92,17 @@ def test_a_device_that_cannot_is_unsupported(tmp_path: Path) -> None:
     assert "1 dirty streams; 2 were asked for" in done.stdout.replace("\n", " ")
 
 
+def test_what_does_not_converge_says_why(tmp_path: Path) -> None:
+    never = ("vmm.downtime_limit_ms=1", "vmm.give_up_s=0.3")
+    done = proto_v3(tmp_path, "live", "live-paced", "--protocols", "v3-n2", *quick(*never), "--out", "out")
+    assert done.returncode == 0, done.stderr
+    row = pl.read_parquet(tmp_path / "out" / "runs.parquet").row(0, named=True)
+    assert (row["outcome"], row["guest_runs_at"]) == ("DID_NOT_CONVERGE", "source")
+    assert re.match(r"given up after 0\.3\d* s of pre-copy: [\d.]+ MiB left \(RAM [\d.]+, vf ", row["reason"])
+    assert "0.4768 MiB fit a downtime limit of 1 ms at the given 476.8 MiB/s" in row["reason"]
+    assert re.search(r"vf has 2(\.00\d)? MiB that only a stopped device gives: they can never fit$", row["reason"])
+
+
 def test_a_fault_of_the_scenario_fails_the_run_and_the_guest_runs_on(tmp_path: Path) -> None:
     fault = 'device.0.faults=[{side = "target", command = "LOAD"}]'
     done = proto_v3(tmp_path, "live", "live-paced", *quick(fault), "--out", "out")
