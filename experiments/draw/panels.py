@@ -21,9 +21,13 @@ from experiments.runs.frame import COMPLETED
 from experiments.runs.manifest import git_revision
 from experiments.study.effects import Measure
 from experiments.study.statistics import Interval, interval, share
+from proto_v3.text import clean
 
 MADE_BY = "experiments.api"
 """What a figure says at its foot if the caller names no command."""
+MOST_CHARS = 1500
+"""Of the command: a dozen lines."""
+SMALL_PRINT: dict[str, Any] = {"fontsize": 6.5, "color": "#555555", "family": "monospace", "parse_math": False}
 Curve = tuple[pl.DataFrame, style.Style]
 """The runs that a curve shows, and its look."""
 Spot = tuple[float, Interval, bool]
@@ -37,18 +41,18 @@ def sheet(
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(f"{question}\n\n", fontsize=12)
     figure.text(0.5, 1 - 0.46 / size[1], note, ha="center", va="center", fontsize=7.5, color="#333333")
-    figure.text(0.5, 0.08 / size[1], how_made(command), ha="center", fontsize=6.5, color="#555555", family="monospace")
+    figure.text(0.5, 0.08 / size[1], how_made(command), ha="center", **SMALL_PRINT)
     return figure, list(figure.subplots(*panels, squeeze=False).flat)
 
 
 def say_how_made(figure: Figure, command: str) -> None:
     """The command and the version, at the bottom."""
-    figure.supxlabel(how_made(command), fontsize=6.5, color="#555555", family="monospace")
+    figure.supxlabel(how_made(command), **SMALL_PRINT)
 
 
 def how_made(command: str) -> str:
     """The command, the version and the git revision, wrapped."""
-    made = f"{command}  |  proto-v3 {__version__}, {git_revision()[:12]}"
+    made = f"{clean(command, MOST_CHARS)}  |  proto-v3 {__version__}, {git_revision()[:12]}"
     return textwrap.fill(re.sub(r",(?=\S)", ", ", made), 150, break_on_hyphens=False)  # lists of protocols are long
 
 

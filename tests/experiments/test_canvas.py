@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib
 import pytest
@@ -105,3 +106,11 @@ def test_what_a_notebook_sets_does_not_get_in(undisturbed: list[bytes], tmp_path
     with matplotlib.rc_context(HOSTILE):
         assert drawn(tmp_path) == undisturbed
         assert matplotlib.rcParams["font.size"] == 23
+
+
+def test_a_command_is_shown_as_it_is_whatever_is_in_it(tmp_path: Path) -> None:
+    command = "proto-v3 compare mine.toml --set $\\foo$ \x1b[2J \udcff"
+    png, svg = (path.read_bytes() for path in write_figure(tmp_path, draw_downtime(SCENARIO, RUNS, command), "f"))
+    assert png.startswith(b"\x89PNG")
+    ElementTree.fromstring(svg)
+    assert b"set $\\foo$ \\x1b[2J \\udcff" in svg, "a comment beside the glyphs"
