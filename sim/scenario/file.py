@@ -63,7 +63,10 @@ def _find(named: str, known: Mapping[str, Path], beside: Path, also: Collection[
         raise UserError(f"{named} is a folder; a scenario is a TOML file")
     if named and os.path.exists(path):  # of os.path: False for a name that is too long, where Path raises
         return path
-    hint = did_you_mean(named, [*known, *also])
+    files = [each.name for each in sorted(beside.glob("*.toml"))]
+    hint = did_you_mean(named, [*known, *also, *files])
+    if f"{named}.toml" in files:
+        hint = f"; did you mean {named}.toml?"
     raise UserError(f"no scenario {short(named)}: neither a file nor one of {', '.join(known)}{hint}")
 
 

@@ -37,7 +37,7 @@ def put(place: Any, way: Sequence[str], value: Any) -> Any:
         return tables | {name: put(tables.get(name), rest, value)}
     if not isinstance(place, list):
         raise ValueError(f"{name!r}: there is a value in front of it, not a table")
-    if not re.fullmatch("[0-9]{1,3}", name) or int(name) > len(place):
+    if not re.fullmatch("0|[1-9][0-9]{0,2}", name) or int(name) > len(place):
         raise ValueError(f"{name!r}: must be a place in the list, 0 to {len(place)}, as in device.0.count")
     at = int(name)
     return [*place[:at], put(place[at] if at < len(place) else None, rest, value), *place[at + 1 :]]

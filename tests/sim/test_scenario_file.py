@@ -41,6 +41,18 @@ def test_a_name_that_is_nearly_right_is_suggested() -> None:
         load("mlx5-2fv")
 
 
+def test_a_file_without_its_ending_or_nearly_right_is_suggested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.toml").write_text('extends = "machnie.toml"\n')
+    (tmp_path / "machine.toml").write_text(small_text())
+    with pytest.raises(UserError, match=r"did you mean x\.toml\?"):
+        load("x")
+    with pytest.raises(UserError, match=r"x\.toml: extends: .*did you mean machine\.toml\?"):
+        load("x.toml")
+
+
 def test_a_folder_is_told_as_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder; a scenario is a TOML file") as caught:
         load(str(tmp_path))

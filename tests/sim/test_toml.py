@@ -98,6 +98,7 @@ def test_a_value_is_put_into_a_list_at_its_place_or_the_next() -> None:
     [
         ("device.count", "'count': must be a place in the list, 0 to 1"),
         ("device.2.count", "'2': must be a place in the list, 0 to 1"),
+        ("device.00.count", "'00': must be a place in the list"),
         ("device.-1.count", "'-1': must be a place in the list"),
         ("device.9999999999.count", "'9999999999': must be a place in the list"),
         ("device.0.count.x", "'x': there is a value in front of it, not a table"),
