@@ -243,7 +243,8 @@ def unpacked(body: bytes | bytearray, max_items: int) -> dict[str, Any]:
             body, max_str_len=size, max_bin_len=size, max_array_len=max_items, max_map_len=max_items, max_ext_len=0
         )
     except Exception as error:  # msgpack raises several unrelated types on bad input
-        raise PeerProtocolError(f"a message that is not msgpack: {clean(str(error))}") from error
+        why = clean(str(error)) or type(error).__name__
+        raise PeerProtocolError(f"a message that is not msgpack: {why}") from error
     if not isinstance(fields, dict):
         raise PeerProtocolError(f"a message that is not a map: {short(fields)}")
     fields.pop("kind", None)
