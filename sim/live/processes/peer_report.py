@@ -21,7 +21,7 @@ MALFORMED = "what the target reports is malformed"
 MAX_NUMBER = 2**48
 """78 hours, or 256 TiB: sums over all that fits a message stay within 64 bits."""
 MAX_STAGES = 2000
-STAGE = re.compile(r"[a-z_]{1,32}")
+STAGE = re.compile(r"[a-z0-9_]{1,32}")
 """A stage's name becomes a column of the table of runs."""
 SLACK_NS = 1_000_000_000
 """A target's clock may be that much ahead of what the source knows of it."""
