@@ -35,6 +35,8 @@ HOW = "must be FOLDER:PROTOCOL:SEED or FOLDER:CELL, as in results/mlx5-2vf:v2:1"
 CAN_BE = "what can be made again are runs in virtual time, by `compare` or `run`"
 FOLDERS = (OUT, OUT / "run", OUT / "quick", Path("results"))
 """Where the name of a folder is looked up, in this order."""
+MOST_OF_A_TEXT = 20_000
+"""Characters of a text in a table."""
 MOST_CHARS = 200
 """Of a trace's name."""
 COLUMNS = {"protocol": pl.String, "seed": pl.Int64, "digest": pl.String, "outcome": pl.String}
@@ -157,7 +159,7 @@ def _cleaned(value: Any) -> Any:
     """A value of a table; its texts are somebody else's."""
     if isinstance(value, list):
         return [_cleaned(each) for each in value]
-    return clean(value) if isinstance(value, str) else value
+    return clean(value, MOST_OF_A_TEXT) if isinstance(value, str) else value
 
 
 def _scenario(read: Results, row: dict[str, Any]) -> Scenario:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.report import answers, tables
@@ -24,9 +25,11 @@ def run_report(results: str | None, page_file: str | None) -> int:
         raise UserError("report '': must be the name of a folder, and --page of a file")
     folder, which = _folder(results)
     found, problems = answers.examined(folder)
-    path = output_file("--page", page_file or folder / "report.html")
     shown, damaged = others(folder)
     problems += damaged
+    readme = folder / README
+    text = _with_answers(readme, found) if readme.exists() and not problems else None
+    path = output_file("--page", page_file or folder / "report.html")
     console = tables.console()
     say(console, f"Results: {folder}{which}")
     if quick := [each.name for each in found if each.quick]:
@@ -37,9 +40,7 @@ def run_report(results: str | None, page_file: str | None) -> int:
     with replacing(path) as new:
         new.write_text(html, encoding="utf-8")
     say(console, f"Report: {path} ({len(html) / 1e6:.1f} MB), {len(found)} of {len(NAMES)} experiments")
-    readme = folder / README
-    if readme.exists() and not problems:
-        text = answers.with_answers(readme.read_text(encoding="utf-8"), found)
+    if text is not None:
         with replacing(readme) as new:
             new.write_text(text, encoding="utf-8")
         say(console, f"Answers: {readme}")
@@ -48,6 +49,14 @@ def run_report(results: str | None, page_file: str | None) -> int:
     for problem in problems:
         say(console, f"- {problem}")
     return 1 if problems else 0
+
+
+def _with_answers(readme: Path, found: Sequence[answers.KeptAnswer]) -> str:
+    """The text of README.md with these answers. UserError if it has no place for them."""
+    try:
+        return answers.with_answers(readme.read_text(encoding="utf-8"), found)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{readme}: cannot be read: {error}") from error
 
 
 def _folder(named: str | None) -> tuple[Path, str]:

@@ -33,6 +33,9 @@ OWN = (OUT / "run", OUT / "quick")
 QUICK = "A quick run: a coarse grid, few repeats, wide intervals."
 MOST_CHARS = 20_000
 """Of a text in a file of results."""
+ANSWER_KEYS = {"question": str, "answer": str, "limit": str, "details": list, "findings": list, "figures": list}
+MANIFEST_KEYS = {"outcomes": dict, "runs": int, "seeds": list, "command": str, "git_revision": str, "made": str}
+"""What is read of the files, with its type."""
 BEGIN = "<!-- answers: written by `proto-v3 report`, from the tables -->"
 END = "<!-- end of the answers -->"
 
@@ -116,11 +119,11 @@ def _folders(results: Path) -> list[Path]:
 def _read(folder: Path) -> KeptAnswer:
     try:
         manifest = _json(folder, "manifest")
-        for key in ("outcomes", "runs", "seeds", "command", "git_revision", "made"):
-            manifest[key]
+        _check_types("manifest", manifest, MANIFEST_KEYS)
         if wrong := damaged(folder, manifest):
             raise ValueError("; ".join(wrong))
         answer = _json(folder, "answer")
+        _check_types("answer", answer, ANSWER_KEYS)
         runs = frame.read(folder / "runs.parquet").height
         if runs != manifest["runs"]:
             raise ValueError(f"runs.parquet has {runs} runs, and the manifest says {manifest['runs']}")
@@ -144,9 +147,19 @@ def _read(folder: Path) -> KeptAnswer:
             manifest=manifest,
             figures=figures,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
         again = _command(folder.parent, folder.name)
         raise UserError(f"{folder}: cannot be read ({_why(error)}); make it anew with: {again}") from error
+
+
+def _check_types(name: str, content: Mapping[str, Any], keys: Mapping[str, type]) -> None:
+    """KeyError for a key that is missing, ValueError for another type."""
+    for key, kind in keys.items():
+        if not isinstance(content[key], kind):
+            raise ValueError(f"{name}.json: {key} must be of type {kind.__name__}")
+    for counts in content.get("outcomes", {}).values():
+        if not isinstance(counts, dict) or not all(isinstance(count, int) for count in counts.values()):
+            raise ValueError(f"{name}.json: outcomes must be counts by protocol")
 
 
 def _command(results: Path, *names: str) -> str:
@@ -342,5 +355,5 @@ def _read_kept(question: str, read: Callable[[Path], T]) -> T:
         return read(folder / question)
     except FileNotFoundError as error:
         raise UserError(f"no results of {question} in {folder}; {how}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
         raise UserError(f"{folder / question}: cannot be read ({_why(error)}); {how}") from error

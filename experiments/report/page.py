@@ -91,6 +91,6 @@ def others(folder: Path) -> tuple[list[Other], list[str]]:
             if wrong := damaged(where, manifest):
                 raise ValueError("; ".join(wrong))
             found.append(Other(question, figures, clean(manifest["command"], answers.MOST_CHARS)))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             problems.append(f"{where}: cannot be read ({clean(str(error))}); make it again, or remove it")
     return found, problems

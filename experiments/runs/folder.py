@@ -209,7 +209,7 @@ class ResultFolder:
         new, old = self._manifest, self._old
         for worse, name, why in (
             (not whole, "unfinished", "the new result is not whole"),
-            (old.get("complete") is not False and not new["complete"], "interrupted", "that one is whole"),
+            (not new["complete"] and _has_more(old, new), "interrupted", "that one has more runs"),
             (_failed_more(new, old), "failed", "more of the new runs FAILED"),
         ):
             if old and worse:
@@ -279,6 +279,10 @@ def files_of(manifest: dict[str, Any]) -> dict[str, str]:
         for name, kept in (files.items() if isinstance(files, dict) else ())
         if isinstance(kept, str) and name == os.path.basename(name) and name.endswith(SUFFIXES)
     }
+
+
+def _has_more(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return old.get("complete") is not False or Plan.of_manifest(old).runs > Plan.of_manifest(new).runs
 
 
 def _failed_more(new: dict[str, Any], old: dict[str, Any]) -> bool:

@@ -163,7 +163,7 @@ def test_what_a_folder_holds_is_told_without_escapes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("new", "name", "why"),
     [
-        ({"runs": 3}, "interrupted", "that one is whole"),
+        ({"runs": 3}, "interrupted", "that one has more runs"),
         ({"outcome": "FAILED"}, "failed", "more of the new runs FAILED"),
     ],
 )
@@ -192,6 +192,14 @@ def test_one_run_that_failed_spoils_a_measurement_and_is_a_result_of_a_simulatio
             folder.write_manifest(how | told)
             folder.commit()
     assert pl.read_csv(tmp_path / "runs.csv")["text"].item() == (1 if stays else 2)
+
+
+def test_an_interrupted_result_is_replaced_by_one_of_as_many_runs(tmp_path: Path) -> None:
+    write(tmp_path, runs=2, text="old")
+    write(tmp_path, runs=1)
+    assert (text(tmp_path), text(tmp_path / "interrupted")) == ("old", "new")
+    write(tmp_path, runs=3)
+    assert text(tmp_path) == "new"
 
 
 def test_the_first_result_stays_in_the_folder_whatever_it_is_and_a_whole_one_replaces_it(tmp_path: Path) -> None:

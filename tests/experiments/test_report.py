@@ -223,6 +223,9 @@ def test_what_is_damaged_is_told_and_the_rest_is_reported(
         ("manifest.json", {"runs": 3}, "runs.parquet has 2 runs, and the manifest says 3"),
         ("manifest.json", {"complete": False, "runs_planned": 9}, "channels: is not complete: 2 of 9 runs"),
         ("answer.json", {"figures": ["../../secret"]}, "a figure is called ../../secret"),
+        ("manifest.json", {"outcomes": {"v2": ["x"]}}, "outcomes must be counts by protocol"),
+        ("manifest.json", {"seeds": 1}, "manifest.json: seeds must be of type list"),
+        ("answer.json", {"details": "x"}, "answer.json: details must be of type list"),
         ("answer.json", {"findings": [{"claim": "C1", "verdict": "proved", "why": ""}]}, "there is no verdict proved"),
     ],
 )
