@@ -8,12 +8,16 @@ Target: each channel has a thread that receives. A device's load thread puts the
 them, then loads the device's config, one device at a time. So the devices run in parallel, not the channels.
 
 Packets that arrive early wait in memory, without a bound (QEMU's default). The most that waited is recorded.
+
+END comes on the main channel, and may overtake what is on these ones. A target that has END and still needs a packet
+waits for it for as long as anything arrives.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +28,9 @@ from proto_v3.vfio.device import DataFd
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
 from proto_v3.wire.streams import most_frames
+
+ARRIVES_WITHIN_S = 10.0
+"""How long a target waits for what is missing while nothing arrives. Ours: QEMU waits for ever."""
 
 if TYPE_CHECKING:
     from proto_v3.vmm.migration import Source, Target
@@ -130,8 +137,10 @@ class Senders:
 class _Loader:
     """One device's load thread at the target."""
 
-    def __init__(self, index: int, target: Target, max_queued_bytes: int | None) -> None:
+    def __init__(self, index: int, target: Target, max_queued_bytes: int | None, idle: Notify) -> None:
+        """`idle` is notified when there is nothing to do for now."""
         self.index = index
+        self._idle = idle
         self._max_queued_bytes = max_queued_bytes
         self.waiting: dict[int, Frame] = {}  # packets that arrived and are not written yet, by their number
         self.waiting_bytes = 0
@@ -164,6 +173,17 @@ class _Loader:
         self.waiting_bytes = waiting_bytes
         self._notify.notify()
 
+    @property
+    def at_work(self) -> bool:
+        """Whether there is something to do with what arrived."""
+        in_config = self._last is not None and self._next > self._last
+        return not self.done and (self._writes or self._next in self.waiting or in_config)
+
+    @property
+    def missing(self) -> str:
+        """What it needs and does not have, in words."""
+        return f"packet {self._next} of device {self.index}"
+
     async def starved(self) -> None:
         """Wait until nothing more can be done with the packets that arrived."""
         while not self.done and (self._writes or self._next in self.waiting):
@@ -189,6 +209,8 @@ class _Loader:
             self._writes = False
             writing += timeline.now_ns() - start
             self._notify.notify()
+            if not self.at_work:
+                self._idle.notify()
             del packet
         now = timeline.now_ns()
         began = now if began < 0 else began
@@ -209,11 +231,13 @@ class Receivers:
         self._channels = channels
         self._target = target
         devices = range(len(target.side.devices))
-        self._loaders = [_Loader(index, target, settings.max_queued_bytes) for index in devices]
         self._fds: Sequence[DataFd] = []
         self._synced: set[int] = set()
         """Channels on which no RAM follows."""
+        self._arrived = 0  # frames
         self._notify = Notify()
+        limit_bytes = settings.max_queued_bytes
+        self._loaders = [_Loader(index, target, limit_bytes, self._notify) for index in devices]
 
     def work(self) -> list[Work]:
         """One thread for each channel, and the devices' load threads. To be cancelled when everything is loaded."""
@@ -226,19 +250,36 @@ class Receivers:
         self._notify.notify()
 
     async def synced(self) -> None:
-        """Wait for SYNC on every channel that carries RAM."""
-        while len(self._synced) < len(self._channels) - self._settings.dedicated:
-            await self._notify.wait()
+        """Wait for SYNC on every channel that carries RAM. PeerProtocolError if one does not come."""
+        due = range(self._settings.dedicated, len(self._channels))
+        await self._until(lambda: [f"SYNC of channel {at}" for at in due if at not in self._synced])
 
     async def loaded(self) -> None:
-        """Wait until every device that uses these channels is loaded, its config included."""
-        while self._settings.device_state and not all(loader.done for loader in self._loaders):
-            await self._notify.wait()
+        """Wait until every device that uses these channels is loaded, its config included. PeerProtocolError if a
+        packet does not come."""
+        loaders = self._loaders if self._settings.device_state else []
+        await self._until(lambda: [loader.missing for loader in loaders if not loader.done])
+
+    async def _until(self, missing: Callable[[], list[str]]) -> None:
+        """Wait until nothing is missing; PeerProtocolError if something is, nothing arrives, and no device loads."""
+        quiet, arrived = 0, self._arrived
+        while waits_for := missing():
+            loads = any(loader.at_work for loader in self._loaders)  # for as long as it takes
+            try:
+                async with asyncio.timeout(None if loads else ARRIVES_WITHIN_S / 2):
+                    await self._notify.wait()
+            except TimeoutError:  # twice: one may be late, of a process that was stopped itself
+                quiet, arrived = 0 if arrived != self._arrived else quiet + 1, self._arrived
+                if quiet == 2:
+                    raise PeerProtocolError(
+                        f"{', '.join(waits_for)} did not come, and nothing has for {ARRIVES_WITHIN_S:g} s"
+                    ) from None
 
     async def _receive(self, at: int) -> None:
         target, dedicated = self._target, self._settings.dedicated
         while True:
             frame = await self._channels[at].recv()
+            self._arrived += 1
             match frame.kind:
                 case Kind.RAM if at >= dedicated and at not in self._synced:
                     await target.side.machine.ram.load(frame.payload)

@@ -87,9 +87,7 @@ def test_a_target_that_gets_not_what_is_due_leaves_the_guest_at_the_source(name:
         outcome = Wrong(name, how, at).outcome()
         what = f"{kind.name} {how} ({at})"
         assert outcome.kind is OutcomeKind.FAILED, what
-        # END overtakes what is on multifd's connections: the target waits for that, and the source has handed over.
-        handed_over = "multifd" in name and how == "missing" and kind in (Kind.CONFIG, Kind.SYNC)
-        assert outcome.guest_runs_at == ("" if handed_over else "source"), what
+        assert outcome.guest_runs_at == "source", what
         assert outcome.reason, what
     assert {Kind.RAM_BEGIN, Kind.RAM_END} <= tried
 
