@@ -1302,6 +1302,19 @@ def test_only_the_write_that_is_wrong_gets_the_reason() -> None:
     run(main)
 
 
+def test_a_driver_takes_no_more_records_than_its_timeline_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sim.live.merge_timelines.MAX_SPANS", 0)
+
+    async def main() -> None:
+        async with live("target", quick(EVENTS)) as rig:
+            critical, _ = await opened(rig, State.RESUMING, 1)
+            data = rig.bytes_of(next(parts for stream, parts in stream_of(1) if stream == 0))
+            assert await code_of(critical.write(data, 1 << 20)) == "EPROTO"
+            assert await rig.device.state() is State.ERROR
+
+    run(main)
+
+
 def test_writes_of_blocks_are_answered_one_by_one() -> None:
     """One that waits for its epoch holds up no other; those that are done are done, whatever comes behind them."""
     good = stream_of(1, blocks=True)
