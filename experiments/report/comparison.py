@@ -76,7 +76,8 @@ def downtimes(frame: pl.DataFrame) -> Section:
     return Section(
         "downtime",
         "Downtime, ms, over the seeds",
-        "low, high: 95 % interval of the mean; p95, p99: percentiles of the completed runs, from 20 and 100 runs on",
+        "low, high: 95 % interval of the mean; p95, p99: percentiles of the completed runs, from 20 and 100 runs on; "
+        "each seed: below, or in --json and distribution.png",
         [
             PROTOCOL,
             Heading("runs", "runs"),
