@@ -97,8 +97,6 @@ class LoadedData(DriverEnd):
 
     async def _take_record(self, max_bytes: int) -> bool:
         """Receive and load one record of at most `max_bytes`; False at the end of what the VMM writes."""
-        if self._timeline.full:
-            raise self._refuse(f"more records came than the {MAX_SPANS} that are taken")
         decoder = self._decoder()
         while decoder.record is None:
             if decoder.wanted > max_bytes:
@@ -113,6 +111,8 @@ class LoadedData(DriverEnd):
                 raise self._refuse(f"what came is no record: {error}") from error
             if decoder.record is None:
                 self._answer_if_due()
+        if self._timeline.full:
+            raise self._refuse(f"more records came than the {MAX_SPANS} that are taken")
         return await self._take_data(decoder.record, len(decoder.head))
 
     async def _take_data(self, record: Record, head_bytes: int) -> bool:
