@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ class Plan:
     command: Sequence[str]
     """Its words."""
     of: Collection[str]
-    """The scenarios, or the question."""
+    """The scenarios, by name or file, or the question."""
     runs: int
     seeds: Collection[int] = ()
     protocols: Collection[str] = ()
@@ -32,12 +33,12 @@ class Plan:
     @classmethod
     def of_manifest(cls, manifest: dict[str, Any]) -> Self:
         """What made a result. What the manifest does not say is left empty."""
-        scenario = manifest.get("scenario")
-        named = [scenario.get("name")] if isinstance(scenario, dict) else manifest.get("scenarios", ())
+        files = manifest.get("scenario_files")
+        of = list(files.values()) if isinstance(files, dict) else []
         runs = manifest.get("runs")
         return cls(
             command=_words(manifest.get("command")),
-            of=_texts([manifest["experiment"]] if "experiment" in manifest else named),
+            of=_texts([*of, *(manifest.get(key) for key in ("experiment", "scenario_file"))]),
             runs=runs if isinstance(runs, int) else 0,
             seeds=[each for each in _list(manifest.get("seeds")) if isinstance(each, int)],
             protocols=_texts(manifest.get("protocols")),
@@ -53,7 +54,7 @@ class Plan:
         """Whether this command makes all runs of the older one again, under the same conditions."""
         return (
             self.command[1:2] == old.command[1:2]
-            and set(old.of) <= set(self.of)
+            and set(map(os.path.abspath, old.of)) <= set(map(os.path.abspath, self.of))
             and _conditions(self.command) == _conditions(old.command)
             and set(old.protocols) <= set(self.protocols)
             and set(old.seeds) <= set(self.seeds)
@@ -88,7 +89,7 @@ def _words(command: object) -> list[str]:
 
 
 def _texts(value: object) -> list[str]:
-    return [each for each in (value if isinstance(value, dict) else _list(value)) if isinstance(each, str)]
+    return [each for each in _list(value) if isinstance(each, str)]
 
 
 def _list(value: object) -> list[Any]:

@@ -47,7 +47,7 @@ def test_nothing_is_written_into_results_unless_it_is_named() -> None:
         (out,) = (option for command, option in OPTIONS if command == name and "--out" in option.opts)
         assert "[default: out/" in (out.help or ""), name
         assert "--force" in {word for command, option in OPTIONS if command == name for word in option.opts}, name
-    assert "/out/" in (ROOT / ".gitignore").read_text().splitlines()
+    assert "out/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 def test_runs_and_protocols_have_one_name() -> None:

@@ -44,7 +44,7 @@ def written(
     """A result, staged: a table and a manifest."""
     made = plan.runs if runs is None else runs
     manifest = {
-        **{"schema_version": 1, "command": plan.line, "made": "today", "scenario": {"name": "small"}},
+        **{"schema_version": 1, "command": plan.line, "made": "today", "scenario_file": "small"},
         **{"runs": made, "runs_planned": plan.runs, "complete": made == plan.runs, "quick": plan.quick},
         **{"protocols": list(plan.protocols), "seeds": list(plan.seeds), "outcomes": {"v2": {outcome: made}}},
     }
@@ -77,13 +77,14 @@ def names(where: Path) -> list[str]:
         changed(command=["proto-v3", "live", "small"]),
         changed(command=[*COMMAND, "--set", "link.gbit_per_s=1"]),
         changed(of=["other"]),
+        changed(of=["elsewhere/small"]),
         changed(seeds=range(1, 2)),
         changed(seeds=range(2, 9), runs=14),
         changed(protocols=["v2"]),
         changed(runs=3),
         changed(quick=True),
     ],
-    ids=["command", "set", "scenario", "fewer", "seeds", "protocols", "runs", "quick"],
+    ids=["command", "set", "scenario", "file", "fewer", "seeds", "protocols", "runs", "quick"],
 )
 def test_runs_that_a_command_does_not_make_again_are_not_replaced(tmp_path: Path, plan: Plan) -> None:
     write(tmp_path, text="old")
@@ -97,7 +98,8 @@ def test_runs_that_a_command_does_not_make_again_are_not_replaced(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "plan", [PLAN, changed(seeds=range(1, 9), runs=16), changed(protocols=["v3-n1", "v2", "v3-n2"], runs=6)]
+    "plan",
+    [changed(of=["./small"]), changed(seeds=range(1, 9), runs=16), changed(protocols=["v3-n1", "v2", "v3-n2"], runs=6)],
 )
 def test_a_result_is_replaced_by_one_that_has_all_of_it(tmp_path: Path, plan: Plan) -> None:
     write(tmp_path, text="old")
