@@ -34,7 +34,9 @@ from experiments.commands.options import (
 from experiments.runs import interrupt
 from experiments.study.names import QUESTIONS
 from proto_v3.errors import UserError
+from proto_v3.text import clean
 
+MAX_ERROR_CHARS = 20_000
 NO_BREAK = "\N{NON-BREAKING HYPHEN}"
 
 
@@ -99,7 +101,7 @@ class Cli(click.Group):
             status = super().invoke(ctx)
             return interrupt.exit_status() if status == INTERRUPTED else status or 0
         except UserError as error:
-            click.echo(f"proto-v3: error: {error}", err=True)
+            click.echo(f"proto-v3: error: {clean(str(error), MAX_ERROR_CHARS, lines=True)}", err=True)
             return 2
         except UnicodeEncodeError as error:  # a file's name
             click.echo(
@@ -109,7 +111,7 @@ class Cli(click.Group):
             )
             return 2
         except OSError as error:
-            click.echo(f"proto-v3: error: {error}", err=True)
+            click.echo(f"proto-v3: error: {clean(str(error), MAX_ERROR_CHARS)}", err=True)
             return 1
         except KeyboardInterrupt:
             click.echo("proto-v3: interrupted", err=True)

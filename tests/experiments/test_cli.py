@@ -321,6 +321,12 @@ def test_bad_settings_are_refused_and_told_to_come_from_set(
     assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
 
 
+def test_an_error_does_not_steer_the_terminal(tmp_path: Path) -> None:
+    done = proto_v3(tmp_path, "compare", "nic-reconfig", "--set", "vmm\x1b[2J\n=1")
+    check_refused(done, "proto-v3: error: ", r"vmm\x1b[2J")
+    assert "\x1b" not in done.stderr
+
+
 def test_set_needs_a_scenario(tmp_path: Path) -> None:
     check_refused(proto_v3(tmp_path, "scenarios", "--set", "driver.chunks=3"), "--set changes a scenario: name one")
 
