@@ -146,12 +146,15 @@ def failed(run: RunReport, failures: Sequence[Failure]) -> Outcome:
 
 
 def reason_of(run: RunReport, failures: Sequence[Failure]) -> str:
-    """Errors in words, in order of time; empty if there are none. Echoes are left out if there is any other error, and
-    of a device all but the first."""
+    """Errors in words, in order of time; empty if there are none. Echoes are left out if there is any other error; of
+    one device, and of lost connections, all but the first."""
     causes = [failure for failure in failures if not failure.echo] or failures
     told: dict[object, str] = {}
     for failure in sorted(causes, key=lambda failure: failure.at_ns):
-        told.setdefault((failure.side, failure.device) if failure.device else failure.text, _with_cause(run, failure))
+        of: object = (
+            (failure.side, failure.device) if failure.device else "connections" if failure.lost else failure.text
+        )
+        told.setdefault(of, _with_cause(run, failure))
     return "; ".join(told.values())
 
 

@@ -6,6 +6,7 @@ that counts. The totals of a run, its row in a table and live's messages are mad
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -148,6 +149,8 @@ class Failure:
     """The device of which a call failed; empty: it was no call on a device."""
     cause: str = ""
     """What the device said besides the errno."""
+    lost: bool = False
+    """A connection is lost."""
 
 
 def failure(side: str, error: BaseException, now_ns: int, echoes: tuple[type[BaseException], ...]) -> Failure:
@@ -155,8 +158,15 @@ def failure(side: str, error: BaseException, now_ns: int, echoes: tuple[type[Bas
     if isinstance(error, DeviceCallError):
         return Failure(side, f"{side}, {error}", error.at_ns, device=error.device, cause=error.cause)
     text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.errno and error.strerror:
+        text = f"{error.strerror} ({errno.errorcode.get(error.errno, error.errno)})"
     if not isinstance(error, (UnsupportedError, UserError)):
         text = f"{side}: {text}"
     return Failure(
-        side, text, now_ns, isinstance(error, (PeerFailedError, *echoes)), isinstance(error, UnsupportedError)
+        side,
+        text,
+        now_ns,
+        echo=isinstance(error, (PeerFailedError, *echoes)),
+        unsupported=isinstance(error, UnsupportedError),
+        lost=isinstance(error, ConnectionError),
     )

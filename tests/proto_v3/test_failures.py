@@ -525,7 +525,7 @@ def test_a_target_that_fails_while_the_source_still_sends_is_heard(name: str, mo
     watched = Watched(two({"device.0.features": ["STOP_COPY"]} | full), name)
     outcome = watched.outcome()
     assert outcome.kind is OutcomeKind.FAILED
-    assert outcome.reason == "target: [Errno 28] No space left on device"
+    assert outcome.reason == "target: No space left on device (ENOSPC)"
     assert outcome.guest_runs_at == "source"
     watched.check_the_source_goes_on()
 

@@ -19,7 +19,7 @@ from sim.live.plain import MAX_INT, MAX_TEXT_CHARS, from_plain, to_plain
 from sim.live.processes.report import Measured, ProcessReport, StreamReport, VmmReport
 from sim.live.real_time import Delays
 from sim.live.tcp.sockets import Granted
-from sim.outcome import Outcome, RunReport, ended
+from sim.outcome import Outcome, RunReport, ended, reason_of
 from sim.report import Counters, CriticalLoad, DeviceReport, DriverMessage, Failure, SideReport
 from sim.run import simulate
 from sim.scenario.protocol import Protocol
@@ -58,6 +58,23 @@ def test_a_stop_after_which_the_guest_runs_at_the_target_was_not_in_vain() -> No
     for where, in_vain_ns in (("", 9), ("source", 9), ("target", 2)):
         run = RunReport("s", "v2", 1, Timeline(lambda: 0), source, guest_runs_at=where)
         assert ended(run, OutcomeKind.FAILED).counters.stopped_in_vain_ns == in_vain_ns
+
+
+def test_of_one_device_and_of_lost_connections_the_first_failure_is_told_in_order_of_time() -> None:
+    log = [DriverMessage(1, "firmware SAVE 4: ETIMEDOUT"), DriverMessage(9, "something later")]
+    source = SideReport(9, Counters(), [DeviceReport("a", 0, Counters(), log=log)])
+    run = RunReport("s", "v3-n2", 1, Timeline(lambda: 0), source)
+    failures = [
+        Failure("source", "source: connection 1", 8, lost=True),
+        Failure("target", "target: connection 0", 7, lost=True),
+        Failure("source", "source, a stream 1: poll() failed", 6, device="a"),
+        Failure("source", "source, a: read() failed", 5, device="a"),
+        Failure("target", "target: the other side failed", 2, echo=True),
+    ]
+    told = "source, a: read() failed; first cause: firmware SAVE 4: ETIMEDOUT; target: connection 0"
+    assert reason_of(run, failures) == told
+    assert reason_of(run, failures[-1:]) == "target: the other side failed"
+    assert reason_of(run, []) == ""
 
 
 def columns_of_a_row(outcome: Outcome) -> list[str]:
