@@ -93,6 +93,8 @@ class _Both:
         yield f"Runs: {runs.in_both} in both, {runs.same_runs} of them the same; {only_a} only in A, {only_b} in B."
         if not runs.same_scenario:
             yield "The scenarios have different names: protocols are compared, and not seed by seed."
+        if runs.clocks[0] != runs.clocks[1]:
+            yield f"The clocks are different: {runs.clocks[0]} in A, {runs.clocks[1]} in B."
         downtimes = [change for change in self.changes if change.measure is DOWNTIME]
         if len(downtimes) <= FEW_PLACES:
             yield from map(_sentence, downtimes)

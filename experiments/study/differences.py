@@ -37,7 +37,7 @@ MEASURES = (
 SAME = "the same"
 TINY = 0.05
 """Tables show one digit after the point."""
-NOT_COMPARED = ("cell", "io", "loop")
+NOT_COMPARED = ("cell", "clock", "io", "loop")
 """Columns that do not say what a run did."""
 
 
@@ -95,19 +95,30 @@ class Compared:
     by: list[str]
     """The columns that name a place."""
     same_scenario: bool
+    clocks: tuple[str, str] = ("", "")
+    """Of A and B, if each has one clock, and these are compared."""
 
     @classmethod
     def of(cls, a: pl.DataFrame, b: pl.DataFrame) -> Compared:
-        """Tables of one scenario and one clock each are compared by protocol, whatever these are."""
+        """Tables of one scenario and one clock each are compared by protocol, whatever these are.
+
+        Where one table has a clock, the other is in virtual time. Where one is of a sweep, the other is compared with
+        the runs in it that no setting changes.
+        """
+        if ("clock" in a.columns) != ("clock" in b.columns):
+            a, b = (each if "clock" in each.columns else each.with_columns(clock=pl.lit("virtual")) for each in (a, b))
+        if ("settings" in a.columns) != ("settings" in b.columns):
+            a, b = (each.filter(settings="") if "settings" in each.columns else each for each in (a, b))
         by = [name for name in PLACE if name in a.columns and name in b.columns]
-        same_scenario = True
+        same_scenario, clocks = True, ("", "")
         if "base" not in by and "scenario" in by and a["scenario"].n_unique() == b["scenario"].n_unique() == 1:
             same_scenario = a["scenario"][0] == b["scenario"][0]
             by.remove("scenario")
         if "clock" in by and a["clock"].n_unique() == b["clock"].n_unique() == 1:
             by.remove("clock")
+            clocks = (a["clock"][0], b["clock"][0])
         a, b = (table.unique([*by, "seed"], keep="first", maintain_order=True) for table in (a, b))
-        return cls(a, b, by, same_scenario)
+        return cls(a, b, by, same_scenario, clocks)
 
     def changes(self, measures: Sequence[Measure]) -> Iterator[Change]:
         """For each place that both have, each measure that both have, of the completed runs.

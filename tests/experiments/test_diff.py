@@ -130,6 +130,7 @@ def test_clocks_are_kept_apart_and_one_clock_is_compared_with_another(tmp_path: 
         folder(tmp_path / "a", runs()), folder(tmp_path / "b", runs().with_columns(clock=pl.lit("live")))
     )
     assert document["same"]
+    assert "The clocks are different: virtual in A, live in B." in document["conclusion"]
 
 
 def test_cells_of_a_sweep_are_matched_by_what_they_are(tmp_path: Path) -> None:
@@ -144,6 +145,11 @@ def test_cells_of_a_sweep_are_matched_by_what_they_are(tmp_path: Path) -> None:
     assert b is not None
     compared = Compared.of(a, b)
     assert (compared.only, compared.in_both, compared.same_runs) == ((0, 6), 6, 6)
+    as_it_is = pl.concat(
+        [b.with_columns(wire_bytes=pl.lit(0)), a.with_columns(settings=pl.lit(""))], how="diagonal_relaxed"
+    )
+    compared = Compared.of(as_it_is, runs())
+    assert (compared.only, compared.in_both, compared.same_runs) == ((0, 0), 6, 6), "no setting changes these"
 
 
 def test_tables_of_effects_are_compared_number_by_number() -> None:
