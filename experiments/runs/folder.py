@@ -151,7 +151,9 @@ class ResultFolder:
         """
         (self._stage / AT_WORK).unlink(missing_ok=True)
         names = sorted(path.name for path in self._stage.iterdir())
-        if self.folder == self._named and not self._force and (others := self._not_described(names)):
+        others = [] if self._force else self._not_described(names)
+        others += [name for name in names if os.path.lexists(self._named / name) and not (self._named / name).is_file()]
+        if self.folder == self._named and others:
             self._put_aside("new", f"{self._named} has {', '.join(others)} already, and no manifest says what made it")
         listed = {"files": {name: digest(self._stage / name) for name in names}}
         self.write_json(self._manifest | listed, "manifest")

@@ -129,6 +129,15 @@ def test_a_file_whose_name_was_not_known_before_the_work_is_not_replaced_either(
     assert names(folder.folder) == ["figure.json", "manifest.json", "runs.csv"]
 
 
+def test_a_special_file_whose_name_was_not_known_before_the_work_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "figure.json")
+    with written(tmp_path, force=True) as folder:
+        folder.write_json(1, "figure")
+        folder.commit()
+    assert (tmp_path / "figure.json").is_fifo()
+    assert text(tmp_path / "new") == "new"
+
+
 def test_files_that_the_new_result_has_not_are_removed_and_others_are_not(tmp_path: Path) -> None:
     with written(tmp_path) as folder:
         for name in ("compare", "edited"):
