@@ -115,13 +115,16 @@ class Output:
         if figures is not None:
             drawn = ", ".join(str(folder / name) for name in figures if name.endswith(".png"))
             self.say(f"\nFigure: {drawn} (and .svg)" if figures else "\nNo run was completed: nothing to draw.")
-        self.say(f"Tables and manifest: {', '.join(str(folder / name) for name in (*tables, MANIFEST))}{why_there}")
+        kept = ", ".join(str(folder / name) for name in (*tables, MANIFEST))
+        self.say(f"Tables and manifest: {kept}{why_there}", always=bool(why_there))
 
     def say(self, line: str, *, always: bool = False) -> None:
-        """Print a line that is no result, such as where files are: beside JSON on stderr; not if quiet, or `always`."""
+        """Print a line that is no result, such as where files are: beside JSON on stderr; if quiet, only `always`."""
+        if self.quiet and not always:
+            return
         if self.as_json:
             print(line.strip(), file=sys.stderr)
-        elif always or not self.quiet:
+        else:
             say(console(), line)
 
 
