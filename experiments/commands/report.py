@@ -14,6 +14,7 @@ from experiments.study.experiment import NAMES
 from proto_v3.errors import UserError
 
 README = "README.md"
+PAGE = "report.html"
 
 
 def run_report(results: str | None, page_file: str | None) -> int:
@@ -28,8 +29,11 @@ def run_report(results: str | None, page_file: str | None) -> int:
     shown, damaged = others(folder)
     problems += damaged
     readme = folder / README
+    for each in (readme, *([] if page_file else [folder / PAGE])):
+        if each.is_symlink():
+            raise UserError(f"{each}: is a symlink, and the folder may be somebody else's; remove it, or name --page")
     text = _with_answers(readme, found) if readme.exists() and not problems else None
-    path = output_file("--page", page_file or folder / "report.html")
+    path = output_file("--page", page_file or folder / PAGE)
     console = tables.console()
     say(console, f"Results: {folder}{which}")
     if quick := [each.name for each in found if each.quick]:

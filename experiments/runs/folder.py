@@ -19,7 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from experiments.runs.files import replacing
 from experiments.runs.lock import locked
 from experiments.runs.plan import Plan, described
 from proto_v3.errors import UserError
@@ -152,7 +151,9 @@ class ResultFolder:
         (self._stage / AT_WORK).unlink(missing_ok=True)
         names = sorted(path.name for path in self._stage.iterdir())
         others = [] if self._force else self._not_described(names)
-        others += [name for name in names if os.path.lexists(self._named / name) and not (self._named / name).is_file()]
+        others += [
+            name for name in names if os.path.lexists(self._named / name) and not _is_regular(self._named / name)
+        ]
         if self.folder == self._named and others:
             self._put_aside("new", f"{self._named} has {', '.join(others)} already, and no manifest says what made it")
         listed = {"files": {name: digest(self._stage / name) for name in names}}
@@ -165,14 +166,10 @@ class ResultFolder:
                 self._stage.rename(self.folder)
                 return
             for name in (*names, MANIFEST):
-                if (self._named / name).is_symlink():
-                    with replacing(self._named / name) as new:
-                        shutil.copyfile(self._stage / name, new)
-                else:
-                    os.replace(self._stage / name, self._named / name)
+                os.replace(self._stage / name, self._named / name)
             for name, kept in files_of(self._old).items():
                 path = self._named / name
-                if name not in names and path.is_file() and digest(path) == kept:
+                if name not in names and _is_regular(path) and digest(path) == kept:
                     path.unlink()
 
     # --- what is there already -----------------------------------------------------------------------------------
@@ -181,7 +178,7 @@ class ResultFolder:
         """UserError if runs would be lost that this command does not make again, or files that nobody described."""
         file = self._named / MANIFEST
         ours = [path for path in sorted(self._named.iterdir()) if self._may_write(path.name)]
-        if strange := [path for path in ours if not path.is_file()]:
+        if strange := [path for path in ours if not _is_regular(path)]:
             raise UserError(f"{strange[0]}: is no regular file; remove it, or name another folder with --out")
         self._old = read_manifest(file)
         if self._force:
@@ -306,6 +303,11 @@ def _outcomes(manifest: dict[str, Any]) -> Counter[str]:
             else:
                 waiting.append(inner)
     return counts
+
+
+def _is_regular(path: Path) -> bool:
+    """A symlink is not: the folder may be somebody else's, and lead anywhere."""
+    return path.is_file() and not path.is_symlink()
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:

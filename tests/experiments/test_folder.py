@@ -331,11 +331,15 @@ def test_a_folder_that_is_none_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     assert Path("file").read_text() == "mine"
 
 
-def test_a_special_file_in_the_folder_is_not_replaced(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "runs.parquet")
+@pytest.mark.parametrize("kind", ["fifo", "link"])
+def test_a_special_file_in_the_folder_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    if kind == "fifo":
+        os.mkfifo(tmp_path / "runs.parquet")
+    else:
+        (tmp_path / "runs.parquet").symlink_to("/etc/hosts")
     with pytest.raises(UserError, match=r"runs\.parquet: is no regular file"), written(tmp_path, force=True):
         pytest.fail("it is refused")
-    assert (tmp_path / "runs.parquet").is_fifo()
+    assert (tmp_path / "runs.parquet").is_fifo() or (tmp_path / "runs.parquet").is_symlink()
 
 
 # --- files that a user names -----------------------------------------------------------------------------------------

@@ -239,6 +239,18 @@ def test_what_does_not_fit_is_told(
     assert told in done_with(report(str(tmp_path)))
 
 
+@pytest.mark.parametrize("name", ["report.html", "README.md"])
+def test_a_link_out_of_somebody_elses_folder_is_not_followed(results: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine").write_text("precious")
+    shutil.copytree(results, tmp_path / "evil")
+    (tmp_path / "evil" / name).unlink(missing_ok=True)
+    (tmp_path / "evil" / name).symlink_to("../mine")
+    done = report(str(tmp_path / "evil"))
+    assert done.exit_code == 2
+    assert f"{name}: is a symlink" in done.output
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
 def test_texts_of_somebody_else_are_shown_without_escapes(results: Path, tmp_path: Path) -> None:
     shutil.copytree(results, tmp_path, dirs_exist_ok=True)
     for name, change in (
