@@ -208,6 +208,9 @@ class Disturbed(VirtualRun):
         self, source: Coroutine[Any, Any, OutcomeKind], target: Coroutine[Any, Any, bool]
     ) -> tuple[OutcomeKind | None, list[Failure]]:
         outcome, self.failures = await super()._both(source, target)
+        if not self.dead | self.hangs:  # the kernel ends the sessions of a process that is gone
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            self.wrong += [f"{task.get_name()} is left at work" for task in left]
         self.ended_ns = now_ns()
         if outcome is None and not self.failures:
             self.failures = [Failure("target", "the source was killed, and the target did not fail", now_ns())]

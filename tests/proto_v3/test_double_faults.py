@@ -85,8 +85,8 @@ def drawn_v3(draw: random.Random, changes: dict[str, Any]) -> str:
 
 
 def drawn_faults(draw: random.Random, events: int, connections: int) -> tuple[Fault, Fault]:
-    """Two of them: anywhere, or the second one soon after the first, where a side ends."""
-    first = draw.randint(1, events)
+    """Two of them: anywhere, or near the hand-over; or the second one soon after the first, where a side ends."""
+    first = draw.randint(1 if draw.random() < 0.5 else events * 2 // 3, events)
     second = draw.randint(1, events) if draw.random() < 0.4 else first + draw.randint(1, 60)
     done = [draw.choice(DONE) for _ in range(2)]
     done = [f"cut {draw.randrange(connections)}" if each == "cut" else each for each in done]
