@@ -47,9 +47,9 @@ class KeptRuns:
 def read(path: Path, revision: str) -> KeptRuns:
     """The rows in a file that are as they were written; none if there is no file. UserError if it is something else."""
     kept = KeptRuns()
-    if not path.exists():
+    if not os.path.lexists(path):
         return kept
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         raise UserError(f"{path}: is no regular file, and runs cannot be kept in it; remove it")
     try:
         with closing(sqlite3.connect(path)) as db:

@@ -420,6 +420,15 @@ def test_kept_runs_that_are_damaged_are_made_again(
     assert not file.exists()
 
 
+def test_a_link_in_the_place_of_the_kept_runs_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / NAME).mkdir()
+    (tmp_path / NAME / sweep.KEPT).symlink_to("../mine")
+    done = run(tmp_path, "--jobs", "1")
+    assert done.exit_code == 2
+    assert "runs.sqlite: is no regular file" in done.stderr
+    assert not (tmp_path / "mine").exists()
+
+
 def test_kept_runs_of_a_larger_sweep_are_not_removed(tmp_path: Path) -> None:
     interrupt(tmp_path, 9)
     for arguments in (["--quick"], ["--quick", "--resume"]):
