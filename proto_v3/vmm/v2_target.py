@@ -47,6 +47,7 @@ OF_DEVICE: Table = {
     ("loaded", Kind.CONFIG): "configured",
 }
 """What comes of each device on the main channel. Only one that is configured may run."""
+KINDS_OF_DEVICE = {kind for _, kind in OF_DEVICE}
 
 
 class V2Target(Target):
@@ -133,7 +134,7 @@ class V2Target(Target):
         """PeerProtocolError if the frame is not due: nothing may be left out before the guest runs, or come twice."""
         kind = frame.kind
         self._order.take(kind)
-        if any(of == kind for _, of in OF_DEVICE):
+        if kind in KINDS_OF_DEVICE:
             self._orders[index].take(kind)
         if kind is Kind.SETUP:
             self.check_devices(frame)
