@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proto_v3.vmm.switchover import Backlog, RamBacklog, StreamBacklog, Switchover, SwitchoverSettings
+from proto_v3.vmm.switchover import (
+    Backlog,
+    Left,
+    RamBacklog,
+    StoppedOnly,
+    StreamBacklog,
+    Switchover,
+    SwitchoverSettings,
+    why_not,
+)
 
 MS = 1_000_000
 SETTINGS = SwitchoverSettings(
@@ -211,3 +221,60 @@ def test_a_given_bandwidth_stands_for_all_parts(kind: type[Backlog]) -> None:
     part = kind(replace(SETTINGS, given_bandwidth_bytes_per_s=1.0), 0)
     part.sample(100 * MS, 10, 5_000)
     assert part.fits(1 << 40)
+
+
+# --- why it did not converge -----------------------------------------------------------------------------------------
+
+MIB = 1 << 20
+
+
+def told(samples: Sequence[tuple[int, int]], parts: Sequence[Left], *held_up: str, given: float | None = None) -> str:
+    """Why 120 s were not enough. `samples`: milliseconds and MiB sent."""
+    settings = replace(SETTINGS, given_bandwidth_bytes_per_s=given)
+    switchover = Switchover(settings, 0)
+    for at_ms, sent_mib in samples:
+        switchover.sample(at_ms * MS, sent_mib * MIB)
+    return why_not(settings, 120_000 * MS, switchover, parts, held_up)
+
+
+LEFT = [Left("RAM", 12 * MIB), Left("vf0", 800 * MIB, 512 * MIB)]
+RIGHT = "given up after 120 s of pre-copy: 812 MiB left (RAM 12, vf0 800); "
+
+
+def test_what_is_left_what_fits_and_what_never_will() -> None:
+    assert told([(100, 200)], LEFT) == RIGHT + "600 MiB fit a downtime limit of 300 ms at 2000 MiB/s"
+    assert told([(100, 100)], LEFT, "x holds it up", "y too") == (
+        RIGHT + "300 MiB fit a downtime limit of 300 ms at 1000 MiB/s; x holds it up; y too; "
+        "vf0 has 512 MiB that only a stopped device gives: they can never fit, at no bandwidth that was measured"
+    )
+    assert told([], LEFT, given=1000 * MIB) == (
+        RIGHT + "300 MiB fit a downtime limit of 300 ms at the given 1000 MiB/s; "
+        "vf0 has 512 MiB that only a stopped device gives: they can never fit"
+    )
+
+
+def test_a_bandwidth_is_told_as_far_as_it_was_measured() -> None:
+    most = "600 MiB would at 2000 MiB/s, the most that was measured"
+    limit = "a downtime limit of 300 ms"
+    assert told([(100, 200), (200, 300)], LEFT) == RIGHT + f"300 MiB fit {limit} at 1000 MiB/s ({most})"
+    idle = told([(100, 200), (200, 200)], LEFT)
+    assert idle == RIGHT + f"nothing fits {limit}, as nothing was sent in the last 100 ms ({most})"
+    assert told([(99, 200)], [*LEFT[:1]]).endswith(f"nothing fits {limit}, as no bandwidth was measured over 100 ms")
+
+
+def test_without_a_look_only_what_held_it_up_is_told() -> None:
+    assert why_not(SETTINGS, 1_500 * MS, None, [], ["a call hangs"]) == "given up after 1.5 s of pre-copy: a call hangs"
+    assert why_not(SETTINGS, 1 * MS, None, [], []).endswith("0.001 s of pre-copy: what is left is not known")
+
+
+def test_what_only_a_stopped_device_gives_is_known_at_the_start_or_when_pre_copy_has_nothing_to_give() -> None:
+    part = StoppedOnly()
+    assert part.bytes == 0
+    part.begins(1000 * MIB, 5 * MIB)
+    assert part.bytes == 0, "headers and rounding"
+    part.begins(1000 * MIB, 300 * MIB)
+    assert part.bytes == 300 * MIB
+    part.drained(700 * MIB)
+    part.drained(500 * MIB)
+    part.drained(600 * MIB)
+    assert part.bytes == 500 * MIB, "a driver that gives all of it again when it is stopped"
