@@ -235,9 +235,11 @@ async def meet(case: Case, pings: bool, limit_s: float, pool: Executor) -> tuple
                 assert (await again).report.whole
                 assert after.report.kind is OutcomeKind.COMPLETED, after.words
             served = target.done()
-            while not served:  # it turned the source away, and waits for the next; or still has it
-                after = await start(pool, "source", PATIENT, run_source, next_run, address)
+            while not served:  # it waits for the next one; or, where the step was not reached, may have the first still
+                settings = PATIENT if in_handshake else replace(PATIENT, handshake_s=limit_s)
+                after = await start(pool, "source", settings, run_source, next_run, address)
                 served = after.report.kind is OutcomeKind.COMPLETED or target.done()
+            assert (await target).report.whole or not in_handshake
             between.over.set()
             await asyncio.gather(*between.carrying)
     return (source, await target) if reached else None
