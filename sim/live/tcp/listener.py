@@ -178,7 +178,7 @@ class Acceptor(Generic[S]):
     async def _accept_all(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            if len(self._callers) >= MAX_WAITING:
+            while len(self._callers) >= MAX_WAITING:
                 await self._make_room()
             await self._readable()
             try:
@@ -211,14 +211,17 @@ class Acceptor(Generic[S]):
             loop.remove_reader(self._listener.fileno())
 
     async def _make_room(self) -> None:
-        """Return when a place is free. If none becomes free in time, one is taken away."""
-        task, caller = min(self._callers.items(), key=lambda each: (each[1].connection is not None, each[1].since))
-        patience_s = caller.since + PATIENCE_S - asyncio.get_running_loop().time()
-        done, _ = await asyncio.wait(self._callers, timeout=max(0, patience_s), return_when=asyncio.FIRST_COMPLETED)
-        if not done:
-            what = "sent no preamble yet" if caller.connection is None else "did not complete its handshake yet"
-            caller.deadline.end(ProtoV3Error(f"{what}, and was closed to make room for others"))
-            await asyncio.wait({task})
+        """Wait until a place may be free; or take one away from somebody who had it for long enough."""
+        now = asyncio.get_running_loop().time()
+        due = [each for each in self._callers.items() if each[1].since + PATIENCE_S <= now]
+        if not due:
+            patience_s = min(caller.since for caller in self._callers.values()) + PATIENCE_S - now
+            await asyncio.wait(self._callers, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+            return
+        task, caller = min(due, key=lambda each: (each[1].connection is not None, each[1].since))
+        what = "sent no preamble yet" if caller.connection is None else "did not complete its handshake yet"
+        caller.deadline.end(ProtoV3Error(f"{what}, and was closed to make room for others"))
+        await asyncio.wait({task})
 
     def _served(self, task: asyncio.Task[str]) -> None:
         caller = self._callers.pop(task)
