@@ -23,14 +23,14 @@ def conclusion(runs: pl.DataFrame) -> list[str]:
 
 
 def findings(runs: pl.DataFrame) -> list[str]:
-    """What the completed runs of a comparison show, in sentences: what bounds each downtime, how protocols differ."""
+    """What the completed runs of a comparison show, in sentences: how protocols differ, what bounds each downtime."""
     completed = completed_runs(runs)
     named = protocols(completed)
-    sentences = [_bound(completed, protocol) for protocol in named]
+    sentences = [_difference(completed, *pair) for pair in pairs(named)]
     sentences += [f"{name}: {far}." for name in named if (far := far_over_limit(completed, name))]
+    sentences += [_bound(completed, protocol) for protocol in named]
     if "v2" in named:
         sentences += _overlap(completed)
-    sentences += [_difference(completed, *pair) for pair in pairs(named)]
     if "v2" in named and "v2-multifd" not in named and any(name.startswith("v3") for name in named):
         sentences.append(
             "Limit: v2 here moves RAM, then one device after the other, on one channel. A large part of what v3 gains "
