@@ -52,7 +52,13 @@ class Ended:
         return "; ".join([*filter(None, told), *(note.why for note in self.notes if isinstance(note, RejectedNote))])
 
 
-async def side(name: str, settings: Settings, migrate: Callable[..., Awaitable[VmmReport]], *args: Any) -> Ended:
+async def side(
+    name: str,
+    settings: Settings,
+    migrate: Callable[..., Awaitable[VmmReport]],
+    *args: Any,
+    device: type[DeviceProcess] = DeviceProcess,
+) -> Ended:
     """A VMM and its device process, in this thread, to their ends."""
     (vmm_end, device_end), (ours, theirs) = socket.socketpair(), socket.socketpair()
     reports: asyncio.Queue[VmmReport] = asyncio.Queue()
@@ -66,7 +72,7 @@ async def side(name: str, settings: Settings, migrate: Callable[..., Awaitable[V
         return Reply()
 
     lifeline = Calls(ours, "VMM", heard)
-    serving = asyncio.create_task(DeviceProcess(name).serve(device_end))
+    serving = asyncio.create_task(device(name).serve(device_end))
     vmm = VmmProcess(name, settings, Calls(vmm_end, "device process"), Calls(theirs, "supervisor"))
     try:
         await _report(vmm, migrate(vmm, *args))
@@ -79,9 +85,9 @@ async def side(name: str, settings: Settings, migrate: Callable[..., Awaitable[V
         await serving
 
 
-def start(pool: Executor, *args: Any) -> asyncio.Future[Ended]:
+def start(pool: Executor, *args: Any, **more: Any) -> asyncio.Future[Ended]:
     """A side, in a thread of its own: the clock of the model is the thread's."""
-    return asyncio.get_running_loop().run_in_executor(pool, lambda: asyncio.run(side(*args)))
+    return asyncio.get_running_loop().run_in_executor(pool, lambda: asyncio.run(side(*args, **more)))
 
 
 # --- the one between them ---------------------------------------------------------------------------------------------
@@ -296,3 +302,27 @@ def test_while_one_source_is_served_another_is_told_so_at_once_and_served_afterw
                 await asyncio.gather(first, target, *between.carrying)
 
     asyncio.run(main())
+
+
+class NeverStops(DeviceProcess):
+    """Its guest does not answer the order to stop."""
+
+    async def _do_guest(self, what: str) -> Reply:
+        if what == "stop":
+            await asyncio.Event().wait()
+        return await super()._do_guest(what)
+
+
+def test_a_call_that_does_not_return_ends_with_the_session_and_the_guest_runs_on() -> None:
+    async def main() -> tuple[Ended, Ended]:
+        settings = Settings(after_stop_s=0.5, loop="asyncio")
+        run = Run(live_scenario({"vmm.give_up_s": 0.5}).to_json(), "v3-n2", 1)
+        with listen(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(2) as pool:
+            target = start(pool, "target", PATIENT, run_target, listener)
+            source = start(pool, "source", settings, run_source, run, listener.getsockname(), device=NeverStops)
+            return await source, await target
+
+    source, target = asyncio.run(main())
+    assert "the source waited for the end of the migration, in stopping: not there within 1 s" in source.words
+    assert source.report.guest_runs
+    assert not target.report.guest_runs
