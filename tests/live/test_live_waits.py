@@ -185,19 +185,19 @@ class Case:
     """Of the source."""
 
 
-LOST = "the target may run the guest, but did not say so (the source waited for the end of the migration"
-NO_DATA = "the target waited for the source's data: not there within"
+LOST = "the target may run the guest, but did not say so (waited for the end of the migration"
+NO_DATA = "waited for the source's data: not there within"
 CASES = [
-    Case("v2", "target accept", "the source waited for the answer of the target at", "the target waited for data"),
+    Case("v2", "target accept", "waited for the answer of the target at", "waited for data"),
     Case("v2", "target connected", "to have all data connections: not there", "waited for the clock of the source"),
-    Case("v2", "source begin", "the source waited for PREPARED of the target", "waited for the clock of the source"),
-    Case("v2", "target prepared", "the source waited for PREPARED of the target", "waited for START of the source"),
-    Case("v2", "source start", "the source waited for STARTED of the target", "the target waited for START of"),
-    Case("v2", "target started", "the source waited for STARTED of the target", NO_DATA),
+    Case("v2", "source begin", "waited for PREPARED of the target", "waited for the clock of the source"),
+    Case("v2", "target prepared", "waited for PREPARED of the target", "waited for START of the source"),
+    Case("v2", "source start", "waited for STARTED of the target", "waited for START of"),
+    Case("v2", "target started", "waited for STARTED of the target", NO_DATA),
     Case("v2", "source RAM", LOST, NO_DATA, ""),
     Case("v2", "source END", LOST, NO_DATA, ""),
     Case("v2", "target RESUMED", LOST, "", "target"),
-    Case("v2", "target result", "the source waited for RESULT of", "", "target", OutcomeKind.COMPLETED),
+    Case("v2", "target result", "waited for RESULT of", "", "target", OutcomeKind.COMPLETED),
     Case("v2", "source bye", "", "", "target", OutcomeKind.COMPLETED),
     Case("v2-multifd", "source SYNC", LOST, NO_DATA, ""),
     Case("v2-multifd", "source PACKET", LOST, NO_DATA, ""),
@@ -205,7 +205,7 @@ CASES = [
     Case("v3-n2", "source HELLO", "did not answer HELLO", NO_DATA, kind=OutcomeKind.DID_NOT_CONVERGE),
     Case("v3-n2", "target HELLO", "did not answer HELLO", NO_DATA, kind=OutcomeKind.DID_NOT_CONVERGE),
     Case("v3-n2", "source EPOCH_SENT", "(epoch 1) was not loaded", NO_DATA, kind=OutcomeKind.DID_NOT_CONVERGE),
-    Case("v3-n2", "target LOADED", "the source waited for the end of the migration", NO_DATA),
+    Case("v3-n2", "target LOADED", "waited for the end of the migration", NO_DATA),
     Case("v3-n2", "source COMMIT", LOST, NO_DATA, ""),
     Case("v3-n2", "target RESUMED", LOST, "", "target"),
 ]
@@ -323,6 +323,6 @@ def test_a_call_that_does_not_return_ends_with_the_session_and_the_guest_runs_on
             return await source, await target
 
     source, target = asyncio.run(main())
-    assert "the source waited for the end of the migration, in stopping: not there within 1 s" in source.words
+    assert "waited for the end of the migration, in stopping: not there within 1 s" in source.words
     assert source.report.guest_runs
     assert not target.report.guest_runs

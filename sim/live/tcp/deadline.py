@@ -23,9 +23,7 @@ class Deadline:
     What the other side sends does not prolong it.
     """
 
-    def __init__(self, side: str, limit_s: float) -> None:
-        """`side` is this one: source or target."""
-        self._side = side
+    def __init__(self, limit_s: float) -> None:
         self._loop = asyncio.get_running_loop()
         self._waits: set[asyncio.Timeout] = set()
         self._cause: Exception | None = None
@@ -64,6 +62,6 @@ class Deadline:
             if self._cause is not None:
                 raise again(self._cause) from error
             what = waits_for if isinstance(waits_for, str) else waits_for()
-            raise TimeoutError(f"the {self._side} waited for {what}: not there within {self._limit_s:g} s") from error
+            raise TimeoutError(f"waited for {what}: not there within {self._limit_s:g} s") from error
         finally:
             self._waits.discard(wait)

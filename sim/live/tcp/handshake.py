@@ -209,7 +209,7 @@ async def connect(
         raise UserError(f"{connections} data connections; there must be from 1 to {MAX_CONNECTIONS}")
     offer = Offer(limits.frame_bytes, connections, boot_id(), run)
     peer = text_of(address)
-    deadline = Deadline("source", limits.handshake_s)
+    deadline = Deadline(limits.handshake_s)
     async with AsyncExitStack() as opened:
         dialler = _Dialler(address, opened, io, sockets, tls, limits.handshake_s)
         async with handshake(deadline, f"a connection to {peer}") as progress:

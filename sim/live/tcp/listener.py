@@ -61,7 +61,7 @@ class Caller:
         loop = asyncio.get_running_loop()
         self.sock = sock
         self.name = name
-        self.deadline = Deadline("target", limit_s)
+        self.deadline = Deadline(limit_s)
         self.since = loop.time()
         self.opened = AsyncExitStack()
         """What is to be closed if it is turned away."""
