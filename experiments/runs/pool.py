@@ -189,7 +189,8 @@ def _started(context: Any) -> _Worker:
         with theirs:
             process = context.Process(target=_work, args=(theirs,), daemon=True)
             if context.get_start_method() != "fork":
-                resource_tracker.ensure_running()  # now: starting it unblocks signals
+                with interrupt.blocked():
+                    resource_tracker.ensure_running()  # now: starting it unblocks SIGINT
                 sys.modules["__main__"] = ModuleType("__main__")
             with interrupt.blocked():
                 process.start()

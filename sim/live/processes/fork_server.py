@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from types import ModuleType
 from typing import Any
+
+from proto_v3.errors import UserError
 
 PRELOAD = ["sim.live.processes.preload"]
 ENVIRONMENT = {
@@ -25,6 +28,13 @@ ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",  # the server is `python -c`: nothing is to be imported from the user's folder
 }
 """Of the processes, where the user has not set it; not of the caller's other children."""
+SERVER_FOLDER = "PROTO_V3_SERVER_FOLDER"
+"""Tells the server where its socket is: it removes the folder at its end, even if its supervisor was killed."""
+TEMPORARY_BYTES = 75
+"""The longest name of a folder for temporary files in which the server's socket can be: Linux, `sun_path` has 107 bytes,
+and multiprocessing adds `/pymp-XXXXXXXX/listener-XXXXXXXX`."""
+KILLING = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that kill a process of a run, but not the server."""
 PR_SET_PDEATHSIG = 1
 """Linux, include/uapi/linux/prctl.h."""
 
@@ -39,11 +49,12 @@ def start_process(name: str, main: Callable[..., None], *args: Any) -> ForkServe
 
 
 def end_with_server() -> None:
-    """In a child: be killed when the server ends, which ends when its supervisor does.
+    """In a child: be killed by what kills a process, and when the server ends, which ends when its supervisor does.
 
     A child that hangs does not see its lifeline close, so the kernel has to end it. The server ends when no process can
     ask it for children any more. Each child inherits the descriptor for asking, and so has to close it.
     """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, KILLING)
     server = vars(forkserver._forkserver)
     if server.get("_forkserver_alive_fd") is not None:
         os.close(server["_forkserver_alive_fd"])
@@ -58,16 +69,36 @@ def _context() -> ForkServerContext:
     """The context, with a running server. Its children inherit the signal mask and the environment."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    resource_tracker.ensure_running()  # first: else the server starts it, which unblocks SIGINT
-    with _sigint_blocked(), _environment():
+    with _signals_blocked():
+        resource_tracker.ensure_running()  # first: else the server starts it, which unblocks SIGINT
+    with _signals_blocked(), _environment({SERVER_FOLDER: _folder()}):
         forkserver.ensure_running()
     return context
 
 
+def _folder() -> str:
+    """multiprocessing's folder for the server's socket. UserError if no folder for temporary files has a short name."""
+    before = tempfile.tempdir
+    try:
+        tempfile.tempdir = next(filter(_can_have_the_socket, (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")))
+        return multiprocessing.util.get_temp_dir()
+    except (StopIteration, OSError) as error:
+        raise UserError(
+            f"a live run needs a folder for temporary files that can be written and whose name has at most "
+            f"{TEMPORARY_BYTES} bytes, and there is none; name one with TMPDIR=FOLDER"
+        ) from error
+    finally:
+        tempfile.tempdir = before
+
+
+def _can_have_the_socket(folder: str) -> bool:
+    return len(os.fsencode(folder)) <= TEMPORARY_BYTES and os.access(folder, os.W_OK | os.X_OK)
+
+
 @contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Ctrl-C is for the supervisor alone."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _signals_blocked() -> Iterator[None]:
+    """What ends a command, and goes to its whole process group, is for the supervisor alone."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *KILLING})
     try:
         yield
     finally:
@@ -75,8 +106,8 @@ def _sigint_blocked() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    missing = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+def _environment(more: dict[str, str]) -> Iterator[None]:
+    missing = {name: value for name, value in (ENVIRONMENT | more).items() if name not in os.environ}
     os.environ.update(missing)
     try:
         yield

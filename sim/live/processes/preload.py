@@ -4,16 +4,22 @@ So what each child would set up for itself is set up here. gc.freeze() keeps the
 that it looks at, away from these objects.
 """
 
+import atexit
 import encodings.idna  # noqa: F401 - of a socket's connect()
 import gc
+import os
+import shutil
 
 import numpy.ma
 import numpy.random  # noqa: F401 - of the guest; numpy.ma is of numpy.unique()
 import uvloop  # noqa: F401
 
 import sim.live.processes.children  # noqa: F401
+from sim.live.processes.fork_server import SERVER_FOLDER
 from sim.scenario.file import load
 
+if SERVER_FOLDER in os.environ:
+    atexit.register(shutil.rmtree, os.environ.pop(SERVER_FOLDER), ignore_errors=True)
 load("live-paced")
 gc.collect()
 gc.freeze()
