@@ -13,7 +13,7 @@ from sim.live.processes.report import Note, RejectedNote, SessionNote
 from sim.live.processes.settings import Settings
 from sim.live.result import SideEnd
 from sim.live.run import serve_one
-from sim.live.tcp.sockets import listen
+from sim.live.tcp.sockets import listen, text_of
 from sim.scenario.units import MIB
 
 
@@ -30,7 +30,7 @@ def run_target(where: str, once: bool, settings: Settings) -> int:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     bound = listener.getsockname()
-    say(f"listening on {bound[0]}:{bound[1]}, at most {settings.max_state_bytes // MIB} MiB of memory a migration")
+    say(f"listening on {text_of(bound)}, at most {settings.max_state_bytes // MIB} MiB of memory a migration")
     if not bound[0].startswith("127.") and bound[0] != "::1" and settings.tls is None:
         say("warning: everybody who reaches this address can send state here: use --tls-cert, --tls-key, --tls-ca")
     status = 0

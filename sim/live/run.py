@@ -21,11 +21,10 @@ from sim.live.processes.settings import Settings
 from sim.live.processes.vmm import run_source, run_target
 from sim.live.result import LiveResult, SideEnd, result
 from sim.live.tcp.messages import Run
-from sim.live.tcp.sockets import listen
+from sim.live.tcp.sockets import LOOPBACK, listen
 from sim.scenario.protocol import AppliedScenario, Protocol
 from sim.scenario.scenario import Scenario
 
-LOOPBACK = "127.0.0.1"
 ENDS_AFTER = 4
 """When one side has ended, the other one has ENDS_AFTER x silent_s to end, too."""
 UNCONNECTED_S = 0.2

@@ -6,10 +6,12 @@ does not import the caller's main module, and a server that ends when its superv
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
-import multiprocessing.util
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -29,10 +31,10 @@ ENVIRONMENT = {
 }
 """Of the processes, where the user has not set it; not of the caller's other children."""
 SERVER_FOLDER = "PROTO_V3_SERVER_FOLDER"
-"""Tells the server where its socket is: it removes the folder at its end, even if its supervisor was killed."""
-TEMPORARY_BYTES = 75
-"""The longest name of a folder for temporary files in which the server's socket can be: Linux, `sun_path` has 107 bytes,
-and multiprocessing adds `/pymp-XXXXXXXX/listener-XXXXXXXX`."""
+"""Tells the server where its socket is."""
+TEMPORARY_BYTES = 71
+"""The longest name of a folder for temporary files in which the server's socket can be. Linux: `sun_path` has 107 bytes;
+here `/proto-v3-XXXXXXXX/listener-XXXXXXXX` is added."""
 KILLING = (signal.SIGTERM, signal.SIGHUP)
 """Signals that kill a process of a run, but not the server."""
 PR_SET_PDEATHSIG = 1
@@ -77,18 +79,24 @@ def _context() -> ForkServerContext:
 
 
 def _folder() -> str:
-    """multiprocessing's folder for the server's socket. UserError if no folder for temporary files has a short name."""
-    before = tempfile.tempdir
-    try:
-        tempfile.tempdir = next(filter(_can_have_the_socket, (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")))
-        return multiprocessing.util.get_temp_dir()
-    except (StopIteration, OSError) as error:
-        raise UserError(
-            f"a live run needs a folder for temporary files that can be written and whose name has at most "
-            f"{TEMPORARY_BYTES} bytes, and there is none; name one with TMPDIR=FOLDER"
-        ) from error
-    finally:
-        tempfile.tempdir = before
+    """A folder for the server's socket. UserError if no folder for temporary files has a short name."""
+    config = vars(multiprocessing.current_process())["_config"]
+    if "tempdir" not in config:
+        try:
+            inside = filter(_can_have_the_socket, (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"))
+            config["tempdir"] = tempfile.mkdtemp(prefix="proto-v3-", dir=next(inside))
+        except (StopIteration, OSError) as error:
+            raise UserError(
+                "a live run needs a folder for temporary files that can be written and whose name has at most "
+                f"{TEMPORARY_BYTES} bytes, and there is none; name one with TMPDIR=FOLDER"
+            ) from error
+        remove_at_exit(config["tempdir"])
+    return str(config["tempdir"])
+
+
+def remove_at_exit(folder: str) -> None:
+    """Both the supervisor and the server do so: either may be killed."""
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _can_have_the_socket(folder: str) -> bool:

@@ -4,22 +4,20 @@ So what each child would set up for itself is set up here. gc.freeze() keeps the
 that it looks at, away from these objects.
 """
 
-import atexit
 import encodings.idna  # noqa: F401 - of a socket's connect()
 import gc
 import os
-import shutil
 
 import numpy.ma
 import numpy.random  # noqa: F401 - of the guest; numpy.ma is of numpy.unique()
 import uvloop  # noqa: F401
 
 import sim.live.processes.children  # noqa: F401
-from sim.live.processes.fork_server import SERVER_FOLDER
+from sim.live.processes.fork_server import SERVER_FOLDER, remove_at_exit
 from sim.scenario.file import load
 
 if SERVER_FOLDER in os.environ:
-    atexit.register(shutil.rmtree, os.environ.pop(SERVER_FOLDER), ignore_errors=True)
+    remove_at_exit(os.environ.pop(SERVER_FOLDER))
 load("live-paced")
 gc.collect()
 gc.freeze()

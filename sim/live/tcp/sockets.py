@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import errno
 import os
 import socket
 import struct
@@ -33,6 +34,7 @@ SO_MAX_PACING_RATE = 47
 UNPACED = 2**64 - 1
 MAX_OPTION_BYTES = 2**31 - 1
 BACKLOG = 1024
+LOOPBACK, LOOPBACK_V6 = "127.0.0.1", "::1"
 
 Address = tuple[str, int]
 Resolved = tuple[int, int, int, Any]
@@ -139,7 +141,10 @@ def named(name: str, error: OSError) -> OSError:
 
 
 async def resolved(address: Address) -> list[Resolved]:
-    """The addresses of a host's port. UserError if it cannot be an address, OSError if the host is not known."""
+    """The addresses of a host's port. UserError if it cannot be an address, OSError if the host is not known.
+
+    localhost has ::1 too, whatever the machine's list of hosts says.
+    """
     host, port = address
     try:
         try:  # a numeric address needs no thread, and no name server
@@ -150,6 +155,9 @@ async def resolved(address: Address) -> list[Resolved]:
         raise OSError(f"{text_of(address)}: {error.strerror or error}") from error
     except (ValueError, OverflowError, TypeError) as error:  # UnicodeError, a NUL byte, a port beyond any
         raise UserError(f"{address!r} is no address: {error}") from error
+    if host == "localhost":
+        with contextlib.suppress(socket.gaierror):
+            found += socket.getaddrinfo(LOOPBACK_V6, port, type=socket.SOCK_STREAM)
     return [(family, kind, protocol, where) for family, kind, protocol, _, where in found]
 
 
@@ -172,21 +180,47 @@ async def dialled(to: Resolved, sockets: SocketSettings) -> socket.socket:
 
 
 def listen(address: Address) -> socket.socket:
-    """A listening socket for `accept`; port 0: any free one. UserError if the address cannot be used."""
-    sock = None
+    """A listening socket for `accept`; port 0: any free one. UserError if the address cannot be used.
+
+    On a machine without 127.0.0.1, ::1 is taken for it and for localhost: no other machine reaches either.
+    """
+    host, port = address
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(
-            *address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, protocol)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(where)
-        sock.listen(BACKLOG)
-    except (OSError, ValueError, OverflowError, TypeError) as error:
-        if sock is not None:
-            sock.close()
+        return _listening(host, port)
+    except OSError as error:
+        if host not in (LOOPBACK, "localhost") or error.errno != errno.EADDRNOTAVAIL:
+            raise UserError(f"cannot listen on {text_of(address)}: {reason(error)}") from error
+    except (ValueError, OverflowError, TypeError) as error:
         raise UserError(f"cannot listen on {text_of(address)}: {error}") from error
-    return sock
+    try:
+        return _listening(LOOPBACK_V6, port)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on this machine alone: it has neither {LOOPBACK} nor {LOOPBACK_V6} ({reason(error)}); "
+            "`ip link set lo up` brings them"
+        ) from error
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """At the first of the host's addresses that can be used."""
+    error: OSError | None = None
+    for family, kind, protocol, _, where in socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    ):
+        sock = None
+        try:
+            sock = socket.socket(family, kind, protocol)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(where)
+            sock.listen(BACKLOG)
+            return sock
+        except BaseException as why:
+            if sock is not None:
+                sock.close()
+            if not isinstance(why, OSError):
+                raise
+            error = error or why
+    raise error or OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
 
 
 async def finish(pipe: Pipe) -> None:
