@@ -24,6 +24,7 @@ from proto_v3.errors import ProtoV3Error, UserError
 from sim.live.fd.calls import Calls, Reply
 from sim.live.plain import from_plain, to_plain
 from sim.live.processes.device_process import DeviceProcess
+from sim.live.processes.files import allow_files
 from sim.live.processes.fork_server import end_with_server, start_process
 from sim.live.processes.report import Note, VmmReport, received_note
 from sim.live.processes.settings import Settings
@@ -146,6 +147,7 @@ def _be(name: str, loop: str, work: Callable[[], Coroutine[Any, Any, None]]) -> 
     """Run the work to its end as a process of that name, then end the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's, who then closes the lifeline
     end_with_server()
+    allow_files()
     with contextlib.suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as comm:
         comm.write(name.replace(" ", "-")[:COMM_CHARS])
 

@@ -33,8 +33,8 @@ ENVIRONMENT = {
 SERVER_FOLDER = "PROTO_V3_SERVER_FOLDER"
 """Tells the server where its socket is."""
 TEMPORARY_BYTES = 71
-"""The longest name of a folder for temporary files in which the server's socket can be. Linux: `sun_path` has 107 bytes;
-here `/proto-v3-XXXXXXXX/listener-XXXXXXXX` is added."""
+"""The longest name of a folder for temporary files in which the server's socket can be. Linux: `sun_path` has 107
+bytes; here `/proto-v3-XXXXXXXX/listener-XXXXXXXX` is added."""
 KILLING = (signal.SIGTERM, signal.SIGHUP)
 """Signals that kill a process of a run, but not the server."""
 PR_SET_PDEATHSIG = 1

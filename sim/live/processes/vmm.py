@@ -36,6 +36,7 @@ from sim.live.fd.remote_fd import Devices
 from sim.live.io import IO
 from sim.live.merge_timelines import ProcessTimeline
 from sim.live.plain import from_plain, to_plain
+from sim.live.processes.files import check_files
 from sim.live.processes.memory import check_memory, within
 from sim.live.processes.peer_report import peer_report
 from sim.live.processes.report import (
@@ -92,6 +93,7 @@ class VmmProcess:
         scenario = Scenario.model_validate_json(run.scenario)
         applied, max_bytes = Protocol.parse(run.protocol, scenario).applied(scenario), self.settings.max_state_bytes
         tls = self.settings.tls is not None
+        check_files(applied)
         check_memory(applied, max_bytes, tls)
         most_s = self.settings.max_give_up_s
         if applied.scenario.vmm.give_up_s > most_s:
