@@ -204,7 +204,9 @@ def validate(seeds: int, **options: Any) -> int:
 @click.option(
     "--scheduler",
     metavar="ADDRESS",
-    help="Make the runs on the workers of this Dask cluster (tcp://HOST:8786) instead; needs proto-v3[distributed].",
+    help="Make the runs on the workers of this Dask cluster instead (tcp://HOST:8786, or tls://HOST:8786 with the "
+    "certificates of Dask's configuration); needs proto-v3[distributed]. A Dask scheduler and its workers run any code "
+    "that is sent to them, by whoever reaches their ports: without TLS, in a network that you trust only.",
 )
 @set_option
 @output_options

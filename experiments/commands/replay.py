@@ -117,7 +117,7 @@ def read_results(folder: Path) -> Results:
 def _manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}; a folder of results has one") from error
     except (ValueError, RecursionError) as error:

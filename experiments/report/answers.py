@@ -184,7 +184,7 @@ def _file_name(name: str) -> str:
 
 def _json(folder: Path, name: str) -> dict[str, Any]:
     """A file of results, its texts cleaned: it may be somebody else's."""
-    content = _cleaned(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+    content = _cleaned(json.loads((folder / f"{name}.json").read_text(encoding="utf-8-sig")))
     if not isinstance(content, dict):
         raise ValueError(f"{name}.json is no JSON object")
     return content

@@ -85,7 +85,7 @@ def others(folder: Path) -> tuple[list[Other], list[str]]:
         if not figures:
             continue
         try:
-            manifest = json.loads((where / MANIFEST).read_text(encoding="utf-8"))
+            manifest = json.loads((where / MANIFEST).read_text(encoding="utf-8-sig"))
             for figure in figures:
                 figure.with_suffix(".svg").stat()
             if wrong := damaged(where, manifest):

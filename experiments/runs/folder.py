@@ -238,7 +238,7 @@ class ResultFolder:
 def read_manifest(file: Path) -> dict[str, Any]:
     """The manifest; empty if there is none that can be read as one."""
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         return {}
     return manifest if isinstance(manifest, dict) and "schema_version" in manifest else {}

@@ -42,7 +42,7 @@ def read_folder(folder: Path) -> Kept:
         hint = f"; there are results in {', '.join(inside[:10])} inside it" if inside else ""
         raise UserError(f"{folder}: is no folder of results: it has no {MANIFEST}{hint}")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read: {clean(str(error))}") from error
     if not isinstance(manifest, dict):

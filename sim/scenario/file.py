@@ -11,6 +11,7 @@ user's file or `--set` sets has the source `yours`, also where it is the base's 
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import tomllib
@@ -124,11 +125,13 @@ def changes(name_or_path: str, settings: Sequence[str] = ()) -> dict[str, tuple[
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a BOM
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+        utf_16 = error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        what = "but UTF-16: save it as UTF-8" if utf_16 else f"(byte {error.start})"
+        raise UserError(f"{path}: not UTF-8 text {what}") from error
 
 
 def _parsed(text: str, file: str) -> dict[str, Any]:

@@ -334,6 +334,13 @@ def test_set_needs_a_scenario(tmp_path: Path) -> None:
 def test_a_scenario_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_bytes(b'name = "\xff"')
     check_refused(proto_v3(tmp_path, "compare", "mine.toml"), "mine.toml: not UTF-8 text")
+    (tmp_path / "mine.toml").write_text(small_text({}), encoding="utf-16")
+    check_refused(proto_v3(tmp_path, "compare", "mine.toml"), "mine.toml: not UTF-8 text but UTF-16: save it as UTF-8")
+
+
+def test_a_bom_at_the_start_of_a_file_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(small_text({}), encoding="utf-8-sig")
+    assert proto_v3(tmp_path, "scenarios", "mine.toml").returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import polars as pl
 import pytest
@@ -37,6 +38,7 @@ from sim.run import simulate
 from sim.scenario.file import load
 from sim.scenario.scenario import Scenario
 
+CERTIFICATES = Path(__file__).parents[1] / "data" / "tls"
 NAME = "tiny"
 BASE = "mlx5-2vf"
 SMALL = (
@@ -636,6 +638,53 @@ def test_an_error_of_the_cluster_itself_is_one_line(
     assert done.exit_code == 2
     assert "No module named 'experiments'" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("workers", "told"),
+    [
+        ([{"a": 1}, {}, {}], "it has no workers any more"),
+        ([{"a": 1}, OSError("gone")], "it does not answer any more: gone"),
+    ],
+)
+def test_a_cluster_that_loses_all_workers_is_told(
+    monkeypatch: pytest.MonkeyPatch, workers: list[Any], told: str
+) -> None:
+    monkeypatch.setattr(cluster, "WITHOUT_WORKERS_S", 1e-6)
+    monkeypatch.setattr(cluster, "COUNT_S", 0.0)
+    running, client = mock.Mock(), mock.Mock()
+    running.has_ready.return_value = False
+    client.nthreads.side_effect = workers
+    with pytest.raises(UserError, match=told):
+        cluster._wait_for_one(running, client, "tcp://there:1")
+
+
+def one_worker(**options: Any) -> Any:
+    """A cluster in this process."""
+    import distributed
+
+    make: Any = distributed.LocalCluster
+    return make(n_workers=1, processes=False, threads_per_worker=1, dashboard_address=None, **options)
+
+
+@pytest.mark.slow
+def test_a_cluster_is_reached_with_tls(made: Path, tmp_path: Path) -> None:
+    import dask
+    from distributed import Security
+
+    role = {"cert": str(CERTIFICATES / "target.pem"), "key": str(CERTIFICATES / "target.key")}
+    parts = ("client", "scheduler", "worker")
+    ours = {f"distributed.comm.tls.{part}.{what}": file for part in parts for what, file in role.items()}
+    ours["distributed.comm.tls.ca-file"] = str(CERTIFICATES / "ca.pem")
+    with dask.config.set(ours), one_worker(protocol="tls://", security=Security()) as running:
+        assert running.scheduler_address.startswith("tls://")
+        done = run(tmp_path, "--scheduler", running.scheduler_address)
+        assert done.exit_code == 0, done.output
+        with dask.config.set(dict.fromkeys(ours)):
+            refused = run(tmp_path / "other", "--scheduler", running.scheduler_address)
+    assert (tmp_path / NAME / "runs.parquet").read_bytes() == (made / NAME / "runs.parquet").read_bytes()
+    assert refused.exit_code == 2
+    assert "certificates come from Dask's configuration" in refused.stderr.splitlines()[-1]
 
 
 def test_a_scheduler_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

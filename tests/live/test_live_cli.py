@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -133,17 +134,43 @@ def test_bad_input_is_one_message(tmp_path: Path, arguments: Sequence[str], told
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_what_was_done_and_leaves_nothing_running(tmp_path: Path) -> None:
+def test_a_long_tmpdir_costs_nothing_and_nothing_stays_in_a_folder_for_temporary_files(tmp_path: Path) -> None:
+    folder = tmp_path / (100 * "x")
+    folder.mkdir()
+    before = set(Path("/tmp").glob("proto-v3-*"))
+    command = [*CLI, "live", "live-paced", "--protocols", "v2", *quick(), "--out", "out", "--quiet"]
+    environment = os.environ | {"TMPDIR": str(folder)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list(folder.iterdir()) == []
+    assert set(Path("/tmp").glob("proto-v3-*")) <= before
+
+
+def test_too_few_open_files_are_told_before_anything_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (64, 64))
+    many = ["--set", "device.0.max_dirty_streams=16"]
+    done = proto_v3(tmp_path, "live", "live-paced", "--protocols", "v2,v3-n16", *quick(), *many)
+    assert done.returncode == 2
+    assert re.search(
+        r"v3-n16: a process of this live run needs \d+ open files, and may have 64: .*ulimit -n", done.stderr
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_keeps_what_was_done_and_leaves_nothing_running(tmp_path: Path) -> None:
     command = [*CLI, "live", "live-paced", *quick(), "--seeds", "1000", "--out", "out"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         while not any("source-VMM" in each for each in comms_below(process.pid)):
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 143
     assert "interrupted" in stderr
     assert "Traceback" not in stderr
 

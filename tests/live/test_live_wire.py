@@ -22,7 +22,7 @@ from sim.device.record import Bulk
 from sim.live.buffers import Buffers, as_view
 from sim.live.io import IO
 from sim.live.merge_timelines import LATEST, ProcessTimeline, merge
-from sim.live.tcp import handshake, messages
+from sim.live.tcp import handshake, messages, sockets
 from sim.live.tcp.connection import SMALL_BYTES
 from sim.live.tcp.handshake import Limits, accept, connect
 from sim.live.tcp.messages import Bye, Failed, Result, Run, Start, Started
@@ -693,3 +693,17 @@ def test_a_send_that_was_held_up_waited_for_what_the_receiver_did(loop: str, io:
     room, load = what.index("room in connection"), what.index("LOAD")
     assert recorded.spans["cause"][room] == load
     assert recorded.spans["start_ns"][room] >= recorded.spans["end_ns"][load]
+
+
+def test_where_there_is_no_127_0_0_1_the_other_loopback_address_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """192.0.2.1 is nobody's (RFC 5737)."""
+    monkeypatch.setattr(sockets, "LOOPBACK", "192.0.2.1")
+    with listen((sockets.LOOPBACK, 0)) as listener:
+        assert listener.getsockname()[0] == "::1"
+    monkeypatch.setattr(sockets, "LOOPBACK_V6", "2001:db8::1")
+    with pytest.raises(
+        UserError, match=r"it has neither 192\.0\.2\.1 nor 2001:db8::1 .*`ip link set lo up` brings them"
+    ):
+        listen((sockets.LOOPBACK, 0))
+    with pytest.raises(UserError, match=r"cannot listen on 198\.51\.100\.1:0: Cannot assign requested address$"):
+        listen(("198.51.100.1", 0))
