@@ -134,16 +134,14 @@ def test_bad_input_is_one_message(tmp_path: Path, arguments: Sequence[str], told
 
 
 @pytest.mark.slow
-def test_a_long_tmpdir_costs_nothing_and_nothing_stays_in_a_folder_for_temporary_files(tmp_path: Path) -> None:
+def test_a_long_tmpdir_costs_nothing(tmp_path: Path) -> None:
     folder = tmp_path / (100 * "x")
     folder.mkdir()
-    before = set(Path("/tmp").glob("proto-v3-*"))
     command = [*CLI, "live", "live-paced", "--protocols", "v2", *quick(), "--out", "out", "--quiet"]
     environment = os.environ | {"TMPDIR": str(folder)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert list(folder.iterdir()) == []
-    assert set(Path("/tmp").glob("proto-v3-*")) <= before
 
 
 def test_too_few_open_files_are_told_before_anything_is_started(
