@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -100,10 +101,12 @@ class ResultFolder:
     def write_table(self, frame: pl.DataFrame, name: str, table_format: str) -> None:
         """Stage a table as NAME.parquet or NAME.csv. An error, such as a full disk, is told by `commit`."""
         with self._told_later(), self._staged(f"{name}.{table_format}") as new:
+            content = io.BytesIO()  # Polars takes not every name of a file, and calls a full disk a thrift error
             if table_format == "csv":
-                without_formulas(frame).write_csv(new)
+                without_formulas(frame).write_csv(content)
             else:
-                frame.write_parquet(new, metadata={"schema_version": str(SCHEMA_VERSION)})
+                frame.write_parquet(content, metadata={"schema_version": str(SCHEMA_VERSION)})
+            new.write_bytes(content.getbuffer())
 
     def write_json(self, value: Any, name: str) -> None:
         """Stage NAME.json. An error, such as a full disk, is told by `commit`."""

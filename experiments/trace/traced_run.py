@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -156,5 +157,7 @@ def write_spans(run: TracedRun, path: str | os.PathLike[str]) -> Path:
     """Write the table of `spans` as Parquet; returns the file. UserError if it cannot be written."""
     file = output_file("path", path)
     with replacing(file) as new:
-        spans(run).write_parquet(new, metadata={"schema_version": str(SPANS_SCHEMA_VERSION)})
+        content = io.BytesIO()  # Polars takes not every name of a file
+        spans(run).write_parquet(content, metadata={"schema_version": str(SPANS_SCHEMA_VERSION)})
+        new.write_bytes(content.getbuffer())
     return file
