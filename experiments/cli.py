@@ -5,6 +5,7 @@ Options have the names of the parameters of what they are passed to: `run_NAME` 
 
 from __future__ import annotations
 
+import errno
 import inspect
 import sys
 from collections.abc import Iterable
@@ -37,6 +38,8 @@ from proto_v3.errors import UserError
 from proto_v3.text import clean
 
 MAX_ERROR_CHARS = 20_000
+BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Why a file cannot be written although the user named it well."""
 NO_BREAK = "\N{NON-BREAKING HYPHEN}"
 
 
@@ -102,7 +105,7 @@ class Cli(click.Group):
             return interrupt.exit_status() if status == INTERRUPTED else status or 0
         except UserError as error:
             click.echo(f"proto-v3: error: {clean(str(error), MAX_ERROR_CHARS, lines=True)}", err=True)
-            return 2
+            return 1 if isinstance(error.__cause__, OSError) and error.__cause__.errno in BROKEN_DISK else 2
         except UnicodeEncodeError as error:  # a file's name
             click.echo(
                 f"proto-v3: error: {error.object!a}: a name that the locale cannot write ({error.encoding}); "
@@ -145,6 +148,8 @@ def main() -> None:
     """Compare VFIO migration protocols, v2 and a multi-stream v3, on one simulated device.
 
     Start with: proto-v3 compare mlx5-2vf
+
+    SIGTERM and SIGHUP end a command as Ctrl-C does. The exit status is then 128 + the signal: 143, 129, 130.
     """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -172,3 +173,24 @@ def test_a_reader_that_has_seen_enough_is_no_error(where: str, status: int, stde
     script = f"set -o pipefail; {shlex.join(CLI)} {where}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (status, "", stderr)
+
+
+def test_what_the_locale_cannot_write_is_replaced(tmp_path: Path) -> None:
+    scenario = write_scenario(tmp_path, {"description": "von der Größe 1 µs"})
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    command = [*CLI, "scenarios", scenario]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"von der Gr??e 1 ?s" in done.stdout
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ENOSPC, 1), (errno.EACCES, 2)])
+def test_a_full_disk_is_no_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int) -> None:
+    def write_bytes(path: Path, content: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    done = proto_v3(tmp_path, "compare", write_scenario(tmp_path), "--protocols", "v2", "--seeds", "1", "--out", "o")
+    assert done.returncode == status
+    assert "Downtime" in done.stdout, "the result is printed all the same"
+    assert done.stderr.splitlines()[-1] == f"proto-v3: error: o/runs.parquet: cannot be written: {os.strerror(number)}"
