@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 # `make demo` and `make test` do all of their own set-up; everything else is for those who change the project.
 PYTHON ?= python3
 VENV   := .venv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Events per second of the virtual clock beside SimPy 4.1, measured in one run on the same two workloads.
 
 timeouts: 100 processes, each waiting 10,000 times. One event is one wait that came due.

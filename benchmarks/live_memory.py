@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a live run takes of memory, beside the state that it holds twice.
 
 Every process of the run counts: the command, the server that starts processes, both VMMs and both device processes;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How fast a stream goes from a device's fd to the target's device, beside a bare relay with as many processes.
 
 The relay is the least that moves bytes along the same path: four processes, a UNIX socket pair, TCP over loopback, a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the simulation costs: runs and events a second, memory, and how both grow with N, state and sweep.
 
 Each place is measured in a process of its own, for its peak memory, places in turn over the rounds, and medians are

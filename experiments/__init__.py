@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Questions put to the simulator, the command line, and an API to call (`from experiments import api`)."""
 
 __version__ = "0.2.0"

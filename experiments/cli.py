@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The command line. A command imports its module only when it is called, so that `--help` answers at once.
 
 Options have the names of the parameters of what they are passed to: `run_NAME` in experiments.commands.NAME.

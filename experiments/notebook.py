@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Notebooks, executed in place."""
 
 from __future__ import annotations

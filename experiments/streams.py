@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Standard output and standard error of the command. Whatever happens to them, the command does its work.
 
 Their reader may have seen enough (`| head`), the disk may be full, they may be closed, their terminal may be gone, the

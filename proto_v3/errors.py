@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The project's errors.
 
 All have one base class, so a caller can catch these and nothing else. Separate classes for a mistake of the user (a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Waiting for a change, so that the timeline can follow the cause."""
 
 from __future__ import annotations

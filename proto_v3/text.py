@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Text from outside, made safe to show: what a peer, a file or a table says must not steer the reader's terminal."""
 
 from __future__ import annotations

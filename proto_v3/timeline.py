@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One timeline of spans, from which the downtime, its phases and its critical path are computed.
 
 A *span* is work on one resource, with a start, an end, and a *cause*: the span whose end allowed this one to start.

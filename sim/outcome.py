@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The outcome of a run, computed from what both sides reported: plain data, whichever clock the run had."""
 
 from __future__ import annotations

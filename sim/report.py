@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What each side of a run knows at its end: one record, the same in virtual time, live, and over the wire.
 
 A new counter takes two lines: a field of `Counters` (or of proto_v3's `VmmCounters`, if a VMM counts it), and the line

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Servers with a rate, and locks that record waiting.
 
 A FifoServer knows a job's end when it is handed in: one timer a job, however long the queue. The firmware's command

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A run: scenario + protocol + seed -> outcome, in virtual time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Settings for all tests: properties are tried on the same examples each time, and none is judged by its speed.
 
 `--quick` runs one case of each test, all cases of those that are marked `quick`, and none of those that are marked

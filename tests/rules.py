@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Which tests hold each rule of docs/v2.md and docs/protocol-v3.md.
 
 A rule is a table row that begins with its number, such as `v2.driver.3`. A test that holds it is marked

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The simulator from Python: scripts and notebooks import this, and nothing else of the project.
 
     from experiments import api

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """docs/api.md, written from the docstrings: `python -m experiments.api.document > docs/api.md`."""
 
 from __future__ import annotations

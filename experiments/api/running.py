@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Scenarios loaded, and runs made; or the command that makes them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 agree`: the same scenario in virtual time and live, with the same seeds; every figure with its ratio.
 
 It shows whether the simulator's answers are artefacts of the simulator. Figures are medians, because anything else that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 compare`: the same devices migrated under each protocol, with the same seeds.
 
 It states in sentences what the runs show, prints tables, and draws figures.

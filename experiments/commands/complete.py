@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a shell offers when the user presses Tab. Only the keys of a scenario need a heavy import.
 
 The functions are click's: they get the command's context, its parameter, and the word so far, and return whole words.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 diff`: two folders of results, whichever command made them: what was run, how it ended, what it took.
 
 As of diff(1), the exit status is 0 if the results are the same, and 1 if they differ.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 live`: real migrations, each in processes of its own, and what they measured."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 live-target`: the target of live migrations from another host."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 new-scenario`: a scenario file to change, with every key of the one that it extends as a comment."""
 
 from __future__ import annotations

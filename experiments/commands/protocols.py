@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 protocols`: the suffixes of a protocol's name, and what each changes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 replay`: one run of a results folder made again, and compared with its row in the table of runs.
 
 A folder of `compare` has one scenario, in its manifest. A folder of `run` has several, and each run has settings and a

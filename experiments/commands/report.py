@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 report`: all results on one page, and their answers in the README.md of the results folder."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 run`: make the missing runs of experiments; then write answer, figures and manifest."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 scenarios`: which scenarios there are, and what they assume."""
 
 from __future__ import annotations

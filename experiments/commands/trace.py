@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 trace`: one run in virtual time, as a Perfetto trace and as a table of its spans."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 validate`: published migrations, simulated: the error of each figure, and how the cases differ."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The figure of `proto-v3 agree`: phases in virtual time and live, and the ratio of every figure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Matplotlib, as all figures use it: no setting of the user reaches a figure. Only this file imports it.
 
 `import matplotlib` reads MPLBACKEND, which a Jupyter kernel exports to its children, and a matplotlibrc of the current

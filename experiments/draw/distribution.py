@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The figure of the downtimes' distribution: each seed's, and the spread around each protocol's own median."""
 
 from __future__ import annotations

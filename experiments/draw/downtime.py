@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The figures of `proto-v3 compare` and `live`: where the downtime goes, and what late critical data costs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Protocols compared: downtimes seed by seed, and effects with their intervals."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The progress of a live run. On a terminal: phase, remaining bytes, what the guest writes, the rate of each stream.
 Elsewhere: a line now and then."""
 

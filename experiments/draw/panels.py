@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The panels of the experiments' figures: curves and maps, each with its spread, in one style.
 
 Curves show means with 95 % intervals (experiments.study.statistics). A place without a completed run has no point; a

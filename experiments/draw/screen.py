@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How tables and figures look in a notebook."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The critical path of single runs, step by step."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The look of protocols and resources, the same in every figure: a colour and a hatch each.
 
 Colours are from the Okabe-Ito and Tol palettes, which differ with any colour vision; lightness and hatches make them

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The figure of `proto-v3 validate`: published against simulated figures, and the error of each."""
 
 from __future__ import annotations

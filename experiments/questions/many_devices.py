@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What does v3 gain over v2 with multifd as a guest has more VFs?
 
 Multifd moves devices at the same time; v3 moves N streams of each, too. With many VFs on one PF the devices already

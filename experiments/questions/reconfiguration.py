@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How do downtime, set-up in the downtime and critical lag grow with the rate of the guest's reconfigurations?
 
 The list's first complaint: critical data that appears late, after a reconfiguration, queues behind dirty data and

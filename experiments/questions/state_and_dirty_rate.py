@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Which devices converge, and with which downtime: by the size of their state and the guest's rate of dirtying it.
 
 Pre-copy converges if the device's data is carried faster than it is dirtied, or if the data that is always dirty fits

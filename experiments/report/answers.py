@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The results that `proto-v3 run` kept, read back: for the report, for the README.md of their folder, for the API."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a comparison prints: its tables, each number computed from the runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a comparison shows, in sentences. Every number is computed from the runs."""
 
 from __future__ import annotations

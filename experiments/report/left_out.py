@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the model leaves out, for the report's page.
 
 docs/model.md states it; a copy of that section is beside this file, for the document is not installed with the code.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """All results on one HTML page that needs nothing beside itself."""
 
 from __future__ import annotations

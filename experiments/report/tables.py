@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a command prints of its results: the conclusion, then tables with a legend each; or one JSON document."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Runs made by the workers of a Dask cluster, in place of this machine's processes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Files that a user names: a regular file is replaced whole or not at all, anything else is written to or refused."""
 
 from __future__ import annotations

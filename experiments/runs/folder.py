@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A folder that results are written into. The new result is staged, and replaces an older one when it is whole.
 
 It imports nothing heavy, because a live run checks its folder first, and its memory is measured.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The table of runs: made from outcomes, one row a run, units in the column names; and read."""
 
 from __future__ import annotations

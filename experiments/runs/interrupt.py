@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The signals that end a command early: Ctrl-C, SIGTERM and SIGHUP. All do the same; `exit_status` says which came."""
 
 from __future__ import annotations

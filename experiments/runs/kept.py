@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A folder of results read back, whichever command made it, in whichever version."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A lock on a folder of results: one command at a time writes into it."""
 
 from __future__ import annotations

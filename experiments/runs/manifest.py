@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How results were made: the manifest beside each table of runs, with command, seeds, versions and git revision."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a command is about to make, and what an earlier one has made: whether runs of that would be lost."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Many runs, in this process or in several. A run depends on its cell alone: neither the process nor the order
 changes it."""
 

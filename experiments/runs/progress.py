@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How far the runs of a command are, on stderr: a bar on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The finished runs of a sweep, kept while it goes on, so that an interruption of any kind loses none of them.
 
 They are in an SQLite file: it stays whole even if a write is cut short. A row has a digest, for SQLite does not see a

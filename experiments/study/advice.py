@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What to do for a device, in sentences: computed from the effects of protocols on its downtime."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The claims of the v3 idea, and the rules by which runs are judged."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How two tables of runs differ: place by place, seed by seed.
 
 A place is one protocol in one scenario, under one clock. Its runs are repeats that differ in the seed.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Protocols compared over the places of a grid: rows for a table of effects, and words for a sentence.
 
 A *place* is a set of values of the swept columns, with its runs. Unless a function says otherwise, `scale` units of a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What an experiment is: one question, a grid of runs, and the function that answers the question from the runs.
 
 Each has a module of its own in experiments/questions, which defines `EXPERIMENT = Experiment(...)`; NAMES lists them.

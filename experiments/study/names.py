@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The names of the experiments, for lists, help and completion. It imports nothing."""
 
 QUESTIONS = {

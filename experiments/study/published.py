@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Published figures against the means of the runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Statistics over repeated runs: means with intervals, paired effects, and a fitted scaling law.
 
 Runs with the same seed have the same guest and the same firmware. So two protocols are compared seed by seed, and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Tables that sum up a table of runs, rounded to be read: downtimes, critical paths, bounds, read(), scaling.
 
 Intervals are of 95 %, by the bootstrap over seeds (experiments.study.statistics).

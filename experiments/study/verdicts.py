@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Protocols compared pair by pair: the effect on the downtime, and a verdict in a word.
 
 Effects are paired by seed; intervals are of 95 % (experiments.study.statistics).

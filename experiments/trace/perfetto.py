@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Tracks and counters as a Perfetto trace, which ui.perfetto.dev opens.
 
 Every lane is a track of its own to Perfetto, because slices must nest on its tracks. Lanes have the name of their

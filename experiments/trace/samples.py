@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Bytes left, dirtied and sent, sampled while a run goes on, without changing it.
 
 A timeline knows when something was done, not how many bytes it was. Therefore a task beside the run samples its parts,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One run in virtual time with all that was recorded of it: its outcome, timeline and samples, as files and tables."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Where each span of a run is drawn: tracks and counters in groups, in a fixed order; lanes on which nothing overlaps.
 
 A span is drawn once, by what it uses. Firmware commands are drawn in the engines, a lane for each command under way (if

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The port of a VFIO device fd and its data fds, as a VMM sees them.
 
 The docstrings are the contract, for the simulated device and for a live one. Where they say nothing else, the rules are

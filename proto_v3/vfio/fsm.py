@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The migration state machine: one table of arcs, and the path from a state to a target.
 
 The kernel's table gives the *next hop* from a state toward a target, for a device that has every feature. Two rules

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A document of the state machine's table: `python -m proto_v3.vfio.fsm_diagram > docs/states.md`.
 
 The arcs and hops are read from proto_v3.vfio.fsm, so the document cannot differ from the code. A test fails if the file

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The migration ioctls on bytes: VFIO_DEVICE_FEATURE and the ioctls of a data fd, on a caller's buffer.
 
 They call the port (proto_v3.vfio.device), as the kernel's core calls its drivers, and check in the same order with the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """States, feature bits and structures of the VFIO migration protocol, as numbers and as bytes.
 
 Source of v2: Linux `include/uapi/linux/vfio.h`, as of Linux 7.1. Additions of v3 are experimental, exist in no kernel,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The calls that a VMM makes at its devices: which have not returned, and which failed.
 
 A call can take for ever: an ioctl that waits for firmware cannot be interrupted. Whoever stops waiting for a call can

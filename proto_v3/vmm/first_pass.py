@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """v3: whether the target has loaded the first pass over a device's state. Until then, what remains says nothing.
 
 A driver that loads whole images (mlx5) begins its longest LOAD when the last byte of the first image was sent. A guest

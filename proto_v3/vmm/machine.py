@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The port of what a VMM owns besides the VFIO devices: vCPUs, guest RAM, device config.
 
 RAM is here because it shares the link and the downtime with the devices. It is not studied for itself.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A migration as a whole: the steps that v2 and v3 have in common. Each protocol fills in the others.
 
 Source: set up, open a session on each device, pre-copy until the switchover fits, stop, drain, hand over.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Multifd: RAM and the devices' stop-copy data over a pool of channels (QEMU migration/multifd.c,
 hw/vfio/migration-multifd.c, since QEMU 10.0).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Before anything is touched, the two VMMs agree on v3 with N streams, or on v2, or not at all.
 
 The source asks with a HELLO, and the target answers with one. If the target knows v2 only, it answers so, and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a peer may send next: a table of states, held against each frame that comes.
 
 A frame that is doubled or early is not in the table, and where one is missing, the next one is not. That is a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the target sends to the source, and the hand-over: at any time, at most one side may run the guest."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """When to stop the guest: the remaining bytes must fit the downtime limit at the measured bandwidth. And why they never
 did, in words.
 

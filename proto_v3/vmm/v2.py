@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """v2: the options of its users. The source is in `proto_v3/vmm/v2_source.py`, the target in
 `proto_v3/vmm/v2_target.py`."""
 

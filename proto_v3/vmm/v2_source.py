@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """v2's source, driven as QEMU drives it.
 
 QEMU hw/vfio/migration.c, migration/migration.c: each round of the migration thread sends RAM for a while, then does one

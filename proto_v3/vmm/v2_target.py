@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """v2's target: loads what arrives on the main channel, in order, one write() after the other.
 
 While one device loads, nothing else on the channel moves. With multifd (`proto_v3/vmm/multifd`), RAM and, since QEMU

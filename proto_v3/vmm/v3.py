@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """v3: what the two VMMs agree on. The source is in `proto_v3/vmm/v3_source.py`, the target in
 `proto_v3/vmm/v3_target.py`.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """v3's addressable blocks at the source: N threads read, over one fd, the blocks that a dirty bitmap names. Each thread
 sends on its own wire stream.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """v3's source: one task for each stream carries bytes from its fd to its wire stream, before and after the stop, until
 the stream ends. Another task decides when to stop.
 

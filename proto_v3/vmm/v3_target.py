@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """v3's target: one task for each wire stream writes what arrives. The driver holds dirty records back until their epoch
 is loaded.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Channels: ordered frames between the two VMMs, over a transport.
 
 A transport is a port: a simulated link or a socket implements it. The channel sends and receives frames on it.

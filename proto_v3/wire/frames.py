@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The wire format: a msgpack header, followed by the raw payload.
 
 A header is the array `[kind, device, stream, value, payload_bytes]`; on a shared connection the frame's place follows.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How v3's streams share the connections: one connection each, a pool of connections, or the first one for all.
 
 A *wire stream* carries one stream of one device, or what one thread reads of its blocks. Its index is 0 for the

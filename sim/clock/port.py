@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The port of the clock that the model runs on: virtual (sim.clock.virtual) or real time (sim.live.real_time).
 
 All times are integer nanoseconds since the run began.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Runs that would never end: the errors, and their report of where each task waits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The virtual clock: an asyncio event loop whose time is an integer number of nanoseconds.
 
 Theory. A discrete-event simulation and an event loop are the same machine: callbacks that are ready, and a heap of

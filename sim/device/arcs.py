@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The arcs of the state machine (`proto_v3/vfio/fsm`): what each one takes, and what happens to the session.
 
 Every arc that some device has stands here. Arcs marked (no P2P) are those of devices without RUNNING_P2P.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """v3's fd of blocks: any block by number, by any thread, in any order; the newest version wins.
 
 At the source a bitmap shows which blocks changed since it was last fetched; each read_blocks() is a SAVE of its own.

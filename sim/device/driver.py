@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The kernel driver of one device: its migration states, and its session.
 
 One driver has both faces. Without MIG_STREAMS it is v2: one stream that carries everything, critical objects first.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A PF's firmware: command slots that run SAVE and LOAD for all of its VFs.
 
 A command takes a fixed time and its bytes at the engine's rate, times a factor with mean 1: service times vary. The

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the guest does to its devices: drawn from the seed before the run, and equal for every protocol.
 
 Writes have a constant rate and are one whole block each. They are an array of block numbers: the k-th write is at

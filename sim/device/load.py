@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A data fd to write to: a stream that is loaded into the device.
 
 write() checks that its bytes are the next ones (LoadQueue), and runs the firmware's LOAD inside the call

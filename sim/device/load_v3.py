@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """v3's data fds that are loaded: dirty records wait for their epoch's critical data, critical records do not wait.
 
 No write holds the device's state mutex: a dirty stream's write that waits for its epoch would keep out the critical

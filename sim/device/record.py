@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The contents of a driver's stream in virtual time: records, and runs of their bytes.
 
 A record stands for a header and a payload; the bytes themselves are not made. To the VMM they are opaque: it sees an

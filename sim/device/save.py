@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A data fd to read from: a stream that is saved from the device. v2 (`sim/device/save_v2`) and v3
 (`sim/device/save_v3`) share this.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a stream saves next. Pure: no I/O and no clock; the caller advances the device before.
 
 A plan is critical objects first, then blocks. `next_record()` takes the next of them into a record, with the versions

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Records between SAVE and read(). Pure: records in, bytes out; no I/O, no clock, no waiting."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """v2's one data fd: critical objects and blocks in one stream, and what GET_PRECOPY_INFO reports of it.
 
 As in mlx5 (Linux drivers/vfio/pci/mlx5/main.c), GET_PRECOPY_INFO waits for the SAVE in flight. Once all is read, it

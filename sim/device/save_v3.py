@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """v3's data fds that are saved: a critical stream, and dirty streams that each have blocks of their own.
 
 New critical data is planned as soon as it is there, on the critical stream alone; nobody has to ask. A record carries

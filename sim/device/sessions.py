@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The two kinds of migration session of one device: which data fds each has, and what goes on besides reading them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The device's state, and nothing else: blocks and critical objects with versions, and the epoch.
 
 At the source, `version` counts the writes to a block, and `saved` is the version that was last saved (-1: none). A

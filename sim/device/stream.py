@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What both kinds of data fd share: those that are saved from a device (`sim/device/save`) and those that are loaded
 into it (`sim/device/load`)."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One of the two hosts: its firmware, memory and locks, and the scenario's devices there."""
 
 from __future__ import annotations

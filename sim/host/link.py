@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The network between the two hosts: connections with a bounded buffer, each with a rate limit, on one shared link.
 
 Both directions have the link's full bandwidth. A frame that is sent takes its place on its connection and on the link.

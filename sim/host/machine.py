@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A VMM's guest without its VFIO devices: vCPUs, RAM, device config (proto_v3.vmm.machine).
 
 RAM is a fluid, not an array. The dirty bytes grow toward the working set W as W x (1 - exp(-rate x time / W)): the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The two VMMs' sides of a migration, made from a scenario and a protocol, for any clock and transport."""
 
 from __future__ import annotations

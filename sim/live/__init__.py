@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Live mode: the protocols of `proto_v3`, unchanged, and the device of `sim`, behind real file descriptors.
 
 Four processes: a device process and a VMM at each side (`processes`). A device process runs the simulated drivers on

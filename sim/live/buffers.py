@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Buffers that are used again: a new one of 1 MiB costs 256 page faults, which is more than the copy into it.
 
 A buffer is free again when nothing refers to its memory any more: no view that was taken, and no slice of one. For each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How a process moves bytes through a socket: in threads that block, or when the event loop says that it is ready.
 
 A VMM has a thread for each fd that it reads, and blocks in read(). `ThreadPipe` does that: each socket gets a thread to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What live mode cannot emulate of a scenario: delays shorter than a timer is late, and properties of the machine.
 
 Lateness does not add up (sim.live.real_time), but each delay that is too short lasts as long as the timer makes it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Merge the timelines of several processes into one: a Lamport-clock merge with clock error.
 
 The processes count nanoseconds from the same moment, as far as their clocks are known to each other.

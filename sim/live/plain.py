@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Dataclasses as the plain values that msgpack carries, and back again, checked: what processes and hosts send.
 
 A `str` is a text for people: it is cleaned where it comes in (proto_v3.text). One that is data is `Annotated` with its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Real time for the model: the kernel's timers, set to the nanosecond, and a record of how late they were.
 
 uvloop's timers are whole milliseconds. So one timerfd is set to the next deadline in absolute time, and waited for

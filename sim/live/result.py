@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The result of a live run, computed from what its processes reported and how they died."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A live run: scenario + protocol + seed -> outcome, on this machine or with a target on another.
 
 This is the supervisor: it starts the processes of its side, receives their notes and reports, and leaves no process

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The tables of a scenario file below `[[device]]`, each with its rules. Units stand in the key names."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Reading scenarios: files and shipped names, files that extend others, and messages about wrong ones.
 
 `extends = "NAME_OR_FILE"` at the top of a file: the base's values hold, except for those that this file sets. Tables

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Protocols by name: `v2` and `v3`, with suffixes for the settings of VMM and driver.
 
 `v2` alone is v2 as the scenario sets it up, and so is `v3`. A suffix changes one setting: `v2-multifd`,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Scenarios: TOML files, validated, with units in the key names.
 
 Every assumption of the model is a key here, none is a constant in the code. `[sources]` gives, by key, the source of

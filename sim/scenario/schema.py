@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The JSON Schema of a scenario file, for editors: keys, types, ranges, units, what each key means.
 
 The rules that keys have with one another are the loader's alone.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The scenario files that come with the project, by name. It reads none of them, and imports nothing heavy."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The names of protocols: every suffix that one may have, what it sets, and what that means.
 
 Help, completion, `proto-v3 protocols` and the parser all read this table. It imports nothing, so that help and

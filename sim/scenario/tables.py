@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The tables of a scenario file, each with its rules.
 
 Units stand in the key names. A default is what the named driver, kernel or VMM does.

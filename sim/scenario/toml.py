@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The tables of a TOML file as plain dicts and lists: merged, compared, and a value put in at a dotted key."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the scenario tables are made of: units, kinds of numbers, how a message shows a value."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A lower bound on a migration's downtime, from scenario and protocol alone.
 
 Each resource needs a time for the work that is certain to come after the stop (sim.theory.work): work over capacity.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The memory that a v3 run needs at the target at the most, as docs/protocol-v3.md says it.
 
 With D devices and L dirty wire streams each, or L threads that read blocks:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Closed forms for rates: how fast a device's state moves, and which dirty rate that outruns.
 
 `scenario` is the scenario as the protocol changes it (sim.scenario.protocol.Protocol.applied); `streams` is the number

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The data that is certain to be moved after the stop, as one job for each device, and what its steps cost at least.
 
 The data is the blocks that only a stopped device can save; or the whole device, if it has no pre-copy, only checks

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The command line, run in this process: much sooner than in one of its own, which some tests are about."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A small migration under watch, in which something is done at an event, or at several: a call fails or never returns,
 a connection is cut, a side is killed.
 

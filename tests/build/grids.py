@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Experiments' grids in tests: their runs, really made."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the tests of the driver share: two hosts with the small scenario's devices, and a VMM's moves on their fds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Live runs for tests: a scenario that is through in a tenth of a second, and what is to be seen of its processes."""
 
 from __future__ import annotations

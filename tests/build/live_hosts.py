@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the tests of live devices share: a device process and its VMM in one process and loop, on either way of waiting.
 
 The same script can be run on a live device and on a virtual one (`Rig`), so that what they answer can be compared.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Event loops of the operating system, and a check that what ran on one leaves nothing behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What memory v3 needs at the target at most, written from the protocol's rules, apart from the product's own bound."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Folders of results in tests."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Whole migrations in virtual time: how they ended, and what they were made of."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What several test modules share: a scenario that is small, quick to run, and has round numbers to reckon with."""
 
 from __future__ import annotations

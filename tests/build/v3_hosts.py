@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What tests of v3 share: sessions with several fds, a guest that does what a test says, records that were altered."""
 
 from __future__ import annotations

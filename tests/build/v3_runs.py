@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Whole migrations whose connections a test listens to, delays or tampers with."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Sessions for tests: pairs of real ones, and peers that follow the protocol up to where a test wants them not to."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The API: what scripts and notebooks call, in a plain script, from standard input, and where an event loop runs."""
 
 from __future__ import annotations

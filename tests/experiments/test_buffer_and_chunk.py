@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """buffer_and_chunk: its grid, and what it makes of runs, real ones and made-up ones."""
 
 from __future__ import annotations

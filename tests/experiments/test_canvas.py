@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Figures are the same whatever the user's matplotlib, environment and folders are like."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """experiments.questions.channels.question: the grid can be run, and what is said of the pool depends on the runs."""
 
 from __future__ import annotations

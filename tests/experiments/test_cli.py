@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The command line as a user meets it; in a process of its own where that is what is tested."""
 
 from __future__ import annotations

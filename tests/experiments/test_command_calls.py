@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the command line passes to each command, for mypy does not see through click: every name, and every type."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The commands as a whole: all of them use the same names for the same things."""
 
 from __future__ import annotations

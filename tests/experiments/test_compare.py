@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The comparison's parts: cells and processes, tables, files, and sentences whose numbers come from the runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a shell offers when the user presses Tab: asked as click asks, and in a real bash."""
 
 from __future__ import annotations

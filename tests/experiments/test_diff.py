@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 diff`: folders of results side by side, whichever command made them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """However a command ends: what was done is kept, the exit status tells how, and no process is left."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Folders of results: no result is lost, and a file is written whole, or not at all, and nowhere else."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The experiment of many devices: its grid, and that what it says depends on the runs."""
 
 from __future__ import annotations

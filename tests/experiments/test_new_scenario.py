@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 new-scenario` and `proto-v3 schema`: a file to begin with, and what an editor knows of one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How far the runs of a command are: lines now and then where there is no terminal, on a clock of the test's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The first experiment: its grid, its answer on real runs, and verdicts that depend on the data."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """experiments.questions.reorder_memory.question: the grid can be run, the bound is the protocol's, and the verdict
 depends on the runs."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A run of a results folder made again: which one is meant, what it is made from, and whether it is the same."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The report: one page with nothing beside itself, whose answers are those of the tables."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The sensitivity experiment: its grid, and that what it says is what the runs say."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The statistics of repeated runs against answers that are known otherwise."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Looks: each protocol has one of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 run`: the same table however the runs are made, and nothing lost whatever ends them."""
 
 from __future__ import annotations

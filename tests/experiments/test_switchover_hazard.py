@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """switchover_hazard: its grid, and an answer that follows the runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A run as a Perfetto trace and as a table of spans: read back, and held against the timeline that they tell of."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Published figures against the small scenario's runs: errors, bands, exit statuses, what is written and told."""
 
 from __future__ import annotations

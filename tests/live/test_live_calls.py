@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Calls between a VMM and its device process: answers in any order, descriptors that are passed, peers that rave."""
 
 from __future__ import annotations

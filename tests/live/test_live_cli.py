@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 live`, `live-target` and `agree` as a user meets them, and what they say."""
 
 from __future__ import annotations

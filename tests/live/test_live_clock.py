@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Real time that does not drift, and the driver's locks as real ones.
 
 What would depend on the machine is taken out: a test moves a fake clock, and what a timer was set

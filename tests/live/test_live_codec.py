@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Heads of records as bytes and back; what cannot be one is a ValueError and nothing else, however it is malformed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A live device answers as a virtual one does, call by call; and a state that is moved through real fds arrives."""
 
 from __future__ import annotations

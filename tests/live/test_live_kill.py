@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Live mode when processes die: nobody hangs, nothing is left over, two guests never run, and the reason is said."""
 
 from __future__ import annotations

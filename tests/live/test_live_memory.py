@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A target's memory: all that an offer can ask for is counted before any of it is taken, and held against its limit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The timelines of several processes become one: whom a wait was for, clocks that differ, malformed parts."""
 
 from __future__ import annotations

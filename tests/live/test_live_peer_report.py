@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A target's report of any shape: it is read, or the run is FAILED with an error that names the field; never more."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Why a live run failed is said in the words that it has in virtual time, also where the target is on another host."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The state as bytes: what is old, torn or in the wrong place is seen; where the bytes of a run of a stream are."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A peer that stops at any step of the protocol, and goes on sending PINGs, or does not: both sides end, each says what
 it waited for, no guest runs twice, and the next source is served.
 

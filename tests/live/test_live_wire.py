@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Sessions over real TCP: what is sent comes, in order and whole, whoever is cancelled; both sides know who is gone."""
 
 from __future__ import annotations

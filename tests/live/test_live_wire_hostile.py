@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Whatever a peer sends, or does not: an error of the allowed kinds, soon, with little memory, and nothing is left."""
 
 from __future__ import annotations

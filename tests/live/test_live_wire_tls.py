@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Sessions over TLS: only between two that trust each other's certificates; else an error that says what is wrong."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The wheel, installed into a fresh environment and used from another folder: it needs nothing of the clone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The project is clean: ruff's rules, ruff's format, mypy's strict types."""
 
 from __future__ import annotations

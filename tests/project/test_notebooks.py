@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The notebooks: each runs from beginning to end on small data, and is committed with what it gave and nothing else."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """README.md, "What comes out", and results/README.md, "In two minutes", are written by hand: every number that results
 give there is held against the kept tables."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """docs/protocol-v3.md against the code: its diagrams are what runs do, its tables are what the contract says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """README.md: its Python lines run. All documents: what they name exists."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Every rule of docs/v2.md and docs/protocol-v3.md has a test, and the documents name the tests that there are."""
 
 from __future__ import annotations

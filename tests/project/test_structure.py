@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Who may import whom: the contracts of pyproject.toml hold, and each room says what lives there."""
 
 from __future__ import annotations
@@ -30,3 +31,19 @@ def test_no_two_classes_have_the_same_name() -> None:
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in MODULES]
     names = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
     assert [name for name, count in names.items() if count > 1] == []
+
+
+SPDX = "SPDX-License-Identifier: GPL-2.0-or-later"
+
+
+def test_each_source_file_names_its_licence_and_the_licence_is_there() -> None:
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    tracked = [name for name in done.stdout.splitlines() if not name.startswith(("results/", "notebooks/"))]
+    assert done.returncode or len(tracked) > len(MODULES), "or this is no clone"
+    sources = [
+        ROOT / name for name in tracked if name.endswith((".py", ".toml", ".sh", ".h", ".j2", ".cff", "Makefile"))
+    ]
+    without = [path for path in sources or MODULES if SPDX not in "".join(path.read_text("utf-8").splitlines(True)[:2])]
+    assert without == []
+    assert "GNU GENERAL PUBLIC LICENSE\n                       Version 2" in (ROOT / "LICENSE").read_text("utf-8")
+    assert 'license = "GPL-2.0-or-later"' in (ROOT / "pyproject.toml").read_text("utf-8")

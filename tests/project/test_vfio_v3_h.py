@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """docs/vfio_v3.h against proto_v3.vfio.uapi: as a C compiler lays it out, with nothing missing on either side."""
 
 from __future__ import annotations

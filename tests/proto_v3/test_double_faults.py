@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Two faults in one migration, drawn by seed: what must hold after one fault (test_every_event) must hold after two.
 
 A seed draws a small migration (a protocol with its suffixes, and what differs from SMALL) and FAULTS_EACH pairs of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Whatever fails, is cut or is killed, at every event of a small migration: never two run the guest, never a device is
 lost, always an end.
 

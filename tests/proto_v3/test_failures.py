@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Migrations that end otherwise than they should: the user cancels, an arc fails, a peer breaks the rules.
 
 Whatever happens, never two sides run the guest, and one does at the end: the source, unless it had handed over.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """v3's first pass over a device: said once behind the data of each wire stream, and loaded when all were answered."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The wire: what is sent comes back the same, and nothing that a peer sends raises anything but PeerProtocolError."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The state machine: every path of the kernel's table, refusals, and what holds for any path."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """VFIO_DEVICE_FEATURE and the ioctls of a data fd on bytes: answers, and every error in the kernel's order."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Migrations: properties over random machines, and phases that can be reckoned on paper."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Multifd: packets over a pool of channels and back in order, who carries what, who loads when."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The notify: who is woken when, and what they take for the cause."""
 
 from __future__ import annotations

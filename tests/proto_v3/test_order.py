@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """No target runs a guest of which a frame was left out, came twice or came early: the guest stays at the source."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The hand-over, as the source sees it: which frame is due in which state, and that any other changes nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Shared connections: which of them takes the next frame."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """When to stop: the threshold, the window of the measurement, and a bandwidth that is given."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Text from outside is shown without what steers a terminal, and never longer than asked."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The timeline: phases that tile the downtime, the chain of causes, joins, what fell into the downtime, the digest."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The structures of vfio.h as bytes: layouts and numbers against literals, round trips, what does not fit."""
 
 from __future__ import annotations

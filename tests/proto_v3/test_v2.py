@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """v2 as QEMU drives it: the loop of reads, estimates and exact figures, the stop, switchover-acks, REINIT.
 
 The first half runs one VMM against devices, RAM and a wire that do what the test wrote down; the second, migrations.

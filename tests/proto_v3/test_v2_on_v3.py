@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A v2 user on a v3 device sees v2: the same timeline, span by span, as on a device that knows v2 only.
 
 The tests of v2 themselves run on devices that know v3, and once more on devices that were opted in and out again:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """v3: whatever the streams are delayed by, and however they are cut, the target has the source's state at the end.
 
 At two levels. Driver to driver, with carriers of the tests' own, which keep the order in a stream and nothing else. And

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """v3: whatever a peer or the way between the two does to a stream, to a frame or to the HELLO, it is refused.
 
 Each is a whole migration with somebody in between who changes what the target, or the source, receives. Whatever it is,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The virtual clock: order, exact time, repeatable runs, reports of deadlocks, errors that are not lost, refusals."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The same scenario and seed give the same run: to the nanosecond, in any process, on any number of them."""
 
 from __future__ import annotations

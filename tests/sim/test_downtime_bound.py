@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The bound: no run is below it, runs that one resource holds up are at it, and it follows the scenario's figures."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The simulated driver's state machine: which arcs give a data fd, what they cost, how they fail, what ends a session.
 
 What its data fds do is in test_save.py and test_load.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Digests of whole traces, committed: a change of behaviour is seen, and owned by writing the new ones down.
 
 After a change that is meant, put the digests that the failing test prints into data/fingerprints.json.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Firmware: service factors with the mean and spread that are asked for, the cost of commands, sharing of engines."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The guest's activity: made from the seed alone, at the rates, in the patterns and within the ranges asked for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The network: transfer times in closed form, limits per connection and in all, bounded buffers, order; its connections
 cut and closed."""
 

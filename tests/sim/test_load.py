@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A data fd to write to: the costs of a write, a stream's order and wholeness, leaving RESUMING, v3's holding back."""
 
 from __future__ import annotations

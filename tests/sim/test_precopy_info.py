@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What is left to read: GET_PRECOPY_INFO, which starts saves and reports REINIT, MIG_DATA_SIZE, v3's stream_info."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Protocols by name: what each suffix changes, which go together, what is refused, and names that survive a table."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The published migration, simulated: two mlx5 VFs under v2, phase by phase.
 
 Elena Ufimtseva, qemu-devel, 26 July 2024, example 2.

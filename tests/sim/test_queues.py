@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The pure queues of data fds: what goes in comes out, in whatever pieces."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What sides report: every counter reaches the table of runs, and reports travel, whole or not at all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Servers against brute force and queueing theory, memory that threads share, the accounting lock."""
 
 from __future__ import annotations

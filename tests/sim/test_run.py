@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Runs: every shipped scenario comes out right, and one that does not is told by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A data fd to read from: what its stream holds, in which order, when there is something to read, and kinds of drivers.
 
 What is left to read, and REINIT, are in test_precopy_info.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Scenarios: what is shipped, what is derived, and mistakes told with file, key, value and what would be right."""
 
 from __future__ import annotations

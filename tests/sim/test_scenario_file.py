@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Scenario files: finding, reading, building on others, and changing single values from the command line."""
 
 from __future__ import annotations

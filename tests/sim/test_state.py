@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The device's state: lazy writes, what is dirty, what is saved, the stop, stripes; and the image at the target."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The simulator's queues against theory: waiting times of single servers, a closed loop's bottleneck, whole runs.
 
 Where arrivals are random they are drawn before, with a fixed seed; the tolerance is what so many of them leave.

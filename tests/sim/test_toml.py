@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Tables over tables: merged, compared, and a value put in; properties against each other."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Any calls in any order, against a model of the device that was written from the header's rules alone.
 
 The model knows states, sessions and which fd belongs to which; not how a driver saves. It says of each call whether it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """v3 on one device, case by case: opting in, the fds, epochs, what fails and how. See proto_v3/vfio/device.py."""
 
 from __future__ import annotations

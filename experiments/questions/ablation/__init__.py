@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What does each step from v2 to v3 bring?
 
 v3 is several things at once: somebody waits for the target's set-up, critical data has a stream of its own, devices

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The figures of ablation: in each case, waterfalls from v2's level down to v3's; and lines that cross or do not."""
 
 from __future__ import annotations

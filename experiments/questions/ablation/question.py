@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The steps from v2 to v3, the cases in which each is tried, and what each step brings."""
 
 from __future__ import annotations

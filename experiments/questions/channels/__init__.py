@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Does a pool of shared connections do as well as a connection for each stream?
 
 The list objected to channels that are reserved for a purpose. v3 has three ways over the wire: a connection a stream

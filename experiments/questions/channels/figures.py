@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The figures of channels: downtime and critical lag under each way over the wire, and what each costs."""
 
 from __future__ import annotations

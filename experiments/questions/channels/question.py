@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The grid of channels, and what its runs say of the pool: how close it is to dedicated connections, and where not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Does N buy anything? The time to move a stopped device's state against the number of its dirty streams.
 
 One device, all of whose state moves after the stop (`stop-only`): so no pre-copy blurs the measurement. Around a base

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The figures of read_scaling: throughput against N, what a read() waits for, and what binds where."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The grid of read_scaling: its places, the rates of each by theory, and the measures of a run."""
 
 from __future__ import annotations

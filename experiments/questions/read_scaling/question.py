@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the runs of read_scaling say: what binds, how the time falls with N, and of the claims C2 and C3."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How much memory does the target need for data that it cannot load yet, and is there a bound?
 
 Two places hold such data: the target VMM (frames that arrived and that no driver took: `peak_reorder_bytes`) and the

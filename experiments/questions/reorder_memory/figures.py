@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The figures of reorder_memory: peaks at the target with their bounds, and multifd's growth against v3's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The grid of reorder_memory with the bound of each run; does it hold, how tight is it, and what does it cost?"""
 
 from __future__ import annotations

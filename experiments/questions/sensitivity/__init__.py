@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Which parameters do the conclusions depend on, and for which device does v3 bring next to nothing?
 
 Each parameter is moved from low to high while the others stay: a tornado for each conclusion. Two maps, over the

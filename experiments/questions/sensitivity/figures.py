@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The figures of sensitivity: a tornado for each conclusion, and the maps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The grid of sensitivity: each parameter with its range and the reason for it, the two bases, the two maps."""
 
 from __future__ import annotations

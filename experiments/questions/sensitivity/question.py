@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the runs of sensitivity say: the effect at each base, at each end of a parameter, in each square of a map."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How often does critical data come too late, after the order to stop the guest, and what does that cost?
 
 Between the moment when a VMM last knew what a device has and the moment when the vCPUs stand still, the guest may

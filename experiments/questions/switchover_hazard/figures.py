@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The figures of switchover_hazard: how often critical data comes too late, and what that costs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The runs of switchover_hazard, what became of critical data that came too late, and what that cost."""
 
 from __future__ import annotations

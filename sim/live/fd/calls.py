@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Calls between a VMM and its device process, on a UNIX socket, in place of ioctls on a VFIO device.
 
 A message is its length and a msgpack array; file descriptors go with it (SCM_RIGHTS). Calls are answered in any order,

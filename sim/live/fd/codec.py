@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Records as bytes: the head of a record, which is all before its data, is packed here and parsed.
 
 A record begins with its header: in v2 that of mlx5, in v3 `struct vfio_mig_record`. Behind it comes a table that is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Copies between the driver and user space, in threads: under the driver's lock, and at most at the scenario's rate.
 
 A data fd is a socket whose buffer is the end of the driver's chunks. One call copies as much as the socket has room

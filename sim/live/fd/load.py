@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The driver's end of a data fd that is written: bytes come out of a socket, go where they belong, and are loaded.
 
 How a write() ends is in `sim/live/fd/write_protocol`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A device as its VMM sees it: ioctls by calls to the device process, data fds as descriptors that were passed.
 
 These are the ports of `proto_v3.vfio.device`, so the protocols cannot tell it from the simulated one.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The VMM's end of a data fd: a descriptor that was passed, and ioctls by calls to the device process.
 
 read(), write() and poll() are real, in threads or on the event loop (see sim.live.io).

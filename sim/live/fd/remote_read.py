@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Data fds of a live device that a VMM reads: a socket, or a memfd for addressable blocks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Data fds of a live device that a VMM writes: write() returns when the driver answers (`write_protocol`)."""
 
 from __future__ import annotations

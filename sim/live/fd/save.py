@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The driver's end of a data fd that is read: bytes of a saved stream are copied into a socket, which a VMM reads.
 
 The socket's buffer is the end of the driver's chunks: bytes in it are unread to the driver, and count as such in all

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A device's state as bytes: its blocks, then its critical objects, in anonymous memory.
 
 The guest's data is computed from the block's number and version: a block that is old, torn or in the wrong place

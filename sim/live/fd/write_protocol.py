@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What both ends of a data fd that is written exchange beside the stream's bytes. Pure but for the shared page.
 
 write() returns when the driver has taken the bytes, with the LOAD of what they complete. A socket reports neither, so:

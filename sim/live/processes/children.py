@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The processes of a live run: started, watched, and ended whatever happens.
 
 Each child holds one end of a socket, its lifeline. It sends its notes and its report over it. When the other end is

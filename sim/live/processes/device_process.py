@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The device process: all devices of one host, on the real clock, with their state as bytes.
 
 It runs the drivers of `sim` as they are. A VMM reaches them by calls (`sim.live.fd.calls`), of which those that are

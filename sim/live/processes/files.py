@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The open files that the processes of a live run need, held against the limit before they are started."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Starting processes from a server that has all imports: multiprocessing's forkserver, and work-arounds for it.
 
 multiprocessing has no interface for what these need: the environment and the signal mask of the server, a child that

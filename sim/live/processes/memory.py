@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The memory that a target needs for a migration, computed before any of it is taken, and held against its limit.
 
 All that an offer can ask for is in it: the devices' state, what is kept of each block and object, frames of all

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a target reports, as a source receives it: read and checked, before anything is computed from it.
 
 A report of any other shape raises PeerProtocolError with the field, its value, and what it must be. One that passes can

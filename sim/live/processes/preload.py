@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Imported by the fork server before it forks. Its children share these pages as long as none of them writes to one.
 
 So what each child would set up for itself is set up here. gc.freeze() keeps the collector, which writes to every object

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the processes of a live run send: notes to their supervisor while they run, and reports at their end.
 
 A report goes to the other processes, to the other host and to the supervisor. `sim.live.plain` makes what is sent.

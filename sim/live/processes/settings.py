@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How the processes of a live run are run, and what a scenario asks of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A VMM process: one side of a migration by the code of `proto_v3`, against a device process and a peer over TCP.
 
 The source decides what is run: its offer to the target carries scenario, protocol and seed. Time 0 is the same moment

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A data connection: frames over TCP, in both directions.
 
     u16 magic | u16 header bytes | u32 payload bytes | header | payload      (big endian)

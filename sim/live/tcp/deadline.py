@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One deadline for everything that one side of a session waits for, from its first byte to its last."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How the two sides agree, in messages of the session.
 
     source                                              target

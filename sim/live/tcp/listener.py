@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Where the target accepts connections: many at a time, for the first to connect may be the last to speak.
 
 Anybody can connect, and send nothing, or rubbish, or stop in the middle of a handshake. So each new connection has a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The messages of the session: their fields with their bounds, and how they go over a connection.
 
     u32 length (big endian) | msgpack map of the fields and a "kind"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What source VMM and target VMM have after the handshake: data connections, and messages.
 
 Each side sends a PING from time to time. A side that receives nothing for `silent_s` seconds gives up, and closes all

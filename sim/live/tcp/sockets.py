@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """TCP connections as both sides set them up: options, addresses, and the 32 bytes that each connection begins with.
 
     magic "PROTO-V3" | u16 version | u16 role | u32 index | 16 bytes token      (big endian)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """TLS 1.3 with certificates on both sides, and a connection over it with the interface of `sim.live.io.Pipe`.
 
 Encryption copies anyway, so asyncio's streams do the work here, on asyncio's event loop or uvloop. Both loops have

@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: GPL-2.0-or-later
 # Makes the certificates of tests/test_live_wire.py anew (OpenSSL 3): valid from 2020 to 2100, for tests only, for the
 # private keys lie here for everybody to read. ca.pem signed target.pem (for localhost) and source.pem; other-ca.pem signed
 # other.pem, which nobody trusts.
