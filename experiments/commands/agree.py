@@ -90,8 +90,7 @@ def run_agree(
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
     loaded, chosen = prepared(scenario, protocols, settings, how)
     cells = [Cell(loaded, protocol, seed) for seed in seeds for protocol in chosen]
-    names, writes = [each.name for each in chosen], ("runs", "agree")
-    plan = Plan(command, [scenario], 2 * len(cells), seeds, names, writes=writes)
+    plan = Plan(command, [scenario], 2 * len(cells), writes=("runs", "agree"))
     with ResultFolder(out_folder(out, f"agree-{loaded.name}"), plan, force=force) as folder:
         output, stderr = Output(as_json, quiet), Console(stderr=True)
         warn(stderr, loaded)

@@ -46,7 +46,7 @@ def run_compare(
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
     loaded, chosen = parsed(scenario, protocols, settings)
     cells = [Cell(loaded, protocol, seed) for seed in seeds for protocol in chosen]
-    plan = Plan(command, [scenario], len(cells), seeds, [each.name for each in chosen], writes=WRITES)
+    plan = Plan(command, [scenario], len(cells), writes=WRITES)
     with ResultFolder(out_folder(out, loaded.name), plan, force=force) as folder:
         outcomes, interrupted = run_cells(cells, jobs, quiet=quiet)
         output = Output(as_json, quiet)

@@ -75,7 +75,7 @@ def run_live(
     if to is None and how.tls is not None:
         raise UserError("--tls-cert: TLS is for a target on another host: give --connect")
     cells = [Cell(loaded, protocol, seed) for seed in seeds for protocol in chosen]
-    plan = Plan(command, [scenario], len(cells), seeds, [each.name for each in chosen], writes=WRITES)
+    plan = Plan(command, [scenario], len(cells), writes=WRITES)
     with ResultFolder(out_folder(out, f"live-{loaded.name}"), plan, force=force) as folder:
         stderr = Console(stderr=True)
         warn(stderr, loaded)

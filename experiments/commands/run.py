@@ -100,7 +100,6 @@ def plan_of(experiment: Experiment, runs: Sequence[Planned], quick: bool, settin
         command=["proto-v3", "run", experiment.name, *(["--quick"] if quick else []), *_options(settings)],
         of=[experiment.name],
         runs=len(runs),
-        seeds={each.cell.seed for each in runs},
         quick=quick,
         writes=("runs", "effects", "answer"),
     )

@@ -81,8 +81,7 @@ def run_validate(
         for seed in seeds
     ]
     called = [scenario.name for scenario in cases.values()]
-    protocols = {each.protocol.name for each in cells}
-    plan = Plan(command, list(cases), len(cells), seeds, protocols, writes=["runs", "validate"])
+    plan = Plan(command, list(cases), len(cells), writes=["runs", "validate"])
     with ResultFolder(out_folder(out, "validate"), plan, force=force) as folder:
         outcomes, interrupted = run_cells(cells, jobs, quiet=quiet)
         output = Output(as_json, quiet)

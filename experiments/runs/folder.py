@@ -192,8 +192,8 @@ class ResultFolder:
             raise UserError(f"{file}: is no manifest of proto-v3{right}")
         if others := self._not_described(path.name for path in ours):
             raise UserError(f"--out {self._named}: has {', '.join(others)}, and no manifest says what made it{right}")
-        if self._old and not self.plan.makes_again(Plan.of_manifest(self._old)):
-            held = f"holds {described(self._old)}, and this command does not make all of that again"
+        if self._old and not self.plan.replaces(Plan.of_manifest(self._old)):
+            held = f"holds {described(self._old)}, which is of another command or scenario, or has more runs"
             raise UserError(f"--out {self._named}: {held}{right}")
 
     def _may_write(self, name: str) -> bool:

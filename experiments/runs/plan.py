@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a command is about to make, and what an earlier one has made: whether runs of that would be lost."""
+"""What a command is about to make, and what an earlier one has made: whether that may be replaced."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from typing import Any, Self
 
 from proto_v3.text import clean
 
-CONDITIONS = ("--set", "--io", "--loop", "--connect")
-"""Options that change what is measured. Of --connect, the host; a target's port may be another one each time."""
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -24,9 +21,6 @@ class Plan:
     of: Collection[str]
     """The scenarios, by name or file, or the question."""
     runs: int
-    seeds: Collection[int] = ()
-    protocols: Collection[str] = ()
-    """Empty if the question decides."""
     quick: bool = False
     writes: Collection[str] = ()
     """The names of the files that it can write, without their suffixes."""
@@ -41,8 +35,6 @@ class Plan:
             command=_words(manifest.get("command")),
             of=_texts([*of, *(manifest.get(key) for key in ("experiment", "scenario_file"))]),
             runs=runs if isinstance(runs, int) else 0,
-            seeds=[each for each in _list(manifest.get("seeds")) if isinstance(each, int)],
-            protocols=_texts(manifest.get("protocols")),
             quick=manifest.get("quick") is True,
         )
 
@@ -51,14 +43,11 @@ class Plan:
         """The command as the user gave it."""
         return shlex.join(self.command)
 
-    def makes_again(self, old: Plan) -> bool:
-        """Whether this command makes all runs of the older one again, under the same conditions."""
+    def replaces(self, old: Plan) -> bool:
+        """Whether it is the same command for the same scenarios or question, and makes as many runs at least."""
         return (
             self.command[1:2] == old.command[1:2]
             and set(map(os.path.abspath, old.of)) <= set(map(os.path.abspath, self.of))
-            and _conditions(self.command) == _conditions(old.command)
-            and set(old.protocols) <= set(self.protocols)
-            and set(old.seeds) <= set(self.seeds)
             and old.runs <= self.runs
             and old.quick >= self.quick
         )
@@ -70,16 +59,6 @@ def described(manifest: dict[str, Any]) -> str:
     of = f" of {planned}" if manifest.get("complete") is False else ""
     runs = "run" if (manifest.get("runs"), of) == (1, "") else "runs"
     return clean(f"{manifest.get('runs')}{of} {runs} of `{manifest.get('command')}`, made {manifest.get('made')}")
-
-
-def _conditions(command: Sequence[str]) -> list[tuple[str, str]]:
-    found = []
-    for at, word in enumerate(command):
-        option, equals, value = word.partition("=")
-        if option in CONDITIONS:
-            value = value if equals else " ".join(command[at + 1 : at + 2])
-            found.append((option, value.rpartition(":")[0] if option == "--connect" else value))
-    return sorted(found)
 
 
 def _words(command: object) -> list[str]:
