@@ -17,6 +17,7 @@ import click
 from experiments import INTERRUPTED, __version__, streams
 from experiments.commands import complete
 from experiments.commands.options import (
+    OLD_NAMES,
     first_seed_option,
     force_option,
     format_option,
@@ -268,7 +269,7 @@ def report(folder: str | None, results: str | None, page: str | None) -> int:
     return run_report(folder if results is None else results, page)
 
 
-@main.command()
+@main.command(context_settings=OLD_NAMES)
 @scenario_argument
 @protocols_option("v2")
 @seeds_option(1, "Runs of each protocol.")
@@ -328,7 +329,7 @@ def live_target(listen: str, once: bool, max_state_mib: int, **options: Any) -> 
     return run_target(listen, once, live_settings(options, max_state_bytes=max_state_mib << 20))
 
 
-@main.command()
+@main.command(context_settings=OLD_NAMES)
 @scenario_argument
 @protocols_option("v2,v3-n2")
 @seeds_option(10, "Runs of each protocol.")

@@ -37,14 +37,15 @@ first_seed_option = click.option(
     "--first-seed", type=click.IntRange(0), default=1, show_default=True, help="The seeds count up from it."
 )
 force_option = click.option(
-    "--force", is_flag=True, help="Replace what the folder holds, also results that this command does not make again."
+    "--force", is_flag=True, help="Replace what the folder holds, also results of another command or of more runs."
 )
 scenario_argument = click.argument("scenario", shell_complete=complete.scenarios)
 spans_option = click.option(
     "--spans", metavar="FILE", shell_complete=complete.files, help="Write a table of all spans too, in Parquet."
 )
 
-
+OLD_NAMES = {"token_normalize_func": lambda name: {"protocol": "protocols", "runs": "seeds"}.get(name, name)}
+"""Of `live` and `agree`: version 0.1 called two options so."""
 PROTOCOLS = f"{HELP}. `proto-v3 protocols` says what each changes."
 protocol_option = click.option(
     "--protocol", required=True, metavar="NAME", shell_complete=complete.protocol, help=PROTOCOLS
