@@ -65,6 +65,17 @@ def help_of(*command: str) -> str:
     return CliRunner().invoke(main, [*command, "--help"], prog_name="proto-v3").output
 
 
+@pytest.mark.parametrize(
+    ("command", "meant"),
+    [(["live", "live-paced", "--protocol", "v4"], "v4"), (["agree", "live-paced", "--runs", "0"], "0")],
+)
+def test_options_of_version_0_1_still_mean_what_they_meant(command: list[str], meant: str) -> None:
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 2
+    assert meant in done.output
+    assert "No such option" not in done.output
+
+
 def test_short_help_lines_are_whole() -> None:
     told = " ".join(help_of().split())
     for name, command in main.commands.items():
