@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
@@ -24,6 +25,15 @@ from tests.build.scenario import small_text
 ROOT = Path(__file__).resolve().parents[2]
 PATIENT = {"device.0.stop_only_mib": 8.0, "vmm.bandwidth_gbit_per_s": 0.1, "vmm.give_up_s": 1800.0}
 """A run of minutes: the VMM waits for half an hour for state that can only be saved when it is stopped."""
+
+
+@pytest.fixture(autouse=True)
+def signals_that_are_not_ignored() -> Iterator[None]:
+    """Whoever runs the tests may ignore them, as `nohup` does; a command would go on ignoring them."""
+    before = {each: signal.signal(each, signal.SIG_DFL) for each in (signal.SIGHUP, signal.SIGTERM)}
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
 
 
 def write_scenario(folder: Path, changes: dict[str, object] | None = None) -> str:
