@@ -199,12 +199,13 @@ def verdicts(compared: pl.DataFrame) -> list[str]:
             off = None if ratio is None else ratio - 1
             met = off is not None and abs(off) <= AIM
             parts.append(
-                f"{figure} {'?' if off is None else f'{100 * off:+.1f} %'} ({'within' if met else 'not within'})"
+                f"{figure} {'?' if off is None else f'{100 * off:+.1f} %'} "
+                f"({'within' if met else 'not within'} {100 * AIM:.0f} %)"
             )
         paths = {name: row["live"] - row["virtual"] for name, row in rows.items() if name.startswith("path ")}
         most = max(paths, key=lambda name: abs(paths[name]))
         sentences.append(
-            f"{protocol}: live against virtual, {', '.join(parts)} {100 * AIM:.0f} %; of the critical path, "
+            f"{protocol}: live against virtual, {', '.join(parts)}; of the critical path, "
             f"{most.removeprefix('path ')} differs most, by {paths[most]:+.1f} ms."
         )
     return sentences

@@ -97,7 +97,7 @@ def output_options(command: F) -> F:
     """What a command that prints results prints: `as_json`, `quiet`."""
     options = [
         click.option("--json", "as_json", is_flag=True, help="Print all of it as one JSON document."),
-        click.option("--quiet", is_flag=True, help="Print the conclusion only. All files are written."),
+        click.option("--quiet", is_flag=True, help="Print the conclusion only. Files are written as without it."),
     ]
     for option in reversed(options):
         command = option(command)

@@ -206,10 +206,13 @@ def add_row(table: Table, *cells: str) -> None:
 
 
 def plain_table(columns: Sequence[str]) -> Table:
-    """A table without lines; columns of numbers, except the first and those of WORDS, are right-aligned."""
+    """A table without lines; columns of numbers, except the first and those of WORDS, are right-aligned.
+
+    On a narrow terminal what does not fit goes on in the next line: nothing is cut.
+    """
     table = Table(box=None, header_style="", pad_edge=False, padding=(0, 1))
     for at, column in enumerate(columns):
-        table.add_column(column, justify="right" if at and column not in WORDS else "left")
+        table.add_column(column, justify="right" if at and column not in WORDS else "left", overflow="fold")
     return table
 
 

@@ -28,7 +28,7 @@ class Writes(Table):
     `hotspot`: `hot_share` of the writes go to the first `hot_fraction` of the blocks, the others to all blocks alike.
     """
 
-    pattern: Literal["uniform", "hotspot", "sequential"]
+    pattern: Literal["uniform", "hotspot", "sequential"] = "uniform"
     """Where they go: anywhere, mostly to a hot part, or from the first block to the last, again and again."""
     mib_per_s: NonNegative
     """0: nobody writes to the device, whatever the file that this one extends says."""

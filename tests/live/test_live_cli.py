@@ -408,7 +408,7 @@ def test_agree_runs_both_and_writes_both(tmp_path: Path) -> None:
     assert ratio(compared, "downtime") is not None
     assert (tmp_path / "out" / "agree.png").exists()
     assert (tmp_path / "out" / "agree.svg").exists()
-    assert ("within) 10 %" in done.stdout) is True
+    assert ("within 10 %)" in done.stdout) is True
 
 
 def test_a_run_that_cannot_be_made_keeps_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,8 @@ def test_a_device_that_nobody_writes_to_can_be_said(tmp_path: Path) -> None:
     assert make_activity(device, NS_PER_S, np.random.default_rng(1)).write_blocks.size == 0, (
         "also where no block is writable"
     )
+    path.write_text('extends = "mlx5-2vf"\n[[device]]\nwrites.mib_per_s = 0\n')
+    assert load(str(path)).devices[0].writes is not None, "mlx5-2vf says nothing of writes: one key is enough"
 
 
 def test_published_figures_replace_the_bases_as_a_whole(write: Write) -> None:
