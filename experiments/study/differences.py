@@ -167,7 +167,7 @@ class Compared:
     @cached_property
     def same_runs(self) -> int:
         """How many runs are the same in all columns that both tables have."""
-        left_out = {*NOT_COMPARED, *self.by, "seed", *([] if self.same_scenario else ["scenario"])}
+        left_out = {*NOT_COMPARED, *_labels(self.a), *self.by, "seed", *([] if self.same_scenario else ["scenario"])}
         columns = [name for name in self.a.columns if name in self.b.columns and name not in left_out]
         same = [pl.col(name).eq_missing(pl.col(f"{name}_b")) for name in columns]
         return self._both(columns).filter(pl.all_horizontal(same)).height
@@ -211,6 +211,12 @@ def _change(place: str, measure: Measure, of_a: pl.DataFrame, of_b: pl.DataFrame
         paired,
         difference(before, after, paired=paired),
     )
+
+
+def _labels(sweep: pl.DataFrame) -> list[str]:
+    """The columns in which a question says what it made a run for: two of its parts may ask for the same run."""
+    at = sweep.columns.index("settings") if "settings" in sweep.columns else len(sweep.columns)
+    return [name for name in sweep.columns[at:] if not name.startswith("stage_")]
 
 
 def _name(at: dict[str, Any]) -> str:

@@ -146,6 +146,8 @@ def test_cells_of_a_sweep_are_matched_by_what_they_are(tmp_path: Path) -> None:
     assert b is not None
     compared = Compared.of(a, b)
     assert (compared.only, compared.in_both, compared.same_runs) == ((0, 6), 6, 6)
+    a, b = (each.with_columns(part=pl.lit(part)) for each, part in ((a, "streams"), (b, "state")))
+    assert Compared.of(a, b).same_runs == 6, "the same run, made for another part of the question"
     as_it_is = pl.concat(
         [b.with_columns(wire_bytes=pl.lit(0)), a.with_columns(settings=pl.lit(""))], how="diagonal_relaxed"
     )
