@@ -132,7 +132,7 @@ def test_every_shipped_file_fits_the_schema(editor: jsonschema.Draft202012Valida
         ({"extends": "mlx5", "sources": {"ram.size_gib": "guess"}}, "sources.ram.size_gib: 'guess' does not match"),
         (small_tables({"link.round_trip_us": None}), "link: 'round_trip_us' is a required property"),
         (small_tables({"vmm": None}), "'vmm' is a required property"),
-        (small_tables({"device.0.writes": {"mib_per_s": 1}}), "device.0.writes: 'pattern' is a required property"),
+        (small_tables({"device.0.writes": {"hot_share": 0.5}}), "device.0.writes: 'mib_per_s' is a required property"),
     ],
 )
 def test_an_editor_sees_what_is_wrong(
