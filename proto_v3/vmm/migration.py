@@ -49,6 +49,8 @@ class OutcomeKind(enum.StrEnum):
 T = TypeVar("T")
 HUNG = 0.1
 """A call is said to hang if it is at work for this part of the time that the migration had."""
+ASKS_HUNG_S = 0.2
+"""Where a call hangs, what is left is asked for this long: another call may hang too."""
 
 
 class UnsupportedError(LocalProtocolError):
@@ -252,14 +254,15 @@ class Source(abc.ABC):
         return None
 
     async def _why_not(self, precopy_ns: int, hung: str) -> str:
-        if hung or self.switchover is None:
-            return why_not(self.side.settings, precopy_ns, self.switchover, [], [hung] if hung else [])
+        if self.switchover is None:
+            return why_not(self.side.settings, precopy_ns, None, [], [hung] if hung else [])
         parts: list[Left] = []
         with contextlib.suppress(OSError):
-            async with asyncio.timeout(RETURNS_WITHIN_S):
+            async with asyncio.timeout(ASKS_HUNG_S if hung else RETURNS_WITHIN_S):
                 parts = await self.left()
         device_bytes = sum(part.left_bytes for part in parts[1:])
-        return why_not(self.side.settings, precopy_ns, self.switchover, parts, self.held_up(device_bytes))
+        held_up = [hung] if hung else self.held_up(device_bytes)
+        return why_not(self.side.settings, precopy_ns, self.switchover, parts, held_up)
 
     @abc.abstractmethod
     async def left(self) -> list[Left]:

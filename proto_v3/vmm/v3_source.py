@@ -364,7 +364,7 @@ class V3Source(Source):
             size, stopped_only = await device.stop_copy_bytes(), self._stopped_only[index]
             if index not in self.fds:
                 stopped_only.drained(size)
-            elif self._critical[index].drained:
+            elif self._critical[index].drained and self._not_dirty_bytes:
                 stopped_only.begins(size, self._not_dirty_bytes[index] - self._critical[index].read_bytes)
             parts.append(Left(device.name, size, min(size, stopped_only.bytes)))
         return parts

@@ -98,7 +98,8 @@ class RamModel(GuestRam):
         self._synced_ns = until
         working_set = self._settings.working_set_mib * MIB
         written = self._settings.dirty_bytes_per_s * elapsed_s
-        self._dirty_bytes += round(working_set * -math.expm1(-written / working_set))
+        dirtied = round(working_set * -math.expm1(-written / working_set))
+        self._dirty_bytes = min(self._dirty_bytes + dirtied, round(self._settings.size_gib * GIB))
 
 
 class Guest(Protocol):

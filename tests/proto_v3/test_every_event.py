@@ -37,7 +37,7 @@ import pytest
 
 from proto_v3.vfio.uapi import State
 from proto_v3.vmm.device_calls import RETURNS_WITHIN_S
-from proto_v3.vmm.migration import OutcomeKind, Source, Target
+from proto_v3.vmm.migration import ASKS_HUNG_S, OutcomeKind, Source, Target
 from proto_v3.vmm.return_path import ReturnPath
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Kind
@@ -231,6 +231,8 @@ def about_a_call_that_hangs(run: Disturbed, outcome: Outcome) -> Iterator[str]:
         return
     settings, (fault,) = run.scenario.switchover_settings(), run.faults
     closes_ns = ns(RETURNS_WITHIN_S * 1000) if fault.hit.call == "set_state" else 0  # it may be the one that closes
+    if outcome.kind is OutcomeKind.DID_NOT_CONVERGE:
+        closes_ns += ns(ASKS_HUNG_S * 1000)
     if outcome.kind not in (OutcomeKind.DID_NOT_CONVERGE, OutcomeKind.CANCELLED):
         yield f"it ended as {outcome.kind}: {outcome.reason!r}"
     if run.ended_ns > min(settings.give_up_ns, settings.cancel_ns or settings.give_up_ns) + ns(10) + closes_ns:

@@ -16,7 +16,7 @@ from proto_v3.timeline import Timeline
 from proto_v3.vfio.uapi import MigrationFlags
 from proto_v3.vmm.v3 import V3Options
 from proto_v3.wire.streams import Credits, Wire
-from sim.clock.port import now_ns
+from sim.clock.port import now_ns, sleep_ns
 from sim.clock.virtual import run
 from sim.host.machine import RamModel
 from sim.scenario.device import Fault, Reconfigurations
@@ -518,6 +518,22 @@ def test_a_figure_that_was_fitted_to_must_be_a_published_one(fitted: str) -> Non
     """Or a typing error would make a prediction of what was fitted."""
     (problem,) = problems({"published": [{"citation": "x", "device_save_ms": [1.0, 2.0], "fitted": [fitted]}]})
     assert problem.startswith(f"published.0.fitted = {fitted!r}: must be one of device_save_ms.0, device_save_ms.1")
+
+
+def test_no_more_of_ram_is_dirty_than_there_is() -> None:
+    """However long nothing of it is sent: a page that is written again is dirty once."""
+    scenario = small_scenario({"ram.dirty_mib_per_s": 10_000.0, "ram.working_set_mib": 20.0})
+
+    async def pending() -> int:
+        ram = RamModel(scenario.ram, Timeline(now_ns))
+        while ram.pending_bytes() > scenario.ram.nonzero_gib * 2**30:
+            await ram.take(1_000_000_000)
+        for _ in range(100):
+            await sleep_ns(100_000_000)
+            await ram.sync()
+        return ram.pending_bytes()
+
+    assert run(pending()) <= scenario.ram.size_gib * 2**30
 
 
 def first_pages(scenario: Scenario) -> int:

@@ -393,8 +393,10 @@ async def run_target(vmm: VmmProcess, listener: socket.socket) -> VmmReport:
         except (ProtoV3Error, pydantic.ValidationError) as error:
             if isinstance(error, pydantic.ValidationError):
                 first = error.errors()[0]
-                key = ".".join(map(str, first["loc"]))
-                error = PeerProtocolError(clean(f"the offer's scenario is not valid: {key}: {first['msg']}"))
+                what = first["msg"].removeprefix("Value error, ")  # of a check of the whole, which names its keys
+                where = "".join(f"{part}." for part in first["loc"])[:-1]
+                why = f"{where}: {what}" if where else what
+                error = PeerProtocolError(clean(f"the offer's scenario is not valid: {why}"))
             refused.append(error)
             raise error from None
         return Needed(connections(vmm.applied), frame_bytes(vmm.scenario))
