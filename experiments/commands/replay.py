@@ -22,7 +22,7 @@ from experiments.report import tables
 from experiments.report.tables import say
 from experiments.runs import frame as results
 from experiments.runs import manifest
-from experiments.runs.folder import MANIFEST, OUT, damaged
+from experiments.runs.folder import MANIFEST, OUT, damaged, text_of
 from experiments.trace.traced_run import TRACE_SUFFIX, traced_run
 from proto_v3.errors import UserError
 from proto_v3.text import clean
@@ -118,7 +118,7 @@ def read_results(folder: Path) -> Results:
 def _manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8-sig"))
+        manifest = json.loads(text_of(file))
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}; a folder of results has one") from error
     except (ValueError, RecursionError) as error:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import polars as pl
 
 from experiments.runs import frame
-from experiments.runs.folder import MANIFEST, OUT, damaged
+from experiments.runs.folder import MANIFEST, OUT, damaged, text_of
 from experiments.runs.manifest import clone
 from experiments.study.claims import CLAIMS, Finding, Verdict
 from experiments.study.experiment import NAMES, find
@@ -125,6 +125,8 @@ def _read(folder: Path) -> KeptAnswer:
             raise ValueError("; ".join(wrong))
         answer = _json(folder, "answer")
         _check_types("answer", answer, ANSWER_KEYS)
+        if answer.get("quick", manifest.get("quick")) != manifest.get("quick"):
+            raise ValueError("answer.json and manifest.json differ in whether the run was quick")
         runs = frame.read(folder / "runs.parquet").height
         if runs != manifest["runs"]:
             raise ValueError(f"runs.parquet has {runs} runs, and the manifest says {manifest['runs']}")
@@ -185,7 +187,7 @@ def _file_name(name: str) -> str:
 
 def _json(folder: Path, name: str) -> dict[str, Any]:
     """A file of results, its texts cleaned: it may be somebody else's."""
-    content = _cleaned(json.loads((folder / f"{name}.json").read_text(encoding="utf-8-sig")))
+    content = _cleaned(json.loads(text_of(folder / f"{name}.json")))
     if not isinstance(content, dict):
         raise ValueError(f"{name}.json is no JSON object")
     return content

@@ -7,6 +7,7 @@ It imports nothing heavy, because a live run checks its folder first, and its me
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from experiments.runs.interrupt import deferred
 from experiments.runs.lock import locked
 from experiments.runs.plan import Plan, described
 from proto_v3.errors import UserError
@@ -152,8 +154,9 @@ class ResultFolder:
         Files of the earlier result that the new one has not are removed. UserError if something cannot be written; the
         earlier result stays then.
         """
-        (self._stage / AT_WORK).unlink(missing_ok=True)
-        names = sorted(path.name for path in self._stage.iterdir())
+        with self._staged(AT_WORK):
+            (self._stage / AT_WORK).unlink(missing_ok=True)
+            names = sorted(path.name for path in self._stage.iterdir())
         others = [] if self._force else self._not_described(names)
         others += [
             name for name in names if os.path.lexists(self._named / name) and not _is_regular(self._named / name)
@@ -165,7 +168,7 @@ class ResultFolder:
         if self._failed:
             raise self._failed
         self._manifest = {}
-        with self._staged(MANIFEST):
+        with self._staged(MANIFEST), deferred():  # half a new result and half an old one would be neither
             if self.folder != self._named:
                 self._stage.rename(self.folder)
                 return
@@ -242,14 +245,21 @@ class ResultFolder:
 def read_manifest(file: Path) -> dict[str, Any]:
     """The manifest; empty if there is none that can be read as one."""
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8-sig"))
+        manifest = json.loads(text_of(file))
     except (OSError, ValueError, RecursionError):
         return {}
     return manifest if isinstance(manifest, dict) and "schema_version" in manifest else {}
 
 
+def text_of(file: Path) -> str:
+    """The text of a regular file. OSError for another one: a FIFO would be waited for, and a device never ends."""
+    _check_regular(file)
+    return file.read_text(encoding="utf-8-sig")
+
+
 def digest(file: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """SHA-256 of a file, in hex. OSError as for `text_of`."""
+    _check_regular(file)
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -312,6 +322,11 @@ def _outcomes(manifest: dict[str, Any]) -> Counter[str]:
 def _is_regular(path: Path) -> bool:
     """A symlink is not: the folder may be somebody else's, and lead anywhere."""
     return path.is_file() and not path.is_symlink()
+
+
+def _check_regular(file: Path) -> None:
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "is no regular file", str(file))
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:

@@ -44,6 +44,16 @@ def postponed(act: Callable[[], object]) -> Iterator[None]:
 
 
 @contextmanager
+def deferred() -> Iterator[None]:
+    """One of the signals raises KeyboardInterrupt at the end, not in between: for a few moments."""
+    came: list[bool] = []
+    with postponed(lambda: came.append(True)):
+        yield
+    if came:
+        raise KeyboardInterrupt
+
+
+@contextmanager
 def blocked() -> Iterator[None]:
     """Processes that are started meanwhile never get the signals, where there are signal masks."""
     if not hasattr(signal, "pthread_sigmask"):

@@ -18,8 +18,9 @@ from typing import Any
 import polars as pl
 import pytest
 
+from experiments.runs import interrupt
 from experiments.runs.files import check_file, replacing
-from experiments.runs.folder import STAGE, ResultFolder, damaged, digest, read_manifest, without_formulas
+from experiments.runs.folder import STAGE, ResultFolder, damaged, digest, read_manifest, text_of, without_formulas
 from experiments.runs.lock import locked
 from experiments.runs.plan import Plan
 from proto_v3.errors import UserError
@@ -434,3 +435,42 @@ def test_a_block_device_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a block device"):
         put(tmp_path / "disk")
     assert (tmp_path / "disk").is_block_device()
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_files_are_replaced_leaves_the_new_result_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    write(tmp_path, text="old")
+    replace = os.replace
+
+    def replace_and_signal(*paths: Path) -> None:
+        os.kill(os.getpid(), which)
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", replace_and_signal)
+    with pytest.raises(KeyboardInterrupt), interrupt.raised():
+        write(tmp_path)
+    assert not damaged(tmp_path, read_manifest(tmp_path / "manifest.json"))
+    assert "new" in (tmp_path / "runs.csv").read_text()
+
+
+def test_a_fifo_or_a_device_in_the_place_of_a_result_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    (tmp_path / "runs.csv").symlink_to("/dev/zero")
+    assert read_manifest(tmp_path / "manifest.json") == {}
+    assert damaged(tmp_path, {"files": {"runs.csv": "0"}})
+    for file in tmp_path.iterdir():
+        with pytest.raises(OSError, match="is no regular file"):
+            text_of(file)
+
+
+def test_a_stage_that_cannot_be_listed_is_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with written(tmp_path) as folder, monkeypatch.context() as patch:
+
+        def refused(path: Path) -> None:
+            raise OSError(24, "Too many open files", str(path))
+
+        patch.setattr(Path, "iterdir", refused)
+        with pytest.raises(UserError, match="cannot be written: Too many open files"):
+            folder.commit()

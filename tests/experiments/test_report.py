@@ -226,6 +226,7 @@ def test_what_is_damaged_is_told_and_the_rest_is_reported(
         ("answer.json", {"figures": ["../../secret"]}, "a figure is called ../../secret"),
         ("manifest.json", {"outcomes": {"v2": ["x"]}}, "outcomes must be counts by protocol"),
         ("manifest.json", {"seeds": 1}, "manifest.json: seeds must be of type list"),
+        ("manifest.json", {"quick": False}, "differ in whether the run was quick"),
         ("answer.json", {"details": "x"}, "answer.json: details must be of type list"),
         ("answer.json", {"findings": [{"claim": "C1", "verdict": "proved", "why": ""}]}, "there is no verdict proved"),
     ],
