@@ -138,6 +138,11 @@ class _Sweep:
                 f"{self.kept}: keeps {len(more)} runs of an interrupted sweep that this command does not make; "
                 "--force removes them, --out names another folder"
             )
+        if (lost := kept.rows.keys() & self.keys) and not resume and not force:
+            raise UserError(
+                f"{self.kept}: keeps {len(lost)} runs of an interrupted sweep; "
+                "--resume goes on with them, --force makes all of them again"
+            )
         others = [version for cell, version in kept.others.items() if cell in self.keys]
         if others and resume:
             raise UserError(

@@ -33,6 +33,8 @@ from sim.scenario.units import MAX_TEXT_CHARS, did_you_mean, short, unit_of
 
 OWN = ("name", "description", "published")
 NO_PARAMETERS = (*OWN, "sources", "extends")
+MAX_FILE_BYTES = 4 << 20
+"""No scenario file is larger; /dev/zero has no end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,11 @@ def changes(name_or_path: str, settings: Sequence[str] = ()) -> dict[str, tuple[
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a BOM
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise UserError(f"{path}: is no scenario: it has more than {MAX_FILE_BYTES >> 20} MiB")
+        return content.decode("utf-8-sig")  # some editors begin a file with a BOM
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -270,10 +270,13 @@ def test_interrupted_twice_both_parts_are_kept(tmp_path: Path, counted: Counted)
     assert kept(tmp_path) == 7
 
 
-def test_without_resume_all_runs_are_made_anew(tmp_path: Path, counted: Counted) -> None:
+def test_kept_runs_are_made_anew_only_with_force(tmp_path: Path, counted: Counted) -> None:
     interrupt(tmp_path, 5)
     counted.calls.clear()
-    assert run(tmp_path, "--jobs", "1").exit_code == 0
+    refused = run(tmp_path, "--jobs", "1")
+    assert (refused.exit_code, counted.calls, kept(tmp_path)) == (2, [], 5)
+    assert "keeps 5 runs of an interrupted sweep; --resume goes on with them" in refused.stderr
+    assert run(tmp_path, "--jobs", "1", "--force").exit_code == 0
     assert len(counted.calls) == RUNS
 
 

@@ -67,6 +67,7 @@ def test_a_folder_is_told_as_one(tmp_path: Path) -> None:
         pytest.param(b"# nothing but a comment\n", "empty; a scenario needs", id="comment"),
         pytest.param(b"name = \xff\n", r"not UTF-8 text \(byte 7\)", id="not UTF-8"),
         pytest.param(small_text().encode("utf-16"), r"not UTF-8 text but UTF-16", id="UTF-16"),
+        pytest.param(b"#" * (1 + (4 << 20)), "more than 4 MiB", id="too large"),
         pytest.param(b"[ram\nsize_gib = 1.0\n", r"not valid TOML: .*line 1", id="broken"),
         pytest.param(b"a = 1\na = 2\n", r"not valid TOML: .*line 2", id="a key twice"),
         pytest.param(b"size_gib = 1.0.0\n", "not valid TOML", id="no number"),
