@@ -375,7 +375,7 @@ def test_what_is_off_is_told() -> None:
     compared = compare(frame_of([100], [112]))
     assert not within_aim(compared)
     (told,) = verdicts(compared)
-    assert "downtime +12.0 % (not within)" in told
+    assert "downtime +12.0 % (not within 10 %)" in told
     assert "firmware differs most, by +12.0 ms" in told
 
 
