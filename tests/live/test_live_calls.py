@@ -304,6 +304,25 @@ def test_when_the_peer_is_gone_all_who_wait_are_told_so(loop: str, how: str) -> 
             await calls.send_note("later")
 
 
+def test_what_the_peer_sent_before_its_end_is_read_though_a_message_to_it_fails() -> None:
+    came = []
+
+    async def keep(name: str, body: dict[str, Any]) -> Reply:
+        came.append(name)
+        return Reply()
+
+    async def main() -> None:
+        async with against(keep) as (calls, there):
+            send(there, [0, NOTE, "result", {}, 0])
+            there.close()
+            ping = calls.begin("ping")  # nobody is there to get it, and the note was not read yet
+            await calls.gone
+            assert came == ["result"]
+            assert await code_of(ping) == "ENODEV"
+
+    asyncio.run(main())
+
+
 def test_who_closes_says_why() -> None:
     async def main() -> None:
         async with against(None) as (calls, _):

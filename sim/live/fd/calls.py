@@ -157,15 +157,20 @@ class Calls:
             except BlockingIOError:
                 self._loop.add_writer(self._sock.fileno(), self._writable)
                 return
-            except OSError:
-                self.close()
-                return
+            except OSError:  # it is gone; what it sent before is still there to be read, and then the end
+                self._drop_unsent()
+                break
             _close_all(fds)  # they are the other process's now
             if sent < len(data):
                 self._out[0] = (data[sent:], ())
             else:
                 self._out.popleft()
         self._loop.remove_writer(self._sock.fileno())
+
+    def _drop_unsent(self) -> None:
+        for _, fds in self._out:
+            _close_all(fds)
+        self._out.clear()
 
     # --- receiving ----------------------------------------------------------------------------------------------------
 
@@ -265,9 +270,7 @@ class Calls:
         self._sock.close()
         _close_all(self._fds)
         self._fds.clear()
-        for _, fds in self._out:
-            _close_all(fds)
-        self._out.clear()
+        self._drop_unsent()
         for done in self._waiting.values():
             if not done.done():
                 done.set_exception(self._gone_error())
