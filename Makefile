@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 help:
 	@echo 'make demo      migrate the published two-VF machine under v2 and v3; table and figure in out/demo/'
 	@echo 'make quick     after each change: lint, types, and one case of each test that is not slow; less than a minute'
-	@echo 'make test      lint, types and all tests; about six minutes on two idle cores'
+	@echo 'make test      lint, types and all tests; six to seven minutes on two idle cores'
 	@echo 'make faults    search for two faults that a migration does not survive: SEEDS=500 (24 runs each), from a drawn start'
 	@echo 'make validate  hold the simulation against published measurements'
 	@echo 'make experiments  run all experiments into results/ (half an hour on two cores), and write results/report.html'
@@ -29,7 +29,7 @@ quick: $(VENV)/dev.stamp
 
 test: $(VENV)/dev.stamp
 	@$(HAS_CC) || $(MAKE) --no-print-directory debian-cc
-	@echo 'some 8,000 tests: about six minutes on two cores; the slow ones come first'
+	@echo 'some 8,000 tests: six to seven minutes on two cores; the slow ones come first'
 	@$(PYTEST)
 
 SEEDS ?= 500
