@@ -26,7 +26,7 @@ from proto_v3.vmm.migration import read_some
 from sim.clock import virtual as clock
 from sim.device.record import HEADER_BYTES, NO_INDICES, V3_HEADER_BYTES, Extent, RecordSlice
 from sim.live.fd.codec import Decoder
-from sim.live.fd.copy import Copier, data_fd, unread_bytes
+from sim.live.fd.copy import Copier, DriverEnd, data_fd, unread_bytes
 from sim.live.fd.load import LoadedData
 from sim.live.fd.remote_fd import WOKEN, descriptor
 from sim.live.fd.save import BlocksData, Layout, SocketBuffer
@@ -1299,6 +1299,31 @@ def test_only_the_write_that_is_wrong_gets_the_reason() -> None:
             assert [await task for task in tasks] == [None, "EPROTO", "EIO", "EIO"]
             assert [await code_of(fd.write(b"x", 1)) for fd in (critical, dirty, critical)] == ["EIO"] * 3
             assert await rig.device.state() is State.ERROR
+
+    run(main)
+
+
+def test_a_write_after_the_device_went_to_error_fails_though_its_fd_has_not_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The session is over at once; the threads that copy hear of it a moment later."""
+    good = stream_of(1)
+    heard = DriverEnd._watch
+
+    async def hears_late(self: DriverEnd) -> None:
+        while not self.ends_with.over:
+            await self.ends_with.changed()
+        await asyncio.sleep(0.05)
+        await heard(self)
+
+    monkeypatch.setattr(DriverEnd, "_watch", hears_late)
+
+    async def main() -> None:
+        async with live("target", quick(EVENTS)) as rig:
+            critical, dirty = await opened(rig, State.RESUMING, 1)
+            await rig.write(critical, next(parts for stream, parts in good if stream == 0))
+            assert await code_of(critical.write(b"\xff" * 3000, 1 << 20)) == "EPROTO"
+            assert await code_of(dirty.write(b"x", 1)) == "EIO"
 
     run(main)
 

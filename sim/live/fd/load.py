@@ -130,6 +130,8 @@ class LoadedData(DriverEnd):
         answered: list[tuple[int, int, int]] = []
 
         def drained(so_far: int) -> None:
+            if self.ends_with.over:  # these bytes are refused; `closing` is set in a moment, and ends the copy
+                return
             if self._is_answer_due(before + so_far):
                 at_ns = self._timeline.now_ns()
                 answered.append((before + so_far, self._send_answer(before + so_far), at_ns))
