@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Mediated devices of the kernel: created, named and removed by sysfs (driver-api/vfio-mediated-device.rst of Linux)."""
+"""Mediated devices of the kernel, by sysfs (driver-api/vfio-mediated-device.rst of Linux): created, named, removed."""
 
 from __future__ import annotations
 
