@@ -3,9 +3,10 @@
  * VFIO device migration with several streams: additions to
  * include/uapi/linux/vfio.h
  *
- * EXPERIMENTAL. No kernel has any of this. The numbers are the next free ones
- * in Linux 7.3-rc1; nobody has reserved them. proto_v3/vfio/uapi.py has the
- * same definitions in Python.
+ * EXPERIMENTAL. No kernel has any of this; the sample driver in kernel/driver
+ * implements it. The numbers are the next free ones in Linux 7.3-rc1; nobody
+ * has reserved them. proto_v3/vfio/uapi.py has the same definitions in Python.
+ * What the bytes of the streams are is in vfio_v3_stream.h, for drivers only.
  *
  * Everything that is not described here is as in vfio.h: the states and their
  * arcs, and all behaviour towards a user who does not opt in.
@@ -34,92 +35,136 @@
  * with the session; after that every call on any of their fds fails with
  * ENODEV.
  *
+ * vfio.h says that the data written in RESUMING should be taken from the data
+ * transfer output of a single FD. With several streams this holds for each fd:
+ * what is written to a fd of the target is what was read from the fd with the
+ * same index at the source. What vfio.h says of the data_fd, and what
+ * struct vfio_migration_ops says of the one file that a driver returns to the
+ * VFIO core, holds for the critical fd. The driver makes the others itself, so
+ * the core does not know of them. The driver ensures that each of them is at
+ * its end, or fails, when the session is over.
+ *
  * Critical data is what the device needs before it can use any other data, and
  * what takes time to set up. Dirty data is the rest, in blocks. Every block has
  * one home: the dirty stream that carries it for the whole session.
  *
  * The user keeps the order of the bytes within each stream, and does not
- * interpret them. There is no order between streams: dependencies between them
- * are the target driver's business. The user must not let a waiting dirty
- * stream hold up the critical one.
+ * interpret them: they are a matter between the drivers of source and target.
+ * There is no order between streams: dependencies between them are the target
+ * driver's business. The user must not let a waiting dirty stream hold up the
+ * critical one.
  *
  * Epochs
  *   An epoch is a generation of critical data. A device starts in epoch 1. Each
  *   reconfiguration of the device that creates new critical data begins the
- *   next epoch. Epochs never decrease. A dirty record of epoch e depends on the
+ *   next epoch. Epochs never decrease. Dirty data of epoch e depends on the
  *   critical data of all epochs up to e.
  *
- *   A new epoch keeps the dirty data of earlier epochs valid (KEEP), or makes
- *   it invalid (INVALIDATE) in the ranges of blocks that the epoch names. The
- *   driver's policy decides. KEEP: such data may be loaded whenever it arrives.
- *   INVALIDATE: the target driver drops it, including data still in flight. The
- *   source driver must therefore mark as dirty again every block of these
- *   ranges that it ever returned in an earlier epoch, not only unread ones.
- *   Otherwise a block in a dropped record would be lost.
+ *   A new epoch keeps the dirty data of earlier epochs valid. Optionally, a
+ *   driver may make it invalid instead, in ranges of blocks that the epoch
+ *   names. The target driver then drops such data, including data still in
+ *   flight. The source driver must therefore mark as dirty again every block of
+ *   these ranges that it ever returned in an earlier epoch, not only unread
+ *   ones: otherwise a block in flight would be lost. So each such epoch costs
+ *   another pass over its ranges. The user sees nothing of it.
  *
  * read()
- *   Returns records (struct vfio_mig_record), in pieces of any size. Waits
- *   while the device saves. In PRE_COPY and PRE_COPY_P2P it fails with ENOMSG
- *   when nothing is left for now. In STOP_COPY every stream ends with an END
- *   record, after which read() returns 0. Several threads may read different
- *   fds at the same time. EBADF on an fd that is being loaded, as for write()
- *   on one that is being saved.
+ *   Returns bytes of the stream, in pieces of any size. Waits while the device
+ *   saves. In PRE_COPY and PRE_COPY_P2P it fails with ENOMSG when nothing is
+ *   left for now. In STOP_COPY every stream comes to its end, where read()
+ *   returns 0. Several threads may read different fds at the same time. EBADF
+ *   on an fd that is being loaded, as for write() on one that is being saved.
  *
  * write()
- *   The driver loads the records that the bytes complete, inside the call. On a
- *   dirty fd it waits until the critical data that the records depend on is
- *   loaded. On the critical fd it never waits for a dirty stream. Bytes that
- *   differ from the source's stream put the device into ERROR, and the call
- *   fails with
- *     EXDEV	a record of another stream;
- *     EALREADY	a record that was written before;
- *     EILSEQ	a record that is too early: one before it is missing;
- *     EPROTO	bytes that are not the next ones of the record, that follow the
- *		END, or that wait for an epoch that never arrives; or a record
- *		of a class that the stream does not have;
- *     EBADMSG	an END whose counts or digest do not match.
+ *   The driver loads what the bytes complete, inside the call. On a dirty fd it
+ *   waits until the critical data that they depend on is loaded. On the
+ *   critical fd it never waits for a dirty stream. Bytes that differ from the
+ *   source's stream put the device into ERROR, and the call fails with
+ *     EXDEV	bytes of another stream;
+ *     EALREADY	bytes that were written before;
+ *     EILSEQ	bytes that are too early: some before them are missing;
+ *     EPROTO	bytes that cannot be the next ones of the stream, that follow
+ *		its end, or that wait for an epoch that never arrives;
+ *     E2BIG	a length or a number above the driver's limits, or an epoch too
+ *		far ahead of the loaded one: before any data is taken or any
+ *		memory allocated for it;
+ *     EBADMSG	an end of the stream that does not match what was written;
+ *     ENOMEM	no memory for what the bytes complete; it is charged to the
+ *		writing process.
+ *   The driver holds for each stream no more than what it is about to load.
+ *
+ * Waiting calls
+ *   A write() that waits for an epoch waits before it takes the byte after
+ *   which it would have something to load, or earlier. Bytes that were taken
+ *   stay taken. The wait ends when the epoch is loaded; when the critical
+ *   stream ended without it (EPROTO); when any stream fails (EIO); when the
+ *   session is over, be it by SET_STATE, by VFIO_DEVICE_RESET, or because the
+ *   device is closed (ENODEV); or by a signal. After a signal write() returns
+ *   the number of bytes taken by this call, or fails with EINTR (or is
+ *   restarted) if there are none. close() of the fd by another thread does not
+ *   end the wait.
+ *
+ *   With O_NONBLOCK, write() does not wait for an epoch: it returns the number
+ *   of bytes taken, or fails with EAGAIN if there are none. read() does not
+ *   wait while the device saves: EAGAIN. The time of the device's own commands
+ *   is not avoided.
+ *
+ *   No waiting call holds anything that SET_STATE, VFIO_DEVICE_RESET or a
+ *   write() to the critical fd needs. A driver with one mutex drops it
+ *   meanwhile.
  *
  * poll()
  *   EPOLLIN	there is data to read, or the stream is at its end;
  *   EPOLLPRI	on the critical fd only: the epoch grew since the last
- *		VFIO_MIG_GET_STREAM_INFO on it.
- *   So the user can wait for readiness, and need not query in a loop.
+ *		VFIO_MIG_GET_STREAM_INFO on it, by whichever thread. One thread
+ *		should wait for it; the epoch in the answer counts, not the
+ *		event;
+ *   EPOLLOUT	on an fd that is being loaded: write() would take at least one
+ *		byte without waiting for an epoch.
+ *   Once the session is over: EPOLLHUP, and once the device failed EPOLLERR as
+ *   well; with EPOLLIN or EPOLLOUT, because read() and write() then return at
+ *   once. So the user can wait for readiness, and need not query in a loop.
  *
  * close()
- *   On an fd that is being loaded, before its END was written: fails with
- *   ENODATA, and the device goes to ERROR. Otherwise it has no effect: the
- *   session ends with the state machine, not with its fds.
+ *   Never fails, and has no effect on session or device: the session ends with
+ *   the state machine, not with its fds. SET_STATE out of RESUMING tells
+ *   whether everything was written.
  *
  * Errors
  *   A device that fails on one stream is in ERROR. From then on every call on
  *   any of its streams fails with EIO, including calls that wait.
- *   VFIO_DEVICE_RESET ends the session, as in vfio.h.
+ *   VFIO_DEVICE_RESET ends the session, as in vfio.h, and alone leaves ERROR:
+ *   SET_STATE fails with EIO. (The driver has to check this: the VFIO core has
+ *   no arc out of ERROR, and warns when asked for one.)
  *
  *   VFIO_MIG_GET_PRECOPY_INFO fails with ENOTTY; VFIO_MIG_GET_STREAM_INFO
  *   replaces it.
  *
  *   SET_STATE out of RESUMING fails with ENODATA, and leaves the device in
- *   ERROR, if the END of any stream or the critical data of the newest epoch is
- *   missing. The source still has the guest at that time.
+ *   ERROR, if the end of any stream or the critical data of the newest epoch is
+ *   missing. The session is over then (ENODEV). The source still has the guest
+ *   at that time.
+ *
+ *   The ioctls below fail with ENOTTY on an fd that does not have them, before
+ *   the argument is looked at. Of the argument the kernel reads and writes the
+ *   structure, never more of argsz.
  */
-
-/*
- * A flag of VFIO_DEVICE_FEATURE_MIGRATION: the device has
- * VFIO_DEVICE_FEATURE_MIG_STREAMS. The state machine does not depend on it.
- */
-#define VFIO_MIGRATION_MULTI_STREAM	(1 << 3)
 
 /**
  * VFIO_DEVICE_FEATURE_MIG_STREAMS - the number of streams of a session
+ *
+ * The device has several streams if it has this feature, which
+ * VFIO_DEVICE_FEATURE_PROBE tells. There is no flag for it in
+ * VFIO_DEVICE_FEATURE_MIGRATION, as the state machine does not depend on it.
  *
  * Upon VFIO_DEVICE_FEATURE_GET, read the maximum number of dirty streams of a
  * session, and the flags that the device knows.
  *
  * Upon VFIO_DEVICE_FEATURE_SET, select both for later sessions. The target must
  * select the same as the source, before it enters RESUMING; the user transports
- * the setting. dirty_streams 0 opts out. Without a SET, and after opting out,
- * the device behaves as one without this feature: one stream, no records, no
- * epochs.
+ * the setting. dirty_streams 0 opts out. The setting holds until the next SET,
+ * VFIO_DEVICE_RESET, or the last close of the device, whoever made it. Without
+ * it, the device behaves as one without this feature: one stream, no epochs.
  *
  * VFIO_MIG_STREAMS_BLOCKS: instead of the dirty streams there is one fd of
  * addressable blocks, see VFIO_MIG_GET_DIRTY_BLOCKS. dirty_streams must be 1.
@@ -127,7 +172,7 @@
  * Valid in any state. Does not block.
  *
  * Return: 0 on success, -1 and errno set on failure:
- * ENOTTY	the device does not have VFIO_MIGRATION_MULTI_STREAM;
+ * ENOTTY	the device has one stream only;
  * EBUSY	SET with a session open;
  * EINVAL	SET of more dirty streams than the device has, of a flag that it
  *		does not have or that cannot be set, or of
@@ -140,6 +185,9 @@ struct vfio_device_feature_mig_streams {
 #define VFIO_MIG_STREAMS_BLOCKS	(1 << 0) /* Blocks instead of dirty streams */
 };
 
+/* No device has more dirty streams: each costs memory at both ends. */
+#define VFIO_MIG_MAX_DIRTY_STREAMS	64
+
 /* 13 is VFIO_DEVICE_FEATURE_ZPCI_ERROR as of Linux 7.3-rc1. */
 #define VFIO_DEVICE_FEATURE_MIG_STREAMS	14
 
@@ -148,7 +196,9 @@ struct vfio_device_feature_mig_streams {
  *
  * This ioctl is used on the critical fd. It returns in fd the fd of dirty
  * stream index, counted from 0. With VFIO_MIG_STREAMS_BLOCKS, index 0 is the fd
- * of blocks. The user closes the fd; see close() above.
+ * of blocks. The fd has O_CLOEXEC. Called again for the same index, it returns
+ * another descriptor of the same open file, as dup() does, also if all earlier
+ * ones were closed. The user closes each of them; see close() above.
  *
  * The caller sets argsz, flags (none is defined: 0) and index. If no fd can be
  * returned, fd is -1, unless the structure itself was refused.
@@ -156,12 +206,13 @@ struct vfio_device_feature_mig_streams {
  * Valid in PRE_COPY, PRE_COPY_P2P, STOP_COPY and RESUMING. Does not block.
  *
  * Return: 0 on success, -1 and errno set on failure:
- * EFAULT	argsz is larger than the caller's memory;
+ * EFAULT	the structure is not in the caller's memory;
  * EINVAL	argsz is smaller than the structure, a flag is set, or there is
  *		no such stream;
  * ENOTTY	this is not the critical fd, or it is one of a session with a
  *		single stream;
- * EMFILE	the process has no room for another fd; it may try again;
+ * EMFILE, ENFILE, ENOMEM
+ *		there is no room for another fd; the user may try again;
  * ENODEV	the session is over;
  * EIO		the device failed.
  */
@@ -184,20 +235,25 @@ struct vfio_mig_get_stream {
  * pending_bytes	the unread bytes of this stream, including those that
  *			are not saved yet.
  *
- * On the critical fd these are the unread critical bytes. Once the guest is
- * stopped and the device is in PRE_COPY_P2P, the answer is final. The ioctl
- * clears EPOLLPRI there. In PRE_COPY, on a dirty fd of which everything is
- * read, it makes the driver save what became dirty since, as
- * VFIO_MIG_GET_PRECOPY_INFO does; read() does not.
+ * On the critical fd these are the unread critical bytes. The ioctl clears
+ * EPOLLPRI there. In PRE_COPY, on a dirty fd of which everything is read, it
+ * makes the driver save what became dirty since, as VFIO_MIG_GET_PRECOPY_INFO
+ * does; read() does not. In PRE_COPY_P2P it only reports.
+ *
+ * Once the guest is stopped and the device is in PRE_COPY_P2P, the answer is
+ * final. A driver that is not told of a reconfiguration, and can ask its device
+ * only before the device is suspended, asks on the arc from PRE_COPY to
+ * PRE_COPY_P2P, before it suspends. The user stops the guest before it takes
+ * that arc.
  *
  * The caller sets argsz and flags (none is defined: 0); argsz is not changed.
  *
  * Valid in PRE_COPY, PRE_COPY_P2P and STOP_COPY.
  *
  * Return: 0 on success, -1 and errno set on failure:
- * EFAULT	argsz is larger than the caller's memory;
+ * EFAULT	the structure is not in the caller's memory;
  * EINVAL	argsz is smaller than the structure, a flag is set, or the
- *		device is in any other state;
+ *		device is in RESUMING;
  * ENOTTY	this is the fd of a session with a single stream;
  * ENODEV	the session is over;
  * EIO		the device failed.
@@ -232,29 +288,31 @@ struct vfio_mig_stream_info {
  * VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT: blocks that the driver reported may
  * be lost.
  *
- * pread() on the fd of blocks returns one BLOCKS record with the blocks as they
- * are now. It waits while the device saves them, and in PRE_COPY_P2P, where the
- * device saves nothing, until that state is left. The offset is the number of
- * the first block times block_bytes. The size is that of the record:
- * sizeof(struct vfio_mig_record) + sizeof(struct vfio_mig_record_blocks), and
- * 8 + block_bytes for each block. It fails with EINVAL for blocks that do not
+ * pread() on the fd of blocks returns one record with the blocks as they are
+ * now. It waits while the device saves them, and in PRE_COPY_P2P, where the
+ * device saves nothing, until that state is left; with O_NONBLOCK it fails with
+ * EAGAIN. So a user whose only thread reads must not call it in PRE_COPY_P2P
+ * without O_NONBLOCK. The offset is the number of the first block times
+ * block_bytes. The size is VFIO_MIG_BLOCKS_HEAD_BYTES, and 8 + block_bytes for
+ * each block. It fails with EINVAL for another size, for blocks that do not
  * exist, or that cannot be read before the device is stopped. Any number of
  * threads may call it at the same time.
  *
- * read() on the fd of blocks returns the END record in STOP_COPY, once every
- * block was read as it is then, and fails with ENOMSG before that. It returns
- * the whole END, or fails with EINVAL if there is no room for it.
+ * read() on the fd of blocks returns the end of the stream in STOP_COPY, once
+ * every block was read as it is then, and fails with ENOMSG before that. It
+ * returns the whole of it, VFIO_MIG_BLOCKS_END_BYTES, or fails with EINVAL if
+ * there is no room for it; after it read() returns 0.
  *
- * write() on the fd of blocks that is being loaded takes one whole record in
- * each call; otherwise it fails with EPROTO. Any number of threads may call it,
- * with the records in any order, except that the END is the last one. A block
- * that is older than the loaded one is dropped. The END fails with EBADMSG if
- * its digest is not that of the loaded versions.
+ * write() on the fd of blocks that is being loaded takes what one pread() or
+ * the read() returned, as a whole, in each call; otherwise it fails with
+ * EPROTO. Any number of threads may call it, in any order, except that the end
+ * is the last. A block that is older than the loaded one is dropped. The end
+ * fails with EBADMSG if not every block is loaded as it was in STOP_COPY.
  *
  * Valid in PRE_COPY, PRE_COPY_P2P and STOP_COPY.
  *
  * Return: 0 on success, -1 and errno set on failure:
- * EFAULT	argsz, or blocks, is larger than the caller's memory;
+ * EFAULT	the structure or the bitmap is not in the caller's memory;
  * EINVAL	argsz is smaller than the structure, a flag is set, or blocks is
  *		smaller than the number of blocks of the device;
  * EBADF	this is the fd of blocks of a session that is being loaded;
@@ -272,117 +330,9 @@ struct vfio_mig_dirty_blocks {
 
 #define VFIO_MIG_GET_DIRTY_BLOCKS	_IO(VFIO_TYPE, VFIO_BASE + 24)
 
-/*
- * Records
- *
- * The format of the bytes on the fds, so that the drivers of source and target
- * agree on it. The user does not interpret records and may split the bytes
- * anywhere, except on the fd of blocks. Records follow each other without
- * padding or alignment. Numbers have the byte order of the machine.
- */
-
-/**
- * struct vfio_mig_record - the header before the payload of each record
- *
- * @record_class: The kind of the record, VFIO_MIG_RECORD_*.
- * @stream: The stream of the record: 0 is the critical one, 1 + index a dirty
- *	one or that of the blocks.
- * @flags: VFIO_MIG_RECORD_F_*, in CRITICAL records only.
- * @epoch: The newest epoch when the record was saved.
- * @sequence: The number of the record in its stream, from 0, without gaps. The
- *	records of the fd of blocks may arrive in another order.
- * @length: Bytes of the payload, which follows.
- *
- * VFIO_MIG_RECORD_CRITICAL: critical data. Critical stream only.
- * VFIO_MIG_RECORD_DIRTY: blocks. The target driver loads the record once the
- * critical data of all epochs up to its own is loaded. It drops the blocks that
- * a later epoch made invalid.
- * VFIO_MIG_RECORD_END: the last record of a stream, in STOP_COPY; the payload
- * is struct vfio_mig_record_end.
- * VFIO_MIG_RECORD_BLOCKS: blocks with their versions, on the fd of blocks; the
- * payload begins with struct vfio_mig_record_blocks.
- *
- * VFIO_MIG_RECORD_F_EPOCH_COMPLETE: the last critical record of its epoch. When
- * it is loaded, the epoch is loaded.
- * VFIO_MIG_RECORD_F_INVALIDATES: the payload begins with
- * struct vfio_mig_record_ranges. Without it, earlier dirty data stays valid.
- */
-struct vfio_mig_record {
-	__u16	record_class;
-#define VFIO_MIG_RECORD_CRITICAL	1
-#define VFIO_MIG_RECORD_DIRTY		2
-#define VFIO_MIG_RECORD_END		3
-#define VFIO_MIG_RECORD_BLOCKS		4
-	__u16	stream;
-	__u32	flags;
-#define VFIO_MIG_RECORD_F_EPOCH_COMPLETE	(1 << 0)
-#define VFIO_MIG_RECORD_F_INVALIDATES		(1 << 1)
-	__aligned_u64	epoch;
-	__aligned_u64	sequence;
-	__aligned_u64	length;
-};
-
-/**
- * struct vfio_mig_record_end - the payload of an END record
- *
- * @records: The number of records before this one in the stream.
- * @bytes: Their bytes, headers included.
- * @digest: A digest of them; the drivers define how it is computed.
- *
- * On the fd of blocks it describes all blocks of the device, as they are in
- * STOP_COPY: records is their number, bytes is 0, and digest is one of their
- * versions.
- *
- * The target driver refuses an END that does not match what was written, or on
- * the fd of blocks what is loaded (EBADMSG).
- */
-struct vfio_mig_record_end {
-	__aligned_u64	records;
-	__aligned_u64	bytes;
-	__aligned_u64	digest;
-};
-
-/**
- * struct vfio_mig_record_ranges - the dirty data that a new epoch makes invalid
- *
- * @count: The number of struct vfio_mig_block_range that follow. The critical
- *	data itself follows them.
- *
- * Each range has the epoch that makes it invalid. That is the epoch of the
- * record, or an earlier one that began since the last record that completed an
- * epoch.
- */
-struct vfio_mig_record_ranges {
-	__aligned_u64	count;
-};
-
-/**
- * struct vfio_mig_block_range - consecutive blocks that an epoch makes invalid
- *
- * @first_block: The number of the first block.
- * @blocks: The number of blocks.
- * @epoch: Data of these blocks is invalid if it is of an epoch before this one,
- *	whether it is written before or after the record with this range.
- */
-struct vfio_mig_block_range {
-	__aligned_u64	first_block;
-	__aligned_u64	blocks;
-	__aligned_u64	epoch;
-};
-
-/**
- * struct vfio_mig_record_blocks - the start of a BLOCKS record's payload
- *
- * @first_block: The number of the first block.
- * @blocks: The number of blocks, all consecutive.
- *
- * A __u64 version for each block follows, then the data of all blocks. The
- * version of a block never decreases: of two records with the same block, the
- * one with the higher version has the current data.
- */
-struct vfio_mig_record_blocks {
-	__aligned_u64	first_block;
-	__aligned_u64	blocks;
-};
+/* Bytes of a pread() on the fd of blocks, beside 8 + block_bytes a block. */
+#define VFIO_MIG_BLOCKS_HEAD_BYTES	48
+/* Of the end of the fd of blocks. */
+#define VFIO_MIG_BLOCKS_END_BYTES	56
 
 #endif /* _UAPI_VFIO_V3_H */

@@ -157,11 +157,12 @@ class MigrationDevice(Protocol):
 
     async def streams(self) -> FeatureMigStreams:
         """v3: VFIO_DEVICE_FEATURE_MIG_STREAMS, GET: the most dirty streams, and the flags that the device knows. ENOTTY
-        without MULTI_STREAM."""
+        on a device without several streams; a VMM learns from this whether it has them."""
 
     async def set_streams(self, dirty_streams: int, flags: StreamFlags = NO_STREAM_FLAGS) -> None:
         """v3: VFIO_DEVICE_FEATURE_MIG_STREAMS, SET, for later sessions. 0 opts out: the device speaks v2 again.
 
-        ENOTTY without MULTI_STREAM; EBUSY with a session open; EINVAL for more streams than the device has, for flags
-        that it does not have or that cannot be set, for BLOCKS with a number other than 1.
+        Holds until the next SET, a reset, or the last close of the device. ENOTTY on a device without several streams;
+        EBUSY with a session open; EINVAL for more streams than the device has, for flags that it does not have or that
+        cannot be set, for BLOCKS with a number other than 1.
         """

@@ -64,7 +64,7 @@ async def device_feature(
     - EINVAL for an argsz shorter than header and data, an unknown flag, GET with SET, neither of them, an operation
       that the feature does not have, a state that does not exist, MIG_PRECOPY_INFOV2 without PRE_COPY. A PROBE accepts
       GET with SET and neither of them, and needs no data.
-    - ENOTTY for an unknown feature, on a device that does not migrate, or for MIG_STREAMS without MULTI_STREAM.
+    - ENOTTY for an unknown feature, on a device that does not migrate, or for MIG_STREAMS on a device without it.
     - the errors of the device; it answers unknown flags of MIG_STREAMS with EINVAL.
     """
     header = _header(buffer)
@@ -78,8 +78,8 @@ async def device_feature(
             raise OSError(errno.EINVAL, "this device has no PRE_COPY")
     elif not features:
         raise OSError(errno.ENOTTY, "this device does not migrate")
-    elif number == Feature.MIG_STREAMS and MigrationFlags.MULTI_STREAM not in features:
-        raise OSError(errno.ENOTTY, "this device has no MULTI_STREAM")
+    elif number == Feature.MIG_STREAMS:
+        await device.streams()  # ENOTTY if the device does not have them, before the operation is looked at
     ops, data_bytes = FEATURES[number]
     _check_op(header, ops, data_bytes)
     if header.flags & FeatureOp.PROBE:

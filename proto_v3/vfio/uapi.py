@@ -6,6 +6,8 @@ and are marked as such.
 
 The header aligns each 64-bit member to 8 bytes and leaves no hole between members. So a structure has the same layout
 on every architecture, 32-bit user space included. The byte order is the machine's.
+
+What the bytes of v3's streams are is not here, because a VMM never looks: see docs/vfio_v3_stream.h.
 """
 
 from __future__ import annotations
@@ -39,7 +41,6 @@ class MigrationFlags(enum.IntFlag):
     STOP_COPY = 1 << 0
     P2P = 1 << 1
     PRE_COPY = 1 << 2
-    MULTI_STREAM = 1 << 3  # v3, experimental
 
 
 class PrecopyFlags(enum.IntFlag):
@@ -87,15 +88,17 @@ class FeatureOp(enum.IntFlag):
 
 
 class CType(enum.StrEnum):
-    """The C types of the header's members, as `struct` formats: native byte order, standard sizes, no padding."""
+    """The C types of members, as `struct` formats: standard sizes, no padding. The byte order is the machine's; that of
+    the LE types is little-endian."""
 
-    U16 = "=H"
     U32 = "=I"
     S32 = "=i"
     U64 = "=Q"
+    LE16 = "<H"
+    LE32 = "<I"
+    LE64 = "<Q"
 
 
-U16: TypeAlias = Annotated[int, CType.U16]
 U32: TypeAlias = Annotated[int, CType.U32]
 S32: TypeAlias = Annotated[int, CType.S32]
 U64: TypeAlias = Annotated[int, CType.U64]
@@ -200,6 +203,14 @@ class PrecopyInfo(Structure):
 # --- v3, experimental: docs/vfio_v3.h has it in C ---------------------------------------------------------------------
 
 
+MAX_DIRTY_STREAMS = 64
+"""Of any device (`VFIO_MIG_MAX_DIRTY_STREAMS`)."""
+BLOCKS_HEAD_BYTES = 48
+"""Of a pread() on the fd of blocks, beside 8 and the block's bytes for each (`VFIO_MIG_BLOCKS_HEAD_BYTES`)."""
+BLOCKS_END_BYTES = 56
+"""Of the end of the fd of blocks (`VFIO_MIG_BLOCKS_END_BYTES`)."""
+
+
 class StreamFlags(enum.IntFlag):
     """How a device's state is read (`VFIO_MIG_STREAMS_*`)."""
 
@@ -244,73 +255,3 @@ class GetDirtyBlocks(Structure):
     block_bytes: U64  # out: bytes of a block
     blocks: U64  # in: bits in the bitmap; out: blocks of the device
     bitmap: U64  # address of the bitmap; the kernel sets bits in it and clears none
-
-
-class RecordClass(enum.IntEnum):
-    """The kind of a record (`VFIO_MIG_RECORD_*`). A VMM does not look at it."""
-
-    CRITICAL = 1
-    DIRTY = 2
-    END = 3
-    BLOCKS = 4  # of the fd of blocks
-
-
-class RecordFlags(enum.IntFlag):
-    """Flags of a critical record (`VFIO_MIG_RECORD_F_*`)."""
-
-    EPOCH_COMPLETE = 1 << 0  # the last critical record of its epoch
-    INVALIDATES = 1 << 1  # the payload begins with a RecordRanges and its ranges
-
-
-@dataclass(frozen=True, slots=True)
-class RecordHeader(Structure):
-    """`struct vfio_mig_record`: the header before each record's payload."""
-
-    record_class: U16
-    stream: U16  # 0 is the critical one
-    flags: U32
-    epoch: U64
-    sequence: U64  # from 0, in its stream
-    length: U64  # bytes of the payload
-
-
-@dataclass(frozen=True, slots=True)
-class RecordEnd(Structure):
-    """`struct vfio_mig_record_end`: the payload of an END record, about all records before it in the stream.
-
-    On the fd of blocks it is about all blocks in STOP_COPY: their number, 0 bytes, a digest of their versions.
-    """
-
-    records: U64
-    bytes: U64  # headers included
-    digest: U64
-
-
-@dataclass(frozen=True, slots=True)
-class RecordRanges(Structure):
-    """`struct vfio_mig_record_ranges`: the number of BlockRange that follow."""
-
-    count: U64
-
-
-@dataclass(frozen=True, slots=True)
-class BlockRange(Structure):
-    """`struct vfio_mig_block_range`: dirty data of these blocks from an epoch before `epoch` is invalid."""
-
-    first_block: U64
-    blocks: U64
-    epoch: U64
-
-    @property
-    def slice(self) -> slice:
-        """The range as a slice of an array by block."""
-        return slice(self.first_block, self.first_block + self.blocks)
-
-
-@dataclass(frozen=True, slots=True)
-class RecordBlocks(Structure):
-    """`struct vfio_mig_record_blocks`: the start of a BLOCKS record's payload. A U64 version for each block follows,
-    then their data."""
-
-    first_block: U64
-    blocks: U64

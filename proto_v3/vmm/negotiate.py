@@ -9,6 +9,7 @@ side that fails reports it, as in the migration itself: CANCEL from the source, 
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from reprlib import repr as short
@@ -18,7 +19,7 @@ import msgpack
 
 from proto_v3.errors import PeerFailedError, PeerProtocolError, ProtoV3Error
 from proto_v3.vfio.device import MigrationDevice
-from proto_v3.vfio.uapi import MigrationFlags, StreamFlags
+from proto_v3.vfio.uapi import StreamFlags
 from proto_v3.vmm.device_calls import look
 from proto_v3.vmm.migration import GivenUpError, Side, Source, Target, UnsupportedError, in_time
 from proto_v3.vmm.switchover import why_not
@@ -85,12 +86,15 @@ def _unpacked(frame: Frame) -> dict[str, Any]:
 
 
 async def _able(devices: Sequence[MigrationDevice], blocks: bool) -> int:
-    """The dirty streams that every device has; 0 if a device knows v2 only, or lacks blocks that are asked for."""
+    """The dirty streams that every device has; 0 if a device has one stream only, or no blocks that are asked for."""
     most = []
     for device in devices:
-        if MigrationFlags.MULTI_STREAM not in await device.migration_flags():
-            return 0
-        able = await device.streams()
+        try:
+            able = await device.streams()
+        except OSError as error:
+            if error.errno == errno.ENOTTY:
+                return 0
+            raise
         if blocks and StreamFlags.BLOCKS not in able.flags:
             return 0
         most.append(able.dirty_streams)

@@ -16,14 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from proto_v3.vfio import uapi
 from proto_v3.vfio.device import BlocksFd, DirtyBlocks, Ready
-from proto_v3.vfio.uapi import BlockRange, StreamInfo
+from proto_v3.vfio.uapi import StreamInfo
 from proto_v3.wire.frames import EMPTY, Payload
 from sim.clock.port import now_ns
+from sim.device import record_format
 from sim.device.guest import Int32
 from sim.device.load_v3 import V3LoadedFd, V3LoadSession
 from sim.device.record import V3_HEADER_BYTES, Extent, Record, RecordSlice, Tally
+from sim.device.record_format import BlockRange
 from sim.device.state import DeviceState
 from sim.device.stream import DriverLock, MigrationSession, SavedFd, WriteOnlyBlocksFd, fails
 
@@ -121,7 +122,7 @@ class SaveBlocks(SavedFd, BlocksFd):
         device = self._device
         device.advance(now_ns())
         blocks = np.arange(first, first + count)
-        payload_bytes = uapi.RecordBlocks.SIZE + count * (VERSION_BYTES + device.block_bytes)
+        payload_bytes = record_format.RecordBlocks.SIZE + count * (VERSION_BYTES + device.block_bytes)
         record = Record(1, device.epoch, payload_bytes, blocks=blocks, header_bytes=V3_HEADER_BYTES, by_number=True)
         record.sequence, self._sequence = self._sequence, self._sequence + 1
         record.block_versions = device.save_blocks(blocks)
@@ -148,7 +149,7 @@ class SaveBlocks(SavedFd, BlocksFd):
         if self._end_read:
             await self._call()
             return EMPTY
-        end = Record(1, self._device.epoch, uapi.RecordEnd.SIZE, end=True, header_bytes=V3_HEADER_BYTES)
+        end = Record(1, self._device.epoch, record_format.RecordEnd.SIZE, end=True, header_bytes=V3_HEADER_BYTES)
         end.sequence, end.tally = self._sequence, tally(self._device.version)
         if max_bytes < end.size_bytes:
             raise fails(errno.EINVAL)
@@ -182,7 +183,7 @@ class SaveBlocks(SavedFd, BlocksFd):
         """Bytes of their records: data, versions, and a header for each chunk."""
         size = blocks * (VERSION_BYTES + self._device.block_bytes)
         chunk_blocks = self._session.driver.chunk_bytes // self._device.block_bytes
-        return size + -(-blocks // chunk_blocks) * (V3_HEADER_BYTES + uapi.RecordBlocks.SIZE)
+        return size + -(-blocks // chunk_blocks) * (V3_HEADER_BYTES + record_format.RecordBlocks.SIZE)
 
     @override
     async def stream_info(self) -> StreamInfo:

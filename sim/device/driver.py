@@ -140,7 +140,7 @@ class SimDriver(MigrationDevice):
     @override
     async def streams(self) -> FeatureMigStreams:
         """Blocks need a device that knows which of them became dirty."""
-        if MigrationFlags.MULTI_STREAM not in self.spec.flags:
+        if not self.spec.max_dirty_streams:
             raise fails(errno.ENOTTY)
         able = StreamFlags.BLOCKS if self._settings.precopy == "incremental" else NO_STREAM_FLAGS
         return FeatureMigStreams(self.spec.max_dirty_streams, able)

@@ -14,17 +14,17 @@ from zlib import crc32
 
 import numpy as np
 
-from proto_v3.vfio import uapi
-from proto_v3.vfio.uapi import BlockRange, RecordClass
 from proto_v3.wire.frames import Payload
+from sim.device import record_format
 from sim.device.guest import Int32
+from sim.device.record_format import BlockRange, RecordClass
 from sim.device.state import Indices
 
 HEADER_BYTES = 16
 """v2: struct mlx5_vf_migration_header: u64 record_size, u32 flags, u32 tag (Linux drivers/vfio/pci/mlx5/cmd.h)."""
 STOP_COPY_SIZE_BYTES = 8
 """struct mlx5_vf_migration_tag_stop_copy_data: u64 stop_copy_size, so that the target can allocate (the same file)."""
-V3_HEADER_BYTES = uapi.RecordHeader.SIZE
+V3_HEADER_BYTES = record_format.RecordHeader.SIZE
 TABLE = struct.Struct("<QQIII")
 """Fixed part of a table: epoch, sequence, flags, objects, blocks. Their numbers and versions follow, 32 bits each."""
 TALLY = struct.Struct("<QQQ")
@@ -36,13 +36,13 @@ NO_VERSIONS: Int32 = np.empty(0, np.int32)
 
 def ranges_bytes(invalidates: tuple[BlockRange, ...]) -> int:
     """Bytes of the ranges in a critical record's payload."""
-    return uapi.RecordRanges.SIZE + len(invalidates) * BlockRange.SIZE if invalidates else 0
+    return record_format.RecordRanges.SIZE + len(invalidates) * BlockRange.SIZE if invalidates else 0
 
 
 def table_bytes(record: Record) -> int:
     """Bytes of a record's table, which lists its blocks and objects (sim/live/fd/codec.py)."""
     if record.header_bytes == V3_HEADER_BYTES and (record.end or record.by_number):
-        return 0  # it is in their payloads (uapi.RecordEnd, uapi.RecordBlocks)
+        return 0  # it is in their payloads (record_format.RecordEnd, record_format.RecordBlocks)
     return TABLE.size + 8 * (len(record.objects) + len(record.blocks)) + (TALLY.size if record.end else 0)
 
 

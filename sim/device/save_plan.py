@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from proto_v3.vfio import uapi
-from proto_v3.vfio.uapi import BlockRange
+from sim.device import record_format
 from sim.device.record import HEADER_BYTES, NO_INDICES, V3_HEADER_BYTES, Record, ranges_bytes
+from sim.device.record_format import BlockRange
 from sim.device.state import DeviceState, Indices
 from sim.scenario.device import Device
 from sim.scenario.tables import Driver
@@ -201,7 +201,7 @@ class V3Plan(SavePlan):
     """Of a v3 stream: its format, and the epoch that is reported."""
 
     header_bytes = V3_HEADER_BYTES
-    end_bytes = uapi.RecordEnd.SIZE
+    end_bytes = record_format.RecordEnd.SIZE
 
     @property
     def only_checks(self) -> bool:

@@ -16,8 +16,9 @@ import numpy as np
 from typing_extensions import override
 
 from proto_v3.vfio.device import DataFd, Ready
-from proto_v3.vfio.uapi import BlockRange, StreamInfo
+from proto_v3.vfio.uapi import StreamInfo
 from sim.clock.port import now_ns
+from sim.device.record_format import BlockRange
 from sim.device.save import SaveStream
 from sim.device.save_plan import CriticalPlan, V3Plan
 from sim.device.state import DeviceState

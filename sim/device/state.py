@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from proto_v3.vfio.uapi import BlockRange
 from sim.device.guest import Activity, Int32
+from sim.device.record_format import BlockRange
 from sim.scenario.device import Device
 
 Indices = NDArray[np.intp]

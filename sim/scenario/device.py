@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from proto_v3.vfio.fsm import FEATURE_SETS, arcs
-from proto_v3.vfio.uapi import MigrationFlags
+from proto_v3.vfio.uapi import MAX_DIRTY_STREAMS, MigrationFlags
 from sim.scenario.units import KIB, MIB, Fraction, NonNegative, Rate, Table, Whole
 
 MAX_BLOCKS = 1 << 24
@@ -128,7 +128,7 @@ class Device(Table):
     """The number of its physical function: devices with the same one share its firmware."""
     features: Annotated[list[Literal["STOP_COPY", "P2P", "PRE_COPY"]], Field(max_length=3)]
     """VFIO_DEVICE_FEATURE_MIGRATION's flags."""
-    max_dirty_streams: Annotated[int, Field(ge=0, le=64)]
+    max_dirty_streams: Annotated[int, Field(ge=0, le=MAX_DIRTY_STREAMS)]
     """v3: the most dirty streams that it offers; 0: the device knows no v3."""
     state_mib: Annotated[float, Field(gt=0, le=1 << 20)]
     """All of its state, beside critical objects."""
@@ -205,4 +205,4 @@ class Device(Table):
         flags = MigrationFlags(0)
         for feature in self.features:
             flags |= MigrationFlags[feature]
-        return flags | MigrationFlags.MULTI_STREAM if self.max_dirty_streams else flags
+        return flags

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from proto_v3.vfio.uapi import RecordBlocks, RecordEnd
 from proto_v3.wire.streams import Wire
 from sim.device.record import V3_HEADER_BYTES
+from sim.device.record_format import RecordBlocks, RecordEnd
 from sim.scenario.device import Device
 from sim.scenario.protocol import AppliedScenario
 from sim.scenario.scenario import Scenario

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from proto_v3.vfio import uapi
 from proto_v3.vfio.uapi import MigrationFlags
 from proto_v3.vmm.multifd import Multifd
 from proto_v3.vmm.v3 import V3Options
+from sim.device import record_format
 from sim.device.blocks import VERSION_BYTES
 from sim.device.record import HEADER_BYTES, V3_HEADER_BYTES
 from sim.scenario.device import Device
@@ -132,7 +132,7 @@ class WorkAfterStop:
         if self._route.blocks:
             commands = -(-blocks // max(1, self._read_bytes // device.block_bytes))
             size += blocks * (VERSION_BYTES + device.block_bytes)
-            size += commands * (V3_HEADER_BYTES + uapi.RecordBlocks.SIZE)
+            size += commands * (V3_HEADER_BYTES + record_format.RecordBlocks.SIZE)
             object_reads = -(-(objects * object_bytes) // self._read_bytes)  # one may return several records
             return Part(size, object_commands + commands, object_reads + commands)
         each, longer = divmod(blocks, streams)

@@ -13,13 +13,14 @@ import pytest
 
 from proto_v3.timeline import Timeline
 from proto_v3.vfio.device import DataFd
-from proto_v3.vfio.uapi import MigrationFlags, PrecopyInfo, RecordEnd, State
+from proto_v3.vfio.uapi import MigrationFlags, PrecopyInfo, State
 from proto_v3.vmm.migration import read_some
 from sim.clock.port import now_ns, sleep_ns
 from sim.device.driver import SimDriver
 from sim.device.firmware import FirmwareModel
 from sim.device.guest import make_activity
 from sim.device.record import HEADER_BYTES, STOP_COPY_SIZE_BYTES, V3_HEADER_BYTES, Extent, Record, RecordSlice
+from sim.device.record_format import RecordEnd
 from sim.device.state import DeviceState, Image
 from sim.device.stream import DriverContext
 from sim.resource import Lock, Memory

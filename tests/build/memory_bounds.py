@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from proto_v3.vfio.uapi import BlockRange, RecordBlocks, RecordEnd, RecordRanges
 from proto_v3.wire.streams import Wire
 from sim.device.record import V3_HEADER_BYTES
+from sim.device.record_format import BlockRange, RecordBlocks, RecordEnd, RecordRanges
 from sim.scenario.device import Device
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import KIB

@@ -12,9 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto_v3.vfio import uapi
-from proto_v3.vfio.uapi import BlockRange, RecordBlocks, RecordClass, RecordEnd, RecordFlags, RecordHeader, RecordRanges
+from sim.device import record_format
 from sim.device.record import HEADER_BYTES, TABLE, TALLY, V3_HEADER_BYTES, Record, Tally, ranges_bytes, table_bytes
+from sim.device.record_format import (
+    BlockRange,
+    RecordBlocks,
+    RecordClass,
+    RecordEnd,
+    RecordFlags,
+    RecordHeader,
+    RecordRanges,
+)
 from sim.live.fd import codec
 from sim.live.fd.codec import COMPLETE, END, INITIAL, MAX_NUMBER, MAX_RANGES, V2_HEADER, Decoder
 from sim.scenario.units import KIB
@@ -339,4 +347,4 @@ def test_what_cannot_be_a_head_is_refused_at_once_and_for_nothing(name: str) -> 
 
 
 def test_header_sizes_are_those_of_the_headers() -> None:
-    assert (V2_HEADER.size, uapi.RecordHeader.SIZE) == (HEADER_BYTES, V3_HEADER_BYTES)
+    assert (V2_HEADER.size, record_format.RecordHeader.SIZE) == (HEADER_BYTES, V3_HEADER_BYTES)

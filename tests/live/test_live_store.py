@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proto_v3.vfio.uapi import BlockRange
 from sim.device.guest import Int32
 from sim.device.record import V3_HEADER_BYTES, Extent, Record, RecordSlice, Tally, ranges_bytes, table_bytes
+from sim.device.record_format import BlockRange
 from sim.live.fd import codec
 from sim.live.fd.load import placer
 from sim.live.fd.save import Layout

@@ -37,7 +37,7 @@ from tests.build.scenario import small_scenario
 ROOT = Path(__file__).resolve().parents[2]
 DOC = ROOT / "docs" / "protocol-v3.md"
 TEXT = DOC.read_text(encoding="utf-8")
-HEADER = (ROOT / "docs" / "vfio_v3.h").read_text(encoding="utf-8")
+HEADER = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("vfio_v3.h", "vfio_v3_stream.h"))
 DEVICE = (ROOT / "proto_v3" / "vfio" / "device.py").read_text(encoding="utf-8")
 
 PLAIN, LATE, LOST = DIAGRAMS = re.findall(r"```mermaid\nsequenceDiagram\n(.*?)```", TEXT, re.DOTALL)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""docs/vfio_v3.h against proto_v3.vfio.uapi: as a C compiler lays it out, with nothing missing on either side."""
+"""docs/vfio_v3.h against proto_v3.vfio.uapi, and docs/vfio_v3_stream.h against sim.device.record_format: as a compiler
+lays them out, with nothing missing on either side."""
 
 from __future__ import annotations
 
@@ -7,24 +8,19 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from proto_v3.vfio import uapi
-from proto_v3.vfio.uapi import (
-    CType,
-    Feature,
-    MigrationFlags,
-    RecordClass,
-    RecordFlags,
-    StreamFlags,
-    Structure,
-    offset_of,
-)
+from proto_v3.vfio.uapi import CType, Feature, StreamFlags, Structure, offset_of
+from sim.device import record_format
+from sim.device.record_format import RecordClass, RecordFlags
 
-HEADER = Path(__file__).parents[2] / "docs" / "vfio_v3.h"
-TEXT = HEADER.read_text()
-STRICT = ("-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{HEADER.parent}")
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "vfio_v3.h").read_text()
+STREAM_TEXT = (DOCS / "vfio_v3_stream.h").read_text()
+STRICT = ("-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{DOCS}")
 
 OF_VFIO_H = {
     uapi.DeviceFeature,
@@ -34,59 +30,82 @@ OF_VFIO_H = {
     uapi.PrecopyInfo,
 }
 """v2's: the kernel's own header has them."""
-STRUCTURES: dict[str, type[Structure]] = {
+OF_UAPI: dict[str, type[Structure]] = {
     "vfio_device_feature_mig_streams": uapi.FeatureMigStreams,
     "vfio_mig_get_stream": uapi.GetStream,
     "vfio_mig_stream_info": uapi.StreamInfo,
     "vfio_mig_dirty_blocks": uapi.GetDirtyBlocks,
-    "vfio_mig_record": uapi.RecordHeader,
-    "vfio_mig_record_end": uapi.RecordEnd,
-    "vfio_mig_record_ranges": uapi.RecordRanges,
-    "vfio_mig_block_range": uapi.BlockRange,
-    "vfio_mig_record_blocks": uapi.RecordBlocks,
 }
-NUMBERS = {
-    "VFIO_MIGRATION_MULTI_STREAM": int(MigrationFlags.MULTI_STREAM),
+OF_STREAMS: dict[str, type[Structure]] = {
+    "vfio_mig_record": record_format.RecordHeader,
+    "vfio_mig_record_end": record_format.RecordEnd,
+    "vfio_mig_record_ranges": record_format.RecordRanges,
+    "vfio_mig_block_range": record_format.BlockRange,
+    "vfio_mig_record_blocks": record_format.RecordBlocks,
+}
+STRUCTURES = OF_UAPI | OF_STREAMS
+UAPI_NUMBERS = {
+    "VFIO_MIG_MAX_DIRTY_STREAMS": uapi.MAX_DIRTY_STREAMS,
+    "VFIO_MIG_BLOCKS_HEAD_BYTES": uapi.BLOCKS_HEAD_BYTES,
+    "VFIO_MIG_BLOCKS_END_BYTES": uapi.BLOCKS_END_BYTES,
     "VFIO_DEVICE_FEATURE_MIG_STREAMS": int(Feature.MIG_STREAMS),
     "VFIO_MIG_GET_STREAM": uapi.VFIO_MIG_GET_STREAM,
     "VFIO_MIG_GET_STREAM_INFO": uapi.VFIO_MIG_GET_STREAM_INFO,
     "VFIO_MIG_GET_DIRTY_BLOCKS": uapi.VFIO_MIG_GET_DIRTY_BLOCKS,
     **{f"VFIO_MIG_STREAMS_{flag.name}": int(flag) for flag in StreamFlags},
+}
+STREAM_NUMBERS = {
+    "VFIO_MIG_MAX_EPOCHS_AHEAD": record_format.MAX_EPOCHS_AHEAD,
     **{f"VFIO_MIG_RECORD_{kind.name}": int(kind) for kind in RecordClass},
     **{f"VFIO_MIG_RECORD_F_{flag.name}": int(flag) for flag in RecordFlags},
 }
 VFIO_HS_OWN = {"VFIO_TYPE": ord(";"), "VFIO_BASE": 100}
 """Defined only where vfio.h is not included."""
-C_TYPES = {"__u16": CType.U16, "__u32": CType.U32, "__s32": CType.S32, "__aligned_u64": CType.U64}
+NUMBERS = UAPI_NUMBERS | STREAM_NUMBERS | VFIO_HS_OWN
+C_TYPES = {"__u32": CType.U32, "__s32": CType.S32, "__aligned_u64": CType.U64}
+LE_TYPES = {"__le16": CType.LE16, "__le32": CType.LE32, "__le64": CType.LE64}
 
 
 # --- by its text, for which no compiler is needed ---------------------------------------------------------------------
 
 
-def members_of(name: str) -> list[tuple[str, CType]]:
-    """What the header's text says of a structure: its members in order."""
-    body = re.search(rf"^struct {name} {{\n(.*?)^}};$", TEXT, re.MULTILINE | re.DOTALL)
+def members_of(name: str, text: str, types: dict[str, CType]) -> list[tuple[str, CType]]:
+    """What a header's text says of a structure: its members in order."""
+    body = re.search(rf"^struct {name} {{\n(.*?)^}};$", text, re.MULTILINE | re.DOTALL)
     assert body is not None
     declarations = [line for line in body[1].splitlines() if not line.startswith("#define")]
     found = [re.fullmatch(r"\t(\w+)\t(\w+);", line) for line in declarations]
     assert all(found), declarations
-    return [(match[2], C_TYPES[match[1]]) for match in found if match]
+    return [(match[2], types[match[1]]) for match in found if match]
 
 
-def test_every_structure_of_v3_is_in_the_header_and_none_else() -> None:
-    known = {s for s in vars(uapi).values() if isinstance(s, type) and issubclass(s, Structure)}
-    assert known - {Structure} - OF_VFIO_H == set(STRUCTURES.values())
-    assert re.findall(r"^struct (\w+) {", TEXT, re.MULTILINE) == list(STRUCTURES)
+def structures_in(module: ModuleType) -> set[type[Structure]]:
+    return {s for s in vars(module).values() if isinstance(s, type) and issubclass(s, Structure)} - {Structure}
 
 
-def test_every_number_of_the_header_is_known_and_every_known_one_is_there() -> None:
-    defined = re.findall(r"^#define (VFIO_\w+)", TEXT, re.MULTILINE)
-    assert sorted(defined) == sorted({**NUMBERS, **VFIO_HS_OWN})
+def test_every_structure_of_v3_is_in_its_header_and_none_else() -> None:
+    assert structures_in(uapi) - OF_VFIO_H == set(OF_UAPI.values())
+    assert structures_in(record_format) == set(OF_STREAMS.values())
+    assert re.findall(r"^struct (\w+) {", TEXT, re.MULTILINE) == list(OF_UAPI)
+    assert re.findall(r"^struct (\w+) {", STREAM_TEXT, re.MULTILINE) == list(OF_STREAMS)
+
+
+def test_every_number_of_a_header_is_known_and_every_known_one_is_there() -> None:
+    defined = re.compile(r"^#define (VFIO_\w+)", re.MULTILINE)
+    assert sorted(defined.findall(TEXT)) == sorted(UAPI_NUMBERS | VFIO_HS_OWN)
+    assert sorted(defined.findall(STREAM_TEXT)) == sorted(STREAM_NUMBERS)
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_members_and_their_types_are_the_same(name: str) -> None:
-    assert members_of(name) == list(STRUCTURES[name].LAYOUT.items())
+    """The machine's byte order in what the kernel is asked; little-endian in what goes to another machine."""
+    text, types = (TEXT, C_TYPES) if name in OF_UAPI else (STREAM_TEXT, LE_TYPES)
+    assert members_of(name, text, types) == list(STRUCTURES[name].LAYOUT.items())
+
+
+def test_a_user_of_blocks_need_not_know_the_records_to_know_their_sizes() -> None:
+    assert uapi.BLOCKS_HEAD_BYTES == record_format.RecordHeader.SIZE + record_format.RecordBlocks.SIZE
+    assert uapi.BLOCKS_END_BYTES == record_format.RecordHeader.SIZE + record_format.RecordEnd.SIZE
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -98,7 +117,9 @@ def test_pythons_structure_names_cs(name: str) -> None:
 
 def test_it_says_what_it_is() -> None:
     assert TEXT.startswith("/* SPDX-License-Identifier: GPL-2.0-or-later WITH Linux-syscall-note */\n")
-    assert "EXPERIMENTAL. No kernel has any of this." in TEXT
+    assert "EXPERIMENTAL. No kernel has any of this;" in TEXT
+    assert STREAM_TEXT.startswith("/* SPDX-License-Identifier: GPL-2.0-or-later */\n")
+    assert "This is not a uAPI." in STREAM_TEXT
 
 
 # --- by a compiler ----------------------------------------------------------------------------------------------------
@@ -128,7 +149,7 @@ def cc() -> str:
 
 def program() -> str:
     """C that prints a line for each number and structure, and for each member its offset and size."""
-    lines = [f'\tprintf("{name} %llu\\n", (unsigned long long)({name}));' for name in {**NUMBERS, **VFIO_HS_OWN}]
+    lines = [f'\tprintf("{name} %llu\\n", (unsigned long long)({name}));' for name in NUMBERS]
     for name, structure in STRUCTURES.items():
         lines.append(f'\tprintf("{name} %zu\\n", sizeof(struct {name}));')
         lines += [
@@ -136,13 +157,13 @@ def program() -> str:
             f"sizeof(((struct {name} *)0)->{member}));"
             for member in structure.LAYOUT
         ]
-    includes = '#include <stddef.h>\n#include <stdio.h>\n#include "vfio_v3.h"\n'
+    includes = '#include <stddef.h>\n#include <stdio.h>\n#include "vfio_v3.h"\n#include "vfio_v3_stream.h"\n'
     return includes + "int main(void)\n{\n" + "\n".join(lines) + "\n\treturn 0;\n}\n"
 
 
 def expected() -> list[str]:
     """What program() prints if C and Python agree."""
-    lines = [f"{name} {value}" for name, value in {**NUMBERS, **VFIO_HS_OWN}.items()]
+    lines = [f"{name} {value}" for name, value in NUMBERS.items()]
     for name, structure in STRUCTURES.items():
         lines.append(f"{name} {structure.SIZE}")
         members = list(structure.LAYOUT)
@@ -166,6 +187,8 @@ INCLUDES = {
     "twice": ["vfio_v3.h", "vfio_v3.h"],
     "before vfio.h": ["vfio_v3.h", "linux/vfio.h"],
     "after vfio.h": ["linux/vfio.h", "vfio_v3.h"],
+    "of streams, before": ["vfio_v3_stream.h", "vfio_v3.h"],
+    "of streams, twice": ["vfio_v3.h", "vfio_v3_stream.h", "vfio_v3_stream.h"],
 }
 
 

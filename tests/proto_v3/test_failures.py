@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from proto_v3.timeline import Mark
 from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.fsm import arcs
-from proto_v3.vfio.uapi import MigrationFlags, State
+from proto_v3.vfio.uapi import State
 from proto_v3.vmm.device_calls import RETURNS_WITHIN_S
 from proto_v3.vmm.migration import ASKS_HUNG_S, OutcomeKind
 from proto_v3.wire.channel import Channel
@@ -135,7 +135,7 @@ class Watched:
         """Devices run on both sides, no session is open, and the guest writes on at the source."""
         for driver in (*self.run.drivers, *self.run.drivers_at_target):
             assert virtual.run(driver.state()) is State.RUNNING
-            if MigrationFlags.MULTI_STREAM in virtual.run(driver.migration_flags()):
+            if driver.spec.max_dirty_streams:
                 virtual.run(driver.set_streams(0))  # EBUSY if a session were open
         state = self.run.states[0]
         before = int(state.version.sum())

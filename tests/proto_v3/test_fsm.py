@@ -90,13 +90,6 @@ def test_a_refusal_names_both_states_and_is_ours_and_the_systems() -> None:
     assert isinstance(caught.value, OSError)
 
 
-def test_multi_stream_changes_no_path() -> None:
-    for features, current, target, steps in VECTORS:
-        if steps != "EINVAL":
-            with_streams = flags(features) | MigrationFlags.MULTI_STREAM
-            assert path(current, target, with_streams) == path(current, target, flags(features))
-
-
 @given(FEATURES, ANY_STATE, ANY_STATE)
 def test_every_hop_is_supported_none_is_entered_twice_and_the_last_is_the_target(
     features: MigrationFlags, current: State, target: State
@@ -159,7 +152,7 @@ def test_a_refusal_names_what_has_a_name() -> None:
         path(2, 8, EVERYTHING)
 
 
-@pytest.mark.parametrize("extra", [0, MigrationFlags.P2P, MigrationFlags.PRE_COPY, MigrationFlags.MULTI_STREAM])
+@pytest.mark.parametrize("extra", [0, MigrationFlags.P2P, MigrationFlags.PRE_COPY])
 def test_without_stop_copy_a_device_has_no_state_at_all(extra: int) -> None:
     features = MigrationFlags(extra)
     assert not any(supports(features, state) for state in State)

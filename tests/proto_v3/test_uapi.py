@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import sys
 from dataclasses import FrozenInstanceError, fields
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 
 from proto_v3.vfio import uapi
 from proto_v3.vfio.uapi import (
-    BlockRange,
     CType,
     DeviceFeature,
     Feature,
@@ -27,20 +27,25 @@ from proto_v3.vfio.uapi import (
     MigrationFlags,
     PrecopyFlags,
     PrecopyInfo,
-    RecordBlocks,
-    RecordClass,
-    RecordEnd,
-    RecordFlags,
-    RecordHeader,
-    RecordRanges,
     State,
     StreamFlags,
     StreamInfo,
     Structure,
     offset_of,
 )
+from sim.device import record_format
+from sim.device.record_format import (
+    BlockRange,
+    RecordBlocks,
+    RecordClass,
+    RecordEnd,
+    RecordFlags,
+    RecordHeader,
+    RecordRanges,
+)
 
-# As a C compiler lays out include/uapi/linux/vfio.h and docs/vfio_v3.h: sizeof, and offset and size of each member.
+# As a C compiler lays out include/uapi/linux/vfio.h, docs/vfio_v3.h and docs/vfio_v3_stream.h: sizeof, and offset and
+# size of each member.
 LAYOUTS: dict[type[Structure], tuple[int, dict[str, tuple[int, int]]]] = {
     DeviceFeature: (8, {"argsz": (0, 4), "flags": (4, 4)}),
     FeatureMigration: (8, {"flags": (0, 8)}),
@@ -72,16 +77,21 @@ LAYOUTS: dict[type[Structure], tuple[int, dict[str, tuple[int, int]]]] = {
     RecordBlocks: (16, {"first_block": (0, 8), "blocks": (8, 8)}),
 }
 STRUCTURES = list(LAYOUTS)
+OF_STREAMS = (RecordHeader, RecordEnd, RecordRanges, BlockRange, RecordBlocks)
 OWN_ARGSZ = (PrecopyInfo, StreamInfo)
 """Their argsz is always their size."""
 VALUES = {
-    CType.U16: st.integers(0, 2**16 - 1),
+    CType.LE16: st.integers(0, 2**16 - 1),
+    CType.LE32: st.integers(0, 2**32 - 1),
+    CType.LE64: st.integers(0, 2**64 - 1),
     CType.U32: st.integers(0, 2**32 - 1),
     CType.S32: st.integers(-(2**31), 2**31 - 1),
     CType.U64: st.integers(0, 2**64 - 1),
 }
 PAST_THE_END = {
-    CType.U16: (-1, 2**16),
+    CType.LE16: (-1, 2**16),
+    CType.LE32: (-1, 2**32),
+    CType.LE64: (-1, 2**64),
     CType.U32: (-1, 2**32),
     CType.S32: (-(2**31) - 1, 2**31),
     CType.U64: (-1, 2**64),
@@ -105,10 +115,8 @@ def filled(draw: st.DrawFn) -> Structure:
 
 
 def test_every_structure_is_held_against_c() -> None:
-    assert {s for s in vars(uapi).values() if isinstance(s, type) and issubclass(s, Structure)} == {
-        Structure,
-        *STRUCTURES,
-    }
+    of_both = [*vars(uapi).values(), *vars(record_format).values()]
+    assert {s for s in of_both if isinstance(s, type) and issubclass(s, Structure)} == {Structure, *STRUCTURES}
 
 
 @pytest.mark.rule("v2.contract.1")
@@ -121,12 +129,14 @@ def test_sizes_and_offsets_are_those_of_the_header(structure: type[Structure]) -
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_each_member_is_where_its_offset_says_in_the_machines_byte_order(structure: type[Structure]) -> None:
+def test_each_member_is_where_its_offset_says_in_its_byte_order(structure: type[Structure]) -> None:
+    """The machine's; little-endian in what goes to another machine."""
+    order: Literal["little", "big"] = "little" if structure in OF_STREAMS else sys.byteorder
     for name in settable(structure):
         at, size = LAYOUTS[structure][1][name]
         value = 0x0102030405060708 >> (8 * (8 - size))
         packed = bytearray(of(structure, **{name: value}).pack())
-        assert packed[at : at + size] == value.to_bytes(size, sys.byteorder)
+        assert packed[at : at + size] == value.to_bytes(size, order)
         packed[at : at + size] = bytes(size)
         assert packed == of(structure).pack()
 
@@ -218,10 +228,17 @@ def test_state_and_flag_numbers() -> None:
         "STOP_COPY": 1,
         "P2P": 2,
         "PRE_COPY": 4,
-        "MULTI_STREAM": 8,
     }
     assert [(flag.name, flag.value) for flag in PrecopyFlags] == [("REINIT", 1)]
     assert [(flag.name, flag.value) for flag in StreamFlags] == [("BLOCKS", 1)]
+
+
+def test_what_is_sent_has_the_same_bytes_on_every_machine() -> None:
+    assert RecordHeader(1, 2, 3, 4, 5, 6).pack().hex() == "0100020003000000" + "".join(
+        f"{number:02x}00000000000000" for number in (4, 5, 6)
+    )
+    assert all(ctype.startswith("<") for structure in OF_STREAMS for ctype in structure.LAYOUT.values())
+    assert all(ctype.startswith("=") for each in STRUCTURES if each not in OF_STREAMS for ctype in each.LAYOUT.values())
 
 
 def test_record_numbers() -> None:

@@ -605,10 +605,12 @@ def test_devices_are_unfolded_and_numbered_where_there_are_several_alike() -> No
     [
         (["STOP_COPY"], 0, MigrationFlags.STOP_COPY),
         (["PRE_COPY", "STOP_COPY"], 0, MigrationFlags.STOP_COPY | MigrationFlags.PRE_COPY),
-        (["STOP_COPY", "P2P"], 1, MigrationFlags.STOP_COPY | MigrationFlags.P2P | MigrationFlags.MULTI_STREAM),
+        (["STOP_COPY", "P2P"], 1, MigrationFlags.STOP_COPY | MigrationFlags.P2P),
     ],
 )
-def test_flags_are_the_features_and_multi_stream(features: list[str], streams: int, flags: MigrationFlags) -> None:
+def test_flags_are_the_features_however_many_streams_there_are(
+    features: list[str], streams: int, flags: MigrationFlags
+) -> None:
     device = small_scenario({"device.0.features": features, "device.0.max_dirty_streams": streams}).device[0]
     assert device.flags == flags
 

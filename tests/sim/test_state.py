@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proto_v3.vfio.uapi import BlockRange
 from sim.device.guest import make_activity
+from sim.device.record_format import BlockRange
 from sim.device.state import DeviceState, Difference, Image
 from tests.build.hosts import MS, Hosts
 from tests.build.scenario import small_scenario, virtual

@@ -16,11 +16,11 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
-from proto_v3.vfio import uapi
-from proto_v3.vfio.uapi import BlockRange, RecordClass, RecordFlags
+from sim.device import record_format
 from sim.device.blocks import VERSION_BYTES
 from sim.device.guest import Int32
 from sim.device.record import HEADER_BYTES, TABLE, TALLY, V3_HEADER_BYTES, Record, Tally, ranges_bytes
+from sim.device.record_format import BlockRange, RecordClass, RecordFlags
 from sim.device.state import Indices
 from sim.scenario.device import Device
 
@@ -50,22 +50,22 @@ def _v3_header(record: Record) -> bytes:
         flags |= RecordFlags.INVALIDATES
     length = record.size_bytes - V3_HEADER_BYTES
     parts = (record.record_class, record.stream, flags, record.epoch, record.sequence, length)
-    return uapi.RecordHeader(*map(int, parts)).pack()
+    return record_format.RecordHeader(*map(int, parts)).pack()
 
 
 def _v3_fixed(record: Record) -> bytes:
     if record.end:
         tally = record.tally or Tally()
-        return uapi.RecordEnd(tally.records, tally.bytes, tally.digest).pack()
+        return record_format.RecordEnd(tally.records, tally.bytes, tally.digest).pack()
     if record.by_number:
         first = int(record.blocks[0])
-        versions = record.block_versions.astype(np.uint64).tobytes()
-        return uapi.RecordBlocks(first, len(record.blocks)).pack() + versions
+        versions = record.block_versions.astype("<u8").tobytes()
+        return record_format.RecordBlocks(first, len(record.blocks)).pack() + versions
     if not (len(record.objects) or len(record.blocks) or record.epoch_complete):
         return _table(record) + bytes(record.payload_bytes)
     ranges = b""
     if record.invalidates:
-        ranges = uapi.RecordRanges(len(record.invalidates)).pack()
+        ranges = record_format.RecordRanges(len(record.invalidates)).pack()
         ranges += b"".join(each.pack() for each in record.invalidates)
     return ranges + _table(record)
 
@@ -181,7 +181,7 @@ class Decoder:
 
     def _v3(self) -> Steps:
         yield V3_HEADER_BYTES
-        header = uapi.RecordHeader.unpack(self.head)
+        header = record_format.RecordHeader.unpack(self.head)
         if header.record_class not in RecordClass.__members__.values():
             raise ValueError(f"there is no record class {header.record_class}")
         critical = header.record_class == RecordClass.CRITICAL
@@ -197,25 +197,25 @@ class Decoder:
             case _:
                 return (yield from self._data(header))
 
-    def _record(self, header: uapi.RecordHeader) -> Record:
+    def _record(self, header: record_format.RecordHeader) -> Record:
         return Record(header.stream, header.epoch, header.length, header.sequence, header_bytes=V3_HEADER_BYTES)
 
-    def _end(self, header: uapi.RecordHeader) -> Steps:
-        if header.length != uapi.RecordEnd.SIZE:
+    def _end(self, header: record_format.RecordHeader) -> Steps:
+        if header.length != record_format.RecordEnd.SIZE:
             raise ValueError(f"an END of {header.length} bytes")
         yield from self._until(V3_HEADER_BYTES + header.length)
-        end = uapi.RecordEnd.unpack(self.head[V3_HEADER_BYTES:])
+        end = record_format.RecordEnd.unpack(self.head[V3_HEADER_BYTES:])
         record = self._record(header)
         record.end, record.tally = True, Tally(end.records, end.bytes, end.digest)
         return record
 
-    def _blocks(self, header: uapi.RecordHeader) -> Steps:
-        fixed = V3_HEADER_BYTES + uapi.RecordBlocks.SIZE
+    def _blocks(self, header: record_format.RecordHeader) -> Steps:
+        fixed = V3_HEADER_BYTES + record_format.RecordBlocks.SIZE
         yield from self._until(fixed)
-        of = uapi.RecordBlocks.unpack(self.head[V3_HEADER_BYTES:fixed])
+        of = record_format.RecordBlocks.unpack(self.head[V3_HEADER_BYTES:fixed])
         if not 1 <= of.blocks <= self._spec.blocks or of.first_block + of.blocks > self._spec.blocks:
             raise ValueError(f"blocks {of.first_block} to {of.first_block + of.blocks - 1}")
-        size = uapi.RecordBlocks.SIZE + of.blocks * (VERSION_BYTES + self._spec.block_bytes)
+        size = record_format.RecordBlocks.SIZE + of.blocks * (VERSION_BYTES + self._spec.block_bytes)
         if header.length != size:
             raise ValueError(f"{of.blocks} blocks in {header.length} bytes")
         yield from self._until(fixed + of.blocks * VERSION_BYTES)
@@ -228,7 +228,7 @@ class Decoder:
         record.block_versions = versions.astype(np.int32)
         return record
 
-    def _data(self, header: uapi.RecordHeader) -> Steps:
+    def _data(self, header: record_format.RecordHeader) -> Steps:
         invalidates = (yield from self._ranges(header)) if header.flags & RecordFlags.INVALIDATES else ()
         ranges = ranges_bytes(invalidates)
         record = yield from self._table(V3_HEADER_BYTES + ranges, header.length - ranges)
@@ -241,10 +241,10 @@ class Decoder:
             raise ValueError("header and table do not agree")
         return record
 
-    def _ranges(self, header: uapi.RecordHeader) -> Generator[int, None, tuple[BlockRange, ...]]:
-        first = V3_HEADER_BYTES + uapi.RecordRanges.SIZE
+    def _ranges(self, header: record_format.RecordHeader) -> Generator[int, None, tuple[BlockRange, ...]]:
+        first = V3_HEADER_BYTES + record_format.RecordRanges.SIZE
         yield from self._until(first)
-        count = uapi.RecordRanges.unpack(self.head[V3_HEADER_BYTES:first]).count
+        count = record_format.RecordRanges.unpack(self.head[V3_HEADER_BYTES:first]).count
         if not 1 <= count <= MAX_RANGES:
             raise ValueError(f"{count} ranges")
         end = first + count * BlockRange.SIZE
