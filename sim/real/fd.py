@@ -23,6 +23,7 @@ from typing_extensions import override
 from proto_v3.timeline import Resource
 from proto_v3.vfio.device import BlocksFd, DirtyBlocks, Ready
 from proto_v3.vfio.uapi import (
+    BLOCKS_HEAD_BYTES,
     VFIO_MIG_GET_DIRTY_BLOCKS,
     VFIO_MIG_GET_PRECOPY_INFO,
     VFIO_MIG_GET_STREAM,
@@ -30,8 +31,6 @@ from proto_v3.vfio.uapi import (
     GetDirtyBlocks,
     GetStream,
     PrecopyInfo,
-    RecordBlocks,
-    RecordHeader,
     StreamInfo,
 )
 from proto_v3.wire.frames import EMPTY, Payload
@@ -290,7 +289,7 @@ class RealFd(BlocksFd):
     async def read_blocks(self, first: int, count: int) -> Payload:
         start_ns = self._fds.now_ns()
         block_bytes, _ = await self.geometry()
-        size = RecordHeader.SIZE + RecordBlocks.SIZE + count * (VERSION_BYTES + block_bytes)
+        size = BLOCKS_HEAD_BYTES + count * (VERSION_BYTES + block_bytes)
         view = self._buffer(size)
         await asyncio.shield(self._start_any(lambda number: _pread(number, view, first * block_bytes)))
         self.counters.wakeups += 1
