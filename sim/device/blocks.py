@@ -10,6 +10,7 @@ make invalid are as with streams.
 from __future__ import annotations
 
 import errno
+from contextlib import nullcontext
 from zlib import crc32
 
 import numpy as np
@@ -44,6 +45,7 @@ class SaveBlocks(SavedFd, BlocksFd):
         super().__init__(session)
         self._device = device
         self._fd_lock = fd_lock
+        self._command_lock: DriverLock = fd_lock if session.driver.lock_over == "command" else nullcontext()
         self._reported = np.full(len(device.version), -1, np.int32)
         """By block: its version when a bitmap last had it."""
         self._suspended = False
@@ -128,7 +130,8 @@ class SaveBlocks(SavedFd, BlocksFd):
         record.block_versions = device.save_blocks(blocks)
         self._in_flight += 1
         try:
-            await self._context.firmware.save(record.size_bytes)
+            async with self._command_lock:
+                await self._context.firmware.save(record.size_bytes)
         finally:
             self._in_flight -= 1
             self._notify.notify()

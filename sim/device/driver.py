@@ -58,6 +58,9 @@ class SimDriver(MigrationDevice):
         self._context = context
         self._global_lock = global_lock
         self._state_lock = context.new_lock(context.timeline)
+        self._device_lock = self._state_lock
+        if settings.lock_over == "command":  # SET_STATE waits for commands under the state mutex
+            self._device_lock = context.new_lock(context.timeline)
         self._device = state
         self._image = image
         self._state = State.RUNNING
@@ -272,13 +275,14 @@ class SimDriver(MigrationDevice):
         return self.lock_for_a_copy() if self._context.locks_in_read else nullcontext()
 
     def lock_for_a_copy(self) -> DriverLock:
-        """The lock that a read() of one data fd holds while it copies; `per_fd` makes a new one for each call."""
+        """The lock that a read() of one data fd holds while it copies, and over commands if `lock_over` says so; `per_fd`
+        makes a new one for each call."""
         match self._settings.lock:
             case "none":
                 return nullcontext()
             case "per_fd":
                 return self._new_lock()
             case "device":
-                return self._state_lock
+                return self._device_lock
             case "global":
                 return self._global_lock

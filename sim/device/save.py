@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 
 from typing_extensions import override
 
@@ -41,6 +42,7 @@ class SaveStream(SavedFd):
         self._device = device
         self._driver = session.driver
         self._fd_lock = fd_lock
+        self._command_lock: DriverLock = fd_lock if session.driver.lock_over == "command" else nullcontext()
         self._plan = plan
         self._planned_ns = 0
         self._queue = SaveQueue(self._driver.chunks)
@@ -58,7 +60,8 @@ class SaveStream(SavedFd):
             record = self._plan.next_record()
             if not record.end:  # that one is the driver's own
                 queue.start(record)
-                await self._context.firmware.save(record.size_bytes)
+                async with self._command_lock:
+                    await self._context.firmware.save(record.size_bytes)
                 queue.saving = None
                 if self._session.faults.of_command("SAVE") is not None:
                     self._save_failed()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 
+from proto_v3.errors import UserError
 from sim.clock import port as clock
 from sim.live.real_time import RealTime
 from sim.scenario.scenario import Scenario
@@ -23,6 +24,14 @@ THE_MACHINES_OWN = {
     "link.round_trip_us": "the network's own",
 }
 """Keys of a scenario that a live run does not emulate, and what applies in their place."""
+
+
+def check_lock(scenario: Scenario) -> None:
+    """UserError for a lock that live mode cannot hold as the scenario says."""
+    if scenario.driver.lock_over == "command":
+        raise UserError(
+            'driver.lock_over = "command": must be "copy" in a live run, whose copying threads take the lock'
+        )
 
 
 def measured_lateness_ns() -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from proto_v3.errors import UserError
+from sim.live.limits import check_lock
 from sim.live.processes.children import HANGS, Child, device_main, start, vmm_main
 from sim.live.processes.files import check_files
 from sim.live.processes.memory import check_memory
@@ -104,6 +105,7 @@ def applied(scenario: Scenario, protocol: Protocol, settings: Settings) -> Appli
     if not sys.platform.startswith("linux"):
         raise UserError("live mode needs Linux: timerfd, eventfd, memfd, descriptors passed over UNIX sockets")
     run_as = protocol.applied(scenario)
+    check_lock(run_as.scenario)
     check_files(run_as)
     check_memory(run_as, settings.max_state_bytes, settings.tls is not None)
     return run_as

@@ -108,6 +108,8 @@ class Driver(Table):
     """How many there are: the next SAVE waits until one is read."""
     lock: Literal["none", "per_fd", "device", "global"]
     """What read() holds: nothing, a lock of its fd, of the device, or of the whole driver."""
+    lock_over: Literal["copy", "command"] = "copy"
+    """What that lock is held over: the copy alone, or each SAVE command too."""
     call_us: NonNegative
     """A read() or write(), beside its bytes."""
     precopy: Literal["incremental", "reread", "check"] = "incremental"

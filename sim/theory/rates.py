@@ -52,8 +52,9 @@ def stopped_gib_per_s(scenario: Scenario, streams: int) -> dict[str, float]:
     call_s, read_gib = scenario.driver.call_us * 1e-6, scenario.vmm.read_mib * MIB / GIB
     copy = read_gib / (call_s + read_gib / host.copy_gib_per_s)
     threads = streams if scenario.driver.lock in ("none", "per_fd") else 1
+    commands = min(threads if scenario.driver.lock_over == "command" else streams, firmware.engines)
     return {
-        "SAVE": min(streams, firmware.engines) * chunk * MIB / GIB / save_s,
+        "SAVE": commands * chunk * MIB / GIB / save_s,
         "read": min(threads * copy, host.memory_gib_per_s),
         "link": min(link.gbit_per_s, streams * link.per_connection_gbit_per_s) * BYTES_PER_S_PER_GBIT / GIB,
     }

@@ -94,6 +94,12 @@ def test_a_run_that_no_target_takes_is_refused_before_it_begins() -> None:
         applied(live_scenario({"device.0.state_mib": 4096.0}), Protocol.parse("v2", live_scenario()), Settings())
 
 
+def test_a_lock_over_the_command_is_refused() -> None:
+    scenario = live_scenario({"driver.lock": "device", "driver.lock_over": "command"})
+    with pytest.raises(UserError, match=r"driver\.lock_over"):
+        applied(scenario, Protocol.parse("v2", scenario), Settings())
+
+
 @pytest.mark.parametrize(("asked_mib", "left_mib"), [(None, 64.0), (8.0, 8.0)])
 def test_packets_that_come_early_have_what_is_left(asked_mib: float | None, left_mib: float) -> None:
     run = run_of("v2-multifd", {} if asked_mib is None else {"vmm.multifd_max_queued_mib": asked_mib})

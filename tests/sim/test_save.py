@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from proto_v3.timeline import Mark
 from proto_v3.vfio.device import DataFd, Ready
 from proto_v3.vfio.uapi import MigrationFlags, State
-from proto_v3.vmm.migration import read_some
+from proto_v3.vmm.migration import OutcomeKind, read_some
 from sim.clock.port import now_ns, sleep_ns, sleep_until_ns
 from sim.device.record import HEADER_BYTES, V3_HEADER_BYTES, Extent, RecordSlice
+from sim.run import simulate
+from sim.scenario.protocol import Protocol
 from sim.scenario.units import KIB, MIB
 from tests.build.hosts import (
     ALL,
@@ -52,7 +54,7 @@ from tests.build.hosts import (
     told,
     took_ns,
 )
-from tests.build.scenario import virtual
+from tests.build.scenario import small_scenario, virtual
 
 BUSY = {"device.0.writes": {"pattern": "sequential", "mib_per_s": 10.0}}
 """160 blocks a second."""
@@ -255,6 +257,45 @@ async def test_reading_slowly_is_as_slow_as_it_is_and_reading_fast_as_slow_as_th
         await sleep_ns(10 * MS)
     calls = 9 * CALL_NS + copy_ns(8 * (CHUNK_BYTES + HEADER_BYTES) + HEADER_BYTES) + CALL_NS
     assert now_ns() - start == pytest.approx(save_ns(CHUNK_BYTES) + 9 * 10 * MS + calls, abs=10)
+
+
+async def whole_took_ns(hosts: Hosts, streams: int) -> int:
+    """To read all devices to the end, by a task for each data fd."""
+    fds = [fd for source in hosts.sources for fd in await session(source, State.STOP_COPY, streams)]
+    start = now_ns()
+    await asyncio.gather(*map(read_all, fds))
+    return now_ns() - start
+
+
+@pytest.mark.parametrize(
+    ("lock", "over", "at_once"),
+    [
+        ("per_fd", "copy", 4),
+        ("global", "copy", 4),
+        ("per_fd", "command", 4),
+        ("device", "command", 2),
+        ("global", "command", 1),
+    ],
+)
+def test_a_lock_over_the_command_lets_one_command_through_at_a_time(lock: str, over: str, at_once: int) -> None:
+    """Of two devices with two streams each, whose commands take a hundred times as long as their copies."""
+    changes: dict[str, Any] = {"driver.lock": lock, "driver.lock_over": over, "firmware.engines": 4}
+    changes |= {"firmware.save_mib_per_s": 10.0, "firmware.save_command_us": 0.0, "device.0.count": 2}
+
+    @virtual
+    async def reads() -> None:
+        took = await whole_took_ns(Hosts(changes | {"device.0.critical.objects": 0}), 2)
+        assert took == pytest.approx(2 * 8 * 100 * MS / at_once, rel=0.02)
+
+    reads()
+
+
+@pytest.mark.parametrize("protocol", ["v2", "v3-n2", "v3-blocks"])
+def test_a_migration_under_one_lock_over_commands_and_copies_completes(protocol: str) -> None:
+    """SET_STATE and PRECOPY_INFO wait for commands under the state mutex, which is another one."""
+    scenario = small_scenario({"driver.lock": "device", "driver.lock_over": "command", "device.0.stop_only_mib": 4.0})
+    outcome = simulate(scenario, Protocol.parse(protocol, scenario), 1)
+    assert outcome.kind is OutcomeKind.COMPLETED, outcome.reason
 
 
 # --- read ------------------------------------------------------------------------------------------------------------
