@@ -275,8 +275,8 @@ class SimDriver(MigrationDevice):
         return self.lock_for_a_copy() if self._context.locks_in_read else nullcontext()
 
     def lock_for_a_copy(self) -> DriverLock:
-        """The lock that a read() of one data fd holds while it copies, and over commands if `lock_over` says so; `per_fd`
-        makes a new one for each call."""
+        """The lock that a read() of one data fd holds while it copies, and over commands if `lock_over` says so. With
+        `per_fd`, each call makes a new one."""
         match self._settings.lock:
             case "none":
                 return nullcontext()
