@@ -1,0 +1,237 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * vfio_v3_sample: a device whose state is memory. What the files of the driver
+ * share.
+ *
+ * Locks, outermost first:
+ *   state_mutex	of a device: its state, its session, what the user opted in to
+ *   write_mutex	of a stream that is loaded: one write() at a time
+ *   gate		of a session: readers touch the device's memory or the streams'
+ *			buffers; who ends the session waits for them as the writer
+ *   stream->lock	the one that the parameter "lock" chooses: held over copies, and
+ *			over firmware commands if "lock_over" says so
+ *   guest_mutex	of a device: writers of its memory and of its epoch
+ *   queue_lock		of a stream that is saved: its queue and its plan
+ * A write() that waits for an epoch holds write_mutex only. dev->session changes
+ * under state_mutex and guest_mutex; either is enough to look at it.
+ */
+#ifndef VFIO_V3_SAMPLE_H
+#define VFIO_V3_SAMPLE_H
+
+#include <linux/atomic.h>
+#include <linux/kref.h>
+#include <linux/list.h>
+#include <linux/mutex.h>
+#include <linux/pci_regs.h>
+#include <linux/prandom.h>
+#include <linux/rwsem.h>
+#include <linux/spinlock.h>
+#include <linux/vfio.h>
+#include <linux/wait.h>
+#include <linux/workqueue.h>
+
+#include "format.h"
+#include "params.h"
+
+#define SAMPLE_NAME		"vfio_v3_sample"
+#define SAMPLE_MAX_STREAMS	64
+#define SAMPLE_CONFIG_BYTES	256
+#define SAMPLE_BAR_BYTES	4096
+#define SAMPLE_MAX_COMMAND_NS	(60 * NSEC_PER_SEC)
+
+struct sample_buffer;
+struct sample_log;
+
+/* What was done on the data fds of one number, in all sessions of a device. */
+struct sample_counters {
+	atomic64_t reads;
+	atomic64_t read_bytes;
+	atomic64_t writes;
+	atomic64_t write_bytes;
+	atomic64_t commands;
+	atomic64_t command_ns;
+	atomic64_t copy_ns;
+	atomic64_t lock_wait_ns;
+};
+
+struct sample_stream {
+	struct sample_session *session;
+	u32 index;
+	struct mutex own_lock;
+	struct mutex *lock;
+	wait_queue_head_t wait;
+	struct sample_counters *counters;
+
+	/* what was saved or loaded so far */
+	u64 records;
+	u64 bytes;
+	u64 digest;
+
+	/* of a stream that is saved */
+	spinlock_t queue_lock;
+	struct list_head ready;		/* records that are saved */
+	u32 ready_records;
+	u64 ready_bytes;		/* of them, unread */
+	struct sample_buffer *spare;
+	struct work_struct work;
+	bool saving;			/* a record is being saved */
+	u64 saving_bytes;
+	bool end_saved;
+	bool critical_planned;
+	u64 saved_epoch;		/* the newest one whose critical data is saved */
+	u64 cursor;			/* the block to look at next */
+	u64 planned;			/* blocks to be saved */
+	u64 initial_bytes;		/* unread bytes that count as v2's initial_bytes */
+	u64 reported_epoch;		/* by REINIT, or by STREAM_INFO */
+
+	/* of a stream that is loaded */
+	struct mutex write_mutex;
+	struct sample_record header;
+	u64 filled;			/* bytes of the record that arrived */
+	void *payload;
+	u64 epoch;			/* of the newest record */
+	bool ended;
+};
+
+struct sample_session {
+	struct kref kref;
+	struct sample_device *dev;
+	struct rw_semaphore gate;
+	wait_queue_head_t idle;		/* whoever waits for SAVEs in flight */
+	int code;			/* what all calls return; 0: it goes on */
+	bool failed;
+	bool saving;
+	bool multi;			/* v3: streams, records, epochs are the user's */
+	bool suspended;			/* in PRE_COPY_P2P: nothing is saved */
+	bool final;			/* in STOP_COPY */
+	unsigned long *planned;
+	u32 info_calls;
+	u64 loaded_epoch;
+	u64 newest_epoch;		/* that an END told of */
+	u32 streams;
+	struct sample_stream stream[] __counted_by(streams);
+};
+
+struct sample_device {
+	struct vfio_device vdev;
+	struct sample_params params;
+	u64 blocks;
+	u64 block_bytes;
+	u64 critical_bytes;
+
+	struct mutex state_mutex;
+	enum vfio_device_mig_state state;
+	struct sample_session *session;
+	u32 dirty_streams;
+	bool dma_logging;
+	bool info_v2_logged;
+
+	struct mutex guest_mutex;
+	bool running;			/* writes by itself */
+	bool active;			/* takes writes */
+	void *data;
+	void *critical;
+	u64 epoch;
+	unsigned long *dirty;
+	struct delayed_work guest_work;
+	struct rnd_state random;
+	ktime_t guest_time;
+	u64 guest_owed_bytes;
+
+	struct mutex device_lock;
+	atomic_t engines_busy;
+	wait_queue_head_t engine_wait;
+	atomic_t fault_calls;
+
+	u8 config[SAMPLE_CONFIG_BYTES];
+	struct dentry *debugfs;
+	struct sample_log *log;
+	struct sample_counters counters[1 + SAMPLE_MAX_STREAMS];
+};
+
+extern struct workqueue_struct *sample_workqueue;
+
+static inline struct sample_device *to_sample(struct vfio_device *vdev)
+{
+	return container_of(vdev, struct sample_device, vdev);
+}
+
+/* config.c */
+void sample_config_init(struct sample_device *dev);
+ssize_t sample_region_read(struct vfio_device *vdev, char __user *buf, size_t count, loff_t *ppos);
+ssize_t sample_region_write(struct vfio_device *vdev, const char __user *buf, size_t count,
+			    loff_t *ppos);
+int sample_region_info(struct vfio_device *vdev, struct vfio_region_info *info,
+		       struct vfio_info_cap *caps);
+long sample_device_info(struct vfio_device_info __user *arg);
+long sample_irq_info(struct vfio_irq_info __user *arg);
+long sample_set_irqs(struct vfio_irq_set __user *arg);
+
+/* state.c */
+int sample_memory_init(struct sample_device *dev);
+void sample_memory_free(struct sample_device *dev);
+void sample_guest_start(struct sample_device *dev);
+void sample_guest_stop(struct sample_device *dev);
+void sample_guest_may(struct sample_device *dev, bool running, bool active);
+void sample_mark_dirty(struct sample_device *dev, u64 block);
+int sample_write_blocks(struct sample_device *dev, u64 first, u64 count);
+int sample_reconfigure(struct sample_device *dev);
+u64 sample_digest(u64 digest, const void *data, size_t bytes);
+u64 sample_digest_record(u64 digest, const struct sample_record *record, const void *payload);
+u64 sample_device_digest(struct sample_device *dev);
+
+/* firmware.c */
+bool sample_instant(struct sample_device *dev, u32 mib_s);
+int sample_command(struct sample_stream *stream, u64 bytes, u32 mib_s, u32 more_us);
+void sample_sleep_us(u64 us);
+bool sample_fault(struct sample_device *dev, const char *call);
+void sample_lock(struct sample_stream *stream);
+void sample_unlock(struct sample_stream *stream);
+
+/* migration.c */
+extern const struct vfio_migration_ops sample_migration_ops;
+extern const struct vfio_log_ops sample_dma_log_ops;
+const char *sample_state_name(u32 state);
+void sample_note_info_v2(struct sample_device *dev);
+void sample_reset(struct sample_device *dev, const char *why);
+
+/* session.c */
+struct file *sample_session_start(struct sample_device *dev, bool saving);
+void sample_session_put(struct sample_session *session);
+void sample_session_get(struct sample_session *session);
+void sample_session_fail(struct sample_session *session);
+void sample_session_stop(struct sample_session *session, int code);
+void sample_session_end(struct sample_device *dev);
+void sample_session_wake(struct sample_session *session);
+int sample_stream_release(struct inode *inode, struct file *file);
+
+/* stream_save.c */
+extern const struct file_operations sample_save_fops;
+void sample_save_init(struct sample_stream *stream);
+void sample_save_free(struct sample_stream *stream);
+void sample_plan_all(struct sample_session *session);
+void sample_plan(struct sample_stream *stream);
+void sample_kick(struct sample_stream *stream);
+void sample_settle(struct sample_session *session);
+u64 sample_pending(struct sample_stream *stream, bool unplanned);
+u64 sample_image_bytes(struct sample_device *dev);
+
+/* stream_load.c */
+extern const struct file_operations sample_load_fops;
+void sample_load_free(struct sample_stream *stream);
+int sample_load_check(struct sample_session *session);
+
+/* log.c */
+int sample_log_init(struct sample_device *dev);
+void sample_log_free(struct sample_device *dev);
+__printf(2, 3) void sample_log(struct sample_device *dev, const char *format, ...);
+void sample_log_clear(struct sample_device *dev);
+extern const struct file_operations sample_log_fops;
+
+/* debugfs.c */
+void sample_debugfs_init(void);
+void sample_debugfs_exit(void);
+void sample_debugfs_add(struct sample_device *dev);
+void sample_debugfs_remove(struct sample_device *dev);
+
+#endif
