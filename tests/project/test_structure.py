@@ -34,16 +34,21 @@ def test_no_two_classes_have_the_same_name() -> None:
 
 
 SPDX = "SPDX-License-Identifier: GPL-2.0-or-later"
+SPDX_KERNEL = "SPDX-License-Identifier: GPL-2.0\n"  # of the kernel module: the kernel's own licence
+
+
+def _names_its_licence(path: Path) -> bool:
+    lines = "".join(path.read_text("utf-8").splitlines(True)[:2]).replace(" */", "")
+    return (SPDX_KERNEL if path.is_relative_to(ROOT / "kernel" / "driver") else SPDX) in lines
 
 
 def test_each_source_file_names_its_licence_and_the_licence_is_there() -> None:
     done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     tracked = [name for name in done.stdout.splitlines() if not name.startswith(("results/", "notebooks/"))]
     assert done.returncode or len(tracked) > len(MODULES), "or this is no clone"
-    sources = [
-        ROOT / name for name in tracked if name.endswith((".py", ".toml", ".sh", ".h", ".j2", ".cff", "Makefile"))
-    ]
-    without = [path for path in sources or MODULES if SPDX not in "".join(path.read_text("utf-8").splitlines(True)[:2])]
+    kinds = (".py", ".toml", ".sh", ".c", ".h", ".j2", ".cff", "Makefile", "Kbuild")
+    sources = [ROOT / name for name in tracked if name.endswith(kinds)]
+    without = [path for path in sources or MODULES if not _names_its_licence(path)]
     assert without == []
     assert "GNU GENERAL PUBLIC LICENSE\n                       Version 2" in (ROOT / "LICENSE").read_text("utf-8")
     assert 'license = "GPL-2.0-or-later"' in (ROOT / "pyproject.toml").read_text("utf-8")
