@@ -64,7 +64,8 @@ class DataFd(Protocol):
         """Wait until there is data or a new epoch, for at most `timeout_ns` if given."""
 
     async def precopy_info(self) -> PrecopyInfo:
-        """VFIO_MIG_GET_PRECOPY_INFO. EINVAL outside of PRE_COPY and PRE_COPY_P2P.
+        """VFIO_MIG_GET_PRECOPY_INFO. EINVAL if the device is in neither PRE_COPY nor PRE_COPY_P2P; if it is in one of
+        them again, ENODEV on an fd of an earlier session. ENOTTY on an fd that is loaded.
 
         As in mlx5, this call, and never read(), makes the driver save what became dirty, once all earlier data is read.
         It waits for a save in flight. initial_bytes come before dirty_bytes and only fall, until the device reports
@@ -84,6 +85,10 @@ class DataFd(Protocol):
 
         With StreamFlags.BLOCKS, index 0 is the fd of blocks, a BlocksFd. ENOTTY on a dirty fd, or one of v2.
         """
+
+    def has_ioctl(self, number: int) -> bool:
+        """Whether the fd knows this ioctl. One that it does not know is ENOTTY, before its argument is looked at."""
+        return True
 
     async def close(self) -> None:
         """v3: close an fd that is being loaded. If its END was not written, the device goes to ERROR: ENODATA.

@@ -17,6 +17,10 @@ from proto_v3.vfio.device import BlocksFd, DataFd, MigrationDevice
 from proto_v3.vfio.fsm import STATES
 from proto_v3.vfio.uapi import (
     FEATURE_MASK,
+    VFIO_MIG_GET_DIRTY_BLOCKS,
+    VFIO_MIG_GET_PRECOPY_INFO,
+    VFIO_MIG_GET_STREAM,
+    VFIO_MIG_GET_STREAM_INFO,
     DeviceFeature,
     Feature,
     FeatureMigDataSize,
@@ -153,13 +157,21 @@ async def get_precopy_info(fd: DataFd, buffer: bytearray, *, opted_in: bool) -> 
     was, the flags are the device's: REINIT or none. Source: Linux commits d7140b5dde45 and 50ff3f404617 (Yishai Hadas,
     series 20260317161753.18964).
 
-    Raises OSError: EFAULT for a short buffer, as device_feature(); EINVAL for an argsz shorter than the structure; the
-    errors of the data fd, among them EINVAL outside of PRE_COPY and PRE_COPY_P2P.
+    Raises OSError: ENOTTY on an fd that does not know the ioctl, as one that is loaded; EFAULT for a short buffer, as
+    device_feature(); EINVAL for an argsz shorter than the structure; the errors of the data fd, among them EINVAL
+    outside of PRE_COPY and PRE_COPY_P2P.
     """
+    _check_known(fd, VFIO_MIG_GET_PRECOPY_INFO)
     asked = _asked(PrecopyInfo, buffer)
     info = await fd.precopy_info()
     flags = info.flags if opted_in else PrecopyFlags(asked["flags"])
     _answer(buffer, PrecopyInfo(info.initial_bytes, info.dirty_bytes, flags=flags))
+
+
+def _check_known(fd: DataFd, number: int) -> None:
+    """ENOTTY if the fd does not know the ioctl. Drivers look at that first, the kernel for a driver without ioctls."""
+    if not fd.has_ioctl(number):
+        raise OSError(errno.ENOTTY, f"the fd does not know ioctl {number:#x}")
 
 
 def _asked(structure: type[Structure], buffer: bytearray) -> dict[str, int]:
@@ -197,9 +209,10 @@ async def get_stream(fd: DataFd, buffer: bytearray, install_fd: Callable[[DataFd
     `install_fd` gives it a number, as in device_feature(). If it refuses, the fd is not closed, because that would fail
     a device that is being loaded. It stays open in the session, and the caller can ask again.
 
-    Raises OSError: EFAULT and EINVAL as get_precopy_info(), EINVAL for flags; these leave the buffer unchanged. The
-    errors of the critical fd or of `install_fd`; the fd in the buffer is then -1.
+    Raises OSError: ENOTTY, EFAULT and EINVAL as get_precopy_info(), EINVAL for flags; these leave the buffer unchanged.
+    The errors of the critical fd or of `install_fd`; the fd in the buffer is then -1.
     """
+    _check_known(fd, VFIO_MIG_GET_STREAM)
     asked = _asked_without_flags(GetStream, buffer)
     index = asked["index"]
     _answer(buffer, GetStream(asked["argsz"], flags=0, index=index, fd=-1))
@@ -211,8 +224,10 @@ async def get_stream(fd: DataFd, buffer: bytearray, install_fd: Callable[[DataFd
 async def get_stream_info(fd: DataFd, buffer: bytearray) -> None:
     """VFIO_MIG_GET_STREAM_INFO: `buffer` holds a StreamInfo and receives the answer; the caller's argsz stays.
 
-    OSError leaves the buffer unchanged: EFAULT, EINVAL as get_precopy_info(), EINVAL for flags, errors of the data fd.
+    OSError leaves the buffer unchanged: ENOTTY, EFAULT, EINVAL as get_precopy_info(), EINVAL for flags, errors of the
+    data fd.
     """
+    _check_known(fd, VFIO_MIG_GET_STREAM_INFO)
     _asked_without_flags(StreamInfo, buffer)
     _answer(buffer, await fd.stream_info())
 
@@ -222,11 +237,13 @@ async def get_dirty_blocks(fd: BlocksFd, buffer: bytearray, bitmap: bytearray) -
 
     `bitmap` is the memory at that address. Bits are set in it, and none is cleared.
 
-    Raises OSError: EFAULT and EINVAL as get_precopy_info(); EINVAL for flags; EFAULT if `bitmap` has fewer bits than
-    the caller's `blocks`; EINVAL for fewer bits than the device has blocks, with block_bytes and blocks answered all
-    the same; the errors of the data fd. After any of these the fd still reports the same blocks. (A kernel that cannot
-    write the bitmap notices it after the driver reported the blocks: EFAULT; the user should then take all as dirty.)
+    Raises OSError: ENOTTY, EFAULT, EINVAL as get_precopy_info(); EINVAL for flags; EFAULT if `bitmap` has fewer bits
+    than the caller's `blocks`; EINVAL for fewer bits than the device has blocks, with block_bytes and blocks answered
+    all the same; the errors of the data fd. After any of these the fd still reports the same blocks. (A kernel that
+    cannot write the bitmap notices it after the driver reported the blocks: EFAULT; the user should then take all as
+    dirty.)
     """
+    _check_known(fd, VFIO_MIG_GET_DIRTY_BLOCKS)
     asked = _asked_without_flags(GetDirtyBlocks, buffer)
     if asked["blocks"] > 8 * len(bitmap):
         raise OSError(errno.EFAULT, f"a bitmap for {asked['blocks']} blocks, but it has {len(bitmap)} bytes")

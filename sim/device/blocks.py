@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from proto_v3.vfio.device import BlocksFd, DirtyBlocks, Ready
-from proto_v3.vfio.uapi import StreamInfo
+from proto_v3.vfio.uapi import VFIO_MIG_GET_DIRTY_BLOCKS, VFIO_MIG_GET_STREAM_INFO, StreamInfo
 from proto_v3.wire.frames import EMPTY, Payload
 from sim.clock.port import now_ns
 from sim.device import record_format
@@ -40,6 +40,8 @@ def tally(version: Int32) -> Tally:
 
 class SaveBlocks(SavedFd, BlocksFd):
     """The fd to read from."""
+
+    ioctls = frozenset({VFIO_MIG_GET_STREAM_INFO, VFIO_MIG_GET_DIRTY_BLOCKS})
 
     def __init__(self, device: DeviceState, session: MigrationSession, fd_lock: DriverLock) -> None:
         super().__init__(session)
@@ -218,6 +220,7 @@ class BlocksLoadSession(V3LoadSession):
 class LoadBlocks(V3LoadedFd, WriteOnlyBlocksFd):
     """The fd to write to: one whole record a write, from any number of threads."""
 
+    ioctls = frozenset({VFIO_MIG_GET_STREAM_INFO, VFIO_MIG_GET_DIRTY_BLOCKS})
     what = "blocks"
 
     def __init__(self, session: BlocksLoadSession) -> None:

@@ -214,6 +214,7 @@ class SimDriver(MigrationDevice):
             self._state_lock,
             self._faults,
             self.log,
+            lambda: self._state,
             self._fail,
         )
 

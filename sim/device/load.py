@@ -121,8 +121,15 @@ class LoadSession(PartOfSession):
 class LoadedFd(WriteOnlyFd):
     """A data fd that is written to: what all kinds share."""
 
+    ioctls: frozenset[int] = frozenset()
+    """Those that the kind knows; v2's knows none (Linux drivers/vfio/pci/mlx5/main.c, mlx5vf_resume_fops)."""
+
     def __init__(self, session: LoadSession) -> None:
         self.session = session
+
+    @override
+    def has_ioctl(self, number: int) -> bool:
+        return number in self.ioctls
 
     @override
     async def get_stream(self, index: int) -> DataFd:
@@ -242,9 +249,8 @@ class LoadStream(LoadedFd):
 
     @override
     async def precopy_info(self) -> PrecopyInfo:
-        """Not in RESUMING: EINVAL."""
-        self.session.check_open()
-        raise fails(errno.EINVAL)
+        """Only an fd that is saved knows it."""
+        raise fails(errno.ENOTTY)
 
     @override
     async def stream_info(self) -> StreamInfo:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from proto_v3.vfio.device import DataFd
-from proto_v3.vfio.uapi import PrecopyInfo, StreamInfo
+from proto_v3.vfio.uapi import VFIO_MIG_GET_STREAM, VFIO_MIG_GET_STREAM_INFO, PrecopyInfo, StreamInfo
 from sim.device.load import LoadedFd, LoadSession, LoadStream
 from sim.device.record import Record
 from sim.device.state import Image
@@ -122,6 +122,7 @@ class V3LoadSession(LoadSession):
 class V3LoadedFd(LoadedFd):
     """What v3's kinds share."""
 
+    ioctls = frozenset({VFIO_MIG_GET_STREAM_INFO})
     what: str
     """In words, for errors."""
 
@@ -154,6 +155,8 @@ class V3LoadStream(V3LoadedFd, LoadStream):
     def __init__(self, index: int, session: V3LoadSession, fd_lock: DriverLock) -> None:
         LoadStream.__init__(self, index, session, fd_lock)
         self.what = f"stream {index}"
+        if index == 0:
+            self.ioctls |= {VFIO_MIG_GET_STREAM}
         self.dirty: Sequence[DataFd] = ()
         """Of the critical stream: the session's other fds."""
 

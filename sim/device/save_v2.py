@@ -12,7 +12,7 @@ import errno
 
 from typing_extensions import override
 
-from proto_v3.vfio.uapi import PrecopyFlags, PrecopyInfo
+from proto_v3.vfio.uapi import VFIO_MIG_GET_PRECOPY_INFO, PrecopyFlags, PrecopyInfo, State
 from sim.clock.port import now_ns
 from sim.device.record import NO_INDICES, STOP_COPY_SIZE_BYTES
 from sim.device.save import SaveStream
@@ -23,6 +23,8 @@ from sim.device.stream import DriverLock, MigrationSession, fails
 
 class V2Stream(SaveStream):
     """The whole state in one stream."""
+
+    ioctls = frozenset({VFIO_MIG_GET_PRECOPY_INFO})
 
     def __init__(
         self, device: DeviceState, session: MigrationSession, fd_lock: DriverLock, *, reports_reinit: bool
@@ -47,9 +49,9 @@ class V2Stream(SaveStream):
     async def precopy_info(self) -> PrecopyInfo:
         await self._call()
         async with self._session.state_lock:  # mlx5vf_precopy_ioctl holds the state mutex throughout
-            self.check_open()
-            if self._plan.final:
+            if self._session.device_state() not in (State.PRE_COPY, State.PRE_COPY_P2P):
                 raise fails(errno.EINVAL)
+            self.check_open()
             if self.suspended:  # no SAVE can be made, so what could be saved is not asked for either
                 return self._info(PrecopyFlags(0))
             while self._queue.saving is not None:

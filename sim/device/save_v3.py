@@ -16,7 +16,7 @@ import numpy as np
 from typing_extensions import override
 
 from proto_v3.vfio.device import DataFd, Ready
-from proto_v3.vfio.uapi import StreamInfo
+from proto_v3.vfio.uapi import VFIO_MIG_GET_STREAM, VFIO_MIG_GET_STREAM_INFO, StreamInfo
 from sim.clock.port import now_ns
 from sim.device.record_format import BlockRange
 from sim.device.save import SaveStream
@@ -28,6 +28,7 @@ from sim.device.stream import DriverLock, MigrationSession, fails
 class V3Stream(SaveStream):
     """What both kinds share."""
 
+    ioctls = frozenset({VFIO_MIG_GET_STREAM_INFO})
     _plan: V3Plan
 
     @override
@@ -49,6 +50,7 @@ class V3Stream(SaveStream):
 class CriticalStream(V3Stream):
     """The critical objects, and all reports of epochs."""
 
+    ioctls = frozenset({VFIO_MIG_GET_STREAM_INFO, VFIO_MIG_GET_STREAM})
     _plan: CriticalPlan
 
     def __init__(self, device: DeviceState, session: MigrationSession, fd_lock: DriverLock) -> None:

@@ -16,7 +16,7 @@ from typing_extensions import override
 from proto_v3.notify import Notify
 from proto_v3.timeline import Resource, Timeline
 from proto_v3.vfio.device import BlocksFd, DataFd, DirtyBlocks, Ready
-from proto_v3.vfio.uapi import PrecopyInfo, StreamFlags, StreamInfo
+from proto_v3.vfio.uapi import PrecopyInfo, State, StreamFlags, StreamInfo
 from proto_v3.wire.frames import Payload
 from sim.clock.port import now_ns
 from sim.device.firmware import FirmwareModel
@@ -114,6 +114,8 @@ class MigrationSession:
     state_lock: DriverLock
     faults: Faults
     log: DriverLog
+    device_state: Callable[[], State]
+    """The state of the device, now."""
     fail: Callable[[], None]
     """v3: put the device into ERROR; every stream answers EIO from then on."""
 
@@ -213,6 +215,9 @@ class WriteOnlyBlocksFd(WriteOnlyFd, BlocksFd):
 class SavedFd(PartOfSession, ReadOnlyFd):
     """A data fd that is read from: what all kinds share. Calls that a kind does not have fail as in the kernel."""
 
+    ioctls: frozenset[int] = frozenset()
+    """Those that the kind knows."""
+
     def __init__(self, session: MigrationSession) -> None:
         super().__init__()
         self.counters = Counters()
@@ -236,6 +241,10 @@ class SavedFd(PartOfSession, ReadOnlyFd):
     async def _call(self) -> None:
         """The fixed cost of a call that copies nothing."""
         await spend(self._context.timeline, Resource.COPY, "call", self._context.call_ns)
+
+    @override
+    def has_ioctl(self, number: int) -> bool:
+        return number in self.ioctls
 
     @override
     async def close(self) -> None:

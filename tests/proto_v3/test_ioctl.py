@@ -16,6 +16,10 @@ from proto_v3.vfio import fsm
 from proto_v3.vfio.device import BlocksFd, DataFd, DirtyBlocks, MigrationDevice
 from proto_v3.vfio.ioctl import device_feature, get_dirty_blocks, get_precopy_info, get_stream, get_stream_info
 from proto_v3.vfio.uapi import (
+    VFIO_MIG_GET_DIRTY_BLOCKS,
+    VFIO_MIG_GET_PRECOPY_INFO,
+    VFIO_MIG_GET_STREAM,
+    VFIO_MIG_GET_STREAM_INFO,
     DeviceFeature,
     Feature,
     FeatureMigDataSize,
@@ -127,6 +131,9 @@ class Fd:
     def __init__(self, answer: PrecopyInfo | OSError) -> None:
         self.answer = answer
         self.calls = 0
+
+    def has_ioctl(self, number: int) -> bool:
+        return number == VFIO_MIG_GET_PRECOPY_INFO
 
     async def precopy_info(self) -> PrecopyInfo:
         self.calls += 1
@@ -513,6 +520,23 @@ def test_a_wrong_argsz_or_a_short_buffer_does_not_reach_the_device(
     assert (bytes(buffer), fd.calls) == (before, 0)
 
 
+@pytest.mark.parametrize("argsz", [0, 16, 24, 40])
+@pytest.mark.parametrize("call", [get_dirty_blocks, get_precopy_info, get_stream, get_stream_info])
+def test_an_ioctl_that_the_fd_does_not_know_is_enotty_before_its_argument(call: Any, argsz: int) -> None:
+    fd: Any = Stream() if call is get_precopy_info else Fd(PrecopyInfo(1, 2))
+    more: dict[Any, dict[str, Any]] = {
+        get_dirty_blocks: {"bitmap": bytearray()},
+        get_precopy_info: {"opted_in": True},
+        get_stream: {"install_fd": lambda _: FD_NUMBER},
+    }
+    buffer = asking(argsz=argsz, flags=1, size=8)
+    before = bytes(buffer)
+    with pytest.raises(OSError, match="does not know") as caught:
+        asyncio.run(call(fd, buffer, **more.get(call, {})))
+    assert caught.value.errno == errno.ENOTTY
+    assert (bytes(buffer), fd.calls) == (before, 0)
+
+
 def test_outside_of_pre_copy_the_fds_error_leaves_the_buffer_alone() -> None:
     buffer = asking(flags=5)
     before = bytes(buffer)
@@ -527,6 +551,9 @@ def test_outside_of_pre_copy_the_fds_error_leaves_the_buffer_alone() -> None:
 DIRTY = DirtyBlocks(1 << 16, 10, bytes([0b10000001, 0b10]))
 
 
+V3_IOCTLS = {VFIO_MIG_GET_STREAM, VFIO_MIG_GET_STREAM_INFO, VFIO_MIG_GET_DIRTY_BLOCKS}
+
+
 class Stream:
     """A data fd of v3: it gives itself or what it was told, and counts what it was asked."""
 
@@ -536,6 +563,9 @@ class Stream:
         self.told = 0
         """How often it told of dirty blocks: what it told of it does not tell of again."""
         self.closed = False
+
+    def has_ioctl(self, number: int) -> bool:
+        return number in V3_IOCTLS
 
     def _called(self) -> Any:
         self.calls += 1

@@ -76,10 +76,24 @@ async def test_precopy_info_is_not_for_a_session_that_began_in_stop_copy() -> No
     await fails_with(errno.EINVAL, fd.precopy_info())
 
 
+@pytest.mark.rule("v2.contract.8")
+@virtual
+async def test_the_state_of_the_device_is_looked_at_before_the_session_of_the_fd() -> None:
+    hosts = Hosts()
+    (stale,) = await session(hosts.source, State.PRE_COPY)
+    for state in (State.RUNNING, State.STOP, State.STOP_COPY):
+        await hosts.source.set_state(state)
+        await fails_with(errno.EINVAL, stale.precopy_info())
+    await hosts.source.set_state(State.RUNNING)
+    for state in (State.PRE_COPY, State.PRE_COPY_P2P):
+        await hosts.source.set_state(state)
+        await fails_with(errno.ENODEV, stale.precopy_info())
+
+
 @virtual
 async def test_neither_info_is_for_resuming() -> None:
     (fd,) = await session(Hosts().target, State.RESUMING)
-    await fails_with(errno.EINVAL, fd.precopy_info())
+    await fails_with(errno.ENOTTY, fd.precopy_info())
     await fails_with(errno.ENOTTY, fd.stream_info())
 
 
