@@ -4,11 +4,15 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo quick test faults validate experiments notebooks docs bench lock clean
+.PHONY: help demo quick test kernel kernel-debug qemu real faults validate experiments notebooks docs bench lock clean
 help:
 	@echo 'make demo      migrate the published two-VF machine under v2 and v3; table and figure in out/demo/'
 	@echo 'make quick     after each change: lint, types, and one case of each test that is not slow; less than a minute'
 	@echo 'make test      lint, types and all tests; six to seven minutes on two idle cores'
+	@echo 'make kernel    a User-Mode Linux with VFIO, and the driver for it, into the cache; about six minutes the first time'
+	@echo 'make kernel-debug  the same with lockdep'
+	@echo 'make qemu      Debian'"'"'s QEMU 10 and 11 into the cache, unpacked and not installed'
+	@echo 'make real      the tests that need that kernel, in it: two minutes when it is cached; ARGS="-k mtty" for pytest'
 	@echo 'make faults    search for two faults that a migration does not survive: SEEDS=500 (24 runs each), from a drawn start'
 	@echo 'make validate  hold the simulation against published measurements'
 	@echo 'make experiments  run all experiments into results/ (half an hour on two cores), and write results/report.html'
@@ -31,6 +35,22 @@ test: $(VENV)/dev.stamp
 	@$(HAS_CC) || $(MAKE) --no-print-directory debian-cc
 	@echo 'some 8,000 tests: six to seven minutes on two cores; the slow ones come first'
 	@$(PYTEST)
+
+# A kernel takes Python and what Debian has, and no virtual environment. What cannot be had here is skipped, in a line.
+kernel:
+	@$(HAS_PYTHON)
+	@$(PYTHON) -m kernel.build
+
+kernel-debug:
+	@$(HAS_PYTHON)
+	@$(PYTHON) -m kernel.build --debug
+
+qemu:
+	@$(HAS_PYTHON)
+	@$(PYTHON) -m kernel.qemu_packages
+
+real: $(VENV)/dev.stamp
+	@$(BIN)/python -m kernel.real $(if $(ARGS),-- $(ARGS))
 
 SEEDS ?= 500
 faults: $(VENV)/dev.stamp
@@ -67,12 +87,14 @@ $(VENV)/%.stamp: requirements/%.txt pyproject.toml | $(VENV)/python.stamp
 	@touch $@
 
 $(VENV)/python.stamp:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo 'set-up: Python 3.11 or newer is needed; name it with: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
+	@$(HAS_PYTHON)
 	@$(HAS_VENV) || $(MAKE) --no-print-directory debian-venv
 	@echo 'set-up: making a virtual environment in $(VENV)/'
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
+
+HAS_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo 'set-up: Python 3.11 or newer is needed; name it with: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
 
 # Debian ships Python without ensurepip, in a package of its own.
 HAS_VENV = $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null

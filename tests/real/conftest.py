@@ -7,17 +7,16 @@ Elsewhere they are one skipped test. In the guest, each test fails during which 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from kernel.guest import COMPLAINT
 from tests.real import mdev
 
 HERE = Path(__file__).resolve().parent
 IN_GUEST = "PROTO_V3_GUEST" in os.environ
-COMPLAINT = re.compile(r"BUG|WARNING|Oops|lockdep|Call Trace|panic|possible .* detected|suspicious RCU")
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""All tests that need the kernel, counted: `make real`.
+
+    python -m kernel.real                    # what tests/real/ has, in one guest
+    python -m kernel.real -- -k mtty -x      # the same, with arguments of pytest
+    python -m kernel.real --lockdep always   # and once more, under a kernel with lockdep, what is marked `lockdep`
+
+Without --lockdep, that kernel is used if the cache has it, and built if the other one has to be built too. What cannot
+be had on this machine is skipped, and the last line counts it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from kernel import build, guest, qemu_packages
+from kernel.build import PROJECT, Kernel
+from kernel.cache import BuildError, UnavailableError, say
+from kernel.guest import Guest, GuestError
+
+OUT = PROJECT / "out/real"
+"""What the guest writes to."""
+
+NO_TESTS = 5
+"""The status of a pytest that was asked for tests that do not exist."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many tests ended how."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped)
+
+    def __str__(self) -> str:
+        return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+
+
+def counted(junit: str) -> Counts:
+    """The counts of a report that pytest's --junitxml wrote. An error counts as a failure."""
+    total = Counts()
+    for suite in ElementTree.fromstring(junit).iter("testsuite"):
+        number = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
+        failed = number["failures"] + number["errors"]
+        total += Counts(max(0, number["tests"] - failed - number["skipped"]), failed, number["skipped"])
+    return total
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the tests, and print their counts as the last line. 1 if one failed."""
+    parser = argparse.ArgumentParser(prog="python -m kernel.real", description="The tests that need the kernel.")
+    parser.add_argument("--lockdep", choices=("auto", "always", "never"), default="auto")
+    parser.add_argument("--cpus", type=int, default=2, help="of the guest, 1 to 4")
+    parser.add_argument("--memory", type=int, default=2048, help="of the guest, MiB")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds until a guest is killed")
+    parser.add_argument("pytest", nargs="*", help="arguments of pytest, after --")
+    options = parser.parse_args(arguments)
+    guest.stop_on_signals()
+    try:
+        counts = run_all(options)
+    except KeyboardInterrupt:
+        return 130
+    say(f"real: {counts}")
+    return int(counts.failed > 0)
+
+
+def run_all(options: argparse.Namespace) -> Counts:
+    """The counts of all guests."""
+    try:
+        kernels = build.get(wanted(options.lockdep))
+    except UnavailableError as error:
+        say(f"real: skipped: {error}")
+        return Counts(skipped=1)
+    except BuildError as error:
+        say(f"real: {error}")
+        return Counts(failed=1)
+    total = Counts()
+    try:
+        for each in qemu_packages.fetch():
+            say(f"real: QEMU {each.debian_version}")
+    except (UnavailableError, BuildError) as error:
+        say(f"real: no QEMU: {error}")
+    chosen = options.pytest or ["tests/real"]
+    total += run_in_guest(kernels[0], chosen, options)
+    if len(kernels) > 1:
+        total += run_in_guest(kernels[1], ["-m", "lockdep", *chosen], options)
+    else:
+        say("real: what is marked lockdep did not run under lockdep: `make kernel-debug` builds that kernel")
+        total += Counts(skipped=1)
+    return total
+
+
+def wanted(lockdep: str) -> list[str]:
+    """The kinds of kernels to run under."""
+    both = build.cached("um-debug") is not None or build.cached("um") is None
+    return ["um", "um-debug"] if lockdep == "always" or (lockdep == "auto" and both) else ["um"]
+
+
+def run_in_guest(kernel: Kernel, arguments: Sequence[str], options: argparse.Namespace) -> Counts:
+    """The counts of one pytest in a guest of this kernel; a kernel that complains is one more failure."""
+    say(f"real: pytest {' '.join(arguments)} under {kernel.name}")
+    begun = time.monotonic()
+    OUT.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="report-", dir=OUT) as folder:
+        report = Path(folder) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        try:
+            outcome = guest.run(
+                Guest(
+                    kernel=kernel,
+                    modules=guest.standard_modules(kernel),
+                    cpus=options.cpus,
+                    memory_mib=options.memory,
+                    writable=OUT,
+                    timeout_s=options.timeout,
+                ),
+                [*command, *arguments],
+                guest.to_stdout,
+            )
+            counts = counted(report.read_text(encoding="utf-8"))
+        except (BuildError, GuestError, TimeoutError, OSError) as error:
+            say(f"real: {error}")
+            return Counts(failed=1)
+    for line in outcome.complaints:
+        say(f"real: the kernel's log: {line}")
+    if outcome.complaints or (outcome.status not in (0, NO_TESTS) and not counts.failed):
+        counts += Counts(failed=1)
+    say(f"real: {counts} in {time.monotonic() - begun:.0f} s")
+    return counts
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

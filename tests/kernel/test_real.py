@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`make real` counts what ran, and what could not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernel import build, real
+from kernel.cache import BuildError, UnavailableError
+from kernel.real import Counts
+
+TESTS = """
+import pytest
+def test_a(): pass
+def test_b(): pass
+def test_c(): pass
+def test_d(): assert False
+def test_e(): pytest.skip("no")
+@pytest.fixture
+def broken(): raise OSError
+def test_f(broken): pass
+"""
+
+
+def test_pytests_report_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(TESTS)
+    options = ["-q", "-p", "no:cacheprovider", "--junitxml=report.xml", "--rootdir=."]
+    subprocess.run([sys.executable, "-m", "pytest", *options], cwd=tmp_path, capture_output=True, check=False)
+    assert real.counted((tmp_path / "report.xml").read_text()) == Counts(passed=3, failed=2, skipped=1)
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "status"),
+    [
+        (UnavailableError("no apt-get"), "real: 0 passed, 0 failed, 1 skipped", 0),
+        (BuildError("gcc died"), "real: 0 passed, 1 failed, 0 skipped", 1),
+    ],
+)
+def test_without_a_kernel_it_says_why_and_counts_it(
+    error: Exception, line: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def get(kinds: list[str]) -> list[build.Kernel]:
+        raise error
+
+    monkeypatch.setattr(build, "get", get)
+    assert real.main([]) == status
+    why, last = capsys.readouterr().out.splitlines()
+    assert str(error) in why
+    assert last == line
+
+
+@pytest.mark.parametrize(
+    ("have", "option", "kinds"),
+    [
+        ((), "auto", ["um", "um-debug"]),
+        (("um",), "auto", ["um"]),
+        (("um", "um-debug"), "auto", ["um", "um-debug"]),
+        (("um",), "always", ["um", "um-debug"]),
+        (("um", "um-debug"), "never", ["um"]),
+    ],
+)
+def test_lockdep_is_used_where_it_costs_little_or_is_asked_for(
+    have: tuple[str, ...], option: str, kinds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "cached", lambda kind: build.Kernel(Path(kind)) if kind in have else None)
+    assert real.wanted(option) == kinds
