@@ -67,7 +67,7 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Guest:
+class UserModeLinux:
     """What the guest is made of, and what it may see of the host."""
 
     kernel: Kernel
@@ -83,7 +83,7 @@ class Guest:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CommandOutcome:
     """What came of a command in a guest."""
 
     status: int
@@ -110,7 +110,7 @@ def exit_status(text: str) -> int:
     return int(text)
 
 
-def run(guest: Guest, command: Sequence[str], output: Callable[[bytes], None]) -> Outcome:
+def run(guest: UserModeLinux, command: Sequence[str], output: Callable[[bytes], None]) -> CommandOutcome:
     """Run a command in the guest, in the project's folder. `output` gets what it prints, as it comes.
 
     The guest is gone when this returns, and also if it raises. Raises GuestError if the guest does not come to the
@@ -126,10 +126,10 @@ def run(guest: Guest, command: Sequence[str], output: Callable[[bytes], None]) -
         except (OSError, GuestError):
             last = build.last_lines(console.decode(errors="replace"), 30)
             raise GuestError(f"the guest ended before its command did; its console:\n{last}") from None
-    return Outcome(status, complaints(dmesg), dmesg)
+    return CommandOutcome(status, complaints(dmesg), dmesg)
 
 
-def make_root(root: Path, guest: Guest, command: Sequence[str]) -> None:
+def make_root(root: Path, guest: UserModeLinux, command: Sequence[str]) -> None:
     """The folder that is the guest's root: what init.sh wants, mount points, and an /etc of a few lines."""
     for name in MOUNT_POINTS:
         (root / name).mkdir(parents=True)
@@ -151,7 +151,7 @@ def make_root(root: Path, guest: Guest, command: Sequence[str]) -> None:
     (root / "command").write_text(command_script(environment(guest), PROJECT, command), encoding="utf-8")
 
 
-def mounted(guest: Guest) -> dict[Path, str]:
+def mounted(guest: UserModeLinux) -> dict[Path, str]:
     """The folders of the host that the guest has, and whether "ro" or "rw". One that lies in another comes later."""
     seen = [Path("/usr"), PROJECT, cache.folder(), *pythons(), *guest.readable]
     seen += [Path("/", name) for name in MERGED if Path("/", name).is_dir() and not Path("/", name).is_symlink()]
@@ -175,7 +175,7 @@ def pythons() -> list[Path]:
     return [Path(sys.prefix), Path(sys.base_prefix), *homes]
 
 
-def environment(guest: Guest) -> dict[str, str]:
+def environment(guest: UserModeLinux) -> dict[str, str]:
     """The variables of the command: nothing of this process's own but where the cache is."""
     programs = [str(PROJECT / ".venv/bin"), str(Path(sys.prefix) / "bin"), "/usr/local/sbin", "/usr/local/bin"]
     return {
@@ -205,7 +205,7 @@ def module_line(module: Module) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
 
-def command_line(guest: Guest, root: Path, memory: Path, output: int) -> list[str]:
+def command_line(guest: UserModeLinux, root: Path, memory: Path, output: int) -> list[str]:
     """User-Mode Linux with its options (`linux --help`), started so that it opens no other files of the host."""
     folders = mounted(guest)
     read = [path for path, access in folders.items() if access == "ro"]
@@ -220,7 +220,7 @@ def command_line(guest: Guest, root: Path, memory: Path, output: int) -> list[st
     ]
 
 
-def boot(guest: Guest, root: Path, output: Callable[[bytes], None]) -> bytes:
+def boot(guest: UserModeLinux, root: Path, output: Callable[[bytes], None]) -> bytes:
     """Boot the guest and wait for its end. Returns what its console printed. Raises TimeoutError."""
     output_end, guests_output = os.pipe()
     console_end, guests_console = os.pipe()
@@ -321,7 +321,7 @@ def main(arguments: Sequence[str]) -> int:
         (kernel,) = build.get(["um-debug" if options.debug else "um"])
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
-        guest = Guest(
+        guest = UserModeLinux(
             kernel=kernel,
             modules=standard_modules(kernel, dict(each.partition("=")[::2] for each in options.set)),
             cpus=options.cpus,

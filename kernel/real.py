@@ -23,7 +23,7 @@ from xml.etree import ElementTree
 from kernel import build, guest, qemu_packages
 from kernel.build import PROJECT, Kernel
 from kernel.cache import BuildError, UnavailableError, say
-from kernel.guest import Guest, GuestError
+from kernel.guest import GuestError, UserModeLinux
 
 OUT = PROJECT / "out/real"
 """What the guest writes to."""
@@ -117,7 +117,7 @@ def run_in_guest(kernel: Kernel, arguments: Sequence[str], options: argparse.Nam
         command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", f"--junitxml={report}"]
         try:
             outcome = guest.run(
-                Guest(
+                UserModeLinux(
                     kernel=kernel,
                     modules=guest.standard_modules(kernel),
                     cpus=options.cpus,

@@ -10,7 +10,7 @@ import pytest
 
 from kernel import cache, guest
 from kernel.build import PROJECT, Kernel
-from kernel.guest import Guest, GuestError, Module
+from kernel.guest import GuestError, Module, UserModeLinux
 
 
 @pytest.mark.parametrize(("text", "status"), [("0\n", 0), ("7\n", 7), ("125\n", 125)])
@@ -63,7 +63,7 @@ def test_a_guest_sees_what_it_needs_and_writes_to_one_folder(tmp_path: Path, mon
     monkeypatch.setenv("PROTO_V3_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     (tmp_path / "out").mkdir()
-    found = guest.mounted(Guest(Kernel(tmp_path), writable=tmp_path / "out"))
+    found = guest.mounted(UserModeLinux(Kernel(tmp_path), writable=tmp_path / "out"))
     assert [path for path, access in found.items() if access == "rw"] == [tmp_path / "out"]
     assert {Path("/usr"), tmp_path / "cache"} <= set(found)
     assert any(path in (PROJECT, *PROJECT.parents) for path in found)
@@ -74,7 +74,7 @@ def test_a_guest_sees_what_it_needs_and_writes_to_one_folder(tmp_path: Path, mon
 def test_a_folder_inside_another_is_mounted_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROTO_V3_CACHE", str(tmp_path))
     (tmp_path / "out").mkdir()
-    places = list(guest.mounted(Guest(Kernel(tmp_path), writable=tmp_path / "out")))
+    places = list(guest.mounted(UserModeLinux(Kernel(tmp_path), writable=tmp_path / "out")))
     assert places.index(tmp_path) < places.index(tmp_path / "out")
 
 
@@ -86,7 +86,7 @@ def test_the_command_keeps_its_words() -> None:
 
 def test_the_command_has_its_variables_and_none_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "of the host")
-    variables = guest.environment(Guest(Kernel(Path("/x/7.3.4-1-abc")), environment={"MORE": "1"}))
+    variables = guest.environment(UserModeLinux(Kernel(Path("/x/7.3.4-1-abc")), environment={"MORE": "1"}))
     assert "SECRET" not in variables
     assert variables["MORE"] == "1"
     assert variables["PROTO_V3_GUEST"] == "7.3.4-1-abc"
