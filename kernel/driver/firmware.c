@@ -21,11 +21,14 @@ static bool sample_take_engine(struct sample_device *dev)
 {
 	int most = READ_ONCE(dev->params.engines);
 	int busy = atomic_read(&dev->engines_busy);
+	int seen = atomic_read(&dev->engines_busy_most);
 
 	do {
 		if (busy >= most)
 			return false;
 	} while (!atomic_try_cmpxchg(&dev->engines_busy, &busy, busy + 1));
+	while (seen <= busy && !atomic_try_cmpxchg(&dev->engines_busy_most, &seen, busy + 1))
+		;
 	return true;
 }
 

@@ -140,6 +140,7 @@ struct sample_device {
 
 	struct mutex device_lock;
 	atomic_t engines_busy;
+	atomic_t engines_busy_most;
 	wait_queue_head_t engine_wait;
 	atomic_t fault_calls;
 
