@@ -103,12 +103,12 @@ READ_NOTHING = (
     "empty payload always means the end"
 )
 STAYS = (
-    "mtty_load_state: too little was written: EINVAL, and the device stays in RESUMING. vfio.h leaves it to the driver; "
+    "mtty_load_state: too little was written: EINVAL, and the device stays in RESUMING; vfio.h leaves it to drivers; "
     "the simulated device is in ERROR then, with EIO"
 )
 TOO_MUCH = "mtty_resume_write: more than the device's state has no room: ENOMEM, before the session is looked at"
 MAGIC = (
-    "mtty_resume_write: a wrong header is EFAULT, but its bytes count as written, and are loaded when RESUMING is left: "
+    "mtty_resume_write: a wrong header is EFAULT, but its bytes count as written, and leaving RESUMING loads them: "
     "a bug of mtty (Linux 6.12 and 7.3)"
 )
 NO_POLL = "mtty's data fds have no poll(): epoll_ctl() is EPERM"
