@@ -11,6 +11,7 @@ The guest has /usr, this Python, the project and the cache of kernels and QEMUs,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import selectors
@@ -318,12 +319,14 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     stop_on_signals()
     try:
-        (kernel,) = build.get(["um-debug" if options.debug else "um"])
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is the command's
+            (kernel,) = build.get(["um-debug" if options.debug else "um"])
+            modules = standard_modules(kernel, dict(each.partition("=")[::2] for each in options.set))
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
         guest = UserModeLinux(
             kernel=kernel,
-            modules=standard_modules(kernel, dict(each.partition("=")[::2] for each in options.set)),
+            modules=modules,
             cpus=options.cpus,
             memory_mib=options.memory,
             readable=[path.absolute() for path in options.see],
@@ -331,6 +334,9 @@ def main(arguments: Sequence[str]) -> int:
             timeout_s=options.timeout,
         )
         outcome = run(guest, options.command, to_stdout)
+    except BrokenPipeError:  # as `| head` does
+        sys.stdout = None
+        return 128 + signal.SIGPIPE
     except (UnavailableError, BuildError, GuestError) as error:
         print(f"guest: {error}", file=sys.stderr)
         return GUEST_FAILED

@@ -12,6 +12,7 @@ be had on this machine is skipped, and the last line counts it.
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
 import time
@@ -91,6 +92,8 @@ def run_all(options: argparse.Namespace) -> Counts:
             say(f"real: QEMU {each.debian_version}")
     except (UnavailableError, BuildError) as error:
         say(f"real: no QEMU: {error}")
+    if not options.pytest:
+        total += run_here()
     chosen = options.pytest or ["tests/real"]
     total += run_in_guest(kernels[0], chosen, options)
     if len(kernels) > 1:
@@ -107,6 +110,20 @@ def wanted(lockdep: str) -> list[str]:
     return ["um", "um-debug"] if lockdep == "always" or (lockdep == "auto" and both) else ["um"]
 
 
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider")
+
+
+def run_here() -> Counts:
+    """The counts of the tests that boot guests, and so run outside of one."""
+    say("real: pytest tests/kernel/test_boot.py on this machine")
+    OUT.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="report-", dir=OUT) as folder:
+        report = Path(folder) / "junit.xml"
+        command = [*PYTEST, f"--junitxml={report}", "tests/kernel/test_boot.py"]
+        subprocess.run(command, cwd=PROJECT, check=False)
+        return counted(report.read_text(encoding="utf-8")) if report.exists() else Counts(failed=1)
+
+
 def run_in_guest(kernel: Kernel, arguments: Sequence[str], options: argparse.Namespace) -> Counts:
     """The counts of one pytest in a guest of this kernel; a kernel that complains is one more failure."""
     say(f"real: pytest {' '.join(arguments)} under {kernel.name}")
@@ -114,7 +131,6 @@ def run_in_guest(kernel: Kernel, arguments: Sequence[str], options: argparse.Nam
     OUT.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="report-", dir=OUT) as folder:
         report = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", f"--junitxml={report}"]
         try:
             outcome = guest.run(
                 UserModeLinux(
@@ -125,7 +141,7 @@ def run_in_guest(kernel: Kernel, arguments: Sequence[str], options: argparse.Nam
                     writable=OUT,
                     timeout_s=options.timeout,
                 ),
-                [*command, *arguments],
+                [*PYTEST, f"--junitxml={report}", *arguments],
                 guest.to_stdout,
             )
             counts = counted(report.read_text(encoding="utf-8"))
