@@ -42,9 +42,10 @@ static int sample_counters_show(struct seq_file *file, void *unused)
 		if (!atomic64_read(&counters->reads) && !atomic64_read(&counters->writes) &&
 		    !atomic64_read(&counters->commands))
 			continue;
-		seq_printf(file, "fd=%u reads=%llu read_bytes=%llu writes=%llu write_bytes=%llu ", i,
-			   atomic64_read(&counters->reads), atomic64_read(&counters->read_bytes),
-			   atomic64_read(&counters->writes), atomic64_read(&counters->write_bytes));
+		seq_printf(file, "fd=%u reads=%llu read_bytes=%llu ", i,
+			   atomic64_read(&counters->reads), atomic64_read(&counters->read_bytes));
+		seq_printf(file, "writes=%llu write_bytes=%llu ", atomic64_read(&counters->writes),
+			   atomic64_read(&counters->write_bytes));
 		seq_printf(file, "commands=%llu command_ns=%llu copy_ns=%llu lock_wait_ns=%llu\n",
 			   atomic64_read(&counters->commands),
 			   atomic64_read(&counters->command_ns),
@@ -92,8 +93,19 @@ DEFINE_SHOW_STORE_ATTRIBUTE(sample_params_file);
 static ssize_t sample_reconfigure_write(struct file *file, const char __user *buf, size_t size,
 					loff_t *pos)
 {
-	int ret = sample_reconfigure(file->private_data);
+	struct sample_invalidation what = {};
+	char *text = sample_text(buf, size);
+	int ret = 0;
 
+	if (IS_ERR(text))
+		return PTR_ERR(text);
+	if (!strcmp(text, "keep"))
+		ret = sample_reconfigure(file->private_data, &what);
+	else if (sscanf(text, "invalidate %llu %llu", &what.first_block, &what.blocks) == 2)
+		ret = sample_reconfigure(file->private_data, &what);
+	else
+		ret = sample_reconfigure(file->private_data, NULL);
+	kfree(text);
 	return ret ?: size;
 }
 
@@ -103,7 +115,8 @@ static const struct file_operations sample_reconfigure_fops = {
 	.write = sample_reconfigure_write,
 };
 
-static ssize_t sample_write_write(struct file *file, const char __user *buf, size_t size, loff_t *pos)
+static ssize_t sample_write_write(struct file *file, const char __user *buf, size_t size,
+				  loff_t *pos)
 {
 	char *text = sample_text(buf, size);
 	u64 first, count = 1;

@@ -103,6 +103,7 @@ static const struct vfio_device_ops sample_device_ops = {
 	.write = sample_region_write,
 	.ioctl = sample_ioctl,
 	.get_region_info_caps = sample_region_info,
+	.device_feature = sample_device_feature,
 	.bind_iommufd = vfio_iommufd_emulated_bind,
 	.unbind_iommufd = vfio_iommufd_emulated_unbind,
 	.attach_ioas = vfio_iommufd_emulated_attach_ioas,

@@ -88,7 +88,7 @@ static void sample_enter(struct sample_device *dev, enum vfio_device_mig_state s
 }
 
 /* The state. A stream of v3 that failed took the device to ERROR, whoever noticed it. */
-static enum vfio_device_mig_state sample_state(struct sample_device *dev)
+enum vfio_device_mig_state sample_state(struct sample_device *dev)
 {
 	struct sample_session *session = dev->session;
 
@@ -117,14 +117,10 @@ static int sample_loaded(struct sample_device *dev)
 
 	sample_session_stop(session, -ENODEV);
 	ret = sample_load_check(session);
-	if (ret) {
-		xchg(&session->code, -EIO);
-		WRITE_ONCE(session->failed, true);
-		sample_enter(dev, VFIO_DEVICE_STATE_ERROR);
-		return ret;
-	}
 	sample_session_end(dev);
-	return 0;
+	if (ret)
+		sample_enter(dev, VFIO_DEVICE_STATE_ERROR);
+	return ret;
 }
 
 static struct file *sample_act(struct sample_device *dev, enum sample_action action, bool suspended)
@@ -137,13 +133,10 @@ static struct file *sample_act(struct sample_device *dev, enum sample_action act
 		break;
 	case SAMPLE_STARTS_PRECOPY:
 	case SAMPLE_STARTS_STOP_COPY:
-		file = sample_session_start(dev, true);
-		if (IS_ERR(file))
-			break;
-		dev->session->suspended = suspended;
-		dev->session->final = action == SAMPLE_STARTS_STOP_COPY;
-		bitmap_fill(dev->dirty, dev->blocks);
-		sample_plan_all(dev->session);
+		file = sample_session_start(dev, true, suspended,
+					    action == SAMPLE_STARTS_STOP_COPY);
+		if (!IS_ERR(file))
+			sample_plan_all(dev->session);
 		break;
 	case SAMPLE_CONTINUES:
 		WRITE_ONCE(dev->session->suspended, false);
@@ -160,7 +153,7 @@ static struct file *sample_act(struct sample_device *dev, enum sample_action act
 		sample_session_end(dev);
 		break;
 	case SAMPLE_STARTS_LOADING:
-		file = sample_session_start(dev, false);
+		file = sample_session_start(dev, false, false, false);
 		break;
 	case SAMPLE_LOADED:
 		return ERR_PTR(sample_loaded(dev));
@@ -215,7 +208,7 @@ static struct file *sample_set_state(struct vfio_device *vdev, enum vfio_device_
 	from = sample_state(dev);
 	/* vfio_mig_get_next_state() warns of a device that is in ERROR: only a reset helps */
 	if (from == VFIO_DEVICE_STATE_ERROR)
-		ret = -EINVAL;
+		ret = dev->dirty_streams ? -EIO : -EINVAL;
 	else if (sample_fault(dev, "set_state"))
 		ret = -EIO;
 	while (!ret && dev->state != to) {
@@ -261,7 +254,7 @@ static int sample_data_size(struct vfio_device *vdev, unsigned long *stop_copy_l
 	bytes = sample_image_bytes(dev);
 	if (session && session->saving && kind == 1)
 		for (bytes = 0, i = 0; i < session->streams; i++)
-			bytes += sample_pending(&session->stream[i], true);
+			bytes += sample_pending(&session->stream[i], true, true);
 	if (!kind)
 		ret = -EOPNOTSUPP;
 	else if (sample_fault(dev, "mig_data_size"))
@@ -292,6 +285,7 @@ void sample_reset(struct sample_device *dev, const char *why)
 	mutex_lock(&dev->state_mutex);
 	sample_session_end(dev);
 	dev->dirty_streams = 0;
+	dev->by_block = false;
 	sample_enter(dev, VFIO_DEVICE_STATE_RUNNING);
 	sample_log(dev, "%s -> 0", why);
 	mutex_unlock(&dev->state_mutex);
@@ -309,7 +303,8 @@ static int sample_dma_log_start(struct vfio_device *vdev, struct rb_root_cached 
 		ret = -EINVAL;
 	else
 		dev->dma_logging = true;
-	sample_log(dev, "dma_logging_start ranges=%u page_size=%llu -> %d", nnodes, *page_size, ret);
+	sample_log(dev, "dma_logging_start ranges=%u page_size=%llu -> %d", nnodes, *page_size,
+		   ret);
 	mutex_unlock(&dev->state_mutex);
 	return ret;
 }

@@ -10,6 +10,7 @@ struct seq_file;
 enum { SAMPLE_LOCK_FD, SAMPLE_LOCK_DEVICE, SAMPLE_LOCK_GLOBAL };
 enum { SAMPLE_OVER_COMMAND, SAMPLE_OVER_COPY };
 enum { SAMPLE_INITIAL_IMAGE, SAMPLE_INITIAL_CRITICAL };
+enum { SAMPLE_EPOCHS_KEEP, SAMPLE_EPOCHS_INVALIDATE };
 
 #define SAMPLE_MAX_US	60000000
 
@@ -36,7 +37,13 @@ enum { SAMPLE_INITIAL_IMAGE, SAMPLE_INITIAL_CRITICAL };
 	X(chunk_kib, 1024, 4, 16384, NULL, true,						\
 	  "KiB that a command saves, which is a record; at least one block")			\
 	X(chunks, 2, 1, 64, NULL, true, "records that a stream saves ahead of read()")		\
-	X(record_limit_kib, 16384, 4, 65536, NULL, true, "KiB of the largest record loaded")	\
+	X(record_limit_kib, 0, 0, 65536, NULL, true,						\
+	  "KiB of the longest payload loaded; 0: of the longest that it would save itself")	\
+	X(epochs, SAMPLE_EPOCHS_KEEP, 0, 1, sample_epochs_names, true,				\
+	  "what a new epoch does to dirty data saved before: keep, or invalidate it")		\
+	X(invalidate_first, 0, 0, U32_MAX, NULL, true, "the first block that becomes invalid")	\
+	X(invalidate_blocks, U32_MAX, 1, U32_MAX, NULL, true,					\
+	  "the number of blocks that become invalid; more than there are: all that follow")	\
 	X(critical_setup_us, 0, 0, SAMPLE_MAX_US, NULL, true,					\
 	  "us to set up what a critical record has, at the target")				\
 	X(quiesce_us, 0, 0, SAMPLE_MAX_US, NULL, true, "us of an arc into a P2P state")		\

@@ -30,17 +30,25 @@
 #include <linux/wait.h>
 #include <linux/workqueue.h>
 
-#include "format.h"
 #include "params.h"
+#include "vfio_v3.h"
+#include "vfio_v3_stream.h"
 
 #define SAMPLE_NAME		"vfio_v3_sample"
-#define SAMPLE_MAX_STREAMS	64
+#define SAMPLE_MAX_RANGES	256
+#define SAMPLE_BLOCK_LOCKS	16
 #define SAMPLE_CONFIG_BYTES	256
 #define SAMPLE_BAR_BYTES	4096
 #define SAMPLE_MAX_COMMAND_NS	(60 * NSEC_PER_SEC)
 
 struct sample_buffer;
 struct sample_log;
+
+/* The start of a DIRTY record's payload. Numbers of blocks follow, then the blocks. */
+struct sample_dirty {
+	__le64 count;
+	__le64 block[];
+};
 
 /* What was done on the data fds of one number, in all sessions of a device. */
 struct sample_counters {
@@ -57,6 +65,7 @@ struct sample_counters {
 struct sample_stream {
 	struct sample_session *session;
 	u32 index;
+	struct file *file;		/* of a dirty stream, once somebody asked for it */
 	struct mutex own_lock;
 	struct mutex *lock;
 	wait_queue_head_t wait;
@@ -75,6 +84,7 @@ struct sample_stream {
 	struct sample_buffer *spare;
 	struct work_struct work;
 	bool saving;			/* a record is being saved */
+	u32 block_saves;		/* of the fd of blocks: commands in flight */
 	u64 saving_bytes;
 	bool end_saved;
 	bool critical_planned;
@@ -86,8 +96,9 @@ struct sample_stream {
 
 	/* of a stream that is loaded */
 	struct mutex write_mutex;
-	struct sample_record header;
+	struct vfio_mig_record header;
 	u64 filled;			/* bytes of the record that arrived */
+	u64 waits_for;			/* the epoch that its next byte has to wait for */
 	void *payload;
 	u64 epoch;			/* of the newest record */
 	bool ended;
@@ -101,15 +112,28 @@ struct sample_session {
 	int code;			/* what all calls return; 0: it goes on */
 	bool failed;
 	bool saving;
-	bool multi;			/* v3: streams, records, epochs are the user's */
+	bool multi;			/* v3: several streams */
+	bool by_block;			/* of which stream 1 is the fd of blocks */
 	bool suspended;			/* in PRE_COPY_P2P: nothing is saved */
 	bool final;			/* in STOP_COPY */
 	unsigned long *planned;
+	unsigned long *returned;	/* blocks that were ever saved for the user */
+	u64 *valid_from;		/* by block: epochs before this one are invalid */
+	u64 *version;			/* by block: the one that was read, or is loaded */
+	struct vfio_mig_block_range *ranges;	/* that the next critical record tells of */
+	u32 ranges_count;
+	atomic_t block_reads;		/* pread()s of the fd of blocks, in progress */
+	struct mutex block_lock[SAMPLE_BLOCK_LOCKS];
 	u32 info_calls;
 	u64 loaded_epoch;
-	u64 newest_epoch;		/* that an END told of */
 	u32 streams;
 	struct sample_stream stream[] __counted_by(streams);
+};
+
+/* What a reconfiguration does to dirty data that was saved before it. */
+struct sample_invalidation {
+	u64 first_block;
+	u64 blocks;		/* 0: it stays valid */
 };
 
 struct sample_device {
@@ -122,7 +146,8 @@ struct sample_device {
 	struct mutex state_mutex;
 	enum vfio_device_mig_state state;
 	struct sample_session *session;
-	u32 dirty_streams;
+	u32 dirty_streams;		/* that the user opted in to */
+	bool by_block;
 	bool dma_logging;
 	bool info_v2_logged;
 
@@ -133,6 +158,7 @@ struct sample_device {
 	void *critical;
 	u64 epoch;
 	unsigned long *dirty;
+	u64 *version;			/* by block; grows with each write */
 	struct delayed_work guest_work;
 	struct rnd_state random;
 	ktime_t guest_time;
@@ -147,7 +173,7 @@ struct sample_device {
 	u8 config[SAMPLE_CONFIG_BYTES];
 	struct dentry *debugfs;
 	struct sample_log *log;
-	struct sample_counters counters[1 + SAMPLE_MAX_STREAMS];
+	struct sample_counters counters[1 + VFIO_MIG_MAX_DIRTY_STREAMS];
 };
 
 extern struct workqueue_struct *sample_workqueue;
@@ -176,9 +202,9 @@ void sample_guest_stop(struct sample_device *dev);
 void sample_guest_may(struct sample_device *dev, bool running, bool active);
 void sample_mark_dirty(struct sample_device *dev, u64 block);
 int sample_write_blocks(struct sample_device *dev, u64 first, u64 count);
-int sample_reconfigure(struct sample_device *dev);
+int sample_reconfigure(struct sample_device *dev, const struct sample_invalidation *what);
 u64 sample_digest(u64 digest, const void *data, size_t bytes);
-u64 sample_digest_record(u64 digest, const struct sample_record *record, const void *payload);
+u64 sample_digest_record(u64 digest, const struct vfio_mig_record *record, const void *payload);
 u64 sample_device_digest(struct sample_device *dev);
 
 /* firmware.c */
@@ -193,17 +219,20 @@ void sample_unlock(struct sample_stream *stream);
 extern const struct vfio_migration_ops sample_migration_ops;
 extern const struct vfio_log_ops sample_dma_log_ops;
 const char *sample_state_name(u32 state);
+enum vfio_device_mig_state sample_state(struct sample_device *dev);
 void sample_note_info_v2(struct sample_device *dev);
 void sample_reset(struct sample_device *dev, const char *why);
 
 /* session.c */
-struct file *sample_session_start(struct sample_device *dev, bool saving);
+struct file *sample_session_start(struct sample_device *dev, bool saving, bool suspended,
+				  bool final);
 void sample_session_put(struct sample_session *session);
 void sample_session_get(struct sample_session *session);
 void sample_session_fail(struct sample_session *session);
 void sample_session_stop(struct sample_session *session, int code);
 void sample_session_end(struct sample_device *dev);
 void sample_session_wake(struct sample_session *session);
+struct file *sample_stream_file(struct sample_stream *stream);
 int sample_stream_release(struct inode *inode, struct file *file);
 
 /* stream_save.c */
@@ -214,13 +243,28 @@ void sample_plan_all(struct sample_session *session);
 void sample_plan(struct sample_stream *stream);
 void sample_kick(struct sample_stream *stream);
 void sample_settle(struct sample_session *session);
-u64 sample_pending(struct sample_stream *stream, bool unplanned);
+u64 sample_pending(struct sample_stream *stream, bool unplanned, bool end);
+u64 sample_longest_record(struct sample_device *dev);
 u64 sample_image_bytes(struct sample_device *dev);
 
 /* stream_load.c */
 extern const struct file_operations sample_load_fops;
+int sample_check_header(struct sample_stream *stream, const struct vfio_mig_record *record);
+bool sample_epoch_is_loaded(struct sample_session *session, u64 epoch);
+bool sample_epoch_is_decided(struct sample_session *session, u64 epoch);
+int sample_refuse(struct sample_stream *stream, const struct vfio_mig_record *record, int error);
 void sample_load_free(struct sample_stream *stream);
 int sample_load_check(struct sample_session *session);
+
+/* streams.c */
+int sample_device_feature(struct vfio_device *vdev, u32 flags, void __user *arg, size_t argsz);
+long sample_stream_ioctl(struct sample_stream *stream, unsigned int cmd, unsigned long arg);
+
+/* blocks.c */
+extern const struct file_operations sample_save_blocks_fops;
+extern const struct file_operations sample_load_blocks_fops;
+u64 sample_blocks_pending(struct sample_session *session);
+long sample_dirty_blocks(struct sample_stream *stream, void __user *arg);
 
 /* log.c */
 int sample_log_init(struct sample_device *dev);

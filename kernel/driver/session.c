@@ -13,6 +13,44 @@
 
 static DEFINE_MUTEX(sample_global_lock);	/* "lock=global" */
 
+static void sample_session_free_arrays(struct sample_session *session)
+{
+	kvfree(session->planned);
+	kvfree(session->returned);
+	kvfree(session->valid_from);
+	kvfree(session->version);
+	kvfree(session->ranges);
+}
+
+/* What a session keeps for each block. */
+static bool sample_session_alloc_arrays(struct sample_session *session)
+{
+	u64 blocks = session->dev->blocks;
+	bool done = true;
+
+	if (session->saving) {
+		session->planned = kvcalloc(BITS_TO_LONGS(blocks), sizeof(long),
+					    GFP_KERNEL_ACCOUNT);
+		done &= !!session->planned;
+	}
+	if (session->saving && session->multi) {
+		session->returned = kvcalloc(BITS_TO_LONGS(blocks), sizeof(long),
+					     GFP_KERNEL_ACCOUNT);
+		session->ranges = kvcalloc(SAMPLE_MAX_RANGES, sizeof(*session->ranges),
+					   GFP_KERNEL_ACCOUNT);
+		done &= session->returned && session->ranges;
+	}
+	if (session->multi) {
+		session->valid_from = kvcalloc(blocks, sizeof(u64), GFP_KERNEL_ACCOUNT);
+		done &= !!session->valid_from;
+	}
+	if (session->by_block) {
+		session->version = kvcalloc(blocks, sizeof(u64), GFP_KERNEL_ACCOUNT);
+		done &= !!session->version;
+	}
+	return done;
+}
+
 static void sample_session_free(struct kref *kref)
 {
 	struct sample_session *session = container_of(kref, struct sample_session, kref);
@@ -27,7 +65,9 @@ static void sample_session_free(struct kref *kref)
 		mutex_destroy(&session->stream[i].own_lock);
 		mutex_destroy(&session->stream[i].write_mutex);
 	}
-	kvfree(session->planned);
+	for (i = 0; i < SAMPLE_BLOCK_LOCKS; i++)
+		mutex_destroy(&session->block_lock[i]);
+	sample_session_free_arrays(session);
 	kvfree(session);
 	vfio_put_device(&dev->vdev);
 }
@@ -73,6 +113,7 @@ void sample_session_stop(struct sample_session *session, int code)
 void sample_session_end(struct sample_device *dev)
 {
 	struct sample_session *session = dev->session;
+	u32 i;
 
 	lockdep_assert_held(&dev->state_mutex);
 	if (!session)
@@ -81,6 +122,9 @@ void sample_session_end(struct sample_device *dev)
 	mutex_lock(&dev->guest_mutex);
 	dev->session = NULL;
 	mutex_unlock(&dev->guest_mutex);
+	for (i = 0; i < session->streams; i++)
+		if (session->stream[i].file)
+			fput(session->stream[i].file);
 	sample_session_put(session);
 }
 
@@ -105,20 +149,20 @@ static struct sample_session *sample_session_alloc(struct sample_device *dev, bo
 	if (!session)
 		return NULL;
 	session->streams = streams;
-	if (saving) {
-		session->planned = kvcalloc(BITS_TO_LONGS(dev->blocks), sizeof(long),
-					    GFP_KERNEL_ACCOUNT);
-		if (!session->planned) {
-			kvfree(session);
-			return NULL;
-		}
+	session->saving = saving;
+	session->multi = dev->dirty_streams;
+	session->by_block = dev->by_block;
+	session->dev = dev;
+	if (!sample_session_alloc_arrays(session)) {
+		sample_session_free_arrays(session);
+		kvfree(session);
+		return NULL;
 	}
+	for (i = 0; i < SAMPLE_BLOCK_LOCKS; i++)
+		mutex_init(&session->block_lock[i]);
 	kref_init(&session->kref);
 	init_rwsem(&session->gate);
 	init_waitqueue_head(&session->idle);
-	session->saving = saving;
-	session->multi = dev->dirty_streams;
-	session->dev = dev;
 	get_device(&dev->vdev.device);	/* a stale fd may be the last that knows the device */
 	for (i = 0; i < streams; i++) {
 		struct sample_stream *stream = &session->stream[i];
@@ -137,17 +181,24 @@ static struct sample_session *sample_session_alloc(struct sample_device *dev, bo
 }
 
 /* The file of a stream. It holds the session. */
-static struct file *sample_stream_file(struct sample_stream *stream)
+struct file *sample_stream_file(struct sample_stream *stream)
 {
 	struct sample_session *session = stream->session;
+	bool by_block = session->by_block && stream->index;
+	const struct file_operations *fops;
 	struct file *file;
 
-	file = anon_inode_getfile("[vfio_v3_sample]",
-				  session->saving ? &sample_save_fops : &sample_load_fops, stream,
+	if (session->saving)
+		fops = by_block ? &sample_save_blocks_fops : &sample_save_fops;
+	else
+		fops = by_block ? &sample_load_blocks_fops : &sample_load_fops;
+	file = anon_inode_getfile("[vfio_v3_sample]", fops, stream,
 				  session->saving ? O_RDONLY : O_WRONLY);
 	if (IS_ERR(file))
 		return file;
 	stream_open(file_inode(file), file);
+	if (by_block && session->saving)
+		file->f_mode |= FMODE_PREAD;	/* with a position; read() has none */
 	sample_session_get(session);
 	return file;
 }
@@ -162,7 +213,7 @@ int sample_stream_release(struct inode *inode, struct file *file)
 }
 
 /* A new session, and the file that the arc returns: v2's, or the critical one. */
-struct file *sample_session_start(struct sample_device *dev, bool saving)
+struct file *sample_session_start(struct sample_device *dev, bool saving, bool suspended, bool final)
 {
 	struct sample_session *session;
 	struct file *file;
@@ -171,6 +222,8 @@ struct file *sample_session_start(struct sample_device *dev, bool saving)
 	session = sample_session_alloc(dev, saving);
 	if (!session)
 		return ERR_PTR(-ENOMEM);
+	session->suspended = suspended;
+	session->final = final;
 	file = sample_stream_file(&session->stream[0]);
 	if (IS_ERR(file)) {
 		sample_session_put(session);
@@ -178,6 +231,11 @@ struct file *sample_session_start(struct sample_device *dev, bool saving)
 	}
 	mutex_lock(&dev->guest_mutex);
 	dev->session = session;
+	if (saving) {	/* the user has nothing yet */
+		WRITE_ONCE(dev->epoch, 1);
+		session->stream[0].reported_epoch = 1;
+		bitmap_fill(dev->dirty, dev->blocks);
+	}
 	mutex_unlock(&dev->guest_mutex);
 	return file;
 }

@@ -29,10 +29,12 @@ int sample_memory_init(struct sample_device *dev)
 	dev->data = vzalloc(bytes);
 	dev->critical = vzalloc(dev->critical_bytes);
 	dev->dirty = kvcalloc(BITS_TO_LONGS(dev->blocks), sizeof(long), GFP_KERNEL);
-	if (!dev->data || !dev->critical || !dev->dirty) {
+	dev->version = kvcalloc(dev->blocks, sizeof(*dev->version), GFP_KERNEL);
+	if (!dev->data || !dev->critical || !dev->dirty || !dev->version) {
 		sample_memory_free(dev);
 		return -ENOMEM;
 	}
+	memset64(dev->version, 1, dev->blocks);
 	prandom_seed_state(&dev->random, get_random_u64());
 	prandom_bytes_state(&dev->random, dev->data, bytes);
 	prandom_bytes_state(&dev->random, dev->critical, dev->critical_bytes);
@@ -44,12 +46,15 @@ void sample_memory_free(struct sample_device *dev)
 	vfree(dev->data);
 	vfree(dev->critical);
 	kvfree(dev->dirty);
+	kvfree(dev->version);
 }
 
 void sample_mark_dirty(struct sample_device *dev, u64 block)
 {
 	lockdep_assert_held(&dev->guest_mutex);
-	smp_mb__before_atomic();	/* the data before the bit, see sample_copy_block() */
+	smp_wmb();		/* the data, then its version, then the bit */
+	WRITE_ONCE(dev->version[block], dev->version[block] + 1);
+	smp_mb__before_atomic();
 	set_bit(block, dev->dirty);
 }
 
@@ -79,9 +84,60 @@ int sample_write_blocks(struct sample_device *dev, u64 first, u64 count)
 	return ret;
 }
 
-/* As a guest that reconfigures the device: new critical data, a new epoch. */
-int sample_reconfigure(struct sample_device *dev)
+/*
+ * The epoch that began makes dirty data of these blocks invalid. What the user
+ * has of them, or may have, is to be saved once more. A record of an earlier
+ * epoch that is being saved either has its blocks in the bitmap by now, or takes
+ * the new epoch: see sample_save_blocks().
+ */
+static void sample_invalidate(struct sample_session *session, const struct sample_invalidation *what)
 {
+	struct sample_device *dev = session->dev;
+	struct vfio_mig_block_range *range = session->ranges;
+	u64 first = what->first_block;
+	u64 blocks, block;
+
+	lockdep_assert_held(&dev->guest_mutex);
+	if (first >= dev->blocks)
+		return;
+	blocks = min(what->blocks, dev->blocks - first);
+	if (session->ranges_count == SAMPLE_MAX_RANGES) {	/* all blocks, instead of what is too much */
+		session->ranges_count = 0;
+		first = 0;
+		blocks = dev->blocks;
+	}
+	range += session->ranges_count;
+	range->first_block = cpu_to_le64(first);
+	range->blocks = cpu_to_le64(blocks);
+	range->epoch = cpu_to_le64(dev->epoch);
+	WRITE_ONCE(session->ranges_count, session->ranges_count + 1);
+	smp_mb();	/* the epoch before the bitmap */
+	for (block = first; block < first + blocks; block++) {
+		session->valid_from[block] = dev->epoch;
+		if (!test_bit(block, session->returned))
+			continue;
+		if (session->by_block)
+			session->version[block] = 0;
+		set_bit(block, dev->dirty);
+	}
+}
+
+static struct sample_invalidation sample_default_invalidation(struct sample_device *dev)
+{
+	struct sample_invalidation what = { .first_block = READ_ONCE(dev->params.invalidate_first) };
+
+	if (READ_ONCE(dev->params.epochs) == SAMPLE_EPOCHS_INVALIDATE)
+		what.blocks = READ_ONCE(dev->params.invalidate_blocks);
+	return what;
+}
+
+/*
+ * As a guest that reconfigures the device: new critical data, a new epoch. Without
+ * an invalidation that of the parameters counts. -EBUSY: the device is stopped.
+ */
+int sample_reconfigure(struct sample_device *dev, const struct sample_invalidation *what)
+{
+	struct sample_invalidation by_parameters = sample_default_invalidation(dev);
 	struct sample_session *session;
 	int ret = 0;
 
@@ -94,6 +150,10 @@ int sample_reconfigure(struct sample_device *dev)
 				    min_t(u64, dev->critical_bytes, SZ_1K));
 		WRITE_ONCE(dev->epoch, dev->epoch + 1);
 		if (session && session->saving) {
+			if (!what)
+				what = &by_parameters;
+			if (session->multi && what->blocks)
+				sample_invalidate(session, what);
 			sample_kick(&session->stream[0]);
 			wake_up_all(&session->stream[0].wait);
 		}
@@ -167,10 +227,16 @@ u64 sample_digest(u64 digest, const void *data, size_t bytes)
 	return sample_mix(digest, bytes);
 }
 
-u64 sample_digest_record(u64 digest, const struct sample_record *record, const void *payload)
+/* Of what describes the data of a record: its header, and the numbers of its blocks. */
+u64 sample_digest_record(u64 digest, const struct vfio_mig_record *record, const void *payload)
 {
+	const struct sample_dirty *dirty = payload;
+
 	digest = sample_digest(digest, record, sizeof(*record));
-	return sample_digest(digest, payload, le64_to_cpu(record->length));
+	if (le16_to_cpu(record->record_class) == VFIO_MIG_RECORD_DIRTY)
+		digest = sample_digest(digest, dirty,
+				       struct_size(dirty, block, le64_to_cpu(dirty->count)));
+	return digest;
 }
 
 /* Of the whole state. It means something while the device is stopped. */

@@ -39,7 +39,7 @@ static bool sample_has_critical(struct sample_stream *stream)
 
 static bool sample_has_blocks(struct sample_stream *stream)
 {
-	return stream->index || !stream->session->multi;
+	return !stream->session->by_block && (stream->index || !stream->session->multi);
 }
 
 /* Blocks with the same remainder have the same stream. */
@@ -55,18 +55,25 @@ static u64 sample_stride(struct sample_stream *stream)
 
 static u64 sample_dirty_record_bytes(struct sample_device *dev, u64 blocks)
 {
-	return sizeof(struct sample_record) + sizeof(struct sample_dirty) +
+	return sizeof(struct vfio_mig_record) + sizeof(struct sample_dirty) +
 	       blocks * (sizeof(__le64) + dev->block_bytes);
 }
 
-static u64 sample_critical_record_bytes(struct sample_device *dev)
+static u64 sample_ranges_bytes(u32 count)
 {
-	return sizeof(struct sample_record) + dev->critical_bytes;
+	return count ? sizeof(struct vfio_mig_record_ranges) +
+		       count * sizeof(struct vfio_mig_block_range) : 0;
+}
+
+static u64 sample_critical_record_bytes(struct sample_session *session)
+{
+	return sizeof(struct vfio_mig_record) + session->dev->critical_bytes +
+	       sample_ranges_bytes(READ_ONCE(session->ranges_count));
 }
 
 static u64 sample_end_record_bytes(void)
 {
-	return sizeof(struct sample_record) + sizeof(struct sample_end);
+	return sizeof(struct vfio_mig_record) + sizeof(struct vfio_mig_record_end);
 }
 
 /* Blocks of a DIRTY record that is full: it fits into chunk_kib, header and all. */
@@ -87,11 +94,29 @@ static u64 sample_blocks_bytes(struct sample_device *dev, u64 blocks)
 	       blocks * (sizeof(__le64) + dev->block_bytes);
 }
 
-/* Of a device that is saved from the first block to the END by a v2 user. */
+/* Of a device that is saved once, from the first block to the ENDs. */
 u64 sample_image_bytes(struct sample_device *dev)
 {
-	return sample_critical_record_bytes(dev) + sample_blocks_bytes(dev, dev->blocks) +
-	       sample_end_record_bytes();
+	u64 streams = max(dev->dirty_streams, 1U);
+	u64 bytes = sizeof(struct vfio_mig_record) + dev->critical_bytes +
+		    sample_end_record_bytes();
+	u64 i;
+
+	for (i = 0; i < streams; i++)
+		bytes += sample_blocks_bytes(dev, div64_u64(dev->blocks + streams - 1 - i, streams));
+	if (dev->dirty_streams)
+		bytes += streams * sample_end_record_bytes();
+	return bytes;
+}
+
+/* The longest payload that this device would save. */
+u64 sample_longest_record(struct sample_device *dev)
+{
+	u64 dirty = sample_dirty_record_bytes(dev, sample_blocks_per_record(dev));
+	u64 critical = sizeof(struct vfio_mig_record) + dev->critical_bytes +
+		       sample_ranges_bytes(SAMPLE_MAX_RANGES);
+
+	return max(dirty, critical) - sizeof(struct vfio_mig_record);
 }
 
 static bool sample_critical_due(struct sample_stream *stream)
@@ -109,14 +134,15 @@ static bool sample_can_save(struct sample_stream *stream)
 	struct sample_session *session = stream->session;
 
 	lockdep_assert_held(&stream->queue_lock);
-	if (READ_ONCE(session->suspended) || READ_ONCE(session->code))
+	if (READ_ONCE(session->suspended) || READ_ONCE(session->code) ||
+	    (session->by_block && stream->index))
 		return false;
 	return sample_critical_due(stream) || stream->planned ||
 	       (session->final && !stream->end_saved);
 }
 
-/* Bytes that are not read, with or without those that nobody asked for yet. */
-static u64 __sample_pending(struct sample_stream *stream, bool unplanned)
+/* Bytes that are not read; with those that nobody asked for yet, and the END that is to come? */
+static u64 __sample_pending(struct sample_stream *stream, bool unplanned, bool end)
 {
 	struct sample_session *session = stream->session;
 	struct sample_device *dev = session->dev;
@@ -132,18 +158,22 @@ static u64 __sample_pending(struct sample_stream *stream, bool unplanned)
 	bytes += sample_blocks_bytes(dev, blocks);
 	if (sample_critical_due(stream) || (unplanned && sample_has_critical(stream) &&
 					    READ_ONCE(dev->epoch) > stream->saved_epoch))
-		bytes += sample_critical_record_bytes(dev);
-	if (!stream->end_saved && (session->final || unplanned))
+		bytes += sample_critical_record_bytes(session);
+	if (!stream->end_saved && (session->final || end))
 		bytes += sample_end_record_bytes();
 	return bytes;
 }
 
-u64 sample_pending(struct sample_stream *stream, bool unplanned)
+u64 sample_pending(struct sample_stream *stream, bool unplanned, bool end)
 {
 	u64 bytes;
 
+	if (stream->session->by_block && stream->index)
+		return sample_blocks_pending(stream->session) +
+		       ((end || stream->session->final) && !stream->end_saved ?
+			sample_end_record_bytes() : 0);
 	spin_lock(&stream->queue_lock);
-	bytes = __sample_pending(stream, unplanned);
+	bytes = __sample_pending(stream, unplanned, end);
 	spin_unlock(&stream->queue_lock);
 	return bytes;
 }
@@ -185,11 +215,10 @@ void sample_plan_all(struct sample_session *session)
 		sample_plan(&session->stream[i]);
 	if (!starts || session->final)
 		return;
-	session->stream[0].reported_epoch = READ_ONCE(session->dev->epoch);
 	if (READ_ONCE(session->dev->params.initial) == SAMPLE_INITIAL_CRITICAL)
-		session->stream[0].initial_bytes = sample_critical_record_bytes(session->dev);
+		session->stream[0].initial_bytes = sample_critical_record_bytes(session);
 	else
-		session->stream[0].initial_bytes = sample_pending(&session->stream[0], false);
+		session->stream[0].initial_bytes = sample_pending(&session->stream[0], false, false);
 }
 
 /* --- a record is saved ------------------------------------------------------------------ */
@@ -218,7 +247,7 @@ static void sample_put_buffer(struct sample_stream *stream, struct sample_buffer
 static void sample_put_header(struct sample_stream *stream, struct sample_buffer *buffer,
 			      u16 record_class, u32 flags, u64 epoch)
 {
-	struct sample_record *record = (void *)buffer->data;
+	struct vfio_mig_record *record = (void *)buffer->data;
 
 	record->record_class = cpu_to_le16(record_class);
 	record->stream = cpu_to_le16(stream->index);
@@ -230,18 +259,34 @@ static void sample_put_header(struct sample_stream *stream, struct sample_buffer
 
 static struct sample_buffer *sample_save_critical(struct sample_stream *stream)
 {
-	struct sample_device *dev = stream->session->dev;
+	struct sample_session *session = stream->session;
+	struct sample_device *dev = session->dev;
+	u32 flags = VFIO_MIG_RECORD_F_EPOCH_COMPLETE;
+	struct vfio_mig_record_ranges *ranges;
 	struct sample_buffer *buffer;
-	u64 epoch;
+	u64 epoch, bytes;
+	u8 *to;
 
-	buffer = sample_get_buffer(stream, sample_critical_record_bytes(dev));
-	if (!buffer)
-		return NULL;
 	mutex_lock(&dev->guest_mutex);
+	buffer = sample_get_buffer(stream, sample_critical_record_bytes(session));
+	if (!buffer) {
+		mutex_unlock(&dev->guest_mutex);
+		return NULL;
+	}
 	epoch = dev->epoch;
-	memcpy(buffer->data + sizeof(struct sample_record), dev->critical, dev->critical_bytes);
+	to = buffer->data + sizeof(struct vfio_mig_record);
+	if (session->ranges_count) {
+		flags |= VFIO_MIG_RECORD_F_INVALIDATES;
+		ranges = (void *)to;
+		ranges->count = cpu_to_le64(session->ranges_count);
+		bytes = sample_ranges_bytes(session->ranges_count);
+		memcpy(ranges + 1, session->ranges, bytes - sizeof(*ranges));
+		to += bytes;
+		WRITE_ONCE(session->ranges_count, 0);
+	}
+	memcpy(to, dev->critical, dev->critical_bytes);
 	mutex_unlock(&dev->guest_mutex);
-	sample_put_header(stream, buffer, SAMPLE_CRITICAL, SAMPLE_F_EPOCH_COMPLETE, epoch);
+	sample_put_header(stream, buffer, VFIO_MIG_RECORD_CRITICAL, flags, epoch);
 	spin_lock(&stream->queue_lock);
 	stream->saved_epoch = epoch;
 	stream->saving_bytes = buffer->bytes;
@@ -260,8 +305,11 @@ static u64 sample_take_blocks(struct sample_stream *stream, __le64 *blocks, u64 
 	for (looked_at = 0; looked_at < dev->blocks && count < most; looked_at += stride) {
 		if (stream->cursor >= dev->blocks)
 			stream->cursor = sample_first_block(stream);
-		if (test_and_clear_bit(stream->cursor, session->planned))
+		if (test_and_clear_bit(stream->cursor, session->planned)) {
 			blocks[count++] = cpu_to_le64(stream->cursor);
+			if (session->returned)
+				set_bit(stream->cursor, session->returned);
+		}
 		stream->cursor += stride;
 	}
 	return count;
@@ -279,7 +327,7 @@ static struct sample_buffer *sample_save_blocks(struct sample_stream *stream)
 	buffer = sample_get_buffer(stream, sample_dirty_record_bytes(dev, most));
 	if (!buffer)
 		return NULL;
-	dirty = (void *)buffer->data + sizeof(struct sample_record);
+	dirty = (void *)buffer->data + sizeof(struct vfio_mig_record);
 	count = sample_take_blocks(stream, dirty->block, most);
 	if (WARN_ON(count != most)) {
 		kvfree(buffer);
@@ -290,13 +338,12 @@ static struct sample_buffer *sample_save_blocks(struct sample_stream *stream)
 	stream->planned -= count;
 	stream->saving_bytes = buffer->bytes;
 	spin_unlock(&stream->queue_lock);
-	sample_put_header(stream, buffer, SAMPLE_DIRTY, 0, READ_ONCE(dev->epoch));
+	smp_mb();	/* what is returned, then the epoch: see sample_invalidate() */
+	sample_put_header(stream, buffer, VFIO_MIG_RECORD_DIRTY, 0, READ_ONCE(dev->epoch));
 	to = (u8 *)&dirty->block[count];
 	for (i = 0; i < count; i++) {
 		u64 block = le64_to_cpu(dirty->block[i]);
 
-		clear_bit(block, dev->dirty);
-		smp_mb__after_atomic();	/* whoever writes after this sets the bit again */
 		memcpy(to, dev->data + block * dev->block_bytes, dev->block_bytes);
 		to += dev->block_bytes;
 	}
@@ -307,16 +354,16 @@ static struct sample_buffer *sample_save_end(struct sample_stream *stream)
 {
 	struct sample_device *dev = stream->session->dev;
 	struct sample_buffer *buffer;
-	struct sample_end *end;
+	struct vfio_mig_record_end *end;
 
 	buffer = sample_get_buffer(stream, sample_end_record_bytes());
 	if (!buffer)
 		return NULL;
-	end = (void *)buffer->data + sizeof(struct sample_record);
+	end = (void *)buffer->data + sizeof(struct vfio_mig_record);
 	end->records = cpu_to_le64(stream->records);
 	end->bytes = cpu_to_le64(stream->bytes);
 	end->digest = cpu_to_le64(stream->digest);
-	sample_put_header(stream, buffer, SAMPLE_END, 0, READ_ONCE(dev->epoch));
+	sample_put_header(stream, buffer, VFIO_MIG_RECORD_END, 0, READ_ONCE(dev->epoch));
 	spin_lock(&stream->queue_lock);
 	stream->end_saved = true;
 	stream->saving_bytes = buffer->bytes;
@@ -349,7 +396,7 @@ static int sample_save_one(struct sample_stream *stream)
 	stream->records++;
 	stream->bytes += buffer->bytes;
 	stream->digest = sample_digest_record(stream->digest, (void *)buffer->data,
-					      buffer->data + sizeof(struct sample_record));
+					      buffer->data + sizeof(struct vfio_mig_record));
 	spin_lock(&stream->queue_lock);
 	stream->saving_bytes = 0;
 	list_add_tail(&buffer->entry, &stream->ready);
@@ -438,13 +485,23 @@ void sample_kick(struct sample_stream *stream)
 		sample_session_put(session);
 }
 
+static bool sample_is_idle(struct sample_stream *stream)
+{
+	bool idle;
+
+	spin_lock(&stream->queue_lock);	/* who starts a command looks at suspended under it */
+	idle = !stream->saving && !stream->block_saves;
+	spin_unlock(&stream->queue_lock);
+	return idle;
+}
+
 /* Wait for the SAVEs in flight: the device is suspended after them. */
 void sample_settle(struct sample_session *session)
 {
 	u32 i;
 
 	for (i = 0; i < session->streams; i++)
-		wait_event(session->idle, !READ_ONCE(session->stream[i].saving));
+		wait_event(session->idle, sample_is_idle(&session->stream[i]));
 }
 
 /* --- read() and poll() ------------------------------------------------------------------ */
@@ -611,9 +668,12 @@ static __poll_t sample_save_poll(struct file *file, poll_table *wait)
 	poll_wait(file, &stream->wait, wait);
 	status = sample_status(stream);
 	if (status < 0)
-		ready = EPOLLIN | EPOLLRDNORM | EPOLLERR | EPOLLHUP;
+		ready = EPOLLIN | EPOLLRDNORM | EPOLLHUP | (status == -EIO ? EPOLLERR : 0);
 	else if (status == SAMPLE_HAS_DATA || status == SAMPLE_AT_END)
 		ready = EPOLLIN | EPOLLRDNORM;
+	if (status >= 0 && session->multi && !stream->index &&
+	    READ_ONCE(session->dev->epoch) > READ_ONCE(stream->reported_epoch))
+		ready |= EPOLLPRI;
 	if (READ_ONCE(session->dev->params.log_polls))
 		sample_log(session->dev, "poll fd=%u -> %u", stream->index, (__force u32)ready);
 	return ready;
@@ -630,11 +690,11 @@ static void sample_reinit(struct sample_stream *stream)
 	stream->reported_epoch = READ_ONCE(dev->epoch);
 	if (READ_ONCE(dev->params.initial) == SAMPLE_INITIAL_IMAGE) {
 		__sample_plan(stream);
-		stream->initial_bytes = __sample_pending(stream, false);
+		stream->initial_bytes = __sample_pending(stream, false, false);
 	} else {
 		stream->critical_planned = true;
 		stream->initial_bytes = stream->ready_bytes + stream->saving_bytes +
-					sample_critical_record_bytes(dev);
+					sample_critical_record_bytes(stream->session);
 	}
 	spin_unlock(&stream->queue_lock);
 	sample_kick(stream);
@@ -653,12 +713,12 @@ static void sample_fill_info(struct sample_stream *stream, struct vfio_precopy_i
 		sample_reinit(stream);
 		reinit = true;
 		info->flags |= VFIO_PRECOPY_INFO_REINIT;
-	} else if (saves && !sample_pending(stream, false)) {
+	} else if (saves && !sample_pending(stream, false, false)) {
 		sample_plan(stream);
 	}
 	spin_lock(&stream->queue_lock);
 	info->initial_bytes = stream->initial_bytes;
-	all = __sample_pending(stream, saves) - (saves ? sample_end_record_bytes() : 0);
+	all = __sample_pending(stream, saves, false);
 	info->dirty_bytes = all - min(all, stream->initial_bytes);
 	if (reinit ||
 	    (stream->initial_bytes && dev->params.initial == SAMPLE_INITIAL_IMAGE))
@@ -688,7 +748,7 @@ static long sample_precopy_info(struct sample_stream *stream, unsigned int cmd, 
 		ret = -EIO;
 	} else {
 		if (++session->info_calls == reinit_at)
-			sample_reconfigure(dev);
+			sample_reconfigure(dev, NULL);
 		sample_fill_info(stream, &info);
 	}
 	sample_log(dev, "precopy_info initial=%llu dirty=%llu flags=%u -> %ld", info.initial_bytes,
@@ -705,7 +765,7 @@ static long sample_save_ioctl(struct file *file, unsigned int cmd, unsigned long
 	struct sample_stream *stream = file->private_data;
 
 	if (stream->session->multi)
-		return -ENOTTY;
+		return sample_stream_ioctl(stream, cmd, arg);
 	return sample_precopy_info(stream, cmd, arg);
 }
 
