@@ -6,7 +6,6 @@ For tests of the driver itself: nothing of `sim` is used, only the structures of
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import fcntl
@@ -14,34 +13,14 @@ import os
 import re
 import select
 import struct
-import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 from proto_v3.vfio import uapi
-from proto_v3.vfio.uapi import Feature, FeatureOp, State
-
-MODULE = Path("/sys/module/vfio_v3_sample")
-TYPE = Path("/sys/class/mdev_bus/vfio_v3_sample/mdev_supported_types/vfio_v3_sample-1")
-MDEVS = Path("/sys/bus/mdev/devices")
-DEBUGFS = Path("/sys/kernel/debug/vfio_v3_sample")
+from proto_v3.vfio.uapi import Feature, FeatureOp, State, StreamFlags
+from tests.real.mdev import SampleMdev
 
 VFIO_DEVICE_BIND_IOMMUFD = ord(";") << 8 | 118  # include/uapi/linux/vfio.h, Linux 7.3
-VFIO_REGION_SHIFT = 40
-"""The driver's own, see kernel/driver/config.c."""
-
-
-def set_parameters(**values: int | str) -> None:
-    """Set module parameters: those of the devices that are created from now on."""
-    for name, value in values.items():
-        (MODULE / "parameters" / name).write_text(f"{value}\n", encoding="ascii")
-
-
-def parameters() -> dict[str, str]:
-    """The module's parameters as they are."""
-    return {path.name: path.read_text(encoding="ascii").strip() for path in (MODULE / "parameters").iterdir()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +46,13 @@ class SampleFd:
     def read_all(self, size: int = 1 << 20) -> bytes:
         """Read until ENOMSG or the end."""
         parts = []
-        with contextlib.suppress(OSError) as _:
-            while part := self._read_unless_dry(size):
-                parts.append(part)
-        return b"".join(parts)
-
-    def _read_unless_dry(self, size: int) -> bytes:
         try:
-            return self.read(size)
+            while part := self.read(size):
+                parts.append(part)
         except OSError as error:
-            if error.errno == errno.ENOMSG:
-                return b""
-            raise
+            if error.errno != errno.ENOMSG:
+                raise
+        return b"".join(parts)
 
     def write(self, data: bytes) -> int:
         """One write()."""
@@ -107,6 +81,33 @@ class SampleFd:
         fcntl.ioctl(self.number, uapi.VFIO_MIG_GET_PRECOPY_INFO, answer)
         return uapi.PrecopyInfo.unpack(answer)
 
+    # --- v3 -------------------------------------------------------------------------------------------------------
+
+    def get_stream(self, index: int, argsz: int = uapi.GetStream.SIZE, flags: int = 0) -> SampleFd:
+        """VFIO_MIG_GET_STREAM."""
+        argument = bytearray(uapi.GetStream(argsz, flags, index).pack())
+        fcntl.ioctl(self.number, uapi.VFIO_MIG_GET_STREAM, argument)
+        return SampleFd(uapi.GetStream.unpack(argument).fd)
+
+    def stream_info(self, argsz: int = uapi.StreamInfo.SIZE, flags: int = 0) -> uapi.StreamInfo:
+        """VFIO_MIG_GET_STREAM_INFO."""
+        argument = bytearray(struct.pack("=IIQQ", argsz, flags, 0, 0))
+        fcntl.ioctl(self.number, uapi.VFIO_MIG_GET_STREAM_INFO, argument)
+        return uapi.StreamInfo.unpack(argument)
+
+    def dirty_blocks(self, room: int) -> tuple[uapi.GetDirtyBlocks, list[int]]:
+        """VFIO_MIG_GET_DIRTY_BLOCKS with room for so many bits: the answer, and the blocks that it reported."""
+        bitmap = bytearray(max(1, -(-room // 8)))
+        address = ctypes.addressof(ctypes.c_char.from_buffer(bitmap))
+        argument = bytearray(uapi.GetDirtyBlocks(uapi.GetDirtyBlocks.SIZE, 0, 0, room, address).pack())
+        fcntl.ioctl(self.number, uapi.VFIO_MIG_GET_DIRTY_BLOCKS, argument)
+        blocks = [block for block in range(room) if bitmap[block // 8] >> block % 8 & 1]
+        return uapi.GetDirtyBlocks.unpack(argument), blocks
+
+    def read_blocks(self, first: int, count: int, block_bytes: int) -> bytes:
+        """pread() of these blocks."""
+        return os.pread(self.number, 48 + count * (8 + block_bytes), first * block_bytes)
+
     def close(self) -> None:
         """Close it, once."""
         if self.number >= 0:
@@ -117,11 +118,9 @@ class SampleFd:
 class SampleDevice:
     """One device, open by its cdev and bound to an iommufd."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.debugfs = DEBUGFS / name
-        cdev = next((MDEVS / name / "vfio-dev").iterdir()).name
-        self.number = os.open(f"/dev/vfio/devices/{cdev}", os.O_RDWR | os.O_CLOEXEC)
+    def __init__(self, mdev: SampleMdev) -> None:
+        self.mdev = mdev
+        self.number = os.open(mdev.cdev, os.O_RDWR | os.O_CLOEXEC)
         self._iommufd = os.open("/dev/iommu", os.O_RDWR | os.O_CLOEXEC)
         fcntl.ioctl(self.number, VFIO_DEVICE_BIND_IOMMUFD, bytearray(struct.pack("=IIiIQ", 24, 0, self._iommufd, 0, 0)))
 
@@ -170,75 +169,59 @@ class SampleDevice:
         """VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2."""
         self.feature(Feature.MIG_PRECOPY_INFOV2, FeatureOp.SET)
 
+    def streams(self) -> uapi.FeatureMigStreams:
+        """VFIO_DEVICE_FEATURE_MIG_STREAMS, GET."""
+        data = self.feature(Feature.MIG_STREAMS, FeatureOp.GET, bytes(uapi.FeatureMigStreams.SIZE))
+        return uapi.FeatureMigStreams.unpack(data)
+
+    def set_streams(self, dirty_streams: int, flags: int = 0) -> None:
+        """The same, SET."""
+        self.feature(
+            Feature.MIG_STREAMS, FeatureOp.SET, uapi.FeatureMigStreams(dirty_streams, StreamFlags(flags)).pack()
+        )
+
+    def begin_all(self, state: State, dirty_streams: int, flags: int = 0) -> list[SampleFd]:
+        """Opt in, and begin a session with several streams: the critical fd, then the dirty ones."""
+        self.set_streams(dirty_streams, flags)
+        critical = self.begin(state)
+        return [critical, *(critical.get_stream(index) for index in range(dirty_streams))]
+
     def reset(self) -> None:
         """VFIO_DEVICE_RESET."""
         fcntl.ioctl(self.number, uapi.VFIO_DEVICE_RESET)
 
     # --- debugfs --------------------------------------------------------------------------------------------------
 
-    def _write(self, name: str, text: str) -> None:
-        (self.debugfs / name).write_text(text, encoding="ascii")
-
     def digest(self) -> str:
         """A hash of the whole state; of a stopped device it stays the same."""
-        return (self.debugfs / "digest").read_text(encoding="ascii").strip()
+        return self.mdev.digest()
 
-    def reconfigure(self) -> None:
-        """As a guest that makes new critical data: a new epoch."""
-        self._write("reconfigure", "1")
+    def reconfigure(self, how: str = "") -> None:
+        """As a guest that makes new critical data: a new epoch. "keep", or "invalidate FIRST COUNT", or as by the
+        parameters."""
+        (self.mdev.debugfs / "reconfigure").write_text(f"{how}\n", encoding="ascii")
 
     def dirty(self, first: int, count: int = 1) -> None:
         """As a guest that changes blocks."""
-        self._write("write", f"{first} {count}")
+        self.mdev.dirty(first, count)
 
     def set(self, **values: int | str) -> None:
         """Change parameters of this device."""
         for name, value in values.items():
-            self._write("params", f"{name} {value}")
+            (self.mdev.debugfs / "params").write_text(f"{name} {value}\n", encoding="ascii")
 
     def params(self) -> dict[str, str]:
         """The parameters of this device."""
-        lines = (self.debugfs / "params").read_text(encoding="ascii").splitlines()
-        return {line.split(" ", 1)[0]: line.split(" ", 1)[1] for line in lines}
+        lines = (self.mdev.debugfs / "params").read_text(encoding="ascii").splitlines()
+        return {name: value for name, _, value in (line.partition(" ") for line in lines)}
 
     def log(self) -> list[LogLine]:
         """The calls so far."""
-        lines = (self.debugfs / "log").read_text(encoding="ascii").splitlines()
-        parts = [line.split(" ", 3) for line in lines]
+        parts = [line.split(" ", 3) for line in self.mdev.log()]
         return [LogLine(int(number), int(time_ns), int(tid), text) for number, time_ns, tid, text in parts]
-
-    def clear_log(self) -> None:
-        """Forget the calls so far."""
-        self._write("log", "0")
 
     def counters(self) -> dict[int, dict[str, int]]:
         """What was done on the data fds of each number."""
-        lines = (self.debugfs / "counters").read_text(encoding="ascii").splitlines()
+        lines = self.mdev.counters().splitlines()
         rows = [{key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", line)} for line in lines]
         return {row.pop("fd"): row for row in rows}
-
-
-@contextlib.contextmanager
-def sample_devices(count: int = 1, **values: int | str) -> Iterator[list[SampleDevice]]:
-    """Devices with these parameters, opened; removed at the end. The module's parameters are put back."""
-    before = parameters()
-    set_parameters(**values)
-    names = [str(uuid.uuid4()) for _ in range(count)]
-    devices: list[SampleDevice] = []
-    try:
-        for name in names:
-            (TYPE / "create").write_text(name, encoding="ascii")
-            devices.append(SampleDevice(name))
-        yield devices
-    finally:
-        set_parameters(**{name: before[name] or " " for name in values})
-        for device in devices:
-            device.close()
-        for name in names:
-            if (MDEVS / name).exists():
-                (MDEVS / name / "remove").write_text("1", encoding="ascii")
-
-
-def libc() -> ctypes.CDLL:
-    """The C library, for system calls that Python has no function for."""
-    return ctypes.CDLL(None, use_errno=True)
