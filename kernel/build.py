@@ -17,6 +17,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -204,7 +205,10 @@ def unpack(apt: Apt, package: str, downloads: Path, stack: contextlib.ExitStack)
     begun = time.monotonic()
     place = cache.folder() / "kernel"
     place.mkdir(parents=True, exist_ok=True)
-    folder = stack.enter_context(cache.temporary_folder(place, ".source."))
+    stack.enter_context(cache.locked(place / ".source.lock"))
+    for left in place.glob(".source.new-*"):  # by a process that was killed
+        cache.remove(left)
+    folder = stack.enter_context(cache.temporary_folder(place, ".source.new-"))
     left_out = [f"--exclude={package}/{each}" for each in NOT_UNPACKED]
     # pipefail: that one of the three failed is told.
     script = (
@@ -242,19 +246,26 @@ def get_one(kind: str, version: str, apt: Apt, source: Callable[[], Path]) -> Ke
     return Kernel(cache.entry(f"kernel/{version}-{config_digest(wanted)}", make, needed))
 
 
-def run_make(tree: Path, *arguments: str, output: int | None = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
-    """make, without what the make that calls this script has put into the environment."""
+def run_make(tree: Path, *arguments: str, output: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    """make, without what the make that calls this script has put into the environment. It dies with what it started."""
     own = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEFILES", "CFLAGS", "LDFLAGS", "KBUILD_OUTPUT")
-    environment = {name: value for name, value in os.environ.items() if name not in own}
-    return subprocess.run(
-        [*MAKE, "-C", str(tree), *arguments],
-        env=environment,
+    command = [*MAKE, "-C", str(tree), *arguments]
+    process = subprocess.Popen(
+        command,
+        env={name: value for name, value in os.environ.items() if name not in own},
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
-        check=False,
+        start_new_session=True,
     )
+    try:
+        printed, _ = process.communicate()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, printed)
 
 
 def configure(tree: Path, wanted: Sequence[str]) -> None:
@@ -369,6 +380,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="with lockdep")
     parser.add_argument("--update", action="store_true", help="a newer kernel than the cache has, if there is one")
     options = parser.parse_args(arguments)
+    cache.stop_on_signals()
     try:
         (kernel,) = get(["um-debug" if options.debug else "um"], options.update)
         say(f"kernel: {kernel.linux}")

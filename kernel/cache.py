@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 CONTENTS = ".contents.json"
 
@@ -37,6 +41,16 @@ def folder() -> Path:
     return Path(home).absolute() / "proto-v3"
 
 
+def stop_on_signals() -> None:
+    """SIGTERM and SIGHUP end this process as an exception does: what it has begun is undone."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, stop)
+
+
 def is_whole(entry: Path) -> bool:
     """Whether the entry has all the files that it had when it was made, in the same sizes."""
     try:
@@ -58,7 +72,9 @@ def entry(name: str, make: Callable[[Path], None], needed: Sequence[str]) -> Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f".{path.name}.lock")):
         if not is_whole(path):
-            with temporary_folder(path.parent, f".{path.name}.") as made:
+            for left in path.parent.glob(f".{glob.escape(path.name)}.new-*"):  # by a process that was killed
+                remove(left)
+            with temporary_folder(path.parent, f".{path.name}.new-") as made:
                 new = made / "new"
                 new.mkdir()
                 make(new)

@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 from kernel import build, cache, confine
 from kernel.build import PROJECT, Kernel
@@ -177,8 +176,9 @@ def pythons() -> list[Path]:
 
 
 def environment(guest: UserModeLinux) -> dict[str, str]:
-    """The variables of the command: nothing of this process's own but where the cache is."""
+    """The variables of the command: none of this process's own but where the cache and the writable folder are."""
     programs = [str(PROJECT / ".venv/bin"), str(Path(sys.prefix) / "bin"), "/usr/local/sbin", "/usr/local/bin"]
+    writable = {} if guest.writable is None else {"PROTO_V3_OUT": str(guest.writable.resolve())}
     return {
         "PATH": ":".join(dict.fromkeys([*programs, "/usr/sbin", "/usr/bin", "/sbin", "/bin"])),
         "HOME": "/tmp",
@@ -190,6 +190,7 @@ def environment(guest: UserModeLinux) -> dict[str, str]:
         "PROTO_V3_CACHE": str(cache.folder()),
         "PROTO_V3_GUEST": guest.kernel.name,
         "PROTO_V3_CONFINED": str(int(confine.landlock_version() > 0)),
+        **writable,
         **guest.environment,
     }
 
@@ -289,16 +290,6 @@ def standard_modules(kernel: Kernel, parameters: Mapping[str, int | str] | None 
     return [Module(file, parameters or {})] if file else []
 
 
-def stop_on_signals() -> None:
-    """SIGTERM and SIGHUP end this process as an exception does: the guest is killed, its folder removed."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    for each in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, stop)
-
-
 def to_stdout(data: bytes) -> None:
     """Print what the guest printed, at once."""
     sys.stdout.buffer.write(data)
@@ -317,7 +308,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the module")
     parser.add_argument("command", nargs="+", help="the command, after --")
     options = parser.parse_args(arguments)
-    stop_on_signals()
+    cache.stop_on_signals()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is the command's
             (kernel,) = build.get(["um-debug" if options.debug else "um"])

@@ -134,6 +134,7 @@ def main(arguments: Sequence[str]) -> int:
     """Fetch the QEMUs, and say where they are. 0: they are there, or cannot be had here; 1: something failed."""
     if arguments not in ([], ["--update"]):
         sys.exit("usage: python3 -m kernel.qemu_packages [--update]")
+    cache.stop_on_signals()
     try:
         for qemu in fetch(update=bool(arguments)):
             say(f"QEMU {qemu.debian_version} is in {qemu.root}")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from kernel import build, guest, qemu_packages
+from kernel import build, cache, guest, qemu_packages
 from kernel.build import PROJECT, Kernel
 from kernel.cache import BuildError, UnavailableError, say
 from kernel.guest import GuestError, UserModeLinux
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds until a guest is killed")
     parser.add_argument("pytest", nargs="*", help="arguments of pytest, after --")
     options = parser.parse_args(arguments)
-    guest.stop_on_signals()
+    cache.stop_on_signals()
     try:
         counts = run_all(options)
     except KeyboardInterrupt:
