@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "results" / "README.md"])
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("kernel/**/*.md"), ROOT / "results" / "README.md"]
+)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
 PATH = re.compile(r"`([a-z_0-9./-]+\.(?:py|toml|j2|ipynb)|(?:proto_v3|sim|experiments|tests|docs)/(?:[a-z_0-9/]+/)?)`")
-CODE = ("proto_v3", "sim", "experiments", "tests", "benchmarks", "scenarios")
+CODE = ("proto_v3", "sim", "experiments", "tests", "benchmarks", "scenarios", "kernel")
 
 
 @pytest.mark.slow
