@@ -65,6 +65,9 @@ KEPT = ("include", "scripts", "arch/um", "arch/x86/include", "arch/x86/um", "too
 KEPT_FILES = (".config", "Makefile", "Kbuild", "Module.symvers", "System.map", "arch/x86/Makefile.um")
 """What building a module takes, of the source and of the kernel's build."""
 
+FILES = 650
+"""About how many files a kernel is compiled of: to tell how far it is."""
+
 MAKE = ("make", "ARCH=um", "KBUILD_BUILD_USER=proto-v3", "KBUILD_BUILD_HOST=proto-v3")
 
 
@@ -118,8 +121,8 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def config_digest(lines: Sequence[str]) -> str:
-    """The digest of a config fragment. The order of its lines does not count."""
-    return digest(line.encode() for line in sorted(lines))
+    """The digest of a config fragment, and of what is kept of a build. The order of lines does not count."""
+    return digest(line.encode() for line in [*sorted(lines), *KEPT, *KEPT_FILES])
 
 
 def not_set(wanted: Iterable[str], config: str) -> list[str]:
@@ -285,7 +288,7 @@ def compile_kernel(tree: Path, kind: str) -> None:
     """Compile, and tell each minute how far it is. Raises BuildError with the last lines of the compiler's output."""
     log = tree.parent / "log"
     jobs = len(os.sched_getaffinity(0))
-    say(f"kernel: compiling with {kind}.config, {jobs} jobs: some {650 // jobs // 2} s on an idle machine")
+    say(f"kernel: compiling with {kind}.config, {jobs} jobs")
     with log.open("w") as output, progress(log):
         done = run_make(tree, f"-j{jobs}", "linux", "modules", output=output.fileno())
     lines = log.read_text(encoding="utf-8", errors="replace")
@@ -303,7 +306,7 @@ def progress(log: Path, every_s: float = 60.0) -> Iterator[None]:
     def tell() -> None:
         while not ended.wait(every_s):
             count = sum(line.startswith("  CC ") for line in log.read_text("utf-8", "replace").splitlines())
-            say(f"kernel: {count} files compiled, {time.monotonic() - begun:.0f} s")
+            say(f"kernel: {count} of some {FILES} files compiled, {time.monotonic() - begun:.0f} s")
 
     thread = threading.Thread(target=tell)
     thread.start()

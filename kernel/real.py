@@ -86,6 +86,10 @@ def run_all(options: argparse.Namespace) -> Counts:
     except BuildError as error:
         say(f"real: {error}")
         return Counts(failed=1)
+    reason = does_not_boot(kernels[0])
+    if reason:
+        say(f"real: skipped: {reason}")
+        return Counts(skipped=1)
     total = Counts()
     try:
         for each in qemu_packages.fetch():
@@ -102,6 +106,15 @@ def run_all(options: argparse.Namespace) -> Counts:
         say("real: what is marked lockdep did not run under lockdep: `make kernel-debug` builds that kernel")
         total += Counts(skipped=1)
     return total
+
+
+def does_not_boot(kernel: Kernel) -> str:
+    """Why no guest can be booted on this machine, in one line; '' if it can: some containers forbid what it needs."""
+    try:
+        guest.run(UserModeLinux(kernel, memory_mib=256, timeout_s=60.0), ["true"], lambda output: None)
+    except (GuestError, TimeoutError) as error:
+        return f"User-Mode Linux does not boot here: {build.last_lines(str(error), 1)}"
+    return ""
 
 
 def wanted(lockdep: str) -> list[str]:

@@ -53,6 +53,20 @@ def test_without_a_kernel_it_says_why_and_counts_it(
     assert last == line
 
 
+def test_a_machine_on_which_it_does_not_boot_is_a_skip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A program that ends as User-Mode Linux does where it may not trace its children."""
+    for name, text in (("linux", "#!/bin/sh\necho 'ptrace failed'\nexit 1\n"), ("busybox", "")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(build, "get", lambda kinds: [build.Kernel(tmp_path)])
+    assert real.main([]) == 0
+    why, last = capsys.readouterr().out.splitlines()
+    assert why == "real: skipped: User-Mode Linux does not boot here: ptrace failed"
+    assert last == "real: 0 passed, 0 failed, 1 skipped"
+
+
 @pytest.mark.parametrize(
     ("have", "option", "kinds"),
     [
