@@ -4,6 +4,7 @@
 QUESTIONS = {
     "reconfiguration": "set-up in the downtime against the rate of reconfigurations",
     "read_scaling": "is read() the bottleneck, and when?",
+    "kernel_read": "read() measured in a real kernel, beside its simulation",
     "state_and_dirty_rate": "what converges, from 64 MiB to 64 GiB",
     "switchover_hazard": "how often critical data comes too late, and what it costs",
     "channels": "dedicated connections, a pool, or one",

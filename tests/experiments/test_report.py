@@ -105,7 +105,7 @@ def test_it_says_questions_answers_limits_and_how_they_were_made(results: Path) 
         assert told in text
     assert "What is &lt;asked&gt; &amp; why?" in text
     assert "a &lt;b&gt;detail&lt;/b&gt;" in text
-    assert "not run yet: read_scaling, state_and_dirty_rate" in text
+    assert "not run yet: read_scaling, kernel_read, state_and_dirty_rate" in text
     assert text.count("(quick run)") == 3, "of the claim, and of both findings"
     assert "<strong>A quick run: a coarse grid" in text
     assert "firmware.save_mib_per_s" in text  # the parameters, with their sources
