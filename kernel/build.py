@@ -353,13 +353,17 @@ def module_sources() -> list[Path]:
     return sorted(path for pattern in MODULE_SOURCES for path in PROJECT.glob(pattern))
 
 
+def module_digest() -> str:
+    """A digest of the driver's source."""
+    names = [path.relative_to(PROJECT) for path in module_sources()]
+    return digest(part for name in names for part in (str(name).encode(), (PROJECT / name).read_bytes()))
+
+
 def module(kernel: Kernel) -> Path | None:
     """The project's module for this kernel, from the cache or built; None if the project has no driver."""
-    sources = module_sources()
-    if not any(path.name == "Kbuild" for path in sources):
+    names = [path.relative_to(PROJECT) for path in module_sources()]
+    if not any(path.name == "Kbuild" for path in names):
         return None
-    names = [path.relative_to(PROJECT) for path in sources]
-    key = digest(part for name in names for part in (str(name).encode(), (PROJECT / name).read_bytes()))
 
     def make(root: Path) -> None:
         begun = time.monotonic()
@@ -374,7 +378,7 @@ def module(kernel: Kernel) -> Path | None:
             shutil.copy(Path(folder, "kernel/driver", f"{MODULE}.ko"), root)
         say(f"kernel: {MODULE}.ko is built for {kernel.name}, {time.monotonic() - begun:.0f} s")
 
-    return cache.entry(f"modules/{kernel.name}-{key}", make, [f"{MODULE}.ko"]) / f"{MODULE}.ko"
+    return cache.entry(f"modules/{kernel.name}-{module_digest()}", make, [f"{MODULE}.ko"]) / f"{MODULE}.ko"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What benchmarks/real_read.py runs in the guest: it makes devices, stops them, and lets read_streams read them.
+
+    python benchmarks/real_read_guest.py JOB.json READER
+
+JOB.json has `rounds`, and `settings`: for each the driver's `parameters`, the number of `devices`, whether all is
+saved before the first read() (`saved_before`), and `reads`: how they are read, a list of {streams, read_bytes, case}.
+Each line of the output is a JSON object: {"row": ...} for a measured case, {"progress": ...}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from proto_v3.vfio.device import NO_STREAM_FLAGS
+from proto_v3.vfio.uapi import (
+    VFIO_MIG_GET_STREAM,
+    Feature,
+    FeatureMigState,
+    FeatureMigStreams,
+    FeatureOp,
+    GetStream,
+    State,
+)
+from sim.real.ioctl import call, has_feature, set_feature
+from sim.real.sysfs import find
+from sim.real.vfio import OpenDevices
+from tests.real.mdev import SampleMdev, create_sample
+
+OF_A_READER = (
+    "fd",
+    "errno",
+    "bytes",
+    "reads",
+    "begin_ns",
+    "end_ns",
+    "voluntary",
+    "involuntary",
+    "user_ns",
+    "system_ns",
+)
+"""The columns of what read_streams prints, a line a thread."""
+COUNTED = ("commands", "command_ns", "copy_ns", "lock_wait_ns")
+"""Of the driver's counters, which are kept."""
+QUIET_S = 0.05
+"""How long no command may have been run, for all to be saved."""
+
+
+def main(job_file: str, reader: str) -> int:
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    tell(kernel=kernel())
+    for number in range(job["rounds"]):
+        for at, setting in enumerate(job["settings"]):
+            with devices(setting["parameters"], setting["devices"]) as made:
+                for how in setting["reads"]:
+                    row = measure(made, how, reader, saved_before=setting["saved_before"])
+                    tell(row={**how["case"], "round": number, **row})
+            tell(progress=(number * len(job["settings"]) + at + 1) / (job["rounds"] * len(job["settings"])))
+    return 0
+
+
+def tell(**what: Any) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def kernel() -> dict[str, Any]:
+    """What the manifest says of this kernel."""
+    return {"release": platform.release(), "machine": platform.machine(), "cpus": os.cpu_count(), "kernel": version()}
+
+
+def version() -> str:
+    return Path("/proc/version").read_text(encoding="utf-8").strip()
+
+
+@contextlib.contextmanager
+def devices(parameters: Mapping[str, int | str], count: int) -> Iterator[list[tuple[SampleMdev, int]]]:
+    """Devices of the sample driver, each with its device fd."""
+    made: list[SampleMdev] = []
+    try:
+        for _ in range(count):
+            made.append(create_sample(**parameters))
+        with OpenDevices([find(each.uuid) for each in made]) as opened:
+            yield [(mdev, device.fd) for mdev, device in zip(made, opened.devices, strict=True)]
+    finally:
+        for each in made:
+            each.remove()
+
+
+def measure(
+    made: Sequence[tuple[SampleMdev, int]], how: Mapping[str, Any], reader: str, *, saved_before: bool
+) -> dict[str, int]:
+    """Stop the devices, read all their data fds at once, and let them run again. What was counted, summed up."""
+    for mdev, _ in made:
+        (mdev.debugfs / "counters").write_text("0")
+        (mdev.debugfs / "commands_at_once").write_text("0")
+    fds = [fd for _, device in made for fd in stopped(device, how["streams"])]
+    if saved_before:
+        wait_until_saved([mdev for mdev, _ in made])
+    command = [reader, str(how["read_bytes"]), *map(str, fds)]
+    done = subprocess.run(command, pass_fds=fds, capture_output=True, text=True, check=True)
+    readers = [dict(zip(OF_A_READER, map(int, line.split()), strict=True)) for line in done.stdout.splitlines()]
+    for each in readers:
+        if each["errno"]:
+            raise OSError(each["errno"], f"read(): {os.strerror(each['errno'])}")
+    counters = [each for mdev, _ in made for each in parsed(mdev.counters())]
+    for fd in fds:
+        os.close(fd)
+    for _, device in made:
+        set_feature(device, Feature.MIG_DEVICE_STATE, FeatureMigState(State.RUNNING))
+    return {
+        "elapsed_ns": max(each["end_ns"] for each in readers) - min(each["begin_ns"] for each in readers),
+        "bytes": sum(each["bytes"] for each in readers),
+        "reads": sum(each["reads"] for each in readers),
+        "voluntary_switches": sum(each["voluntary"] for each in readers),
+        "involuntary_switches": sum(each["involuntary"] for each in readers),
+        "cpu_ns": sum(each["user_ns"] + each["system_ns"] for each in readers),
+        **{name: sum(each[name] for each in counters) for name in COUNTED},
+        "commands_at_once": sum(int((mdev.debugfs / "commands_at_once").read_text()) for mdev, _ in made),
+    }
+
+
+def stopped(device: int, streams: int) -> list[int]:
+    """Put a device into STOP_COPY; its data fds. With 0 streams the session is v2's."""
+    if streams or has_feature(device, Feature.MIG_STREAMS, FeatureOp.SET):
+        set_feature(device, Feature.MIG_STREAMS, FeatureMigStreams(streams, NO_STREAM_FLAGS))
+    state = set_feature(device, Feature.MIG_DEVICE_STATE, FeatureMigState(State.STOP_COPY))
+    first = FeatureMigState.unpack(state).data_fd
+    asked = (call(first, VFIO_MIG_GET_STREAM, GetStream(GetStream.SIZE, 0, index)) for index in range(streams))
+    return [first, *(answer.fd for answer in asked)]
+
+
+def wait_until_saved(made: Sequence[SampleMdev]) -> None:
+    """Until the firmware has nothing to do any more: all is saved, or no chunk is free."""
+    seen, since = -1, time.monotonic()
+    while time.monotonic() - since < QUIET_S:
+        commands = sum(each["commands"] for mdev in made for each in parsed(mdev.counters()))
+        if commands != seen:
+            seen, since = commands, time.monotonic()
+        time.sleep(QUIET_S / 10)
+
+
+def parsed(counters: str) -> list[dict[str, int]]:
+    """The driver's file of counters: a line for each fd."""
+    return [
+        {name: int(value) for name, value in (each.split("=") for each in line.split())}
+        for line in counters.splitlines()
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
