@@ -206,13 +206,23 @@ def compared(outcome: Outcome, applied: AppliedScenario) -> Outcome:
     """The same outcome beside the bound and the downtime limit of what was run, if the migration was completed."""
     if outcome.kind is not OutcomeKind.COMPLETED or outcome.downtime_ns is None:
         return outcome
-    bound, limit_ns = lower_bound(applied), applied.scenario.vmm.downtime_limit_ns
-    over = over_limit(outcome.downtime_ns, limit_ns, outcome.phases_ns, outcome.critical_path_ns)
+    bound = lower_bound(applied)
     return replace(
-        outcome,
+        held_against_limit(outcome, applied),
         bound_ns=bound.total_ns,
         bound_by=bound.resource,
         bound_ratio=outcome.downtime_ns / bound.total_ns if bound.total_ns else None,
+    )
+
+
+def held_against_limit(outcome: Outcome, applied: AppliedScenario) -> Outcome:
+    """The same outcome beside the downtime limit of what was run, if the migration was completed."""
+    if outcome.kind is not OutcomeKind.COMPLETED or outcome.downtime_ns is None:
+        return outcome
+    limit_ns = applied.scenario.vmm.downtime_limit_ns
+    over = over_limit(outcome.downtime_ns, limit_ns, outcome.phases_ns, outcome.critical_path_ns)
+    return replace(
+        outcome,
         downtime_limit_ns=limit_ns,
         over_limit_ratio=outcome.downtime_ns / limit_ns,
         note="; ".join(filter(None, [outcome.note, over])),

@@ -33,7 +33,17 @@ ZERO_PAGE_BYTES = 9
 Pages = Callable[[int], Payload]
 
 
-class RamModel(GuestRam):
+class HostRam(GuestRam, Protocol):
+    """Guest RAM that is told when the vCPUs stand still."""
+
+    def stop(self) -> None:
+        """The vCPUs are stopped: they write to no page any more."""
+
+    def start(self) -> None:
+        """The vCPUs run again."""
+
+
+class RamModel(HostRam):
     """Guest RAM: pages of zeros are scanned, others copied. The first pass takes all of it, later ones dirty pages."""
 
     def __init__(self, settings: Ram, timeline: Timeline, pages: Pages = Bulk) -> None:
@@ -49,12 +59,13 @@ class RamModel(GuestRam):
     def pending_bytes(self) -> int:
         return self._zero_bytes + self._dirty_bytes
 
+    @override
     def stop(self) -> None:
-        """The vCPUs are stopped: no page becomes dirty any more."""
         self._stopped_ns = now_ns()
 
+    @override
     def start(self) -> None:
-        """The vCPUs run again. While they were stopped, no page became dirty."""
+        """While they were stopped, no page became dirty."""
         if self._stopped_ns is not None:
             self._synced_ns += now_ns() - max(self._stopped_ns, self._synced_ns)
             self._stopped_ns = None
@@ -138,13 +149,14 @@ class GuestHere(Guest):
 
 
 class MachineModel:
-    """One VMM's guest (proto_v3.vmm.machine.Machine). `pages` makes the payload for a number of bytes of RAM."""
+    """One VMM's guest (proto_v3.vmm.machine.Machine)."""
 
     def __init__(
-        self, scenario: Scenario, guest: Guest, timeline: Timeline, *, running: bool, pages: Pages = Bulk
+        self, scenario: Scenario, guest: Guest, timeline: Timeline, *, running: bool, ram: HostRam | None = None
     ) -> None:
+        """`ram`: None is RamModel, in virtual time."""
         self.running = running
-        self.ram = RamModel(scenario.ram, timeline, pages)
+        self.ram: HostRam = RamModel(scenario.ram, timeline) if ram is None else ram
         self._vmm = scenario.vmm
         self._config_load_ns = [device.config_load_ns for device in scenario.devices]
         self._guest = guest

@@ -10,11 +10,11 @@ from proto_v3.errors import PeerProtocolError, UserError
 from proto_v3.timeline import Mark, Timeline
 from proto_v3.vmm.migration import OutcomeKind
 from sim.live import merge_timelines
-from sim.live.fd.store import differences
+from sim.live.processes.comparison import BLOCK_BY_BLOCK, StateComparison
 from sim.live.processes.report import GuestNote, ProcessReport, StreamReport, VmmReport
 from sim.live.real_time import Delays
 from sim.live.tcp.sockets import Granted
-from sim.outcome import Outcome, RunReport, compared, completed, ended, reason_of
+from sim.outcome import Outcome, RunReport, compared, completed, ended, held_against_limit, reason_of
 from sim.scenario.protocol import AppliedScenario, Protocol
 from sim.scenario.scenario import Scenario
 
@@ -59,10 +59,19 @@ def not_run(scenario: Scenario, protocol: Protocol, seed: int, why: str) -> Live
     )
 
 
-def result(applied: AppliedScenario, seed: int, ends: dict[str, SideEnd], ran: list[GuestNote]) -> LiveResult:
+def result(
+    applied: AppliedScenario,
+    seed: int,
+    ends: dict[str, SideEnd],
+    ran: list[GuestNote],
+    comparison: StateComparison = BLOCK_BY_BLOCK,
+    *,
+    simulated: bool = True,
+) -> LiveResult:
     """The result of a run that ended like this. `ends`: by side, the target's only if it ran here.
 
-    UserError if that is what the source reports.
+    `simulated`: the devices are those of the scenario, so that the downtime has a bound. UserError if that is what the
+    source reports.
     """
     source = ends["source"].report
     if source is not None and source.user_error:
@@ -79,13 +88,13 @@ def result(applied: AppliedScenario, seed: int, ends: dict[str, SideEnd], ran: l
         why = _failures(nothing, [source, target], deaths) or "the source VMM is gone"
         return failed(f"{why}; {guest}")
     try:
-        run = _run_report(applied.scenario, nothing, source, target)
+        run = _run_report(applied.scenario, nothing, source, target, comparison)
         outcome = _outcome(run, source, target, deaths, guest)
     except (PeerProtocolError, ValueError) as error:
         return failed("; ".join([*deaths, f"what the target measured cannot be read: {error}"]))
     processes = _processes(source, target)
     return LiveResult(
-        compared(outcome, applied),
+        compared(outcome, applied) if simulated else held_against_limit(outcome, applied),
         run.timeline,
         {name: process.delays for name, process in processes.items()},
         {name: process.cpu_ns for name, process in processes.items()},
@@ -155,7 +164,9 @@ def _guest(ends: dict[str, SideEnd], target: VmmReport | None, ran: list[GuestNo
     return "", "the guest is stopped at the source"
 
 
-def _run_report(scenario: Scenario, run: RunReport, source: VmmReport, target: VmmReport | None) -> RunReport:
+def _run_report(
+    scenario: Scenario, run: RunReport, source: VmmReport, target: VmmReport | None, comparison: StateComparison
+) -> RunReport:
     """`run` with what both sides measured. PeerProtocolError or ValueError if that is malformed."""
     processes = list(_processes(source, target).items())
     processes.sort(key=lambda named: named[0].endswith("device"))  # stable: the VMMs come first
@@ -165,16 +176,18 @@ def _run_report(scenario: Scenario, run: RunReport, source: VmmReport, target: V
         source=source.side,
         target=target.side if target is not None else None,
         note=source.note,
-        differences=_differences(scenario, source.digests, target.digests if target is not None else []),
+        differences=_differences(scenario, source.digests, target.digests if target is not None else [], comparison),
     )
 
 
-def _differences(scenario: Scenario, source: list[bytes], target: list[bytes]) -> list[str]:
+def _differences(
+    scenario: Scenario, source: list[bytes], target: list[bytes], comparison: StateComparison
+) -> list[str]:
     """Where the devices' states differ; nothing if one side's devices were gone by then. ValueError if malformed."""
     if not source or not target:
         return []
     devices = zip(scenario.devices, source, target, strict=True)
-    texts = {device.name: differences(here, there, device.blocks) for device, here, there in devices}
+    texts = {device.name: comparison.difference(device, here, there) for device, here, there in devices}
     return [f"{name}: {text}" for name, text in texts.items() if text]
 
 

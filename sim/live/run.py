@@ -34,10 +34,12 @@ UNCONNECTED_S = 0.2
 """Seconds the target may still take to report an error after the source died before connecting."""
 Watch = Callable[[Note], None]
 """Called with each note of a process, while the processes run."""
+Started = Callable[[Sequence[Child]], Awaitable[None]]
+"""Called with the processes, while they run."""
 
 
 @dataclass(slots=True)
-class _Notes:
+class Notes:
     """What the processes sent on their lifelines."""
 
     watch: Watch | None
@@ -46,6 +48,7 @@ class _Notes:
     """The target has accepted a source."""
 
     def __call__(self, note: Note) -> None:
+        """Take the next note."""
         self.session |= isinstance(note, SessionNote)
         if isinstance(note, GuestNote):
             self.ran.append(note)
@@ -53,27 +56,21 @@ class _Notes:
             self.watch(note)
 
 
-class _Side:
-    """The two processes of a side."""
+class RunningSide:
+    """The processes of a side: a VMM, and a device process if its devices are simulated."""
 
-    def __init__(self, side: str, settings: Settings, notes: _Notes, *migrate: Any) -> None:
-        """`migrate`: run_source or run_target, and what it takes beside the VMM."""
-        vmm_end, device_end = socket.socketpair()
+    def __init__(self, side: str, settings: Settings, vmm: Child, device: Child | None = None) -> None:
         self.side = side
+        self.vmm = vmm
+        self.device = device
         self._settings = settings
-        with vmm_end, device_end:
-            self.device = start(f"{side} device", device_main, notes, device_end, side, settings.loop)
-            try:
-                self.vmm = start(f"{side} VMM", vmm_main, notes, vmm_end, side, settings, *migrate)
-            except BaseException:
-                self.device.bury()
-                raise
         for child in self.children:
             child.watch(settings)
 
     @property
-    def children(self) -> tuple[Child, Child]:
-        return self.device, self.vmm
+    def children(self) -> list[Child]:
+        """All of them."""
+        return [self.vmm] if self.device is None else [self.device, self.vmm]
 
     async def report(self) -> VmmReport | None:
         """What the VMM reports at its end; None if it died before."""
@@ -83,7 +80,7 @@ class _Side:
     async def deaths(self, report: VmmReport | None) -> list[str]:
         """Which of them died before their work was done, in words. If the VMM lost its device process, that is dead, or
         hangs and will be killed: wait until it is known here, too."""
-        if report is not None and report.device_gone:
+        if self.device is not None and report is not None and report.device_gone:
             await asyncio.wait([self.device.ended], timeout=2 * HANGS * self._settings.silent_s)
         return [child.death for child in self.children if child.death]
 
@@ -98,6 +95,24 @@ class _Side:
         """Kill those that live, and free what belongs to them. May be called again."""
         for child in self.children:
             child.bury()
+
+
+MakeSide = Callable[..., RunningSide]
+"""Starts the processes of a side: of this name, with these settings and notes; then run_source or run_target, and what
+it takes beside the VMM."""
+
+
+def simulated_side(side: str, settings: Settings, notes: Notes, *migrate: Any) -> RunningSide:
+    """A VMM and a device process."""
+    vmm_end, device_end = socket.socketpair()
+    with vmm_end, device_end:
+        device = start(f"{side} device", device_main, notes, device_end, side, settings.loop)
+        try:
+            vmm = start(f"{side} VMM", vmm_main, notes, vmm_end, side, settings, *migrate)
+        except BaseException:
+            device.bury()
+            raise
+    return RunningSide(side, settings, vmm, device)
 
 
 def applied(scenario: Scenario, protocol: Protocol, settings: Settings) -> AppliedScenario:
@@ -117,19 +132,31 @@ async def run_here(
     seed: int,
     settings: Settings,
     watch: Watch | None = None,
-    started: Callable[[Sequence[Child]], Awaitable[None]] | None = None,
+    started: Started | None = None,
 ) -> LiveResult:
     """Run both sides on this machine. `started` is called with the processes, while they run; its errors are raised."""
     run_as = applied(scenario, protocol, settings)
-    notes = _Notes(watch)
-    run = Run(scenario.to_json(), protocol.name, seed)
+    run, notes = Run(scenario.to_json(), protocol.name, seed), Notes(watch)
+    ends = await both_sides(simulated_side, simulated_side, run, settings, notes, started)
+    return result(run_as, seed, ends, notes.ran)
+
+
+async def both_sides(
+    make_source: MakeSide,
+    make_target: MakeSide,
+    run: Run,
+    settings: Settings,
+    notes: Notes,
+    started: Started | None = None,
+) -> dict[str, SideEnd]:
+    """Run both sides on this machine; returns how each of them ended."""
     listener = listen((LOOPBACK, 0))
-    sides: list[_Side] = []
+    sides: list[RunningSide] = []
     beside: asyncio.Future[None] | None = None
     try:
-        target = _Side("target", replace(settings, once=True), notes, run_target, listener)
+        target = make_target("target", replace(settings, once=True), notes, run_target, listener)
         sides.append(target)
-        source = _Side("source", settings, notes, run_source, run, listener.getsockname()[:2])
+        source = make_source("source", settings, notes, run_source, run, listener.getsockname()[:2])
         sides.append(source)
         listener.close()  # the target has it
         if started is not None:
@@ -146,10 +173,10 @@ async def run_here(
                 side.bury()
     if beside is not None and beside.done() and not beside.cancelled():
         beside.result()
-    return result(run_as, seed, ends, notes.ran)
+    return ends
 
 
-async def _both(source: _Side, target: _Side, notes: _Notes, settings: Settings) -> dict[str, SideEnd]:
+async def _both(source: RunningSide, target: RunningSide, notes: Notes, settings: Settings) -> dict[str, SideEnd]:
     """How both sides ended. When one has ended, the other has a time limit to end, too."""
     tasks = {side: asyncio.ensure_future(side.report()) for side in (source, target)}
     try:
@@ -179,20 +206,18 @@ async def run_to(
 ) -> LiveResult:
     """Run the source's side here; the target's is where `serve_one` listens at this address."""
     run_as = applied(scenario, protocol, settings)
-    notes = _Notes(watch)
-    source = _Side("source", settings, notes, run_source, Run(scenario.to_json(), protocol.name, seed), address)
-    try:
-        report = await source.report()
-        ends = {"source": SideEnd(report, await source.deaths(report))}
-    finally:
-        await source.end()
+    run, notes = Run(scenario.to_json(), protocol.name, seed), Notes(watch)
+    ends = {"source": await one_side(simulated_side("source", settings, notes, run_source, run, address))}
     return result(run_as, seed, ends, notes.ran)
 
 
 async def serve_one(listener: socket.socket, settings: Settings, watch: Watch | None = None) -> SideEnd:
     """Run the target's side of one migration; returns how it ended."""
-    notes = _Notes(watch)
-    side = _Side("target", settings, notes, run_target, listener)
+    return await one_side(simulated_side("target", settings, Notes(watch), run_target, listener))
+
+
+async def one_side(side: RunningSide) -> SideEnd:
+    """Wait for the end of a side whose other side is elsewhere; returns how it ended."""
     try:
         report = await side.report()
         return SideEnd(report, await side.deaths(report))

@@ -23,6 +23,7 @@ from proto_v3.wire.frames import Frame, Kind, encode_header
 from sim.live.fd.store import DIGEST_BYTES
 from sim.live.merge_timelines import TABLES, ProcessTimeline
 from sim.live.plain import from_plain, to_plain
+from sim.live.processes.comparison import BLOCK_BY_BLOCK
 from sim.live.processes.peer_report import MALFORMED, MAX_NUMBER, peer_report
 from sim.live.processes.report import Measured, ProcessReport, VmmReport
 from sim.live.processes.settings import Settings
@@ -100,7 +101,7 @@ def at(report: Any, way: tuple[Any, ...]) -> Any:
 
 def shown(report: object) -> LiveResult:
     """What a user gets of a run whose target reports this; an error only where `peer_report` raises one."""
-    run = result(APPLIED, 1, {"source": SideEnd(source(peer_report(report, SCENARIO, NOW_NS)), [])}, [])
+    run = result(APPLIED, 1, {"source": SideEnd(source(peer_report(report, SCENARIO, NOW_NS, BLOCK_BY_BLOCK)), [])}, [])
     frame = table([run], Settings())
     assert frame.height == 1
     live_manifest([run], Settings())
@@ -199,7 +200,7 @@ def test_the_error_names_the_field(way: tuple[Any, ...], value: Any, named: str 
         assert shown(report).outcome.kind is OutcomeKind.COMPLETED
     else:
         with pytest.raises(PeerProtocolError, match=named):
-            peer_report(report, SCENARIO, NOW_NS)
+            peer_report(report, SCENARIO, NOW_NS, BLOCK_BY_BLOCK)
 
 
 @pytest.mark.parametrize(("marks", "reason"), [({}, "no mark"), ({Mark.RESUMED: 50}, "resumed 50 ns before it was to")])

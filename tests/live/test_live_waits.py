@@ -22,8 +22,9 @@ from proto_v3.vmm.migration import OutcomeKind
 from proto_v3.wire.frames import Kind
 from sim.live.fd.calls import Calls, Reply
 from sim.live.plain import from_plain
-from sim.live.processes.children import RESULT, _report
+from sim.live.processes.children import RESULT, send_report
 from sim.live.processes.device_process import DeviceProcess
+from sim.live.processes.remote_backend import RemoteBackend
 from sim.live.processes.report import Note, RejectedNote, VmmReport, received_note
 from sim.live.processes.settings import Settings
 from sim.live.processes.vmm import VmmProcess, run_source, run_target
@@ -74,14 +75,14 @@ async def side(
 
     lifeline = Calls(ours, "VMM", heard)
     serving = asyncio.create_task(device(name).serve(device_end))
-    vmm = VmmProcess(name, settings, Calls(vmm_end, "device process"), Calls(theirs, "supervisor"))
+    devices = RemoteBackend(Calls(vmm_end, "device process"), name, settings.io)
+    vmm = VmmProcess(name, settings, devices, Calls(theirs, "supervisor"))
     try:
-        await _report(vmm, migrate(vmm, *args))
+        await send_report(vmm, migrate(vmm, *args))
         return Ended(await reports.get(), notes)
     finally:
-        if hasattr(vmm, "devices"):
-            vmm.devices.close()
-        for calls in (vmm.device, vmm.supervisor, lifeline):
+        devices.release()
+        for calls in (vmm.supervisor, lifeline):
             calls.close()
         await serving
 

@@ -27,6 +27,7 @@ from sim.live.plain import from_plain, to_plain
 from sim.live.processes.device_process import DeviceProcess
 from sim.live.processes.files import allow_files
 from sim.live.processes.fork_server import end_with_server, start_process
+from sim.live.processes.remote_backend import RemoteBackend
 from sim.live.processes.report import Note, VmmReport, received_note
 from sim.live.processes.settings import Settings
 from sim.live.processes.vmm import VmmProcess
@@ -144,7 +145,7 @@ def start(name: str, main: Callable[..., None], on_note: Callable[[Note], None],
 # --- what runs in them ------------------------------------------------------------------------------------------------
 
 
-def _be(name: str, loop: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+def be(name: str, loop: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run the work to its end as a process of that name, then end the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's, who then closes the lifeline
     end_with_server()
@@ -179,15 +180,16 @@ def _die(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         os._exit(1)
 
 
-async def _until_gone(lifeline: Calls, work: Awaitable[None]) -> None:
-    """Do the work, until the supervisor is gone."""
+async def until_gone(lifeline: Calls, work: Awaitable[None]) -> asyncio.Future[None]:
+    """Do the work, until the supervisor is gone. Returns the task that does it, which is not done then."""
     task = asyncio.ensure_future(work)
     await asyncio.wait([task, lifeline.gone], return_when=asyncio.FIRST_COMPLETED)
     if task.done():
         task.result()
+    return task
 
 
-async def _answer(name: str, body: dict[str, Any]) -> Reply:
+async def answer_ping(name: str, body: dict[str, Any]) -> Reply:
     """The supervisor only pings."""
     return Reply()
 
@@ -197,9 +199,9 @@ def device_main(name: str, lifeline: socket.socket, control: socket.socket, side
 
     async def work() -> None:
         device = DeviceProcess(side)
-        await _until_gone(Calls(lifeline, "supervisor", _answer), device.serve(control))
+        await until_gone(Calls(lifeline, "supervisor", answer_ping), device.serve(control))
 
-    _be(name, loop, work)
+    be(name, loop, work)
 
 
 def vmm_main(
@@ -214,20 +216,23 @@ def vmm_main(
     """A VMM process; `migrate` is run_source or run_target, and `args` are what it takes beside the VMM."""
 
     async def work() -> None:
-        supervisor = Calls(lifeline, "supervisor", _answer)
-        vmm = VmmProcess(side, settings, Calls(control, "device process"), supervisor)
-        await _until_gone(supervisor, _report(vmm, migrate(vmm, *args)))
+        supervisor = Calls(lifeline, "supervisor", answer_ping)
+        devices = RemoteBackend(Calls(control, "device process"), side, settings.io)
+        vmm = VmmProcess(side, settings, devices, supervisor)
+        await until_gone(supervisor, send_report(vmm, migrate(vmm, *args)))
 
-    _be(name, settings.loop, work)
+    be(name, settings.loop, work)
 
 
-async def _report(vmm: VmmProcess, work: Awaitable[VmmReport]) -> None:
-    """Send the supervisor the report of the migration, or of the error that came before it."""
+async def send_report(vmm: VmmProcess, work: Awaitable[VmmReport]) -> None:
+    """Send the supervisor the report of the migration, or of the error that came before it, once the devices are left
+    as they were found."""
     beating = asyncio.ensure_future(vmm.beat())
     try:
         report = await work
     except (OSError, ProtoV3Error) as error:
         report = VmmReport(vmm.guest_runs, [vmm.failure(error)], user_error=isinstance(error, UserError))
     beating.cancel()
-    report = replace(report, device_gone=vmm.device.gone.done())
+    gone = vmm.devices.gone
+    report = replace(report, device_gone=gone, put_back=await vmm.devices.put_back())
     await vmm.supervisor.send_note(RESULT, **to_plain(report))

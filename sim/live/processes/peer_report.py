@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 
 from proto_v3.errors import PeerProtocolError
-from sim.live.fd.store import DIGEST_BYTES
 from sim.live.merge_timelines import ProcessRecord
 from sim.live.plain import from_plain
+from sim.live.processes.comparison import StateComparison
 from sim.live.processes.report import ProcessReport, VmmReport
 from sim.scenario.scenario import Scenario
 
@@ -28,12 +28,15 @@ SLACK_NS = 1_000_000_000
 """A target's clock may be that much ahead of what the source knows of it."""
 
 
-def peer_report(report: object, scenario: Scenario, now_ns: int) -> VmmReport:
-    """The target's report of a run of this scenario, of which it is `now_ns`. PeerProtocolError if it is malformed."""
+def peer_report(report: object, scenario: Scenario, now_ns: int, comparison: StateComparison) -> VmmReport:
+    """The target's report of a run of this scenario, of which it is `now_ns`, with digests for this comparison.
+    PeerProtocolError if it is malformed."""
     try:
         read = from_plain(VmmReport, report)
     except PeerProtocolError as error:
         raise PeerProtocolError(f"{MALFORMED}: {error}") from None
+    if wrong := comparison.wrong(scenario.devices, read.digests):
+        raise PeerProtocolError(f"{MALFORMED}: VmmReport.digests: {wrong}")
     for wrong in _wrong(read, scenario, now_ns + SLACK_NS):
         raise PeerProtocolError(f"{MALFORMED}: VmmReport.{wrong}")
     return read
@@ -43,9 +46,6 @@ def _wrong(report: VmmReport, scenario: Scenario, until_ns: int) -> Iterator[str
     yield from _wrong_numbers(report, "")
     if report.peer is not None:
         yield "peer: must be None, a target has received no report"
-    sizes = [(device.blocks + device.critical.objects) * DIGEST_BYTES for device in scenario.devices]
-    if [len(each) for each in report.digests] not in ([], sizes):
-        yield f"digests: must be none, or have {sizes} bytes, by device"
     if report.measured is None:
         return
     side, names = report.measured.side, [device.name for device in scenario.devices]

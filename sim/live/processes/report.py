@@ -90,6 +90,15 @@ class ProcessReport:
 
 
 @dataclass(frozen=True, slots=True)
+class DevicesReport:
+    """What was measured of a VMM's devices."""
+
+    devices: list[DeviceReport]
+    process: ProcessReport | None
+    """Of their process; None if they have none of their own."""
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceProcessReport:
     """What a device process answers to `collect`."""
 
@@ -114,12 +123,12 @@ class StreamReport:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a VMM process and its device process measured of a migration."""
+    """What a VMM process, and its device process if it has one, measured of a migration."""
 
     side: SideReport
     vmm: ProcessReport
     device: ProcessReport | None
-    """None if the device process was gone by then."""
+    """None if the device process was gone by then, or if there is none: the devices are the kernel's."""
     streams: list[StreamReport]
 
 
@@ -133,11 +142,13 @@ class VmmReport:
     user_error: bool = False
     """The only failure is an error of the user's."""
     device_gone: bool = False
-    """The device process is gone, or does not answer."""
+    """The devices are gone, or do not answer."""
+    put_back: list[str] = field(default_factory=list)
+    """Devices of the kernel: what was not to be expected when they were left as they were found, in words."""
     measured: Measured | None = None
     """None if it failed before there was anything to measure."""
     digests: list[bytes] = field(default_factory=list)
-    """Of each device's state, after a completed migration; empty if the devices were gone by then."""
+    """Of each device's state, after a completed migration (comparison.py); empty if the devices were gone by then."""
     whole: bool = False
     """Target: it took everything in, and runs the guest."""
     kind: OutcomeKind | None = None
@@ -160,5 +171,5 @@ class VmmReport:
 
     @property
     def has_devices(self) -> bool:
-        """Whether the device process was there at the end."""
-        return not self.device_gone if self.measured is None else self.measured.device is not None
+        """Whether the devices were there at the end."""
+        return not self.device_gone if self.measured is None else bool(self.measured.side.devices)

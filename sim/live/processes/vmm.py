@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A VMM process: one side of a migration by the code of `proto_v3`, against a device process and a peer over TCP.
+"""A VMM process: one side of a migration by the code of `proto_v3`, against its devices and a peer over TCP.
 
 The source decides what is run: its offer to the target carries scenario, protocol and seed. Time 0 is the same moment
 at both, as far as their clocks are known to each other. At the end the source has what both sides measured.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import mmap
 import socket
 import ssl
 import time
@@ -29,27 +28,23 @@ from proto_v3.vmm.migration import GivenUpError, OutcomeKind, Side, Source, Targ
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Kind
 from sim.clock import port as clock
-from sim.host.machine import Guest, MachineModel
+from sim.host.machine import MachineModel
 from sim.host.vmms import connections, make_source, make_target, side_report
 from sim.live.fd.calls import Calls
-from sim.live.fd.remote import RemoteDevice
-from sim.live.fd.remote_fd import Devices
 from sim.live.io import IO
 from sim.live.merge_timelines import ProcessTimeline
-from sim.live.plain import from_plain, to_plain
+from sim.live.plain import to_plain
+from sim.live.processes.backend import DeviceBackend
 from sim.live.processes.files import check_files
 from sim.live.processes.memory import check_memory, within
 from sim.live.processes.peer_report import peer_report
 from sim.live.processes.report import (
-    DeviceProcessReport,
-    Digests,
     GuestNote,
     Measured,
     ProcessReport,
     ProgressNote,
     RejectedNote,
     SessionNote,
-    StreamReport,
     VmmReport,
     send_note,
 )
@@ -77,10 +72,10 @@ RECOVERS = 2
 class VmmProcess:
     """What a source and a target process have in common."""
 
-    def __init__(self, side: str, settings: Settings, device: Calls, supervisor: Calls) -> None:
+    def __init__(self, side: str, settings: Settings, devices: DeviceBackend, supervisor: Calls) -> None:
         self.side = side
         self.settings = settings
-        self.device = device
+        self.devices = devices
         self.supervisor = supervisor
         self.io = IO[settings.io]
         self.machine: LiveMachine | None = None
@@ -91,6 +86,7 @@ class VmmProcess:
     def prepare(self, run: Run) -> None:
         """Set what is run. UserError if the scenario or the protocol is not valid."""
         self.run = run
+        self.devices.check(run)
         scenario = Scenario.model_validate_json(run.scenario)
         applied, max_bytes = Protocol.parse(run.protocol, scenario).applied(scenario), self.settings.max_state_bytes
         tls = self.settings.tls is not None
@@ -110,22 +106,20 @@ class VmmProcess:
         clock.use(self.time)
         self.timeline = ProcessTimeline(self.time.now_ns)
         session.trace(self.timeline)
-        self.device.trace(self.timeline, self.side)
         on_track(self.side)
         settings = self.scenario.switchover_settings()
-        self.devices = Devices(self.device, self.side, self.settings.io, self.timeline, settings.read_bytes)
-        remote = [RemoteDevice(i, spec.name, self.devices) for i, spec in enumerate(self.scenario.devices)]
+        devices = self.devices.begin(self.scenario, self.timeline)
         self.machine = LiveMachine(
             self.scenario,
-            GuestThere(self.device),
+            self.devices.guest,
             self.timeline,
             running=self.side == "source",
-            pages=Pages(),
+            ram=self.devices.ram(self.scenario, self.timeline),
             on_run=self._guest_runs,
         )
         self.channels = [Channel(transport) for transport in session.channels]
         bounded = partial(session.waiting, self.doing)
-        return Side(self.machine, remote, settings, self.timeline, self.counters, self.resets, bounded)
+        return Side(self.machine, devices, settings, self.timeline, self.counters, self.resets, bounded)
 
     def doing(self) -> str:
         """What the migration is waited for, in words."""
@@ -145,25 +139,23 @@ class VmmProcess:
         session.stage(limit_s)
         why = f"did not do what was asked of it within {limit_s:g} s"
         recover_s = RECOVERS * self.settings.silent_s
-        overdue = asyncio.get_running_loop().call_later(limit_s + recover_s, self.device.close, why)
+        overdue = asyncio.get_running_loop().call_later(limit_s + recover_s, self.devices.close, why)
         try:
             yield
         finally:
             overdue.cancel()
 
     async def beat(self) -> None:
-        """Ping the device process; close the socket to it after `silent_s` seconds without an answer."""
-        silent_s = self.settings.silent_s
-        if await self.device.unanswered(self.settings.handshake_s, silent_s):
-            self.device.close(f"does not answer for {silent_s:g} s")
+        """Give the devices up when they have not answered for `silent_s` seconds."""
+        await self.devices.beat(self.settings.handshake_s, self.settings.silent_s)
 
     async def measured(self) -> Measured:
         """What this side measured, at its end."""
         vmm = ProcessReport(self.timeline.export(), self.time.delays(), self.time.cpu_ns)
         ended_ns = self.time.now_ns()
-        streams = [StreamReport(fd.name, fd.counters) for fd in self.devices.fds]
+        streams = self.devices.streams()
         try:
-            report = from_plain(DeviceProcessReport, (await self.device.call("collect")).body)
+            report = await self.devices.collect()
         except OSError:
             return Measured(
                 side_report(self.side, self.counters, self.channels, ended_ns, [], self.resets), vmm, None, streams
@@ -174,7 +166,7 @@ class VmmProcess:
     async def digests(self, failures: list[Failure]) -> list[bytes]:
         """Of the devices' states, at the end of a completed migration. An error is added to the failures."""
         try:
-            return from_plain(Digests, (await self.device.call("digests")).body).digests
+            return await self.devices.digests()
         except OSError as error:
             failures.append(self.failure(error))
             return []
@@ -187,30 +179,11 @@ class VmmProcess:
     def failure(self, error: BaseException) -> Failure:
         """An error, for whoever reads the report."""
         told = failure(self.side, error, 0 if self.machine is None else self.time.now_ns(), (ConnectionError,))
-        device_gone = self.device.gone.done() and isinstance(error, OSError) and error.errno == errno.ENODEV
+        device_gone = self.devices.gone and isinstance(error, OSError) and error.errno == errno.ENODEV
         return replace(told, echo=told.echo or device_gone)
 
 
 # --- its guest --------------------------------------------------------------------------------------------------------
-
-
-class GuestThere(Guest):
-    """A guest that writes to its devices in the device process."""
-
-    def __init__(self, calls: Calls) -> None:
-        self._calls = calls
-
-    @override
-    async def order_stop(self) -> None:
-        await self._calls.call("guest", what="order_stop")
-
-    @override
-    async def stop(self) -> None:
-        await self._calls.call("guest", what="stop")
-
-    @override
-    async def start(self) -> None:
-        await self._calls.call("guest", what="start")
 
 
 class LiveMachine(MachineModel):
@@ -236,19 +209,6 @@ class LiveMachine(MachineModel):
                 self._on_run(False)
 
 
-class Pages:
-    """Pages of RAM as bytes of which only the number matters. They are never written, so they take no memory."""
-
-    def __init__(self) -> None:
-        self._zeros = memoryview(b"")
-
-    def __call__(self, size_bytes: int) -> memoryview:
-        """`size_bytes` zeros."""
-        if size_bytes > len(self._zeros):
-            self._zeros = memoryview(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        return self._zeros[:size_bytes]
-
-
 # --- the source -------------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +217,7 @@ async def run_source(vmm: VmmProcess, run: Run, address: tuple[str, int]) -> Vmm
     vmm.prepare(run)
     tls = vmm.settings.tls
     context = None if tls is None else tls_client(tls.cert, tls.key, tls.ca)
-    await vmm.device.call("init", scenario=vmm.scenario.to_json(), seed=run.seed)
+    await vmm.devices.init(vmm.scenario, run.seed)
     session = await connect(
         address,
         run,
@@ -277,13 +237,13 @@ async def run_source(vmm: VmmProcess, run: Run, address: tuple[str, int]) -> Vmm
 
 
 async def _migrate(vmm: VmmProcess, session: Session) -> VmmReport:
-    await session.receive_message(Prepared)  # its device process has the memory
+    await session.receive_message(Prepared)  # it has its devices, and their memory
     zero_ns = time.perf_counter_ns() + HEAD_START_NS
     session.stage(vmm.settings.handshake_s)
     await session.send_message(Start(zero_ns=zero_ns + session.peer_clock.offset_ns))
     side = vmm.begin(zero_ns, session)
-    async with session.waiting("the source's device process"):
-        await vmm.device.call("start", zero_ns=zero_ns)
+    async with session.waiting(f"the source's {vmm.devices.where}"):
+        await vmm.devices.start(zero_ns)
     await session.receive_message(Started)
     await clock.sleep_ns(max(0, -clock.now_ns()))
     source: Source | None = None
@@ -334,7 +294,7 @@ async def _peer_report(
     that is malformed is one in any case."""
     try:
         report = (await session.receive_message(Result)).report
-        return peer_report(report, vmm.scenario, vmm.time.now_ns())
+        return peer_report(report, vmm.scenario, vmm.time.now_ns(), vmm.devices.comparison)
     except (OSError, ProtoV3Error) as error:
         if kind is OutcomeKind.COMPLETED or isinstance(error, PeerProtocolError):
             failures.append(vmm.failure(error))
@@ -356,14 +316,14 @@ async def _send_progress(vmm: VmmProcess) -> None:
     while True:
         await asyncio.sleep(PROGRESS_S)
         with contextlib.suppress(OSError):
-            devices = (await vmm.device.call("progress")).body
+            left_bytes, written_bytes = await vmm.devices.progress()
             note = ProgressNote(
                 at_ns=vmm.time.now_ns(),
                 phase=_phase(vmm.timeline),
-                remaining_bytes=devices["left_bytes"],
-                written_bytes=devices["written_bytes"],
+                remaining_bytes=left_bytes,
+                written_bytes=written_bytes,
                 wire_bytes=sum(channel.bytes_sent for channel in vmm.channels),
-                streams={fd.name: fd.counters.device_bytes for fd in vmm.devices.fds},
+                streams={stream.name: stream.counters.device_bytes for stream in vmm.devices.streams()},
             )
             send_note(vmm.supervisor, note)
 
@@ -423,16 +383,16 @@ async def run_target(vmm: VmmProcess, listener: socket.socket) -> VmmReport:
 
 async def _receive(vmm: VmmProcess, session: Session, free: Callable[[], None]) -> VmmReport:
     """`free` is called before the source gets its last message: it may come again at once."""
-    async with session.waiting("the target's device process"):
-        await vmm.device.call("init", scenario=vmm.scenario.to_json(), seed=vmm.run.seed)
+    async with session.waiting(f"the target's {vmm.devices.where}"):
+        await vmm.devices.init(vmm.scenario, vmm.run.seed)
     session.stage(vmm.settings.handshake_s)
     await session.send_message(Prepared())
     zero_ns = (await session.receive_message(Start)).zero_ns
     if abs(zero_ns - time.perf_counter_ns()) > 10_000_000_000:
         raise PeerProtocolError(f"time 0 is said to be at {zero_ns!r}, which is not about now")
     side = vmm.begin(zero_ns, session)
-    async with session.waiting("the target's device process"):
-        await vmm.device.call("start", zero_ns=zero_ns)
+    async with session.waiting(f"the target's {vmm.devices.where}"):
+        await vmm.devices.start(zero_ns)
     await session.send_message(Started())
     target: Target | None = None
     whole, failures = False, []

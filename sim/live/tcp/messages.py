@@ -45,6 +45,7 @@ _LENGTH = struct.Struct("!I")
 
 MAX_BOOT_ID_CHARS = 64
 MAX_SCENARIO_CHARS = 256 << 10
+MAX_DRIVERS_CHARS = 8 << 10
 MAX_TIME_NS = 2**62
 
 BootId = Annotated[str, Within(0, MAX_BOOT_ID_CHARS)]
@@ -76,6 +77,8 @@ class Run:
     """As JSON."""
     protocol: str
     seed: Size
+    drivers: Annotated[str, Within(0, MAX_DRIVERS_CHARS)] = ""
+    """Of devices of the kernel: the driver of each, separated by commas. Empty: the devices are simulated."""
 
 
 @dataclass(frozen=True, slots=True)
