@@ -24,6 +24,7 @@ from experiments.commands.options import (
     jobs_option,
     live_options,
     live_settings,
+    names,
     out_option,
     output_options,
     protocol_option,
@@ -327,6 +328,63 @@ def live_target(listen: str, once: bool, max_state_mib: int, **options: Any) -> 
     from experiments.commands.live_target import run_target
 
     return run_target(listen, once, live_settings(options, max_state_bytes=max_state_mib << 20))
+
+
+@main.command(context_settings=OLD_NAMES)
+@click.argument("devices", metavar="DEVICE[,DEVICE...]", callback=names)
+@click.option("--to", metavar="DEVICE[,DEVICE...]", default="", callback=names, help="The target's, on this machine.")
+@click.option("--connect", metavar="HOST:PORT", help="The target is there: `proto-v3 real DEVICE --listen`.")
+@click.option(
+    "--listen",
+    is_flag=False,
+    flag_value="127.0.0.1:22067",
+    metavar="HOST:PORT",
+    help="Be the target of migrations into DEVICE, one after the other, until Ctrl-C.  [without HOST:PORT: "
+    "127.0.0.1:22067]",
+)
+@click.option("--once", is_flag=True, help="End after one migration, or one that is refused.")
+@protocols_option("v2")
+@seeds_option(1, "Runs of each protocol.")
+@first_seed_option
+@click.option(
+    "--scenario",
+    metavar="SCENARIO",
+    shell_complete=complete.scenarios,
+    help="Its VMM, RAM and link are taken, in place of defaults.",
+)
+@click.option(
+    "--by",
+    type=click.Choice(["cdev", "group"]),
+    help="Open devices by /dev/vfio/devices/vfioN and iommufd, or by group and container.  [default: cdev if there "
+    "is one]",
+)
+@out_option("Table, figure and manifest go there.  [default: out/real-DEVICE]")
+@force_option
+@format_option
+@live_options
+@set_option
+@output_options
+def real(seeds: int, first_seed: int, listen: str | None, once: bool, **options: Any) -> int:
+    """Migrate VFIO devices of this kernel to others of the same driver, here or on another machine.
+
+    DEVICE is a PCI address, the UUID of a mediated device, /dev/vfio/devices/vfioN, or a path in sysfs. It must be
+    bound to a VFIO driver that migrates it, and nobody else may have it open. Nothing of a guest runs on it: this
+    command is its VMM, with some RAM mapped for its DMA. At the end it is left as it was found, also after Ctrl-C.
+    How to try it safely: docs/real.md.
+
+    Exit status: 0; 1 if a run FAILED, or with --listen --once was not completed; 2 for bad input; 130 if interrupted
+    (what was done by then is kept).
+    """
+    from experiments.commands.real import run_real, run_real_target
+
+    how = live_settings(options, progress=listen is None)
+    if listen is not None:
+        if options["to"] or options["connect"]:
+            raise UserError("--listen: this side is the target then, and --to and --connect are for the source")
+        return run_real_target(options["devices"], listen, options["by"], once, how)
+    if once:
+        raise UserError("--once: goes with --listen only")
+    return run_real(seeds=range(first_seed, first_seed + seeds), how=how, command=command_line(), **options)
 
 
 @main.command(context_settings=OLD_NAMES)

@@ -106,7 +106,7 @@ def run_live(
             done = f"{len(found)} of {len(cells)} runs were done and are kept in {folder.folder}"
             stderr.print(f"interrupted: {done}{folder.why_there}", markup=False)
             return INTERRUPTED
-        drawn = output.drawn(lambda: _draw(folder, loaded, frame, command))
+        drawn = output.drawn(lambda: draw(folder, loaded, frame, command))
         folder.commit()
     output.files(folder.folder, [f"runs.{table_format}"], drawn, folder.why_there)
     return 1 if OutcomeKind.FAILED.value in frame["outcome"] or drawn is None else 0
@@ -222,7 +222,10 @@ def live_manifest(found: Sequence[LiveResult], settings: Settings) -> dict[str, 
     }
 
 
-def _draw(folder: ResultFolder, scenario: Scenario, frame: pl.DataFrame, command: Sequence[str]) -> list[Path]:
+def draw(
+    folder: ResultFolder, scenario: Scenario, frame: pl.DataFrame, command: Sequence[str], name: str = "live"
+) -> list[Path]:
+    """Write the figures of the completed runs; `name` is that of the first one's file. Returns the files."""
     from experiments.draw.distribution import draw_distribution
     from experiments.draw.downtime import draw_downtime
     from experiments.runs.frame import completed_runs
@@ -231,7 +234,7 @@ def _draw(folder: ResultFolder, scenario: Scenario, frame: pl.DataFrame, command
         return []
     made_by = shlex.join(command)
     return [
-        *folder.write_figure(draw_downtime(scenario, frame, made_by), "live"),
+        *folder.write_figure(draw_downtime(scenario, frame, made_by), name),
         *folder.write_figure(draw_distribution(scenario, frame, made_by), "distribution"),
     ]
 

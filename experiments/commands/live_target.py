@@ -48,7 +48,7 @@ def run_target(where: str, once: bool, settings: Settings) -> int:
         while True:
             end = await serve_one(listener, replace(settings, once=once), show)
             status = 0 if end.report is not None and end.report.whole else 1
-            say(_ending(end))
+            say(ending(end))
             if once:
                 return
 
@@ -59,7 +59,7 @@ def run_target(where: str, once: bool, settings: Settings) -> int:
     return status
 
 
-def _ending(end: SideEnd) -> str:
+def ending(end: SideEnd) -> str:
     """How a migration ended, at the target."""
     report = end.report
     if report is not None and report.whole:

@@ -69,6 +69,11 @@ def _split(ctx: click.Context, option: click.Parameter, names: str) -> list[str]
     return [name.strip() for name in names.split(",")]
 
 
+def names(ctx: click.Context, option: click.Parameter, text: str) -> list[str]:
+    """Names separated by commas; none for an empty text."""
+    return _split(ctx, option, text) if text else []
+
+
 def seeds_option(default: int, what: str, most: int = 10_000) -> Callable[[F], F]:
     """A number of runs."""
     return click.option("--seeds", type=click.IntRange(1, most), default=default, show_default=True, help=what)

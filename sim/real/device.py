@@ -52,7 +52,7 @@ class RealDevice(MigrationDevice):
         start_ns = self._fds.now_ns()
         if self._worker is None:
             self._worker = Worker(f"{self.name} ioctl")
-        result = await asyncio.shield(self._worker.start(job))
+        result = await self._fds.wait(self._worker.start(job))
         self._fds.timeline.work(resource, what, start_ns)
         return result
 
@@ -73,8 +73,8 @@ class RealDevice(MigrationDevice):
             self._worker = Worker(f"{self.name} ioctl")
         setting = self._worker.start(lambda: self._set_state(target))
         try:
-            number = await asyncio.shield(setting)
-        except asyncio.CancelledError:
+            number = await self._fds.wait(setting)
+        except BaseException:
             setting.add_done_callback(_close_unwanted)
             raise
         self._fds.timeline.work(Resource.FIXED, f"to {target.name}", start_ns)

@@ -16,7 +16,7 @@ import fcntl
 import os
 import select
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from typing_extensions import override
 
@@ -59,10 +59,28 @@ class DataFds:
         self.read_bytes = read_bytes
         self.fds: list[RealFd] = []
         """All that the kernel has given so far."""
+        self._given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._why = ""
 
     def now_ns(self) -> int:
         """The timeline's time."""
         return self.timeline.now_ns()
+
+    def give_up(self, why: str) -> None:
+        """Calls that wait fail with ENODEV and `why`, and so do later ones that do not return at once."""
+        self._why = self._why or why
+        set_done(self._given_up)
+
+    async def wait(self, call: asyncio.Future[T]) -> T:
+        """The result of a call in a thread. The call goes on if this is cancelled, or given up."""
+        await self.ended(call)
+        return call.result()
+
+    async def ended(self, call: asyncio.Future[Any]) -> None:
+        """Wait until the call has ended, with or without an error. OSError if all calls are given up."""
+        await asyncio.wait([call, self._given_up], return_when=asyncio.FIRST_COMPLETED)
+        if not call.done():
+            raise OSError(errno.ENODEV, self._why)
 
     async def close(self) -> None:
         """Close all data fds; returns when no call is left in the kernel."""
@@ -78,7 +96,8 @@ class RealFd(BlocksFd):
         self.counters = Counters()
         """Calls that returned data, bytes, and all of their time as firmware_ns: the kernel does not say more."""
         self.name = f"{fds.side} {name} fd {number}"
-        self._of = name
+        self.of = name
+        """The device's name."""
         self._fds = fds
         self._number = number
         self._blocks = blocks
@@ -137,9 +156,10 @@ class RealFd(BlocksFd):
         view = self._buffer(max_bytes)
         reading = self._start("read", lambda number: os.readv(number, [view]))
         try:
-            size = await asyncio.shield(reading)
-        except asyncio.CancelledError:
-            self._given_up = reading, view
+            size = await self._fds.wait(reading)
+        except BaseException:
+            if not reading.done() or reading.exception() is None:
+                self._given_up = reading, view
             raise
         finally:
             self.counters.wakeups += 1
@@ -150,7 +170,7 @@ class RealFd(BlocksFd):
         if self._given_up is None:
             return
         reading, view = self._given_up
-        await asyncio.wait([reading])
+        await self._fds.ended(reading)
         if self._given_up is not None:
             self._given_up = None
             self._unread = view[: reading.result()]
@@ -183,7 +203,7 @@ class RealFd(BlocksFd):
             writing = self._start_any(lambda number: _write_record(number, view))
         else:
             writing = self._start("write", lambda number: _write(number, view, piece_bytes))
-        await asyncio.shield(writing)
+        await self._fds.wait(writing)
         self._fds.timeline.work(Resource.LOAD, "write", start_ns)
 
     # --- poll() -------------------------------------------------------------------------------------------------------
@@ -244,7 +264,7 @@ class RealFd(BlocksFd):
 
     async def _ioctl(self, what: str, number: int, argument: S) -> S:
         start_ns = self._fds.now_ns()
-        answer = await asyncio.shield(self._start("ioctl", lambda fd: call(fd, number, argument)))
+        answer = await self._fds.wait(self._start("ioctl", lambda fd: call(fd, number, argument)))
         self._fds.timeline.work(Resource.FIRMWARE, what, start_ns)
         return answer
 
@@ -261,11 +281,11 @@ class RealFd(BlocksFd):
         argument = GetStream(GetStream.SIZE, 0, index)
         getting = self._start("ioctl", lambda fd: call(fd, VFIO_MIG_GET_STREAM, argument).fd)
         try:
-            number = await asyncio.shield(getting)
-        except asyncio.CancelledError:
+            number = await self._fds.wait(getting)
+        except BaseException:
             getting.add_done_callback(_close_unwanted_stream)
             raise
-        stream = RealFd(number, self._of, self._fds)
+        stream = RealFd(number, self.of, self._fds)
         stream._concurrent = self._blocks
         return stream
 
@@ -273,7 +293,7 @@ class RealFd(BlocksFd):
 
     @override
     async def geometry(self) -> tuple[int, int]:
-        size = await asyncio.shield(self._start("ioctl", lambda fd: _dirty_blocks(fd, bytearray(), 0)))
+        size = await self._fds.wait(self._start("ioctl", lambda fd: _dirty_blocks(fd, bytearray(), 0)))
         return size.block_bytes, size.blocks
 
     @override
@@ -281,7 +301,7 @@ class RealFd(BlocksFd):
         start_ns = self._fds.now_ns()
         _, blocks = await self.geometry()
         bitmap = bytearray(-(-blocks // 64) * 8)
-        size = await asyncio.shield(self._start("ioctl", lambda fd: _dirty_blocks(fd, bitmap, blocks)))
+        size = await self._fds.wait(self._start("ioctl", lambda fd: _dirty_blocks(fd, bitmap, blocks)))
         self._fds.timeline.work(Resource.FIRMWARE, "GET_DIRTY_BLOCKS", start_ns)
         return DirtyBlocks(size.block_bytes, size.blocks, bytes(bitmap[: -(-size.blocks // 8)]))
 
@@ -291,7 +311,7 @@ class RealFd(BlocksFd):
         block_bytes, _ = await self.geometry()
         size = BLOCKS_HEAD_BYTES + count * (VERSION_BYTES + block_bytes)
         view = self._buffer(size)
-        await asyncio.shield(self._start_any(lambda number: _pread(number, view, first * block_bytes)))
+        await self._fds.wait(self._start_any(lambda number: _pread(number, view, first * block_bytes)))
         self.counters.wakeups += 1
         return self._took(view, start_ns)
 

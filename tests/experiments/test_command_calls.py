@@ -22,6 +22,7 @@ CALLS = {
     "live-target": ("live_target.run_target", []),
     "new-scenario": ("new_scenario.write_scenario", ["x"]),
     "protocols": ("protocols.list_protocols", ["x"]),
+    "real": ("real.run_real", ["x", "--to", "y", "--by", "cdev"]),
     "replay": ("replay.run_replay", ["x"]),
     "report": ("report.run_report", ["--page", "x"]),
     "run": ("run.run_experiments", ["ablation", "--set", "a=1"]),

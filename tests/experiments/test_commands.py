@@ -52,9 +52,9 @@ def test_nothing_is_written_into_results_unless_it_is_named() -> None:
 
 
 def test_runs_and_protocols_have_one_name() -> None:
-    assert having("--protocols") == {"compare", "live", "agree"}
+    assert having("--protocols") == {"compare", "live", "agree", "real"}
     assert having("--protocol") == having("--seed") == {"trace"}, "one run"
-    assert having("--seeds") == {"compare", "validate", "live", "agree"}
+    assert having("--seeds") == {"compare", "validate", "live", "agree", "real"}
     assert having("--runs") == set()
 
 

@@ -37,7 +37,6 @@ RESULT = "result"
 COMM_CHARS = 15
 """Linux, TASK_COMM_LEN without its end: what `ps -o comm`, `top` and `perf` show."""
 ENDS_WITHIN_S = 5.0
-"""A child whose work is over is killed after this time."""
 HANGS = 2
 """A silent child is killed after HANGS x silent_s, late enough for its peers to notice first."""
 
@@ -54,6 +53,8 @@ class Child:
     ended: asyncio.Future[int]
     """Its exit status, less than 0 for a signal."""
     pid: int
+    ends_within_s: float = ENDS_WITHIN_S
+    """When its work is over, it is killed after this time."""
     _hung: str = ""
     _watching: asyncio.Task[None] | None = None
 
@@ -81,7 +82,7 @@ class Child:
         """Ask it to end by closing its lifeline; kill it if it does not end soon."""
         self.lifeline.close()
         try:
-            async with asyncio.timeout(ENDS_WITHIN_S):
+            async with asyncio.timeout(self.ends_within_s):
                 await asyncio.shield(self.ended)
         except TimeoutError:
             self.process.kill()
@@ -145,10 +146,13 @@ def start(name: str, main: Callable[..., None], on_note: Callable[[Note], None],
 # --- what runs in them ------------------------------------------------------------------------------------------------
 
 
-def be(name: str, loop: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run the work to its end as a process of that name, then end the process."""
+def be(name: str, loop: str, work: Callable[[], Coroutine[Any, Any, None]], *, killed: bool = True) -> None:
+    """Run the work to its end as a process of that name, then end the process.
+
+    `killed`: the kernel may kill it when its supervisor is killed. If not, `work` must end when the lifeline closes.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's, who then closes the lifeline
-    end_with_server()
+    end_with_server(killed=killed)
     allow_files()
     with contextlib.suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as comm:
         comm.write(name.replace(" ", "-")[:COMM_CHARS])

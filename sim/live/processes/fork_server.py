@@ -51,8 +51,9 @@ def start_process(name: str, main: Callable[..., None], *args: Any) -> ForkServe
     return process
 
 
-def end_with_server() -> None:
-    """In a child: be killed by what kills a process, and when the server ends, which ends when its supervisor does.
+def end_with_server(*, killed: bool = True) -> None:
+    """In a child: be killed by what kills a process; and, if `killed`, when the server ends, which ends when its
+    supervisor does.
 
     A child that hangs does not see its lifeline close, so the kernel has to end it. The server ends when no process can
     ask it for children any more. Each child inherits the descriptor for asking, and so has to close it.
@@ -62,6 +63,8 @@ def end_with_server() -> None:
     if server.get("_forkserver_alive_fd") is not None:
         os.close(server["_forkserver_alive_fd"])
         server["_forkserver_alive_fd"] = None
+    if not killed:
+        return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
