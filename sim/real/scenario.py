@@ -29,7 +29,7 @@ class ProbedDevice:
     entry: DeviceEntry
     flags: MigrationFlags
     dirty_streams: int
-    """v3: the most; 0 without MULTI_STREAM."""
+    """v3: the most; 0: it knows v2 only."""
     image_bytes: int
     """MIG_DATA_SIZE; 0 if it does not say."""
 
@@ -41,7 +41,7 @@ def probed(entries: Sequence[DeviceEntry], way: str | None) -> tuple[list[Probed
     with OpenDevices(entries, way) as devices:
         for opened in devices.devices:
             flags, streams, image_bytes = opened.migration_flags(), 0, 0
-            if MigrationFlags.MULTI_STREAM in flags:
+            with contextlib.suppress(OSError):  # ENOTTY: it has no several streams
                 streams = get_feature(opened.fd, Feature.MIG_STREAMS, FeatureMigStreams).dirty_streams
             with contextlib.suppress(OSError):
                 image_bytes = get_feature(opened.fd, Feature.MIG_DATA_SIZE, FeatureMigDataSize).stop_copy_length

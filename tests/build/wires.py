@@ -172,7 +172,7 @@ OFFER = {
     "frame_bytes": 1 << 16,
     "connections": 2,
     "boot_id": "",
-    "run": {"scenario": "{}", "protocol": "v2", "seed": 1},
+    "run": {"scenario": "{}", "protocol": "v2", "seed": 1, "drivers": ""},
 }
 ACCEPT = {
     "boot_id": "",

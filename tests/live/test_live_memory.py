@@ -127,7 +127,8 @@ def test_a_real_target_refuses_them_all_and_serves_an_honest_source_after_that()
     async def offer(address: tuple[str, int], protocol: str, changes: dict[str, Any], more: dict[str, Any]) -> None:
         scenario = json.loads(live_scenario(changes).to_json())
         scenario["device"][0]["faults"] = more.pop("faults", [])
-        fields = OFFER | {"connections": 1, "run": {"scenario": json.dumps(scenario), "protocol": protocol, "seed": 1}}
+        run = {"scenario": json.dumps(scenario), "protocol": protocol, "seed": 1, "drivers": ""}
+        fields = OFFER | {"connections": 1, "run": run}
         reader, writer = await asyncio.open_connection(*address)
         writer.write(Preamble(Role.SESSION).pack() + message("offer", **fields | more))
         said.append((await read_message(reader))["why"])

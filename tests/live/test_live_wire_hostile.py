@@ -60,7 +60,7 @@ from tests.build.wires import (
 
 both_ways = pytest.mark.parametrize(("loop", "io"), WAYS, ids=lambda name: name)
 SHORT = Limits(handshake_s=0.25, silent_s=0.25, frame_bytes=1 << 16)
-RUN_FIELDS = {"scenario": "", "protocol": "", "seed": 0}
+RUN_FIELDS = {"scenario": "", "protocol": "", "seed": 0, "drivers": ""}
 MAX_PEAK_BYTES = 16 << 20
 """Of six meetings at once."""
 
