@@ -50,10 +50,6 @@ ETC = {
 }
 
 
-HOST_DEVICES = tuple(map(Path, ("/dev/null", "/dev/ptmx", "/dev/pts")))
-"""What User-Mode Linux opens of the host's devices."""
-
-
 class GuestError(Exception):
     """The guest did not come to the end of its command. The text says why."""
 
@@ -208,12 +204,15 @@ def module_line(module: Module) -> str:
 
 
 def command_line(guest: UserModeLinux, root: Path, memory: Path, output: int) -> list[str]:
-    """User-Mode Linux with its options (`linux --help`), started so that it opens no other files of the host."""
+    """User-Mode Linux with its options (`linux --help`), started so that it opens no other files of the host.
+
+    It tries a pseudo-terminal too, and does without.
+    """
     folders = mounted(guest)
     read = [path for path, access in folders.items() if access == "ro"]
     write = [path for path, access in folders.items() if access == "rw"]
-    seen = [f"--read={path}" for path in [*read, guest.kernel.root, Path("/proc")]]
-    seen += [f"--write={path}" for path in [*write, root.parent, memory, *HOST_DEVICES] if path.exists()]
+    seen = [f"--read={path}" for path in [*read, guest.kernel.root, Path("/proc/cpuinfo")]]
+    seen += [f"--write={path}" for path in [*write, root.parent, memory, Path("/dev/null")]]
     return [
         *(sys.executable, "-I", str(PROJECT / "kernel/confine.py"), *seen, "--", str(guest.kernel.linux)),
         *(f"mem={guest.memory_mib}M", f"ncpus={guest.cpus}", "seccomp=on", f"uml_dir={root.parent}/uml"),
