@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The project's sample device in the running kernel, by raw system calls, and what its debugfs folder says of it.
 
-For tests of the driver itself: nothing of `sim` is used, only the structures of `proto_v3.vfio.uapi`.
+For tests of the driver itself: only the structures of the headers are the project's.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import os
 import re
 import select
 import struct
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from typing import Self
 
 from proto_v3.vfio import uapi
 from proto_v3.vfio.uapi import Feature, FeatureOp, State, StreamFlags
+from sim.device.record_format import RecordClass, RecordHeader
 from tests.real.mdev import SampleMdev
 
 VFIO_DEVICE_BIND_IOMMUFD = ord(";") << 8 | 118  # include/uapi/linux/vfio.h, Linux 7.3
@@ -38,6 +42,10 @@ class SampleFd:
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.last_fd = 0
+        """What the last GET_STREAM left in `fd`."""
+        self.last_blocks = uapi.GetDirtyBlocks(0, 0, 0, 0, 0)
+        """What the last GET_DIRTY_BLOCKS left."""
 
     def read(self, size: int) -> bytes:
         """One read()."""
@@ -85,9 +93,12 @@ class SampleFd:
 
     def get_stream(self, index: int, argsz: int = uapi.GetStream.SIZE, flags: int = 0) -> SampleFd:
         """VFIO_MIG_GET_STREAM."""
-        argument = bytearray(uapi.GetStream(argsz, flags, index).pack())
-        fcntl.ioctl(self.number, uapi.VFIO_MIG_GET_STREAM, argument)
-        return SampleFd(uapi.GetStream.unpack(argument).fd)
+        argument = bytearray(uapi.GetStream(argsz, flags, index, 0).pack())
+        try:
+            fcntl.ioctl(self.number, uapi.VFIO_MIG_GET_STREAM, argument)
+        finally:
+            self.last_fd = uapi.GetStream.unpack(argument).fd
+        return SampleFd(self.last_fd)
 
     def stream_info(self, argsz: int = uapi.StreamInfo.SIZE, flags: int = 0) -> uapi.StreamInfo:
         """VFIO_MIG_GET_STREAM_INFO."""
@@ -100,13 +111,25 @@ class SampleFd:
         bitmap = bytearray(max(1, -(-room // 8)))
         address = ctypes.addressof(ctypes.c_char.from_buffer(bitmap))
         argument = bytearray(uapi.GetDirtyBlocks(uapi.GetDirtyBlocks.SIZE, 0, 0, room, address).pack())
-        fcntl.ioctl(self.number, uapi.VFIO_MIG_GET_DIRTY_BLOCKS, argument)
+        try:
+            fcntl.ioctl(self.number, uapi.VFIO_MIG_GET_DIRTY_BLOCKS, argument)
+        finally:
+            self.last_blocks = uapi.GetDirtyBlocks.unpack(argument)
         blocks = [block for block in range(room) if bitmap[block // 8] >> block % 8 & 1]
-        return uapi.GetDirtyBlocks.unpack(argument), blocks
+        return self.last_blocks, blocks
+
+    def ioctl_at(self, number: int, address: int) -> str:
+        """An ioctl with its argument at this address; the name of its errno."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        done = libc.ioctl(self.number, ctypes.c_ulong(number), ctypes.c_void_p(address))
+        return errno.errorcode[ctypes.get_errno()] if done else "ok"
 
     def read_blocks(self, first: int, count: int, block_bytes: int) -> bytes:
         """pread() of these blocks."""
         return os.pread(self.number, 48 + count * (8 + block_bytes), first * block_bytes)
+
+    def __del__(self) -> None:
+        self.close()  # an fd keeps the memory of its device
 
     def close(self) -> None:
         """Close it, once."""
@@ -120,14 +143,20 @@ class SampleDevice:
 
     def __init__(self, mdev: SampleMdev) -> None:
         self.mdev = mdev
-        self.number = os.open(mdev.cdev, os.O_RDWR | os.O_CLOEXEC)
+        self.open()
+
+    def open(self) -> None:
+        """Open it and bind it to an iommufd, as when it is made."""
+        self.number = os.open(self.mdev.cdev, os.O_RDWR | os.O_CLOEXEC)
         self._iommufd = os.open("/dev/iommu", os.O_RDWR | os.O_CLOEXEC)
         fcntl.ioctl(self.number, VFIO_DEVICE_BIND_IOMMUFD, bytearray(struct.pack("=IIiIQ", 24, 0, self._iommufd, 0, 0)))
 
     def close(self) -> None:
-        """Close the device and its iommufd."""
+        """Close the device and its iommufd, once."""
         for number in (self.number, self._iommufd):
-            os.close(number)
+            if number >= 0:
+                os.close(number)
+        self.number = self._iommufd = -1
 
     # --- calls ----------------------------------------------------------------------------------------------------
 
@@ -225,3 +254,73 @@ class SampleDevice:
         lines = self.mdev.counters().splitlines()
         rows = [{key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", line)} for line in lines]
         return {row.pop("fd"): row for row in rows}
+
+
+def errno_of(call: Callable[..., object], *arguments: object) -> str:
+    """The name of the errno that the call fails with; "ok" if it does not."""
+    try:
+        call(*arguments)
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    return "ok"
+
+
+def records(data: bytes) -> list[bytes]:
+    """The records of a stream."""
+    found = []
+    while data:
+        size = RecordHeader.SIZE + RecordHeader.unpack(data).length
+        found.append(data[:size])
+        data = data[size:]
+    return found
+
+
+def with_header(record: bytes, **changes: int) -> bytes:
+    """The record with other values in its header."""
+    return replace(RecordHeader.unpack(record), **changes).pack() + record[RecordHeader.SIZE :]
+
+
+def in_thread(call: Callable[..., object], *arguments: object) -> Future[object]:
+    """The call in a thread of its own."""
+    future: Future[object] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+_PRIME = 0x9E3779B185EBCA87
+_MASK = (1 << 64) - 1
+
+
+def _mix(digest: int, word: int) -> int:
+    product = (digest ^ word) * _PRIME & _MASK
+    return (product << 29 | product >> 35) & _MASK
+
+
+def _digest(digest: int, data: bytes) -> int:
+    """The driver's sample_digest()."""
+    lanes = [1, 2, 3, 4]
+    whole = len(data) // 32 * 32
+    for at in range(0, whole, 8):
+        lanes[at // 8 % 4] = _mix(lanes[at // 8 % 4], int.from_bytes(data[at : at + 8], "little"))
+    for word in (*lanes, *data[whole:], len(data)):
+        digest = _mix(digest, word)
+    return digest
+
+
+def digest_of(before: Sequence[bytes]) -> int:
+    """The digest of the END behind these records: of their headers, and of the numbers of DIRTY records' blocks."""
+    digest = 0
+    for record in before:
+        header = RecordHeader.unpack(record)
+        digest = _digest(digest, record[: RecordHeader.SIZE])
+        if header.record_class == RecordClass.DIRTY:
+            (count,) = struct.unpack_from("<Q", record, RecordHeader.SIZE)
+            digest = _digest(digest, record[RecordHeader.SIZE :][: 8 + 8 * count])
+    return digest
