@@ -14,6 +14,7 @@
 
 #define SAMPLE_HEAD_BYTES							\
 	(sizeof(struct vfio_mig_record) + sizeof(struct vfio_mig_record_blocks))
+
 static_assert(SAMPLE_HEAD_BYTES == VFIO_MIG_BLOCKS_HEAD_BYTES);
 
 /* The end of the stream, as it is read and written. */
@@ -21,6 +22,7 @@ struct sample_blocks_end {
 	struct vfio_mig_record record;
 	struct vfio_mig_record_end end;
 };
+
 static_assert(sizeof(struct sample_blocks_end) == VFIO_MIG_BLOCKS_END_BYTES);
 
 struct sample_blocks_head {
@@ -140,7 +142,7 @@ long sample_dirty_blocks(struct sample_stream *stream, void __user *arg)
 
 /* --- pread() and read() ----------------------------------------------------------------- */
 
-/* A command may start, unless the device is suspended. It is counted, so that who suspends waits. */
+/* A command may start, unless the device is suspended. Whoever suspends it waits for it. */
 static bool sample_begin_save(struct sample_stream *stream)
 {
 	bool begins;
@@ -160,6 +162,11 @@ static void sample_end_save(struct sample_stream *stream)
 	wake_up_all(&stream->session->idle);
 }
 
+static bool sample_may_save_blocks(struct sample_session *session)
+{
+	return READ_ONCE(session->code) || !READ_ONCE(session->suspended);
+}
+
 static int sample_wait_to_save(struct sample_stream *stream, bool nonblock)
 {
 	struct sample_session *session = stream->session;
@@ -169,8 +176,7 @@ static int sample_wait_to_save(struct sample_stream *stream, bool nonblock)
 			return READ_ONCE(session->code);
 		if (nonblock)
 			return -EAGAIN;
-		if (wait_event_interruptible(stream->wait, READ_ONCE(session->code) ||
-						     !READ_ONCE(session->suspended)))
+		if (wait_event_interruptible(stream->wait, sample_may_save_blocks(session)))
 			return -ERESTARTSYS;
 	}
 	return 0;
@@ -217,7 +223,7 @@ static int sample_copy_blocks_out(struct sample_stream *stream, char __user *buf
 	spin_unlock(&stream->queue_lock);
 	for (i = 0; i < count; i++)
 		version[i] = cpu_to_le64(READ_ONCE(dev->version[first + i]));
-	smp_rmb();
+	smp_rmb();	/* the versions, then the data: see sample_mark_dirty() */
 	if (copy_to_user(buf, &head, sizeof(head)) ||
 	    copy_to_user(buf + sizeof(head), version, count * sizeof(*version)) ||
 	    copy_to_user(buf + sizeof(head) + count * sizeof(*version),

@@ -20,7 +20,7 @@ struct sample_line {
 };
 
 struct sample_log {
-	spinlock_t lock;
+	spinlock_t lock;	/* of all that follows */
 	u32 room;
 	u64 first;		/* numbers of lines: the oldest one, and the next one */
 	u64 next;

@@ -20,8 +20,7 @@ static int sample_init(struct vfio_device *vdev)
 	struct sample_params *params = &dev->params;
 	int ret;
 
-	*params = sample_defaults;
-	ret = sample_params_check(params);
+	ret = sample_params_init(params);
 	if (ret)
 		return ret;
 	mutex_init(&dev->state_mutex);

@@ -16,78 +16,48 @@ static const char * const sample_initial_names[] = { "image", "critical", NULL }
 
 struct sample_param {
 	const char *name;
-	size_t offset;
+	u32 value;			/* of devices that are created from now on */
 	u32 least;
 	u32 most;
-	const char * const *values;
+	const char * const *values;	/* their names, if they have some */
 	bool live;
 };
 
-enum {
-#define X(name, ...) SAMPLE_PARAM_##name,
-	SAMPLE_PARAMS(X)
-#undef X
-};
-
-static const struct sample_param sample_param_table[] = {
-#define X(name, value, least, most, values, live, text)			\
-	{ #name, offsetof(struct sample_params, name), least, most, values, live },
-	SAMPLE_PARAMS(X)
-#undef X
-};
-
-struct sample_params sample_defaults = {
-#define X(name, value, ...) .name = value,
-	SAMPLE_PARAMS(X)
-#undef X
-};
-
-static u32 *sample_param_in(struct sample_params *params, const struct sample_param *param)
-{
-	return (void *)params + param->offset;
-}
-
-static u32 sample_param_value(const struct sample_params *params, const struct sample_param *param)
-{
-	return *(const u32 *)((const void *)params + param->offset);
-}
-
 static int sample_param_parse(const struct sample_param *param, const char *text, u32 *value)
 {
+	u32 number;
 	int ret;
 
 	if (param->values) {
 		ret = __sysfs_match_string(param->values, param->most + 1, text);
 		if (ret < 0)
 			return ret;
-		*value = ret;
-		return 0;
+		number = ret;
+	} else {
+		ret = kstrtou32(text, 0, &number);
+		if (ret)
+			return ret;
+		if (number < param->least || number > param->most)
+			return -ERANGE;
 	}
-	ret = kstrtou32(text, 0, value);
-	if (!ret && (*value < param->least || *value > param->most))
-		ret = -ERANGE;
-	return ret;
+	WRITE_ONCE(*value, number);
+	return 0;
 }
 
 static int sample_param_set(const char *text, const struct kernel_param *kp)
 {
-	const struct sample_param *param = kp->arg;
-	u32 value;
-	int ret = sample_param_parse(param, text, &value);
+	struct sample_param *param = kp->arg;
 
-	if (!ret)
-		WRITE_ONCE(*sample_param_in(&sample_defaults, param), value);
-	return ret;
+	return sample_param_parse(param, text, &param->value);
 }
 
 static int sample_param_get(char *buf, const struct kernel_param *kp)
 {
 	const struct sample_param *param = kp->arg;
-	u32 value = sample_param_value(&sample_defaults, param);
 
 	if (param->values)
-		return sysfs_emit(buf, "%s\n", param->values[value]);
-	return sysfs_emit(buf, "%u\n", value);
+		return sysfs_emit(buf, "%s\n", param->values[param->value]);
+	return sysfs_emit(buf, "%u\n", param->value);
 }
 
 static const struct kernel_param_ops sample_param_ops = {
@@ -95,18 +65,30 @@ static const struct kernel_param_ops sample_param_ops = {
 	.get = sample_param_get,
 };
 
-#define X(name, value, least, most, values, live, text)					\
-	module_param_cb(name, &sample_param_ops,					\
-			(void *)&sample_param_table[SAMPLE_PARAM_##name], 0644);	\
-	MODULE_PARM_DESC(name, text);
-SAMPLE_PARAMS(X)
-#undef X
+#define SAMPLE_PARAM(_name, _value, _least, _most, _values, _live, _text)		\
+	static struct sample_param sample_param_##_name = {				\
+		.name = #_name,								\
+		.value = _value,							\
+		.least = _least,							\
+		.most = _most,								\
+		.values = _values,							\
+		.live = _live,								\
+	};										\
+	module_param_cb(_name, &sample_param_ops, &sample_param_##_name, 0644);		\
+	MODULE_PARM_DESC(_name, _text)
+#include "param_list.h"
 
-module_param_string(fault, sample_defaults.fault, SAMPLE_FAULT_BYTES, 0644);
-MODULE_PARM_DESC(fault, "\"call:number\": that call of a device fails, e.g. save:3");
+static char sample_param_fault[SAMPLE_FAULT_BYTES];
+module_param_string(fault, sample_param_fault, SAMPLE_FAULT_BYTES, 0644);
+MODULE_PARM_DESC(fault, "call:number: that call of a device fails, e.g. save:3");
 
-int sample_params_check(const struct sample_params *params)
+/* Those of a new device. */
+int sample_params_init(struct sample_params *params)
 {
+#define SAMPLE_PARAM(name, ...) (params->name = READ_ONCE(sample_param_##name.value))
+#include "param_list.h"
+	strscpy(params->fault, sample_param_fault);
+	strim(params->fault);
 	if (params->size_kib % params->block_kib || params->size_kib < params->block_kib) {
 		pr_err("size_kib=%u is not a multiple of block_kib=%u\n", params->size_kib,
 		       params->block_kib);
@@ -115,20 +97,28 @@ int sample_params_check(const struct sample_params *params)
 	return 0;
 }
 
+static void sample_param_show(struct seq_file *file, const struct sample_param *param, u32 value)
+{
+	if (param->values)
+		seq_printf(file, "%s %s\n", param->name, param->values[value]);
+	else
+		seq_printf(file, "%s %u\n", param->name, value);
+}
+
 void sample_params_show(struct seq_file *file, const struct sample_params *params)
 {
-	size_t i;
-
-	for (i = 0; i < ARRAY_SIZE(sample_param_table); i++) {
-		const struct sample_param *param = &sample_param_table[i];
-		u32 value = sample_param_value(params, param);
-
-		if (param->values)
-			seq_printf(file, "%s %s\n", param->name, param->values[value]);
-		else
-			seq_printf(file, "%s %u\n", param->name, value);
-	}
+#define SAMPLE_PARAM(name, ...) sample_param_show(file, &sample_param_##name, params->name)
+#include "param_list.h"
 	seq_printf(file, "fault %s\n", params->fault);
+}
+
+/* 0 if it is this one and was changed, -ENOENT if it is another one. */
+static int sample_param_change(const struct sample_param *param, u32 *value, const char *name,
+			       const char *text)
+{
+	if (strcmp(param->name, name))
+		return -ENOENT;
+	return param->live ? sample_param_parse(param, text, value) : -EPERM;
 }
 
 /* "name value" or "name=value". -EPERM: it cannot be changed any more. */
@@ -136,24 +126,14 @@ int sample_params_change(struct sample_params *params, char *text)
 {
 	char *value = strim(text);
 	char *name = strsep(&value, " =");
-	size_t i;
-	u32 number;
-	int ret;
+	int ret = -ENOENT;
 
 	value = value ? strim(value) : "";
 	if (!strcmp(name, "fault"))
 		return strscpy(params->fault, value) < 0 ? -E2BIG : 0;
-	for (i = 0; i < ARRAY_SIZE(sample_param_table); i++) {
-		const struct sample_param *param = &sample_param_table[i];
-
-		if (strcmp(name, param->name))
-			continue;
-		if (!param->live)
-			return -EPERM;
-		ret = sample_param_parse(param, value, &number);
-		if (!ret)
-			WRITE_ONCE(*sample_param_in(params, param), number);
-		return ret;
-	}
-	return -ENOENT;
+#define SAMPLE_PARAM(_name, ...)							\
+	(ret = ret != -ENOENT ? ret : sample_param_change(&sample_param_##_name,	\
+							  &params->_name, name, value))
+#include "param_list.h"
+	return ret;
 }

@@ -66,8 +66,8 @@ struct sample_stream {
 	struct sample_session *session;
 	u32 index;
 	struct file *file;		/* of a dirty stream, once somebody asked for it */
-	struct mutex own_lock;
-	struct mutex *lock;
+	struct mutex own_lock;		/* stream->lock, with lock=fd */
+	struct mutex *lock;		/* held over copies, see above */
 	wait_queue_head_t wait;
 	struct sample_counters *counters;
 
@@ -95,7 +95,7 @@ struct sample_stream {
 	u64 reported_epoch;		/* by REINIT, or by STREAM_INFO */
 
 	/* of a stream that is loaded */
-	struct mutex write_mutex;
+	struct mutex write_mutex;	/* see above */
 	struct vfio_mig_record header;
 	u64 filled;			/* bytes of the record that arrived */
 	u64 waits_for;			/* the epoch that its next byte has to wait for */
@@ -123,7 +123,7 @@ struct sample_session {
 	struct vfio_mig_block_range *ranges;	/* that the next critical record tells of */
 	u32 ranges_count;
 	atomic_t block_reads;		/* pread()s of the fd of blocks, in progress */
-	struct mutex block_lock[SAMPLE_BLOCK_LOCKS];
+	struct mutex block_lock[SAMPLE_BLOCK_LOCKS];	/* of blocks that are loaded */
 	u32 info_calls;
 	u64 loaded_epoch;
 	u32 streams;
@@ -143,7 +143,7 @@ struct sample_device {
 	u64 block_bytes;
 	u64 critical_bytes;
 
-	struct mutex state_mutex;
+	struct mutex state_mutex;	/* see above */
 	enum vfio_device_mig_state state;
 	struct sample_session *session;
 	u32 dirty_streams;		/* that the user opted in to */
@@ -151,7 +151,7 @@ struct sample_device {
 	bool dma_logging;
 	bool info_v2_logged;
 
-	struct mutex guest_mutex;
+	struct mutex guest_mutex;	/* see above */
 	bool running;			/* writes by itself */
 	bool active;			/* takes writes */
 	void *data;
@@ -164,7 +164,7 @@ struct sample_device {
 	ktime_t guest_time;
 	u64 guest_owed_bytes;
 
-	struct mutex device_lock;
+	struct mutex device_lock;	/* stream->lock, with lock=device */
 	atomic_t engines_busy;
 	atomic_t engines_busy_most;
 	wait_queue_head_t engine_wait;

@@ -213,7 +213,8 @@ int sample_stream_release(struct inode *inode, struct file *file)
 }
 
 /* A new session, and the file that the arc returns: v2's, or the critical one. */
-struct file *sample_session_start(struct sample_device *dev, bool saving, bool suspended, bool final)
+struct file *sample_session_start(struct sample_device *dev, bool saving, bool suspended,
+				  bool final)
 {
 	struct sample_session *session;
 	struct file *file;

@@ -52,9 +52,9 @@ void sample_memory_free(struct sample_device *dev)
 void sample_mark_dirty(struct sample_device *dev, u64 block)
 {
 	lockdep_assert_held(&dev->guest_mutex);
-	smp_wmb();		/* the data, then its version, then the bit */
+	smp_wmb();	/* the data, then its version, */
 	WRITE_ONCE(dev->version[block], dev->version[block] + 1);
-	smp_mb__before_atomic();
+	smp_mb__before_atomic();	/* then the bit */
 	set_bit(block, dev->dirty);
 }
 
@@ -90,7 +90,8 @@ int sample_write_blocks(struct sample_device *dev, u64 first, u64 count)
  * epoch that is being saved either has its blocks in the bitmap by now, or takes
  * the new epoch: see sample_save_blocks().
  */
-static void sample_invalidate(struct sample_session *session, const struct sample_invalidation *what)
+static void sample_invalidate(struct sample_session *session,
+			      const struct sample_invalidation *what)
 {
 	struct sample_device *dev = session->dev;
 	struct vfio_mig_block_range *range = session->ranges;
@@ -101,7 +102,7 @@ static void sample_invalidate(struct sample_session *session, const struct sampl
 	if (first >= dev->blocks)
 		return;
 	blocks = min(what->blocks, dev->blocks - first);
-	if (session->ranges_count == SAMPLE_MAX_RANGES) {	/* all blocks, instead of what is too much */
+	if (session->ranges_count == SAMPLE_MAX_RANGES) {	/* too many: all blocks instead */
 		session->ranges_count = 0;
 		first = 0;
 		blocks = dev->blocks;
@@ -124,8 +125,9 @@ static void sample_invalidate(struct sample_session *session, const struct sampl
 
 static struct sample_invalidation sample_default_invalidation(struct sample_device *dev)
 {
-	struct sample_invalidation what = { .first_block = READ_ONCE(dev->params.invalidate_first) };
+	struct sample_invalidation what = {};
 
+	what.first_block = READ_ONCE(dev->params.invalidate_first);
 	if (READ_ONCE(dev->params.epochs) == SAMPLE_EPOCHS_INVALIDATE)
 		what.blocks = READ_ONCE(dev->params.invalidate_blocks);
 	return what;

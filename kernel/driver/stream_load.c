@@ -300,8 +300,8 @@ static int sample_load_record(struct sample_stream *stream)
 	stream->payload = NULL;
 	stream->filled = 0;
 	WRITE_ONCE(stream->waits_for, 0);
-	if (!stream->index)
-		sample_session_wake(session);	/* whoever waits for the epoch, or for its absence */
+	if (!stream->index)	/* wake whoever waits for the epoch, or for its absence */
+		sample_session_wake(session);
 	return 0;
 }
 

@@ -100,10 +100,12 @@ u64 sample_image_bytes(struct sample_device *dev)
 	u64 streams = max(dev->dirty_streams, 1U);
 	u64 bytes = sizeof(struct vfio_mig_record) + dev->critical_bytes +
 		    sample_end_record_bytes();
-	u64 i;
+	u64 blocks, i;
 
-	for (i = 0; i < streams; i++)
-		bytes += sample_blocks_bytes(dev, div64_u64(dev->blocks + streams - 1 - i, streams));
+	for (i = 0; i < streams; i++) {
+		blocks = div64_u64(dev->blocks + streams - 1 - i, streams);
+		bytes += sample_blocks_bytes(dev, blocks);
+	}
 	if (dev->dirty_streams)
 		bytes += streams * sample_end_record_bytes();
 	return bytes;
@@ -208,7 +210,8 @@ void sample_plan(struct sample_stream *stream)
 /* At the start of a session, and when it becomes final. */
 void sample_plan_all(struct sample_session *session)
 {
-	bool starts = !session->stream[0].saved_epoch && !session->stream[0].critical_planned;
+	struct sample_stream *first = &session->stream[0];
+	bool starts = !first->saved_epoch && !first->critical_planned;
 	u32 i;
 
 	for (i = 0; i < session->streams; i++)
@@ -216,9 +219,9 @@ void sample_plan_all(struct sample_session *session)
 	if (!starts || session->final)
 		return;
 	if (READ_ONCE(session->dev->params.initial) == SAMPLE_INITIAL_CRITICAL)
-		session->stream[0].initial_bytes = sample_critical_record_bytes(session);
+		first->initial_bytes = sample_critical_record_bytes(session);
 	else
-		session->stream[0].initial_bytes = sample_pending(&session->stream[0], false, false);
+		first->initial_bytes = sample_pending(first, false, false);
 }
 
 /* --- a record is saved ------------------------------------------------------------------ */
@@ -536,10 +539,9 @@ static int sample_wait_for_data(struct sample_stream *stream, bool nonblock)
 		return status;
 	if (nonblock)
 		return -EAGAIN;
-	if (wait_event_interruptible(stream->wait,
-				     (status = sample_status(stream)) != SAMPLE_BUSY))
+	if (wait_event_interruptible(stream->wait, sample_status(stream) != SAMPLE_BUSY))
 		return -ERESTARTSYS;
-	return status;
+	return sample_status(stream);
 }
 
 /* Under the stream's lock, so one at a time: the record to copy from, saved now if need be. */
@@ -565,7 +567,8 @@ static struct sample_buffer *sample_first_ready(struct sample_stream *stream)
 	return list_first_entry(&stream->ready, struct sample_buffer, entry);
 }
 
-static void sample_was_read(struct sample_stream *stream, struct sample_buffer *buffer, size_t bytes)
+static void sample_was_read(struct sample_stream *stream, struct sample_buffer *buffer,
+			    size_t bytes)
 {
 	bool whole;
 
@@ -618,6 +621,8 @@ static ssize_t sample_read_some(struct sample_stream *stream, char __user *buf, 
 		ktime_t start;
 
 		ret = sample_wait_for_data(stream, nonblock);
+		if (ret == SAMPLE_BUSY)
+			continue;	/* another reader was faster */
 		if (ret < 0)
 			return ret;
 		if (ret == SAMPLE_AT_END)
@@ -681,7 +686,7 @@ static __poll_t sample_save_poll(struct file *file, poll_table *wait)
 
 /* --- VFIO_MIG_GET_PRECOPY_INFO ---------------------------------------------------------- */
 
-/* New critical data: what is unread counts as initial, the new data follows, and is saved at once. */
+/* New critical data: what is unread becomes initial, the new data follows, and is saved now. */
 static void sample_reinit(struct sample_stream *stream)
 {
 	struct sample_device *dev = stream->session->dev;
