@@ -288,18 +288,20 @@ class Source(abc.ABC):
                 await self._enter(index, State.PRE_COPY)
 
     async def stop_guest(self) -> bool:
-        """Stop the vCPUs; then all devices to P2P where they have it, then each to STOP_COPY (QEMU's two passes).
+        """Stop the vCPUs; then all devices to P2P where they have it, then each to STOP_COPY.
 
-        A device without a session goes to STOP, and to STOP_COPY when its turn to be read comes (vfio_vmstate_change).
-        Returns False if check_in_p2p() does: then the guest runs again and pre-copy continues.
+        As QEMU, in two passes, each from the last device to the first (system/runstate.c, vm_state_notify). A device
+        without a session goes to STOP, and to STOP_COPY when its turn to be read comes (vfio_vmstate_change). Returns
+        False if check_in_p2p() does: then the guest runs again and pre-copy continues.
         """
         timeline = self.side.timeline
         timeline.mark(Mark.STOP_ORDERED)
         self._stop_ordered_ns = start = timeline.now_ns()
         await self.side.machine.stop_vcpus()
-        await self.check_before_p2p()
-        for index, device in enumerate(self.side.devices):
+        last_first = list(enumerate(self.side.devices))[::-1]
+        for index, device in last_first:
             if MigrationFlags.P2P in await device.migration_flags():
+                await self.last_look(index)
                 await device.set_state(State.PRE_COPY_P2P if index in self.fds else State.RUNNING_P2P)
         if not await self.check_in_p2p():
             await self._start_guest_again()
@@ -308,17 +310,19 @@ class Source(abc.ABC):
             self.counters.retries_stopped_ns += timeline.now_ns() - start
             self._count_stop_in_vain()
             return False
-        for index in range(len(self.side.devices)):
+        for index, device in last_first:
+            if MigrationFlags.P2P not in await device.migration_flags():
+                await self.last_look(index)
             if index in self.fds:
                 await self._enter(index, State.STOP_COPY)
             else:
-                await self.side.devices[index].set_state(State.STOP)
+                await device.set_state(State.STOP)
         timeline.mark(Mark.STOPPED)
         timeline.stage("stop", start)
         return True
 
-    async def check_before_p2p(self) -> None:  # noqa: B027  (v3 checks in P2P instead)
-        """v2's final check: the vCPUs are stopped, the devices still in PRE_COPY."""
+    async def last_look(self, index: int) -> None:  # noqa: B027  (v3 checks in P2P instead)
+        """v2's final check of a device: the vCPUs are stopped, the device leaves PRE_COPY next."""
 
     async def check_in_p2p(self) -> bool:
         """v3's final check: the vCPUs are stopped, the devices in P2P. False: resume the guest, continue pre-copy."""

@@ -236,15 +236,12 @@ class V2Source(Source):
                 return True
 
     @override
-    async def check_before_p2p(self) -> None:
-        """QEMU 11.1: REINIT is checked during the switchover ("vfio/migration: Check VFIO_PRECOPY_INFO_REINIT during
-        switchover"). With the vCPUs stopped the answer is final. It must be asked for before PRE_COPY_P2P, where mlx5
-        reports none. That QEMU asks at exactly this point is inferred."""
-        if self._options.ack is Ack.REUSABLE:
-            for index in self.fds:
-                if await self._ask(index):
-                    name = self.side.devices[index].name
-                    raise LateAckError(f"{name} reported REINIT after it was decided to stop: its ack comes too late")
+    async def last_look(self, index: int) -> None:
+        """QEMU 11.1 looks for REINIT once more during the switchover, right before a device's PRE_COPY_P2P, in which
+        mlx5 reports none. With the vCPUs stopped the answer is final."""
+        if self._options.ack is Ack.REUSABLE and index in self.fds and await self._ask(index):
+            name = self.side.devices[index].name
+            raise LateAckError(f"{name} reported REINIT after it was decided to stop: its ack comes too late")
 
     # --- stop-copy ----------------------------------------------------------------------------------------------------
 

@@ -82,13 +82,14 @@ class DeviceJob:
 
 
 def stops_ns(devices: Sequence[Device], vcpu_stop_ns: int) -> list[int]:
-    """When each device is stopped, in ns: the vCPUs stop, then all devices go to P2P in turn, then each to STOP."""
+    """When each device is stopped, in ns: the vCPUs stop, then all devices go to P2P in turn, then each to STOP; the
+    last device first."""
     at_ns = vcpu_stop_ns + sum(device.suspend_ns for device in devices if "P2P" in device.features)
     stops = []
-    for device in devices:
+    for device in reversed(devices):
         at_ns += device.quiesce_ns + (0 if "P2P" in device.features else device.suspend_ns)
         stops.append(at_ns)
-    return stops
+    return stops[::-1]
 
 
 class WorkAfterStop:
@@ -99,9 +100,10 @@ class WorkAfterStop:
         self._route = route
         self._read_bytes = scenario.switchover_settings().read_bytes
         stops = stops_ns(scenario.devices, scenario.vmm.vcpu_stop_ns)
-        self.ram_saved_ns = stops[-1] + scenario.ram.final_sync_ns + scenario.ram.final_scan_ns
+        all_stopped_ns = max(stops)
+        self.ram_saved_ns = all_stopped_ns + scenario.ram.final_sync_ns + scenario.ram.final_scan_ns
         """The earliest end of the last pass over RAM, in ns from the order to stop."""
-        self.jobs = [self._job(device, at, stops[-1]) for device, at in zip(scenario.devices, stops, strict=True)]
+        self.jobs = [self._job(device, at, all_stopped_ns) for device, at in zip(scenario.devices, stops, strict=True)]
 
     def _job(self, device: Device, stopped_ns: int, all_stopped_ns: int) -> DeviceJob:
         v3, single, by_blocks = self._route.v3, self._route.single, self._route.blocks

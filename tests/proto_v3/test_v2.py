@@ -441,11 +441,11 @@ async def test_devices_stop_in_two_passes_and_then_ram_and_each_device_go_in_tur
     at = vmm.log.index(("vcpus", "stop"))
     states = [entry for entry in vmm.log[at:] if entry[1] == "set_state"]
     assert states == [
+        ("c", "set_state", State.PRE_COPY_P2P),  # the last one first, in both passes
         ("a", "set_state", State.PRE_COPY_P2P),
-        ("c", "set_state", State.PRE_COPY_P2P),
-        ("a", "set_state", State.STOP_COPY),
-        ("b", "set_state", State.STOP),  # it has no pre-copy: its session begins when its turn comes
         ("c", "set_state", State.STOP_COPY),
+        ("b", "set_state", State.STOP),  # it has no pre-copy: its session begins when its turn comes
+        ("a", "set_state", State.STOP_COPY),
         ("b", "set_state", State.STOP_COPY),
         *[(name, "set_state", State.STOP) for name in "abc"],
     ]
@@ -595,13 +595,39 @@ async def test_a_reinit_that_is_found_once_the_vcpus_are_stopped_fails_the_migra
     at = vmm.log.index(("vcpus", "stop"))
     assert vmm.log[at:] == [
         ("vcpus", "stop"),
-        ("a", "PRECOPY_INFO"),  # before PRE_COPY_P2P, where mlx5 reports none
-        ("b", "PRECOPY_INFO"),
+        ("b", "PRECOPY_INFO"),  # before PRE_COPY_P2P, where mlx5 reports none
         ("a", "set_state", State.RUNNING),
         ("b", "set_state", State.RUNNING),
         ("vcpus", "start"),
     ]
     assert vmm.wire.sent[-1].kind is Kind.CANCEL
+
+
+@pytest.mark.rule("v2.vmm.7", "v2.vmm.8")
+@virtual
+async def test_each_device_is_asked_once_more_right_before_its_p2p_the_last_one_first() -> None:
+    vmm = source({}, {}, {"flags": MigrationFlags.STOP_COPY | MigrationFlags.P2P}, options=REUSABLE, answer=acks)
+    assert await vmm.migrate() is OutcomeKind.COMPLETED
+    at = vmm.log.index(("vcpus", "stop"))
+    assert vmm.log[at + 1 : at + 9] == [
+        ("c", "set_state", State.RUNNING_P2P),  # it has no pre-copy, and so nothing to be asked
+        ("b", "PRECOPY_INFO"),
+        ("b", "set_state", State.PRE_COPY_P2P),
+        ("a", "PRECOPY_INFO"),
+        ("a", "set_state", State.PRE_COPY_P2P),
+        ("c", "set_state", State.STOP),
+        ("b", "set_state", State.STOP_COPY),
+        ("a", "set_state", State.STOP_COPY),
+    ]
+
+
+@virtual
+async def test_a_device_without_p2p_is_asked_once_more_right_before_its_stop_copy() -> None:
+    flags = MigrationFlags.STOP_COPY | MigrationFlags.PRE_COPY
+    vmm = source({"flags": flags}, options=REUSABLE, answer=acks)
+    assert await vmm.migrate() is OutcomeKind.COMPLETED
+    at = vmm.log.index(("vcpus", "stop"))
+    assert vmm.log[at + 1 : at + 3] == [("a", "PRECOPY_INFO"), ("a", "set_state", State.STOP_COPY)]
 
 
 @pytest.mark.rule("v2.vmm.7")

@@ -331,11 +331,11 @@ def test_a_source_that_fell_back_has_the_bound_of_v2() -> None:
     assert bound_of(back, "v3-n4") == bound_of(back, "v2")
 
 
-def test_devices_are_stopped_in_turn() -> None:
+def test_devices_are_stopped_in_turn_the_last_one_first() -> None:
     features = {"device.0.suspend_ms": 1.0, "device.0.quiesce_ms": 2.0, "device.0.count": 2}
     without = small_scenario(features | {"device.0.features": ["STOP_COPY"]}).devices
-    assert stops_ns(small_scenario(features).devices, 5 * MS) == [9 * MS, 11 * MS]
-    assert stops_ns(without, 5 * MS) == [8 * MS, 11 * MS]
+    assert stops_ns(small_scenario(features).devices, 5 * MS) == [11 * MS, 9 * MS]
+    assert stops_ns(without, 5 * MS) == [11 * MS, 8 * MS]
 
 
 def test_the_lemmas_are_those_of_the_document() -> None:
