@@ -51,6 +51,9 @@ HUNG = 0.1
 """A call is said to hang if it is at work for this part of the time that the migration had."""
 ASKS_HUNG_S = 0.2
 """Where a call hangs, what is left is asked for this long: another call may hang too."""
+STARTS = (State.RUNNING_P2P, State.RUNNING)
+"""Devices start in two passes, each from the first device to the last: all of them in the first state, where they have
+it, before one is in the second (QEMU, vfio_vmstate_change_prepare and vfio_vmstate_change)."""
 
 
 class UnsupportedError(LocalProtocolError):
@@ -117,6 +120,8 @@ class Source(abc.ABC):
         self.channels = channels
         self.fds: dict[int, DataFd] = {}
         """Data fd of each device's session, by device index. In pre-copy, only of devices that have pre-copy."""
+        self.flags: list[MigrationFlags] = []
+        """What each device has; asked once, when the migration begins."""
 
         self.back = ReturnPath(channels[0], self.handle)
         self.counters = side.counters
@@ -191,6 +196,7 @@ class Source(abc.ABC):
         return OutcomeKind.COMPLETED
 
     async def _begin(self, start_ns: int) -> None:
+        self.flags = [await device.migration_flags() for device in self.side.devices]
         await self.opt_in()
         await self.side.machine.set_up()
         await self.channels[0].send_control(Kind.SETUP, value=len(self.side.devices))
@@ -221,21 +227,36 @@ class Source(abc.ABC):
     async def recover(self) -> None:
         """Back to the state before the migration: devices running, by a reset where SET_STATE fails, then the vCPUs.
 
-        As QEMU does (hw/vfio/migration.c, vfio_migration_set_state and its recover state; migration.c restarts the VM).
+        As QEMU does (hw/vfio/migration.c, vfio_migration_set_state and its recover state; migration.c restarts the VM):
+        where the vCPUs stand still, a device that is in RUNNING again goes to RUNNING_P2P and RUNNING once more as the
+        VM starts.
         """
-        await self._devices_back()
+        back = await self._devices_back()
         if self.side.machine.running:
             self._stop_ordered_ns = None  # it failed before they stood still
         else:
+            again = [device for index, device in back if self._has(index, MigrationFlags.P2P)]
+            for state in STARTS:
+                again = [device for device in again if await self._set_or_reset(device, state)]
             await self.side.machine.start_vcpus()
             self._count_stop_in_vain()
 
-    async def _devices_back(self) -> None:
-        """All devices to RUNNING, under a guest that runs or will run."""
-        for device in self.side.devices:
-            if why := await _set_or_reset(device, State.RUNNING):
-                self.counters.devices_reset_under_guest += 1
-                self.side.resets.append(f"source, {device.name} {why}")
+    async def _devices_back(self) -> list[tuple[int, MigrationDevice]]:
+        """All devices to RUNNING, the last one first, under a guest that runs or will run. Returns those that SET_STATE
+        brought there, with their index, the first one first."""
+        last_first = list(enumerate(self.side.devices))[::-1]
+        return [each for each in last_first if await self._set_or_reset(each[1], State.RUNNING)][::-1]
+
+    def _has(self, index: int, feature: MigrationFlags) -> bool:
+        """Whether a device has it. False before the migration began."""
+        return bool(self.flags) and feature in self.flags[index]
+
+    async def _set_or_reset(self, device: MigrationDevice, state: State) -> bool:
+        """SET_STATE; if that fails, a reset under the guest, which is counted: False."""
+        if why := await _set_or_reset(device, state):
+            self.counters.devices_reset_under_guest += 1
+            self.side.resets.append(f"source, {device.name} {why}")
+        return not why
 
     def _count_stop_in_vain(self) -> None:
         """The vCPUs run here again, or never will; the guest does not run at the target."""
@@ -283,8 +304,8 @@ class Source(abc.ABC):
 
     async def open_sessions(self) -> None:
         """Put every device that has PRE_COPY in that state."""
-        for index, device in enumerate(self.side.devices):
-            if MigrationFlags.PRE_COPY in await device.migration_flags():
+        for index in range(len(self.side.devices)):
+            if self._has(index, MigrationFlags.PRE_COPY):
                 await self._enter(index, State.PRE_COPY)
 
     async def stop_guest(self) -> bool:
@@ -300,7 +321,7 @@ class Source(abc.ABC):
         await self.side.machine.stop_vcpus()
         last_first = list(enumerate(self.side.devices))[::-1]
         for index, device in last_first:
-            if MigrationFlags.P2P in await device.migration_flags():
+            if self._has(index, MigrationFlags.P2P):
                 await self.last_look(index)
                 await device.set_state(State.PRE_COPY_P2P if index in self.fds else State.RUNNING_P2P)
         if not await self.check_in_p2p():
@@ -311,7 +332,7 @@ class Source(abc.ABC):
             self._count_stop_in_vain()
             return False
         for index, device in last_first:
-            if MigrationFlags.P2P not in await device.migration_flags():
+            if not self._has(index, MigrationFlags.P2P):
                 await self.last_look(index)
             if index in self.fds:
                 await self._enter(index, State.STOP_COPY)
@@ -330,7 +351,7 @@ class Source(abc.ABC):
 
     async def _start_guest_again(self) -> None:
         for index, device in enumerate(self.side.devices):
-            if MigrationFlags.P2P in await device.migration_flags():
+            if self._has(index, MigrationFlags.P2P):
                 await device.set_state(State.PRE_COPY if index in self.fds else State.RUNNING)
         await self.side.machine.start_vcpus()
 
@@ -393,6 +414,7 @@ class Target(abc.ABC):
         self.side = side
         self.channels = channels
         self.counters = side.counters
+        self._with_p2p: list[MigrationDevice] = []
 
     def note_reorder_bytes(self, waiting_bytes: int) -> None:
         """Record that this many bytes wait to be put back in order now."""
@@ -422,6 +444,8 @@ class Target(abc.ABC):
 
     async def resuming(self, device: MigrationDevice) -> DataFd:
         """Put a device in RESUMING; returns the fd that its first stream is written to."""
+        if MigrationFlags.P2P in await device.migration_flags():
+            self._with_p2p.append(device)
         fd = await device.set_state(State.RESUMING)
         if fd is None:
             raise LocalProtocolError(f"{device.name}: no data fd came with RESUMING")
@@ -446,9 +470,12 @@ class Target(abc.ABC):
         self.side.timeline.mark(Mark.CONFIGURED)
 
     async def resume_guest(self) -> None:
-        """Devices out of RESUMING, which checks that every stream was complete; then the vCPUs."""
-        for device in self.side.devices:
-            await device.set_state(State.RUNNING)
+        """Devices out of RESUMING, which checks that every stream was complete: all to RUNNING_P2P, then all to
+        RUNNING; then the vCPUs (QEMU, vm_prepare_start)."""
+        for state in STARTS:
+            for device in self.side.devices:
+                if state is State.RUNNING or device in self._with_p2p:
+                    await device.set_state(state)
         await self.side.machine.start_vcpus()
         self.side.timeline.mark(Mark.RESUMED)
 

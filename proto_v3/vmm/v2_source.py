@@ -117,8 +117,8 @@ class V2Source(Source):
         sizes = [await _stop_copy_bytes(device) for device in self.side.devices]
         # vfio_save_setup: no larger buffer than the device can fill
         self._read_bytes = [max(1, min(self.side.settings.read_bytes, size)) for size in sizes]
-        for device in self.side.devices:
-            if self._options.reinit and MigrationFlags.PRE_COPY in await device.migration_flags():
+        for index, device in enumerate(self.side.devices):
+            if self._options.reinit and self._has(index, MigrationFlags.PRE_COPY):
                 await device.set_precopy_info_v2()
         await self.open_sessions()
         self.switchover = Switchover(self.side.settings, self.now_ns)

@@ -17,7 +17,7 @@ import pytest
 from proto_v3.errors import LostAfterCommitError, PeerFailedError, PeerProtocolError
 from proto_v3.timeline import Mark, Timeline
 from proto_v3.vfio.uapi import MigrationFlags, PrecopyFlags, PrecopyInfo, State
-from proto_v3.vmm.migration import OutcomeKind, Side
+from proto_v3.vmm.migration import STARTS, OutcomeKind, Side
 from proto_v3.vmm.switchover import SwitchoverSettings
 from proto_v3.vmm.v2 import Ack, V2Options
 from proto_v3.vmm.v2_source import UNKNOWN_STOP_COPY_BYTES, LateAckError, V2Source
@@ -204,6 +204,11 @@ class Wire:
 def resumes(frame: Frame) -> list[Frame]:
     """A target that runs the guest as soon as it has everything."""
     return [Frame(Kind.RESUMED)] if frame.kind is Kind.END else []
+
+
+def fails_at(kind: Kind) -> Callable[[Frame], list[Frame]]:
+    """A target that fails at this frame."""
+    return lambda frame: [Frame(Kind.FAILED)] if frame.kind is kind else []
 
 
 @dataclass
@@ -593,11 +598,13 @@ async def test_a_reinit_that_is_found_once_the_vcpus_are_stopped_fails_the_migra
     assert isinstance(error, LateAckError)
     assert str(error) == "b reported REINIT after it was decided to stop: its ack comes too late"
     at = vmm.log.index(("vcpus", "stop"))
+    both_start = [(name, "set_state", state) for state in STARTS for name in "ab"]
     assert vmm.log[at:] == [
         ("vcpus", "stop"),
         ("b", "PRECOPY_INFO"),  # before PRE_COPY_P2P, where mlx5 reports none
-        ("a", "set_state", State.RUNNING),
         ("b", "set_state", State.RUNNING),
+        ("a", "set_state", State.RUNNING),
+        *both_start,
         ("vcpus", "start"),
     ]
     assert vmm.wire.sent[-1].kind is Kind.CANCEL
@@ -639,6 +646,43 @@ async def test_who_has_no_reusable_ack_does_not_look_again(ack: Ack) -> None:
     assert await vmm.migrate() is OutcomeKind.COMPLETED
     at = vmm.log.index(("vcpus", "stop"))
     assert ("a", "PRECOPY_INFO") not in vmm.log[at:]
+
+
+@pytest.mark.rule("v2.vmm.12")
+@virtual
+async def test_a_guest_that_starts_again_takes_its_devices_through_p2p_once_more() -> None:
+    vmm = source({"unread": 10}, {"flags": MigrationFlags.STOP_COPY}, answer=fails_at(Kind.END))
+    with pytest.raises(ExceptionGroup):
+        await vmm.migrate()
+    at = vmm.log.index(("b", "set_state", State.STOP_COPY))
+    assert [entry for entry in vmm.log[at + 1 :] if entry[1] != "read"] == [
+        ("b", "set_state", State.RUNNING),
+        ("a", "set_state", State.RUNNING),
+        ("a", "set_state", State.RUNNING_P2P),  # the other one has no P2P, and is in RUNNING
+        ("a", "set_state", State.RUNNING),
+        ("vcpus", "start"),
+    ]
+
+
+@pytest.mark.rule("v2.vmm.12")
+@virtual
+async def test_a_device_that_was_reset_under_the_guest_is_left_alone_from_then_on() -> None:
+    vmm = source({"unread": 10}, {"unread": 10}, answer=fails_at(Kind.END))
+    broken = vmm.devices[1]
+    put = broken.set_state
+
+    async def set_state(target: State) -> Device | None:
+        if target is State.RUNNING:
+            raise OSError(errno.EIO, "stuck")
+        return await put(target)
+
+    broken.set_state = set_state  # type: ignore[method-assign]
+    with pytest.raises(ExceptionGroup):
+        await vmm.migrate()
+    at = vmm.log.index(("b", "reset"))
+    assert [entry for entry in vmm.log[at:] if entry[0] == "b"] == [("b", "reset")]
+    assert vmm.vmm.counters.devices_reset_under_guest == 1
+    assert vmm.machine.running
 
 
 # --- what the target tells -------------------------------------------------------------------------------------------
@@ -784,7 +828,7 @@ async def test_the_target_writes_what_comes_in_its_order_in_pieces_of_32_kib() -
     assert vmm.machine.loaded == 4096
 
 
-@pytest.mark.rule("v2.vmm.9")
+@pytest.mark.rule("v2.vmm.9", "v2.vmm.16")
 @virtual
 async def test_other_devices_come_before_config_and_the_guest_runs_before_it_is_told() -> None:
     vmm = Target()
@@ -793,11 +837,20 @@ async def test_other_devices_come_before_config_and_the_guest_runs_before_it_is_
         ("other devices", "load"),
         ("config 0", "load"),
         ("config 1", "load"),
+        ("a", "set_state", State.RUNNING_P2P),  # leaves RESUMING: the load is checked, of all, before one runs
+        ("b", "set_state", State.RUNNING_P2P),
         ("a", "set_state", State.RUNNING),
         ("b", "set_state", State.RUNNING),
         ("vcpus", "start"),
     ]
     assert [frame.kind for frame in vmm.wire.sent] == [Kind.RESUMED]
+
+
+@virtual
+async def test_a_device_without_p2p_goes_to_running_at_once() -> None:
+    vmm = Target(flags=(MigrationFlags.STOP_COPY,))
+    assert await vmm.receive(Frame(Kind.END))
+    assert vmm.log[-2:] == [("a", "set_state", State.RUNNING), ("vcpus", "start")]
 
 
 @pytest.mark.rule("v2.vmm.5")
