@@ -14,8 +14,12 @@ class Ack(enum.StrEnum):
     """Whether the target must have loaded the initial data before the guest is stopped (QEMU's switchover-ack)."""
 
     OFF = "off"
-    ONE_SHOT = "one_shot"  # QEMU 8.1: asked for once, when the initial bytes first reach 0; one answer for all devices
-    REUSABLE = "reusable"  # QEMU 11.1: asked for anew after each REINIT, and checked once more during the switchover
+    ONE_SHOT = "one_shot"
+    """Asked for once, when the initial bytes first reach 0; one answer for all devices. QEMU 8.1, and 11.1 with a machine
+    type older than 11.1."""
+    REUSABLE = "reusable"
+    """Asked for anew after each REINIT, and checked once more during the switchover. QEMU 11.1 with a machine type of
+    11.1 or newer."""
 
 
 @dataclass(frozen=True, slots=True)

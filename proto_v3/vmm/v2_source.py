@@ -81,6 +81,8 @@ class V2Source(Source):
         self._senders = Senders(options.multifd, channels[1:]) if options.multifd else None
         self._known = [_Known() for _ in side.devices]
         self._all_acked = False  # whether the one-shot ack was received
+        self._late: list[str] = []
+        """Devices that need an ack after it was decided to stop."""
         self._read_bytes: list[int] = []
         self._decided_ns = self.now_ns  # when the last round began
 
@@ -93,6 +95,7 @@ class V2Source(Source):
         outcome = await self.in_precopy(start_ns, self._precopy())
         if outcome is None:
             await self.stop_guest()
+            await self._check_late()
             await self._drain()
         return outcome
 
@@ -240,8 +243,18 @@ class V2Source(Source):
         """QEMU 11.1 looks for REINIT once more during the switchover, right before a device's PRE_COPY_P2P, in which
         mlx5 reports none. With the vCPUs stopped the answer is final."""
         if self._options.ack is Ack.REUSABLE and index in self.fds and await self._ask(index):
-            name = self.side.devices[index].name
-            raise LateAckError(f"{name} reported REINIT after it was decided to stop: its ack comes too late")
+            self._late.insert(0, self.side.devices[index].name)
+
+    async def _check_late(self) -> None:
+        """LateAckError if the last look found that an ack is needed. QEMU 11.1 notices it only in its last query of what
+        is pending, when all devices are stopped and RAM is synced."""
+        if self._late:
+            await self.side.machine.ram.final_sync()
+            count = f"{len(self._late)} device{'s' if len(self._late) > 1 else ''}"
+            raise LateAckError(
+                f"{', '.join(self._late)} reported REINIT after it was decided to stop: its ack comes too late "
+                f"(switchover-ack was requested by {count} during switchover)"
+            )
 
     # --- stop-copy ----------------------------------------------------------------------------------------------------
 

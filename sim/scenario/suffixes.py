@@ -41,12 +41,13 @@ V2_SUFFIXES: dict[str, Suffix] = {
     "no-reinit": Suffix({"vmm": {"reinit": False}}, "the VMM does not opt in to PRECOPY_INFOv2"),
     "ack-reusable": Suffix(
         {"vmm": {"switchover_ack": "reusable"}},
-        "the target must have loaded initial data before the stop, after a REINIT again (QEMU 11.1); needs REINIT",
+        "the target must have loaded initial data before the stop, after a REINIT again (QEMU 11.1 with a "
+        "machine type of 11.1 or newer); needs REINIT",
     ),
     "no-ack": Suffix({"vmm": {"switchover_ack": "off"}}, "the source does not wait for the target before the stop"),
     "ack": Suffix(
         {"vmm": {"switchover_ack": "one_shot"}},
-        "the target must have loaded the first initial data before the stop (QEMU 8.1)",
+        "the target must have loaded the first initial data before the stop (QEMU 8.1, or an older machine type)",
     ),
     "polls": Suffix({"vmm": {"precopy_user": "polls"}}, "the VMM asks for PRECOPY_INFO in every round"),
     "deduces": Suffix(

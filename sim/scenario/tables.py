@@ -224,8 +224,8 @@ class Vmm(Table):
     reinit: bool = False
     """Opts in to PRECOPY_INFOv2."""
     switchover_ack: Literal["off", "one_shot", "reusable"] = "off"
-    """The target must have loaded the initial data before the guest is stopped: QEMU 8.1's, or 11.1's, which can be
-    asked for again after a REINIT."""
+    """The target must have loaded the initial data before the guest is stopped. `one_shot`: QEMU 8.1, and 11.1 with an
+    older machine type. `reusable`: QEMU 11.1 with a machine type of 11.1 or newer; asked for again after a REINIT."""
     multifd: bool = False
     """RAM over `multifd_channels` connections of their own."""
     multifd_channels: Annotated[int, Field(ge=1, le=256)] = 2
