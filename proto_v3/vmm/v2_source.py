@@ -13,6 +13,7 @@ reconfigured.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 from typing_extensions import override
@@ -20,7 +21,7 @@ from typing_extensions import override
 from proto_v3.errors import ProtoV3Error
 from proto_v3.timeline import Join, Work
 from proto_v3.vfio.device import MigrationDevice
-from proto_v3.vfio.uapi import MigrationFlags
+from proto_v3.vfio.uapi import MigrationFlags, State
 from proto_v3.vmm.migration import HUNG, OutcomeKind, Side, Source, pause, read_some
 from proto_v3.vmm.multifd import Senders
 from proto_v3.vmm.switchover import Left, StoppedOnly, Switchover
@@ -116,19 +117,29 @@ class V2Source(Source):
             return False
         return True
 
-    async def _open(self) -> Switchover:
-        sizes = [await _stop_copy_bytes(device) for device in self.side.devices]
-        # vfio_save_setup: no larger buffer than the device can fill
-        self._read_bytes = [max(1, min(self.side.settings.read_bytes, size)) for size in sizes]
+    @override
+    async def opt_in(self) -> None:
+        """To PRECOPY_INFOv2, where a device has it: QEMU asks when the device is realized, and goes on without."""
         for index, device in enumerate(self.side.devices):
             if self._options.reinit and self._has(index, MigrationFlags.PRE_COPY):
-                await device.set_precopy_info_v2()
-        await self.open_sessions()
-        self.switchover = Switchover(self.side.settings, self.now_ns)
-        await self._ask_devices()
-        for known, size in zip(self._known, sizes, strict=True):
+                try:
+                    await device.set_precopy_info_v2()
+                except OSError as error:
+                    if error.errno != errno.ENOTTY:
+                        raise
+
+    async def _open(self) -> Switchover:
+        """Set up each device, one after the other: its size, its session, what it has (QEMU, vfio_save_setup)."""
+        for index, (device, known) in enumerate(zip(self.side.devices, self._known, strict=True)):
+            size = await _stop_copy_bytes(device)
+            # No larger buffer than the device can fill.
+            self._read_bytes.append(max(1, min(self.side.settings.read_bytes, size)))
+            if self._has(index, MigrationFlags.PRE_COPY):
+                await self._enter(index, State.PRE_COPY)
+                await self._ask(index)
             if size != UNKNOWN_STOP_COPY_BYTES:
                 known.stopped_only.begins(size, size - known.unread_bytes)
+        self.switchover = Switchover(self.side.settings, self.now_ns)
         return self.switchover
 
     # --- pre-copy -----------------------------------------------------------------------------------------------------
@@ -175,14 +186,14 @@ class V2Source(Source):
     async def _exact(self) -> int:
         """Remaining bytes, asked for. That makes drained devices save what became dirty (QEMU's state_pending_exact).
 
-        A device's part is MIG_DATA_SIZE, which includes its unread bytes. QEMU up to 10.1 adds those of PRECOPY_INFO
-        once more, which counts them twice ("vfio/migration: Fix incorrect reporting for VFIO pending data").
+        A device's part is MIG_DATA_SIZE. Then it is asked for what pre-copy has to give, before the next device.
         """
         await self.side.machine.ram.sync()
-        await self._ask_devices()
         remaining = self.side.machine.ram.pending_bytes()
-        for device, known in zip(self.side.devices, self._known, strict=True):
+        for index, (device, known) in enumerate(zip(self.side.devices, self._known, strict=True)):
             size = await _stop_copy_bytes(device)
+            if index in self.fds:
+                await self._ask(index)
             if not known.unread_bytes and size != UNKNOWN_STOP_COPY_BYTES:
                 known.stopped_only.drained(size)
             remaining += size

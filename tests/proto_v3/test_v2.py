@@ -295,7 +295,7 @@ async def test_bytes_read_are_taken_off_the_initial_ones_first_and_then_off_the_
     vmm.answer = lambda frame: [Frame(Kind.SWITCHOVER_ACK)] if frame.kind is Kind.INIT_DATA_SENT else resumes(frame)
     await vmm.migrate()
     asked = [entry[1] for entry in vmm.log if entry[1] in ("PRECOPY_INFO", "read", "MIG_DATA_SIZE", "stop")]
-    assert asked[:9] == ["PRECOPY_INFO", *["read"] * 5, "PRECOPY_INFO", "MIG_DATA_SIZE", "stop"]
+    assert asked[:9] == ["PRECOPY_INFO", *["read"] * 5, "MIG_DATA_SIZE", "PRECOPY_INFO", "stop"]
     sent = [frame.kind.name for frame in vmm.wire.sent if frame.kind in (Kind.DATA, Kind.INIT_DATA_SENT)]
     assert sent[:5] == ["DATA", "DATA", "DATA", "INIT_DATA_SENT", "DATA"], "the third read has the last initial bytes"
 
@@ -331,8 +331,8 @@ async def test_the_temporary_end_counts_as_empty_whatever_was_announced(end: str
     assert vmm.of("PRECOPY_INFO", "read", "MIG_DATA_SIZE")[:4] == [
         ("a", "PRECOPY_INFO"),
         ("a", "read", MIB),
-        ("a", "PRECOPY_INFO"),
         ("a", "MIG_DATA_SIZE"),
+        ("a", "PRECOPY_INFO"),
     ]
 
 
@@ -343,7 +343,7 @@ async def test_the_exact_figure_is_asked_for_only_once_the_estimate_fits() -> No
     await vmm.migrate()
     asked = [entry for entry in vmm.log if entry[1] in ("PRECOPY_INFO", "read", "MIG_DATA_SIZE", "sync", "stop")]
     read, info = ("a", "read", MIB), ("a", "PRECOPY_INFO")
-    exact = [("ram", "sync"), info, ("a", "MIG_DATA_SIZE"), ("b", "MIG_DATA_SIZE")]
+    exact = [("ram", "sync"), ("a", "MIG_DATA_SIZE"), info, ("b", "MIG_DATA_SIZE")]
     # 3 MiB, 2, 1 (more than a million bytes), 0.
     assert asked[:9] == [info, read, read, read, *exact, ("vcpus", "stop")]
 
@@ -479,14 +479,53 @@ async def test_stop_copy_is_left_only_when_the_guest_runs_at_the_target() -> Non
     assert vmm.log[-2:] == [("wire", "END"), ("a", "set_state", State.STOP)]
 
 
+@pytest.mark.rule("v2.vmm.17")
+@virtual
+async def test_a_device_is_set_up_before_the_next_one_is_touched() -> None:
+    no_precopy = {"flags": MigrationFlags.STOP_COPY | MigrationFlags.P2P}
+    vmm = source(*[each | {"size_at_first": 0} for each in ({}, no_precopy, {})], options=V2Options(reinit=True))
+    await vmm.migrate()
+    assert vmm.log[:9] == [
+        *[("a", "opt in"), ("c", "opt in")],  # before the migration: the device is realized
+        *[("a", "MIG_DATA_SIZE"), ("a", "set_state", State.PRE_COPY), ("a", "PRECOPY_INFO")],
+        ("b", "MIG_DATA_SIZE"),
+        *[("c", "MIG_DATA_SIZE"), ("c", "set_state", State.PRE_COPY), ("c", "PRECOPY_INFO")],
+    ]
+
+
+@pytest.mark.rule("v2.vmm.3")
+@virtual
+async def test_exact_figures_are_asked_for_device_by_device_the_size_first() -> None:
+    vmm = source({}, {})
+    await vmm.migrate()
+    at = vmm.log.index(("ram", "sync"))
+    both = [(name, what) for name in "ab" for what in ("MIG_DATA_SIZE", "PRECOPY_INFO")]
+    assert vmm.log[at + 1 : at + 5] == both
+
+
 @virtual
 async def test_only_who_wants_reinit_opts_in_and_only_devices_with_pre_copy_are_asked() -> None:
     for reinit in (False, True):
         vmm = source({}, {"flags": MigrationFlags.STOP_COPY}, options=V2Options(reinit=reinit))
         await vmm.migrate()
         assert vmm.of("opt in") == ([("a", "opt in")] if reinit else [])
-        if reinit:
-            assert vmm.log.index(("a", "opt in")) < vmm.log.index(("a", "set_state", State.PRE_COPY))
+
+
+@pytest.mark.rule("v2.vmm.17")
+@pytest.mark.parametrize(("code", "goes_on"), [(errno.ENOTTY, True), (errno.EIO, False)])
+@virtual
+async def test_a_kernel_without_precopy_info_v2_is_used_without(code: int, goes_on: bool) -> None:
+    vmm = source({"unread": 10}, options=V2Options(reinit=True, ack=Ack.REUSABLE), answer=acks)
+
+    async def refuses() -> None:
+        raise OSError(code, "no such feature")
+
+    vmm.devices[0].set_precopy_info_v2 = refuses  # type: ignore[method-assign]
+    if goes_on:
+        assert await vmm.migrate() is OutcomeKind.COMPLETED
+    else:
+        with pytest.raises(OSError, match="SET MIG_PRECOPY_INFOv2 failed: EIO"):
+            await vmm.migrate()
 
 
 # --- switchover-ack, at the source -----------------------------------------------------------------------------------
