@@ -33,7 +33,8 @@ class SwitchoverSettings:
     cancel_ns: int | None = None
     """The user cancels this long after the start, if the guest is not stopped yet. None: never."""
     given_bandwidth_bytes_per_s: float | None = None
-    """If set, used instead of the measured bandwidth (QEMU's avail-switchover-bandwidth)."""
+    """If set, used instead of the measured bandwidth, once the first window is over (QEMU's
+    avail-switchover-bandwidth)."""
 
 
 class Switchover:
@@ -43,19 +44,22 @@ class Switchover:
         self._settings = settings
         self._window_start_ns = now_ns
         self._window_bytes = 0
-        given = settings.given_bandwidth_bytes_per_s
-        self.bandwidth_bytes_per_s = 0.0 if given is None else given
-        self.best_bytes_per_s = self.bandwidth_bytes_per_s
-        """The largest that was measured."""
+        self.bandwidth_bytes_per_s = 0.0
+        """That of the last window, or the given one once the first window is over. Before that, nothing is decided."""
+        self.best_bytes_per_s = 0.0
+        """The largest so far."""
 
     def sample(self, now_ns: int, bytes_sent: int) -> None:
         """Record all bytes sent since the start; end the window if its time has passed."""
         elapsed_ns = now_ns - self._window_start_ns
         if elapsed_ns < self._settings.bandwidth_window_ns:
             return
-        if self._settings.given_bandwidth_bytes_per_s is None:
+        given = self._settings.given_bandwidth_bytes_per_s
+        if given is None:
             self.bandwidth_bytes_per_s = (bytes_sent - self._window_bytes) * NS_PER_S / elapsed_ns
-            self.best_bytes_per_s = max(self.best_bytes_per_s, self.bandwidth_bytes_per_s)
+        else:
+            self.bandwidth_bytes_per_s = given
+        self.best_bytes_per_s = max(self.best_bytes_per_s, self.bandwidth_bytes_per_s)
         self._window_start_ns, self._window_bytes = now_ns, bytes_sent
 
     @property
@@ -69,7 +73,8 @@ class Switchover:
         return self.best_bytes_per_s * self._settings.downtime_limit_ns / NS_PER_S
 
     def fits(self, pending_bytes: int) -> bool:
-        """Whether these bytes can be sent within the downtime limit. 0 bytes always fit."""
+        """Whether these bytes can be sent within the downtime limit. 0 bytes always fit, more not before the first window
+        is over."""
         return pending_bytes == 0 or pending_bytes < self.threshold_bytes
 
     def fits_after(self, unread_ns: float, unsaved_bytes: int) -> bool:

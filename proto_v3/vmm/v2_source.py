@@ -93,7 +93,7 @@ class V2Source(Source):
 
     @override
     async def move(self, start_ns: int) -> OutcomeKind | None:
-        outcome = await self.in_precopy(start_ns, self._precopy())
+        outcome = await self.in_precopy(start_ns, self._precopy(start_ns))
         if outcome is None:
             await self.stop_guest()
             await self._check_late()
@@ -128,7 +128,7 @@ class V2Source(Source):
                     if error.errno != errno.ENOTTY:
                         raise
 
-    async def _open(self) -> Switchover:
+    async def _open(self) -> None:
         """Set up each device, one after the other: its size, its session, what it has (QEMU, vfio_save_setup)."""
         for index, (device, known) in enumerate(zip(self.side.devices, self._known, strict=True)):
             size = await _stop_copy_bytes(device)
@@ -139,15 +139,15 @@ class V2Source(Source):
                 await self._ask(index)
             if size != UNKNOWN_STOP_COPY_BYTES:
                 known.stopped_only.begins(size, size - known.unread_bytes)
-        self.switchover = Switchover(self.side.settings, self.now_ns)
-        return self.switchover
 
     # --- pre-copy -----------------------------------------------------------------------------------------------------
 
-    async def _precopy(self) -> None:
+    async def _precopy(self, start_ns: int) -> None:
         """Iterate until the guest can be stopped."""
         settings = self.side.settings
-        switchover = await self._open()
+        # The first window counts the set-up, too (migration_thread, update_iteration_initial_status).
+        self.switchover = switchover = Switchover(settings, start_ns)
+        await self._open()
         while True:
             sent = self.bytes_sent()
             self._decided_ns = self.now_ns

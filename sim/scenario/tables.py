@@ -204,7 +204,7 @@ class Vmm(Table):
     bandwidth_window_ms: PositiveMs = 100.0
     """The bandwidth is measured over so long a time."""
     bandwidth_gbit_per_s: Positive | None = None
-    """Used in place of the measured bandwidth (QEMU's avail-switchover-bandwidth)."""
+    """Used in place of the measured bandwidth, once the first window is over (QEMU's avail-switchover-bandwidth)."""
     decision_interval_ms: Annotated[float, Field(ge=0.1, le=1e9)]
     """How long an idle migration loop waits."""
     ram_budget_ms: PositiveMs

@@ -83,10 +83,15 @@ def test_a_window_in_which_nothing_was_sent_leaves_no_bandwidth() -> None:
 
 
 @pytest.mark.rule("v2.vmm.4")
-def test_a_given_bandwidth_holds_from_the_start_and_is_never_measured_over() -> None:
+def test_a_given_bandwidth_holds_once_the_first_window_is_over_and_is_never_measured_over() -> None:
     switchover = Switchover(replace(SETTINGS, given_bandwidth_bytes_per_s=2e6), 0)
-    assert switchover.threshold_bytes == 600_000
+    switchover.sample(99 * MS, 99_000_000)
+    assert switchover.threshold_bytes == 0
+    assert switchover.fits(0)
+    assert not switchover.fits(1)
     switchover.sample(100 * MS, 99_000_000)
+    assert switchover.threshold_bytes == 600_000
+    switchover.sample(200 * MS, 99_000_000)
     assert switchover.threshold_bytes == 600_000
 
 
@@ -248,7 +253,7 @@ def test_what_is_left_what_fits_and_what_never_will() -> None:
         RIGHT + "300 MiB fit a downtime limit of 300 ms at 1000 MiB/s; x holds it up; y too; "
         "vf0 has 512 MiB that only a stopped device gives: they can never fit, at no bandwidth that was measured"
     )
-    assert told([], LEFT, given=1000 * MIB) == (
+    assert told([(100, 7)], LEFT, given=1000 * MIB) == (
         RIGHT + "300 MiB fit a downtime limit of 300 ms at the given 1000 MiB/s; "
         "vf0 has 512 MiB that only a stopped device gives: they can never fit"
     )
