@@ -25,7 +25,10 @@ class SwitchoverSettings:
 
     downtime_limit_ns: int
     bandwidth_window_ns: int
+    idle_round_ns: int
+    """v2: what a round takes in which nothing was sent. QEMU does not pause."""
     decision_interval_ns: int
+    """v3: the pause between two decisions."""
     give_up_ns: int
     read_bytes: int
     write_bytes: int

@@ -159,7 +159,7 @@ class V2Source(Source):
             if switchover.fits(self._estimate()) and switchover.fits(await self._exact()) and self._can_switch_over():
                 return
             if self.bytes_sent() == sent:
-                await pause(settings.decision_interval_ns)
+                await pause(settings.idle_round_ns)
 
     async def _round(self) -> None:
         settings, ram = self.side.settings, self.side.machine.ram

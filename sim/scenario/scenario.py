@@ -79,7 +79,8 @@ class Scenario(Table):
         return SwitchoverSettings(
             downtime_limit_ns=vmm.downtime_limit_ns,
             bandwidth_window_ns=vmm.bandwidth_window_ns,
-            decision_interval_ns=vmm.decision_interval_ns,
+            idle_round_ns=vmm.decision_interval_ns,
+            decision_interval_ns=self.v3.decision_interval_ns,
             give_up_ns=vmm.give_up_ns,
             read_bytes=vmm.read_bytes,
             write_bytes=vmm.write_bytes,

@@ -206,7 +206,8 @@ class Vmm(Table):
     bandwidth_gbit_per_s: Positive | None = None
     """Used in place of the measured bandwidth, once the first window is over (QEMU's avail-switchover-bandwidth)."""
     decision_interval_ms: Annotated[float, Field(ge=0.1, le=1e9)]
-    """How long an idle migration loop waits."""
+    """v2: what a round of the migration thread takes that has nothing to send, beside RAM's sync and the devices' calls.
+    QEMU does not pause."""
     ram_budget_ms: PositiveMs
     """RAM is sent for so long before the devices have their turn."""
     give_up_s: Annotated[float, Field(gt=0, le=86400)]
@@ -288,6 +289,8 @@ class V3(Table):
     """The same for all dirty streams of a device together."""
     late_epoch: Literal["retry", "proceed"] = "proceed"
     """If the final check (vCPUs stopped) finds a new epoch: resume the guest and try again, or continue the stop."""
+    decision_interval_ms: Annotated[float, Field(ge=0.1, le=1e9)] = 10.0
+    """How long the VMM waits between two decisions whether to stop; its streams wake it for all else."""
     max_retries: Annotated[int, Field(ge=0, le=1000)] = 3
     """After this number of retries it continues with the stop."""
     target_knows: Literal["v3", "v2"] = "v3"
@@ -297,6 +300,7 @@ class V3(Table):
 
     critical_credit_bytes = Whole("critical_credit_mib")
     dirty_credit_bytes = Whole("dirty_credit_mib")
+    decision_interval_ns = Whole("decision_interval_ms")
 
 
 NO_FIGURES = {"citation", "case", "protocol", "fitted"}

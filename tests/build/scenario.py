@@ -79,6 +79,9 @@ bandwidth_window_ms = 10.0
 decision_interval_ms = 1.0
 ram_budget_ms = 5.0
 give_up_s = 2.0
+
+[v3]
+decision_interval_ms = 1.0
 """
 
 

@@ -41,6 +41,7 @@ REINIT = PrecopyFlags.REINIT
 SETTINGS = SwitchoverSettings(
     downtime_limit_ns=1 * MS,
     bandwidth_window_ns=0,  # the first round ends the first window: the given bandwidth holds
+    idle_round_ns=10 * MS,
     decision_interval_ns=10 * MS,
     give_up_ns=1000 * MS,
     read_bytes=MIB,

@@ -328,6 +328,7 @@ EVERYTHING_SET = {
         "critical_credit_mib": 4.0,
         "dirty_credit_mib": 64.0,
         "late_epoch": "retry",
+        "decision_interval_ms": 10.0,
         "max_retries": 3,
         "target_knows": "v2",
         "target_max_dirty_streams": 4,
@@ -546,7 +547,8 @@ def first_pages(scenario: Scenario) -> int:
     ("key", "derived"),
     [
         ("vmm.read_mib", lambda scenario: scenario.switchover_settings().read_bytes),
-        ("vmm.decision_interval_ms", lambda scenario: scenario.switchover_settings().decision_interval_ns),
+        ("vmm.decision_interval_ms", lambda scenario: scenario.switchover_settings().idle_round_ns),
+        ("v3.decision_interval_ms", lambda scenario: scenario.switchover_settings().decision_interval_ns),
         ("vmm.bandwidth_window_ms", lambda scenario: scenario.switchover_settings().bandwidth_window_ns),
         ("vmm.ram_budget_ms", lambda scenario: scenario.switchover_settings().ram_budget_ns),
         ("device.0.critical.object_kib", lambda scenario: round(scenario.device[0].critical.object_kib * KIB)),
@@ -619,6 +621,7 @@ def test_the_vmms_settings_are_in_nanoseconds_and_bytes() -> None:
     settings = small_scenario({"vmm.read_mib": 0.5, "vmm.bandwidth_gbit_per_s": 8.0}).switchover_settings()
     assert settings.downtime_limit_ns == 20_000_000
     assert settings.bandwidth_window_ns == 10_000_000
+    assert settings.idle_round_ns == 1_000_000
     assert settings.decision_interval_ns == 1_000_000
     assert settings.give_up_ns == 2_000_000_000
     assert settings.ram_budget_ns == 5_000_000
@@ -634,8 +637,8 @@ def test_without_a_bandwidth_none_is_given() -> None:
 def test_what_is_not_said_of_v3_has_its_default() -> None:
     told = {"dirty_streams": 4, "blocks": False, "wire": "streams", "pool_connections": 4, "critical_credit_mib": 4.0}
     told |= {"dirty_credit_mib": 64.0, "late_epoch": "proceed", "max_retries": 3, "target_knows": "v3"}
-    scenario = small_scenario({"device.0.reconfigurations": {"at_s": [1.0]}})
-    assert scenario.v3.model_dump() == told | {"target_max_dirty_streams": None}
+    scenario = small_scenario({"device.0.reconfigurations": {"at_s": [1.0]}, "v3": None})
+    assert scenario.v3.model_dump() == told | {"target_max_dirty_streams": None, "decision_interval_ms": 10.0}
     assert scenario.driver.epochs == "keep"
     plan = scenario.device[0].reconfigurations
     assert plan is not None
