@@ -175,7 +175,7 @@ def test_a_stream_without_its_end_fails_the_run(monkeypatch: pytest.MonkeyPatch,
     outcome = run(small_scenario(), protocol)
     assert outcome.kind is OutcomeKind.FAILED
     if protocol.startswith("v2"):
-        why = "RESUMING -> RUNNING failed: EIO (Input/output error); this left it in ERROR"
+        why = "RESUMING -> RUNNING_P2P failed: EIO (Input/output error); this left it in ERROR"
         cause = "RESUMING -> STOP: the stream did not come to its END"
     else:  # the critical stream's is one of them
         why = "RESUMING -> STOP failed: ENODATA (No data available); this left it in ERROR"
