@@ -154,7 +154,8 @@ class MigrationDevice(Protocol):
     async def stop_copy_bytes(self) -> int:
         """VFIO_DEVICE_FEATURE_MIG_DATA_SIZE: an estimate of the bytes that STOP_COPY would return, in any state.
 
-        With a session open, unread bytes of pre-copy are included, as the stream continues.
+        Drivers differ with a session open: what is left, with the unread bytes of pre-copy, as the stream continues; or
+        a whole image, whatever was read (mlx5).
         """
 
     async def set_precopy_info_v2(self) -> None:

@@ -206,7 +206,8 @@ class StreamBacklog(Backlog):
 
 
 class StoppedOnly:
-    """How much of a device's state only the stopped device gives, as far as its answers show.
+    """How much of MIG_DATA_SIZE pre-copy does not give, as far as a device's answers show: what only the stopped device
+    has, or what a driver that always reports a whole image counts again.
 
     MIG_DATA_SIZE counts all bytes, the calls of pre-copy count what can be read now. Their difference is what is asked
     for; but bytes that the guest wrote in between are in it, too. So it is taken where there are none: when the session
@@ -269,7 +270,7 @@ def why_not(
     if never and sum(part.stopped_only_bytes for part in never) >= switchover.best_threshold_bytes:
         each = " and ".join(f"{part.name} has {_mib(part.stopped_only_bytes)} MiB" for part in never)
         bandwidths = "" if settings.given_bandwidth_bytes_per_s else ", at no bandwidth that was measured"
-        lines.append(f"{each} that only a stopped device gives: they can never fit{bandwidths}")
+        lines.append(f"{each} that pre-copy does not give: they can never fit{bandwidths}")
     return "; ".join(lines)
 
 

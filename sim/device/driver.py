@@ -126,7 +126,7 @@ class SimDriver(MigrationDevice):
     @override
     async def stop_copy_bytes(self) -> int:
         async with self._state_lock:
-            if self._saving:
+            if self._saving and self._settings.stop_copy_size == "left":
                 return sum(stream.left_bytes() for stream in self._saved_streams)
             header_bytes = V3_HEADER_BYTES if self._dirty_streams else HEADER_BYTES
             return image_bytes(self.spec, self._settings, self.spec.critical.objects, self.spec.blocks, header_bytes)

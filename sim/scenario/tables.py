@@ -123,6 +123,9 @@ class Driver(Table):
     reinit: Literal["flush", "invalidate", "none"] = "flush"
     """On new critical data, for a user who opted in: unread bytes become initial and the new ones follow (mlx5);
     unread dirty bytes are dropped and dirty again; or the driver never reports any."""
+    stop_copy_size: Literal["full", "left"] = "full"
+    """What MIG_DATA_SIZE reports. `full`: a whole image, in any state (mlx5, whose query does not ask for an increment:
+    mlx5vf_pci_get_data_size). `left`: what is not read yet."""
     precopy_end: Literal["ENOMSG", "0"] = "ENOMSG"
     """What read() gives at the temporary end: by the header ENOMSG; mtty and qat give 0."""
     epochs: Literal["keep", "invalidate"] = "keep"

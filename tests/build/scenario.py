@@ -59,6 +59,7 @@ lock = "per_fd"
 call_us = 1.0
 precopy_image = "chunks"
 initial = "critical"
+stop_copy_size = "left"
 
 [host]
 copy_gib_per_s = 4.0

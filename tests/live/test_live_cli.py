@@ -102,7 +102,7 @@ def test_what_does_not_converge_says_why(tmp_path: Path) -> None:
     assert (row["outcome"], row["guest_runs_at"]) == ("DID_NOT_CONVERGE", "source")
     assert re.match(r"given up after 0\.3\d* s of pre-copy: [\d.]+ MiB left \(RAM [\d.]+, vf ", row["reason"])
     assert "0.4768 MiB fit a downtime limit of 1 ms at the given 476.8 MiB/s" in row["reason"]
-    assert re.search(r"vf has 2(\.\d+)? MiB that only a stopped device gives: they can never fit$", row["reason"])
+    assert re.search(r"vf has 2(\.\d+)? MiB that pre-copy does not give: they can never fit$", row["reason"])
 
 
 def test_a_fault_of_the_scenario_fails_the_run_and_the_guest_runs_on(tmp_path: Path) -> None:

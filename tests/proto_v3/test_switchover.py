@@ -252,11 +252,11 @@ def test_what_is_left_what_fits_and_what_never_will() -> None:
     assert told([(100, 200)], LEFT) == RIGHT + "600 MiB fit a downtime limit of 300 ms at 2000 MiB/s"
     assert told([(100, 100)], LEFT, "x holds it up", "y too") == (
         RIGHT + "300 MiB fit a downtime limit of 300 ms at 1000 MiB/s; x holds it up; y too; "
-        "vf0 has 512 MiB that only a stopped device gives: they can never fit, at no bandwidth that was measured"
+        "vf0 has 512 MiB that pre-copy does not give: they can never fit, at no bandwidth that was measured"
     )
     assert told([(100, 7)], LEFT, given=1000 * MIB) == (
         RIGHT + "300 MiB fit a downtime limit of 300 ms at the given 1000 MiB/s; "
-        "vf0 has 512 MiB that only a stopped device gives: they can never fit"
+        "vf0 has 512 MiB that pre-copy does not give: they can never fit"
     )
 
 

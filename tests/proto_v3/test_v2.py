@@ -1161,7 +1161,9 @@ def test_a_reusable_ack_that_would_come_too_late_fails_the_migration_and_the_gue
     changes = DURING_STOP | {"device.0.writes": {"pattern": "sequential", "mib_per_s": 1.0}}
     outcome, kept = migrated(changes, f"v2{multifd}-reinit-{policy}-ack-reusable-{user}")
     assert outcome.kind is OutcomeKind.FAILED
-    assert outcome.reason.startswith("source: dev reported REINIT after it was decided to stop: its ack comes too late (")
+    assert outcome.reason.startswith(
+        "source: dev reported REINIT after it was decided to stop: its ack comes too late ("
+    )
     assert outcome.guest_runs_at == "source"
     assert outcome.downtime_ns is None
     # The vCPUs stop in 1 ms, the device in 1 and 2, the last RAM sync takes 0.1; back, it goes through P2P, 1, once more;

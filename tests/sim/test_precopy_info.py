@@ -687,6 +687,30 @@ async def test_without_a_session_the_estimate_for_stop_copy_is_the_whole_state(s
     assert await driver.stop_copy_bytes() == STATE_BYTES + 9 * HEADER_BYTES
 
 
+@pytest.mark.rule("v2.driver.17")
+@pytest.mark.parametrize("streams", [0, 3])
+@virtual
+async def test_a_driver_that_reports_a_whole_image_does_so_whatever_was_read(streams: int) -> None:
+    hosts = Hosts({"driver.stop_copy_size": "full"})
+    fds = await session(hosts.source, State.PRE_COPY, streams)
+    whole_bytes = await hosts.source.stop_copy_bytes()
+    assert whole_bytes >= STATE_BYTES
+    for fd in fds:
+        await read_all(fd)
+    assert await hosts.source.stop_copy_bytes() == whole_bytes
+    await hosts.stop()
+    assert await hosts.source.stop_copy_bytes() == whole_bytes
+
+
+@pytest.mark.rule("v2.driver.17")
+@virtual
+async def test_a_driver_that_reports_what_is_left_has_nothing_left_once_all_is_read() -> None:
+    hosts = Hosts({"driver.stop_copy_size": "left"})
+    (fd,) = await session(hosts.source, State.PRE_COPY)
+    await read_all(fd)
+    assert await hosts.source.stop_copy_bytes() == 0
+
+
 @virtual
 async def test_an_estimate_can_be_had_in_error_too() -> None:
     target = Hosts().target

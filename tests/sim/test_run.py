@@ -288,7 +288,7 @@ def test_stop_only_state_beyond_the_limit_does_not_converge(protocol: str) -> No
     assert outcome.kind is OutcomeKind.DID_NOT_CONVERGE
     assert outcome.reason.replace("8.001", "8") == (  # addressable blocks have larger headers
         "given up after 2 s of pre-copy: 8 MiB left (RAM 0, dev 8); 8 MiB fit a downtime limit of 8.38861 ms at the "
-        "given 953.7 MiB/s; dev has 8 MiB that only a stopped device gives: they can never fit"
+        "given 953.7 MiB/s; dev has 8 MiB that pre-copy does not give: they can never fit"
     )
 
 
@@ -301,14 +301,14 @@ def test_a_state_far_beyond_the_limit_does_not_converge_with_or_without_pre_copy
     changes = {"device.0.features": features, "device.0.state_mib": 1024.0, "device.0.stop_only_mib": 1024.0}
     outcome = run(small_scenario(changes), protocol)
     assert outcome.kind is OutcomeKind.DID_NOT_CONVERGE
-    assert "dev has 1024 MiB that only a stopped device gives: they can never fit" in outcome.reason
+    assert "dev has 1024 MiB that pre-copy does not give: they can never fit" in outcome.reason
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_state_that_is_dirtied_again_and_again_is_not_taken_for_what_only_a_stopped_device_gives(protocol: str) -> None:
     """Of 64 MiB, 32 can be read only when stopped; all of it is always dirty."""
     reason = run(small_scenario(TOO_BUSY | {"device.0.stop_only_mib": 32.0, "ram.nonzero_gib": 0.0}), protocol).reason
-    told = re.search(r"dev has ([\d.]+) MiB that only a stopped device gives", reason)
+    told = re.search(r"dev has ([\d.]+) MiB that pre-copy does not give", reason)
     assert told is None or float(told[1]) == pytest.approx(32, abs=0.2)
     assert told is not None or "the most that was measured" in reason, "it would have fitted then"
 
