@@ -76,8 +76,8 @@ class Switchover:
         return self.best_bytes_per_s * self._settings.downtime_limit_ns / NS_PER_S
 
     def fits(self, pending_bytes: int) -> bool:
-        """Whether these bytes can be sent within the downtime limit. 0 bytes always fit, more not before the first window
-        is over."""
+        """Whether these bytes can be sent within the downtime limit. 0 bytes always fit, more not before the first
+        window is over."""
         return pending_bytes == 0 or pending_bytes < self.threshold_bytes
 
     def fits_after(self, unread_ns: float, unsaved_bytes: int) -> bool:

@@ -15,8 +15,8 @@ class Ack(enum.StrEnum):
 
     OFF = "off"
     ONE_SHOT = "one_shot"
-    """Asked for once, when the initial bytes first reach 0; one answer for all devices. QEMU 8.1, and 11.1 with a machine
-    type older than 11.1."""
+    """Asked for once, when the initial bytes first reach 0; one answer for all devices. QEMU 8.1, and 11.1 with a
+    machine type older than 11.1."""
     REUSABLE = "reusable"
     """Asked for anew after each REINIT, and checked once more during the switchover. QEMU 11.1 with a machine type of
     11.1 or newer."""

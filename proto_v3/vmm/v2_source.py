@@ -257,8 +257,8 @@ class V2Source(Source):
             self._late.insert(0, self.side.devices[index].name)
 
     async def _check_late(self) -> None:
-        """LateAckError if the last look found that an ack is needed. QEMU 11.1 notices it only in its last query of what
-        is pending, when all devices are stopped and RAM is synced."""
+        """LateAckError if the last look found that an ack is needed. QEMU 11.1 notices it only in its last query of
+        what is pending, when all devices are stopped and RAM is synced."""
         if self._late:
             await self.side.machine.ram.final_sync()
             count = f"{len(self._late)} device{'s' if len(self._late) > 1 else ''}"

@@ -209,8 +209,8 @@ class Vmm(Table):
     bandwidth_gbit_per_s: Positive | None = None
     """Used in place of the measured bandwidth, once the first window is over (QEMU's avail-switchover-bandwidth)."""
     decision_interval_ms: Annotated[float, Field(ge=0.1, le=1e9)]
-    """v2: what a round of the migration thread takes that has nothing to send, beside RAM's sync and the devices' calls.
-    QEMU does not pause."""
+    """v2: what a round of the migration thread takes that has nothing to send, beside RAM's sync and the devices'
+    calls. QEMU does not pause."""
     ram_budget_ms: PositiveMs
     """RAM is sent for so long before the devices have their turn."""
     give_up_s: Annotated[float, Field(gt=0, le=86400)]

@@ -648,8 +648,8 @@ async def test_a_reinit_that_is_found_once_the_vcpus_are_stopped_fails_the_migra
     (error,) = raised.value.exceptions
     assert isinstance(error, LateAckError)
     assert str(error) == (
-        "b reported REINIT after it was decided to stop: its ack comes too late (switchover-ack was requested by 1 device "
-        "during switchover)"
+        "b reported REINIT after it was decided to stop: its ack comes too late (switchover-ack was requested by 1 "
+        "device during switchover)"
     )
     at = vmm.log.index(("vcpus", "stop"))
     both_start = [(name, "set_state", state) for state in STARTS for name in "ab"]
@@ -1166,8 +1166,8 @@ def test_a_reusable_ack_that_would_come_too_late_fails_the_migration_and_the_gue
     )
     assert outcome.guest_runs_at == "source"
     assert outcome.downtime_ns is None
-    # The vCPUs stop in 1 ms, the device in 1 and 2, the last RAM sync takes 0.1; back, it goes through P2P, 1, once more;
-    # the vCPUs start in 1.
+    # The vCPUs stop in 1 ms, the device in 1 and 2, the last RAM sync takes 0.1; back, it goes through P2P, 1, once
+    # more; the vCPUs start in 1.
     assert outcome.counters.stopped_in_vain_ns == pytest.approx(ns(1 + 1 + 2 + 0.1 + 1 + 1), abs=ns(0.01))
     for driver in (*kept.drivers, *kept.drivers_at_target):
         assert clock.run(driver.state()) is State.RUNNING
@@ -1213,8 +1213,8 @@ def test_one_device_of_several_that_is_late_is_named() -> None:
     }
     outcome, _ = migrated(changes, "v2-reinit-flush-ack-reusable")
     assert outcome.reason == (
-        "source: other reported REINIT after it was decided to stop: its ack comes too late (switchover-ack was requested "
-        "by 1 device during switchover)"
+        "source: other reported REINIT after it was decided to stop: its ack comes too late (switchover-ack was "
+        "requested by 1 device during switchover)"
     )
 
 
