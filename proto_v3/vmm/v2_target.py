@@ -20,7 +20,7 @@ from proto_v3.vmm.multifd import Receivers
 from proto_v3.vmm.order import RAM, Order, Table, stays
 from proto_v3.vmm.v2 import Ack, V2Options
 from proto_v3.wire.channel import Channel
-from proto_v3.wire.frames import Frame, Kind
+from proto_v3.wire.frames import Frame, Kind, Payload
 
 ON_MAIN: Table = {
     **RAM,
@@ -106,7 +106,7 @@ class V2Target(Target):
             match frame.kind:
                 case Kind.DATA:
                     await self.side.machine.buffer_device_data(len(frame.payload))
-                    await self.write(self._fds[index], frame.payload, self.side.settings.write_bytes)
+                    await self._write_from_buffer(self._fds[index], frame.payload)
                 case Kind.RAM:
                     await self.side.machine.ram.load(frame.payload)
                 case Kind.INIT_DATA_SENT:
@@ -130,6 +130,16 @@ class V2Target(Target):
                     await self._load_others()
                     return True
             del frame  # its payload's memory is free while the next one comes
+
+    async def _write_from_buffer(self, fd: DataFd, payload: Payload) -> None:
+        """write() a payload that just arrived from the buffer that it came in, which is filled with whatever the
+        channel brings: a write() is at most one buffer, the first one ends where the buffer does (qemu_file_get_to_fd).
+        """
+        buffer_bytes = self.side.settings.write_bytes
+        first = buffer_bytes - (self._main.bytes_received - len(payload)) % buffer_bytes
+        for piece in (payload[:first], payload[first:]):
+            if len(piece):
+                await self.write(fd, piece, buffer_bytes)
 
     def _take(self, frame: Frame, index: int) -> None:
         """PeerProtocolError if the frame is not due: nothing may be left out before the guest runs, or come twice."""

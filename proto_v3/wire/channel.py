@@ -31,6 +31,7 @@ class Channel:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self.bytes_sent = 0
+        self.bytes_received = 0
         self.messages_sent = 0
         """Frames without payload: what the protocol sends besides the data."""
 
@@ -47,7 +48,9 @@ class Channel:
 
     async def recv(self) -> Frame:
         """The next frame. PeerProtocolError if it is malformed."""
-        return decode(*await self._transport.recv())
+        header, payload = await self._transport.recv()
+        self.bytes_received += len(header) + len(payload)
+        return decode(header, payload)
 
     async def expect(self, kind: Kind) -> None:
         """Wait for a frame of this kind. PeerProtocolError if another kind arrives."""

@@ -883,7 +883,17 @@ async def test_the_target_writes_what_comes_in_its_order_in_pieces_of_32_kib() -
     frames = [Frame(Kind.DATA, device, payload=Bulk(size)) for device, size in ((0, MIB), (1, 5), (0, 70_000))]
     assert await vmm.receive(*frames, Frame(Kind.RAM, payload=Bulk(4096)), Frame(Kind.END))
     writes = [entry for entry in vmm.log if entry[1] == "write"]
-    assert writes == [("a", "write", MIB, 32 * KIB), ("b", "write", 5, 32 * KIB), ("a", "write", 70_000, 32 * KIB)]
+    set_up, to_a, to_b, again = (len(encode_header(frame)) for frame in (Frame(Kind.SETUP, value=2), *frames))
+    # The buffer of 32 KiB is filled with frames as they come: the first write() of a MiB ends where the buffer does.
+    first = 32 * KIB - (set_up + to_a)
+    assert writes[:3] == [
+        ("a", "write", first, 32 * KIB),
+        ("a", "write", MIB - first, 32 * KIB),
+        ("b", "write", 5, 32 * KIB),
+    ]
+    assert 1 + -(-(MIB - first) // (32 * KIB)) == 33
+    rest = 32 * KIB - (set_up + to_a + MIB + to_b + 5 + again) % (32 * KIB)
+    assert writes[3:] == [("a", "write", rest, 32 * KIB), ("a", "write", 70_000 - rest, 32 * KIB)]
     assert vmm.machine.loaded == 4096
 
 
