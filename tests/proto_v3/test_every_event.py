@@ -59,6 +59,7 @@ SMALL: dict[str, Any] = {
     "device.0.writes": {"pattern": "sequential", "mib_per_s": 20.0},
     "device.0.reconfigurations": {"at_s": [0.0015], "during_stop_ms": [0.95]},
     "vmm.bandwidth_gbit_per_s": 10.0,
+    "vmm.bandwidth_window_ms": 1.0,
     "vmm.downtime_limit_ms": 60.0,
     "vmm.give_up_s": 0.2,
     "vmm.read_mib": 0.125,
