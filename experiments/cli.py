@@ -482,6 +482,66 @@ def scenarios(name: str | None, settings: tuple[str, ...]) -> None:
         list_scenarios()
 
 
+@main.command()
+@click.argument("device", shell_complete=complete.devices)
+@click.option(
+    "--load-into",
+    metavar="DEVICE",
+    shell_complete=complete.devices,
+    help="Also measure how a state is loaded, into this device, which may be the same one.  [default: no load]",
+)
+@click.option(
+    "--by",
+    type=click.Choice(["cdev", "group"]),
+    help="Open devices by /dev/vfio/devices/vfioN and iommufd, or by group and container.  [default: cdev if there "
+    "is one]",
+)
+@click.option("--read-kib", default="64,1024,16384", show_default=True, metavar="SIZES", help="Of read(), in KiB.")
+@click.option("--repeats", type=click.IntRange(1, 1000), default=3, show_default=True, help="Of all that is timed.")
+@click.option(
+    "--precopy-s",
+    type=click.FloatRange(0.01, 3600),
+    default=1.0,
+    show_default=True,
+    help="How long PRECOPY_INFO is asked for.",
+)
+@click.option(
+    "--max-state-mib",
+    type=click.IntRange(1, 1 << 20),
+    default=4096,
+    show_default=True,
+    help="With --load-into: the largest state, which is kept in memory.",
+)
+@click.option("--reset", is_flag=True, help="Reset the device if only that leads to RUNNING. This loses its state.")
+@click.option(
+    "--scenario-out", metavar="FILE", shell_complete=complete.files, help="Write a scenario with what was measured."
+)
+@click.option(
+    "--extends",
+    default="mlx5",
+    show_default=True,
+    metavar="SCENARIO",
+    shell_complete=complete.bases,
+    help="What it changes: name or file.",
+)
+@output_options
+def probe(**options: Any) -> int:
+    """Measure a VFIO device of this machine: features, sizes, time of each arc, PRECOPY_INFO, read() rates.
+
+    DEVICE is a PCI address, the UUID of a mediated device, /dev/vfio/devices/vfioN, or a path in sysfs. It must be
+    bound to its VFIO driver, and no VM may have it open.
+
+    The device is stopped and saved and, with --load-into, loaded with a state that was saved before. It is left in
+    RUNNING as it was found, also after Ctrl-C or an error. From ERROR only a reset leads to RUNNING: that is said, and
+    done with --reset. The own state of another device that a state is loaded into is saved first, and loaded again.
+
+    Exit status: 0; 1 if a call failed or a device could not be left in RUNNING; 2 for bad input; 130 if interrupted.
+    """
+    from experiments.commands.probe import run_probe
+
+    return run_probe(**options)
+
+
 @main.command("new-scenario")
 @click.argument("name")
 @click.option(

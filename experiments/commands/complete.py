@@ -59,6 +59,13 @@ def folders(ctx: click.Context, option: click.Parameter, word: str) -> Items:
     return [CompletionItem(word, type="dir")]
 
 
+def devices(ctx: click.Context, option: click.Parameter, word: str) -> Items:
+    """The VFIO devices of this machine."""
+    from sim.real.sysfs import names
+
+    return _items(word, names())
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 

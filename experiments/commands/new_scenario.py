@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -53,16 +53,28 @@ def write_scenario(name: str, extends: str) -> None:
     say(tables.console(), f"Scenario: {path}; change it, then: proto-v3 compare {path}")
 
 
-def scenario_text(name: str, extends: str, base: Scenario) -> str:
-    """The file's text."""
+def scenario_text(
+    name: str, extends: str, base: Scenario, values: Mapping[str, tuple[Any, str]] | None = None, description: str = ""
+) -> str:
+    """The file's text. `values`: keys (`device.0.state_mib`) that are set in it, each with its value and its source."""
     file = f"{name}.toml"
     head = HEAD.format(name=name, file=file, base=base.name, extends=_toml(extends))
-    keys = _keys(Scenario, base.model_dump(exclude_unset=True), base, "")
-    return "\n".join([head, *keys, SOURCES.format(file=file, kinds=", ".join(SOURCE_KINDS))])
+    if description:
+        head = head.replace('#description = "what it is"', f"description = {_toml(description)}")
+    keys = _keys(Scenario, base.model_dump(exclude_unset=True), base, "", values or {})
+    sources = [f"{_toml(key)} = {_toml(source)}" for key, (_, source) in (values or {}).items()]
+    return "\n".join([head, *keys, SOURCES.format(file=file, kinds=", ".join(SOURCE_KINDS)), *sources])
 
 
-def _keys(model: type[pydantic.BaseModel], given: dict[str, Any], base: Scenario, at: str) -> Iterator[str]:
+def _keys(
+    model: type[pydantic.BaseModel],
+    given: dict[str, Any],
+    base: Scenario,
+    at: str,
+    values: Mapping[str, tuple[Any, str]],
+) -> Iterator[str]:
     """The keys of a table as comments, then its tables: under a heading if the base has them, else as comments too.
+    What is in `values` is no comment.
 
     `at` is the dotted key of the table, with a dot at its end, as sources have it.
     """
@@ -78,7 +90,7 @@ def _keys(model: type[pydantic.BaseModel], given: dict[str, Any], base: Scenario
         else:
             whence = f"Default: {_toml(value)}."
         yield _comment(f"{meaning(model, key)} {whence}")
-        yield f"#{key} = {_toml(value)}"
+        yield f"{key} = {_toml(values[at + key][0])}" if at + key in values else f"#{key} = {_toml(value)}"
     for key, inner in below.items():
         if not at and key in NO_PARAMETERS:
             continue
@@ -88,11 +100,13 @@ def _keys(model: type[pydantic.BaseModel], given: dict[str, Any], base: Scenario
         there = given.get(key)
         yield f"\n{_comment(inner.__doc__ or '')}"
         for place, table in enumerate(there or [] if several else [there or {}]):
-            yield heading if there or not at else f"#{heading}"
-            yield from _keys(inner, table, base, f"{at}{key}.{place}." if several else f"{at}{key}.")
+            here = f"{at}{key}.{place}." if several else f"{at}{key}."
+            is_set = any(each.startswith(here) for each in values)
+            yield heading if there or not at or is_set else f"#{heading}"
+            yield from _keys(inner, table, base, here, values)
         if several and not there:
             yield f"#{heading}"
-            yield from _keys(inner, {}, base, f"{at}{key}.")
+            yield from _keys(inner, {}, base, f"{at}{key}.", {})
 
 
 def _comment(text: str) -> str:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -44,6 +45,8 @@ class RealDevice(MigrationDevice):
         self.name = name
         self.fd = fd
         self._fds = fds
+        self.last_set_state_ns = 0, 0
+        """When the last SET_STATE entered the kernel (perf_counter_ns()), and how long it was there."""
         self._worker: Worker | None = None
         self._blocks = False
 
@@ -81,7 +84,12 @@ class RealDevice(MigrationDevice):
         return None if number < 0 else RealFd(number, self.name, self._fds, blocks=self._blocks)
 
     def _set_state(self, target: State) -> int:
-        return FeatureMigState.unpack(set_feature(self.fd, Feature.MIG_DEVICE_STATE, FeatureMigState(target))).data_fd
+        start_ns = time.perf_counter_ns()
+        try:
+            data = set_feature(self.fd, Feature.MIG_DEVICE_STATE, FeatureMigState(target))
+        finally:
+            self.last_set_state_ns = start_ns, time.perf_counter_ns() - start_ns
+        return FeatureMigState.unpack(data).data_fd
 
     @override
     async def reset(self) -> None:

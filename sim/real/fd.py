@@ -130,6 +130,10 @@ class RealFd(BlocksFd):
         number = self._number
         return worker.start(lambda: job(number))
 
+    def start(self, job: Callable[[int], T]) -> asyncio.Future[T]:
+        """Any other calls, with the number of the fd, in a thread of their own, one job after the other."""
+        return self._start("job", job)
+
     def _start_any(self, job: Callable[[int], T]) -> asyncio.Future[T]:
         """Do it in a thread that has nothing to do."""
         if self._closing is not None:

@@ -25,7 +25,7 @@ from sim.scenario.units import BYTES_PER_S_PER_GBIT, KIB, MIB, NS_PER_S, Table, 
 MAX_DEVICES = 64
 MAX_NAME = 64
 MAX_PUBLISHED = 1000
-SOURCE_KINDS = ("published", "kernel", "qemu", "fitted", "derived", "assumed", "yours")
+SOURCE_KINDS = ("published", "measured", "kernel", "qemu", "fitted", "derived", "assumed", "yours")
 
 
 class Scenario(Table):

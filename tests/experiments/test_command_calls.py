@@ -21,6 +21,7 @@ CALLS = {
     "live": ("live.run_live", ["x", "--connect", "here"]),
     "live-target": ("live_target.run_target", []),
     "new-scenario": ("new_scenario.write_scenario", ["x"]),
+    "probe": ("probe.run_probe", ["x", "--load-into", "y"]),
     "protocols": ("protocols.list_protocols", ["x"]),
     "real": ("real.run_real", ["x", "--to", "y", "--by", "cdev"]),
     "replay": ("replay.run_replay", ["x"]),

@@ -40,7 +40,7 @@ def test_an_option_is_the_same_kind_of_thing_in_every_command() -> None:
 def test_a_file_is_never_called_like_a_folder() -> None:
     folders, files = ({each.opts[0] for _, each in OPTIONS if each.metavar == kind} for kind in ("FOLDER", "FILE"))
     assert folders == {"--out", "--results"}
-    assert files == {"--trace", "--spans", "--page"}
+    assert files == {"--trace", "--spans", "--page", "--scenario-out"}
 
 
 def test_nothing_is_written_into_results_unless_it_is_named() -> None:
