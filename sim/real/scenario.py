@@ -14,7 +14,7 @@ from sim.real.sysfs import DeviceEntry
 from sim.real.vfio import OpenDevices
 from sim.scenario.device import Device
 from sim.scenario.file import find_base, load, parse
-from sim.scenario.scenario import Scenario
+from sim.scenario.scenario import Scenario, parameters
 from sim.scenario.units import KIB, MIB
 
 BASE = "real"
@@ -64,7 +64,9 @@ def of_devices(scenario: Scenario, devices: Sequence[ProbedDevice]) -> Scenario:
     made = [
         _device(own[min(at, len(own) - 1)], at, device, numbered=len(devices) > 1) for at, device in enumerate(devices)
     ]
-    return scenario.model_copy(update={"device": made, "published": []})
+    chosen = scenario.model_copy(update={"device": made, "published": []})
+    known = parameters(chosen)  # a key that the devices' own tables do not have needs no source
+    return chosen.model_copy(update={"sources": {key: text for key, text in scenario.sources.items() if key in known}})
 
 
 def _device(own: Device, at: int, device: ProbedDevice, *, numbered: bool) -> Device:
