@@ -391,6 +391,11 @@ def real(seeds: int, first_seed: int, listen: str | None, once: bool, **options:
 @scenario_argument
 @protocols_option("v2,v3-n2")
 @seeds_option(10, "Runs of each protocol.")
+@click.option(
+    "--real",
+    is_flag=True,
+    help="A third column: devices of the sample driver in this kernel, made to be as the scenario says.",
+)
 @out_option("Tables, figure and manifest go there.  [default: out/agree-SCENARIO]")
 @force_option
 @live_options
@@ -400,7 +405,8 @@ def agree(seeds: int, **options: Any) -> int:
     """Run SCENARIO in virtual time and live, with the same seeds: every figure side by side, with its ratio.
 
     The aim: downtime and throughput are within 10 % of the simulation, in the median of the runs. The machine should be
-    idle otherwise.
+    idle otherwise. --real takes root and a kernel with the project's driver (docs/real.md); live-sample is a scenario
+    that the driver can be.
 
     Exit status: 0 if they are; 1 if not, or a run FAILED; 2 for bad input; 130 if interrupted (nothing is written).
     """

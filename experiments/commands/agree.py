@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`proto-v3 agree`: the same scenario in virtual time and live, with the same seeds; every figure with its ratio.
+"""`proto-v3 agree`: the same scenario in virtual time and live, with the same seeds; every figure with its ratio. With
+`--real`, devices of the sample driver in the running kernel are a third column.
 
 It shows whether the simulator's answers are artefacts of the simulator. Figures are medians, because anything else that
 the machine does can disturb a live run. The remaining difference is what the simulator leaves out: docs/live.md.
@@ -11,6 +12,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from rich.console import Console
@@ -35,6 +37,8 @@ from sim.scenario.units import MIB, NS_PER_S
 AIM = 0.10
 """The largest relative difference of downtime and throughput that is aimed at."""
 AIMED_AT = ("downtime", "throughput")
+RATIOS = {"live": "ratio", "real": "real_ratio"}
+"""How a run may be made besides in virtual time, and the column of its ratio to that."""
 NEGLIGIBLE = 0.01
 """A share of the downtime. The ratio of a smaller part says nothing."""
 
@@ -83,6 +87,7 @@ def run_agree(
     command: Sequence[str],
     settings: Sequence[str],
     *,
+    real: bool = False,
     as_json: bool = False,
     quiet: bool = False,
     force: bool = False,
@@ -90,7 +95,12 @@ def run_agree(
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
     loaded, chosen = prepared(scenario, protocols, settings, how)
     cells = [Cell(loaded, protocol, seed) for seed in seeds for protocol in chosen]
-    plan = Plan(command, [scenario], 2 * len(cells), writes=("runs", "agree"))
+    if real:
+        from experiments.commands import agree_real
+
+        agree_real.check(loaded)
+    planned = (3 if real else 2) * len(cells)
+    plan = Plan(command, [scenario], planned, writes=("runs", "agree"))
     with ResultFolder(out_folder(out, f"agree-{loaded.name}"), plan, force=force) as folder:
         output, stderr = Output(as_json, quiet), Console(stderr=True)
         warn(stderr, loaded)
@@ -103,17 +113,24 @@ def run_agree(
             return INTERRUPTED
         virtual = results.table(simulated).with_columns(clock=pl.lit("virtual"))
         frame = pl.concat([virtual, table(live, how)], how="diagonal_relaxed")
+        measured = {"live": live_manifest(live, how)}
+        if real:
+            of_devices, measured["real"], interrupted = agree_real.run_cells(loaded, cells, how, stderr, quiet=quiet)
+            if interrupted:
+                stderr.print("interrupted: nothing was written", markup=False)
+                return INTERRUPTED
+            frame = pl.concat([frame, of_devices.with_columns(clock=pl.lit("real"))], how="diagonal_relaxed")
         compared = compare(frame)
-        how_made = manifest.of_scenario(loaded, scenario, command, frame, 2 * len(cells))
+        how_made = manifest.of_scenario(loaded, scenario, command, frame, planned)
         try:
             folder.write_table(frame, "runs", "parquet")
             folder.write_table(compared, "agree", "parquet")
-            folder.write_manifest(how_made | {"live": live_manifest(live, how)})
+            folder.write_manifest(how_made | measured)
         finally:  # the results are printed if the disk is full, too
             named = compared["protocol"].unique(maintain_order=True)
             output.results(
                 {"command": "agree", "scenario": loaded.name, "folder": str(folder.folder)},
-                f"{loaded.name}, in virtual time and live: {loaded.description}",
+                f"{loaded.name}, {_made(compared)}: {loaded.description}",
                 verdicts(compared) or ["No protocol was completed both in virtual time and live."],
                 [tables.outcomes(frame, ("protocol", "clock")), *(_section(compared, name) for name in named)],
             )
@@ -125,35 +142,57 @@ def run_agree(
 
 
 def compare(frame: pl.DataFrame) -> pl.DataFrame:
-    """The medians of the completed runs: one row a protocol and figure, with the ratio of live to virtual.
+    """The medians of the completed runs: one row a protocol and figure, with the ratio of live to virtual, and of real
+    to virtual if there are real runs.
 
-    `ratio` is null where the figure is 0 in virtual time, or too small to say anything.
+    A ratio is null where the figure is 0 in virtual time, or too small to say anything.
     """
+    clocks = ["virtual", *(clock for clock in RATIOS if clock == "live" or clock in frame["clock"])]
     values = frame.filter(COMPLETED).select(
         "protocol", "clock", *(each.value.cast(pl.Float64).alias(each.name) for each in FIGURES)
     )
-    virtual, live = (pl.col("value").filter(clock=clock) for clock in ("virtual", "live"))
+    of = {clock: pl.col("value").filter(clock=clock) for clock in clocks}
     medians = (
         values.unpivot(index=["protocol", "clock"], variable_name="figure")
         .group_by("protocol", "figure", maintain_order=True)
-        .agg(virtual=virtual.median(), live=live.median(), live_least=live.min(), live_most=live.max())
+        .agg(
+            *(of[clock].median().alias(clock) for clock in clocks),
+            *(of[clock].min().alias(f"{clock}_least") for clock in clocks[1:]),
+            *(of[clock].max().alias(f"{clock}_most") for clock in clocks[1:]),
+        )
         .sort(pl.col("protocol").cast(pl.Enum(protocols(frame))), maintain_order=True)
     )
     units = {each.name: each.unit for each in FIGURES}
-    downtimes = [pl.col(clock).first().over("protocol") for clock in ("virtual", "live")]  # the first of FIGURES
+    downtimes = [pl.col(clock).first().over("protocol") for clock in clocks]  # the first of FIGURES
     negligible = pl.when(unit="ms").then(NEGLIGIBLE * downtimes[0]).otherwise(0)
+    ratios = [
+        pl.when(pl.col("virtual") > negligible).then(pl.col(clock) / pl.col("virtual")).alias(RATIOS[clock])
+        for clock in clocks[1:]
+    ]
+    columns = [name for clock in clocks[1:] for name in (clock, f"{clock}_least", f"{clock}_most", RATIOS[clock])]
     return (
         medians.filter(*(each.is_not_null() for each in downtimes))
         .with_columns(unit=pl.col("figure").replace_strict(units, return_dtype=pl.String))
-        .with_columns(ratio=pl.when(pl.col("virtual") > negligible).then(pl.col("live") / pl.col("virtual")))
-        .select("protocol", "figure", "unit", "virtual", "live", "live_least", "live_most", "ratio")
+        .with_columns(*ratios)
+        .select("protocol", "figure", "unit", "virtual", *columns)
     )
+
+
+def _clocks(compared: pl.DataFrame) -> list[str]:
+    """How the runs were made besides in virtual time."""
+    return [clock for clock in RATIOS if clock in compared.columns]
+
+
+def _made(compared: pl.DataFrame) -> str:
+    """In words."""
+    return "in virtual time, live and real" if "real" in compared.columns else "in virtual time and live"
 
 
 def within_aim(compared: pl.DataFrame) -> bool:
     """Whether every protocol with completed runs meets the aim, and there is at least one."""
     aimed_at = compared.filter(pl.col("figure").is_in(AIMED_AT))
-    return not aimed_at.is_empty() and all(ratio is not None and abs(ratio - 1) <= AIM for ratio in aimed_at["ratio"])
+    ratios = [ratio for clock in _clocks(compared) for ratio in aimed_at[RATIOS[clock]]]
+    return bool(ratios) and all(ratio is not None and abs(ratio - 1) <= AIM for ratio in ratios)
 
 
 def _draw(
@@ -169,43 +208,58 @@ def _draw(
 
 def _section(compared: pl.DataFrame, protocol: str) -> Section:
     """The figures of a protocol that are not 0 under both clocks."""
-    numbers = ("virtual", "live", "live_least", "live_most")
+    clocks = _clocks(compared)
+    numbers = ("virtual", *(f"{clock}{end}" for clock in clocks for end in ("", "_least", "_most")))
     of_protocol = compared.filter(protocol=protocol).iter_rows(named=True)
     return Section(
         f"agreement {protocol}",
-        f"{protocol}: in virtual time and live",
-        "medians of the completed runs; least, most: of the live runs; ratio: live / virtual, if not negligible",
+        f"{protocol}: {_made(compared)}",
+        f"medians of the completed runs; least, most: of the {' or '.join(clocks)} runs before them; ratio: "
+        f"{' or '.join(clocks)} / virtual, if not negligible",
         [
             Heading("figure", "figure"),
             Heading("unit", "unit"),
             Heading("virtual", "virtual", ".1f"),
-            Heading("live", "live", ".1f"),
-            Heading("live_least", "least", ".1f"),
-            Heading("live_most", "most", ".1f"),
-            Heading("ratio", "ratio", ".3f"),
+            *(
+                heading
+                for clock in clocks
+                for heading in (
+                    Heading(clock, clock, ".1f"),
+                    Heading(f"{clock}_least", "least", ".1f"),
+                    Heading(f"{clock}_most", "most", ".1f"),
+                    Heading(RATIOS[clock], "ratio", ".3f"),
+                )
+            ),
         ],
         [row for row in of_protocol if any(row[name] for name in numbers)],
     )
 
 
 def verdicts(compared: pl.DataFrame) -> list[str]:
-    """For each protocol: whether it meets the aim, and which part of the critical path differs most."""
-    sentences = []
-    for protocol in protocols(compared):
-        rows = {row["figure"]: row for row in compared.filter(pl.col("protocol") == protocol).iter_rows(named=True)}
-        parts = []
-        for figure in AIMED_AT:
-            ratio = rows[figure]["ratio"]
-            off = None if ratio is None else ratio - 1
-            met = off is not None and abs(off) <= AIM
-            parts.append(
-                f"{figure} {'?' if off is None else f'{100 * off:+.1f} %'} "
-                f"({'within' if met else 'not within'} {100 * AIM:.0f} %)"
-            )
-        paths = {name: row["live"] - row["virtual"] for name, row in rows.items() if name.startswith("path ")}
-        most = max(paths, key=lambda name: abs(paths[name]))
-        sentences.append(
-            f"{protocol}: live against virtual, {', '.join(parts)}; of the critical path, "
-            f"{most.removeprefix('path ')} differs most, by {paths[most]:+.1f} ms."
+    """For each protocol, live and real: whether it meets the aim, and which part of the critical path differs most."""
+    return [
+        _verdict(
+            protocol, clock, {row["figure"]: row for row in compared.filter(protocol=protocol).iter_rows(named=True)}
         )
-    return sentences
+        for protocol in protocols(compared)
+        for clock in _clocks(compared)
+    ]
+
+
+def _verdict(protocol: str, clock: str, rows: dict[str, dict[str, Any]]) -> str:
+    """`rows`: by figure."""
+    parts = []
+    for figure in AIMED_AT:
+        ratio = rows[figure][RATIOS[clock]]
+        off = None if ratio is None else ratio - 1
+        met = off is not None and abs(off) <= AIM
+        parts.append(
+            f"{figure} {'?' if off is None else f'{100 * off:+.1f} %'} "
+            f"({'within' if met else 'not within'} {100 * AIM:.0f} %)"
+        )
+    paths = {name: row[clock] - row["virtual"] for name, row in rows.items() if name.startswith("path ")}
+    most = max(paths, key=lambda name: abs(paths[name]))
+    return (
+        f"{protocol}: {clock} against virtual, {', '.join(parts)}; of the critical path, "
+        f"{most.removeprefix('path ')} differs most, by {paths[most]:+.1f} ms."
+    )

@@ -9,7 +9,7 @@ import polars as pl
 
 from experiments.draw import panels, style
 from experiments.draw.canvas import Axes, Figure, own_settings
-from experiments.runs.frame import COMPLETED, ms, number, protocols
+from experiments.runs.frame import COMPLETED, ms, protocols
 
 PHASE_LOOKS = [
     style.Style("#BBBBBB", "", "stop"),
@@ -21,6 +21,8 @@ PHASE_LOOKS = [
 ]
 FARTHEST = 0.5
 """Ratios further from 1 are drawn at this distance, each with its number beside it."""
+HOLLOW = {("live", "ratio"): False, ("real", "real_ratio"): True}
+"""How runs were made, and the column of their ratios (experiments.commands.agree): whether their markers are hollow."""
 
 
 @own_settings()
@@ -35,14 +37,16 @@ def agreement(scenario: str, frame: pl.DataFrame, compared: pl.DataFrame, aim: f
     _bars(bars, frame.filter(COMPLETED), named)
     _ratios(ratios, shown, figures, named, aim)
     runs = frame.filter(clock="live")["seed"].n_unique()
-    figure.suptitle(f"Does a live run take what the simulation says? {scenario}, medians of {runs} run(s)", fontsize=12)
+    what = "live and a real run take" if "real" in frame["clock"] else "live run take"
+    figure.suptitle(f"Does a {what} what the simulation says? {scenario}, medians of {runs} run(s)", fontsize=12)
     panels.say_how_made(figure, command)
     return figure
 
 
 def _bars(axis: Axes, completed: pl.DataFrame, named: list[str]) -> None:
     labels = []
-    for at, (name, clock) in enumerate((name, clock) for name in named for clock in ("virtual", "live")):
+    clocks = completed["clock"].unique(maintain_order=True)
+    for at, (name, clock) in enumerate((name, clock) for name in named for clock in clocks):
         runs = completed.filter(protocol=name, clock=clock)
         labels.append(f"{name}, {clock}")
         begin = 0.0
@@ -65,23 +69,35 @@ def _bars(axis: Axes, completed: pl.DataFrame, named: list[str]) -> None:
 def _ratios(axis: Axes, shown: pl.DataFrame, figures: list[str], named: list[str], aim: float) -> None:
     axis.axvspan(1 - aim, 1 + aim, color="#E4E4E4", linewidth=0)
     axis.axvline(1, color="#666666", linewidth=0.8)
+    columns = [(clock, column) for clock, column in HOLLOW if column in shown.columns]
     for order, name in enumerate(named):
         look = style.protocol(name)
         for row in shown.filter(protocol=name).iter_rows(named=True):
-            at = figures.index(row["figure"]) + 0.24 * (order - (len(named) - 1) / 2)
-            ratio = number(row["ratio"])
-            x = 1 + max(-FARTHEST, min(ratio - 1, FARTHEST))
-            axis.plot([x], [at], look.marker, color=look.colour, markersize=6)
-            if x != ratio:
-                panels.beside(axis, f"{ratio:.2f}", x, at, -7 if ratio > 1 else 7, 7.5)
-        axis.plot([], [], look.marker, color=look.colour, label=name)
+            for clock, column in columns:
+                at = figures.index(row["figure"]) + 0.24 * (order - (len(named) - 1) / 2)
+                _ratio(axis, row[column], at, look, hollow=HOLLOW[clock, column])
+        for clock, column in columns:
+            face = "white" if HOLLOW[clock, column] else look.colour
+            label = name if len(columns) == 1 else f"{name}, {clock}"
+            axis.plot([], [], look.marker, color=look.colour, markerfacecolor=face, label=label)
     axis.set_yticks(range(len(figures)), figures, fontsize=8)
     axis.set_ylim(len(figures) - 0.4, -0.6)
     axis.set_xlim(1 - FARTHEST - 0.04, 1 + FARTHEST + 0.04)
-    axis.set_xlabel("live / virtual")
+    axis.set_xlabel(" or ".join(f"{clock} / virtual" for clock, _ in columns))
     panels.heading(axis, f"ratio of every figure; grey: within {100 * aim:.0f} %")
     axis.grid(axis="y", color="#EEEEEE", linewidth=0.6)
     _finish(axis, ncols=4)
+
+
+def _ratio(axis: Axes, ratio: float | None, at: float, look: style.Style, *, hollow: bool) -> None:
+    """A ratio in the line `at`."""
+    if ratio is None:
+        return
+    x = 1 + max(-FARTHEST, min(ratio - 1, FARTHEST))
+    face = "white" if hollow else look.colour
+    axis.plot([x], [at], look.marker, color=look.colour, markerfacecolor=face, markersize=6)
+    if x != ratio:
+        panels.beside(axis, f"{ratio:.2f}", x, at, -7 if ratio > 1 else 7, 7.5)
 
 
 def _finish(axis: Axes, **legend: Any) -> None:

@@ -351,9 +351,9 @@ def run_row(clock: str, seed: int, downtime_ms: int, **more: Any) -> dict[str, A
     return row | more
 
 
-def frame_of(virtual: Sequence[int], live: Sequence[int]) -> pl.DataFrame:
-    rows = [run_row("virtual", seed, ms) for seed, ms in enumerate(virtual)]
-    return pl.DataFrame(rows + [run_row("live", seed, ms) for seed, ms in enumerate(live)])
+def frame_of(virtual: Sequence[int], live: Sequence[int], real: Sequence[int] = ()) -> pl.DataFrame:
+    clocks = {"virtual": virtual, "live": live, "real": real}
+    return pl.DataFrame([run_row(clock, seed, ms) for clock in clocks for seed, ms in enumerate(clocks[clock])])
 
 
 def ratio(compared: pl.DataFrame, figure: str) -> float | None:
@@ -379,6 +379,23 @@ def test_what_is_off_is_told() -> None:
     assert "firmware differs most, by +12.0 ms" in told
 
 
+def test_real_runs_are_a_third_column() -> None:
+    compared = compare(frame_of([100, 100], [104, 105], [80, 90]))
+    assert {"live", "real", "real_least", "real_most", "real_ratio"} <= set(compared.columns)
+    (downtime,) = compared.filter(figure="downtime").iter_rows(named=True)
+    assert (downtime["real"], downtime["real_least"], downtime["real_most"]) == (85, 80, 90)
+    assert downtime["real_ratio"] == pytest.approx(0.85)
+    of_live, of_real = verdicts(compared)
+    assert "live against virtual, downtime +4.5 % (within 10 %)" in of_live
+    assert "real against virtual, downtime -15.0 % (not within 10 %)" in of_real
+    assert not within_aim(compared)
+    assert within_aim(compare(frame_of([100], [104], [95])))
+
+
+def test_without_real_runs_the_table_has_no_column_for_them() -> None:
+    assert not [name for name in compare(frame_of([100], [104])).columns if "real" in name]
+
+
 def test_nothing_completed_is_no_agreement() -> None:
     frame = frame_of([100], [100]).with_columns(outcome=pl.lit("FAILED"))
     compared = compare(frame)
@@ -395,6 +412,22 @@ def test_the_figure_has_all_ratios_and_says_how_it_was_made() -> None:
     assert "downtime" in [label.get_text() for label in ratios.get_yticklabels()]
     assert "proto-v3 agree mine" in figure.get_supxlabel()
     assert "mine, medians of 2 run(s)" in figure.get_suptitle()
+
+
+def test_the_figure_has_real_runs_too() -> None:
+    frame = frame_of([100], [104], [95])
+    figure = agreement("mine", frame, compare(frame), 0.1, "proto-v3 agree mine --real")
+    bars, ratios = figure.axes
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["v2, virtual", "v2, live", "v2, real"]
+    assert ratios.get_xlabel() == "live / virtual or real / virtual"
+    assert "a live and a real run take" in figure.get_suptitle()
+
+
+def test_a_scenario_that_the_driver_cannot_be_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    done = proto_v3(tmp_path, "agree", "live-paced", "--real", "--out", "out")
+    assert done.returncode == 2
+    assert "the sample driver cannot be so: device.0.count = 2" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
