@@ -21,7 +21,7 @@ help:
 	@echo 'make docs      write anew what is generated in docs/: the state machine, the tests of each rule, the API'
 	@echo 'make bench     the virtual clock against SimPy; what a simulation costs; a live stream against a bare relay; live memory'
 	@echo 'make lock      pin the dependencies anew (needs uv)'
-	@echo 'make clean     remove the virtual environment and what was built'
+	@echo 'make clean     remove the virtual environment and what was built; the cache of make kernel stays: rm -r ~/.cache/proto-v3'
 
 demo: $(VENV)/core.stamp
 	@$(BIN)/proto-v3 compare mlx5-2vf --out out/demo
