@@ -167,6 +167,9 @@ def _precopy(found: Measurements) -> Iterator[tuple[str, tuple[Any, str]]]:
     yield "driver.initial", ("image" if of_all else "critical", f"the first PRECOPY_INFO: {how}")
     if _rereads(found):  # what it reports is not what became dirty
         return
+    if found.left_bytes is not None and (full := found.sizes.get(State.RUNNING)):
+        how = f"MIG_DATA_SIZE in PRE_COPY after all was read: {found.left_bytes} bytes, in RUNNING: {full}"
+        yield "driver.stop_copy_size", ("full" if found.left_bytes >= AGAIN_SHARE * full else "left", how)
     rate, span_s = dirtied_bytes_per_s(found.infos), _span_ns(found.infos) / NS_PER_S
     how = f"what PRECOPY_INFO reported anew within {span_s:.3g} s; where it was written, is not known"
     yield "device.0.writes.mib_per_s", (round(rate / MIB, 6), how)

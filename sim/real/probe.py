@@ -243,6 +243,8 @@ class Measurements:
     """How read() says in PRE_COPY that nothing is left."""
     precopy_bytes: int = 0
     """Read in PRE_COPY."""
+    left_bytes: int | None = None
+    """MIG_DATA_SIZE in PRE_COPY after all was read; None: the kernel does not know it."""
     stopped_bytes: int = 0
     """Read in STOP_COPY after all was read in pre-copy."""
     passes: list[ReadPass] = field(default_factory=list)
@@ -419,12 +421,16 @@ class _Probe:
         await self._size(target)
 
     async def _size(self, state: State) -> None:
-        if state not in self.found.sizes:
-            try:
-                self.found.sizes[state] = await self.device.stop_copy_bytes()
-            except OSError as error:
-                if error.errno not in (errno.ENOTTY, errno.EINVAL):  # a kernel that does not know it
-                    raise
+        if state not in self.found.sizes and (size := await self._data_size()) is not None:
+            self.found.sizes[state] = size
+
+    async def _data_size(self) -> int | None:
+        try:
+            return await self.device.stop_copy_bytes()
+        except OSError as error:
+            if error.errno in (errno.ENOTTY, errno.EINVAL):  # a kernel that does not know it
+                return None
+            raise
 
     async def _close(self) -> None:
         if self._fd is not None:
@@ -448,6 +454,7 @@ class _Probe:
             await sleep_ns(self.settings.interval_ns)
         out = await self.timing.read_out(fd, self.settings.usual_bytes)
         self.found.precopy_bytes += out.bytes
+        self.found.left_bytes = await self._data_size()
         if self.found.has(MigrationFlags.P2P):
             await self.device.set_state(State.PRE_COPY_P2P)
             await self._info(fd, State.PRE_COPY_P2P, start)

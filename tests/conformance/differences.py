@@ -113,8 +113,8 @@ MAGIC = (
 )
 NO_POLL = "mtty's data fds have no poll(): epoll_ctl() is EPERM"
 EXACT = (
-    "mtty's MIG_DATA_SIZE is that of a whole state, in each state; the simulated device's is what is left, without the "
-    "header of the END: an estimate, as vfio.h calls it"
+    "an estimate, as vfio.h calls it: mtty's is of a whole state with its header, which pre-copy has given before; the "
+    "simulated device's leaves out the header of the END"
 )
 ONE_BUFFER = "the whole state is in one buffer, so one read() has it all; the simulated device reads record by record"
 

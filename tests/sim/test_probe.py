@@ -112,6 +112,12 @@ def test_initial_bytes_alone_are_critical_or_the_whole_image() -> None:
     assert of_scenario(probed({"device.0.max_dirty_streams": 4}))["driver.initial"][0] == "critical"
 
 
+def test_a_size_that_is_what_is_left_or_the_whole_image_is_seen() -> None:
+    for reported in ("full", "left"):
+        found = probed(IDLE | {"driver.stop_copy_size": reported}, load_it=False)
+        assert of_scenario(found)["driver.stop_copy_size"][0] == reported
+
+
 def test_a_reinit_is_seen() -> None:
     found = probed(IDLE | {"device.0.reconfigurations": {"poisson_per_s": 20.0, "objects_each": 1}}, load_it=False)
     assert found.precopy_info_v2
