@@ -37,7 +37,7 @@ from experiments.runs.folder import SCHEMA_VERSION, ResultFolder
 from experiments.runs.plan import Plan
 from kernel import build, guest
 from kernel.build import MODULE, Kernel
-from kernel.cache import BuildError, UnavailableError
+from kernel.cache import BuildError, UnavailableError, stop_on_signals
 from kernel.guest import GuestError, UserModeLinux
 from proto_v3.errors import UserError
 from sim.real.sample_parameters import Parameters, module_parameters
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/real-read"), help="the folder of the table")
     parser.add_argument("--force", action="store_true", help="replace what is in the folder, whatever it is")
     options = parser.parse_args(arguments)
-    guest.stop_on_signals()
+    stop_on_signals()
     command = ["python", "benchmarks/real_read.py", *arguments]
     cases = grid.cases(options.quick)
     plan = Plan(command, ["real_read"], len(cases) * options.rounds, quick=options.quick, writes=("runs",))
