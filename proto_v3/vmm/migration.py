@@ -147,6 +147,8 @@ class Source(abc.ABC):
             async with self.side.bounded():
                 return await self.migrate()
         except UnsupportedError:
+            with contextlib.suppress(OSError):
+                await self._cancel()
             raise
         except (OSError, ProtoV3Error, ExceptionGroup) as error:
             if self.back.hand_over is HandOver.RESUMED:  # what failed is only the end of the sessions here
@@ -197,10 +199,22 @@ class Source(abc.ABC):
 
     async def _begin(self, start_ns: int) -> None:
         self.flags = [await device.migration_flags() for device in self.side.devices]
+        self._check_p2p()
         await self.opt_in()
         await self.side.machine.set_up()
         await self.channels[0].send_control(Kind.SETUP, value=len(self.side.devices))
         self.side.timeline.stage("setup", start_ns)
+
+    def _check_p2p(self) -> None:
+        """UnsupportedError for several devices of which one has no P2P: it may write to another one that is stopped
+        (QEMU, vfio_multiple_devices_migration_is_supported)."""
+        names = [device.name for device in self.side.devices]
+        without = [name for name, flags in zip(names, self.flags, strict=True) if MigrationFlags.P2P not in flags]
+        if without and len(names) > 1:
+            raise UnsupportedError(
+                f"{', '.join(without)}: no P2P. Multiple VFIO devices migration is supported only if all of them "
+                "support P2P migration (QEMU)"
+            )
 
     async def opt_in(self) -> None:  # noqa: B027  (v2 has nothing to choose before the set-up)
         """Choose the protocol at the devices, before anything else."""

@@ -124,6 +124,12 @@ def _toml(value: Any) -> str:
             return repr(value)
 
 
+def with_p2p(devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Devices with P2P added where there are several: without it they would be refused."""
+    several = sum(device.get("count", 1) for device in devices) > 1
+    return [each | {"features": sorted({*each["features"], "P2P"})} if several else each for each in devices]
+
+
 def small_text(changes: Mapping[str, Any] | None = None) -> str:
     """The small scenario as TOML text, changed as `small_tables` does. It need not be valid."""
     return to_toml(small_tables(changes))

@@ -54,6 +54,8 @@ def drawn_migration(draw: random.Random) -> Migration:
         changes |= TWO
     if draw.random() < 0.2:
         changes["device.0.features"] = draw.choice([["STOP_COPY"], ["STOP_COPY", "P2P"], ["STOP_COPY", "PRE_COPY"]])
+        if "P2P" not in changes["device.0.features"]:
+            changes.pop("device.1", None)  # several would be refused
     if draw.random() < 0.25:
         changes |= {"vmm.bandwidth_gbit_per_s": 1e-5, "vmm.cancel_after_s": draw.uniform(0.001, 0.02)}
     elif draw.random() < 0.2:

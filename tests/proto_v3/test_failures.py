@@ -54,13 +54,16 @@ FEATURES = {
 }
 
 
-def two(changes: dict[str, Any]) -> Scenario:
-    """Two devices, all of whose state fits whenever it is asked for."""
-    second = small_scenario().device[0].model_dump(exclude_none=True) | {"name": "second"}
+def one(changes: dict[str, Any]) -> Scenario:
+    """A device, all of whose state fits whenever it is asked for."""
     writes = {"device.0.writes": {"pattern": "sequential", "mib_per_s": 10.0}}
-    return small_scenario(
-        {"device.0.name": "first", "device.1": second, "vmm.bandwidth_gbit_per_s": 1e6} | writes | changes
-    )
+    return small_scenario({"device.0.name": "first", "vmm.bandwidth_gbit_per_s": 1e6} | writes | changes)
+
+
+def two(changes: dict[str, Any]) -> Scenario:
+    """Two of them."""
+    second = small_scenario().device[0].model_dump(exclude_none=True) | {"name": "second"}
+    return one({"device.1": second} | changes)
 
 
 class Watched:
@@ -332,9 +335,16 @@ LAST = "STOP_COPY -> STOP"
 
 
 def two_devices(features: str, faults: dict[int, list[dict[str, Any]]]) -> Scenario:
-    """Of two devices alike, some arcs of one or of both fail."""
-    changes: dict[str, Any] = {f"device.{at}.features": FEATURES[features] for at in (0, 1)}
-    return two(changes | {f"device.{at}.faults": faults[at] for at in faults})
+    """Of two devices alike, some arcs of one or of both fail; of one device if it has no P2P, for two are refused."""
+    numbers = devices_with(features)
+    changes: dict[str, Any] = {f"device.{at}.features": FEATURES[features] for at in numbers}
+    changes |= {f"device.{at}.faults": faults[at] for at in faults if at in numbers}
+    return (one if len(numbers) == 1 else two)(changes)
+
+
+def devices_with(features: str) -> list[int]:
+    """The numbers of the devices that may migrate together."""
+    return [0, 1] if "P2P" in FEATURES[features] else [0]
 
 
 @pytest.mark.rule("v3.12.5")
@@ -363,7 +373,7 @@ def test_an_arc_that_fails_ends_the_migration_and_the_guest_runs_on_at_the_sourc
     name: str, features: str, side: str, arc: str, leaves: str
 ) -> None:
     """Of the first device as of the second, so that the other one has not got so far, or has."""
-    for device in (0, 1):
+    for device in devices_with(features):
         watched = Watched(two_devices(features, {device: [{"side": side, "arc": arc, "leaves": leaves}]}), name)
         outcome = watched.outcome()
         assert outcome.kind is OutcomeKind.FAILED
@@ -539,7 +549,7 @@ def test_a_target_that_fails_while_the_source_still_sends_is_heard(name: str, mo
 
     monkeypatch.setattr(MachineModel, "load_config", fails)
     full = {"device.0.state_mib": 2.0, "device.1.state_mib": 64.0, "link.socket_buffer_mib": 1.0}
-    watched = Watched(two({"device.0.features": ["STOP_COPY"]} | full), name)
+    watched = Watched(two({"device.0.features": ["STOP_COPY", "P2P"]} | full), name)
     outcome = watched.outcome()
     assert outcome.kind is OutcomeKind.FAILED
     assert outcome.reason == "target: No space left on device (ENOSPC)"
@@ -571,7 +581,7 @@ def test_a_device_that_cannot_be_read_any_more_once_it_is_stopped_gives_the_gues
     monkeypatch.setattr(SaveStream, "read", failing(SaveStream.read))
     monkeypatch.setattr(SaveBlocks, "read_blocks", failing(SaveBlocks.read_blocks))
     little_ram = {"ram.size_gib": 0.002, "ram.nonzero_gib": 0.0, "ram.working_set_mib": 1.0}
-    slow = {"device.0.features": ["STOP_COPY"], "device.0.state_mib": 32.0}
+    slow = {"device.0.features": ["STOP_COPY", "P2P"], "device.0.state_mib": 32.0}
     watched = Watched(two(little_ram | slow), name)
     outcome = watched.outcome()
     assert reads > after_reads

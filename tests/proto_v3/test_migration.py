@@ -22,7 +22,7 @@ from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import MIB, ns
 from tests.build.runs import prepared, run
-from tests.build.scenario import small_scenario
+from tests.build.scenario import small_scenario, with_p2p
 
 PROTOCOLS = ("v2", "v2-multifd", "v3-n1", "v3-n4")
 # All that can be set of v2 and of v3 is in one of these at least.
@@ -86,7 +86,7 @@ def devices(draw: st.DrawFn, name: str) -> dict[str, Any]:
 def machines(draw: st.DrawFn) -> Scenario:
     """One to four devices, of one kind or two, with any features, locks, engines, buffers and costs."""
     changes: dict[str, Any] = {
-        "device": [draw(devices(name)) for name in ["a", "b"][: draw(st.integers(1, 2))]],
+        "device": with_p2p([draw(devices(name)) for name in ["a", "b"][: draw(st.integers(1, 2))]]),
         "ram.nonzero_gib": draw(st.sampled_from([0.0, 0.001, 0.02])),
         "ram.dirty_mib_per_s": draw(st.sampled_from([0.0, 50.0, 5000.0])),
         "firmware.engines": draw(st.integers(1, 4)),

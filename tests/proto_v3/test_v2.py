@@ -17,7 +17,7 @@ import pytest
 from proto_v3.errors import LostAfterCommitError, PeerFailedError, PeerProtocolError
 from proto_v3.timeline import Mark, Timeline
 from proto_v3.vfio.uapi import MigrationFlags, PrecopyFlags, PrecopyInfo, State
-from proto_v3.vmm.migration import STARTS, OutcomeKind, Side
+from proto_v3.vmm.migration import STARTS, OutcomeKind, Side, UnsupportedError
 from proto_v3.vmm.switchover import SwitchoverSettings
 from proto_v3.vmm.v2 import Ack, V2Options
 from proto_v3.vmm.v2_source import UNKNOWN_STOP_COPY_BYTES, LateAckError, V2Source
@@ -35,7 +35,8 @@ from tests.build.runs import kept_run
 from tests.build.scenario import small_scenario, virtual
 
 MS = 1_000_000
-PRE_COPY = MigrationFlags.STOP_COPY | MigrationFlags.P2P | MigrationFlags.PRE_COPY
+NO_PRE_COPY = MigrationFlags.STOP_COPY | MigrationFlags.P2P
+PRE_COPY = NO_PRE_COPY | MigrationFlags.PRE_COPY
 REINIT = PrecopyFlags.REINIT
 
 SETTINGS = SwitchoverSettings(
@@ -343,7 +344,7 @@ async def test_the_temporary_end_counts_as_empty_whatever_was_announced(end: str
 @pytest.mark.rule("v2.vmm.3", "v2.vmm.4")
 @virtual
 async def test_the_exact_figure_is_asked_for_only_once_the_estimate_fits() -> None:
-    vmm = source({"unread": 3 * MIB}, {"unread": 2 * MIB, "flags": MigrationFlags.STOP_COPY, "size": 1})
+    vmm = source({"unread": 3 * MIB}, {"unread": 2 * MIB, "flags": NO_PRE_COPY, "size": 1})
     await vmm.migrate()
     asked = [entry for entry in vmm.log if entry[1] in ("PRECOPY_INFO", "read", "MIG_DATA_SIZE", "sync", "stop")]
     read, info = ("a", "read", MIB), ("a", "PRECOPY_INFO")
@@ -450,7 +451,7 @@ async def test_the_bandwidth_counts_all_bytes_of_the_last_window() -> None:
 @pytest.mark.rule("v2.vmm.8", "v2.vmm.9")
 @virtual
 async def test_devices_stop_in_two_passes_and_then_ram_and_each_device_go_in_turn() -> None:
-    vmm = source({"size": 1}, {"flags": MigrationFlags.STOP_COPY, "size": 1}, {"size": 1}, frames=1)
+    vmm = source({"size": 1}, {"flags": NO_PRE_COPY, "size": 1}, {"size": 1}, frames=1)
     vmm.devices[0].unread = vmm.devices[2].unread = 2 * MIB
     vmm.devices[1].unread = 3000
     vmm.settings = replace(vmm.settings, downtime_limit_ns=100 * MS)  # all of it fits after the first round
@@ -459,6 +460,7 @@ async def test_devices_stop_in_two_passes_and_then_ram_and_each_device_go_in_tur
     states = [entry for entry in vmm.log[at:] if entry[1] == "set_state"]
     assert states == [
         ("c", "set_state", State.PRE_COPY_P2P),  # the last one first, in both passes
+        ("b", "set_state", State.RUNNING_P2P),
         ("a", "set_state", State.PRE_COPY_P2P),
         ("c", "set_state", State.STOP_COPY),
         ("b", "set_state", State.STOP),  # it has no pre-copy: its session begins when its turn comes
@@ -494,8 +496,9 @@ async def test_stop_copy_is_left_only_when_the_guest_runs_at_the_target() -> Non
 @pytest.mark.rule("v2.vmm.17")
 @virtual
 async def test_a_device_is_set_up_before_the_next_one_is_touched() -> None:
-    no_precopy = {"flags": MigrationFlags.STOP_COPY | MigrationFlags.P2P}
-    vmm = source(*[each | {"size_at_first": 0} for each in ({}, no_precopy, {})], options=V2Options(reinit=True))
+    vmm = source(
+        *[each | {"size_at_first": 0} for each in ({}, {"flags": NO_PRE_COPY}, {})], options=V2Options(reinit=True)
+    )
     await vmm.migrate()
     assert vmm.log[:9] == [
         *[("a", "opt in"), ("c", "opt in")],  # before the migration: the device is realized
@@ -518,7 +521,7 @@ async def test_exact_figures_are_asked_for_device_by_device_the_size_first() -> 
 @virtual
 async def test_only_who_wants_reinit_opts_in_and_only_devices_with_pre_copy_are_asked() -> None:
     for reinit in (False, True):
-        vmm = source({}, {"flags": MigrationFlags.STOP_COPY}, options=V2Options(reinit=reinit))
+        vmm = source({}, {"flags": NO_PRE_COPY}, options=V2Options(reinit=reinit))
         await vmm.migrate()
         assert vmm.of("opt in") == ([("a", "opt in")] if reinit else [])
 
@@ -627,7 +630,7 @@ async def test_only_the_newest_ack_of_every_device_lets_the_guest_be_stopped() -
 
 @virtual
 async def test_a_device_without_pre_copy_needs_no_ack() -> None:
-    vmm = source({"unread": 10}, {"unread": 10, "flags": MigrationFlags.STOP_COPY}, options=REUSABLE, answer=acks)
+    vmm = source({"unread": 10}, {"unread": 10, "flags": NO_PRE_COPY}, options=REUSABLE, answer=acks)
     assert await vmm.migrate() is OutcomeKind.COMPLETED
     assert vmm.wire.told(Kind.INIT_DATA_SENT) == [(Kind.INIT_DATA_SENT, 0, 1)]
 
@@ -672,7 +675,7 @@ async def test_a_reinit_that_is_found_once_the_vcpus_are_stopped_fails_the_migra
 @pytest.mark.rule("v2.vmm.7", "v2.vmm.8")
 @virtual
 async def test_each_device_is_asked_once_more_right_before_its_p2p_the_last_one_first() -> None:
-    vmm = source({}, {}, {"flags": MigrationFlags.STOP_COPY | MigrationFlags.P2P}, options=REUSABLE, answer=acks)
+    vmm = source({}, {}, {"flags": NO_PRE_COPY}, options=REUSABLE, answer=acks)
     assert await vmm.migrate() is OutcomeKind.COMPLETED
     at = vmm.log.index(("vcpus", "stop"))
     assert vmm.log[at + 1 : at + 9] == [
@@ -710,17 +713,36 @@ async def test_who_has_no_reusable_ack_does_not_look_again(ack: Ack) -> None:
 @pytest.mark.rule("v2.vmm.12")
 @virtual
 async def test_a_guest_that_starts_again_takes_its_devices_through_p2p_once_more() -> None:
-    vmm = source({"unread": 10}, {"flags": MigrationFlags.STOP_COPY}, answer=fails_at(Kind.END))
+    vmm = source({"unread": 10}, {"flags": NO_PRE_COPY}, answer=fails_at(Kind.END))
     with pytest.raises(ExceptionGroup):
         await vmm.migrate()
     at = vmm.log.index(("b", "set_state", State.STOP_COPY))
     assert [entry for entry in vmm.log[at + 1 :] if entry[1] != "read"] == [
         ("b", "set_state", State.RUNNING),
         ("a", "set_state", State.RUNNING),
-        ("a", "set_state", State.RUNNING_P2P),  # the other one has no P2P, and is in RUNNING
-        ("a", "set_state", State.RUNNING),
+        *[(name, "set_state", state) for state in STARTS for name in "ab"],
         ("vcpus", "start"),
     ]
+
+
+@virtual
+async def test_a_device_without_p2p_is_in_running_again_once() -> None:
+    vmm = source({"flags": MigrationFlags.STOP_COPY}, answer=fails_at(Kind.END))
+    with pytest.raises(ExceptionGroup):
+        await vmm.migrate()
+    assert vmm.of("set_state", "start")[-2:] == [("a", "set_state", State.RUNNING), ("vcpus", "start")]
+
+
+@pytest.mark.rule("v2.vmm.18")
+@virtual
+async def test_several_devices_of_which_one_has_no_p2p_are_refused_before_anything_is_done() -> None:
+    vmm = source({}, {"flags": PRE_COPY & ~MigrationFlags.P2P})
+    with pytest.raises(
+        UnsupportedError, match=r"^b: no P2P. Multiple VFIO devices migration is supported only if all "
+    ):
+        await vmm.migrate()
+    assert vmm.log == []
+    assert [frame.kind for frame in vmm.wire.sent] == [Kind.CANCEL], "the target goes, too"
 
 
 @pytest.mark.rule("v2.vmm.12")

@@ -34,7 +34,7 @@ from sim.scenario.scenario import Scenario
 from sim.scenario.units import BYTES_PER_S_PER_GBIT, GIB, MIB, ns
 from tests.build.hosts import MS, US, Hosts, session
 from tests.build.memory_bounds import blocks_record, bounds, critical_record, dirty_record
-from tests.build.scenario import small_scenario
+from tests.build.scenario import small_scenario, with_p2p
 from tests.build.v3_hosts import LoadWatch, opened_blocks, reconfigure, writes
 from tests.build.v3_runs import Raw, Tap, TappedRun
 
@@ -463,7 +463,7 @@ def machines(draw: st.DrawFn) -> Scenario:
 
     return small_scenario(
         {
-            "device": [device(name) for name in "ab"[: draw(st.integers(1, 2))]],
+            "device": with_p2p([device(name) for name in "ab"[: draw(st.integers(1, 2))]]),
             "ram.nonzero_gib": draw(st.sampled_from([0.0, 0.004])),
             "ram.size_gib": 0.0078125,
             "ram.frame_mib": draw(st.sampled_from([0.1, 1.0])),

@@ -143,7 +143,10 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         "ram.final_sync_ms": one_of(0.0, 10.0),
     }
     other = small_scenario().model_dump(exclude_unset=True)["device"][0]
-    changes["device.1"] = other | {"name": "other", "pf": one_of(0, 1), "stop_only_mib": one_of(0.0, 8.0)}
+    if "P2P" in changes["device.0.features"]:
+        changes["device.1"] = other | {"name": "other", "pf": one_of(0, 1), "stop_only_mib": one_of(0.0, 8.0)}
+    else:  # several would be refused
+        changes["device.0.count"] = 1
     return small_scenario(changes)
 
 
@@ -182,7 +185,7 @@ def test_one_read_may_take_several_records_of_critical_data() -> None:
     changes = {
         "device.0.critical": {"objects": 512, "object_kib": 256.0, "setup_us": 0.0},
         "device.0.count": 2,
-        "device.0.features": ["STOP_COPY"],
+        "device.0.features": ["STOP_COPY", "P2P"],
         "driver.chunk_mib": 1,
         "driver.chunks": 8,
         "driver.lock": "global",
