@@ -91,9 +91,8 @@ class DataFd(Protocol):
         return True
 
     async def close(self) -> None:
-        """v3: close an fd that is being loaded. If its END was not written, the device goes to ERROR: ENODATA.
-
-        Otherwise nothing happens: the session ends with the state machine, not with its fds.
+        """Close the fd. Never fails, and changes neither session nor device: a session ends with the state machine, not
+        with its fds. Leaving RESUMING tells whether all was written.
         """
 
 
@@ -145,7 +144,8 @@ class MigrationDevice(Protocol):
 
         Returns a data fd if the last arc begins a session, else None. EINVAL if there is no path. EIO if the device
         fails on the way; it may then be in any state of the path. v3: leaving RESUMING fails with ENODATA, and leaves
-        the device in ERROR, if a stream's END or the newest epoch's critical data is missing.
+        the device in ERROR, if a stream's END or the newest epoch's critical data is missing. From ERROR it fails with
+        EIO.
         """
 
     async def reset(self) -> None:

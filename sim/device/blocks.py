@@ -221,16 +221,10 @@ class LoadBlocks(V3LoadedFd, WriteOnlyBlocksFd):
     """The fd to write to: one whole record a write, from any number of threads."""
 
     ioctls = frozenset({VFIO_MIG_GET_STREAM_INFO, VFIO_MIG_GET_DIRTY_BLOCKS})
-    what = "blocks"
 
     def __init__(self, session: BlocksLoadSession) -> None:
         super().__init__(session)
         self._ended = False
-
-    @property
-    @override
-    def ended(self) -> bool:
-        return self._ended
 
     @override
     async def write(self, payload: Payload, piece_bytes: int) -> None:

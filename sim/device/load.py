@@ -132,6 +132,10 @@ class LoadedFd(WriteOnlyFd):
         return number in self.ioctls
 
     @override
+    async def close(self) -> None:
+        """Without effect: SET_STATE out of RESUMING tells whether all was written."""
+
+    @override
     async def get_stream(self, index: int) -> DataFd:
         """The critical fd's (sim.device.load_v3)."""
         raise fails(errno.ENOTTY)
@@ -242,10 +246,6 @@ class LoadStream(LoadedFd):
 
     def _check_kind(self, record: Record) -> None:
         """EPROTO if a record does not belong on this stream."""
-
-    @override
-    async def close(self) -> None:
-        pass
 
     @override
     async def precopy_info(self) -> PrecopyInfo:

@@ -123,13 +123,6 @@ class V3LoadedFd(LoadedFd):
     """What v3's kinds share."""
 
     ioctls = frozenset({VFIO_MIG_GET_STREAM_INFO})
-    what: str
-    """In words, for errors."""
-
-    @property
-    def ended(self) -> bool:
-        """Whether the END record came."""
-        raise NotImplementedError
 
     @override
     async def precopy_info(self) -> PrecopyInfo:
@@ -142,28 +135,16 @@ class V3LoadedFd(LoadedFd):
         self.session.check_open()
         raise fails(errno.EINVAL)
 
-    @override
-    async def close(self) -> None:
-        if not self.ended:
-            self.session.check_open()
-            raise self.session.refuse(errno.ENODATA, f"{self.what}: was closed before its END")
-
 
 class V3LoadStream(V3LoadedFd, LoadStream):
     """A stream of records; stream 0 is the critical one."""
 
     def __init__(self, index: int, session: V3LoadSession, fd_lock: DriverLock) -> None:
         LoadStream.__init__(self, index, session, fd_lock)
-        self.what = f"stream {index}"
         if index == 0:
             self.ioctls |= {VFIO_MIG_GET_STREAM}
         self.dirty: Sequence[DataFd] = ()
         """Of the critical stream: the session's other fds."""
-
-    @property
-    @override
-    def ended(self) -> bool:
-        return self._queue.ended
 
     @override
     def _check_kind(self, record: Record) -> None:
