@@ -49,9 +49,9 @@
  * takes the data that follows or allocates memory for it. It refuses with
  *   E2BIG	a length above that of the longest record that it would save
  *		itself, a number of blocks or ranges above what its device has,
- *		or an epoch more than VFIO_MIG_MAX_EPOCHS_AHEAD ahead of the
- *		newest loaded one: such a record would only keep a writer
- *		waiting;
+ *		or, once an epoch is loaded, one that is more than
+ *		VFIO_MIG_MAX_EPOCHS_AHEAD ahead of it: such a record would only
+ *		keep a writer waiting;
  *   EPROTO	a class, flag, or length that the stream cannot have, epoch 0, a
  *		block that the device does not have;
  *   ENOMEM	a record for which there is no memory. It is charged to the

@@ -24,6 +24,9 @@ class Ready(enum.IntFlag):
     NOTHING = 0  # the timeout passed
     READABLE = 1  # data, or the end of the stream (EPOLLIN)
     NEW_EPOCH = 2  # v3, on the critical fd: the epoch grew since the last stream_info() (EPOLLPRI)
+    WRITABLE = 4  # v3, on a fd that is loaded: a write() takes a byte without waiting for an epoch (EPOLLOUT)
+    OVER = 8  # v3: the session is over (EPOLLHUP)
+    FAILED = 16  # v3: the device failed (EPOLLERR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +59,21 @@ class DataFd(Protocol):
         critical fd never waits for a dirty one. Bytes that differ from the source's stream put the device in ERROR:
         EXDEV for a record of another stream, EALREADY for a record that was written before, EILSEQ for a record that is
         too early, EPROTO for bytes that are not the next ones of a record, that follow the END, or that wait for an
-        epoch that never arrives, EBADMSG for an END whose counts or digest do not match. After that, EIO on every
-        stream.
+        epoch that never arrives, E2BIG for a length or number above the driver's limits, EBADMSG for an END whose
+        counts or digest do not match, ENOMEM. After that, EIO on every stream.
+
+        What waits for an epoch is not taken: if the call is cancelled, or fails with EAGAIN because the fd was set
+        O_NONBLOCK, the bytes before are taken (BlockingIOError.characters_written counts them), and a later call goes
+        on behind them.
         """
 
     async def poll(self, timeout_ns: int | None = None) -> Ready:
-        """Wait until there is data or a new epoch, for at most `timeout_ns` if given."""
+        """Wait until there is data or a new epoch, or the fd can be written, for at most `timeout_ns` if given.
+
+        v3: once the session is over, OVER or OVER | FAILED is returned as well, with READABLE or WRITABLE: read() and
+        write() return at once, with the error. v2: only mlx5's saved fds have poll(). A fd whose driver has none is
+        always READABLE | WRITABLE, as poll(2) says; epoll does not take it (EPERM).
+        """
 
     async def precopy_info(self) -> PrecopyInfo:
         """VFIO_MIG_GET_PRECOPY_INFO. EINVAL if the device is in neither PRE_COPY nor PRE_COPY_P2P; if it is in one of
@@ -82,6 +94,8 @@ class DataFd(Protocol):
 
     async def get_stream(self, index: int) -> DataFd:
         """v3: VFIO_MIG_GET_STREAM, on the critical fd: dirty fd `index`, counted from 0. EINVAL if there is none.
+
+        Called again, it returns the same open file once more, as dup() does.
 
         With StreamFlags.BLOCKS, index 0 is the fd of blocks, a BlocksFd. ENOTTY on a dirty fd, or one of v2.
         """
@@ -149,7 +163,9 @@ class MigrationDevice(Protocol):
         """
 
     async def reset(self) -> None:
-        """VFIO_DEVICE_RESET: from any state, also ERROR, to RUNNING. Ends a session; its fds then fail with ENODEV."""
+        """VFIO_DEVICE_RESET: from any state, also ERROR, to RUNNING. Ends a session; its fds then fail with ENODEV.
+
+        v3: clears what set_streams() chose."""
 
     async def stop_copy_bytes(self) -> int:
         """VFIO_DEVICE_FEATURE_MIG_DATA_SIZE: an estimate of the bytes that STOP_COPY would return, in any state.

@@ -63,8 +63,7 @@ async def device_feature(
     the device or `install_fd` refused. Any other error leaves the buffer unchanged.
 
     Raises OSError:
-    - EFAULT if the buffer is shorter than the header, or than its argsz. (The kernel notices only if it has to access
-      the missing bytes; a too large argsz is a mistake in any case.)
+    - EFAULT if the buffer is shorter than the header, or than header and data. A larger argsz is never looked at.
     - EINVAL for an argsz shorter than header and data, an unknown flag, GET with SET, neither of them, an operation
       that the feature does not have, a state that does not exist, MIG_PRECOPY_INFOV2 without PRE_COPY. A PROBE accepts
       GET with SET and neither of them, and needs no data.
@@ -88,6 +87,8 @@ async def device_feature(
     _check_op(header, ops, data_bytes)
     if header.flags & FeatureOp.PROBE:
         return None
+    if len(buffer) < DeviceFeature.SIZE + data_bytes:
+        raise OSError(errno.EFAULT, f"a buffer of {len(buffer)} bytes has no room for {data_bytes} bytes of data")
 
     if number == Feature.MIGRATION:
         _put(buffer, FeatureMigration(features))
@@ -113,8 +114,6 @@ def _header(buffer: bytearray) -> DeviceFeature:
     header = DeviceFeature.unpack(buffer)
     if header.argsz < DeviceFeature.SIZE:
         raise OSError(errno.EINVAL, f"argsz {header.argsz} is shorter than the header")
-    if len(buffer) < header.argsz:
-        raise OSError(errno.EFAULT, f"argsz {header.argsz}, but the buffer has {len(buffer)} bytes")
     if header.flags & ~KNOWN_FLAGS:
         raise OSError(errno.EINVAL, f"flags {header.flags:#x}: unknown bits")
     if not header.flags & FeatureOp.PROBE and header.flags & GET_OR_SET == GET_OR_SET:
@@ -181,8 +180,6 @@ def _asked(structure: type[Structure], buffer: bytearray) -> dict[str, int]:
     asked = structure.members(buffer)
     if asked["argsz"] < structure.SIZE:
         raise OSError(errno.EINVAL, f"argsz {asked['argsz']}: the structure has {structure.SIZE} bytes")
-    if len(buffer) < asked["argsz"]:
-        raise OSError(errno.EFAULT, f"argsz {asked['argsz']}, but the buffer has {len(buffer)} bytes")
     return asked
 
 
@@ -206,8 +203,8 @@ def _asked_without_flags(structure: type[Structure], buffer: bytearray) -> dict[
 async def get_stream(fd: DataFd, buffer: bytearray, install_fd: Callable[[DataFd], int]) -> DataFd:
     """VFIO_MIG_GET_STREAM: `buffer` holds a GetStream and receives the answer; the dirty fd is returned, too.
 
-    `install_fd` gives it a number, as in device_feature(). If it refuses, the fd is not closed, because that would fail
-    a device that is being loaded. It stays open in the session, and the caller can ask again.
+    `install_fd` gives it a number, as in device_feature(). It may refuse (EMFILE), and the caller can ask again: the
+    file is the session's. Who asks twice gets two descriptors of one file.
 
     Raises OSError: ENOTTY, EFAULT and EINVAL as get_precopy_info(), EINVAL for flags; these leave the buffer unchanged.
     The errors of the critical fd or of `install_fd`; the fd in the buffer is then -1.

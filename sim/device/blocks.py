@@ -120,6 +120,8 @@ class SaveBlocks(SavedFd, BlocksFd):
     async def _read(self, first: int, count: int) -> Payload:
         asked_ns = now_ns()
         while self._suspended:
+            if self.nonblocking:
+                raise fails(errno.EAGAIN)
             await self._notify.wait()
             self.counters.wakeups += 1
             self.check_open()
@@ -200,7 +202,7 @@ class SaveBlocks(SavedFd, BlocksFd):
     @override
     async def poll(self, timeout_ns: int | None = None) -> Ready:
         """Blocks can be read at any time."""
-        return Ready.READABLE
+        return Ready.READABLE | self.ready_at_the_end()
 
 
 class BlocksLoadSession(V3LoadSession):

@@ -107,6 +107,8 @@ class SimDriver(MigrationDevice):
     async def set_state(self, target: State) -> DataFd | None:
         fd: DataFd | None = None
         async with self._state_lock:
+            if self._state is State.ERROR and self._dirty_streams:  # the core has no arc out of it, and warns if asked
+                raise fails(errno.EIO)
             breaks = self._breaks
             for hop in fsm.path(self._state, target, self.spec.flags):
                 await self._pay_for(hop)
@@ -122,6 +124,7 @@ class SimDriver(MigrationDevice):
         # Not under the state mutex: mlx5 does it when whoever holds that lets go (deferred_reset), with the same
         # effect.
         self._break(State.RUNNING, errno.ENODEV)
+        self._dirty_streams, self._stream_flags = 0, NO_STREAM_FLAGS
 
     @override
     async def stop_copy_bytes(self) -> int:

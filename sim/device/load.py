@@ -162,13 +162,14 @@ class LoadQueue:
         self._offset = 0
         self._tally = Tally()
 
-    def add(self, record: Record, start: int, stop: int) -> bool:
-        """Bytes [start, stop) of a record were written; returns whether it is whole.
-
-        StreamError if they are not the next bytes of the stream: it was cut, altered or reordered.
-        """
+    def check(self, record: Record, start: int) -> None:
+        """StreamError if byte `start` of a record is not the next of the stream: it was cut, altered or reordered."""
         if (record.stream, record.sequence, start) != (self._stream, self._sequence, self._offset) or self.ended:
             raise self._out_of_order(record, start)
+
+    def add(self, record: Record, start: int, stop: int) -> bool:
+        """Bytes [start, stop) of a record were written; returns whether it is whole. StreamError as check()."""
+        self.check(record, start)
         self._offset = stop
         if stop < record.size_bytes:
             return False
@@ -217,8 +218,15 @@ class LoadStream(LoadedFd):
             calls = -(-len(payload) // piece_bytes)
             await session.context.memory.copy(len(payload), calls * session.context.call_ns, "write")
             session.check_open()
+            taken = 0
             for part in payload.parts:
-                await self._add(part.record, part.start, part.stop)
+                try:
+                    await self._add(part.record, part.start, part.stop)
+                except BlockingIOError as error:
+                    if error.errno == errno.EAGAIN:  # Python's EALREADY is one, too
+                        error.characters_written += taken
+                    raise
+                taken += part.stop - part.start
 
     async def add(self, record: Record, start: int, stop: int) -> None:
         """write() without the copy, of bytes [start, stop) of a record: in live mode, which made it elsewhere."""
@@ -235,14 +243,22 @@ class LoadStream(LoadedFd):
     async def _add(self, record: Record, start: int, stop: int) -> None:
         session = self.session
         try:
+            self._queue.check(record, start)
+            session.hold(stop - start)
+            if stop == record.size_bytes:
+                start = await self._until_due(record, start)
             whole = self._queue.add(record, start, stop)
         except StreamError as error:
             raise session.refuse(error.code, error.why) from None
-        session.hold(stop - start)
         if whole:
             self._check_kind(record)
             await session.load(record)
             session.hold(-record.size_bytes)
+
+    async def _until_due(self, record: Record, start: int) -> int:
+        """Called before the bytes from `start` to the end of a record are taken; returns from where on they still are
+        to be taken. v3's dirty ones wait (sim.device.load_v3)."""
+        return start
 
     def _check_kind(self, record: Record) -> None:
         """EPROTO if a record does not belong on this stream."""

@@ -7,17 +7,21 @@ data that it waits for. The driver holds no more of a stream than the record tha
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
+import os
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from proto_v3.vfio.device import DataFd
+from proto_v3.vfio.device import DataFd, Ready
 from proto_v3.vfio.uapi import VFIO_MIG_GET_STREAM, VFIO_MIG_GET_STREAM_INFO, PrecopyInfo, StreamInfo
 from sim.device.load import LoadedFd, LoadSession, LoadStream
 from sim.device.record import Record
+from sim.device.record_format import MAX_EPOCHS_AHEAD
 from sim.device.state import Image
 from sim.device.stream import DriverLock, MigrationSession, fails
 from sim.scenario.device import Device
@@ -67,12 +71,7 @@ class V3LoadSession(LoadSession):
         if record.end or not len(record.blocks):
             await super().load(record)
             return
-        while self._epoch_loaded < record.epoch:
-            if self._critical_ended:
-                what = f"stream {record.stream}: record {record.sequence} waits for epoch {record.epoch}"
-                raise self.refuse(errno.EPROTO, f"{what}, which never came: {self._epoch_loaded} was the last")
-            await self._notify.wait()
-            self.check_open()
+        await self.until_epoch_loaded(record)
         valid = self._valid(record)
         self.counters.overtaken_bytes += (len(record.blocks) - int(valid.sum())) * self._block_bytes
         if not valid.any():
@@ -82,10 +81,31 @@ class V3LoadSession(LoadSession):
         self.counters.undone_bytes += int((valid & ~still).sum()) * self._block_bytes
         self._put(record, still)
 
+    async def until_epoch_loaded(self, record: Record) -> None:
+        """Wait until a dirty record may be loaded. Nobody else has to wait meanwhile, whatever he does."""
+        while self.must_wait(record):
+            what = f"stream {record.stream}: record {record.sequence} waits for epoch {record.epoch}"
+            if self._critical_ended:
+                raise self.refuse(errno.EPROTO, f"{what}, which never came: {self._epoch_loaded} was the last")
+            if self._epoch_loaded and record.epoch > self._epoch_loaded + MAX_EPOCHS_AHEAD:
+                raise self.refuse(errno.E2BIG, f"{what}; {self._epoch_loaded} was the last, and that is too far ahead")
+            await self._notify.wait()
+            self.check_open()
+
+    def must_wait(self, record: Record) -> bool:
+        """Whether the critical data of a dirty record's epoch is not loaded."""
+        return not record.end and len(record.blocks) > 0 and self._epoch_loaded < record.epoch
+
     def _check_there(self, record: Record) -> None:
-        """EPROTO for a block or an object that the device does not have."""
+        """E2BIG for more blocks or objects than the device has, EPROTO for one that it does not have, or epoch 0."""
+        if record.epoch < 1:
+            what = f"stream {record.stream}: record {record.sequence}"
+            raise self.refuse(errno.EPROTO, f"{what} is of epoch {record.epoch}")
         of_device = ((record.blocks, self.image.version), (record.objects, self.image.object_version))
         for numbers, there in of_device:
+            if len(numbers) > len(there):
+                what = f"stream {record.stream}: record {record.sequence} has {len(numbers)} blocks or objects"
+                raise self.refuse(errno.E2BIG, f"{what}; the device has {len(there)}")
             if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(there):
                 what = f"stream {record.stream}: record {record.sequence} has {numbers.min()} to {numbers.max()}"
                 raise self.refuse(errno.EPROTO, f"{what}; the device has 0 to {len(there) - 1}")
@@ -123,6 +143,25 @@ class V3LoadedFd(LoadedFd):
     """What v3's kinds share."""
 
     ioctls = frozenset({VFIO_MIG_GET_STREAM_INFO})
+    session: V3LoadSession
+    nonblocking = False
+    """O_NONBLOCK: write() does not wait for an epoch, but fails with EAGAIN."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether a write() would wait for an epoch before it takes a byte."""
+        return False
+
+    @override
+    async def poll(self, timeout_ns: int | None = None) -> Ready:
+        """Wait until a write() would take a byte."""
+        if timeout_ns != 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if timeout_ns is None else timeout_ns / 1e9):
+                    while self.waits and not self.session.over:
+                        await self.session.changed()
+        ready = Ready.NOTHING if self.waits and not self.session.over else Ready.WRITABLE
+        return ready | self.session.ready_at_the_end()
 
     @override
     async def precopy_info(self) -> PrecopyInfo:
@@ -145,6 +184,35 @@ class V3LoadStream(V3LoadedFd, LoadStream):
             self.ioctls |= {VFIO_MIG_GET_STREAM}
         self.dirty: Sequence[DataFd] = ()
         """Of the critical stream: the session's other fds."""
+        self._next: Record | None = None
+        """The record that a write() waits with, or gave up to wait with."""
+
+    @property
+    @override
+    def waits(self) -> bool:
+        return self._next is not None and self.session.must_wait(self._next)
+
+    @override
+    async def _until_due(self, record: Record, start: int) -> int:
+        """Wait for a dirty record's epoch. Its last byte is taken after that: whoever is interrupted loses none."""
+        session = self.session
+        if not session.must_wait(record):
+            return start
+        self._check_kind(record)
+        last = record.size_bytes - 1
+        if start < last:
+            self._queue.add(record, start, last)
+        self._next = record
+        try:
+            if self.nonblocking:
+                error = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+                error.characters_written = last - start
+                raise error
+            await session.until_epoch_loaded(record)
+        except BaseException:
+            session.hold(-1)
+            raise
+        return last
 
     @override
     def _check_kind(self, record: Record) -> None:

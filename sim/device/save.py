@@ -174,6 +174,9 @@ class SaveStream(SavedFd):
                 case ReadState.DATA:
                     return True
                 case ReadState.SAVING:
+                    if self.nonblocking:
+                        await self._call()
+                        raise fails(errno.EAGAIN)
                     await self._notify.wait()
                     self.counters.wakeups += 1
                 case _:

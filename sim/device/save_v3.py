@@ -32,6 +32,10 @@ class V3Stream(SaveStream):
     _plan: V3Plan
 
     @override
+    def ready(self) -> Ready:
+        return super().ready() | self.ready_at_the_end()
+
+    @override
     def _save_failed(self) -> None:
         self._session.fail()
 

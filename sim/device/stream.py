@@ -147,6 +147,12 @@ class PartOfSession:
         if self._closed:
             raise fails(self._closed)
 
+    def ready_at_the_end(self) -> Ready:
+        """v3: what poll() finds beside READABLE or WRITABLE once the session is over."""
+        if not self._closed:
+            return Ready.NOTHING
+        return Ready.OVER | Ready.FAILED if self._closed == errno.EIO else Ready.OVER
+
     async def changed(self) -> None:
         """Wait until something changes that a call waits for, or the session is over."""
         await self._notify.wait()
@@ -192,8 +198,8 @@ class WriteOnlyFd(DataFd):
 
     @override
     async def poll(self, timeout_ns: int | None = None) -> Ready:
-        """Nothing can be read from it, ever."""
-        return Ready.NOTHING
+        """v2's loaded fd: the drivers have no poll() for it, and so it is always ready."""
+        return Ready.READABLE | Ready.WRITABLE
 
 
 class WriteOnlyBlocksFd(WriteOnlyFd, BlocksFd):
@@ -215,6 +221,8 @@ class WriteOnlyBlocksFd(WriteOnlyFd, BlocksFd):
 class SavedFd(PartOfSession, ReadOnlyFd):
     """A data fd that is read from: what all kinds share. Calls that a kind does not have fail as in the kernel."""
 
+    nonblocking = False
+    """O_NONBLOCK: read() does not wait while the device saves, but fails with EAGAIN."""
     ioctls: frozenset[int] = frozenset()
     """Those that the kind knows."""
 

@@ -257,7 +257,8 @@ class Model:
         return "ready" if ready else "not ready"
 
     async def precopy_info(self, back: int) -> str | None:
-        """In pre-copy only; REINIT only after the opt-in, not in PRE_COPY_P2P, only for what is new."""
+        """In pre-copy only, which is looked at first, also on a stale fd; never on a loaded one. REINIT only after
+        the opt-in, not in PRE_COPY_P2P, only for what is new."""
         if not self.fds:
             return None
         fd, session = self._fd(back)

@@ -143,6 +143,13 @@ class Descriptor(Protocol):
             now.register(self.number, select.POLLIN)
         return bool(now.poll(0))
 
+    def ends_now(self) -> bool:
+        """Whether the driver puts no more into it."""
+        now = select.poll()
+        if not self._closed:
+            now.register(self.number, select.POLLRDHUP)
+        return any(events & select.POLLRDHUP for _, events in now.poll(0))
+
     async def write(self, view: memoryview, piece_bytes: int) -> None:
         """write() all of it, at most `piece_bytes` a call. OSError of write()."""
 

@@ -92,10 +92,14 @@ class RemoteReadFd(RemoteFd, ReadOnlyFd):
     async def _ready(self) -> Ready:
         """What poll() finds now."""
         ready = Ready.READABLE if self._fd.readable_now() else Ready.NOTHING
-        with contextlib.suppress(OSError):  # ENOTTY: it reports no epochs
-            if (await self._calls.call("new_epoch", fd=self._number, wait=False)).body["new"]:
-                ready |= Ready.NEW_EPOCH
-        return ready
+        return ready | await self._events()
+
+    async def _events(self) -> Ready:
+        """v3: a new epoch, the end of the session. Nothing of v2's fds."""
+        with contextlib.suppress(OSError):  # ENOTTY: v2's
+            events = (await self._calls.call("new_epoch", fd=self._number, wait=False)).body
+            return Ready(events["end"]) | (Ready.NEW_EPOCH if events["new"] else Ready.NOTHING)
+        return Ready.NOTHING
 
     async def _poll(self) -> Ready:
         start_ns = self._timeline.now_ns()
@@ -111,6 +115,8 @@ class RemoteReadFd(RemoteFd, ReadOnlyFd):
             if _is_new(epoch):
                 edge, count = f"{self._devices.side} answer", epoch.result().number
             self._timeline.waited_for(Resource.COPY, "poll", edge, count, start_ns)
+            if self._fd.ends_now():
+                return Ready.READABLE | await self._events()
             readable = Ready.READABLE if found != WOKEN else Ready.NOTHING
             return readable | (Ready.NEW_EPOCH if _is_new(epoch) else Ready.NOTHING)
 
@@ -203,7 +209,7 @@ class RemoteReadBlocksFd(RemoteReadFd, BlocksFd):
     @override
     async def poll(self, timeout_ns: int | None = None) -> Ready:
         """Blocks can be read at any time."""
-        return Ready.READABLE
+        return Ready.READABLE | await self._events()
 
     @override
     def drop(self) -> None:

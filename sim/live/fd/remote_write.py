@@ -14,6 +14,7 @@ from typing import NamedTuple
 from typing_extensions import override
 
 from proto_v3.timeline import Resource
+from proto_v3.vfio.device import Ready
 from proto_v3.wire.frames import Payload
 from sim.device.stream import WriteOnlyBlocksFd, WriteOnlyFd, fails
 from sim.live.buffers import as_view
@@ -74,6 +75,10 @@ class RemoteWriteFd(RemoteFd, WriteOnlyFd):
         self._timeline.work(Resource.COPY, "write", start_ns)
         number = await writer.answered
         self._timeline.waited_for(Resource.COPY, "write", f"{self.name} taken", number, sent_ns)
+
+    @override
+    async def poll(self, timeout_ns: int | None = None) -> Ready:
+        return Ready((await self._calls.call("poll", fd=self._number, timeout_ns=timeout_ns)).body["ready"])
 
     def _prefix(self, size: int) -> bytes:
         """What is sent before a payload of `size` bytes: nothing, if the driver need not know where it ends."""

@@ -24,7 +24,7 @@ from sim.device.blocks import LoadBlocks, SaveBlocks
 from sim.device.driver import SimDriver
 from sim.device.load import LoadStream
 from sim.device.save import SaveStream
-from sim.device.save_v3 import CriticalStream
+from sim.device.save_v3 import CriticalStream, V3Stream
 from sim.device.sessions import report_bug
 from sim.device.state import DeviceState, Image
 from sim.device.stream import fails
@@ -212,13 +212,19 @@ class DeviceProcess:
         return Reply({"what": end.what, "errno": end.errno, "text": end.text, "sent": sent})
 
     async def _do_new_epoch(self, fd: int, wait: bool) -> Reply:
-        """Whether there is a new epoch; waits for one if `wait` is set."""
+        """Of v3's saved fds: whether there is a new epoch, and whether the session is over. `wait`: for a new epoch."""
         stream = self._data[fd].stream
-        if not isinstance(stream, CriticalStream):
+        critical = stream if isinstance(stream, CriticalStream) else None
+        if not isinstance(stream, V3Stream | SaveBlocks) or (wait and critical is None):
             raise fails(errno.ENOTTY)
-        if wait:
-            await stream.new_epoch()
-        return Reply({"new": bool(stream.ready() & Ready.NEW_EPOCH)})
+        if wait and critical is not None:
+            await critical.new_epoch()
+        new = critical is not None and bool(critical.ready() & Ready.NEW_EPOCH)
+        return Reply({"new": new, "end": int(stream.ready_at_the_end())})
+
+    async def _do_poll(self, fd: int, timeout_ns: int | None) -> Reply:
+        """poll() of a fd that is loaded."""
+        return Reply({"ready": int(await self._data[fd].stream.poll(timeout_ns))})
 
     async def _do_close(self, fd: int) -> Reply:
         await self._data[fd].stream.close()
