@@ -51,7 +51,7 @@ from sim.live.processes.report import (
 from sim.live.processes.settings import Settings, frame_bytes, socket_settings
 from sim.live.real_time import RealTime
 from sim.live.tcp.connection import Connection
-from sim.live.tcp.handshake import Needed, accepting, connect
+from sim.live.tcp.handshake import KERNEL_CHOICE, Needed, accepting, connect
 from sim.live.tcp.messages import Bye, Prepared, Result, Run, Start, Started
 from sim.live.tcp.session import Session
 from sim.live.tcp.tls import tls_client, tls_server
@@ -224,7 +224,7 @@ async def run_source(vmm: VmmProcess, run: Run, address: tuple[str, int]) -> Vmm
         connections(vmm.applied),
         io=vmm.io,
         limits=vmm.settings.limits(frame_bytes(vmm.scenario)),
-        sockets=socket_settings(vmm.scenario),
+        sockets=KERNEL_CHOICE if run.drivers else socket_settings(vmm.scenario),  # real devices have a real network
         tls=context,
     )
     try:
