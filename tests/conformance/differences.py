@@ -118,6 +118,38 @@ EXACT = (
 )
 ONE_BUFFER = "the whole state is in one buffer, so one read() has it all; the simulated device reads record by record"
 
+LAZY = (
+    "a device that enters PRE_COPY_P2P at once has saved nothing yet, and saves nothing there; the simulated one has "
+    "begun its first SAVE before it is suspended"
+)
+SMALL = "a state this small is saved when it is read, so one read() has all of it; the simulated device has records"
+HANGS_UP = (
+    "EPOLLHUP (and EPOLLERR after a failure) of a session that is over: the port of proto_v3 says READABLE for both"
+)
+WRITABLE = "poll() of a loading fd tells EPOLLOUT, which was not asked for; the port of proto_v3 has no such event"
+REFUSED = (
+    "a write() after one that was refused: the driver checks its bytes anew, mlx5 and the simulated device give ENODEV "
+    "(MLX5_MIGF_STATE_ERROR)"
+)
+WITHOUT_END = (
+    "an estimate, as vfio.h calls it: the driver's counts the END, the simulated device's leaves out its header"
+)
+AFTER_END = "bytes after the END that were written before: EPROTO and EALREADY both hold of them (docs/vfio_v3.h)"
+OTHER_BYTES = (
+    "other bytes are altered: of the driver's stream the first byte, of the simulated one the stream's number; and "
+    "junk is no record to the simulated device"
+)
+FIRST_EPOCH = (
+    "EPOLLPRI before the first GET_STREAM_INFO: to the simulated device epoch 1 is new, to the driver only one that "
+    "comes later"
+)
+ERROR_FIRST = "the driver looks whether it is in ERROR before the number of the state: EIO; proto_v3's ioctl does later"
+OVER_FIRST = (
+    "the fd of a failed session after a reset: over to the driver (ENODEV), failed to the simulated device (EIO)"
+)
+FAILED_SESSION = "SET of MIG_STREAMS in ERROR: to the driver the failed session is open until the reset"
+DIRECTION_FIRST = "GET_DIRTY_BLOCKS on a loading fd of blocks: the driver looks at the direction before argsz and flags"
+
 DIFFERENCES: list[Difference] = [
     Difference(MTTY, "features", ": feature [678] *", "*", "ENOTTY", 105, NOT_MODELLED),
     Difference(MTTY, "cells", "RESUMING: *", "EINVAL; RESUMING", "EIO; ERROR", 6, STAYS),
@@ -133,4 +165,25 @@ DIFFERENCES: list[Difference] = [
     Difference(MTTY, "reads", "*", "some; 0", "some; some", 2, ONE_BUFFER),
     Difference(MTTY, "polls", "*", "EPERM", "*", 10, NO_POLL),
     Difference(MTTY, "sizes", "*size_and_read", "* announced", "more than announced", 6, EXACT),
+    Difference(SAMPLE, "features", ": feature [678] *", "*", "ENOTTY", 105, NOT_MODELLED),
+    Difference(SAMPLE, "reads", "*read 0*", "0*", "EINVAL*", 24, READ_NOTHING),
+    Difference(SAMPLE, "lives", "*read 0 *", "0; *", "EINVAL; *", 3, READ_NOTHING),
+    Difference(SAMPLE, "reads", "PRE_COPY*_P2P: *", "ENOMSG*", "[as]*", 9, LAZY),
+    Difference(SAMPLE, "reads", "*", "some; *", "some; some", 3, SMALL),
+    Difference(
+        SAMPLE, "writes", "*: write altered *; write whole *", "EINVAL; EIO; *", "EINVAL; ENODEV; *", 1, REFUSED
+    ),
+    Difference(SAMPLE, "sizes", "*size_and_read", "as announced", "more than announced", 6, WITHOUT_END),
+    Difference(SAMPLE, "polls", "*", "IN HUP", "IN", 3, HANGS_UP),
+    Difference(SAMPLE, "polls", "RESUMING*", "*", "IN", 2, WRITABLE),
+    Difference(SAMPLE, "v3_ioctls", "*RESUMING*: dirty_blocks *", "EBADF", "EINVAL", 3, DIRECTION_FIRST),
+    Difference(SAMPLE, "v3_bytes", "*poll *", "ENODEV; ENODEV; IN HUP", "ENODEV; ENODEV; IN*", 18, HANGS_UP),
+    Difference(SAMPLE, "v3_bytes", "*", "EPROTO; ERROR; *", "EALREADY; ERROR; *", 7, AFTER_END),
+    Difference(SAMPLE, "v3_bytes", "*write altered*", "EPROTO; ERROR; *", "EXDEV; ERROR; *", 3, OTHER_BYTES),
+    Difference(SAMPLE, "v3_bytes", "*write junk*", "EXDEV; ERROR; *", "EPROTO; ERROR; *", 3, OTHER_BYTES),
+    Difference(SAMPLE, "v3_bytes", "*poll 10000 @0*", "IN; *", "PRI; *", 2, FIRST_EPOCH),
+    Difference(SAMPLE, "v3_error", "*: [80]*; state", "EIO; ERROR", "EINVAL; ERROR", 2, ERROR_FIRST),
+    Difference(SAMPLE, "v3_error", "*reset; state; write*", "*ENODEV; *", "*; EIO; *", 1, OVER_FIRST),
+    Difference(SAMPLE, "v3_error", "*streams 0 0; reset*", "*EBUSY; *", "*ok; ok; ok", 1, FAILED_SESSION),
+    Difference(SAMPLE, "v3_error", "*poll 10000*", "EBADF; ERR HUP; *", "EBADF; nothing; *", 1, WRITABLE),
 ]

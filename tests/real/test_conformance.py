@@ -9,7 +9,10 @@ from tests.conformance.calls import GROUPS
 from tests.conformance.differences import judge
 from tests.conformance.record import FOLDER, Record, ask, read
 from tests.conformance.simulated import simulated_answers
-from tests.real.mdev import Mdev
+from tests.real.mdev import Mdev, SampleMdev
+
+SAMPLE_KIB = 256
+"""Of state: enough for several blocks a stream, and little to write."""
 
 
 def conforms(record: Record) -> None:
@@ -24,3 +27,7 @@ def conforms(record: Record) -> None:
 
 def test_mtty(make_mtty: Callable[[], Mdev]) -> None:
     conforms(ask(make_mtty().uuid))
+
+
+def test_the_sample_driver(make_sample: Callable[..., SampleMdev]) -> None:
+    conforms(ask(make_sample(size_kib=SAMPLE_KIB).uuid))
