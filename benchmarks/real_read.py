@@ -45,6 +45,7 @@ from sim.scenario.file import load
 
 HERE = Path(__file__).resolve().parent
 READER = HERE / "read_streams.c"
+HEADERS = HERE.parent / "docs"
 GUEST_PART = HERE / "real_read_guest.py"
 SECONDS_A_ROUND = 120
 """More than a round takes on a busy machine: how long the guest may live."""
@@ -135,7 +136,7 @@ def compile_reader(program: Path) -> None:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise UnavailableError("there is no C compiler")
-    command = [compiler, "-O2", "-Wall", "-static", "-pthread", str(READER), "-o", str(program)]
+    command = [compiler, "-O2", "-Wall", "-static", "-pthread", f"-I{HEADERS}", str(READER), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(f"{shlex.join(command)}:\n{done.stderr}")

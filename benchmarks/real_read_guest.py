@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What benchmarks/real_read.py runs in the guest: it makes devices, stops them, and lets read_streams read them.
+"""What benchmarks/real_read.py runs in the guest: it makes devices, and lets read_streams stop and read them.
 
     python benchmarks/real_read_guest.py JOB.json READER
 
@@ -22,32 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from proto_v3.vfio.device import NO_STREAM_FLAGS
-from proto_v3.vfio.uapi import (
-    VFIO_MIG_GET_STREAM,
-    Feature,
-    FeatureMigState,
-    FeatureMigStreams,
-    FeatureOp,
-    GetStream,
-    State,
-)
-from sim.real.ioctl import call, has_feature, set_feature
+from proto_v3.vfio.uapi import Feature, FeatureMigState, FeatureMigStreams, State
+from sim.real.ioctl import set_feature
 from sim.real.sysfs import find
 from sim.real.vfio import OpenDevices
 from tests.real.mdev import SampleMdev, create_sample
 
-OF_A_READER = (
-    "fd",
-    "errno",
-    "bytes",
-    "reads",
-    "begin_ns",
-    "end_ns",
-    "voluntary",
-    "involuntary",
-    "user_ns",
-    "system_ns",
-)
+OF_A_READER = ("errno", "bytes", "reads", "end_ns", "voluntary", "involuntary", "user_ns", "system_ns")
 """The columns of what read_streams prints, a line a thread."""
 COUNTED = ("commands", "command_ns", "copy_ns", "lock_wait_ns")
 """Of the driver's counters, which are kept."""
@@ -99,25 +80,16 @@ def measure(
     made: Sequence[tuple[SampleMdev, int]], how: Mapping[str, Any], reader: str, *, saved_before: bool
 ) -> dict[str, int]:
     """Stop the devices, read all their data fds at once, and let them run again. What was counted, summed up."""
-    for mdev, _ in made:
+    for mdev, device in made:
         (mdev.debugfs / "counters").write_text("0")
         (mdev.debugfs / "commands_at_once").write_text("0")
-    fds = [fd for _, device in made for fd in stopped(device, how["streams"])]
-    if saved_before:
-        wait_until_saved([mdev for mdev, _ in made])
-    command = [reader, str(how["read_bytes"]), *map(str, fds)]
-    done = subprocess.run(command, pass_fds=fds, capture_output=True, text=True, check=True)
-    readers = [dict(zip(OF_A_READER, map(int, line.split()), strict=True)) for line in done.stdout.splitlines()]
-    for each in readers:
-        if each["errno"]:
-            raise OSError(each["errno"], f"read(): {os.strerror(each['errno'])}")
+        set_feature(device, Feature.MIG_STREAMS, FeatureMigStreams(how["streams"], NO_STREAM_FLAGS))
+    begin_ns, readers = stopped_and_read(made, how, reader, saved_before=saved_before)
     counters = [each for mdev, _ in made for each in parsed(mdev.counters())]
-    for fd in fds:
-        os.close(fd)
     for _, device in made:
         set_feature(device, Feature.MIG_DEVICE_STATE, FeatureMigState(State.RUNNING))
     return {
-        "elapsed_ns": max(each["end_ns"] for each in readers) - min(each["begin_ns"] for each in readers),
+        "elapsed_ns": max(each["end_ns"] for each in readers) - begin_ns,
         "bytes": sum(each["bytes"] for each in readers),
         "reads": sum(each["reads"] for each in readers),
         "voluntary_switches": sum(each["voluntary"] for each in readers),
@@ -128,14 +100,28 @@ def measure(
     }
 
 
-def stopped(device: int, streams: int) -> list[int]:
-    """Put a device into STOP_COPY; its data fds. With 0 streams the session is v2's."""
-    if streams or has_feature(device, Feature.MIG_STREAMS, FeatureOp.SET):
-        set_feature(device, Feature.MIG_STREAMS, FeatureMigStreams(streams, NO_STREAM_FLAGS))
-    state = set_feature(device, Feature.MIG_DEVICE_STATE, FeatureMigState(State.STOP_COPY))
-    first = FeatureMigState.unpack(state).data_fd
-    asked = (call(first, VFIO_MIG_GET_STREAM, GetStream(GetStream.SIZE, 0, index)) for index in range(streams))
-    return [first, *(answer.fd for answer in asked)]
+def stopped_and_read(
+    made: Sequence[tuple[SampleMdev, int]], how: Mapping[str, Any], reader: str, *, saved_before: bool
+) -> tuple[int, list[dict[str, int]]]:
+    """Run read_streams; when it began, ns, and what each of its threads counted."""
+    fds = [device for _, device in made]
+    command = [reader, str(how["read_bytes"]), str(how["streams"]), str(int(saved_before)), *map(str, fds)]
+    with subprocess.Popen(command, pass_fds=fds, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        if saved_before:
+            process.stdout.readline()  # "stopped"
+            wait_until_saved([mdev for mdev, _ in made])
+            process.stdin.write("read\n")
+            process.stdin.flush()
+        begin, *lines = process.stdout.read().splitlines()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    readers = [dict(zip(OF_A_READER, map(int, line.split()), strict=True)) for line in lines]
+    for each in readers:
+        if each["errno"]:
+            raise OSError(each["errno"], f"read(): {os.strerror(each['errno'])}")
+    return int(begin), readers
 
 
 def wait_until_saved(made: Sequence[SampleMdev]) -> None:

@@ -44,8 +44,8 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
 
 def _sheet(table: pl.DataFrame, command: str, *, measured_too: bool) -> Figure:
     note = (
-        "Markers: medians measured in a real kernel, with least and most; lines: simulated. Firmware is a delay of "
-        f"{grid.SAVE_MIB_PER_S} MiB/s an engine; reads of 1 MiB unless the axis says otherwise"
+        f"Medians over the rounds; a command is a delay, {grid.SAVE_MIB_PER_S} MiB/s an engine; reads of 1 MiB unless "
+        "the axis says otherwise"
         if measured_too
         else "No measurement is kept here: all is simulated"
     )
@@ -69,6 +69,11 @@ def _sheet(table: pl.DataFrame, command: str, *, measured_too: bool) -> Figure:
     panels.dress(axes[3], "copies bind: all is saved before", X, "MiB/s")
     _sizes(axes[4], table)
     _waits(axes[5], table, measured_too)
+    ways = [
+        style.Style("#555555", "", "measured: median, least to most", "o", ""),
+        style.Style("#555555", "", "simulated", ""),
+    ]
+    panels.handles_below(figure, [panels.handle(look) for look in ways])
     return figure
 
 
