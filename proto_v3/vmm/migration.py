@@ -346,8 +346,6 @@ class Source(abc.ABC):
             self._count_stop_in_vain()
             return False
         for index, device in last_first:
-            if not self._has(index, MigrationFlags.P2P):
-                await self.last_look(index)
             if index in self.fds:
                 await self._enter(index, State.STOP_COPY)
             else:
@@ -357,7 +355,10 @@ class Source(abc.ABC):
         return True
 
     async def last_look(self, index: int) -> None:  # noqa: B027  (v3 checks in P2P instead)
-        """v2's final check of a device: the vCPUs are stopped, the device leaves PRE_COPY next."""
+        """v2's final check of a device: the vCPUs are stopped, the device goes to PRE_COPY_P2P next.
+
+        One without P2P has none: in QEMU 11.1 it is part of vfio_vmstate_change_prepare, which such a device lacks.
+        """
 
     async def check_in_p2p(self) -> bool:
         """v3's final check: the vCPUs are stopped, the devices in P2P. False: resume the guest, continue pre-copy."""
