@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo quick test kernel kernel-debug qemu real real-read faults validate experiments notebooks docs bench lock clean
+.PHONY: help demo quick test kernel kernel-debug qemu real real-all real-qemu real-read faults validate experiments notebooks docs bench lock clean
 help:
 	@echo 'make demo      migrate the published two-VF machine under v2 and v3; table and figure in out/demo/'
 	@echo 'make quick     after each change: lint, types, and one case of each test that is not slow; less than a minute'
@@ -13,6 +13,8 @@ help:
 	@echo 'make kernel-debug  the same with lockdep'
 	@echo 'make qemu      Debian'"'"'s QEMU 10 and 11 into the cache, unpacked and not installed'
 	@echo 'make real      the tests that need that kernel, in it: two minutes when it is cached; ARGS="-k mtty" for pytest'
+	@echo 'make real-all  also those that take longer: all of QEMU'"'"'s migrations'
+	@echo 'make real-qemu  the calls of QEMU and of the project compared, into results/real/qemu/'
 	@echo 'make real-read  measure read() of the driver in that kernel, side by side with its simulation, into results/; ten minutes, idle'
 	@echo 'make faults    search for two faults that a migration does not survive: SEEDS=500 (24 runs each), from a drawn start'
 	@echo 'make validate  hold the simulation against published measurements'
@@ -52,6 +54,15 @@ qemu:
 
 real: $(VENV)/dev.stamp
 	@$(BIN)/python -m kernel.real $(if $(ARGS),-- $(ARGS))
+
+# With every migration of QEMU's (tests/real/qemu/cases.py).
+real-all: $(VENV)/dev.stamp
+	@$(BIN)/python -m kernel.real --all
+
+# The same migrations, their calls compared with the project's: records in out/qemu/, the page in results/real/qemu/.
+real-qemu: $(VENV)/dev.stamp
+	@$(BIN)/python -m tests.real.qemu.run --out out/qemu
+	@$(BIN)/python -m tests.real.qemu.report out/qemu --out results/real/qemu
 
 # The measurement, then the question that reads it. The machine must have nothing else to do: see the manifest's load.
 real-read: $(VENV)/dev.stamp

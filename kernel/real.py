@@ -2,6 +2,7 @@
 """All tests that need the kernel, counted: `make real`.
 
     python -m kernel.real                    # what tests/real/ has, in one guest
+    python -m kernel.real --all              # and those that are marked slow
     python -m kernel.real -- -k mtty -x      # the same, with arguments of pytest
     python -m kernel.real --lockdep always   # and once more, under a kernel with lockdep, what is marked `lockdep`
 
@@ -61,6 +62,7 @@ def counted(junit: str) -> Counts:
 def main(arguments: Sequence[str]) -> int:
     """Run the tests, and print their counts as the last line. 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m kernel.real", description="The tests that need the kernel.")
+    parser.add_argument("--all", action="store_true", help="also the tests that are marked slow")
     parser.add_argument("--lockdep", choices=("auto", "always", "never"), default="auto")
     parser.add_argument("--cpus", type=int, default=2, help="of the guest, 1 to 4")
     parser.add_argument("--memory", type=int, default=2048, help="of the guest, MiB")
@@ -99,7 +101,8 @@ def run_all(options: argparse.Namespace) -> Counts:
     if not options.pytest:
         total += run_here()
     chosen = options.pytest or ["tests/real"]
-    total += run_in_guest(kernels[0], chosen, options)
+    short = [] if options.all or options.pytest else ["-m", "not slow"]
+    total += run_in_guest(kernels[0], [*short, *chosen], options)
     if len(kernels) > 1:
         total += run_in_guest(kernels[1], ["-m", "lockdep", *chosen], options)
     else:

@@ -2,7 +2,9 @@
 """Which tests hold each rule of docs/v2.md and docs/protocol-v3.md.
 
 A rule is a table row that begins with its number, such as `v2.driver.3`. A test that holds it is marked
-`@pytest.mark.rule("v2.driver.3")`. `python -m tests.rules` writes the last column of these rows anew.
+`@pytest.mark.rule("v2.driver.3")`. `python -m tests.rules` writes the last column of these rows anew. The rules of v2's
+VMM have a column before it: what was seen of QEMU, by the facts that stand for a rule (tests/real/qemu/facts.py) and
+the kept records that show them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.real.qemu.facts import FACTS, Seen, shown_by
+from tests.real.qemu.kept import records
+
 ROOT = Path(__file__).resolve().parents[1]
+FACTS_FILE = "tests/real/qemu/facts.py"
+OF_QEMU = "v2.vmm."
+"""Rules with this number have the column of what was seen."""
 DOCS = (ROOT / "docs" / "v2.md", ROOT / "docs" / "protocol-v3.md")
 ROW = re.compile(r"^\| (?P<rule>v[23](?:\.\w+){2}) \|(?P<text>.*) \|(?P<tests>[^|\n]*)\|$", re.MULTILINE)
 
@@ -47,8 +55,27 @@ def names_by_rule() -> Tests:
     return found
 
 
+@functools.cache
+def seen_by_rule() -> dict[str, str]:
+    """Of each rule what was seen: the facts, and the versions of the QEMUs and kernels that showed them."""
+    shown: dict[str, set[Seen]] = defaultdict(set)
+    for seen in records().values():
+        for fact in shown_by(seen):
+            shown[fact.name].add(seen)
+    cells: dict[str, list[str]] = defaultdict(list)
+    for fact in FACTS:
+        if fact.name in shown:
+            versions = sorted({seen.version for seen in shown[fact.name]})
+            qemus = ", ".join(".".join(map(str, version)) for version in versions)
+            for rule in fact.rules:
+                cells[rule].append(f"{fact.name.replace('_', ' ')} ({qemus})")
+    kernels = sorted({seen.record.kernel for seen in records().values()})
+    where = f"[Linux {', '.join(kernels)}](../{FACTS_FILE})"
+    return {rule: f"{'; '.join(facts)}; {where}" for rule, facts in cells.items()}
+
+
 def with_tests(text: str, found: Tests) -> str:
-    """The document's text, with the tests that the marks name in each rule's last column."""
+    """The document's text, with the tests that the marks name in each rule's last column, and what was seen before."""
 
     def row(match: re.Match[str]) -> str:
         files = found.get(match["rule"], {})
@@ -56,7 +83,10 @@ def with_tests(text: str, found: Tests) -> str:
             f"[{path.stem}](../{path.relative_to(ROOT).as_posix()}): {', '.join(f'`{name}`' for name in names)}"
             for path, names in files.items()
         )
-        return f"| {match['rule']} |{match['text']} | {cell} |"
+        left = match["text"]
+        if match["rule"].startswith(OF_QEMU):
+            left = f"{left.rpartition(' |')[0]} | {seen_by_rule().get(match['rule'], '')}"
+        return f"| {match['rule']} |{left} | {cell} |"
 
     return ROW.sub(row, text)
 

@@ -113,3 +113,8 @@ def create_sample(**parameters: int | str) -> SampleMdev:
     finally:
         for name, value in earlier.items():
             (SAMPLE_PARAMETERS / name).write_text(f"{value}\n")
+
+
+def sample_parameters() -> dict[str, str]:
+    """The sample driver's parameters, as a device that is created now would have them."""
+    return {path.name: path.read_text().strip() for path in sorted(SAMPLE_PARAMETERS.iterdir())}
