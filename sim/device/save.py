@@ -141,10 +141,10 @@ class SaveStream(SavedFd):
 
     async def read_with(self, copy: Callable[[Extent], Awaitable[None]], max_bytes: int) -> Payload:
         """read(), with `copy` to copy the bytes to the reader. When that returns, their chunks are free."""
-        if max_bytes < 1:
+        if max_bytes < 0:
             raise fails(errno.EINVAL)
         asked_ns = now_ns()
-        while await self._has_data():
+        while await self._has_data() and max_bytes:  # 0 bytes are asked for as any others (mtty, Linux 7.3)
             ready_ns = now_ns()
             async with self._fd_lock:
                 if not self._queue.unread_bytes:  # another reader took it while this one waited for the lock

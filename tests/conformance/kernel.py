@@ -30,6 +30,8 @@ IOCTLS = {
     "stream_info": VFIO_MIG_GET_STREAM_INFO,
     "dirty_blocks": VFIO_MIG_GET_DIRTY_BLOCKS,
 }
+MOST_BYTES = 1 << 24
+"""Of a read(): memory is taken for them."""
 EVENTS = {
     name: getattr(select, f"EPOLL{name}") for name in ("IN", "PRI", "OUT", "ERR", "HUP", "RDHUP")
 }  # RDNORM and its like say the same again
@@ -84,9 +86,8 @@ class KernelCalls:
             fcntl.ioctl(fd, IOCTLS[name], buffer)
 
     async def read(self, fd: int, size: int) -> bytes:
-        buffer = memoryview(bytearray(min(size, 1 << 24)))
         with at_most(CALL_S):
-            return bytes(buffer[: os.readv(fd, [buffer])])
+            return os.read(fd, min(size, MOST_BYTES))  # not readv(), which with 0 bytes does not reach the driver
 
     async def write(self, fd: int, data: Any, piece: int) -> None:
         view = memoryview(data)
