@@ -138,11 +138,17 @@ def test_a_module_that_does_not_compile_says_why(tmp_path: Path, monkeypatch: py
     (project / "kernel/driver").mkdir(parents=True)
     (project / "kernel/driver/Kbuild").write_text("obj-m := vfio_v3_sample.o\n")
     tree.mkdir()
-    (tree / "Makefile").write_text("modules:\n\t@echo 'main.c:3: no such thing'; exit 1\n")
+    (tree / "Makefile").write_text("modules:\n\t@echo 'main.c:3: error: no such thing'; exit 1\n")
     monkeypatch.setenv("PROTO_V3_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "PROJECT", project)
-    with pytest.raises(BuildError, match=r"main\.c:3: no such thing"):
+    with pytest.raises(BuildError, match=r"main\.c:3: error: no such thing"):
         build.module(build.Kernel(tmp_path))
+
+
+def test_of_a_failed_build_the_errors_are_shown_though_others_went_on() -> None:
+    log = "  CC a.o\nb.c:3:1: error: unknown type\nmake[2]: *** [Makefile:1: b.o] Error 1\n" + "  CC c.o\n" * 100
+    assert build.errors(log) == "b.c:3:1: error: unknown type\nmake[2]: *** [Makefile:1: b.o] Error 1"
+    assert build.errors("one\ntwo\n") == "one\ntwo"
 
 
 def test_a_project_without_a_driver_has_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
