@@ -32,6 +32,13 @@ static bool sample_take_engine(struct sample_device *dev)
 	return true;
 }
 
+/* Whoever waits for an engine has one now, or the session is over. */
+static bool sample_stops_waiting(struct sample_session *session, bool *has_engine)
+{
+	*has_engine = !READ_ONCE(session->code) && sample_take_engine(session->dev);
+	return *has_engine || READ_ONCE(session->code);
+}
+
 /*
  * One command that moves so many bytes. It takes an engine for its time, and is
  * given up when the session ends. Returns 0 or what ended the session.
@@ -42,18 +49,16 @@ int sample_command(struct sample_stream *stream, u64 bytes, u32 mib_s, u32 more_
 	struct sample_device *dev = session->dev;
 	u64 ns = ((u64)READ_ONCE(dev->params.command_us) + more_us) * NSEC_PER_USEC;
 	ktime_t start = ktime_get();
+	bool has_engine;
 
 	if (mib_s)
 		ns += mul_u64_u64_div_u64(bytes, NSEC_PER_SEC, (u64)mib_s << 20);
 	atomic64_inc(&stream->counters->commands);
 	if (!ns)
 		return READ_ONCE(session->code);
-	wait_event(dev->engine_wait, READ_ONCE(session->code) || sample_take_engine(dev));
-	if (READ_ONCE(session->code)) {
-		/* it may have been woken in place of another one */
-		wake_up_all(&dev->engine_wait);
+	wait_event(dev->engine_wait, sample_stops_waiting(session, &has_engine));
+	if (!has_engine)
 		return READ_ONCE(session->code);
-	}
 	wait_event_hrtimeout(stream->wait, READ_ONCE(session->code),
 			     ns_to_ktime(min_t(u64, ns, SAMPLE_MAX_COMMAND_NS)));
 	atomic_dec(&dev->engines_busy);

@@ -278,12 +278,12 @@ static int sample_load_record(struct sample_stream *stream)
 
 	if (sample_is(stream, VFIO_MIG_RECORD_CRITICAL))
 		setup_us = READ_ONCE(dev->params.critical_setup_us);
-	if (sample_fault(dev, "load"))
-		ret = -EIO;
-	else if (!sample_is(stream, VFIO_MIG_RECORD_END))
-		ret = sample_command(stream, length, READ_ONCE(dev->params.load_mib_s), setup_us);
-	if (ret)
-		return ret;
+	if (!sample_is(stream, VFIO_MIG_RECORD_END)) {
+		ret = sample_fault(dev, "load") ? -EIO :
+		      sample_command(stream, length, READ_ONCE(dev->params.load_mib_s), setup_us);
+		if (ret)
+			return ret;
+	}
 	stream->epoch = le64_to_cpu(stream->header.epoch);
 	if (sample_is(stream, VFIO_MIG_RECORD_CRITICAL))
 		sample_load_critical(stream);

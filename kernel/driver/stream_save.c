@@ -292,6 +292,7 @@ static struct sample_buffer *sample_save_critical(struct sample_stream *stream)
 	sample_put_header(stream, buffer, VFIO_MIG_RECORD_CRITICAL, flags, epoch);
 	spin_lock(&stream->queue_lock);
 	stream->saved_epoch = epoch;
+	stream->critical_planned = false;	/* v2 has to ask for what is newer */
 	stream->saving_bytes = buffer->bytes;
 	spin_unlock(&stream->queue_lock);
 	return buffer;

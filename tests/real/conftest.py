@@ -14,6 +14,7 @@ import pytest
 
 from kernel.guest import COMPLAINT
 from tests.real import mdev
+from tests.real.sample import MakeOpen, SampleDevice
 
 HERE = Path(__file__).resolve().parent
 IN_GUEST = "PROTO_V3_GUEST" in os.environ
@@ -56,6 +57,23 @@ def make_sample() -> Iterator[Callable[..., mdev.SampleMdev]]:
 
     yield make
     remove_all(made)
+
+
+@pytest.fixture
+def make_open(make_sample: Callable[..., mdev.SampleMdev]) -> Iterator[MakeOpen]:
+    """A function that creates and opens a device of the sample driver, of 1 MiB unless its arguments, parameters of
+    the module, say something else.
+    """
+    made: list[SampleDevice] = []
+
+    def make(**parameters: int | str) -> SampleDevice:
+        sizes: dict[str, int | str] = {"size_kib": 1024, "block_kib": 16, "chunk_kib": 256}
+        made.append(SampleDevice(make_sample(**(sizes | parameters))))
+        return made[-1]
+
+    yield make
+    for device in made:
+        device.close()
 
 
 def remove_all(devices: Sequence[mdev.Mdev]) -> None:

@@ -256,6 +256,9 @@ class SampleDevice:
         return {row.pop("fd"): row for row in rows}
 
 
+MakeOpen = Callable[..., SampleDevice]
+
+
 def errno_of(call: Callable[..., object], *arguments: object) -> str:
     """The name of the errno that the call fails with; "ok" if it does not."""
     try:
