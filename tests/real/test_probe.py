@@ -18,7 +18,7 @@ import pytest
 
 from experiments.commands import probe
 from proto_v3.vfio.uapi import Feature, FeatureMigState, State
-from sim.real.ioctl import get_feature
+from sim.real.ioctl import get_feature, set_feature
 from sim.real.probe_device import probe_devices
 from sim.real.sysfs import find
 from sim.real.vfio import OpenDevices
@@ -166,6 +166,27 @@ def test_ctrl_c_in_each_step_leaves_it_running_with_its_state(
             assert f"{device.uuid} is in RUNNING, as found" in done.stderr
     assert done.returncode == 0, done.stderr
     assert at > 8
+
+
+def test_a_device_that_was_left_in_another_state_is_said_and_reset_only_if_it_may_be(
+    make_mtty: Callable[[], Mdev],
+) -> None:
+    device = make_mtty()
+    with OpenDevices([find(device.uuid)]) as opened:
+        set_feature(opened.devices[0].fd, Feature.MIG_DEVICE_STATE, FeatureMigState(State.STOP))
+    done = command(device.uuid, *QUICK)
+    assert done.returncode == 2
+    assert f"{device.uuid}: is in STOP, not in RUNNING" in done.stderr
+    assert state_of(device) is State.STOP
+    assert command(device.uuid, *QUICK, "--reset").returncode == 0
+    assert state_of(device) is State.RUNNING
+
+
+@pytest.mark.parametrize("by", ["cdev", "group"])
+def test_it_is_opened_by_cdev_or_by_group(make_mtty: Callable[[], Mdev], by: str) -> None:
+    device = make_mtty()
+    assert command(device.uuid, *QUICK, "--by", by, "--quiet").returncode == 0
+    assert state_of(device) is State.RUNNING
 
 
 @pytest.mark.parametrize("reset", [(), ("--reset",)])

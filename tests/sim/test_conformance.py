@@ -51,16 +51,20 @@ def sorted_cases(answers: Answers) -> dict[str, list[str]]:
     return {group: sorted(cases) for group, cases in answers.items()}
 
 
+@pytest.mark.slow
+@pytest.mark.rule("v2.contract.2", "v2.contract.3", "v2.contract.4", "v2.contract.5", "v2.contract.8")
 @pytest.mark.parametrize("path", RECORDS)
 def test_the_simulated_device_answers_as_the_driver_but_for_what_is_listed(path: Path) -> None:
     assert judged(path).unlisted == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECORDS)
 def test_what_is_listed_differs_in_as_many_cases_as_it_says(path: Path) -> None:
     assert judged(path).stale == {}
 
 
+@pytest.mark.rule("v2.contract.2", "v2.contract.3")
 @pytest.mark.parametrize("path", RECORDS)
 def test_all_cells_of_the_state_machine_are_the_kernels(path: Path) -> None:
     """The next state of each pair, as proto_v3's table has it."""
@@ -86,6 +90,7 @@ def test_a_case_stands_once() -> None:
 # --- the judge --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_not_listed_is_told_and_so_is_a_listed_one_that_is_gone() -> None:
     release = "7.3.4"
     same = simulated("mtty")

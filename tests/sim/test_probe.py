@@ -198,6 +198,7 @@ def calls_of(load_into: str) -> list[str]:
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load_into", ["none", "itself", "another"])
 def test_ctrl_c_at_any_call_leaves_the_device_running_and_its_state_whole(load_into: str) -> None:
     for at in range(1, len(calls_of(load_into)) + 1):
@@ -226,6 +227,7 @@ def test_ctrl_c_at_any_call_leaves_the_device_running_and_its_state_whole(load_i
         run(cancelled_at())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load_into", ["none", "itself"])
 @pytest.mark.parametrize("reset", [False, True])
 def test_an_error_at_any_call_leaves_the_device_running_or_says_so(load_into: str, reset: bool) -> None:
@@ -307,6 +309,25 @@ async def test_another_device_has_its_own_state_again() -> None:
     assert loads == FAST.repeats
     assert others.image.version[3] == 7
     assert await others.both.state() is State.RUNNING
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@virtual
+async def test_a_load_that_fails_costs_the_other_device_its_state_only_without_a_reset(reset: bool) -> None:
+    hosts = Hosts(IDLE)
+    fault = {"side": "target", "command": "LOAD", "after": 2}
+    others = Hosts(IDLE | {"device.0.faults": [fault]})
+    driver = others.both
+    driver._faults = others.target._faults  # of a target; a device that does both has a source's
+    others.state.version[3] = 7
+    with pytest.raises(NotRunningError if not reset else OSError, match=r"RESUMING|Input/output error"):
+        await probe(hosts.both, FAST, PortTiming(), to=driver, reset=reset)
+    assert await hosts.both.state() is State.RUNNING
+    if reset:
+        assert await driver.state() is State.RUNNING
+        assert others.image.version[3] == 7
+    else:
+        assert await driver.state() is State.RESUMING
 
 
 @virtual
