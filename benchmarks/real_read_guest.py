@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -32,6 +33,10 @@ OF_A_READER = ("errno", "bytes", "reads", "end_ns", "voluntary", "involuntary", 
 """The columns of what read_streams prints, a line a thread."""
 COUNTED = ("commands", "command_ns", "copy_ns", "lock_wait_ns")
 """Of the driver's counters, which are kept."""
+LOCK_STAT = Path("/proc/lock_stat")
+"""There with CONFIG_LOCK_STAT: what waits for each class of locks took (Documentation/locking/lockstat.rst of Linux)."""
+LOCKS = re.compile(r"\s*(?:&stream->own_lock|&dev->device_lock|sample_global_lock)\S*:\s+(?P<numbers>[\d. ]+)")
+"""The line of one of the driver's locks that read() takes: kernel/driver/session.c."""
 QUIET_S = 0.05
 """How long no command may have been run, for all to be saved."""
 
@@ -78,13 +83,16 @@ def devices(parameters: Mapping[str, int | str], count: int) -> Iterator[list[tu
 
 def measure(
     made: Sequence[tuple[SampleMdev, int]], how: Mapping[str, Any], reader: str, *, saved_before: bool
-) -> dict[str, int]:
+) -> dict[str, int | None]:
     """Stop the devices, read all their data fds at once, and let them run again. What was counted, summed up."""
     for mdev, device in made:
         (mdev.debugfs / "counters").write_text("0")
         (mdev.debugfs / "commands_at_once").write_text("0")
         set_feature(device, Feature.MIG_STREAMS, FeatureMigStreams(how["streams"], NO_STREAM_FLAGS))
+    if LOCK_STAT.exists():
+        LOCK_STAT.write_text("0")
     begin_ns, readers = stopped_and_read(made, how, reader, saved_before=saved_before)
+    lock_stat_ns = waited_ns(LOCK_STAT.read_text()) if LOCK_STAT.exists() else None
     counters = [each for mdev, _ in made for each in parsed(mdev.counters())]
     for _, device in made:
         set_feature(device, Feature.MIG_DEVICE_STATE, FeatureMigState(State.RUNNING))
@@ -96,6 +104,7 @@ def measure(
         "involuntary_switches": sum(each["involuntary"] for each in readers),
         "cpu_ns": sum(each["user_ns"] + each["system_ns"] for each in readers),
         **{name: sum(each[name] for each in counters) for name in COUNTED},
+        "lock_stat_ns": lock_stat_ns,
         "commands_at_once": sum(int((mdev.debugfs / "commands_at_once").read_text()) for mdev, _ in made),
     }
 
@@ -132,6 +141,12 @@ def wait_until_saved(made: Sequence[SampleMdev]) -> None:
         if commands != seen:
             seen, since = commands, time.monotonic()
         time.sleep(QUIET_S / 10)
+
+
+def waited_ns(lock_stat: str) -> int:
+    """What all waits for the driver's locks took: the column waittime-total, the fifth, in microseconds."""
+    found = (match["numbers"].split() for line in lock_stat.splitlines() if (match := LOCKS.match(line)))
+    return round(sum(float(numbers[4]) for numbers in found) * 1000)
 
 
 def parsed(counters: str) -> list[dict[str, int]]:

@@ -26,14 +26,19 @@ COUNTED = (
 )
 
 
-@pytest.fixture
-def real_read(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module; signals stay as they are."""
-    spec = importlib.util.spec_from_file_location("real_read", FILE)
+def load(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def real_read(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module; signals stay as they are."""
+    module = load(FILE)
     monkeypatch.setattr(module, "stop_on_signals", lambda: None)
     monkeypatch.setattr(module.build, "get", lambda kinds: [Kernel(Path("/7.3.4-1-config"))])
     monkeypatch.setattr(module.guest, "standard_modules", lambda kernel: [])
@@ -100,3 +105,22 @@ def test_without_a_kernel_it_is_skipped_in_a_line(
     monkeypatch.setattr(real_read.build, "get", none)
     assert real_read.main([*QUICK, "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == "real_read: skipped: no such source\n"
+
+
+LOCK_STAT = """\
+lock_stat version 0.4
+-----------------------------------------------------------------------------------------------------------
+                              class name    con-bounces    contentions   waittime-min   waittime-max waittime-total
+-----------------------------------------------------------------------------------------------------------
+
+                       &dev->device_lock:             2             40           1.50          20.00         300.25           7.51
+                       -----------------
+                       &dev->device_lock             40          [<000000006012>] sample_lock+0x1/0x2
+                    &dev->state_mutex/1:             1              1           9.00           9.00           9.00           9.00
+                       &stream->own_lock:             0              1           2.00           2.00           2.00           2.00
+"""
+
+
+def test_the_waits_of_the_drivers_locks_are_found_in_lock_stat() -> None:
+    guest_part = load(FILE.with_name("real_read_guest.py"))
+    assert guest_part.waited_ns(LOCK_STAT) == 302_250
