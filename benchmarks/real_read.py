@@ -56,9 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="real_read.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=7, help="each case is measured once in each of them")
     parser.add_argument("--quick", action="store_true", help="the cases of a quick run of the question")
-    parser.add_argument(
-        "--debug", action="store_true", help="the kernel with lockdep and lock_stat: its times are its own"
-    )
+    parser.add_argument("--debug", action="store_true", help="the kernel with lock_stat; its times are its own")
     parser.add_argument("--cpus", type=int, default=2, help="of the guest")
     parser.add_argument("--memory", type=int, default=1792, help="of the guest, MiB")
     parser.add_argument("--out", type=Path, default=Path("out/real-read"), help="the folder of the table")

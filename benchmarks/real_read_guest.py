@@ -34,7 +34,7 @@ OF_A_READER = ("errno", "bytes", "reads", "end_ns", "voluntary", "involuntary", 
 COUNTED = ("commands", "command_ns", "copy_ns", "lock_wait_ns")
 """Of the driver's counters, which are kept."""
 LOCK_STAT = Path("/proc/lock_stat")
-"""There with CONFIG_LOCK_STAT: what waits for each class of locks took (Documentation/locking/lockstat.rst of Linux)."""
+"""With CONFIG_LOCK_STAT: what waits for each class of locks took (Linux, Documentation/locking/lockstat.rst)."""
 LOCKS = re.compile(r"\s*(?:&stream->own_lock|&dev->device_lock|sample_global_lock)\S*:\s+(?P<numbers>[\d. ]+)")
 """The line of one of the driver's locks that read() takes: kernel/driver/session.c."""
 QUIET_S = 0.05

@@ -45,7 +45,9 @@ def module_parameters(scenario: Scenario) -> Parameters:
         "load_finish_us": _us(firmware.load_finish_ns),
         "chunk_kib": driver.chunk_mib * 1024,
         "chunks": driver.chunks,
+        "epochs": driver.epochs,
         "initial": driver.initial,
+        "data_size": {"left": 1, "full": 2}[driver.stop_copy_size],
         "info_v2": int(driver.reinit != "none"),
         "zero_end": int(driver.precopy_end == "0"),
         **_arcs(device),
@@ -74,12 +76,8 @@ def _problems(scenario: Scenario) -> Iterator[str]:
         yield "device: it must be one table, for its devices are alike"
     if len(scenario.devices) > 1:
         yield f"device.0.count = {len(scenario.devices)}: its engines are a device's own, and not a PF's"
-    for key, value, right in (
-        ("driver.precopy", driver.precopy, "incremental"),
-        ("driver.epochs", driver.epochs, "keep"),
-    ):
-        if value != right:
-            yield f"{key} = {value}: it has {right}"
+    if driver.precopy != "incremental":
+        yield f"driver.precopy = {driver.precopy}: it has incremental"
     if driver.reinit == "invalidate":
         yield "driver.reinit = invalidate: it has flush and none"
     if firmware.service_cv:
@@ -100,6 +98,9 @@ def _problems_of(device: Device, scenario: Scenario) -> Iterator[str]:
             yield "driver.precopy_image = whole: it saves in chunks"
     if device.writes and device.writes.pattern != "uniform":
         yield f"device.0.writes.pattern = {device.writes.pattern}: it writes anywhere, uniform"
+    changes = device.reconfigurations
+    if scenario.driver.epochs == "invalidate" and changes and changes.invalidates_share < 1:
+        yield f"device.0.reconfigurations.invalidates_share = {changes.invalidates_share:g}: its epochs have 1"
     if device.critical.objects * device.critical.object_bytes < KIB:
         yield "device.0.critical: it has at least 1 KiB of critical data"
     if device.faults:

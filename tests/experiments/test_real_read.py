@@ -113,11 +113,11 @@ lock_stat version 0.4
                               class name    con-bounces    contentions   waittime-min   waittime-max waittime-total
 -----------------------------------------------------------------------------------------------------------
 
-                       &dev->device_lock:             2             40           1.50          20.00         300.25           7.51
+                       &dev->device_lock:             2             40           1.50          20.00         300.25
                        -----------------
                        &dev->device_lock             40          [<000000006012>] sample_lock+0x1/0x2
-                    &dev->state_mutex/1:             1              1           9.00           9.00           9.00           9.00
-                       &stream->own_lock:             0              1           2.00           2.00           2.00           2.00
+                    &dev->state_mutex/1:             1              1           9.00           9.00           9.00
+                       &stream->own_lock:             0              1           2.00           2.00           2.00
 """
 
 

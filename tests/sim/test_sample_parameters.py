@@ -13,13 +13,14 @@ from proto_v3.errors import UserError
 from sim.real.sample_parameters import module_parameters
 from tests.build.scenario import small_scenario
 
-PARAMS_H = Path(__file__).resolve().parents[2] / "kernel/driver/params.h"
+PARAM_LIST = Path(__file__).resolve().parents[2] / "kernel/driver/param_list.h"
 
 
 def test_each_parameter_exists_in_the_driver_and_is_in_its_range() -> None:
-    """params.h: X(name, default, least, most, ...)."""
-    text = PARAMS_H.read_text(encoding="utf-8")
-    known = dict(re.findall(r"X\((\w+), \w+, (?:\w+), ([^,]+),", text))
+    """param_list.h: SAMPLE_PARAM(name, default, least, most, names of the values or NULL, ...)."""
+    text = PARAM_LIST.read_text(encoding="utf-8")
+    known = dict(re.findall(r"SAMPLE_PARAM\((\w+), \w+, \w+, ([^,]+),", text))
+    assert "size_kib" in known
     for name, value in module_parameters(small_scenario()).items():
         assert name in known
         if isinstance(value, int) and known[name].isdecimal():
@@ -59,7 +60,9 @@ def test_a_scenario_is_what_the_driver_is_told() -> None:
         "load_finish_us": 5000,
         "chunk_kib": 1024,
         "chunks": 2,
+        "epochs": "keep",
         "initial": "critical",
+        "data_size": 1,
         "info_v2": 0,
         "zero_end": 1,
         "quiesce_us": 1000,
@@ -75,7 +78,10 @@ def test_a_scenario_is_what_the_driver_is_told() -> None:
     [
         {"device.0.count": 2},
         {"driver.precopy": "reread"},
-        {"driver.epochs": "invalidate"},
+        {
+            "device.0.reconfigurations": {"at_s": [0.1], "invalidates_share": 0.5},
+            "driver.epochs": "invalidate",
+        },
         {"driver.reinit": "invalidate"},
         {"driver.precopy_image": "whole"},
         {"firmware.service_cv": 0.1},
@@ -89,7 +95,7 @@ def test_a_scenario_is_what_the_driver_is_told() -> None:
     ids=lambda changes: next(iter(changes)),
 )
 def test_what_the_driver_cannot_be_is_named(changes: dict[str, Any]) -> None:
-    (key,) = changes
+    key = next(iter(changes))
     with pytest.raises(UserError, match=re.escape(key.removesuffix(".objects"))):
         module_parameters(small_scenario(changes))
 
