@@ -107,6 +107,7 @@ class VirtualRun:
             return end.kind
         kind = await self.source.run()
         self.reason = self.source.reason
+        self.note = "; ".join(filter(None, [self.note, self.source.note]))
         return kind
 
     async def _run_target(self, side: Side, channels: Sequence[Channel]) -> bool:

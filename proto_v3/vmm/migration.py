@@ -129,6 +129,8 @@ class Source(abc.ABC):
         """From the start of the iterations."""
         self.reason = ""
         """Why a migration that was given up in pre-copy did not converge, in words."""
+        self.note = ""
+        """What there is to say of one that completed, in words."""
         self._stop_ordered_ns: int | None = None
         """When the guest was ordered to stop, if it did not run here again."""
 

@@ -31,6 +31,9 @@ class V3Options:
     max_retries: int
     """How many times the guest may be resumed because the final check found a newer epoch; 0 = never, continue the stop
     (`proceed`)."""
+    force_after_ns: int | None = None
+    """So long after the migration began, the guest is stopped as soon as what is left fits, be the critical data loaded
+    or not, and is not resumed for a newer epoch. None: never."""
 
     @property
     def dirty_streams(self) -> int:

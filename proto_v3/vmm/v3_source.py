@@ -115,6 +115,7 @@ class V3Source(Source):
         """One for each dirty stream, or for the readers of each device's blocks."""
         self._sending: list[asyncio.Task[None]] = []
         self._ready_changed = Notify()  # whether a device is ready may have changed
+        self._force_at_ns: int | None = None
         self._whole = Switchover(side.settings, self.now_ns)
         self._ram = RamBacklog(side.settings, self.now_ns)
         self._ram_bytes_sent = 0
@@ -149,6 +150,8 @@ class V3Source(Source):
 
     @override
     async def move(self, start_ns: int) -> OutcomeKind | None:
+        if self._options.force_after_ns is not None:
+            self._force_at_ns = start_ns + self._options.force_after_ns
         async with Join() as tasks:
             ram = tasks.start(self._send_ram(), "source RAM")
             outcome = await self.in_precopy(start_ns, self._open(tasks)) or await self._until_stopped(start_ns)
@@ -291,16 +294,16 @@ class V3Source(Source):
         return outcome
 
     async def _converge(self) -> None:
-        """Wait until the switchover fits and every device is ready."""
+        """Wait until the switchover fits, and every device is ready or has to be no more."""
         settings = self.side.settings
         while True:
             self._sample()
-            if not self._ready:
+            if not (self._ready or self._forced):
                 await self._until_ready(settings.bandwidth_window_ns)
                 continue
             await self._ask_dry()
             # As in v2: the exact figure costs time, so it is asked for only once the cheap one fits.
-            if self._fits(self._unread_bytes) and self._fits(await self._exact()) and self._ready:
+            if self._fits(self._unread_bytes) and self._fits(await self._exact()) and (self._ready or self._forced):
                 return
             await pause(settings.decision_interval_ns)
 
@@ -335,7 +338,14 @@ class V3Source(Source):
     def _ready(self) -> bool:
         return all(self._critical[device].ready for device in self.fds)
 
+    @property
+    def _forced(self) -> bool:
+        """Whether the guest is stopped now even if its devices are not ready."""
+        return self._force_at_ns is not None and self.now_ns >= self._force_at_ns
+
     async def _until_ready(self, at_most_ns: int) -> None:
+        if self._force_at_ns is not None:
+            at_most_ns = min(at_most_ns, max(0, self._force_at_ns - self.now_ns))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(at_most_ns / 1e9):
                 while not self._ready:
@@ -407,9 +417,12 @@ class V3Source(Source):
 
     @override
     async def check_in_p2p(self) -> bool:
-        late = 0
+        late = []
         for device, fd in self.fds.items():
             info = await fd.stream_info()
-            late += info.epoch != self._critical[device].loaded_epoch or info.pending_bytes > 0
-        self.counters.late_final_checks += late
-        return not late or self.counters.retries >= self._options.max_retries
+            if info.epoch != self._critical[device].loaded_epoch or info.pending_bytes > 0:
+                late.append(self.side.devices[device].name)
+        self.counters.late_final_checks += len(late)
+        if late and self._forced:
+            self.note = f"stopped by force: the critical data of {', '.join(late)} was not loaded"
+        return not late or self._forced or self.counters.retries >= self._options.max_retries

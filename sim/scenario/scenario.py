@@ -117,6 +117,7 @@ class Scenario(Table):
             pool_connections=v3.pool_connections,
             credits=Credits(v3.critical_credit_bytes, v3.dirty_credit_bytes),
             max_retries=v3.max_retries if v3.late_epoch == "retry" else 0,
+            force_after_ns=v3.force_after_ns,
         )
 
 

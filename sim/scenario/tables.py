@@ -24,6 +24,7 @@ from sim.scenario.units import (
     Table,
     Text,
     Whole,
+    ns,
 )
 
 
@@ -296,6 +297,10 @@ class V3(Table):
     """How long the VMM waits between two decisions whether to stop; its streams wake it for all else."""
     max_retries: Annotated[int, Field(ge=0, le=1000)] = 3
     """After this number of retries it continues with the stop."""
+    force_after_ms: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    """So long after the migration began, a guest whose critical data is not loaded is stopped all the same, as soon as
+    the rest fits; what is late is set up in the downtime. If left out, never: a guest that reconfigures its devices
+    faster than the target sets them up is not stopped."""
     target_knows: Literal["v3", "v2"] = "v3"
     """The target's VMM; if that is v2 only, the source falls back."""
     target_max_dirty_streams: Annotated[int, Field(ge=0, le=MAX_STREAMS)] | None = None
@@ -304,6 +309,11 @@ class V3(Table):
     critical_credit_bytes = Whole("critical_credit_mib")
     dirty_credit_bytes = Whole("dirty_credit_mib")
     decision_interval_ns = Whole("decision_interval_ms")
+
+    @property
+    def force_after_ns(self) -> int | None:
+        """None: never."""
+        return None if self.force_after_ms is None else ns(self.force_after_ms)
 
 
 NO_FIGURES = {"citation", "case", "protocol", "fitted"}

@@ -308,7 +308,8 @@ def test_the_errnos_of_the_failure_table_are_those_of_the_contract() -> None:
     assert named <= errnos(HEADER)
     assert named <= errnos(DEVICE)
     assert named >= errnos(DataFd.write.__doc__ or ""), "each way in which a stream may be wrong"
-    assert errnos(TEXT) - {"EAGAIN"} <= errnos(HEADER), "EAGAIN is what the text says that there is not"
+    of_others = {"EPERM", "EOPNOTSUPP"}  # epoll's, and that of QEMU's vfio_save_prepare()
+    assert errnos(TEXT) - of_others <= errnos(HEADER)
 
 
 LOST_AT: list[tuple[str, Cut]] = [
@@ -388,7 +389,8 @@ def test_the_commands_can_be_run() -> None:
 
 
 def test_calls_and_structures_that_the_text_names_exist() -> None:
-    named = set(re.findall(r"\bVFIO_\w+", TEXT)) - {"VFIO_BASE"}
+    of_others = {"VFIO_BASE", "VFIO_EEH_PE_OP", "VFIO_DEVICE_PCI_TPH"}
+    named = set(re.findall(r"\bVFIO_\w+", TEXT)) - of_others
     assert named
     assert [name for name in named if not re.search(rf"\b{name}\b", HEADER + DEVICE)] == []
     assert [name for name in re.findall(r"`struct (\w+)`", TEXT) if f"struct {name} {{" not in HEADER] == []

@@ -328,6 +328,7 @@ EVERYTHING_SET = {
         "critical_credit_mib": 4.0,
         "dirty_credit_mib": 64.0,
         "late_epoch": "retry",
+        "force_after_ms": 500.0,
         "decision_interval_ms": 10.0,
         "max_retries": 3,
         "target_knows": "v2",
@@ -638,7 +639,8 @@ def test_what_is_not_said_of_v3_has_its_default() -> None:
     told = {"dirty_streams": 4, "blocks": False, "wire": "streams", "pool_connections": 4, "critical_credit_mib": 4.0}
     told |= {"dirty_credit_mib": 64.0, "late_epoch": "proceed", "max_retries": 3, "target_knows": "v3"}
     scenario = small_scenario({"device.0.reconfigurations": {"at_s": [1.0]}, "v3": None})
-    assert scenario.v3.model_dump() == told | {"target_max_dirty_streams": None, "decision_interval_ms": 10.0}
+    told |= {"force_after_ms": None, "decision_interval_ms": 10.0}
+    assert scenario.v3.model_dump() == told | {"target_max_dirty_streams": None}
     assert scenario.driver.epochs == "keep"
     plan = scenario.device[0].reconfigurations
     assert plan is not None

@@ -254,6 +254,7 @@ async def _migrate(vmm: VmmProcess, session: Session) -> VmmReport:
                 source, note = await make_source(side, vmm.channels, vmm.applied)
             kind = await source.run()
             reason = source.reason
+            note = "; ".join(filter(None, [note, source.note]))
         except GivenUpError as end:
             kind, reason = end.kind, str(end) if end.kind is OutcomeKind.DID_NOT_CONVERGE else ""
         except (OSError, ProtoV3Error, ExceptionGroup) as error:
