@@ -24,7 +24,7 @@ from sim.device.record_format import (
     RecordRanges,
 )
 from sim.live.fd import codec
-from sim.live.fd.codec import COMPLETE, END, INITIAL, MAX_NUMBER, MAX_RANGES, V2_HEADER, Decoder
+from sim.live.fd.codec import COMPLETE, END, INITIAL, MAX_NUMBER, MAX_RANGES, V2_HEADER, Decoder, TooBigError
 from sim.scenario.units import KIB
 from tests.build.scenario import small_scenario
 
@@ -331,6 +331,23 @@ BAD_V3 = {
 BAD = {f"v2: {name}": (data, False) for name, data in BAD_V2.items()} | {
     f"v3: {name}": (data, True) for name, data in BAD_V3.items()
 }
+
+
+@pytest.mark.rule("v3.9.4")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "v3: too many blocks",
+        f"v3: {1 << 63} ranges",
+        f"v3: {MAX_RANGES + 1} ranges",
+        f"v3: blocks in {1 << 63} bytes",
+        f"v3: {1 << 63} blocks",
+    ],
+)
+def test_what_is_above_a_limit_is_told_apart_from_what_is_malformed(name: str) -> None:
+    data, third = BAD[name]
+    with pytest.raises(TooBigError):
+        decoded(data, v3=third)
 
 
 @pytest.mark.parametrize("name", BAD)

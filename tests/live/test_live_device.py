@@ -1073,7 +1073,7 @@ def test_whatever_bytes_come_there_is_an_errno_and_the_device_can_be_used_again(
     run(main)
 
 
-V3_CODES = {"EXDEV", "EALREADY", "EILSEQ", "EPROTO", "EBADMSG", "EIO", "ENODEV", "ENODATA"}
+V3_CODES = {"EXDEV", "EALREADY", "EILSEQ", "EPROTO", "E2BIG", "EBADMSG", "EIO", "ENODEV", "ENODATA"}
 
 
 # --- who waits for what -----------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@
 A record begins with its header: in v2 that of mlx5, in v3 `struct vfio_mig_record`. Behind it comes a table that is
 private to the driver: epoch, sequence and flags, and the numbers and versions of the blocks and critical objects whose
 data follows. (In virtual time there is none: a record is the object itself.) v3's END and BLOCKS records have the
-payload of docs/vfio_v3.h, and no table.
+payload of docs/vfio_v3_stream.h, and no table.
 
-The parser trusts nothing: an impossible length, number or flag raises ValueError.
+The parser trusts nothing: an impossible length, number or flag raises ValueError, one above a limit TooBigError, before
+the bytes that it announces are asked for.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ END, INITIAL, COMPLETE = 1, 2, 4
 MAX_RANGES = 4096
 MAX_NUMBER = (1 << 31) - 1
 """Of versions and epochs: the drivers keep them in 32 bits."""
+
+
+class TooBigError(ValueError):
+    """A length or a number above a limit: E2BIG."""
 
 
 def head(record: Record) -> bytes:
@@ -97,6 +102,10 @@ class Decoder:
         self.record: Record | None = None
         self._spec = spec
         self._plain = plain_bytes
+        listed = 8 * (spec.critical.objects + spec.blocks)  # numbers and versions
+        ranges = record_format.RecordRanges.SIZE + MAX_RANGES * BlockRange.SIZE
+        self._longest = spec.whole_bytes + listed + TABLE.size + TALLY.size + ranges + plain_bytes
+        """Bytes of a payload: all of the device in one record."""
         self._steps = self._v3() if v3 else self._v2()
         self.wanted = next(self._steps)
 
@@ -132,12 +141,11 @@ class Decoder:
         yield from self._until(at + TABLE.size)
         epoch, sequence, flags, objects, blocks = TABLE.unpack_from(self.head, at)
         if objects > self._spec.critical.objects or blocks > self._spec.blocks:
-            raise ValueError(f"{blocks} blocks and {objects} critical objects in one record")
+            raise TooBigError(f"{blocks} blocks and {objects} critical objects in one record")
         end = bool(flags & END)
         if flags & ~(END | INITIAL | COMPLETE) or (end and (flags & COMPLETE or objects or blocks)):
             raise ValueError(f"flags {flags:#x} in a table of {objects} critical objects and {blocks} blocks")
-        if not 1 <= epoch <= MAX_NUMBER:
-            raise ValueError(f"epoch {epoch}")
+        _check_epoch(epoch)
         size = TABLE.size + 8 * (objects + blocks) + (TALLY.size if end else 0)
         if payload_bytes < size:
             raise ValueError(f"{payload_bytes} bytes have no room for a table of {size}")
@@ -187,8 +195,9 @@ class Decoder:
         critical = header.record_class == RecordClass.CRITICAL
         if header.flags & ~int(RecordFlags.EPOCH_COMPLETE | RecordFlags.INVALIDATES) or (header.flags and not critical):
             raise ValueError(f"flags {header.flags:#x} in a record of class {header.record_class}")
-        if not 1 <= header.epoch <= MAX_NUMBER:
-            raise ValueError(f"epoch {header.epoch}")
+        _check_epoch(header.epoch)
+        if header.length > self._longest:
+            raise TooBigError(f"a record of {header.length} bytes")
         match RecordClass(header.record_class):
             case RecordClass.END:
                 return (yield from self._end(header))
@@ -213,7 +222,9 @@ class Decoder:
         fixed = V3_HEADER_BYTES + record_format.RecordBlocks.SIZE
         yield from self._until(fixed)
         of = record_format.RecordBlocks.unpack(self.head[V3_HEADER_BYTES:fixed])
-        if not 1 <= of.blocks <= self._spec.blocks or of.first_block + of.blocks > self._spec.blocks:
+        if of.blocks > self._spec.blocks:
+            raise TooBigError(f"{of.blocks} blocks in one record")
+        if of.blocks < 1 or of.first_block + of.blocks > self._spec.blocks:
             raise ValueError(f"blocks {of.first_block} to {of.first_block + of.blocks - 1}")
         size = record_format.RecordBlocks.SIZE + of.blocks * (VERSION_BYTES + self._spec.block_bytes)
         if header.length != size:
@@ -245,8 +256,10 @@ class Decoder:
         first = V3_HEADER_BYTES + record_format.RecordRanges.SIZE
         yield from self._until(first)
         count = record_format.RecordRanges.unpack(self.head[V3_HEADER_BYTES:first]).count
-        if not 1 <= count <= MAX_RANGES:
-            raise ValueError(f"{count} ranges")
+        if count > MAX_RANGES:
+            raise TooBigError(f"{count} ranges")
+        if count < 1:
+            raise ValueError("no ranges")
         end = first + count * BlockRange.SIZE
         if header.length < end - V3_HEADER_BYTES:
             raise ValueError(f"{header.length} bytes have no room for {count} ranges")
@@ -259,6 +272,13 @@ class Decoder:
         if any(not 1 <= each.epoch <= header.epoch for each in invalidates):
             raise ValueError("a range of an epoch that has not begun")
         return invalidates
+
+
+def _check_epoch(epoch: int) -> None:
+    if epoch > MAX_NUMBER:
+        raise TooBigError(f"epoch {epoch}")
+    if epoch < 1:
+        raise ValueError(f"epoch {epoch}")
 
 
 def _numbers(column: Int32, there: int) -> Indices:

@@ -27,7 +27,7 @@ from sim.device.blocks import LoadBlocks
 from sim.device.load import LoadedFd, LoadStream
 from sim.device.record import Record
 from sim.device.state import Indices, Place
-from sim.live.fd.codec import Decoder
+from sim.live.fd.codec import Decoder, TooBigError
 from sim.live.fd.copy import Copier, DriverEnd
 from sim.live.fd.store import StateStore
 from sim.live.fd.write_protocol import SIZE, AnnouncedBytes, WriteAnswer, new_page
@@ -90,9 +90,9 @@ class LoadedData(DriverEnd):
             self._announced.close()
             os.close(self._closing)
 
-    def _refuse(self, why: str) -> OSError:
+    def _refuse(self, why: str, code: int = errno.EPROTO) -> OSError:
         """The error of bytes that are no stream. If the session is over, they cannot fail the device any more."""
-        return self.ends_with.error or self.stream.session.refuse(errno.EPROTO, why)
+        return self.ends_with.error or self.stream.session.refuse(code, why)
 
     # --- receiving ----------------------------------------------------------------------------------------------------
 
@@ -109,7 +109,8 @@ class LoadedData(DriverEnd):
             try:
                 decoder.take()
             except ValueError as error:
-                raise self._refuse(f"what came is no record: {error}") from error
+                code = errno.E2BIG if isinstance(error, TooBigError) else errno.EPROTO
+                raise self._refuse(f"what came is no record: {error}", code) from error
             if decoder.record is None:
                 self._answer_if_due()
         if self._timeline.full:
