@@ -56,6 +56,9 @@ class Machine(Protocol):
         Only v2's single channel does this. multifd and v3 send, and write(), from the buffer that was read into.
         """
 
+    async def copy_packet(self, size_bytes: int) -> None:
+        """Copy device data into a packet of multifd, where the save threads do that under one mutex."""
+
     async def load_other_devices(self) -> None:
         """Load the state of all devices that are not VFIO devices, before the config of those."""
 

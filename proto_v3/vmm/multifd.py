@@ -54,6 +54,9 @@ class Multifd:
     max_queued_bytes: int | None = None
     """Limit for one device at the target: if more bytes wait, the migration fails. None: no limit. (QEMU's
     x-migration-max-queued-buffers-size, which has no limit by default.)"""
+    one_mutex: bool = False
+    """The save threads copy and hand over one packet at a time, all devices together (QEMU's queue_job_mutex, held in
+    multifd_queue_device_state over the copy and over multifd_send)."""
 
 
 class _Sender:
@@ -116,6 +119,7 @@ class Senders:
     def __init__(self, settings: Multifd, channels: Sequence[Channel]) -> None:
         self.ram = Pool(channels[settings.dedicated :])
         self._devices = Pool(channels[: settings.dedicated]) if settings.dedicated else self.ram
+        self._mutex = asyncio.Lock() if settings.one_mutex else None
 
     def work(self) -> list[Work]:
         """One thread for each channel; they run until they are cancelled."""
@@ -129,10 +133,19 @@ class Senders:
         fd = await source.ready_to_drain(index)
         number = 0
         while len(data := await fd.read(read_bytes)):
-            await self._devices.send(Frame(Kind.PACKET, index, value=number, payload=data))
+            await self._queue(source, Frame(Kind.PACKET, index, value=number, payload=data))
             number += 1
-        await self._devices.send(Frame(Kind.CONFIG, index, value=number))
+        await self._queue(source, Frame(Kind.CONFIG, index, value=number))
         source.side.timeline.stage("device_save", start, index)
+
+    async def _queue(self, source: Source, packet: Frame) -> None:
+        """Hand over a packet of a device."""
+        if self._mutex is None:
+            await self._devices.send(packet)
+            return
+        async with self._mutex:
+            await source.side.machine.copy_packet(len(packet.payload))
+            await self._devices.send(packet)
 
 
 class _Loader:

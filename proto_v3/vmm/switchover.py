@@ -38,6 +38,8 @@ class SwitchoverSettings:
     given_bandwidth_bytes_per_s: float | None = None
     """If set, used instead of the measured bandwidth, once the first window is over (QEMU's
     avail-switchover-bandwidth)."""
+    max_bandwidth_bytes_per_s: float | None = None
+    """v2: the most that is sent before the guest is stopped (QEMU's max-bandwidth). None: no limit."""
 
 
 class Switchover:
@@ -64,6 +66,17 @@ class Switchover:
             self.bandwidth_bytes_per_s = given
         self.best_bytes_per_s = max(self.best_bytes_per_s, self.bandwidth_bytes_per_s)
         self._window_start_ns, self._window_bytes = now_ns, bytes_sent
+
+    def window_is_full(self, bytes_sent: int) -> bool:
+        """Whether this window sent as much as max_bandwidth_bytes_per_s allows it (QEMU, migration_rate_exceeded)."""
+        most = self._settings.max_bandwidth_bytes_per_s
+        if most is None:
+            return False
+        return bytes_sent - self._window_bytes >= most * self._settings.bandwidth_window_ns / NS_PER_S
+
+    def window_left_ns(self, now_ns: int) -> int:
+        """How long this window lasts yet; 0 if its time has passed."""
+        return max(0, self._window_start_ns + self._settings.bandwidth_window_ns - now_ns)
 
     @property
     def threshold_bytes(self) -> float:

@@ -91,6 +91,7 @@ class V2Source(Source):
         self._late: list[str] = []
         """Devices that need an ack after it was decided to stop."""
         self._read_bytes: list[int] = []
+        self._section_bytes = 0
         self._decided_ns = self.now_ns  # when the last round began
 
     @override
@@ -154,13 +155,15 @@ class V2Source(Source):
         # The first window counts the set-up, too (migration_thread, update_iteration_initial_status).
         self.switchover = switchover = Switchover(settings, start_ns)
         await self._open()
-        section_bytes = 0
         while True:
             sent = self.bytes_sent()
             self._decided_ns = self.now_ns
-            await self._round()
-            section_bytes += SECTION_BYTES * (1 + len(self.fds))
-            switchover.sample(self.now_ns, self.bytes_sent() + section_bytes)
+            await self._round(switchover)
+            self._section_bytes += SECTION_BYTES * (1 + len(self.fds))
+            switchover.sample(self.now_ns, self._counted_bytes())
+            if switchover.window_is_full(self._counted_bytes()):  # nothing is sent or decided before it is over
+                await pause(switchover.window_left_ns(self.now_ns))
+                switchover.sample(self.now_ns, self._counted_bytes())
             if self._options.polls:
                 await self._ask_devices()
             # migration_iteration_run: the exact figure costs, and is asked for only once the cheap one fits
@@ -169,12 +172,18 @@ class V2Source(Source):
             if self.bytes_sent() == sent:
                 await pause(settings.idle_round_ns)
 
-    async def _round(self) -> None:
+    async def _round(self, switchover: Switchover) -> None:
+        """RAM, then one read() on each device. Before each page and each device the window may be full: then the rest
+        has no turn (qemu_savevm_state_iterate, ram_save_iterate)."""
         settings, ram = self.side.settings, self.side.machine.ram
         until = self.now_ns + settings.ram_budget_ns
-        while (budget_ns := until - self.now_ns) > 0 and (pages := await ram.take(budget_ns)) is not None:
+        while (budget_ns := until - self.now_ns) > 0 and not switchover.window_is_full(self._counted_bytes()):
+            if (pages := await ram.take(budget_ns)) is None:
+                break
             await self.send_pages(pages)
         for index, fd in self.fds.items():
+            if switchover.window_is_full(self._counted_bytes()):
+                return
             known = self._known[index]
             data = await read_some(fd, self._read_bytes[index])
             if data is not None and len(data):
@@ -185,6 +194,10 @@ class V2Source(Source):
             if self._options.ack is not Ack.OFF and known.initial_bytes == 0 and not known.sent:
                 known.sent = True
                 await self._main.send_control(Kind.INIT_DATA_SENT, index, value=known.requests)
+
+    def _counted_bytes(self) -> int:
+        """What bandwidth and max-bandwidth count."""
+        return self.bytes_sent() + self._section_bytes
 
     def _estimate(self) -> int:
         """Remaining bytes as far as the VMM knows without asking (QEMU's state_pending_estimate)."""

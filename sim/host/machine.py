@@ -184,6 +184,12 @@ class MachineModel:
         if bytes_per_s is not None:
             await spend(self._timeline, Resource.COPY, "VMM buffers", duration_ns(size_bytes, bytes_per_s))
 
+    async def copy_packet(self, size_bytes: int) -> None:
+        """Copy into a packet of multifd, at `multifd_copy_gib_per_s`."""
+        bytes_per_s = self._vmm.multifd_copy_bytes_per_s
+        if bytes_per_s is not None:
+            await spend(self._timeline, Resource.COPY, "multifd copy", duration_ns(size_bytes, bytes_per_s))
+
     async def load_other_devices(self) -> None:
         """Load the devices that are not VFIO devices, under the big lock."""
         if self._vmm.other_load_ms:

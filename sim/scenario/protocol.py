@@ -44,6 +44,8 @@ class Protocol:
             raise UserError(
                 f"protocol {self.name!r}: a reusable ack goes with REINIT only: add -reinit-flush or -reinit-invalidate"
             )
+        if self.version == 3 and scenario.vmm.max_bandwidth_mib_per_s is not None:
+            raise UserError(f"protocol {self.name!r}: vmm.max_bandwidth_mib_per_s limits v2 only: leave it out for v3")
         changed = {table: type(getattr(scenario, table)).model_validate(keys) for table, keys in tables.items()}
         return AppliedScenario(scenario.model_copy(update=changed), self)
 

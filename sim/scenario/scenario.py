@@ -75,7 +75,7 @@ class Scenario(Table):
     def switchover_settings(self) -> SwitchoverSettings:
         """The VMM's settings, in nanoseconds and bytes."""
         vmm = self.vmm
-        given = vmm.bandwidth_gbit_per_s
+        given, most = vmm.bandwidth_gbit_per_s, vmm.max_bandwidth_mib_per_s
         return SwitchoverSettings(
             downtime_limit_ns=vmm.downtime_limit_ns,
             bandwidth_window_ns=vmm.bandwidth_window_ns,
@@ -87,6 +87,7 @@ class Scenario(Table):
             ram_budget_ns=vmm.ram_budget_ns,
             cancel_ns=None if vmm.cancel_after_s is None else round(vmm.cancel_after_s * NS_PER_S),
             given_bandwidth_bytes_per_s=None if given is None else given * BYTES_PER_S_PER_GBIT,
+            max_bandwidth_bytes_per_s=None if most is None else most * MIB,
         )
 
     def v2_options(self) -> V2Options:
@@ -99,6 +100,7 @@ class Scenario(Table):
             coupled=vmm.multifd_load == "channel_threads",
             load_threads=vmm.multifd_load_threads,
             max_queued_bytes=None if vmm.multifd_max_queued_mib is None else round(vmm.multifd_max_queued_mib * MIB),
+            one_mutex=vmm.multifd_copy_gib_per_s is not None,
         )
         return V2Options(
             reinit=vmm.reinit,

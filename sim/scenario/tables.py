@@ -209,6 +209,10 @@ class Vmm(Table):
     """The bandwidth is measured over so long a time."""
     bandwidth_gbit_per_s: Positive | None = None
     """Used in place of the measured bandwidth, once the first window is over (QEMU's avail-switchover-bandwidth)."""
+    max_bandwidth_mib_per_s: Positive | None = None
+    """v2: the most that is sent before the guest is stopped, as a quota for each `bandwidth_window_ms`; when RAM has
+    used it up, the devices have no turn. If left out, there is no limit; QEMU's max-bandwidth is 128 MiB/s unless its
+    user raises it, as those of VFIO do."""
     decision_interval_ms: Annotated[float, Field(ge=0.1, le=1e9)]
     """v2: what a round of the migration thread takes that has nothing to send, beside RAM's sync and the devices'
     calls. QEMU does not pause."""
@@ -246,6 +250,9 @@ class Vmm(Table):
     multifd_max_queued_mib: Annotated[float, Field(gt=0, le=1 << 20)] | None = None
     """The most of a device's state that may wait at the target to be written; if more waits, the migration fails. If
     left out, there is no limit, as by QEMU's default (its x-migration-max-queued-buffers-size)."""
+    multifd_copy_gib_per_s: Positive | None = None
+    """What the save threads copy of device data into packets, one packet at a time under one mutex for all devices
+    (QEMU 10.0). Without it there is no mutex, and that copy is free."""
 
     read_bytes = Whole("read_mib")
     write_bytes = Whole("write_kib")
@@ -263,6 +270,11 @@ class Vmm(Table):
     def device_buffer_bytes_per_s(self) -> float | None:
         """None: the buffers cost nothing."""
         return None if self.device_buffer_gib_per_s is None else self.device_buffer_gib_per_s * GIB
+
+    @property
+    def multifd_copy_bytes_per_s(self) -> float | None:
+        """None: the copy costs nothing."""
+        return None if self.multifd_copy_gib_per_s is None else self.multifd_copy_gib_per_s * GIB
 
     @model_validator(mode="after")
     def _channels_for_ram(self) -> Self:

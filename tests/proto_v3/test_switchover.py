@@ -83,6 +83,18 @@ def test_a_window_in_which_nothing_was_sent_leaves_no_bandwidth() -> None:
     assert switchover.threshold_bytes == 0
 
 
+@pytest.mark.rule("v2.vmm.19")
+def test_a_window_is_full_when_its_share_of_max_bandwidth_is_sent() -> None:
+    """A tenth of a million bytes in a window of 100 ms; the next window begins with what was sent by then."""
+    settings = replace(SETTINGS, bandwidth_window_ns=100 * MS, max_bandwidth_bytes_per_s=1e6)
+    switchover = Switchover(settings, 0)
+    assert [switchover.window_is_full(sent) for sent in (99_999, 100_000)] == [False, True]
+    assert [switchover.window_left_ns(now) for now in (0, 30 * MS, 101 * MS)] == [100 * MS, 70 * MS, 0]
+    switchover.sample(100 * MS, 120_000)
+    assert [switchover.window_is_full(sent) for sent in (219_999, 220_000)] == [False, True]
+    assert not Switchover(SETTINGS, 0).window_is_full(1 << 60), "no limit is the default"
+
+
 @pytest.mark.rule("v2.vmm.4")
 def test_a_given_bandwidth_holds_once_the_first_window_is_over_and_is_never_measured_over() -> None:
     switchover = Switchover(replace(SETTINGS, given_bandwidth_bytes_per_s=2e6), 0)

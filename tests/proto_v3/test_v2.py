@@ -162,6 +162,8 @@ class Machine:
 
     async def buffer_device_data(self, size_bytes: int) -> None: ...
 
+    async def copy_packet(self, size_bytes: int) -> None: ...
+
     async def stop_vcpus(self) -> None:
         self.log.append(("vcpus", "stop"))
         self.running = False
@@ -425,10 +427,10 @@ async def test_the_first_window_begins_with_the_migration_and_counts_its_set_up(
     assert 100 * MS <= vmm.timeline.marks[Mark.STOP_ORDERED] < 102 * MS
 
 
-def _noting(times: list[int], call: Callable[[], Any]) -> Callable[[], Any]:
-    async def noted() -> Any:
+def _noting(times: list[int], call: Callable[..., Any]) -> Callable[..., Any]:
+    async def noted(*args: Any) -> Any:
         times.append(now_ns())
-        return await call()
+        return await call(*args)
 
     return noted
 
@@ -455,6 +457,46 @@ async def test_an_idle_loop_counts_18_bytes_a_round_for_ram_and_for_each_device_
             vmm.settings, downtime_limit_ns=1000 * MS, give_up_ns=900 * MS, bandwidth_window_ns=100 * MS
         )
         assert (await vmm.migrate()).name == kind
+
+
+@pytest.mark.rule("v2.vmm.19")
+@pytest.mark.parametrize(
+    ("frames_a_window", "order"),
+    [(None, "RRRDRRRR"), (3, "RRRRRRRD"), (4, "RRRDRRRR")],
+    ids=["no limit", "RAM fills it", "RAM leaves a frame"],
+)
+@virtual
+async def test_ram_that_fills_the_window_leaves_the_devices_no_turn(frames_a_window: int | None, order: str) -> None:
+    """A round has time for three frames of RAM; a window of 10 ms has room for some frames of 1000 bytes."""
+    vmm = source({"unread": 10}, frames=7, downtime_limit_ns=0, bandwidth_window_ns=10 * MS)
+    most = None if frames_a_window is None else frames_a_window * 1000 * 100.0
+    vmm.settings = replace(vmm.settings, max_bandwidth_bytes_per_s=most)
+    assert await vmm.migrate() is OutcomeKind.COMPLETED
+    assert "".join(frame.kind.name[0] for frame in vmm.wire.sent if frame.kind in (Kind.RAM, Kind.DATA)) == order
+
+
+@pytest.mark.rule("v2.vmm.19")
+@virtual
+async def test_a_device_that_fills_the_window_leaves_the_next_one_no_turn_before_it_is_over() -> None:
+    vmm = source({"unread": 2000}, {"unread": 10}, downtime_limit_ns=0, bandwidth_window_ns=10 * MS)
+    vmm.settings = replace(vmm.settings, max_bandwidth_bytes_per_s=2000 * 100.0)
+    times: list[int] = []
+    vmm.devices[1].read = _noting(times, vmm.devices[1].read)  # type: ignore[method-assign]
+    start = now_ns()
+    assert await vmm.migrate() is OutcomeKind.COMPLETED
+    assert times[0] - start == 10 * MS
+
+
+@pytest.mark.rule("v2.vmm.19")
+@virtual
+async def test_what_comes_after_the_stop_has_no_limit() -> None:
+    """60,000 bytes fit, and take 60 us; in pre-copy they would take 60 windows."""
+    vmm = source({"unread": 60_000, "size": 60_000}, read_bytes=1000, bandwidth_window_ns=10 * MS)
+    vmm.settings = replace(vmm.settings, max_bandwidth_bytes_per_s=1000 * 100.0)
+    assert await vmm.migrate() is OutcomeKind.COMPLETED
+    ordered_ns = vmm.timeline.marks[Mark.STOP_ORDERED]
+    assert ordered_ns == 10 * MS
+    assert now_ns() - ordered_ns < MS
 
 
 # --- the stop --------------------------------------------------------------------------------------------------------
@@ -1053,6 +1095,22 @@ LONG_SET_UP = {
     "vmm.downtime_limit_ms": 1.0,
 }
 ACKS = ["v2-ack", "v2-multifd-ack", "v2-ack-polls", "v2-reinit-flush-ack-reusable", "v2-reinit-invalidate-ack-reusable"]
+
+
+@pytest.mark.rule("v2.vmm.19")
+@pytest.mark.parametrize("name", ["v2", "v2-multifd"])
+def test_a_migration_sends_no_more_than_max_bandwidth_before_the_stop(name: str, sent: Sent) -> None:
+    """With multifd too: QEMU counts the bytes of all channels. The frame that fills a window may be of 1 MiB."""
+    changes = {"ram.nonzero_gib": 0.0625, "vmm.max_bandwidth_mib_per_s": 100.0, "vmm.bandwidth_window_ms": 100.0}
+    outcome, kept = migrated(changes, name)
+    assert outcome.kind is OutcomeKind.COMPLETED
+    stop_ns = kept.timeline.marks[Mark.STOP_ORDERED]
+    window_ns = ns(100)
+    for begin_ns in range(0, stop_ns, window_ns):
+        end_ns = min(begin_ns + window_ns, stop_ns)
+        size = sum(len(frame.payload) for at, _, frame in sent if begin_ns <= at < end_ns)
+        assert size <= 11 * MIB
+    assert stop_ns > ns(500), "64 MiB of RAM, at 10 a window"
 
 
 @pytest.mark.parametrize("name", ["v2", "v2-multifd", "v2-polls", "v2-reinit-flush"])

@@ -197,6 +197,16 @@ def test_any_choice_of_suffixes_in_any_order_means_all_of_them(version: str, dat
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
+
+@pytest.mark.rule("v2.vmm.19")
+def test_a_limit_of_what_v2_sends_is_no_scenario_for_v3() -> None:
+    """Else v3 would be compared with a v2 that may use less of the link."""
+    limited = small_scenario({"vmm.max_bandwidth_mib_per_s": 128.0})
+    assert Protocol.parse("v2-multifd", limited).version == 2
+    with pytest.raises(UserError, match=r"^protocol 'v3-n4': vmm.max_bandwidth_mib_per_s limits v2 only"):
+        Protocol.parse("v3", limited)
+
+
 CONTRADICTIONS = [
     f"{version}{one} {other}"
     for version, choices in CHOICES.items()

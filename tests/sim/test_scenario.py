@@ -320,6 +320,7 @@ EVERYTHING_SET = {
     "vmm.read_mib": 1.0,
     "vmm.write_kib": 32,
     "vmm.bandwidth_gbit_per_s": 10.0,
+    "vmm.max_bandwidth_mib_per_s": 128.0,
     "v3": {
         "dirty_streams": 4,
         "blocks": True,
@@ -619,7 +620,8 @@ def test_flags_are_the_features_however_many_streams_there_are(
 
 
 def test_the_vmms_settings_are_in_nanoseconds_and_bytes() -> None:
-    settings = small_scenario({"vmm.read_mib": 0.5, "vmm.bandwidth_gbit_per_s": 8.0}).switchover_settings()
+    changes = {"vmm.read_mib": 0.5, "vmm.bandwidth_gbit_per_s": 8.0, "vmm.max_bandwidth_mib_per_s": 128.0}
+    settings = small_scenario(changes).switchover_settings()
     assert settings.downtime_limit_ns == 20_000_000
     assert settings.bandwidth_window_ns == 10_000_000
     assert settings.idle_round_ns == 1_000_000
@@ -629,10 +631,13 @@ def test_the_vmms_settings_are_in_nanoseconds_and_bytes() -> None:
     assert settings.read_bytes == 512 * KIB
     assert settings.write_bytes == 32 * KIB
     assert settings.given_bandwidth_bytes_per_s == 1e9
+    assert settings.max_bandwidth_bytes_per_s == 128 * MIB
 
 
-def test_without_a_bandwidth_none_is_given() -> None:
-    assert small_scenario().switchover_settings().given_bandwidth_bytes_per_s is None
+def test_without_a_bandwidth_none_is_given_and_nothing_is_limited() -> None:
+    settings = small_scenario().switchover_settings()
+    assert settings.given_bandwidth_bytes_per_s is None
+    assert settings.max_bandwidth_bytes_per_s is None
 
 
 def test_what_is_not_said_of_v3_has_its_default() -> None:
