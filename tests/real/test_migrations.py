@@ -5,6 +5,7 @@ source's, or the run FAILED with exactly one side running; and each device is le
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -21,12 +22,14 @@ from proto_v3.errors import UserError
 from proto_v3.vfio.uapi import Feature, FeatureMigState, State
 from proto_v3.vmm.migration import OutcomeKind
 from sim.live.processes.settings import Settings
+from sim.live.tcp.sockets import listen
 from sim.real.ioctl import get_feature
-from sim.real.run import RealResult, SideDevices, run_here
-from sim.real.scenario import check_alike, loaded, of_devices, probed
+from sim.real.run import RealResult, SideDevices, run_here, run_to, serve_one
+from sim.real.scenario import ProbedDevice, check_alike, loaded, of_devices, probed
 from sim.real.sysfs import find
 from sim.real.vfio import CDEV, GROUP, WAYS, OpenDevices
 from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import Scenario
 from tests.build.live import Seen, hit
 from tests.real.mdev import Mdev, SampleMdev
 
@@ -56,6 +59,11 @@ def side(*devices: Mdev, way: str | None = None) -> SideDevices:
     return SideDevices([find(each.uuid) for each in devices], way)
 
 
+def scenario_of(found: Sequence[ProbedDevice], changes: Mapping[str, str]) -> Scenario:
+    values = {"vmm.give_up_s": "60", "device.0.critical.objects": "1"} | dict(changes)
+    return of_devices(loaded(None, [f"{key}={value}" for key, value in values.items()]), found)
+
+
 def migrate(
     source: SideDevices,
     target: SideDevices,
@@ -67,8 +75,7 @@ def migrate(
     """A run to its end, in which `act` takes part."""
     check_alike(source.entries, target.entries)
     found, _ = probed(source.entries, source.way)
-    values = {"vmm.give_up_s": "60", "device.0.critical.objects": "1"} | dict(changes or {})
-    scenario = of_devices(loaded(None, [f"{key}={value}" for key, value in values.items()]), found)
+    scenario = scenario_of(found, changes or {})
     seen = Seen()
 
     async def started(children: Sequence[Any]) -> None:
@@ -189,19 +196,31 @@ def check_failed(result: RealResult, at: str, devices: Sequence[SampleMdev]) -> 
         assert state_of(each) is State.RUNNING
 
 
+async def until(device: SampleMdev, state: str) -> None:
+    """Until a call brought the device to this state."""
+    while not any(f"->{state} " in line for line in device.log()):
+        await asyncio.sleep(0.01)
+
+
+STAGES = {"PRE_COPY": SLOW, "STOP_COPY": STATE | {"save_mib_s": 2, "precopy": 0}}
+"""Devices that are in this state for a second."""
+STOPS = {"vmm.downtime_limit_ms": "600000"}
+"""The guest is stopped, however slow the machine is."""
+
+
 @pytest.mark.parametrize("protocol", ["v2", "v3-n4", "v3-blocks"])
 @pytest.mark.parametrize("killed", ["source VMM", "target VMM"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_vmm_that_is_killed_leaves_the_devices_running(
-    make_sample: Callable[..., SampleMdev], protocol: str, killed: str
+    make_sample: Callable[..., SampleMdev], protocol: str, killed: str, stage: str
 ) -> None:
-    source, target = make_sample(**SLOW), make_sample(**BUSY)
+    source, target = make_sample(**STAGES[stage]), make_sample(**STAGES[stage])
 
     async def kill(seen: Seen) -> None:
-        while not any("PRE_COPY" in line for line in source.log()):
-            await asyncio.sleep(0.01)
+        await until(source, stage)
         assert hit(seen.children[killed])
 
-    result = migrate(side(source), side(target), protocol, act=kill, settings=Settings(silent_s=20.0))
+    result = migrate(side(source), side(target), protocol, STOPS, kill, Settings(silent_s=20.0))
     check_failed(result, "source" if killed == "target VMM" else "", [source, target])
     assert "was killed by SIGKILL" in result.live.outcome.reason
 
@@ -211,11 +230,58 @@ def test_a_target_that_is_stopped_is_given_up(make_sample: Callable[..., SampleM
     source, target = make_sample(**SLOW), make_sample(**BUSY)
 
     async def stop(seen: Seen) -> None:
-        while not any("PRE_COPY" in line for line in source.log()):
-            await asyncio.sleep(0.01)
+        await until(source, "PRE_COPY")
         assert hit(seen.children["target VMM"], signal.SIGSTOP)
 
     result = migrate(side(source), side(target), protocol, act=stop, settings=Settings(silent_s=3.0))
+    check_failed(result, "source", [source, target])
+
+
+async def carried(source: SideDevices, target: SideDevices, protocol: str, cut: Callable[[], Any]) -> RealResult:
+    """A run of two supervisors as on two machines, whose connections are cut when `cut` returns."""
+    found, _ = probed(source.entries, source.way)
+    scenario = scenario_of(found, STOPS)
+    writers: list[asyncio.StreamWriter] = []
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    with contextlib.closing(listen(("127.0.0.1", 0))) as listener:
+        address = listener.getsockname()[:2]
+
+        async def met(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            there, onward = await asyncio.open_connection(*address)
+            writers.extend([writer, onward])
+            await asyncio.gather(carry(reader, onward), carry(there, writer))
+
+        server = await asyncio.start_server(met, "127.0.0.1", 0)
+        between = server.sockets[0].getsockname()[:2]
+        how = Settings(silent_s=20.0)
+        async with asyncio.timeout(HANG_S), asyncio.TaskGroup() as group:
+            serving = group.create_task(serve_one(listener, how, target))
+            running = group.create_task(run_to(scenario, Protocol.parse(protocol, scenario), 1, how, source, between))
+            await cut()
+            for each in writers:
+                each.transport.abort()
+            result = await running
+            end, _ = await serving
+        server.close()
+    assert end.report is not None
+    assert not end.report.guest_runs
+    return result
+
+
+@pytest.mark.parametrize("protocol", ["v2", "v3-n4", "v3-blocks"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_connections_that_are_cut_leave_the_guest_at_the_source(
+    make_sample: Callable[..., SampleMdev], protocol: str, stage: str
+) -> None:
+    source, target = make_sample(**STAGES[stage]), make_sample(**STAGES[stage])
+    result = asyncio.run(carried(side(source), side(target), protocol, lambda: until(source, stage)))
     check_failed(result, "source", [source, target])
 
 
