@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo quick test kernel kernel-debug qemu real real-all real-qemu real-read faults validate experiments notebooks docs bench lock clean
+.PHONY: help demo quick test kernel kernel-debug qemu real real-all real-qemu real-read real-agree faults validate experiments notebooks docs bench lock clean
 help:
 	@echo 'make demo      migrate the published two-VF machine under v2 and v3; table and figure in out/demo/'
 	@echo 'make quick     after each change: lint, types, and one case of each test that is not slow; less than a minute'
@@ -16,6 +16,7 @@ help:
 	@echo 'make real-all  also those that take longer: all of QEMU'"'"'s migrations'
 	@echo 'make real-qemu  the calls of QEMU and of the project compared, into results/real/qemu/'
 	@echo 'make real-read  measure read() of the driver in that kernel, side by side with its simulation, into results/; ten minutes, idle'
+	@echo 'make real-agree  a scenario in virtual time, live, and by devices of that kernel, into results/real/agree; two minutes, idle'
 	@echo 'make faults    search for two faults that a migration does not survive: SEEDS=500 (24 runs each), from a drawn start'
 	@echo 'make validate  hold the simulation against published measurements'
 	@echo 'make experiments  run all experiments into results/ (half an hour on two cores), and write results/report.html'
@@ -69,6 +70,10 @@ real-read: $(VENV)/dev.stamp
 	@$(BIN)/python benchmarks/real_read.py --out results/real/read
 	@$(BIN)/proto-v3 run kernel_read --out results
 	@$(BIN)/proto-v3 report results
+
+real-agree: $(VENV)/dev.stamp
+	@$(BIN)/python -m kernel.guest --memory 2048 --out results/real -- proto-v3 agree live-sample --real \
+		--protocols v2,v3-n1,v3-n2 --seeds 5 --out results/real/agree
 
 SEEDS ?= 500
 faults: $(VENV)/dev.stamp

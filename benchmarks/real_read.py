@@ -50,6 +50,8 @@ GUEST_PART = HERE / "real_read_guest.py"
 SECONDS_A_ROUND = 600
 """Ten times what a round takes on an idle machine: how long the guest may live."""
 SKIPPED = 0
+BUSY = 0.5
+"""The load, over a minute, of a machine that has other work to do."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -70,6 +72,11 @@ def main(arguments: Sequence[str]) -> int:
         (kernel,) = build.get(["um-debug" if options.debug else "um"])
         with ResultFolder(options.out, plan, force=options.force) as folder:
             before = os.getloadavg()
+            if before[0] > BUSY:
+                print(
+                    f"real_read: this machine has other work (load {before[0]:.1f}): it is measured, too",
+                    file=sys.stderr,
+                )
             rows, of_guest = measured(kernel, cases, options)
             frame = pl.DataFrame(rows, infer_schema_length=None)
             folder.write_table(frame, "runs", "parquet")

@@ -131,7 +131,7 @@ def run_agree(
             output.results(
                 {"command": "agree", "scenario": loaded.name, "folder": str(folder.folder)},
                 f"{loaded.name}, {_made(compared)}: {loaded.description}",
-                verdicts(compared) or ["No protocol was completed both in virtual time and live."],
+                verdicts(compared) or [f"No protocol was completed in all of them: {_made(compared)}."],
                 [tables.outcomes(frame, ("protocol", "clock")), *(_section(compared, name) for name in named)],
             )
         drawn = output.drawn(lambda: _draw(folder, loaded, frame, compared, command))
