@@ -15,7 +15,7 @@ from tests.real.qemu.phases import phased
 from tests.real.qemu.run import ended_as_expected, is_example, qemu_of, run_qemu
 
 RUNS = [
-    pytest.param(case, version, id=f"{case.name}-{version}", marks=[] if case.short else [pytest.mark.slow])
+    pytest.param(case, version, id=f"{case.name}-{version}", marks=[] if version in case.short else [pytest.mark.slow])
     for case in CASES
     for version in case.versions
 ]
