@@ -67,7 +67,7 @@ def settings_of(case: Case) -> dict[str, object]:
     if "multifd-channels" in case.parameters:
         changes["vmm.multifd_channels"] = case.parameters["multifd-channels"]
     if case.act is Act.CANCEL_PRECOPY:
-        changes["vmm.cancel_after_s"] = 1.5
+        changes["vmm.cancel_after_s"] = 2.0
     return changes
 
 
@@ -202,7 +202,7 @@ class Project:
                 sides.append(Side(machine, made, settings, timeline))
             source = V2Source(sides[0], [Channel(end) for end, _ in ends], options)
             target = V2Target(sides[1], [Channel(end) for _, end in ends], options)
-            kind, error = await self._both(source, target, ends)
+            kind, error = await self._both(source, target, ends, devices)
             for each in fds:
                 await each.close()
             for device in all_devices:
@@ -211,11 +211,15 @@ class Project:
         return kind, error, runs
 
     async def _both(
-        self, source: V2Source, target: V2Target, ends: Sequence[tuple[QueueTransport, QueueTransport]]
+        self,
+        source: V2Source,
+        target: V2Target,
+        ends: Sequence[tuple[QueueTransport, QueueTransport]],
+        devices: Sequence[mdev.SampleMdev],
     ) -> tuple[str, str]:
         sending, receiving = asyncio.create_task(source.run()), asyncio.create_task(target.run())
         if self._case.act in (Act.KILL_PRECOPY, Act.KILL_DEVICE):
-            await self._until_written(source)
+            await self._until_due(source, devices[-1])
             receiving.cancel()
             cut(ends)
         result = (await asyncio.gather(sending, return_exceptions=True))[0]
@@ -229,11 +233,12 @@ class Project:
             return OutcomeKind.FAILED.lower(), "; ".join(dict.fromkeys(str(each) for each in leaves(result)))
         raise result
 
-    async def _until_written(self, source: V2Source) -> None:
-        """Until the moment at which the case's target is killed."""
+    async def _until_due(self, source: V2Source, loaded: mdev.SampleMdev) -> None:
+        """Until the moment at which the case's target is killed: it loads, or has to resume the devices."""
+        while not any(" write " in line for line in loaded.log()):
+            await asyncio.sleep(0.01)
         while self._case.act is Act.KILL_DEVICE and not source.handed_over:
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0.5)
 
 
 def cut(ends: Sequence[tuple[QueueTransport, QueueTransport]]) -> None:
