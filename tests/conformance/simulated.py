@@ -11,7 +11,7 @@ from typing import Any
 
 from proto_v3.vfio.device import Ready
 from proto_v3.vfio.ioctl import device_feature, get_dirty_blocks, get_precopy_info, get_stream, get_stream_info
-from proto_v3.vfio.uapi import Feature
+from proto_v3.vfio.uapi import DeviceFeature, Feature, FeatureOp
 from sim.clock.virtual import run
 from sim.device.driver import SimDriver
 from sim.device.record import Extent
@@ -62,8 +62,7 @@ class SimulatedCalls:
     async def feature(self, buffer: bytearray) -> None:
         async with asyncio.timeout(CALL_S):
             await device_feature(self.device, buffer, self._install)
-        flags = int.from_bytes(buffer[4:8], "little")
-        if flags == Feature.MIG_PRECOPY_INFOV2 | 1 << 17:
+        if DeviceFeature.unpack(buffer).flags == Feature.MIG_PRECOPY_INFOV2 | FeatureOp.SET:
             self._opted_in = True
 
     async def reset(self) -> None:
