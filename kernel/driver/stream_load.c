@@ -47,13 +47,14 @@ static u64 sample_length_limit(struct sample_device *dev)
 /* What holds for the records of every fd. */
 int sample_check_header(struct sample_stream *stream, const struct vfio_mig_record *record)
 {
+	u64 loaded = READ_ONCE(stream->session->loaded_epoch);
 	u64 epoch = le64_to_cpu(record->epoch);
 
 	if (le16_to_cpu(record->stream) != stream->index)
 		return -EXDEV;
 	if (!epoch)
 		return -EPROTO;
-	if (epoch > READ_ONCE(stream->session->loaded_epoch) + VFIO_MIG_MAX_EPOCHS_AHEAD)
+	if (loaded && epoch > loaded && epoch - loaded > VFIO_MIG_MAX_EPOCHS_AHEAD)
 		return -E2BIG;
 	return 0;
 }

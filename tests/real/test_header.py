@@ -194,6 +194,7 @@ def test_get_stream_gives_an_fd_that_is_closed_on_exec(pair: Pair) -> None:
     assert not os.get_inheritable(critical.number)
 
 
+@pytest.mark.lockdep
 def test_get_stream_again_gives_the_same_open_file(pair: Pair) -> None:
     source, _ = pair
     critical, dirty = source.begin_all(S.PRE_COPY, 1)
@@ -415,8 +416,8 @@ def test_bytes_that_differ_from_the_sources_stream_put_the_device_into_error(pai
         ("epoch 0", "EPROTO", 1, with_header(first[0], epoch=0), crit),
         ("an epoch that decreases", "EPROTO", 0, with_header(critical[-1], epoch=1), five),
         ("an epoch too far", "E2BIG", 1, with_header(first[0], epoch=65538), crit),
-        ("an epoch of 2^63", "E2BIG", 1, with_header(first[0], epoch=1 << 63), []),
-        ("a critical epoch too far", "E2BIG", 0, with_header(critical[0], epoch=65537), []),
+        ("an epoch of 2^63", "E2BIG", 1, with_header(first[0], epoch=1 << 63), crit),
+        ("a critical epoch too far", "E2BIG", 0, with_header(critical[-1], epoch=65538), crit),
         ("a length above the limit", "E2BIG", 1, with_header(first[0], length=1 << 62), crit),
         ("a length of 2^64 - 1", "E2BIG", 0, with_header(critical[0], length=(1 << 64) - 1), []),
         ("a length that is too short", "EPROTO", 1, with_header(first[0], length=4), crit),
@@ -471,6 +472,7 @@ def test_a_number_is_checked_before_what_follows_it_is_taken(pair: Pair) -> None
         restart(target, fds)
 
 
+@pytest.mark.lockdep
 def test_a_dirty_write_waits_for_its_epoch_and_the_critical_one_does_not_wait_for_it(pair: Pair) -> None:
     source, target = pair
     critical, first, second = saved(source)
@@ -496,6 +498,7 @@ def test_a_wait_ends_when_the_critical_stream_ended_without_the_epoch(pair: Pair
     assert target.state() is S.ERROR
 
 
+@pytest.mark.lockdep
 def test_a_wait_ends_when_another_stream_fails(pair: Pair) -> None:
     source, target = pair
     _, first, _ = saved(source)
@@ -506,6 +509,7 @@ def test_a_wait_ends_when_another_stream_fails(pair: Pair) -> None:
     assert errno_then(waiting) == "EIO"
 
 
+@pytest.mark.lockdep
 @pytest.mark.parametrize("how", ["set_state", "reset", "close"])
 def test_a_wait_ends_with_the_session(pair: Pair, how: str) -> None:
     source, target = pair
@@ -773,6 +777,7 @@ def test_fds_outlive_their_device(make_sample: Callable[..., SampleMdev]) -> Non
 # --- epochs ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lockdep
 def test_an_epoch_that_invalidates_makes_all_that_was_returned_come_again(pair: Pair) -> None:
     source, target = pair
     fds = source.begin_all(S.PRE_COPY, 2)
@@ -884,6 +889,7 @@ def test_a_pread_waits_in_precopy_p2p_until_that_state_is_left(pair: Pair) -> No
     assert errno_then(reading) == "ok"
 
 
+@pytest.mark.lockdep
 @pytest.mark.parametrize("how", ["set_state", "reset", "close"])
 def test_a_pread_that_waits_ends_with_the_session(pair: Pair, how: str) -> None:
     source, _ = pair
@@ -919,6 +925,7 @@ def test_the_end_of_blocks_comes_when_all_were_read_as_they_are_in_stop_copy(pai
     assert fd.read(100) == b""
 
 
+@pytest.mark.lockdep
 def test_blocks_may_be_written_in_any_order_by_any_number_of_threads(pair: Pair) -> None:
     source, target = pair
     critical, fd = source.begin_all(S.PRE_COPY, 1, StreamFlags.BLOCKS)
@@ -998,6 +1005,7 @@ def test_an_old_block_that_arrives_late_is_dropped(pair: Pair) -> None:
 # --- several threads ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lockdep
 def test_no_thread_hangs_and_no_byte_is_wrong_whatever_ends_the_sessions(pair: Pair) -> None:
     source, _ = pair
     stop = time.monotonic() + 2
@@ -1012,7 +1020,7 @@ def test_no_thread_hangs_and_no_byte_is_wrong_whatever_ends_the_sessions(pair: P
             time.sleep(0.001)
 
     session = 0
-    while time.monotonic() < stop:
+    while time.monotonic() < stop or session < 4:
         fds = source.begin_all(S.PRE_COPY, 3)
         threads = [threading.Thread(target=read, args=(fd,)) for fd in fds for _ in range(2)]
         for thread in threads:
@@ -1033,5 +1041,4 @@ def test_no_thread_hangs_and_no_byte_is_wrong_whatever_ends_the_sessions(pair: P
             assert not thread.is_alive()
         for fd in fds:
             fd.close()
-    assert session > 3
     assert seen <= {"ok", "ENOMSG", "ENODEV"}
