@@ -13,9 +13,11 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import select
 from collections.abc import Callable
+from operator import or_
 from typing import Any, TypeVar
 
 from typing_extensions import override
@@ -47,7 +49,13 @@ KEPT_BUFFERS = 2
 """Of each data fd: one is being sent while the next is read. With multifd more are used; those are made anew."""
 VERSION_BYTES = 8
 """Of each block in a record of blocks (docs/vfio_v3.h)."""
-_IN = select.EPOLLIN | select.EPOLLERR | select.EPOLLHUP
+EVENTS = {
+    select.EPOLLIN: Ready.READABLE,
+    select.EPOLLPRI: Ready.NEW_EPOCH,
+    select.EPOLLOUT: Ready.WRITABLE,
+    select.EPOLLHUP: Ready.OVER,
+    select.EPOLLERR: Ready.FAILED,
+}
 
 
 class DataFds:
@@ -230,22 +238,22 @@ class RealFd(BlocksFd):
         return found
 
     def _poll(self) -> Ready:
-        """What poll(2) finds now. A fd whose driver has no poll() is always readable, as poll(2) says."""
+        """What poll(2) finds now. A fd whose driver has no poll() is always ready, as poll(2) says."""
         if len(self._unread) or (self._given_up is not None and self._given_up[0].done()):
             return Ready.READABLE
         epoll = self._epoll_fd()
         if epoll is None:
-            return Ready.READABLE
+            return Ready.READABLE | Ready.WRITABLE
         events = dict(epoll.poll(0)).get(self._number, 0)
-        ready = Ready.READABLE if events & _IN else Ready.NOTHING
-        return ready | (Ready.NEW_EPOCH if events & select.EPOLLPRI else Ready.NOTHING)
+        found = (ready for event, ready in EVENTS.items() if events & event)
+        return functools.reduce(or_, found, Ready.NOTHING)
 
     def _epoll_fd(self) -> select.epoll | None:
         """The epoll that the fd is in; None if its driver has no poll(): EPERM (Linux, fs/eventpoll.c)."""
         if self._epoll is None and self._polls:
             epoll = select.epoll()
             try:
-                epoll.register(self._number, select.EPOLLIN | select.EPOLLPRI)
+                epoll.register(self._number, select.EPOLLIN | select.EPOLLPRI | select.EPOLLOUT)
             except PermissionError:
                 epoll.close()
                 self._polls = False
