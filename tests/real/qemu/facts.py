@@ -5,6 +5,7 @@ not so. `tests.rules` writes into the document which facts stand for a rule, and
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -378,3 +379,15 @@ def a_v2_user_sees_v2_on_a_device_that_knows_v3(seen: Seen) -> None:
     assert int(seen.record.parameters["streams"]) > 1
     assert [call for call in seen.record.calls if call.name in V3_CALLS] == []
     assert {call.value("fd") for call in seen.record.calls if call.name in ("read", "write")} == {0}
+
+
+@fact("v2.vmm.19", cases=("rate",))
+def ram_that_uses_up_a_windows_quota_leaves_the_device_no_turn(seen: Seen) -> None:
+    quota_bytes = seen.case.parameters["max-bandwidth"] / 10  # of a window of 100 ms
+    ends = seen.at("migrate_transferred")
+    turns = set(seen.at("vfio_save_iterate"))
+    windows = [
+        (seen.source[end].value("transferred") or 0, range(begin, end)) for begin, end in itertools.pairwise(ends)
+    ]
+    assert [moved for moved, events in windows if moved >= quota_bytes and not turns.intersection(events)]
+    assert max(moved for moved, _ in windows) < 1.1 * quota_bytes

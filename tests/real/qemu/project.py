@@ -66,6 +66,8 @@ def settings_of(case: Case) -> dict[str, object]:
         changes["vmm.downtime_limit_ms"] = float(case.parameters["downtime-limit"])
     if "multifd-channels" in case.parameters:
         changes["vmm.multifd_channels"] = case.parameters["multifd-channels"]
+    if "max-bandwidth" in case.parameters:
+        changes["vmm.max_bandwidth_mib_per_s"] = case.parameters["max-bandwidth"] / (1 << 20)
     if case.act is Act.CANCEL_PRECOPY:
         changes["vmm.cancel_after_s"] = 2.0
     return changes
