@@ -26,7 +26,7 @@ from sim.live.result import not_run
 from sim.live.run import applied
 from sim.live.tcp.sockets import listen, text_of
 from sim.real.run import RealResult, SideDevices, run_here, run_to, serve_one
-from sim.real.scenario import BASE, ProbedDevice, check_alike, loaded, of_devices, probed
+from sim.real.scenario import BASE, ProbedDevice, check_alike, check_used, loaded, of_devices, probed
 from sim.real.sysfs import find, module_parameters, module_version
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
@@ -126,6 +126,7 @@ def prepared(
 ) -> tuple[Scenario, list[Protocol]]:
     """The scenario with the devices in it, and the protocols. UserError if one is unknown, named twice, or cannot be
     run."""
+    check_used(settings)
     scenario = of_devices(loaded(named, settings), found)
     chosen = [Protocol.parse(name, scenario) for name in protocols]
     if len({protocol.name for protocol in chosen}) < len(chosen):

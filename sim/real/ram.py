@@ -6,8 +6,9 @@ are made when the bitmap is fetched: as many pages of the working set as RamMode
 wrote to come from their own logs.
 
 Frames are numbered, and a page keeps what the latest of its frames had. With multifd, two frames of a page go over two
-channels, and may come in another order. QEMU has a SYNC between two rounds of RAM for that (migration/ram.c,
-multifd_ram_flush_and_sync); proto_v3/vmm/multifd.py has one only at the end, as in the model pages have no content.
+channels, and may come in another order. QEMU has a SYNC between two rounds of RAM for that (QEMU 10,
+migration/multifd-nocomp.c, multifd_ram_flush_and_sync). proto_v3/vmm/multifd.py has one only at the end: in the model,
+pages have no content.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,21 @@ def probed(entries: Sequence[DeviceEntry], way: str | None) -> tuple[list[Probed
                 image_bytes = get_feature(opened.fd, Feature.MIG_DATA_SIZE, FeatureMigDataSize).stop_copy_length
             found.append(ProbedDevice(opened.entry, flags, streams, image_bytes))
         return found, devices.space.way
+
+
+USED = re.compile(r"(ram|vmm|v3)\..*|device\.\d+\.(reconfigurations\..*|critical\.objects|config_load_ms)")
+"""The keys of a scenario that a real run uses."""
+
+
+def check_used(settings: Sequence[str]) -> None:
+    """UserError for a KEY=VALUE of `--set` that changes nothing in a real run."""
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        if not USED.fullmatch(key):
+            raise UserError(
+                f"--set {key}: a real run has its own; it takes ram, vmm and v3, and of a device reconfigurations, "
+                "critical.objects and config_load_ms"
+            )
 
 
 def loaded(named: str | None, settings: Sequence[str]) -> Scenario:

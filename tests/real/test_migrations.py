@@ -367,6 +367,20 @@ def test_ctrl_c_leaves_the_devices_running(make_sample: Callable[..., SampleMdev
     assert not (tmp_path / "o").exists()
 
 
+def test_a_supervisor_that_is_killed_leaves_the_devices_to_its_processes_which_put_them_back(
+    make_sample: Callable[..., SampleMdev], tmp_path: Path
+) -> None:
+    source, target = make_sample(**SLOW), make_sample(**STATE)
+    run = command(tmp_path, source.uuid, "--to", target.uuid, "--protocols", "v2", "--out", "o")
+    while not any("RESUMING" in line for line in target.log()):
+        assert run.poll() is None, run.communicate()
+    run.kill()
+    run.communicate(timeout=HANG_S)  # its processes have its stdout and stderr: they are gone then
+    assert (last_state(source), last_state(target)) == ("RUNNING", "RUNNING")
+    for device in (source, target):
+        assert state_of(device) is State.RUNNING
+
+
 def test_a_users_mistake_is_one_line(make_mtty: Callable[[], Mdev], tmp_path: Path) -> None:
     device, other = make_mtty(), make_mtty()
     mistakes = {

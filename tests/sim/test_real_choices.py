@@ -14,7 +14,7 @@ from sim.live.processes.remote_backend import RemoteBackend
 from sim.live.tcp.messages import Run
 from sim.real.backend import RAM_AND_STATE, RAM_DIGEST_BYTES, RealBackend, is_compared
 from sim.real.sample import SampleFiles
-from sim.real.scenario import ProbedDevice, check_alike, loaded, of_devices
+from sim.real.scenario import ProbedDevice, check_alike, check_used, loaded, of_devices
 from sim.real.sysfs import DeviceEntry
 from sim.scenario.protocol import Protocol
 
@@ -59,6 +59,20 @@ def test_the_vmm_of_a_real_run_costs_nothing_of_its_own() -> None:
 def test_a_driver_with_a_long_name_has_a_name_in_tables() -> None:
     scenario = of_devices(loaded(None, []), [device("a", "a" * 50), device("b", "a" * 50)])
     assert [each.name for each in scenario.devices] == ["a" * 28 + "0", "a" * 28 + "1"]
+
+
+def test_a_setting_that_a_real_run_does_not_use_is_refused() -> None:
+    check_used(["vmm.downtime_limit_ms=1", "device.0.reconfigurations.at_s=[1]", "ram.size_gib=1", "v3.max_retries=1"])
+    for key in (
+        "firmware.engines",
+        "link.gbit_per_s",
+        "device.0.state_mib",
+        "device.0.writes.mib_per_s",
+        "vmm",
+        "name",
+    ):
+        with pytest.raises(UserError, match=f"--set {key}: a real run has its own"):
+            check_used([f"{key} = 1"])
 
 
 def test_both_sides_have_the_same_drivers_and_no_device_twice() -> None:
