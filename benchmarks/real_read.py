@@ -9,7 +9,7 @@ time in them, in copies and waiting for its mutex, and the most commands at once
 
 The table is what `proto-v3 run kernel_read` reads, if --out is results/real/read. The machine should be idle.
 
-    python benchmarks/real_read.py [--rounds 7] [--quick] [--out out/real-read]
+    python benchmarks/real_read.py [--rounds 5] [--quick] [--out out/real-read]
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ BUSY = 0.5
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="real_read.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7, help="each case is measured once in each of them")
+    parser.add_argument("--rounds", type=int, default=5, help="each case is measured once in each of them")
     parser.add_argument("--quick", action="store_true", help="the cases of a quick run of the question")
     parser.add_argument("--debug", action="store_true", help="the kernel with lock_stat; its times are its own")
     parser.add_argument("--cpus", type=int, default=2, help="of the guest")

@@ -6,7 +6,7 @@ v2 and under v3 with N dirty fds. Locks, copies, wake-ups and the scheduler are 
 measured table is kept in results/real/read. This question reads it, simulates the same cases, and compares throughput
 relative to that of one dirty stream. Where no table is found, it says so and has the simulated part alone.
 
-Firmware binds where a command has a rate, 100 MiB/s; copies bind where it takes no time. C2 is decided where firmware
+Firmware binds where a command has a rate, 50 MiB/s; copies bind where it takes no time. C2 is decided where firmware
 binds and each fd has a lock of its own, C3 with one engine, and with one lock over the command or over the copy.
 """
 

@@ -22,8 +22,8 @@ MEASURED = Path("results/real/read")
 STREAMS = (1, 2, 4, 8)
 ENGINES = (1, 2, 4, 8)
 READ_KIB = (64, 256, 1024, 4096)
-SAVE_MIB_PER_S = 100
-"""Of one engine, where firmware binds: so slow that a copy is little beside a command."""
+SAVE_MIB_PER_S = 50
+"""Of one engine, where firmware binds: so slow that a copy, and being woken late, are little beside a command."""
 FIRMWARE_MIB, COPIES_MIB = 64, 256
 """The state, where firmware binds and where copies do: at least two commands a stream, at least some 50 ms."""
 NO_FIRMWARE_MIB_PER_S = 1_000_000
