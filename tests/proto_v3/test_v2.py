@@ -461,18 +461,21 @@ async def test_an_idle_loop_counts_18_bytes_a_round_for_ram_and_for_each_device_
 
 @pytest.mark.rule("v2.vmm.19")
 @pytest.mark.parametrize(
-    ("frames_a_window", "order"),
-    [(None, "RRRDRRRR"), (3, "RRRRRRRD"), (4, "RRRDRRRR")],
-    ids=["no limit", "RAM fills it", "RAM leaves a frame"],
+    ("frames_a_window", "order", "windows"),
+    [(None, "RRRDRRRR", 0), (2, "RRRRRRRD", 3), (3, "RRRRRRRD", 2), (4, "RRRDRRRR", 1)],
+    ids=["no limit", "RAM stops before its time is over", "RAM fills it", "RAM leaves a frame"],
 )
 @virtual
-async def test_ram_that_fills_the_window_leaves_the_devices_no_turn(frames_a_window: int | None, order: str) -> None:
+async def test_ram_that_fills_the_window_leaves_the_devices_no_turn(
+    frames_a_window: int | None, order: str, windows: int
+) -> None:
     """A round has time for three frames of RAM; a window of 10 ms has room for some frames of 1000 bytes."""
     vmm = source({"unread": 10}, frames=7, downtime_limit_ns=0, bandwidth_window_ns=10 * MS)
     most = None if frames_a_window is None else frames_a_window * 1000 * 100.0
     vmm.settings = replace(vmm.settings, max_bandwidth_bytes_per_s=most)
     assert await vmm.migrate() is OutcomeKind.COMPLETED
     assert "".join(frame.kind.name[0] for frame in vmm.wire.sent if frame.kind in (Kind.RAM, Kind.DATA)) == order
+    assert vmm.timeline.marks[Mark.STOP_ORDERED] // (10 * MS) == windows
 
 
 @pytest.mark.rule("v2.vmm.19")
