@@ -198,8 +198,8 @@ def how_made(
         "host": {
             "cpus": os.cpu_count(),
             "cpu": cpu_model(),
-            "load_before": before,
-            "load_after": os.getloadavg(),
+            "load_before": [round(each, 1) for each in before],
+            "load_after": [round(each, 1) for each in os.getloadavg()],
         },
         "versions": manifest.versions(),
         "git_revision": manifest.git_revision(),

@@ -96,8 +96,10 @@ def _how_alike(both: pl.DataFrame) -> str:
     rows = both.filter(
         firmware_binds() & pl.col("off").is_not_null() & ((pl.col("kind") == "v2") | (pl.col("streams") > 1))
     )
+    if rows.is_empty():
+        return "No case where firmware binds was both measured and simulated."
     near = rows.filter(pl.col("off").abs() <= AIM).height
-    spread = f"{100 * number(rows['off'].min()):+.0f} to {100 * number(rows['off'].max()):+.0f} %" if near else "?"
+    spread = f"{100 * number(rows['off'].min()):+.0f} to {100 * number(rows['off'].max()):+.0f} %"
     return (
         f"Where firmware binds, read() in a real kernel scales with N as simulated: {near} of {rows.height} ratios to "
         f"one stream are within {100 * AIM:.0f} % ({spread})."
@@ -129,11 +131,12 @@ def _simulated_alone(simulated: pl.DataFrame) -> str:
 
 def _made(measurement: Measurement) -> str:
     made = measurement.manifest
-    guest, driver = made.get("guest", {}), made.get("driver", {})
+    guest, driver, load = made.get("guest", {}), made.get("driver", {}), made.get("host", {}).get("load_before", ["?"])
     rounds = measurement.runs["round"].n_unique()
     return (
         f"Measured with Linux {guest.get('release', '?')} ({guest.get('machine', '?')}, {guest.get('cpus', '?')} "
-        f"CPUs), driver {driver.get('name', '?')}, {rounds} rounds, {made.get('made', '?')}; kept in {grid.MEASURED}."
+        f"CPUs), driver {driver.get('name', '?')}, {rounds} rounds, {made.get('made', '?')}, the machine's load before "
+        f"{load[0]}; kept in {grid.MEASURED}."
     )
 
 
