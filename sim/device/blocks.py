@@ -251,7 +251,11 @@ class LoadBlocks(V3LoadedFd, WriteOnlyBlocksFd):
             raise session.refuse(errno.EPROTO, f"blocks: a {record.record_class.name} record does not belong there")
         if self._ended:
             raise session.refuse(errno.EPROTO, "blocks: a record came after the END")
+        if self.nonblocking and session.must_wait(record):
+            raise fails(errno.EAGAIN)
         self._ended = record.end
         session.hold(record.size_bytes)
-        await session.load(record)
-        session.hold(-record.size_bytes)
+        try:
+            await session.load(record)
+        finally:
+            session.hold(-record.size_bytes)

@@ -15,7 +15,7 @@ from proto_v3.vfio.uapi import State
 from sim.clock.port import sleep_ns
 from sim.device.record import RecordSlice
 from sim.device.record_format import MAX_EPOCHS_AHEAD
-from tests.build.hosts import ALL, BLOCK_BYTES, BLOCKS, MS, Hosts, fails_with, saved, session
+from tests.build.hosts import ALL, BLOCK_BYTES, BLOCKS, MS, Hosts, fails_with, read_all, saved, session
 from tests.build.scenario import virtual
 from tests.build.v3_hosts import altered, cut, opened_blocks, write
 
@@ -137,6 +137,28 @@ async def test_with_o_nonblock_a_read_of_blocks_does_not_wait_until_p2p_is_left(
     assert not waiting.done()
     await hosts.source.set_state(State.PRE_COPY)
     assert len(await waiting) > 16 * BLOCK_BYTES
+
+
+@pytest.mark.rule("v3.5.5")
+@virtual
+async def test_of_blocks_a_write_that_would_wait_or_is_interrupted_takes_nothing() -> None:
+    hosts = Hosts()
+    critical, fd = await opened_blocks(hosts.source, State.STOP_COPY)
+    to_critical, to = await opened_blocks(hosts.target, State.RESUMING)
+    records = [await fd.read_blocks(first, 16) for first in range(0, BLOCKS, 16)]
+    for record in records:
+        writing = asyncio.create_task(to.write(record, ALL))
+        await sleep_ns(1 * MS)
+        writing.cancel()
+        await asyncio.wait([writing])
+    to.nonblocking = True  # type: ignore[attr-defined]
+    await fails_with(errno.EAGAIN, to.write(records[0], ALL))
+    await write(to_critical, await read_all(critical))
+    for record in records:
+        await to.write(record, ALL)
+    await to.write(await fd.read(ALL), ALL)
+    await hosts.target.set_state(State.RUNNING)
+    assert not hosts.image.differences(hosts.state)
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------
