@@ -149,8 +149,8 @@ def answer(frame: pl.DataFrame) -> Answer:
     return Answer(
         f"At {at} critical data comes too late in this share of runs: {shares}{chance}.",
         "One device, whose vCPUs take one fixed time to stop and whose reconfigurations come at random: a guest that "
-        "reconfigures because it is being migrated, or never in its last seconds, has another chance; that QEMU 11.1 "
-        "looks at just this point is inferred (docs/model.md).",
+        "reconfigures because it is being migrated, or never in its last seconds, has another chance; QEMU 11.1.3 was "
+        "seen to look at just this point (docs/v2.md, v2.vmm.7).",
         [
             *_how_often(random),
             *_users(random),
