@@ -64,12 +64,18 @@ def entry(name: str, make: Callable[[Path], None], needed: Sequence[str]) -> Pat
     """The folder `name` of the cache. If it is not whole, `make` fills an empty folder, which then takes its place.
 
     `needed` are the files, by their paths in the folder, that is_whole() looks at later. One process at a time makes
-    an entry; others wait for it. If `make` fails, nothing is left behind.
+    an entry; others wait for it. If `make` fails, nothing is left behind. Raises UnavailableError if the cache cannot
+    be written.
     """
     path = folder() / name
     if is_whole(path):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"{path.parent} is read-only")
+    except OSError as error:
+        raise UnavailableError(f"the cache cannot be written: {error}") from None
     with locked(path.with_name(f".{path.name}.lock")):
         if not is_whole(path):
             for left in path.parent.glob(f".{glob.escape(path.name)}.new-*"):  # by a process that was killed

@@ -103,3 +103,9 @@ def test_a_file_with_two_names_takes_its_room_once(tmp_path: Path) -> None:
     before = cache.size_mib(tmp_path)
     (tmp_path / "two").hardlink_to(tmp_path / "one")
     assert cache.size_mib(tmp_path) == before >= 3
+
+
+def test_a_cache_that_cannot_be_written_is_told_in_one_line(own_cache: Path) -> None:
+    own_cache.write_text("a file")
+    with pytest.raises(cache.UnavailableError, match=r"^the cache cannot be written: .*kind"):
+        cache.entry("kind/name", make, ["file"])
