@@ -168,13 +168,13 @@ def test_tables_are_whole_where_there_is_no_terminal(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_set_changes_what_is_run_and_stands_in_the_manifest(tmp_path: Path) -> None:
     scenario = write_scenario(tmp_path)
-    changed = ["device.0.count=2", "driver.lock=device", 'device.0.features=["STOP_COPY", "PRE_COPY"]']
+    changed = ["device.0.count=2", "driver.lock=device", 'device.0.features=["STOP_COPY", "PRE_COPY", "P2P"]']
     settings = [word for setting in changed for word in ("--set", setting)]
     done = proto_v3(tmp_path, "compare", scenario, "--protocols", "v2", "--seeds", "1", *settings)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "out/small/manifest.json").read_text())
     (device,) = manifest["scenario"]["device"]
-    assert (device["count"], device["features"]) == (2, ["STOP_COPY", "PRE_COPY"])
+    assert (device["count"], device["features"]) == (2, ["STOP_COPY", "PRE_COPY", "P2P"])
     assert manifest["scenario"]["driver"]["lock"] == "device"
     assert manifest["scenario"]["sources"]["driver.lock"] == "yours: --set"
     assert shlex.split(manifest["command"])[-len(settings) :] == settings

@@ -594,6 +594,9 @@ def test_every_place_of_a_grid_can_be_run_and_is_there_once(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_protocols_are_compared_over_thirty_paired_seeds(name: str) -> None:
     experiment = find(name)
+    if name == "kernel_read":
+        assert experiment.repeats == 1, "nothing in its runs is drawn by chance"
+        return
     assert experiment.repeats >= 30
     fewer = [point for point in experiment.points(False) if point.repeats is not None]
     assert not fewer or name == "state_and_dirty_rate", "whether a run converges is all but settled by the rates there"

@@ -133,7 +133,7 @@ def test_poll_waits_for_data_and_can_be_cancelled(run: Callable[[Test], None]) -
             await out.read(1)
             assert await out.poll(0) == Ready.NOTHING
             await into.close()
-            assert await out.poll() == Ready.READABLE, "the end"
+            assert await out.poll() == Ready.OVER, "the end of a pipe"
 
     run(work)
 
@@ -155,13 +155,13 @@ def test_poll_finds_the_bytes_of_a_read_that_was_cancelled(run: Callable[[Test],
     run(work)
 
 
-def test_an_fd_without_poll_is_always_readable(run: Callable[[Test], None], tmp_path: Path) -> None:
+def test_an_fd_without_poll_is_always_ready(run: Callable[[Test], None], tmp_path: Path) -> None:
     async def work() -> None:
         file = tmp_path / "file"
         file.write_bytes(b"")
         fds = DataFds("source", ProcessTimeline(), 64)
         fd = RealFd(os.open(file, os.O_RDONLY), "mtty", fds)  # epoll: EPERM
-        assert await asyncio.wait_for(fd.poll(), 60) == Ready.READABLE
+        assert await asyncio.wait_for(fd.poll(), 60) == Ready.READABLE | Ready.WRITABLE
         await fds.close()
 
     run(work)
