@@ -249,6 +249,7 @@ async def meet(case: Case, pings: bool, limit_s: float, pool: Executor) -> tuple
                 served = after.report.kind is OutcomeKind.COMPLETED or target.done()
             assert (await target).report.whole or not in_handshake
             between.over.set()
+            between.reached.set()  # where it never was, the PINGs still wait for it
             await asyncio.gather(*between.carrying)
     return (source, await target) if reached else None
 
