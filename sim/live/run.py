@@ -84,6 +84,12 @@ class RunningSide:
             await asyncio.wait([self.device.ended], timeout=2 * HANGS * self._settings.silent_s)
         return [child.death for child in self.children if child.death]
 
+    async def answers(self) -> None:
+        """Wait until the VMM answers a ping, or is dead: killed as it hangs, perhaps."""
+        ping = self.vmm.lifeline.begin("ping")
+        limit_s = ENDS_AFTER * self._settings.silent_s
+        await asyncio.wait([ping, self.vmm.ended], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+
     async def end(self) -> None:
         """Let both end. If this is cancelled, they are killed."""
         try:
@@ -183,6 +189,8 @@ async def _both(source: RunningSide, target: RunningSide, notes: Notes, settings
         await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
         unconnected = tasks[source].done() and not notes.session  # the target waits for any source
         await asyncio.wait(tasks.values(), timeout=UNCONNECTED_S if unconnected else ENDS_AFTER * settings.silent_s)
+        if unconnected and not tasks[target].done():
+            await target.answers()  # or it hangs, and that is why no source came to it
         ends = {}
         for side, task in tasks.items():
             report = task.result() if task.done() else None

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,21 @@ def test_a_target_fails_that_the_source_has_more_for(protocol: str) -> None:
     outcome = asyncio.run(run()).outcome
     assert outcome.kind is OutcomeKind.FAILED
     assert outcome.reason.endswith("was killed by SIGKILL; the guest runs on at the source")
+
+
+def test_a_target_hangs_before_the_source_has_reached_it() -> None:
+    """The source gives up first: that the target hung is still told."""
+
+    async def hang(seen: Seen) -> None:
+        assert hit(seen.children["target VMM"], signal.SIGSTOP)
+
+    async def run() -> None:
+        result, seen = await live_run("v2", hang, settings=replace(SOON, handshake_s=0.5))
+        never_two(result, seen)
+        pid = seen.children["target VMM"].pid
+        said("target VMM", f"the target VMM (process {pid}) did not answer, and was killed", result)
+
+    asyncio.run(run())
 
 
 @pytest.mark.slow
