@@ -86,9 +86,9 @@ class RunningSide:
 
     async def answers(self) -> None:
         """Wait until the VMM answers a ping, or is dead: killed as it hangs, perhaps."""
-        ping = self.vmm.lifeline.begin("ping")
+        either: list[asyncio.Future[Any]] = [self.vmm.lifeline.begin("ping"), self.vmm.ended]
         limit_s = ENDS_AFTER * self._settings.silent_s
-        await asyncio.wait([ping, self.vmm.ended], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
 
     async def end(self) -> None:
         """Let both end. If this is cancelled, they are killed."""
