@@ -222,7 +222,7 @@ AT_ONCE = 6
 
 async def meet(case: Case, pings: bool, limit_s: float, pool: Executor) -> tuple[Ended, Ended] | None:
     """How source and target ended, after the next source at the same listener was served. None if the step was never
-    reached: this machine is too slow for the limit."""
+    reached, or the migration was given up before: this machine is too slow for the limit."""
     silent_s = 2 * limit_s if pings else limit_s / 2
     short = Settings(handshake_s=limit_s, after_stop_s=limit_s, silent_s=silent_s, loop="asyncio")
     in_handshake = case.step in HANDSHAKE
@@ -251,7 +251,8 @@ async def meet(case: Case, pings: bool, limit_s: float, pool: Executor) -> tuple
             between.over.set()
             between.reached.set()  # where it never was, the PINGs still wait for it
             await asyncio.gather(*between.carrying)
-    return (source, await target) if reached else None
+    in_time = case.guest != "target" or (await target).report.guest_runs
+    return (source, await target) if reached and in_time else None
 
 
 async def table(cases: Sequence[Case], pings: bool) -> list[tuple[Ended, Ended]]:
