@@ -18,6 +18,7 @@ from experiments import INTERRUPTED, __version__, streams
 from experiments.commands import complete
 from experiments.commands.options import (
     OLD_NAMES,
+    by_option,
     first_seed_option,
     force_option,
     format_option,
@@ -352,12 +353,7 @@ def live_target(listen: str, once: bool, max_state_mib: int, **options: Any) -> 
     shell_complete=complete.scenarios,
     help="Its VMM, RAM and link are taken, in place of defaults.",
 )
-@click.option(
-    "--by",
-    type=click.Choice(["cdev", "group"]),
-    help="Open devices by /dev/vfio/devices/vfioN and iommufd, or by group and container.  [default: cdev if there "
-    "is one]",
-)
+@by_option
 @out_option("Table, figure and manifest go there.  [default: out/real-DEVICE]")
 @force_option
 @format_option
@@ -496,12 +492,7 @@ def scenarios(name: str | None, settings: tuple[str, ...]) -> None:
     shell_complete=complete.devices,
     help="Also measure how a state is loaded, into this device, which may be the same one.  [default: no load]",
 )
-@click.option(
-    "--by",
-    type=click.Choice(["cdev", "group"]),
-    help="Open devices by /dev/vfio/devices/vfioN and iommufd, or by group and container.  [default: cdev if there "
-    "is one]",
-)
+@by_option
 @click.option("--read-kib", default="64,1024,16384", show_default=True, metavar="SIZES", help="Of read(), in KiB.")
 @click.option("--repeats", type=click.IntRange(1, 1000), default=3, show_default=True, help="Of all that is timed.")
 @click.option(

@@ -79,6 +79,14 @@ def seeds_option(default: int, what: str, most: int = 10_000) -> Callable[[F], F
     return click.option("--seeds", type=click.IntRange(1, most), default=default, show_default=True, help=what)
 
 
+by_option = click.option(
+    "--by",
+    type=click.Choice(["cdev", "group"]),
+    help="Open devices by /dev/vfio/devices/vfioN and iommufd, or by group and container.  [default: cdev if there "
+    "is one]",
+)
+
+
 def out_option(what: str) -> Callable[[F], F]:
     """The folder of the results."""
     return click.option("--out", metavar="FOLDER", shell_complete=complete.folders, help=what)
