@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import math
+import operator
 from typing import Any, NamedTuple
 
 from proto_v3.timeline import Resource, Timeline
@@ -54,49 +55,73 @@ class _Command(NamedTuple):
     task: asyncio.Task[Any] | None
 
 
+class _Commands:
+    """Commands in progress that are all served alike."""
+
+    __slots__ = ("count", "heap", "served_ns", "speed")
+
+    def __init__(self) -> None:
+        # The service, in nanoseconds of full speed, of a command that has been there from the start. All of them are
+        # served alike, so each ends when this has grown by its own service time.
+        self.served_ns = 0.0
+        self.speed = 1.0
+        self.count = 0
+        self.heap: list[tuple[float, int, _Command]] = []  # served_ns at its end, number
+
+
 class CommandSlots:
     """The firmware's command slots: commands in progress share the engines, none waits for another to end.
 
     Each command runs at full speed while there are no more commands than engines; with more, all slow down alike
     (processor sharing). `engines` may be a fraction: the total speed of all commands, in units of one command's speed.
+    The commands of one VF have a total speed of `of_a_vf` at most; what they leave, the others share.
 
     Why sharing: four loads handed to one PF at once took twice as long as one alone, all four of them (Maciej
     Szmigiero, 6240036b-f8b8-4592-8f80-21ee6d3eaa1e@maciej.szmigiero.name); in order of arrival the first two would have
     been quick. A command runs to its end even if its caller is cancelled: the firmware does not know of that.
     """
 
-    def __init__(self, engines: float) -> None:
+    def __init__(self, engines: float, of_a_vf: float = math.inf) -> None:
         self._engines = engines
-        # The service, in nanoseconds of full speed, of a command that has been there from the start. All commands in
-        # progress are served alike, so each ends when this has grown by its own service time.
-        self._served_ns = 0.0
+        self._of_a_vf = of_a_vf if of_a_vf < engines else math.inf
+        self._commands: dict[int, _Commands] = {}
+        """By VF; all of them together if a VF cannot have less than the others."""
         self._settled_ns = 0
-        self._commands: list[tuple[float, int, _Command]] = []  # a heap: served_ns at its end, number
         self._number = 0
         self._timer: clock.Timer | None = None
 
-    async def run(self, service_ns: int) -> None:
-        """Run a command that takes `service_ns` at full speed.
+    async def run(self, service_ns: int, vf: int = 0) -> None:
+        """Run a command of a VF that takes `service_ns` at full speed.
 
         If a real timer woke the caller late, the command is credited with the time that it missed.
         """
         time = clock.current()
         self._settle(time._now_ns)
+        if self._of_a_vf == math.inf:
+            vf = 0
+        commands = self._commands.get(vf)
+        if commands is None:
+            commands = self._commands[vf] = _Commands()
         command = _Command(asyncio.get_running_loop().create_future(), asyncio.current_task())
         self._number += 1
-        head_start_ns = time._take_late_ns() * self._speed(len(self._commands) + 1)
-        heapq.heappush(self._commands, (self._served_ns + service_ns - head_start_ns, self._number, command))
+        commands.count += 1
+        self._share()
+        head_start_ns = time._take_late_ns() * commands.speed
+        heapq.heappush(commands.heap, (commands.served_ns + service_ns - head_start_ns, self._number, command))
         self._set_timer(time)
         await command.done
 
-    def _speed(self, commands: int) -> float:
-        return min(1.0, self._engines / commands)
+    def _share(self) -> None:
+        """Set the speeds: the same for all commands, at most 1; less for those of a VF with more than it may have."""
+        engines, count = self._engines, sum(map(_count, self._commands.values()))
+        for commands in sorted(self._commands.values(), key=_count, reverse=True):  # the VF with most is the first
+            commands.speed = min(1.0, engines / count, self._of_a_vf / commands.count)
+            engines -= commands.speed * commands.count
+            count -= commands.count
 
     def _settle(self, now: int) -> None:
-        if self._commands:
-            self._served_ns += (now - self._settled_ns) * self._speed(len(self._commands))
-        else:
-            self._served_ns = 0.0  # no command compares with older values: start anew, and keep the numbers small
+        for commands in self._commands.values():
+            commands.served_ns += (now - self._settled_ns) * commands.speed
         self._settled_ns = now
 
     def _set_timer(self, time: clock.Time) -> None:
@@ -104,19 +129,28 @@ class CommandSlots:
             self._timer.cancel()
         self._timer = None
         if self._commands:
-            speed = self._speed(len(self._commands))
-            left_ns = math.ceil((self._commands[0][0] - self._served_ns) / speed - ROUNDING_NS)
+            left_ns = min(
+                math.ceil((commands.heap[0][0] - commands.served_ns) / commands.speed - ROUNDING_NS)
+                for commands in self._commands.values()
+            )
             self._timer = time.call_at_ns(self._settled_ns + max(0, left_ns), self._end, time)
 
     def _end(self, time: clock.Time) -> None:
         self._settle(time._now_ns)
-        speed = self._speed(len(self._commands))
-        while self._commands and self._commands[0][0] <= self._served_ns + ROUNDING_NS:
-            ends_ns, _, command = heapq.heappop(self._commands)
-            if not command.done.done():
-                time._was_late(command.task, max(0, round((self._served_ns - ends_ns) / speed)))
-                command.done.set_result(None)
+        for vf, commands in list(self._commands.items()):
+            while commands.heap and commands.heap[0][0] <= commands.served_ns + ROUNDING_NS:
+                ends_ns, _, command = heapq.heappop(commands.heap)
+                commands.count -= 1
+                if not command.done.done():
+                    time._was_late(command.task, max(0, round((commands.served_ns - ends_ns) / commands.speed)))
+                    command.done.set_result(None)
+            if not commands.heap:
+                del self._commands[vf]
+        self._share()
         self._set_timer(time)
+
+
+_count = operator.attrgetter("count")
 
 
 class Memory:

@@ -10,7 +10,7 @@ import enum
 from typing import NamedTuple
 
 from proto_v3.vfio.uapi import State
-from sim.scenario.device import Device
+from sim.scenario.times import DeviceTimes
 
 
 class Cost(enum.Flag):
@@ -20,18 +20,18 @@ class Cost(enum.Flag):
     SAVES = enum.auto()
     """The SAVEs in flight: the device is suspended only after them."""
     SUSPEND = enum.auto()
-    """`suspend_ms`: it starts no DMA any more."""
+    """`suspend_ms`, and what grows with the VFs and the vectors: it starts no DMA any more."""
     QUIESCE = enum.auto()
-    """`quiesce_ms`: it answers no DMA of other devices any more."""
+    """`quiesce_ms`, grown alike: it answers no DMA of other devices any more."""
     RESUME = enum.auto()
     """`resume_ms`."""
 
-    def time_ns(self, device: Device) -> int:
-        """The fixed time on this device; waiting for SAVEs comes on top."""
+    def time_ns(self, times: DeviceTimes) -> int:
+        """The fixed time on a device with these; waiting for SAVEs comes on top."""
         times_ns = {
-            Cost.SUSPEND: device.suspend_ns,
-            Cost.QUIESCE: device.quiesce_ns,
-            Cost.RESUME: device.resume_ns,
+            Cost.SUSPEND: times.suspend_ns,
+            Cost.QUIESCE: times.quiesce_ns,
+            Cost.RESUME: times.resume_ns,
         }
         return sum(time_ns for cost, time_ns in times_ns.items() if cost in self)
 

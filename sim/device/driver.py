@@ -169,7 +169,7 @@ class SimDriver(MigrationDevice):
         if Cost.SAVES in cost:
             for stream in self._saved_streams:
                 await stream.settle()
-        if cost_ns := cost.time_ns(self.spec):
+        if cost_ns := cost.time_ns(self._context.times):
             start = now_ns()
             await sleep_ns(cost_ns)
             self._context.timeline.work(Resource.FIXED, f"{self._state.name} to {hop.name}", start)

@@ -27,32 +27,50 @@ def service_factors(cv: float, rng: np.random.Generator) -> NDArray[np.float64]:
 
 
 class FirmwareModel:
-    """One PF's firmware at one host."""
+    """One PF's firmware at one host. Its VFs run their commands by VfFirmware.
+
+    A host is the source or the target of its guests here, so SAVEs and LOADs are not at work at the same time, and each
+    kind has slots of its own.
+    """
 
     def __init__(self, settings: Firmware, rng: np.random.Generator, timeline: Timeline) -> None:
-        self._settings = settings
-        self._slots = CommandSlots(settings.engines)
+        self.settings = settings
+        self.saves = CommandSlots(settings.engines_for_saves, settings.engines_of_a_vf)
+        self.loads = CommandSlots(settings.engines_for_loads, settings.engines_of_a_vf)
         self._factors = service_factors(settings.service_cv, rng)
         self._commands = 0
         self._timeline = timeline
 
-    async def save(self, size_bytes: int) -> None:
-        """Run a SAVE command; it takes longer while others of the PF run."""
-        settings = self._settings
-        await self._run(Resource.FIRMWARE, "SAVE", settings.save_command_ns, size_bytes, settings.save_bytes_per_s)
-
-    async def load(self, size_bytes: int) -> None:
-        """Run a LOAD command."""
-        settings = self._settings
-        await self._run(Resource.LOAD, "LOAD", settings.load_command_ns, size_bytes, settings.load_bytes_per_s)
-
-    async def finish_load(self) -> None:
-        """Run the command that ends a device's load, after its last record."""
-        await self._run(Resource.LOAD, "LOAD finish", self._settings.load_finish_ns, 0, 1)
-
-    async def _run(self, resource: Resource, what: str, fixed_ns: int, size_bytes: int, bytes_per_s: float) -> None:
+    async def run(self, slots: CommandSlots, resource: Resource, what: str, mean_ns: int, vf: int) -> None:
+        """Run a command of a VF that takes `mean_ns` in the mean, at full speed."""
         factor = float(self._factors[self._commands % FACTORS])
         self._commands += 1
         start = now_ns()
-        await self._slots.run(round((fixed_ns + duration_ns(size_bytes, bytes_per_s)) * factor))
+        await slots.run(round(mean_ns * factor), vf)
         self._timeline.work(resource, what, start)
+
+
+class VfFirmware:
+    """A PF's firmware as one of its VFs uses it."""
+
+    def __init__(self, pf: FirmwareModel, vf: int, load_finish_ns: int) -> None:
+        """`vf` tells it from the others of the PF. `load_finish_ns`: of this VF."""
+        self._pf = pf
+        self._vf = vf
+        self._load_finish_ns = load_finish_ns
+
+    async def save(self, size_bytes: int) -> None:
+        """Run a SAVE command; it takes longer while others of the PF run."""
+        pf, settings = self._pf, self._pf.settings
+        mean_ns = settings.save_command_ns + duration_ns(size_bytes, settings.save_bytes_per_s)
+        await pf.run(pf.saves, Resource.FIRMWARE, "SAVE", mean_ns, self._vf)
+
+    async def load(self, size_bytes: int) -> None:
+        """Run a LOAD command."""
+        pf, settings = self._pf, self._pf.settings
+        mean_ns = settings.load_command_ns + duration_ns(size_bytes, settings.load_bytes_per_s)
+        await pf.run(pf.loads, Resource.LOAD, "LOAD", mean_ns, self._vf)
+
+    async def finish_load(self) -> None:
+        """Run the command that ends the device's load, after its last record."""
+        await self._pf.run(self._pf.loads, Resource.LOAD, "LOAD finish", self._load_finish_ns, self._vf)

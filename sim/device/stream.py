@@ -19,11 +19,12 @@ from proto_v3.vfio.device import BlocksFd, DataFd, DirtyBlocks, Ready
 from proto_v3.vfio.uapi import PrecopyInfo, State, StreamFlags, StreamInfo
 from proto_v3.wire.frames import Payload
 from sim.clock.port import now_ns
-from sim.device.firmware import FirmwareModel
+from sim.device.firmware import VfFirmware
 from sim.report import Counters, DriverMessage
 from sim.resource import Lock, spend
 from sim.scenario.device import Fault
 from sim.scenario.tables import Driver
+from sim.scenario.times import DeviceTimes
 
 DriverLock = AbstractAsyncContextManager[None]
 
@@ -42,11 +43,12 @@ def fails(code: int) -> OSError:
 
 @dataclass(frozen=True, slots=True)
 class DriverContext:
-    """What every stream of a device uses."""
+    """What a device's driver and all of its streams use."""
 
-    firmware: FirmwareModel
+    firmware: VfFirmware
     memory: CopyModel
     timeline: Timeline
+    times: DeviceTimes
     call_ns: int
     new_lock: Callable[[Timeline], DriverLock] = Lock
     """Makes a mutex of the driver."""

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from proto_v3.timeline import Timeline
 from sim.device.driver import SimDriver
-from sim.device.firmware import FirmwareModel
+from sim.device.firmware import FirmwareModel, VfFirmware
 from sim.device.guest import make_activity
 from sim.device.state import DeviceState, Image
 from sim.device.stream import CopyModel, DriverContext, DriverLock
@@ -18,6 +18,7 @@ from sim.host.vmms import target_device
 from sim.report import Counters, DeviceReport
 from sim.resource import Lock, Memory
 from sim.scenario.scenario import Scenario
+from sim.scenario.times import DeviceTimes, device_times
 
 
 class HostResources:
@@ -30,14 +31,20 @@ class HostResources:
             pf: FirmwareModel(scenario.firmware, np.random.default_rng(child), timeline)
             for pf, child in zip(pfs, seed.spawn(len(pfs)), strict=True)
         }
+        self._devices = list(zip(scenario.devices, device_times(scenario), strict=True))
         host = scenario.host
         self._memory: CopyModel = Memory(host.copy_bytes_per_s, host.memory_bytes_per_s, timeline)
         self._call_ns = scenario.driver.call_ns
         self.global_lock: DriverLock = Lock(timeline)
 
-    def context(self, pf: int) -> DriverContext:
-        """The context of the drivers of a PF's devices."""
-        return DriverContext(self._firmware[pf], self._memory, self.timeline, self._call_ns)
+    def context(self, device: int) -> DriverContext:
+        """The context of a device's driver. `device`: its index among the scenario's devices."""
+        return DriverContext(*self._of_device(device), call_ns=self._call_ns)
+
+    def _of_device(self, device: int) -> tuple[VfFirmware, CopyModel, Timeline, DeviceTimes]:
+        spec, times = self._devices[device]
+        firmware = VfFirmware(self._firmware[spec.pf], device, times.load_finish_ns)
+        return firmware, self._memory, self.timeline, times
 
 
 class LiveHost(HostResources):
@@ -56,9 +63,9 @@ class LiveHost(HostResources):
         self.global_lock = new_lock(timeline)
 
     @override
-    def context(self, pf: int) -> DriverContext:
-        firmware = self._firmware[pf]
-        return DriverContext(firmware, self._memory, self.timeline, 0, self._new_lock, locks_in_read=False, tables=True)
+    def context(self, device: int) -> DriverContext:
+        shared = self._of_device(device)
+        return DriverContext(*shared, call_ns=0, new_lock=self._new_lock, locks_in_read=False, tables=True)
 
 
 class _Elsewhere(CopyModel):
@@ -79,20 +86,19 @@ def devices_at_source(
 ) -> list[tuple[SimDriver, DeviceState]]:
     """The devices that the guest uses, each with its state."""
     devices = []
-    for spec, child in zip(scenario.devices, guest_seed.spawn(len(scenario.devices)), strict=True):
+    for at, (spec, child) in enumerate(zip(scenario.devices, guest_seed.spawn(len(scenario.devices)), strict=True)):
         state = DeviceState(spec, make_activity(spec, scenario.horizon_ns, np.random.default_rng(child)))
-        context = host.context(spec.pf)
-        devices.append((SimDriver(spec, scenario.driver, context, host.global_lock, state=state), state))
+        devices.append((SimDriver(spec, scenario.driver, host.context(at), host.global_lock, state=state), state))
     return devices
 
 
 def devices_at_target(scenario: Scenario, host: HostResources) -> list[tuple[SimDriver, Image]]:
     """The devices that are loaded, each with the image of what is loaded."""
     devices = []
-    for spec in scenario.devices:
+    for at, spec in enumerate(scenario.devices):
         image = Image(spec)
         there = target_device(scenario, spec)
-        devices.append((SimDriver(there, scenario.driver, host.context(spec.pf), host.global_lock, image=image), image))
+        devices.append((SimDriver(there, scenario.driver, host.context(at), host.global_lock, image=image), image))
     return devices
 
 

@@ -24,6 +24,7 @@ from sim.device.state import DeviceState
 from sim.resource import duration_ns, spend
 from sim.scenario.scenario import Scenario
 from sim.scenario.tables import Ram
+from sim.scenario.times import device_times
 from sim.scenario.units import GIB, MIB, NS_PER_S, PAGE_BYTES
 
 ZERO_PAGE_BYTES = 9
@@ -158,7 +159,7 @@ class MachineModel:
         self.running = running
         self.ram: HostRam = RamModel(scenario.ram, timeline) if ram is None else ram
         self._vmm = scenario.vmm
-        self._config_load_ns = [device.config_load_ns for device in scenario.devices]
+        self._config_load_ns = [times.config_load_ns for times in device_times(scenario)]
         self._guest = guest
         self._config_lock = asyncio.Lock()
         self._timeline = timeline

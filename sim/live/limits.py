@@ -12,6 +12,7 @@ from proto_v3.errors import UserError
 from sim.clock import port as clock
 from sim.live.real_time import RealTime
 from sim.scenario.scenario import Scenario
+from sim.scenario.times import device_times
 from sim.scenario.units import NS_PER_S
 
 TRIES = 50
@@ -53,10 +54,11 @@ def measured_lateness_ns() -> int:
 def delays_ns(scenario: Scenario) -> dict[str, float]:
     """The delays of a live run in nanoseconds, by the key of the scenario; without those that are 0."""
     vmm, firmware, ram = scenario.vmm, scenario.firmware, scenario.ram
+    of_devices = device_times(scenario)
     asked = {
         "firmware.save_command_us": firmware.save_command_ns,
         "firmware.load_command_us": firmware.load_command_ns,
-        "firmware.load_finish_ms": firmware.load_finish_ns,
+        "firmware.load_finish_ms": min(times.load_finish_ns for times in of_devices),
         "ram.sync_ms": ram.sync_ns,
         "ram.final_sync_ms": ram.final_sync_ns,
         "ram.final_scan_ms": ram.final_scan_ns,
@@ -68,12 +70,14 @@ def delays_ns(scenario: Scenario) -> dict[str, float]:
     }
     if vmm.device_buffer_bytes_per_s is not None:
         asked["vmm.device_buffer_gib_per_s"] = vmm.read_bytes / vmm.device_buffer_bytes_per_s * NS_PER_S
+    first = 0
     for at, device in enumerate(scenario.device):
-        key = f"device.{at}"
-        asked[f"{key}.suspend_ms"] = device.suspend_ns
-        asked[f"{key}.quiesce_ms"] = device.quiesce_ns
-        asked[f"{key}.resume_ms"] = device.resume_ns
-        asked[f"{key}.config_load_ms"] = device.config_load_ns
+        key, times = f"device.{at}", of_devices[first]
+        first += device.count
+        asked[f"{key}.suspend_ms"] = times.suspend_ns
+        asked[f"{key}.quiesce_ms"] = times.quiesce_ns
+        asked[f"{key}.resume_ms"] = times.resume_ns
+        asked[f"{key}.config_load_ms"] = times.config_load_ns
         asked[f"{key}.critical.setup_us"] = device.critical.setup_ns
     return {key: value for key, value in asked.items() if value > 0}
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from proto_v3.errors import UserError
 from sim.scenario.device import Device
 from sim.scenario.scenario import Scenario
+from sim.scenario.tables import Firmware
+from sim.scenario.times import DeviceTimes, device_times
 from sim.scenario.units import KIB, NS_PER_US
 
 Parameters = dict[str, int | str]
@@ -27,6 +29,7 @@ def module_parameters(scenario: Scenario) -> Parameters:
     if problems := list(_problems(scenario)):
         raise UserError(f"{scenario.name}: the sample driver cannot be so: {'; '.join(problems)}")
     device, firmware, driver = scenario.device[0], scenario.firmware, scenario.driver
+    times = device_times(scenario)[0]
     return {
         "size_kib": device.blocks * device.block_kib,
         "block_kib": device.block_kib,
@@ -38,11 +41,11 @@ def module_parameters(scenario: Scenario) -> Parameters:
         "p2p": int("P2P" in device.features),
         "lock": "fd" if driver.lock in ("none", "per_fd") else driver.lock,
         "lock_over": driver.lock_over,
-        "engines": int(firmware.engines),
+        "engines": int(_engines(firmware)[0]),
         "save_mib_s": round(firmware.save_mib_per_s),
         "load_mib_s": round(firmware.load_mib_per_s),
         "command_us": round(firmware.save_command_us),
-        "load_finish_us": _us(firmware.load_finish_ns),
+        "load_finish_us": _us(times.load_finish_ns),
         "chunk_kib": driver.chunk_mib * 1024,
         "chunks": driver.chunks,
         "epochs": driver.epochs,
@@ -50,17 +53,23 @@ def module_parameters(scenario: Scenario) -> Parameters:
         "data_size": {"left": 1, "full": 2}[driver.stop_copy_size],
         "info_v2": int(driver.reinit != "none"),
         "zero_end": int(driver.precopy_end == "0"),
-        **_arcs(device),
+        **_arcs(times),
     }
 
 
-def _arcs(device: Device) -> Parameters:
+def _engines(firmware: Firmware) -> tuple[float, float]:
+    """SAVEs and LOADs of the one device that run at full speed at once."""
+    of_a_vf = firmware.engines_of_a_vf
+    return min(firmware.engines_for_saves, of_a_vf), min(firmware.engines_for_loads, of_a_vf)
+
+
+def _arcs(times: DeviceTimes) -> Parameters:
     """The times of arcs. The driver's quiesce_us is of an arc into a P2P state, which sim.device.arcs calls suspend."""
     return {
-        "quiesce_us": _us(device.suspend_ns),
-        "suspend_us": _us(device.quiesce_ns),
-        "stop_us": _us(device.quiesce_ns),
-        "resume_us": _us(device.resume_ns),
+        "quiesce_us": _us(times.suspend_ns),
+        "suspend_us": _us(times.quiesce_ns),
+        "stop_us": _us(times.quiesce_ns),
+        "resume_us": _us(times.resume_ns),
         "run_us": 0,
     }
 
@@ -82,8 +91,11 @@ def _problems(scenario: Scenario) -> Iterator[str]:
         yield "driver.reinit = invalidate: it has flush and none"
     if firmware.service_cv:
         yield f"firmware.service_cv = {firmware.service_cv:g}: its commands do not vary; 0"
-    if firmware.engines != int(firmware.engines):
-        yield f"firmware.engines = {firmware.engines:g}: it has whole ones"
+    saves, loads = _engines(firmware)
+    if saves != int(saves):
+        yield f"firmware.engines = {saves:g}: it has whole ones"
+    if saves != loads:
+        yield f"firmware.load_engines: it has as many for LOADs as for SAVEs, of which {saves:g} run at once"
     if firmware.save_command_us != firmware.load_command_us:
         yield "firmware.load_command_us: it has one time for both, save_command_us"
     for device in scenario.device:

@@ -14,6 +14,8 @@ from sim.scenario.units import KIB, MIB, Fraction, NonNegative, Rate, Table, Who
 MAX_BLOCKS = 1 << 24
 MAX_WRITES = 1 << 26
 """Blocks and writes are NumPy arrays; more than these would not fit the memory that a run is meant to take."""
+MAX_VECTORS = 2048
+"""What MSI-X has at the most (PCI)."""
 MAX_FAULTS = 256
 MAX_TIMES = 100_000
 """Entries of `faults`, and of each list of times, of one device."""
@@ -136,6 +138,9 @@ class Device(Table):
     """Of it, what can be saved only when the device is stopped."""
     block_kib: Annotated[int, Field(ge=1, le=1 << 20)]
     """The grain in which state is dirtied and sent."""
+    vectors: Annotated[int, Field(ge=0, le=MAX_VECTORS)] = 0
+    """Its size, as the number of its interrupt vectors, of which it has one a queue pair and a few more: with it grow
+    the costs whose keys end with per_vector. 0: not known, and nothing grows."""
     suspend_ms: NonNegative
     """Until it starts no DMA any more."""
     quiesce_ms: NonNegative

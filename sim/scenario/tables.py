@@ -69,11 +69,21 @@ class Ram(Table):
         return self
 
 
+Engines = Annotated[float, Field(ge=1, le=256)]
+
+
 class Firmware(Table):
     """A PF's firmware: shared by its VFs. The same at the source and at the target."""
 
-    engines: Annotated[float, Field(ge=1, le=256)]
-    """Commands that run at full speed at once; more of them share the speed."""
+    engines: Engines
+    """Commands that run at full speed at once; more of them share the speed. It is what the next three keys are where
+    they are left out."""
+    save_engines: Engines | None = None
+    """The same for the SAVEs of all VFs of the PF, at the source."""
+    load_engines: Engines | None = None
+    """The same for the LOADs of all VFs of the PF, at the target."""
+    vf_engines: Engines | None = None
+    """The same for the commands of one VF: what several streams of a device can gain."""
     save_mib_per_s: Positive
     """Of one SAVE command."""
     save_command_us: NonNegative
@@ -86,12 +96,41 @@ class Firmware(Table):
     """The command that ends a device's load."""
     service_cv: Annotated[float, Field(ge=0, le=2)]
     """How much the times of commands vary: standard deviation over mean."""
+    state_command_ms_per_vf: NonNegative = 0.0
+    """What each suspend and each quiesce of a device takes more for each VF of its PF that migrates, its own included.
+    Not a resume: no source says that it grows."""
+    state_command_us_per_vector: NonNegative = 0.0
+    """What each suspend and each quiesce takes more for each vector of the device."""
+    state_command_us_per_pf_vector: NonNegative = 0.0
+    """What each suspend and each quiesce takes more for each vector of all VFs of its PF that migrate: the growth of
+    `state_command_ms_per_vf`, by the size of the VFs."""
+    load_finish_us_per_vector: NonNegative = 0.0
+    """What the end of a device's load takes more for each of its vectors."""
 
     save_bytes_per_s = Rate("save_mib_per_s")
     save_command_ns = Whole("save_command_us")
     load_bytes_per_s = Rate("load_mib_per_s")
     load_command_ns = Whole("load_command_us")
     load_finish_ns = Whole("load_finish_ms")
+    state_command_ns_per_vf = Whole("state_command_ms_per_vf")
+    state_command_ns_per_vector = Whole("state_command_us_per_vector")
+    state_command_ns_per_pf_vector = Whole("state_command_us_per_pf_vector")
+    load_finish_ns_per_vector = Whole("load_finish_us_per_vector")
+
+    @property
+    def engines_for_saves(self) -> float:
+        """SAVEs of a PF that run at full speed at once."""
+        return self.engines if self.save_engines is None else self.save_engines
+
+    @property
+    def engines_for_loads(self) -> float:
+        """LOADs of a PF that run at full speed at once."""
+        return self.engines if self.load_engines is None else self.load_engines
+
+    @property
+    def engines_of_a_vf(self) -> float:
+        """Commands of one VF that run at full speed at once."""
+        return self.engines if self.vf_engines is None else self.vf_engines
 
     @model_validator(mode="after")
     def _varies_or_not(self) -> Self:
@@ -224,6 +263,8 @@ class Vmm(Table):
     """When the user cancels the migration, if the guest is not stopped yet."""
     other_load_ms: NonNegative = 0.0
     """The state of all other devices, loaded before the VFIO devices' config."""
+    config_load_us_per_vector: NonNegative = 0.0
+    """What the load of a VFIO device's config takes more for each of its vectors."""
     device_buffer_gib_per_s: Positive | None = None
     """What one thread of QEMU moves of device data through the main channel's buffers of 32 KiB; without it, that is
     free. Multifd and v3 send from where read() put the data."""
@@ -265,6 +306,7 @@ class Vmm(Table):
     ram_budget_ns = Whole("ram_budget_ms")
     give_up_ns = Whole("give_up_s")
     other_load_ns = Whole("other_load_ms")
+    config_load_ns_per_vector = Whole("config_load_us_per_vector")
 
     @property
     def device_buffer_bytes_per_s(self) -> float | None:

@@ -90,10 +90,11 @@ class LowerBound:
     # --- firmware -----------------------------------------------------------------------------------------------------
 
     def save_slots_ns(self) -> float:
-        """Lemma 1: the SAVEs of a PF's devices share the command slots of its firmware."""
-        slots = self._scenario.firmware.engines
-        save_ns = self._costs.save_ns
-        return self._per_pf_ns(lambda job: (job.saved_from_ns, self._tail_ns(job), save_ns(job.whole) / slots))
+        """Lemma 1: the SAVEs of a PF's devices share the command slots of its firmware, and those of one device its."""
+        firmware, save_ns = self._scenario.firmware, self._costs.save_ns
+        return self._slots_ns(
+            lambda job: (job.saved_from_ns, self._tail_ns(job), save_ns(job.whole)), firmware.engines_for_saves
+        )
 
     def save_chain_ns(self) -> float:
         """Lemma 2: the SAVEs of one stream come one after the other."""
@@ -145,28 +146,29 @@ class LowerBound:
 
     def writers_ns(self) -> float:
         """Lemma 9: a target thread does its write() calls one after the other: copy, LOAD, set-up, end of the load."""
-        finish_ns, threads = self._costs.finish_ns, self._load_threads()
+        threads = self._load_threads()
         of_thread = [
-            queue_ns((*self._load_release_tail_ns(job), self._write_and_load_ns(job) + finish_ns) for job in jobs)
+            queue_ns((*self._load_release_tail_ns(job), self._written_ns(job)) for job in jobs)
             for jobs in self._threads()
         ]
-        shared = (
-            (*self._load_release_tail_ns(job), (self._write_and_load_ns(job) + finish_ns) / threads)
-            for job in self._jobs
-        )
+        shared = ((*self._load_release_tail_ns(job), self._written_ns(job) / threads) for job in self._jobs)
         return max(*of_thread, queue_ns(shared) if threads < math.inf else 0.0)
 
     def load_slots_ns(self) -> float:
         """Lemma 10: LOADs of a PF's devices, and the ends of their loads, share the command slots of its firmware."""
-        slots = min(self._scenario.firmware.engines, self._load_threads())
-        load_ns, finish_ns = self._costs.load_ns, self._costs.finish_ns
-        return self._per_pf_ns(lambda job: (*self._load_release_tail_ns(job), (load_ns(job.whole) + finish_ns) / slots))
+        load_ns = self._costs.load_ns
+        return self._slots_ns(
+            lambda job: (*self._load_release_tail_ns(job), load_ns(job.whole) + job.times.load_finish_ns),
+            min(self._scenario.firmware.engines_for_loads, self._load_threads()),
+        )
 
     def load_finish_ns(self) -> float:
         """Lemma 11: the ends of the loads share the slots, too, and each starts after its device's last record."""
-        slots = min(self._scenario.firmware.engines, self._load_threads())
-        after_ns, finish_ns = self._costs.after_load_ns, self._costs.finish_ns
-        return self._per_pf_ns(lambda job: (self._loaded_alone_ns(job), after_ns(job.device), finish_ns / slots))
+        slots = min(self._scenario.firmware.engines_for_loads, self._load_threads())
+        after_ns = self._costs.after_load_ns
+        return self._per_pf_ns(
+            lambda job: (self._loaded_alone_ns(job), after_ns(job), job.times.load_finish_ns / slots)
+        )
 
     # --- the rest -----------------------------------------------------------------------------------------------------
 
@@ -178,11 +180,11 @@ class LowerBound:
     def config_ns(self) -> float:
         """Lemma 13: configs are loaded one at a time, each after its device; that of other devices after RAM."""
         costs, jobs = self._costs, self._jobs
-        loaded_ns = [self._loaded_alone_ns(job) + costs.finish_ns for job in jobs]
+        loaded_ns = [self._loaded_alone_ns(job) + job.times.load_finish_ns for job in jobs]
         if self._route.single:
-            return max(at + costs.after_load_ns(job.device) for at, job in zip(loaded_ns, jobs, strict=True))
+            return max(at + costs.after_load_ns(job) for at, job in zip(loaded_ns, jobs, strict=True))
         resume_ns = costs.resume_ns()
-        configs = [(at, resume_ns, j.device.config_load_ns) for at, j in zip(loaded_ns, jobs, strict=True)]
+        configs = [(at, resume_ns, j.times.config_load_ns) for at, j in zip(loaded_ns, jobs, strict=True)]
         others = (self._ram_saved_ns + costs.latency_ns, resume_ns, self._scenario.vmm.other_load_ns)
         return max(max(at for at, _, _ in configs) + resume_ns, queue_ns([*configs, others]))
 
@@ -196,6 +198,20 @@ class LowerBound:
         """Bound by a server of each physical function, which its devices share. `work` as in queue_ns()."""
         pfs = {job.device.pf for job in self._jobs}
         return max(queue_ns(work(job) for job in self._jobs if job.device.pf == pf) for pf in pfs)
+
+    def _slots_ns(self, work: Callable[[DeviceJob], tuple[float, float, float]], slots: float) -> float:
+        """Bound by commands that run at full speed, `slots` of a PF at once, and of one device no more than it may."""
+        of_a_vf = self._scenario.firmware.engines_of_a_vf
+
+        def alone_ns(job: DeviceJob) -> float:
+            release_ns, tail_ns, service_ns = work(job)
+            return queue_ns([(release_ns, tail_ns, service_ns / of_a_vf)])
+
+        def shared_ns(job: DeviceJob) -> tuple[float, float, float]:
+            release_ns, tail_ns, service_ns = work(job)
+            return release_ns, tail_ns, service_ns / slots
+
+        return max(self._per_pf_ns(shared_ns), *map(alone_ns, self._jobs))
 
     def _source_threads_ns(self, service_ns: Callable[[DeviceJob], float]) -> float:
         """Bound by the source's threads, each of which does its jobs one after the other once it may read."""
@@ -211,7 +227,7 @@ class LowerBound:
     def _tail_ns(self, job: DeviceJob) -> float:
         """ns that follow a job's work at the source. If it has no work, at least the end of its load follows."""
         without_load_ns = 0 if job.whole.commands else self._costs.last_load_ns(job.device)
-        return self._costs.after_read_ns(job.device) - without_load_ns
+        return self._costs.after_read_ns(job) - without_load_ns
 
     def _late_save_ns(self, job: DeviceJob) -> float:
         """ns of SAVE that a reader waits for. A reader of blocks starts the SAVE, then copies."""
@@ -235,7 +251,7 @@ class LowerBound:
         """Whether lemma 9 counts as copy: the writers spend more time in copies than in LOADs and set-up."""
         copying_ns = sum(self._costs.write_ns(job.chain) / job.readers for job in self._jobs)
         loading_ns = sum(self._costs.load_ns(job.chain) / job.readers + job.setup_ns for job in self._jobs)
-        return copying_ns > loading_ns + len(self._jobs) * self._costs.finish_ns
+        return copying_ns > loading_ns + sum(job.times.load_finish_ns for job in self._jobs)
 
     def _load_threads(self) -> float:
         """Devices that multifd loads at once; infinite if there is no such limit."""
@@ -243,7 +259,11 @@ class LowerBound:
 
     def _load_release_tail_ns(self, job: DeviceJob) -> tuple[int, int]:
         """When a job's first byte can be at the target, and what follows its load. Both in ns."""
-        return job.read_from_ns + self._costs.latency_ns, self._costs.after_load_ns(job.device)
+        return job.read_from_ns + self._costs.latency_ns, self._costs.after_load_ns(job)
+
+    def _written_ns(self, job: DeviceJob) -> float:
+        """ns of a device's load in its threads: the chain's write() calls, and the end of the load."""
+        return self._write_and_load_ns(job) + job.times.load_finish_ns
 
     def _write_and_load_ns(self, job: DeviceJob) -> float:
         """ns of a chain's write() calls on its threads. In v3, data that waits for an epoch may be copied before."""

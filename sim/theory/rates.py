@@ -24,8 +24,8 @@ def precopy_mib_per_s(scenario: Scenario, streams: int) -> float:
     )
     return min(
         streams * of_a_stream,
-        firmware.engines * firmware.save_mib_per_s,
-        firmware.engines * firmware.load_mib_per_s,
+        min(firmware.engines_for_saves, firmware.engines_of_a_vf) * firmware.save_mib_per_s,
+        min(firmware.engines_for_loads, firmware.engines_of_a_vf) * firmware.load_mib_per_s,
         link.gbit_per_s * MIB_PER_S_PER_GBIT,
     )
 
@@ -52,7 +52,8 @@ def stopped_gib_per_s(scenario: Scenario, streams: int) -> dict[str, float]:
     call_s, read_gib = scenario.driver.call_us * 1e-6, scenario.vmm.read_mib * MIB / GIB
     copy = read_gib / (call_s + read_gib / host.copy_gib_per_s)
     threads = streams if scenario.driver.lock in ("none", "per_fd") else 1
-    commands = min(threads if scenario.driver.lock_over == "command" else streams, firmware.engines)
+    engines = min(firmware.engines_for_saves, firmware.engines_of_a_vf)
+    commands = min(threads if scenario.driver.lock_over == "command" else streams, engines)
     return {
         "SAVE": commands * chunk * MIB / GIB / save_s,
         "read": min(threads * copy, host.memory_gib_per_s),

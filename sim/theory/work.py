@@ -7,7 +7,6 @@ before the stop, or rereads everything.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from proto_v3.vfio.uapi import MigrationFlags
@@ -19,6 +18,7 @@ from sim.device.record import HEADER_BYTES, V3_HEADER_BYTES
 from sim.scenario.device import Device
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
+from sim.scenario.times import DeviceTimes, device_times
 from sim.scenario.units import NS_PER_S
 
 ROUNDED_NS = 2
@@ -69,6 +69,7 @@ class DeviceJob:
     """The data of one device. Times are ns from the order to stop."""
 
     device: Device
+    times: DeviceTimes
     saved_from_ns: int  # when the first SAVE can start
     read_from_ns: int  # when the first read() can start
     whole: Part
@@ -81,13 +82,14 @@ class DeviceJob:
     setup_ns: int  # set-up of critical objects, before the last blocks are loaded
 
 
-def stops_ns(devices: Sequence[Device], vcpu_stop_ns: int) -> list[int]:
+def stops_ns(scenario: Scenario) -> list[int]:
     """When each device is stopped, in ns: the vCPUs stop, then all devices go to P2P in turn, then each to STOP; the
     last device first."""
-    at_ns = vcpu_stop_ns + sum(device.suspend_ns for device in devices if "P2P" in device.features)
+    devices = list(zip(scenario.devices, device_times(scenario), strict=True))
+    at_ns = scenario.vmm.vcpu_stop_ns + sum(times.suspend_ns for device, times in devices if "P2P" in device.features)
     stops = []
-    for device in reversed(devices):
-        at_ns += device.quiesce_ns + (0 if "P2P" in device.features else device.suspend_ns)
+    for device, times in reversed(devices):
+        at_ns += times.quiesce_ns + (0 if "P2P" in device.features else times.suspend_ns)
         stops.append(at_ns)
     return stops[::-1]
 
@@ -99,13 +101,14 @@ class WorkAfterStop:
         self._scenario = scenario
         self._route = route
         self._read_bytes = scenario.switchover_settings().read_bytes
-        stops = stops_ns(scenario.devices, scenario.vmm.vcpu_stop_ns)
+        stops = stops_ns(scenario)
         all_stopped_ns = max(stops)
         self.ram_saved_ns = all_stopped_ns + scenario.ram.final_sync_ns + scenario.ram.final_scan_ns
         """The earliest end of the last pass over RAM, in ns from the order to stop."""
-        self.jobs = [self._job(device, at, all_stopped_ns) for device, at in zip(scenario.devices, stops, strict=True)]
+        devices = zip(scenario.devices, device_times(scenario), stops, strict=True)
+        self.jobs = [self._job(*device, all_stopped_ns) for device in devices]
 
-    def _job(self, device: Device, stopped_ns: int, all_stopped_ns: int) -> DeviceJob:
+    def _job(self, device: Device, times: DeviceTimes, stopped_ns: int, all_stopped_ns: int) -> DeviceJob:
         v3, single, by_blocks = self._route.v3, self._route.single, self._route.blocks
         precopy = MigrationFlags.PRE_COPY in device.flags
         kind = self._scenario.driver.precopy
@@ -124,7 +127,7 @@ class WorkAfterStop:
         again = v3 is not None and precopy and kind == "reread"
         setup_ns = 0 if again else objects * device.critical.setup_ns
         readers = v3.wire_streams if v3 and by_blocks else 1
-        return DeviceJob(device, saved_from_ns, read_from_ns, whole, chain, late, readers, setup_ns)
+        return DeviceJob(device, times, saved_from_ns, read_from_ns, whole, chain, late, readers, setup_ns)
 
     def _part(self, device: Device, blocks: int, objects: int, streams: int = 1) -> Part:
         """These objects and blocks as records, with the blocks dealt out to `streams` streams."""
@@ -164,10 +167,10 @@ class Costs:
     def __init__(self, scenario: Scenario, route: Route) -> None:
         self._scenario = scenario
         self._route = route
+        self._times = device_times(scenario)
         self._write_bytes = scenario.switchover_settings().write_bytes
         self._call_ns = scenario.driver.call_ns
         self.latency_ns = scenario.link.latency_ns  # half a round trip
-        self.finish_ns = scenario.firmware.load_finish_ns  # the command that ends a device's load
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -205,21 +208,21 @@ class Costs:
 
     def resume_ns(self) -> int:
         """After the last config: devices and vCPUs start. v3 asks the source first, which takes a round trip."""
-        resume_ns = sum(device.resume_ns for device in self._scenario.devices)
+        resume_ns = sum(times.resume_ns for times in self._times)
         return resume_ns + self._scenario.vmm.vcpu_start_ns + (2 * self.latency_ns if self._route.v3 else 0)
 
-    def after_load_ns(self, device: Device) -> int:
+    def after_load_ns(self, job: DeviceJob) -> int:
         """After the end of a device's load. With the single channel all configs follow, else perhaps only its own."""
         vmm = self._scenario.vmm
         if self._route.single:
-            configs_ns = vmm.other_load_ns + sum(each.config_load_ns for each in self._scenario.devices)
+            configs_ns = vmm.other_load_ns + sum(times.config_load_ns for times in self._times)
         else:
-            configs_ns = device.config_load_ns
+            configs_ns = job.times.config_load_ns
         return configs_ns + self.resume_ns()
 
-    def after_read_ns(self, device: Device) -> float:
+    def after_read_ns(self, job: DeviceJob) -> float:
         """After a device's last byte is read: its way, its LOAD, the end of the load, and after_load_ns()."""
-        return self.latency_ns + self.last_load_ns(device) + self.finish_ns + self.after_load_ns(device)
+        return self.latency_ns + self.last_load_ns(job.device) + job.times.load_finish_ns + self.after_load_ns(job)
 
     def last_load_ns(self, device: Device) -> float:
         """LOAD of the last record, which has at least one block."""

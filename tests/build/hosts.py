@@ -17,7 +17,7 @@ from proto_v3.vfio.uapi import MigrationFlags, PrecopyInfo, State
 from proto_v3.vmm.migration import read_some
 from sim.clock.port import now_ns, sleep_ns
 from sim.device.driver import SimDriver
-from sim.device.firmware import FirmwareModel
+from sim.device.firmware import FirmwareModel, VfFirmware
 from sim.device.guest import make_activity
 from sim.device.record import HEADER_BYTES, STOP_COPY_SIZE_BYTES, V3_HEADER_BYTES, Extent, Record, RecordSlice
 from sim.device.record_format import RecordEnd
@@ -25,6 +25,7 @@ from sim.device.state import DeviceState, Image
 from sim.device.stream import DriverContext
 from sim.resource import Lock, Memory
 from sim.scenario.scenario import Scenario
+from sim.scenario.times import device_times
 from sim.scenario.units import GIB, KIB, MIB
 from tests.build.scenario import small_scenario
 
@@ -78,7 +79,7 @@ class Hosts:
     def __init__(self, changes: dict[str, Any] | None = None, *, seed: int = 1) -> None:
         self.scenario = scenario = small_scenario(changes)
         self.timeline = Timeline(now_ns)
-        here, there = self._context(scenario), self._context(scenario)
+        here, there = self._contexts(scenario), self._contexts(scenario)
         global_lock = Lock(self.timeline)
         self.states = [
             DeviceState(device, make_activity(device, scenario.horizon_ns, np.random.default_rng(seed)))
@@ -86,26 +87,30 @@ class Hosts:
         ]
         self.images = [Image(device) for device in scenario.devices]
         self.sources = [
-            SimDriver(device, scenario.driver, here, global_lock, state=state)
-            for device, state in zip(scenario.devices, self.states, strict=True)
+            SimDriver(device, scenario.driver, context, global_lock, state=state)
+            for device, context, state in zip(scenario.devices, here, self.states, strict=True)
         ]
         self.targets = [
-            SimDriver(device, scenario.driver, there, Lock(self.timeline), image=image)
-            for device, image in zip(scenario.devices, self.images, strict=True)
+            SimDriver(device, scenario.driver, context, Lock(self.timeline), image=image)
+            for device, context, image in zip(scenario.devices, there, self.images, strict=True)
         ]
         self.source, self.target, self.state, self.image = (
             self.sources[0], self.targets[0], self.states[0], self.images[0],
         )  # fmt: skip
         self.both = SimDriver(
-            scenario.devices[0], scenario.driver, here, global_lock, state=self.state, image=self.image
+            scenario.devices[0], scenario.driver, here[0], global_lock, state=self.state, image=self.image
         )
         """A device that can be saved and loaded, as a real one can."""
 
-    def _context(self, scenario: Scenario) -> DriverContext:
+    def _contexts(self, scenario: Scenario) -> list[DriverContext]:
         firmware = FirmwareModel(scenario.firmware, np.random.default_rng(1), self.timeline)
         host = scenario.host
         memory = Memory(host.copy_gib_per_s * GIB, host.memory_gib_per_s * GIB, self.timeline)
-        return DriverContext(firmware, memory, self.timeline, round(scenario.driver.call_us * US))
+        call_ns = round(scenario.driver.call_us * US)
+        return [
+            DriverContext(VfFirmware(firmware, at, times.load_finish_ns), memory, self.timeline, times, call_ns)
+            for at, times in enumerate(device_times(scenario))
+        ]
 
     async def stop(self) -> None:
         """Stop vCPUs and devices, as a VMM does."""

@@ -105,6 +105,14 @@ def scenarios(draw: st.DrawFn) -> Scenario:
     state = one_of(1.0, 4.0)
     changes = {
         "firmware.engines": one_of(1.0, 1.5, 8.0),
+        "firmware.save_engines": one_of(1.0, 2.5, 8.0),
+        "firmware.load_engines": one_of(1.0, 2.5, 8.0),
+        "firmware.vf_engines": one_of(1.0, 1.5, 8.0),
+        "firmware.state_command_ms_per_vf": one_of(0.0, 5.0),
+        "firmware.state_command_us_per_pf_vector": one_of(0.0, 70.0),
+        "firmware.load_finish_us_per_vector": one_of(0.0, 300.0),
+        "vmm.config_load_us_per_vector": one_of(0.0, 300.0),
+        "device.0.vectors": one_of(0, 65),
         "firmware.save_mib_per_s": one_of(100.0, 1024.0, 1e6),
         "firmware.load_mib_per_s": one_of(100.0, 1024.0, 1e6),
         "firmware.save_command_us": one_of(0.0, 700.0),
@@ -287,6 +295,9 @@ def test_saving_is_shared_by_streams_up_to_the_engines() -> None:
     for n in (2, 4, 8):
         assert saves_ns(f"v3-n{n}", 8.0) == pytest.approx(alone / n, rel=0.03)
         assert saves_ns(f"v3-blocks-n{n}", 8.0) == pytest.approx(alone / n, rel=0.05)
+    of_one = SLOW["firmware"] | {"firmware.vf_engines": 2.0}
+    capped_ns = by(of_one, "v3-n8", "firmware") - by({"firmware.vf_engines": 2.0}, "v3-n8", "firmware")
+    assert capped_ns == pytest.approx(alone / 2, rel=0.03)
     assert saves_ns("v3-n8", 2.5) == pytest.approx(alone / 2.5, rel=0.03)
     assert saves_ns("v2", 8.0) == pytest.approx(saves_ns("v2", 1.0), rel=0.01)
 
@@ -335,10 +346,15 @@ def test_a_source_that_fell_back_has_the_bound_of_v2() -> None:
 
 
 def test_devices_are_stopped_in_turn_the_last_one_first() -> None:
-    features = {"device.0.suspend_ms": 1.0, "device.0.quiesce_ms": 2.0, "device.0.count": 2}
-    without = small_scenario(features | {"device.0.features": ["STOP_COPY"]}).devices
-    assert stops_ns(small_scenario(features).devices, 5 * MS) == [11 * MS, 9 * MS]
-    assert stops_ns(without, 5 * MS) == [11 * MS, 8 * MS]
+    features = {
+        "vmm.vcpu_stop_ms": 5.0,
+        "device.0.suspend_ms": 1.0,
+        "device.0.quiesce_ms": 2.0,
+        "device.0.count": 2,
+    }
+    without = small_scenario(features | {"device.0.features": ["STOP_COPY"]})
+    assert stops_ns(small_scenario(features)) == [11 * MS, 9 * MS]
+    assert stops_ns(without) == [11 * MS, 8 * MS]
 
 
 def test_the_lemmas_are_those_of_the_document() -> None:

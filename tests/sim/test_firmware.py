@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 from proto_v3.timeline import Mark, PathStep, Resource, Timeline
 from sim.clock.port import now_ns, sleep_ns
 from sim.clock.virtual import run
-from sim.device.firmware import FACTORS, FirmwareModel, service_factors
+from sim.device.firmware import FACTORS, FirmwareModel, VfFirmware, service_factors
 from sim.scenario.units import MIB
 from tests.build.scenario import small_scenario
 
@@ -30,10 +29,17 @@ SETTINGS = {
 }
 
 
-def model(timeline: Timeline, **changes: Any) -> FirmwareModel:
+def pf(timeline: Timeline, vfs: int, **changes: Any) -> list[VfFirmware]:
+    """The firmware of a PF, as each of its VFs uses it."""
     keys = {f"firmware.{key}": value for key, value in changes.items()}
     settings = small_scenario(SETTINGS | keys).firmware
-    return FirmwareModel(settings, np.random.default_rng(5), timeline)
+    shared = FirmwareModel(settings, np.random.default_rng(5), timeline)
+    return [VfFirmware(shared, vf, settings.load_finish_ns) for vf in range(vfs)]
+
+
+def model(timeline: Timeline, **changes: Any) -> VfFirmware:
+    (only,) = pf(timeline, 1, **changes)
+    return only
 
 
 def test_without_spread_every_factor_is_one() -> None:
@@ -94,18 +100,43 @@ def test_a_command_varies_by_its_factor_and_each_takes_the_next() -> None:
 
 @pytest.mark.rule("v2.driver.16")
 @pytest.mark.parametrize(("engines", "slowed"), [(1, 4), (2, 2), (3, 4 / 3), (4, 1), (9, 1)])
-def test_saves_and_loads_share_the_engines(engines: int, slowed: float) -> None:
-    async def main() -> list[int]:
-        firmware = model(Timeline(now_ns), engines=engines, load_mib_per_s=1000.0)
+@pytest.mark.parametrize("what", ["save", "load"])
+@pytest.mark.parametrize("vfs", [1, 4])
+def test_saves_share_the_engines_and_so_do_loads(engines: int, slowed: float, what: str, vfs: int) -> None:
+    """Whichever VFs they are of: each alike, if a VF may have all engines."""
+    commands = [(vf % vfs, what) for vf in range(4)]
+    assert ends(commands, engines=engines) == [round(slowed * (COMMAND_NS + SAVE_MIB_NS))] * 4
 
-        async def run_one(what: Callable[[int], Awaitable[None]]) -> int:
-            await what(MIB)
+
+def ends(commands: list[tuple[int, str]], **changes: Any) -> list[int]:
+    """When commands of a MiB that begin at the same time end, each by its VF and what it does."""
+
+    async def main() -> list[int]:
+        vfs = pf(Timeline(now_ns), 1 + max(vf for vf, _ in commands), load_mib_per_s=1000.0, **changes)
+
+        async def run_one(vf: int, what: str) -> int:
+            await getattr(vfs[vf], what)(MIB)
             return now_ns()
 
-        commands = [run_one(what) for what in (firmware.save, firmware.load, firmware.save, firmware.load)]
-        return await asyncio.gather(*map(asyncio.create_task, commands))
+        return await asyncio.gather(*(asyncio.create_task(run_one(*command)) for command in commands))
 
-    assert run(main()) == [round(slowed * (COMMAND_NS + SAVE_MIB_NS))] * 4
+    return run(main())
+
+
+def test_saves_and_loads_have_engines_of_their_own_where_the_scenario_says_so() -> None:
+    one_ns = COMMAND_NS + SAVE_MIB_NS
+    assert ends([(0, "save"), (1, "save")], engines=2, save_engines=1) == [2 * one_ns] * 2
+    assert ends([(0, "load"), (1, "load")], engines=2, save_engines=1) == [one_ns] * 2
+    assert ends([(0, "load"), (1, "load")], engines=2, load_engines=1) == [2 * one_ns] * 2
+    assert ends([(0, "save"), (1, "save")], engines=2, load_engines=1) == [one_ns] * 2
+
+
+def test_the_commands_of_one_vf_have_no_more_engines_than_it_may_have() -> None:
+    """Four engines, one a VF: two commands of one VF share it, the other VF's runs at full speed beside them."""
+    one_ns = COMMAND_NS + SAVE_MIB_NS
+    commands = [(0, "save"), (0, "save"), (1, "save")]
+    assert ends(commands, engines=4, vf_engines=1) == [2 * one_ns, 2 * one_ns, one_ns]
+    assert ends(commands, engines=4) == [one_ns] * 3
 
 
 def test_finishing_an_image_shares_the_engines_too() -> None:
@@ -122,7 +153,7 @@ def test_a_command_is_one_span_with_all_the_time_that_it_shared() -> None:
         timeline = Timeline(now_ns)
         firmware = model(timeline, engines=1)
         timeline.mark(Mark.STOP_ORDERED)
-        other = asyncio.create_task(firmware.save(MIB))
+        other = asyncio.create_task(firmware.load(MIB))
         await sleep_ns(0)
         await firmware.load(MIB)
         timeline.mark(Mark.RESUMED)

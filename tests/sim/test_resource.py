@@ -157,7 +157,50 @@ def test_those_that_end_at_the_same_time_go_on_in_the_order_in_which_they_came()
     assert run(main()) == [0, 1, 2, 3, 4]
 
 
+def ends_by_vf(engines: float, of_a_vf: float, commands: list[tuple[int, int, int]]) -> list[int]:
+    """When each command is through that arrives at a time, takes a time, and is of a VF."""
+
+    async def main() -> list[int]:
+        firmware = CommandSlots(engines, of_a_vf)
+
+        async def command(at: int, service: int, vf: int) -> int:
+            await sleep_until_ns(at)
+            await firmware.run(service, vf)
+            return now_ns()
+
+        return await asyncio.gather(*(asyncio.create_task(command(*each)) for each in commands))
+
+    return run(main())
+
+
+def test_a_vf_has_no_more_than_its_part_and_leaves_the_rest_to_the_others() -> None:
+    """Three engines, one and a half a VF. Three commands of VF 0 would have 3/4 of an engine each beside one of VF 1,
+    and have half of one: 1.5 in all. VF 1's runs at full speed, and what is over is not used."""
+    assert ends_by_vf(3, 1.5, [(0, 600, 0)] * 3 + [(0, 600, 1)]) == [1200] * 3 + [600]
+    # Four of VF 1 beside them: 3/7 each, so that no VF comes to its part but VF 1's 12/7; then 1.5 for each VF.
+    assert ends_by_vf(3, 1.5, [(0, 600, 0)] * 3 + [(0, 600, 1)] * 4) == [1200] * 3 + [1600] * 4
+
+
+def test_a_vfs_part_holds_beside_many_others_too() -> None:
+    """Two engines, one a VF: VF 0 with three commands has 2/3 of an engine in all beside VFs 1 to 6 with one each (2/9
+    a command), which is below its part; alone it has 1."""
+    assert ends_by_vf(2, 1, [(0, 200, 0)] * 3 + [(0, 200, vf) for vf in range(1, 7)]) == [900] * 9
+    assert ends_by_vf(2, 1, [(0, 200, 0)] * 3) == [600] * 3
+
+
 ENGINES = st.sampled_from([1, 1.5, 2, 3.25])
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 80), st.integers(0, 3)), max_size=30), ENGINES)
+def test_a_part_that_is_no_less_than_all_engines_changes_nothing(
+    jobs: list[tuple[int, int, int]], engines: float
+) -> None:
+    arrivals = np.cumsum([gap for gap, _, _ in jobs]).astype(int).tolist()
+    commands = [(at, service, vf) for at, (_, service, vf) in zip(arrivals, jobs, strict=True)]
+    together = ends(engines, arrivals, [service for _, service, _ in commands])
+    assert ends_by_vf(engines, engines, commands) == together
+    for end, whole in zip(ends_by_vf(engines, engines * (1 - 1e-9), commands), together, strict=True):
+        assert abs(end - whole) <= len(jobs) + 1
 
 
 @given(JOBS, ENGINES)

@@ -86,6 +86,7 @@ def test_a_scenario_is_what_the_driver_is_told() -> None:
         {"driver.precopy_image": "whole"},
         {"firmware.service_cv": 0.1},
         {"firmware.engines": 2.5},
+        {"firmware.load_engines": 1.0},
         {"firmware.load_command_us": 20.0},
         {"device.0.stop_only_mib": 1.0},
         {"device.0.writes": {"pattern": "sequential", "mib_per_s": 1.0}},

@@ -18,7 +18,7 @@ from proto_v3.timeline import Timeline
 from proto_v3.vmm.migration import OutcomeKind
 from sim.clock.port import now_ns, sleep_ns, sleep_until_ns
 from sim.clock.virtual import run
-from sim.device.firmware import FirmwareModel, service_factors
+from sim.device.firmware import FirmwareModel, VfFirmware, service_factors
 from sim.device.record import HEADER_BYTES, V3_HEADER_BYTES
 from sim.resource import CommandSlots, FifoServer, Lock, Memory
 from sim.run import simulate
@@ -65,10 +65,11 @@ def mean_sojourn_ns(arrivals_ns: list[int], job: Callable[[], Awaitable[None]]) 
     return total / len(arrivals_ns)
 
 
-def firmware(cv: float, **changes: Any) -> FirmwareModel:
+def firmware(cv: float, **changes: Any) -> VfFirmware:
     """One engine; a SAVE of no bytes takes SERVICE_NS in the mean."""
     keys = {"firmware.service_cv": cv, "firmware.engines": 1, "firmware.save_command_us": SERVICE_NS / 1000} | changes
-    return FirmwareModel(small_scenario(keys).firmware, np.random.default_rng(3), Timeline(now_ns))
+    settings = small_scenario(keys).firmware
+    return VfFirmware(FirmwareModel(settings, np.random.default_rng(3), Timeline(now_ns)), 0, settings.load_finish_ns)
 
 
 # --- one server ------------------------------------------------------------------------------------------------------
