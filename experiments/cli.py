@@ -23,6 +23,7 @@ from experiments.commands.options import (
     force_option,
     format_option,
     jobs_option,
+    json_option,
     live_options,
     live_settings,
     names,
@@ -472,16 +473,20 @@ def replay(**options: Any) -> int:
 @main.command()
 @click.argument("name", metavar="[SCENARIO]", required=False, shell_complete=complete.scenarios)
 @set_option
-def scenarios(name: str | None, settings: tuple[str, ...]) -> None:
-    """List the shipped scenarios, or show the parameters of one with the source of each."""
+@json_option
+def scenarios(name: str | None, settings: tuple[str, ...], as_json: bool) -> None:
+    """List the shipped scenarios, or show the parameters of one: value, source, plausible range and its reason.
+
+    At the end stands which parameters are assumed, fitted or derived and have no range.
+    """
     from experiments.commands.scenarios import list_scenarios, show_scenario
 
     if name is not None:
-        show_scenario(name, settings)
+        show_scenario(name, settings, as_json=as_json)
     elif settings:
         raise click.UsageError("--set changes a scenario: name one")
     else:
-        list_scenarios()
+        list_scenarios(as_json=as_json)
 
 
 @main.command()

@@ -65,13 +65,13 @@ def load(scenario: str | os.PathLike[str], changes: Mapping[str, Setting] | None
 def parameters(scenario: Scenario | str, keys: Iterable[str] | None = None) -> pl.DataFrame:
     """The parameters that a scenario sets, or those of `keys` among them.
 
-    Columns: parameter, value (as text), source.
+    Columns: parameter, value (as text), source, range (as text, empty if there is none), why (the reason of the range).
     """
     rows = list(parameter_rows(_scenario(scenario)))
     if keys is not None:
         known = {row[0]: row for row in rows}
         rows = [known[key] for key in keys if key in known]
-    return pl.DataFrame(rows, schema=["parameter", "value", "source"], orient="row")
+    return pl.DataFrame(rows, schema=["parameter", "value", "source", "range", "why"], orient="row")
 
 
 def compare(

@@ -15,7 +15,7 @@ from experiments.report import tables
 from experiments.report.tables import say
 from proto_v3.errors import UserError
 from proto_v3.text import clean
-from sim.scenario.file import NO_PARAMETERS, find_base, load, model_in, parse
+from sim.scenario.file import NOT_SET, find_base, load, model_in, parse
 from sim.scenario.scenario import SOURCE_KINDS, Scenario
 from sim.scenario.schema import meaning
 
@@ -33,6 +33,11 @@ SOURCES = """
 # Without it, the source of a value is "yours: {file}".
 [sources]
 #"link.gbit_per_s" = "published: where"
+"""
+RANGES = """
+# What else your values may be: low and high, or any of a list; and why. A value that you set has no other range.
+[ranges]
+#"link.gbit_per_s" = { low = 25.0, high = 100.0, why = "the rate of either port" }
 """
 
 
@@ -63,7 +68,8 @@ def scenario_text(
         head = head.replace('#description = "what it is"', f"description = {_toml(description)}")
     keys = _keys(Scenario, base.model_dump(exclude_unset=True), base, "", values or {})
     sources = [f"{_toml(key)} = {_toml(source)}" for key, (_, source) in (values or {}).items()]
-    return "\n".join([head, *keys, SOURCES.format(file=file, kinds=", ".join(SOURCE_KINDS)), *sources])
+    kinds = SOURCES.format(file=file, kinds=", ".join(SOURCE_KINDS))
+    return "\n".join([head, *keys, kinds, *sources, RANGES])
 
 
 def _keys(
@@ -80,11 +86,13 @@ def _keys(
     """
     below = {key: inner for key, field in model.model_fields.items() if (inner := model_in(field.annotation))}
     for key, field in model.model_fields.items():
-        if key in below or (not at and key in NO_PARAMETERS):
+        if key in below or (not at and key in NOT_SET):
             continue
         value = given.get(key, field.default)
         if key in given:
             whence = f"{base.name}: {_toml(value)} ({clean(base.sources.get(at + key, 'not stated'))})."
+            if (plausible := base.ranges.get(at + key)) is not None:
+                whence += f" Range: {plausible.words} ({plausible.why})."
         elif field.is_required() or value is None:
             value, whence = _example(field.annotation), "Not set; this is an example."
         else:
@@ -92,7 +100,7 @@ def _keys(
         yield _comment(f"{meaning(model, key)} {whence}")
         yield f"{key} = {_toml(values[at + key][0])}" if at + key in values else f"#{key} = {_toml(value)}"
     for key, inner in below.items():
-        if not at and key in NO_PARAMETERS:
+        if not at and key in NOT_SET:
             continue
         several = "list[" in str(model.model_fields[key].annotation)
         heading = ".".join([*(part for part in at.split(".") if part and not part.isdigit()), key])

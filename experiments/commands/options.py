@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -106,10 +107,13 @@ def trace_option(default: str) -> Callable[[F], F]:
     )
 
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print all of it as one JSON document.")
+
+
 def output_options(command: F) -> F:
     """What a command that prints results prints: `as_json`, `quiet`."""
     options = [
-        click.option("--json", "as_json", is_flag=True, help="Print all of it as one JSON document."),
+        json_option,
         click.option("--quiet", is_flag=True, help="Print the conclusion only. Files are written as without it."),
     ]
     for option in reversed(options):
@@ -177,7 +181,17 @@ def parsed(scenario: str, protocols: Sequence[str], settings: Sequence[str]) -> 
     from sim.scenario.protocol import Protocol
 
     loaded = load(scenario, settings)
+    tell_outside(loaded)
     chosen = [Protocol.parse(name, loaded) for name in protocols]
     if len({protocol.name for protocol in chosen}) < len(chosen):
         raise UserError(f"--protocols {','.join(protocols)}: one is named twice")
     return loaded, chosen
+
+
+def tell_outside(scenario: Scenario) -> None:
+    """Say on stderr which values a user set outside of the range that they had."""
+    from sim.scenario.ranges import is_outside
+
+    for key, source in scenario.sources.items():
+        if is_outside(source):
+            print(f"proto-v3: note: {key}: {source}", file=sys.stderr)

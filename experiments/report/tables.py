@@ -172,10 +172,13 @@ def outcomes(frame: pl.DataFrame, by: Sequence[str] = ("protocol",), title: str 
     return Section("outcomes", title, legend, columns, rows)
 
 
-def parameter_rows(scenario: Scenario) -> Iterator[tuple[str, str, str]]:
-    """Each parameter that the scenario sets: its key, its value as text, its source."""
+def parameter_rows(scenario: Scenario) -> Iterator[tuple[str, str, str, str, str]]:
+    """Each parameter that the scenario sets: its key, its value as text, its source; its range and the reason, or two
+    empty texts."""
     for key, value in parameters(scenario).items():
-        yield key, value_text(value), scenario.sources.get(key, "not stated")
+        each = scenario.ranges.get(key)
+        source = scenario.sources.get(key, "not stated")
+        yield key, value_text(value), source, each.words if each else "", each.why if each else ""
 
 
 def value_text(value: object) -> str:

@@ -22,7 +22,7 @@ from experiments.study.names import QUESTIONS
 from proto_v3.errors import UserError
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
-from sim.scenario.scenario import Scenario
+from sim.scenario.scenario import NO_PARAMETERS, Scenario
 from sim.scenario.units import did_you_mean
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 NAMES = tuple(QUESTIONS)
 """In the order of the report."""
 KEY_CHARS = 12
-NOT_OF_A_RUN = ("name", "description", "published", "sources")
-"""Fields of a scenario that change nothing in a run."""
 Factor = str | int | float | bool
 
 
@@ -145,7 +143,7 @@ class Planned:
 @lru_cache(maxsize=4096)
 def _scenario(base: str, settings: tuple[str, ...]) -> tuple[Scenario, str]:
     scenario = load(base, settings)
-    return scenario, scenario.model_dump_json(exclude=set(NOT_OF_A_RUN))
+    return scenario, scenario.model_dump_json(exclude=set(NO_PARAMETERS))
 
 
 def find(name: str) -> Experiment:

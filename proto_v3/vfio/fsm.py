@@ -14,6 +14,7 @@ Source: Linux `drivers/vfio/vfio_main.c`, vfio_mig_get_next_state().
 from __future__ import annotations
 
 import errno
+from functools import cache
 
 from proto_v3.errors import ProtoV3Error
 from proto_v3.vfio.uapi import MigrationFlags, State
@@ -100,10 +101,11 @@ FEATURE_SETS = [
 """The kinds of v2 devices."""
 
 
-def arcs(features: MigrationFlags) -> list[tuple[State, State]]:
+@cache
+def arcs(features: MigrationFlags) -> tuple[tuple[State, State], ...]:
     """The single steps of a device with these features: what its driver implements."""
     states = [state for state in NEXT_HOP if supports(features, state)]
-    return [(a, b) for a in states for b in states if _is_arc(a, b, features)]
+    return tuple((a, b) for a in states for b in states if _is_arc(a, b, features))
 
 
 def _is_arc(current: State, target: State, features: MigrationFlags) -> bool:

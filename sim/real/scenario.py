@@ -82,7 +82,9 @@ def of_devices(scenario: Scenario, devices: Sequence[ProbedDevice]) -> Scenario:
     ]
     chosen = scenario.model_copy(update={"device": made, "published": []})
     known = parameters(chosen)  # a key that the devices' own tables do not have needs no source
-    return chosen.model_copy(update={"sources": {key: text for key, text in scenario.sources.items() if key in known}})
+    sources = {key: text for key, text in scenario.sources.items() if key in known}
+    ranges = {key: each for key, each in scenario.ranges.items() if not key.startswith("device.")}
+    return chosen.model_copy(update={"sources": sources, "ranges": ranges})
 
 
 def _device(own: Device, at: int, device: ProbedDevice, *, numbered: bool) -> Device:

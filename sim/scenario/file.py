@@ -8,6 +8,10 @@ of the file; one without a description is called a change of its base.
 
 A source of the base is about the base's value: a changed key has the source that this file gives it, or none. What a
 user's file or `--set` sets has the source `yours`, also where it is the base's value, unless the file gives one.
+
+So is a range: a key that a file or `--set` sets, also to the base's value, has the range that this file gives it, or
+none. A range of the base stays for a key that is not set anew; a file may give it another. If a user sets a value
+outside of the range that it had, its source says so.
 """
 
 from __future__ import annotations
@@ -27,12 +31,14 @@ from proto_v3.errors import UserError
 from proto_v3.text import clean
 from sim.scenario import toml as tables
 from sim.scenario.protocol import Protocol
-from sim.scenario.scenario import MAX_NAME, Scenario
+from sim.scenario.ranges import moved, outside
+from sim.scenario.scenario import MAX_NAME, NO_PARAMETERS, Scenario, parameters
 from sim.scenario.shipped import FOLDER, shipped, shipped_bases
 from sim.scenario.units import MAX_TEXT_CHARS, did_you_mean, short, unit_of
 
 OWN = ("name", "description", "published")
-NO_PARAMETERS = (*OWN, "sources", "extends")
+NOT_SET = (*NO_PARAMETERS, "extends")
+"""Keys of a file that are no parameters."""
 MAX_FILE_BYTES = 4 << 20
 """No scenario file is larger; /dev/zero has no end."""
 
@@ -91,7 +97,10 @@ def parse(text: str, file: str, settings: Sequence[str] = (), *, keep_published:
     try:
         layers = _layers(Layer(file, _parsed(text, file)))
         whole = _with_settings(_merged(layers), settings, keep_published)
-        return _validated(whole, _title([layer.file for layer in layers], settings))
+        scenario = _validated(whole, _title([layer.file for layer in layers], settings))
+        if not settings and (wrong := list(_impossible_ends(scenario))):
+            raise _wrong(_title([layer.file for layer in layers], ()), wrong)
+        return scenario
     except RecursionError as error:  # a table's name may have any number of dots
         raise UserError(f"{file}: nested too deeply") from error
 
@@ -120,7 +129,7 @@ def changes(name_or_path: str, settings: Sequence[str] = ()) -> dict[str, tuple[
     """
     layers = _layers_of(name_or_path)
     differences = tables.differences(layers[-1].tables, _with_settings(_merged(layers), settings))
-    return {key: (base, own) for key, base, own in differences if key.partition(".")[0] not in NO_PARAMETERS}
+    return {key: (base, own) for key, base, own in differences if key.partition(".")[0] not in NOT_SET}
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -194,9 +203,9 @@ def _merged(layers: Sequence[Layer]) -> dict[str, Any]:
         after = tables.merged(inherited, own)
         anew = own.get("sources", {})
         if FOLDER not in Path(layer.file).resolve().parents and isinstance(anew, dict):
-            anew = dict.fromkeys(_parameters(own), f"yours: {Path(layer.file).name}") | anew
+            anew = _sources_of(f"yours: {Path(layer.file).name}", _parameters(own), inherited, after) | anew
             after = _with_sources(after, anew)
-        whole = _without_stale_sources(inherited, after, anew)
+        whole = _with_ranges(inherited, own, _without_stale_sources(inherited, after, anew))
     return whole
 
 
@@ -210,13 +219,44 @@ def _titled(layer: Layer, base: dict[str, Any]) -> dict[str, Any]:
 
 def _parameters(whole: dict[str, Any]) -> list[str]:
     """The dotted keys of all values that are set."""
-    own = {table: keys for table, keys in whole.items() if table not in NO_PARAMETERS}
-    return [key for key, _, value in tables.differences({}, own) if value != {}]
+    return list(_values(whole))
+
+
+def _values(whole: dict[str, Any]) -> dict[str, Any]:
+    """All values that are set, by dotted key."""
+    own = {table: keys for table, keys in whole.items() if table not in NOT_SET}
+    return {key: value for key, _, value in tables.differences({}, own) if value != {}}
 
 
 def _with_sources(whole: dict[str, Any], anew: dict[str, Any]) -> dict[str, Any]:
     sources = whole.get("sources", {})
     return whole | {"sources": sources | anew} if isinstance(sources, dict) else whole  # the validation reports it
+
+
+def _sources_of(words: str, anew: Sequence[str], before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
+    """The source of each value that a user sets: `words`, and if it is outside of the range that the key had."""
+    had, values = before.get("ranges"), _values(after)
+    return {key: words + (outside(had, key, values) if key in values else "") for key in anew}
+
+
+def _with_ranges(before: dict[str, Any], own: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """`after` with the ranges of `own`, and those of `before` for all keys that `own` does not set.
+
+    One that is told `of` a key which `own` sets is left out if it does not hold any more.
+    """
+    had, given = before.get("ranges", {}), own.get("ranges", {})
+    if not isinstance(had, dict) or not isinstance(given, dict):  # the validation reports it
+        return after
+    anew, values = set(_parameters(own)), _values(after)
+    kept = [key for key in had if key not in anew and not (_of(had[key]) in anew and outside(had, key, values))]
+    held = {key: had[key] for key in kept} | given
+    return after | {"ranges": held} if held or "ranges" in after else after
+
+
+def _of(plausible: Any) -> str | None:
+    """The key that a range, as it is in a file, is told `of`."""
+    named = plausible.get("of") if isinstance(plausible, dict) else None
+    return named if isinstance(named, str) else None
 
 
 def _with_settings(whole: dict[str, Any], settings: Sequence[str], keep_published: bool = False) -> dict[str, Any]:
@@ -262,14 +302,15 @@ def _set(before: dict[str, Any], setting: str) -> dict[str, Any]:
     if not equals:
         raise UserError(f"--set {setting}: must be KEY=VALUE, as in --set device.0.count=4")
     way = key.strip().split(".")
-    if way[0] in NO_PARAMETERS:
+    if way[0] in NOT_SET:
         raise UserError(f"--set {setting}: {way[0]} is no parameter; a file of its own can say it, and extend this one")
     try:
         after: dict[str, Any] = tables.put(before, way, tables.value(text.strip()))
     except ValueError as error:
         raise UserError(f"--set {setting}: {error}") from None
-    anew = dict.fromkeys(_parameters(tables.put({}, way, tables.value(text.strip()))), "yours: --set")
-    return _without_stale_sources(before, _with_sources(after, anew), anew)
+    own = tables.put({}, way, tables.value(text.strip()))
+    anew = _sources_of("yours: --set", _parameters(own), before, after)
+    return _with_ranges(before, own, _without_stale_sources(before, _with_sources(after, anew), anew))
 
 
 def _without_stale_sources(before: dict[str, Any], after: dict[str, Any], anew: Collection[str]) -> dict[str, Any]:
@@ -297,9 +338,13 @@ def _validated(whole: dict[str, Any], title: str) -> Scenario:
     except pydantic.ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
     if problems:
-        lines = [f"{title}: {len(problems)} problem(s)", *problems]
-        raise UserError("\n  ".join(clean(line, MAX_TEXT_CHARS) for line in lines))
+        raise _wrong(title, problems)
     return scenario
+
+
+def _wrong(title: str, problems: Sequence[str]) -> UserError:
+    lines = [f"{title}: {len(problems)} problem(s)", *problems]
+    return UserError("\n  ".join(clean(line, MAX_TEXT_CHARS) for line in lines))
 
 
 def _unknown_protocols(scenario: Scenario) -> Iterator[str]:
@@ -313,6 +358,36 @@ def _unknown_protocols(scenario: Scenario) -> Iterator[str]:
         else:
             if known != name:
                 yield f"published.{at}.protocol = {short(name)}: must be the whole name, {known}"
+
+
+def _impossible_ends(scenario: Scenario) -> Iterator[str]:
+    """Each end of a range, and each choice, must be possible beside the other values of the file.
+
+    Not with `--set`, whose value may make the end of another key's range impossible that nobody asked for; a sample
+    tells then.
+    """
+    values = parameters(scenario)
+    for key, each in scenario.ranges.items():
+        for end in each.ends(key, values):
+            try:
+                moved_to(scenario, {key: end})
+            except pydantic.ValidationError as error:
+                yield f"ranges.{key} = {each.words}: {short(end)} is not possible here: {explained(error)}"
+
+
+def explained(error: pydantic.ValidationError) -> str:
+    """The first thing that is wrong: key, value, what would be right."""
+    return _explain(error.errors()[0])
+
+
+def moved_to(scenario: Scenario, chosen: Mapping[str, Any]) -> Scenario:
+    """The scenario with the chosen values, by dotted key, and what follows them; without ranges.
+
+    pydantic.ValidationError if that is not possible.
+    """
+    whole = scenario.model_dump(exclude_unset=True, exclude={"published", "sources", "ranges"})
+    there = Scenario.model_validate(moved(whole, scenario.ranges, parameters(scenario), chosen))
+    return there.model_copy(update={"published": scenario.published, "sources": scenario.sources})
 
 
 def _required() -> list[str]:
@@ -348,7 +423,7 @@ def _keys_beside(loc: tuple[Any, ...]) -> list[str]:
     """The keys that are allowed in the table in which `loc` stands."""
     model: type[pydantic.BaseModel] = Scenario
     for part in loc[:-1]:
-        if isinstance(part, int):
+        if part not in model.model_fields:  # a place in a list; the key of a range
             continue
         inner = model_in(model.model_fields[part].annotation)
         if inner is None:
@@ -361,7 +436,7 @@ def every_key(model: type[pydantic.BaseModel] = Scenario, at: str = "") -> Itera
     """The dotted keys that --set can change, each with its type; of lists of tables, those of the first one."""
     for key, field in model.model_fields.items():
         inner = model_in(field.annotation)
-        if not at and key in NO_PARAMETERS:
+        if not at and key in NOT_SET:
             continue
         if inner is None:
             yield f"{at}{key}", field.annotation

@@ -2,7 +2,8 @@
 """Scenarios: TOML files, validated, with units in the key names.
 
 Every assumption of the model is a key here, none is a constant in the code. `[sources]` gives, by key, the source of
-its value: `published`, `kernel`, `qemu`, `fitted`, `derived`, `assumed` or `yours`, a colon, and the words.
+its value: `published`, `kernel`, `qemu`, `fitted`, `derived`, `assumed` or `yours`, a colon, and the words. `[ranges]`
+gives, by key, which other values are plausible, and why.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from proto_v3.vmm.switchover import SwitchoverSettings
 from proto_v3.vmm.v2 import Ack, V2Options
 from proto_v3.vmm.v3 import V3Options
 from proto_v3.wire.streams import Credits, Wire
-from sim.scenario import toml
+from sim.scenario import ranges, toml
 from sim.scenario.device import MAX_BLOCKS, MAX_WRITES, Device
+from sim.scenario.ranges import Range
 from sim.scenario.tables import V3, Driver, Firmware, Host, Link, Published, Ram, Vmm
 from sim.scenario.units import BYTES_PER_S_PER_GBIT, KIB, MIB, NS_PER_S, Table, Text, did_you_mean, ns, short
 
 MAX_DEVICES = 64
 MAX_NAME = 64
 MAX_PUBLISHED = 1000
+NO_PARAMETERS = ("name", "description", "published", "sources", "ranges")
+"""Fields of a scenario that change nothing in a run."""
 SOURCE_KINDS = ("published", "measured", "kernel", "qemu", "fitted", "derived", "assumed", "yours")
 
 
@@ -43,6 +47,7 @@ class Scenario(Table):
     v3: V3 = V3()
     published: Annotated[list[Published], Field(max_length=MAX_PUBLISHED)] = []
     sources: dict[str, Text] = {}
+    ranges: dict[str, Range] = {}
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -195,6 +200,10 @@ def _source_of_each_key(scenario: Scenario) -> Iterator[str]:
             yield f"sources.{key} = {short(source)}: must begin with {', '.join(SOURCE_KINDS)}, and a colon"
 
 
+def _range_of_each_key(scenario: Scenario) -> Iterator[str]:
+    yield from ranges.problems(scenario.ranges, parameters(scenario))
+
+
 RULES: tuple[Callable[[Scenario], Iterator[str]], ...] = (
     _devices,
     _blocks_in_chunks,
@@ -202,6 +211,7 @@ RULES: tuple[Callable[[Scenario], Iterator[str]], ...] = (
     _published_values,
     _room_for_a_read,
     _source_of_each_key,
+    _range_of_each_key,
 )
 
 
@@ -210,5 +220,5 @@ RULES: tuple[Callable[[Scenario], Iterator[str]], ...] = (
 
 def parameters(scenario: Scenario) -> dict[str, Any]:
     """The model's parameters that the file sets, as dotted keys (`device.0.state_mib`)."""
-    tables = scenario.model_dump(exclude_unset=True, exclude={"name", "description", "published", "sources"})
+    tables = scenario.model_dump(exclude_unset=True, exclude=set(NO_PARAMETERS))
     return {key: value for key, _, value in toml.differences({}, tables) if value != {}}

@@ -15,11 +15,13 @@ from typing import Any
 import pydantic
 
 from sim.scenario.file import model_in
+from sim.scenario.ranges import Range
 from sim.scenario.scenario import SOURCE_KINDS, Scenario
 from sim.scenario.shipped import shipped_bases
 from sim.scenario.units import unit_of
 
 EXTENDS = "The scenario that this file changes: the name of a shipped one, or a file, looked for beside this one."
+RANGES = "Other plausible values: a key of this file in quotes; then low and high, or any = [...], and why."
 SOURCES = "Where the values come from: a key of this file in quotes; then the kind of source, a colon, the words."
 
 
@@ -29,12 +31,14 @@ def json_schema() -> dict[str, Any]:
     tables: dict[str, Any] = schema["$defs"]
     for model in tables_in(Scenario):
         table = schema if model is Scenario else tables[model.__name__]
-        table.pop("required", None)
+        if model is not Range:  # it is replaced as a whole
+            table.pop("required", None)
         for key, value in table["properties"].items():
             _describe(value, model, key)
     keys = schema["properties"]
     keys["extends"] = {"description": EXTENDS, "anyOf": [{"enum": list(shipped_bases())}, {"type": "string"}]}
     keys["sources"]["description"] = SOURCES
+    keys["ranges"]["description"] = RANGES
     keys["sources"]["additionalProperties"]["pattern"] = f"^({'|'.join(SOURCE_KINDS)}):"
     whole = _required(Scenario)
     whole["required"] = [key for key in whole["required"] if key not in ("name", "description")]
@@ -90,7 +94,7 @@ def _required(model: type[pydantic.BaseModel]) -> dict[str, Any]:
     """What a whole file must have, here and in the tables below."""
     below = {}
     for key, field in model.model_fields.items():
-        if (inner := model_in(field.annotation)) is not None:
+        if (inner := model_in(field.annotation)) is not None and inner is not Range:
             table = _required(inner)
             below[key] = {"items": table} if "list[" in str(field.annotation) else table
     required = [key for key, field in model.model_fields.items() if field.is_required()]

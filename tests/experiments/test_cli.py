@@ -73,6 +73,50 @@ def test_a_scenarios_parameters_are_shown_with_their_sources(tmp_path: Path) -> 
     assert "published: vfio device transferred 209431 kB" in line
 
 
+@pytest.fixture
+def ranged(tmp_path: Path) -> str:
+    """A file with a range; of all its other keys the source is only that it is the user's."""
+    ranges = {"firmware.engines": {"low": 1.0, "high": 4.0, "why": "one to four were seen"}}
+    sources = {"ram.size_gib": "assumed: any", "driver.chunks": "kernel: so", "link.gbit_per_s": "derived: so"}
+    (tmp_path / "small.toml").write_text(small_text({"ranges": ranges, "sources": sources}))
+    return "small.toml"
+
+
+def test_a_range_and_its_reason_are_shown_and_what_has_none(tmp_path: Path, ranged: str) -> None:
+    shown = proto_v3(tmp_path, "scenarios", ranged, COLUMNS="200").stdout
+    assert re.search(
+        r"^firmware.engines +2 +1 to 4 +yours: small.toml *\n +range: one to four were seen *$", shown, re.MULTILINE
+    )
+    told = "Assumed, fitted or derived, and without a range (2): ram.size_gib, link.gbit_per_s."
+    assert " ".join(shown.split()).endswith(told)
+    assert "range" not in proto_v3(tmp_path, "scenarios", "live-paced", "--set", "driver.chunks=3").stdout.split()[:20]
+
+
+def test_a_scenario_as_json_has_sources_and_ranges(tmp_path: Path, ranged: str) -> None:
+    shown = json.loads(proto_v3(tmp_path, "scenarios", ranged, "--json").stdout)
+    assert shown["without_range"] == ["ram.size_gib", "link.gbit_per_s"]
+    rows = {row["parameter"]: row for row in shown["parameters"]}
+    assert rows["firmware.engines"]["value"] == 2.0
+    assert rows["firmware.engines"]["range"] == {"low": 1.0, "high": 4.0, "why": "one to four were seen"}
+    assert rows["ram.size_gib"] == {
+        "parameter": "ram.size_gib",
+        "value": 0.0625,
+        "source": "assumed: any",
+        "range": None,
+    }
+    listed = json.loads(proto_v3(tmp_path, "scenarios", "--json").stdout)
+    assert "mlx5-2vf" in [each["name"] for each in listed["scenarios"]]
+
+
+@pytest.mark.parametrize("command", [["scenarios"], ["compare", "--protocols", "v2", "--seeds", "1", "--quiet"]])
+def test_what_is_set_outside_of_its_range_is_told(tmp_path: Path, ranged: str, command: list[str]) -> None:
+    done = proto_v3(tmp_path, *command, ranged, "--set", "firmware.engines=8")
+    assert done.returncode == 0
+    told = "proto-v3: note: firmware.engines: yours: --set, outside of 1 to 4 (one to four were seen)\n"
+    assert done.stderr == told
+    assert proto_v3(tmp_path, *command, ranged, "--set", "firmware.engines=3").stderr == ""
+
+
 # --- compare ---------------------------------------------------------------------------------------------------------
 
 

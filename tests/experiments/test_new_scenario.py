@@ -20,7 +20,7 @@ from sim.scenario.shipped import shipped_bases
 from sim.scenario.tables import Published
 from sim.scenario.units import unit_of
 from tests.build.cli import proto_v3
-from tests.build.scenario import small_tables, small_text
+from tests.build.scenario import small_scenario, small_tables, small_text
 
 ALL = sorted(shipped_bases())
 
@@ -42,8 +42,22 @@ def test_a_new_file_is_its_base_and_every_key_in_it_can_be_taken(base: str) -> N
     assert mine.model_dump(exclude=same) == was.model_dump(exclude=same)
     taken = KEY.sub(lambda key: f"{key[1]}{key[2]}" if f"{base}: " in told(key[1]) else key[0], text)
     whole = parse(taken, "x.toml")
-    assert whole.model_dump(exclude=same | {"sources"}) == was.model_dump(exclude=same | {"sources"})
+    assert whole.model_dump(exclude=same | {"sources", "ranges"}) == was.model_dump(
+        exclude=same | {"sources", "ranges"}
+    )
     assert whole.sources == dict.fromkeys(parameters(was), "yours: x.toml")
+    assert whole.ranges == {}, "what the user sets, the user knows"
+
+
+def test_each_key_says_its_range_and_a_range_can_be_given() -> None:
+    ranges = {"firmware.engines": {"low": 1.0, "high": 4.0, "why": "one to four were seen"}}
+    base = small_scenario({"ranges": ranges})
+    text = scenario_text("mine", "small.toml", base)
+    (comment,) = (told(comment) for comment, _, key in KEY.findall(text) if key == "engines")
+    assert comment.endswith("small: 2.0 (yours: small.toml). Range: 1 to 4 (one to four were seen).")
+    given = scenario_text("mine", "mlx5", load(str(shipped_bases()["mlx5"])))
+    taken = given.replace('#"link.gbit_per_s" = {', '"link.gbit_per_s" = {')
+    assert parse(taken, "mine.toml").ranges["link.gbit_per_s"].words == "25 to 100"
 
 
 def test_each_key_says_its_unit_its_value_in_the_base_and_the_source() -> None:
@@ -130,6 +144,12 @@ def test_every_shipped_file_fits_the_schema(editor: jsonschema.Draft202012Valida
         ({"extends": "mlx5", "device": [{"count": 65}]}, "device.0.count: 65 is greater"),
         ({"extends": "mlx5", "driver": {"lock": "big"}}, "driver.lock: 'big' is not one of"),
         ({"extends": "mlx5", "sources": {"ram.size_gib": "guess"}}, "sources.ram.size_gib: 'guess' does not match"),
+        (
+            {"extends": "mlx5", "ranges": {"ram.size_gib": {"low": 1, "high": 2}}},
+            "ranges.ram.size_gib: 'why' is a requ",
+        ),
+        ({"extends": "mlx5", "ranges": {"ram.size_gib": {"lwo": 1, "why": "x"}}}, "'lwo' was unexpected"),
+        (small_tables({"ranges": {"ram.size_gib": {"any": [1], "why": "x"}}}), "ranges.ram.size_gib.any: .* too short"),
         (small_tables({"link.round_trip_us": None}), "link: 'round_trip_us' is a required property"),
         (small_tables({"vmm": None}), "'vmm' is a required property"),
         (small_tables({"device.0.writes": {"hot_share": 0.5}}), "device.0.writes: 'mib_per_s' is a required property"),
