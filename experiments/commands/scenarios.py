@@ -52,8 +52,8 @@ def show_scenario(name: str, settings: Sequence[str] = (), *, as_json: bool = Fa
         table.add_row(key, value, *([words] if scenario.ranges else []), told)
     shown.print(table)
     if points:
-        told = f"Assumed, fitted or derived, and without a range ({len(points)}): {', '.join(points)}."
-        shown.print(Text("\n" + textwrap.fill(told, shown.width, break_long_words=False, break_on_hyphens=False)))
+        which = f"Assumed, fitted or derived, and without a range ({len(points)}): {', '.join(points)}."
+        shown.print(Text("\n" + textwrap.fill(which, shown.width, break_long_words=False, break_on_hyphens=False)))
 
 
 def _document(scenario: Scenario, extended: Sequence[str], points: Sequence[str]) -> dict[str, Any]:

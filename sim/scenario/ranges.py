@@ -131,7 +131,7 @@ def problems(ranges: Mapping[str, Range], values: Values) -> Iterator[str]:
             yield f"ranges.{key}: must be of a key that the file sets{did_you_mean(key, values)}"
         elif problem := each.problem(key, values):
             yield f"ranges.{key}{problem}"
-        elif each.of in ranges and ranges[each.of].of:
+        elif each.of is not None and each.of in ranges and ranges[each.of].of:
             yield f"ranges.{key}.of = {short(each.of)}: must be a key whose own range has no `of`"
 
 
@@ -143,7 +143,7 @@ def moved(tables: dict[str, Any], ranges: Mapping[str, Range], values: Values, c
     """
     after = {**values, **chosen}
     for key, each in ranges.items():
-        if each.of in chosen and key not in chosen and values[each.of]:
+        if each.of is not None and each.of in chosen and key not in chosen and values[each.of]:
             after[key] = values[key] * after[each.of] / values[each.of]
     for key, value in after.items():
         above, factor = ORDERED.get(re.sub(r"\.\d+\.", ".", key), ("", 1.0))
