@@ -156,7 +156,7 @@ def test_a_refusal_names_what_has_a_name() -> None:
 def test_without_stop_copy_a_device_has_no_state_at_all(extra: int) -> None:
     features = MigrationFlags(extra)
     assert not any(supports(features, state) for state in State)
-    assert arcs(features) == []
+    assert arcs(features) == ()
     for state in NEXT_HOP:
         with pytest.raises(InvalidTransitionError, match="this device has no"):
             path(state, state, features)
