@@ -18,7 +18,7 @@ import polars as pl
 from rich.console import Console
 
 from experiments import INTERRUPTED
-from experiments.commands.live import live_manifest, prepared, run_jobs, table, warn
+from experiments.commands.live import live_manifest, live_run, not_made, prepared, run_jobs, table, warn
 from experiments.commands.options import out_folder
 from experiments.report import tables
 from experiments.report.tables import Heading, Output, Section
@@ -107,7 +107,7 @@ def run_agree(
         simulated, interrupted = run_cells(cells, None, quiet=quiet)
         if interrupted:
             return INTERRUPTED
-        live, interrupted = run_jobs(cells, how, stderr, quiet=quiet)
+        live, interrupted = run_jobs(cells, live_run(how), not_made, stderr, quiet=quiet)
         if interrupted:
             stderr.print("interrupted: nothing was written", markup=False)
             return INTERRUPTED

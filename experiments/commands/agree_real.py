@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from rich.console import Console
 
-from experiments.commands.live import table
-from experiments.commands.real import real_manifest, run_jobs
+from experiments.commands.live import run_jobs, table
+from experiments.commands.real import not_made, real_manifest
 from experiments.runs.pool import Cell
 from sim.live.processes.report import Note
 from sim.live.processes.settings import Settings
@@ -42,12 +42,11 @@ def run_cells(
         found, way = probed(source.entries, None)
         chosen = of_devices(scenario, found)
 
-        async def run(protocol: Protocol, seed: int, watch: Callable[[Note], None]) -> RealResult:
-            return await run_here(chosen, protocol, seed, how, source, target, watch)
+        async def run(cell: Cell, watch: Callable[[Note], None]) -> RealResult:
+            return await run_here(chosen, cell.protocol, cell.seed, how, source, target, watch)
 
-        job: Callable[[Protocol, int, Callable[[Note], None]], Awaitable[RealResult]] = run
-        runs = [(Protocol.parse(cell.protocol.name, chosen), cell.seed) for cell in cells]
-        done, interrupted = run_jobs(chosen, runs, job, stderr, quiet=quiet)
+        theirs = [Cell(chosen, Protocol.parse(cell.protocol.name, chosen), cell.seed) for cell in cells]
+        done, interrupted = run_jobs(theirs, run, not_made, stderr, quiet=quiet)
         if not done:
             return pl.DataFrame(), {}, True
         told = real_manifest(done, how, found, way, target) | {"parameters": module_parameters(scenario)}

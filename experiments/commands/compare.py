@@ -13,6 +13,7 @@ from pathlib import Path
 import polars as pl
 
 from experiments import INTERRUPTED
+from experiments.commands.finish import CommandResults, finish
 from experiments.commands.options import out_folder, parsed
 from experiments.report import comparison, findings
 from experiments.report.tables import Output
@@ -22,7 +23,6 @@ from experiments.runs.folder import ResultFolder
 from experiments.runs.frame import COMPLETED
 from experiments.runs.plan import Plan
 from experiments.runs.pool import Cell, run_cells
-from proto_v3.vmm.migration import OutcomeKind
 from sim.scenario.scenario import Scenario
 
 WRITES = ("runs", "compare", "distribution", "critical")
@@ -54,26 +54,18 @@ def run_compare(
             output.say("interrupted before the first run was done; nothing was written", always=True)
             return INTERRUPTED
         frame = results.table(outcomes)
-        try:
-            folder.write_table(frame, "runs", table_format)
-            folder.write_manifest(manifest.of_scenario(loaded, scenario, command, frame, len(cells)))
-        finally:  # the results are printed if the disk is full, too
-            if not interrupted:
-                output.results(
-                    {"command": "compare", "scenario": loaded.name, "folder": str(folder.folder)},
-                    f"{loaded.name}: {loaded.description}",
-                    findings.conclusion(frame),
-                    list(comparison.sections(loaded, frame)),
-                )
-        if interrupted:
-            folder.commit()
-            done = f"{len(outcomes)} of {len(cells)} runs were done and are kept in {folder.folder}"
-            output.say(f"interrupted: {done}{folder.why_there}", always=True)
-            return INTERRUPTED
-        drawn = output.drawn(lambda: _draw(folder, loaded, frame, command))
-        folder.commit()
-    output.files(folder.folder, [f"runs.{table_format}"], drawn, folder.why_there)
-    return 1 if OutcomeKind.FAILED.value in frame["outcome"] or drawn is None else 0
+        found = CommandResults(
+            "compare",
+            loaded.name,
+            f"{loaded.name}: {loaded.description}",
+            frame,
+            len(cells),
+            manifest.of_scenario(loaded, scenario, command, frame, len(cells)),
+            lambda: findings.conclusion(frame),
+            lambda: list(comparison.sections(loaded, frame)),
+            lambda: _draw(folder, loaded, frame, command),
+        )
+        return finish(folder, found, output, table_format, interrupted=interrupted)
 
 
 def _draw(folder: ResultFolder, scenario: Scenario, frame: pl.DataFrame, command: Sequence[str]) -> list[Path]:

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
@@ -23,6 +23,7 @@ from experiments.runs.pool import Cell
 from proto_v3.errors import ProtoV3Error, UserError
 from proto_v3.vmm.migration import OutcomeKind
 from sim.live.limits import THE_MACHINES_OWN, measured_lateness_ns, too_short
+from sim.live.processes.report import Note
 from sim.live.processes.settings import Settings
 from sim.live.result import LiveResult, not_run
 from sim.live.run import applied, run_here, run_to
@@ -40,6 +41,9 @@ DEFAULT_PORT = 22067
 DEFAULT_LISTEN = f"127.0.0.1:{DEFAULT_PORT}"
 WRITES = ("runs", "live", "distribution")
 """Its files, without their suffixes."""
+Result = TypeVar("Result")
+MakeRun = Callable[[Cell, Callable[[Note], None]], Awaitable[Result]]
+"""Makes one run; the second argument hears what its processes report meanwhile."""
 LATENESS = ("late_median_ns", "late_p99_ns", "late_max_ns")
 
 
@@ -79,37 +83,32 @@ def run_live(
     with ResultFolder(out_folder(out, f"live-{loaded.name}"), plan, force=force) as folder:
         stderr = Console(stderr=True)
         warn(stderr, loaded)
-        found, interrupted = run_jobs(cells, how, stderr, to, quiet=quiet)
+        found, interrupted = run_jobs(cells, live_run(how, to), not_made, stderr, quiet=quiet)
         if not found:
             stderr.print("interrupted before the first run was done; nothing was written", markup=False)
             return INTERRUPTED
-        from experiments.report import comparison, findings  # after the runs, whose memory is measured: it is heavy
+        from experiments.commands.finish import (  # after the runs, whose memory is measured: it is heavy
+            CommandResults,
+            finish,
+        )
+        from experiments.report import comparison, findings
         from experiments.report.tables import Output
         from experiments.runs import manifest
 
-        output = Output(as_json, quiet)
         frame = table(found, how)
         how_made = manifest.of_scenario(loaded, scenario, command, frame, len(cells))
-        try:
-            folder.write_table(frame, "runs", table_format)
-            folder.write_manifest(how_made | {"live": live_manifest(found, how)})
-        finally:  # the results are printed if the disk is full, too
-            if not interrupted:
-                output.results(
-                    {"command": "live", "scenario": loaded.name, "folder": str(folder.folder)},
-                    f"{loaded.name}, live: {loaded.description}",
-                    findings.conclusion(frame),
-                    [*comparison.sections(loaded, frame), *streams(found), *delays(found)],
-                )
-        if interrupted:
-            folder.commit()
-            done = f"{len(found)} of {len(cells)} runs were done and are kept in {folder.folder}"
-            stderr.print(f"interrupted: {done}{folder.why_there}", markup=False)
-            return INTERRUPTED
-        drawn = output.drawn(lambda: draw(folder, loaded, frame, command))
-        folder.commit()
-    output.files(folder.folder, [f"runs.{table_format}"], drawn, folder.why_there)
-    return 1 if OutcomeKind.FAILED.value in frame["outcome"] or drawn is None else 0
+        results = CommandResults(
+            "live",
+            loaded.name,
+            f"{loaded.name}, live: {loaded.description}",
+            frame,
+            len(cells),
+            how_made | {"live": live_manifest(found, how)},
+            lambda: findings.conclusion(frame),
+            lambda: [*comparison.sections(loaded, frame), *streams(found), *delays(found)],
+            lambda: draw(folder, loaded, frame, command),
+        )
+        return finish(folder, results, Output(as_json, quiet), table_format, interrupted=interrupted)
 
 
 def prepared(
@@ -136,32 +135,45 @@ def warn(stderr: Console, scenario: Scenario) -> None:
         )
 
 
+def live_run(how: Settings, to: tuple[str, int] | None = None) -> MakeRun[LiveResult]:
+    """A function that makes a live run; `to`: to a target that listens there."""
+
+    async def run(cell: Cell, watch: Callable[[Note], None]) -> LiveResult:
+        what = (cell.scenario, cell.protocol, cell.seed, how)
+        return await (run_here(*what, watch) if to is None else run_to(*what, to, watch))
+
+    return run
+
+
+def not_made(cell: Cell, why: str) -> LiveResult:
+    """The result of a run that could not be made: FAILED."""
+    return not_run(cell.scenario, cell.protocol, cell.seed, why)
+
+
 def run_jobs(
     cells: Sequence[Cell],
-    settings: Settings,
+    run: MakeRun[Result],
+    not_made: Callable[[Cell, str], Result],
     stderr: Console,
-    to: tuple[str, int] | None = None,
     *,
     quiet: bool = False,
-) -> tuple[list[LiveResult], bool]:
+) -> tuple[list[Result], bool]:
     """Make the runs, one after the other; returns the finished ones, and whether Ctrl-C stopped it early.
 
     What makes a run impossible is raised if it is the first one; later it is a FAILED run, and the others are kept.
     """
-    done: list[LiveResult] = []
+    done: list[Result] = []
 
     async def work() -> None:
         with Progress(stderr, cells[0].scenario.name, len(cells), quiet=quiet) as progress:
             for cell in cells:
                 progress.begin(cell.protocol.name)
-                what = (cell.scenario, cell.protocol, cell.seed, settings)
                 try:
-                    run = await (run_here(*what, progress.heard) if to is None else run_to(*what, to, progress.heard))
+                    done.append(await run(cell, progress.heard))
                 except (OSError, ProtoV3Error) as error:
                     if not done:
                         raise
-                    run = not_run(*what[:3], str(error))
-                done.append(run)
+                    done.append(not_made(cell, str(error)))
 
     return done, not interruptible(work)
 

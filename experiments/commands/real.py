@@ -5,20 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from experiments import INTERRUPTED
-from experiments.commands.live import address, delays, draw, interruptible, streams, table
+from experiments.commands.live import address, delays, draw, interruptible, run_jobs, streams, table
 from experiments.commands.live_target import ending
 from experiments.commands.options import out_folder
-from experiments.draw.live_progress import Progress
 from experiments.runs.folder import ResultFolder
 from experiments.runs.plan import Plan
-from proto_v3.errors import ProtoV3Error, UserError
+from experiments.runs.pool import Cell
+from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
 from sim.live.processes.report import Note, RejectedNote, SessionNote
 from sim.live.processes.settings import Settings
@@ -72,49 +72,47 @@ def run_real(
     if to:
         probed(target.entries, by)
     chosen, plans = prepared(scenario, protocols, settings, found, how)
-    runs = [(protocol, seed) for seed in seeds for protocol in plans]
+    cells = [Cell(chosen, protocol, seed) for seed in seeds for protocol in plans]
+    stderr = Console(stderr=True)
 
-    async def run(protocol: Protocol, seed: int, watch: Callable[[Note], None]) -> RealResult:
-        if where is None:
-            return await run_here(chosen, protocol, seed, how, source, target, watch)
-        return await run_to(chosen, protocol, seed, how, source, where, watch)
+    async def run(cell: Cell, watch: Callable[[Note], None]) -> RealResult:
+        what = (chosen, cell.protocol, cell.seed, how, source)
+        result = await (run_here(*what, target, watch) if where is None else run_to(*what, where, watch))
+        for text in result.put_back:
+            stderr.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+        return result
 
-    plan = Plan(command, [scenario or BASE], len(runs), writes=WRITES)
+    plan = Plan(command, [scenario or BASE], len(cells), writes=WRITES)
     with ResultFolder(out_folder(out, f"real-{chosen.devices[0].name}"), plan, force=force) as folder:
-        stderr = Console(stderr=True)
-        done, interrupted = run_jobs(chosen, runs, run, stderr, quiet=quiet)
+        done, interrupted = run_jobs(cells, run, not_made, stderr, quiet=quiet)
         if not done:
             stderr.print("interrupted before the first run was done; nothing was written", markup=False)
             return INTERRUPTED
-        from experiments.report import comparison, findings  # after the runs: it is heavy
+        from experiments.commands.finish import CommandResults, finish  # after the runs: it is heavy
+        from experiments.report import comparison, findings
         from experiments.report.tables import Output
         from experiments.runs import manifest
 
-        output = Output(as_json, quiet)
         lives = [each.live for each in done]
         frame = table(lives, how)
-        how_made = manifest.of_scenario(chosen, scenario or BASE, command, frame, len(runs))
-        try:
-            folder.write_table(frame, "runs", table_format)
-            folder.write_manifest(how_made | {"real": real_manifest(done, how, found, way, target)})
-        finally:  # the results are printed if the disk is full, too
-            if not interrupted:
-                output.results(
-                    {"command": "real", "scenario": chosen.name, "folder": str(folder.folder)},
-                    f"{', '.join(each.entry.name for each in found)}: {platform.system()} {platform.release()}",
-                    [*findings.conclusion(frame), *said(chosen, done)],
-                    [devices_section(chosen, found, way), *comparison.sections(chosen, frame), *streams(lives),
-                     *delays(lives)],
-                )  # fmt: skip
-        if interrupted:
-            folder.commit()
-            kept = f"{len(done)} of {len(runs)} runs were done and are kept in {folder.folder}"
-            stderr.print(f"interrupted: {kept}{folder.why_there}", markup=False)
-            return INTERRUPTED
-        drawn = output.drawn(lambda: draw(folder, chosen, frame, command, "real"))
-        folder.commit()
-    output.files(folder.folder, [f"runs.{table_format}"], drawn, folder.why_there)
-    return 1 if OutcomeKind.FAILED.value in frame["outcome"] or drawn is None else 0
+        how_made = manifest.of_scenario(chosen, scenario or BASE, command, frame, len(cells))
+        results = CommandResults(
+            "real",
+            chosen.name,
+            f"{', '.join(each.entry.name for each in found)}: {platform.system()} {platform.release()}",
+            frame,
+            len(cells),
+            how_made | {"real": real_manifest(done, how, found, way, target)},
+            lambda: [*findings.conclusion(frame), *said(chosen, done)],
+            lambda: [
+                devices_section(chosen, found, way),
+                *comparison.sections(chosen, frame),
+                *streams(lives),
+                *delays(lives),
+            ],
+            lambda: draw(folder, chosen, frame, command, "real"),
+        )
+        return finish(folder, results, Output(as_json, quiet), table_format, interrupted=interrupted)
 
 
 def prepared(
@@ -140,35 +138,9 @@ def _side(names: Sequence[str], by: str | None) -> SideDevices:
     return SideDevices([find(name) for name in names], by)
 
 
-def run_jobs(
-    scenario: Scenario,
-    runs: Sequence[tuple[Protocol, int]],
-    run: Callable[[Protocol, int, Callable[[Note], None]], Awaitable[RealResult]],
-    stderr: Console,
-    *,
-    quiet: bool = False,
-) -> tuple[list[RealResult], bool]:
-    """Make the runs, one after the other; returns the finished ones, and whether Ctrl-C stopped it early.
-
-    What makes a run impossible is raised if it is the first one; later it is a FAILED run, and the others are kept.
-    """
-    done: list[RealResult] = []
-
-    async def work() -> None:
-        with Progress(stderr, scenario.name, len(runs), quiet=quiet) as progress:
-            for protocol, seed in runs:
-                progress.begin(protocol.name)
-                try:
-                    result = await run(protocol, seed, progress.heard)
-                except (OSError, ProtoV3Error) as error:
-                    if not done:
-                        raise
-                    result = RealResult(not_run(scenario, protocol, seed, str(error)))
-                done.append(result)
-                for text in result.put_back:
-                    stderr.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
-
-    return done, not interruptible(work)
+def not_made(cell: Cell, why: str) -> RealResult:
+    """The result of a run that could not be made: FAILED."""
+    return RealResult(not_run(cell.scenario, cell.protocol, cell.seed, why))
 
 
 # --- the target -------------------------------------------------------------------------------------------------------

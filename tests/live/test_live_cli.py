@@ -455,10 +455,10 @@ def test_a_run_that_cannot_be_made_keeps_the_others(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(live, "run_here", run_here)
     failing = 2
-    found, interrupted = live.run_jobs(cells, Settings(), Console(file=io.StringIO()))
+    found, interrupted = live.run_jobs(cells, live.live_run(Settings()), live.not_made, Console(file=io.StringIO()))
     assert not interrupted
     assert [run.outcome.seed for run in found] == [1, 2, 3]
     assert "Too many open files" in found[1].outcome.reason
     failing = 1
     with pytest.raises(OSError, match="Too many open files"):
-        live.run_jobs(cells, Settings(), Console(file=io.StringIO()))
+        live.run_jobs(cells, live.live_run(Settings()), live.not_made, Console(file=io.StringIO()))
