@@ -67,7 +67,7 @@ real-qemu: $(VENV)/dev.stamp
 
 # The measurement, then the question that reads it. The machine must have nothing else to do: see the manifest's load.
 real-read: $(VENV)/dev.stamp
-	@$(BIN)/python benchmarks/real_read.py --out results/real/read
+	@$(BIN)/python -m benchmarks.real_read --out results/real/read
 	@$(BIN)/proto-v3 run kernel_read --out results
 	@$(BIN)/proto-v3 report results
 

@@ -9,7 +9,7 @@ time in them, in copies and waiting for its mutex, and the most commands at once
 
 The table is what `proto-v3 run kernel_read` reads, if --out is results/real/read. The machine should be idle.
 
-    python benchmarks/real_read.py [--rounds 5] [--quick] [--out out/real-read]
+    python -m benchmarks.real_read [--rounds 5] [--quick] [--out out/real-read]
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--force", action="store_true", help="replace what is in the folder, whatever it is")
     options = parser.parse_args(arguments)
     stop_on_signals()
-    command = ["python", "benchmarks/real_read.py", *arguments]
+    command = ["python", "-m", "benchmarks.real_read", *arguments]
     cases = grid.cases(options.quick)
     plan = Plan(command, ["real_read"], len(cases) * options.rounds, quick=options.quick, writes=("runs",))
     try:
