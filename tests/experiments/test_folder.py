@@ -25,6 +25,7 @@ from experiments.runs.lock import locked
 from experiments.runs.plan import Plan
 from proto_v3.errors import UserError
 
+PROJECT = Path(__file__).resolve().parents[2]
 COMMAND = ["proto-v3", "compare", "small"]
 PLAN = Plan(COMMAND, ["small"], 4, writes=("runs", "compare"))
 
@@ -474,3 +475,9 @@ def test_a_stage_that_cannot_be_listed_is_told_in_words(tmp_path: Path, monkeypa
         patch.setattr(Path, "iterdir", refused)
         with pytest.raises(UserError, match="cannot be written: Too many open files"):
             folder.commit()
+
+
+def test_the_kept_results_are_as_they_were_written() -> None:
+    manifests = sorted((PROJECT / "results").rglob("manifest.json"))
+    assert len(manifests) > 15
+    assert [wrong for file in manifests for wrong in damaged(file.parent, read_manifest(file))] == []
