@@ -63,6 +63,16 @@ def share_of_read() -> str:
     return f"copy and lock are {one} % of what moves a stopped device on one stream, and {float(sixteen):.0f} % on 16"
 
 
+def kernel_copies() -> str:
+    mib_per_s, times = found("kernel_read", r"copies (\d+) MiB/s, ([\d.]+) times what one command")
+    return f"one thread's read() of a driver copies {mib_per_s} MiB/s, {times} times what one command"
+
+
+def kernel_ratios() -> str:
+    close, of = found("kernel_read", r"(\d+) of (\d+) ratios to one stream are within 10 %")
+    return f"{close} of {of} ratios of N streams to one are within 10 % of the simulated ones"
+
+
 def calls() -> str:
     call_us, from_size = found("buffer_and_chunk", r"binds, (\d+) us a call, it does not come out.*?\((\d+ MiB) to")
     assert from_size == "1 MiB"
@@ -206,7 +216,10 @@ def nothing_gained() -> str:
 
 
 TWO_MINUTES = section("results/README.md", "In two minutes")
-IN_TWO_MINUTES = [share_of_read, calls, multifd, streams, ack, against_all_of_v2, given_up, not_for, large_states]
+IN_TWO_MINUTES = [
+    share_of_read, kernel_copies, kernel_ratios, calls, multifd, streams, ack, against_all_of_v2, given_up, not_for,
+    large_states,
+]  # fmt: skip
 WHAT_COMES_OUT = [
     published, v3_takes_off, multifd_takes_off, four_streams, held_against, baseline, late_data, sooner, in_vain,
     nothing_gained,
