@@ -333,8 +333,15 @@ def live_target(listen: str, once: bool, max_state_mib: int, **options: Any) -> 
 
 
 @main.command(context_settings=OLD_NAMES)
-@click.argument("devices", metavar="DEVICE[,DEVICE...]", callback=names)
-@click.option("--to", metavar="DEVICE[,DEVICE...]", default="", callback=names, help="The target's, on this machine.")
+@click.argument("devices", metavar="DEVICE[,DEVICE...]", callback=names, shell_complete=complete.devices)
+@click.option(
+    "--to",
+    metavar="DEVICE[,DEVICE...]",
+    default="",
+    callback=names,
+    shell_complete=complete.devices,
+    help="The target's, on this machine.",
+)
 @click.option("--connect", metavar="HOST:PORT", help="The target is there: `proto-v3 real DEVICE --listen`.")
 @click.option(
     "--listen",

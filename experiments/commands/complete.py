@@ -60,10 +60,12 @@ def folders(ctx: click.Context, option: click.Parameter, word: str) -> Items:
 
 
 def devices(ctx: click.Context, option: click.Parameter, word: str) -> Items:
-    """The VFIO devices of this machine."""
+    """The VFIO devices of this machine, in a list with commas: those that it has not yet."""
     from sim.real.sysfs import names
 
-    return _items(word, names())
+    before, comma, _ = word.rpartition(",")
+    taken = before.split(",")
+    return _items(word, [f"{before}{comma}{name}" for name in names() if name not in taken])
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -101,7 +103,7 @@ def protocol(ctx: click.Context, option: click.Parameter, word: str) -> Items:
 
 def protocols(ctx: click.Context, option: click.Parameter, word: str) -> Items:
     """Names of protocols, separated by commas."""
-    before, comma, last = word.rpartition(",")
+    before, comma, _ = word.rpartition(",")
     used = set(before.split(",")) - SUFFIXES.keys()
     return _items(word, [f"{before}{comma}{name}" for name in _protocols(last) if name not in used])
 

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from experiments.cli import main
 from experiments.commands.complete import SHELLS
 from experiments.study.experiment import NAMES
+from sim.real import sysfs
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import parameters
@@ -67,6 +68,14 @@ def test_scenario_files_are_offered_beside_the_names(tmp_path: Path, monkeypatch
         (tmp_path / name).touch()
     assert offered("compare", "mlx") == ["mlx5-2vf", "mlx.toml"]
     assert offered("compare", "below/") == ["below/mine.toml"]
+
+
+def test_devices_are_offered_that_the_list_has_not_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sysfs, "names", lambda: ["vfio0", "vfio1", "0000:3b:00.2"])
+    assert offered("real", "v") == ["vfio0", "vfio1"]
+    assert offered("real", "vfio0,") == ["vfio0,vfio1", "vfio0,0000:3b:00.2"]
+    assert offered("real", "vfio0", "--to", "0000") == ["0000:3b:00.2"]
+    assert offered("probe", "vfio1") == ["vfio1"]
 
 
 def test_where_a_file_or_a_folder_is_due_the_shell_offers_its_own() -> None:
