@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from proto_v3.timeline import cause, caused_by
+
+Woken = Callable[[], Awaitable[None]]
+"""Awaited by a thread that waited, when it is woken: what it takes until it runs again."""
 
 
 class Notify:
@@ -14,8 +18,10 @@ class Notify:
     Use: `while not condition: await notify.wait()`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, woken: Woken | None = None) -> None:
+        """`woken`: of the threads that wait here; None: they run again at once."""
         self._waiters: list[asyncio.Future[int]] = []
+        self._woken = woken
 
     @property
     def waited_for(self) -> bool:
@@ -39,3 +45,5 @@ class Notify:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
             raise
+        if self._woken is not None:
+            await self._woken()

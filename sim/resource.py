@@ -34,6 +34,12 @@ async def spend(timeline: Timeline, resource: Resource, what: str, cost_ns: int)
     timeline.work(resource, what, start)
 
 
+async def wake_up(timeline: Timeline, cost_ns: int) -> None:
+    """Let the time pass that a thread takes to run again after it waited."""
+    if cost_ns:
+        await spend(timeline, Resource.FIXED, "wake-up", cost_ns)
+
+
 class FifoServer:
     """One server, first come, first served: memory, a link, a connection."""
 

@@ -19,6 +19,7 @@ from sim.clock.virtual import VirtualLoop
 from sim.host.host import HostResources, device_report, devices_at_source, devices_at_target, seeds
 from sim.host.link import ClosedError, NetworkLink
 from sim.host.machine import GuestHere, MachineModel
+from sim.host.spread import SIDES, of_host
 from sim.host.vmms import connections, make_source, make_target, side_report
 from sim.outcome import Outcome, RunReport, compared, completed, ended, failed
 from sim.report import Counters, Failure, failure
@@ -65,15 +66,17 @@ class VirtualRun:
         scenario = self.scenario
         self.timeline = timeline = Timeline(now_ns)
         guest_seed, source_seed, target_seed = seeds(self._seed)
-        self._here = devices_at_source(scenario, guest_seed, HostResources(scenario, source_seed, timeline))
-        self._there = devices_at_target(scenario, HostResources(scenario, target_seed, timeline))
+        here, there = (of_host(scenario, self._seed, side) for side in SIDES)
+        self._here = devices_at_source(scenario, guest_seed, HostResources(here, source_seed, timeline))
+        self._there = devices_at_target(scenario, HostResources(there, target_seed, timeline))
         self.drivers, self.states = [driver for driver, _ in self._here], [state for _, state in self._here]
         self.drivers_at_target = [driver for driver, _ in self._there]
         self.images = [image for _, image in self._there]
         settings = scenario.switchover_settings()
+        wake_up_ns = scenario.host.wake_up_ns
         self.machines = {
-            "source": MachineModel(scenario, GuestHere(self.states), timeline, running=True),
-            "target": MachineModel(scenario, GuestHere([]), timeline, running=False),
+            "source": MachineModel(here, GuestHere(self.states), timeline, running=True, wake_up_ns=wake_up_ns),
+            "target": MachineModel(there, GuestHere([]), timeline, running=False, wake_up_ns=wake_up_ns),
         }
         self.counters = {"source": Counters(), "target": Counters()}
         self.resets: list[str] = []
@@ -176,7 +179,7 @@ class VirtualRun:
         return loop
 
     def _connect(self) -> tuple[list[Channel], list[Channel]]:
-        self.link = NetworkLink(self.scenario.link, self._loop(), self.timeline)
+        self.link = NetworkLink(self.scenario.link, self._loop(), self.timeline, self.scenario.host.wake_up_ns)
         ends = [self.link.connect(f"connection {i}") for i in range(connections(self._applied))]
         return [Channel(here) for here, _ in ends], [Channel(there) for _, there in ends]
 

@@ -59,6 +59,9 @@ class Machine(Protocol):
     async def copy_packet(self, size_bytes: int) -> None:
         """Copy device data into a packet of multifd, where the save threads do that under one mutex."""
 
+    async def wake_up(self) -> None:
+        """Let the time pass that a thread of the VMM takes to run again after it waited for another one."""
+
     async def load_other_devices(self) -> None:
         """Load the state of all devices that are not VFIO devices, before the config of those."""
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from proto_v3.errors import PeerProtocolError
-from proto_v3.notify import Notify
+from proto_v3.notify import Notify, Woken
 from proto_v3.timeline import Join, Mark, Work
 from proto_v3.vfio.device import DataFd
 from proto_v3.wire.channel import Channel
@@ -66,7 +66,7 @@ class _Sender:
         self._channel = channel
         self._pool = pool
         self._packet: Frame | None = None
-        self._notify = Notify()
+        self._notify = Notify(pool.woken)
         self.sync_due = False  # send SYNC, that no RAM follows, after the packet in hand
 
     def give(self, packet: Frame) -> None:
@@ -94,10 +94,12 @@ class _Sender:
 class Pool:
     """Channels of which the one that has been free for longest takes the next packet."""
 
-    def __init__(self, channels: Sequence[Channel]) -> None:
+    def __init__(self, channels: Sequence[Channel], woken: Woken | None = None) -> None:
+        """`woken`: of the channels' threads, and of those that wait for one."""
+        self.woken = woken
         self.senders = [_Sender(channel, self) for channel in channels]
         self.free = deque(self.senders)
-        self.changed = Notify()  # a sender has sent its packet or its SYNC
+        self.changed = Notify(woken)  # a sender has sent its packet or its SYNC
 
     async def send(self, packet: Frame) -> None:
         """Hand a packet to a channel's thread; waits while all are busy."""
@@ -116,9 +118,10 @@ class Pool:
 class Senders:
     """The source's half."""
 
-    def __init__(self, settings: Multifd, channels: Sequence[Channel]) -> None:
-        self.ram = Pool(channels[settings.dedicated :])
-        self._devices = Pool(channels[: settings.dedicated]) if settings.dedicated else self.ram
+    def __init__(self, settings: Multifd, channels: Sequence[Channel], woken: Woken | None = None) -> None:
+        """`woken`: of all threads."""
+        self.ram = Pool(channels[settings.dedicated :], woken)
+        self._devices = Pool(channels[: settings.dedicated], woken) if settings.dedicated else self.ram
         self._mutex = asyncio.Lock() if settings.one_mutex else None
 
     def work(self) -> list[Work]:
@@ -163,7 +166,7 @@ class _Loader:
         self._next = 0
         self._last: int | None = None  # the config's number, when that arrived
         self._writes = False
-        self._notify = Notify()
+        self._notify = Notify(target.side.machine.wake_up)
 
     def put(self, packet: Frame) -> None:
         """Take a packet. PeerProtocolError if its number arrived before, if too many bytes wait, or if it is behind the
@@ -249,7 +252,7 @@ class Receivers:
         self._synced: set[int] = set()
         """Channels on which no RAM follows."""
         self._arrived = 0  # frames
-        self._notify = Notify()
+        self._notify = Notify(target.side.machine.wake_up)
         limit_bytes = settings.max_queued_bytes
         self._loaders = [_Loader(index, target, limit_bytes, self._notify) for index in devices]
 

@@ -85,7 +85,7 @@ class V2Source(Source):
         super().__init__(side, channels)
         self._options = options
         self._main = channels[0]
-        self._senders = Senders(options.multifd, channels[1:]) if options.multifd else None
+        self._senders = Senders(options.multifd, channels[1:], side.machine.wake_up) if options.multifd else None
         self._known = [_Known() for _ in side.devices]
         self._all_acked = False  # whether the one-shot ack was received
         self._late: list[str] = []

@@ -105,7 +105,7 @@ class V3Source(Source):
             self._streams = OwnOutStreams(channels, 1 + options.wire_streams)
         else:
             shared = channels[:1] if options.wire is Wire.ONE else channels[1:]
-            self._streams = SharedOutStreams(shared, devices, options.credits)
+            self._streams = SharedOutStreams(shared, devices, options.credits, side.machine.wake_up)
         self._critical = [_Critical() for _ in side.devices]
         self._stopped_only = [StoppedOnly() for _ in side.devices]
         self._not_dirty_bytes: list[int] = []

@@ -54,7 +54,9 @@ class V3Target(Target):
         else:
             shared = channels[:1] if options.wire is Wire.ONE else channels[1:]
             devices = len(side.devices)
-            self._streams = SharedInStreams(channels[0], shared, devices, streams, options.credits, self._on_held)
+            self._streams = SharedInStreams(
+                channels[0], shared, devices, streams, options.credits, self._on_held, side.machine.wake_up
+            )
         self._held_bytes = 0
         self._loading: list[asyncio.Task[None]] = []
         self._phase = Phase.LOADING

@@ -32,7 +32,7 @@ from typing import Protocol
 from typing_extensions import override
 
 from proto_v3.errors import PeerProtocolError
-from proto_v3.notify import Notify
+from proto_v3.notify import Notify, Woken
 from proto_v3.timeline import Work, cause, caused_by
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
@@ -167,11 +167,11 @@ class _Credit:
     The exception: a frame larger than the whole credit is sent when all that was sent before was given back.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, woken: Woken | None) -> None:
         self._size = size
         self._sent = 0
         self._granted = size
-        self._notify = Notify()
+        self._notify = Notify(woken)
 
     async def take(self, size: int) -> None:
         """Wait until `size` bytes may be sent, and count them as sent."""
@@ -212,9 +212,11 @@ class SharedOutStreams(OutStreams):
     filled before the next gets anything, and a bounded credit would keep only a few of many connections busy.
     """
 
-    def __init__(self, channels: Sequence[Channel], devices: int, credits: Credits) -> None:
+    def __init__(self, channels: Sequence[Channel], devices: int, credits: Credits, woken: Woken | None = None) -> None:
+        """`woken`: of the threads that wait for credit, for a connection, or for a frame to send."""
         self._channels = channels
-        self._credits = [[_Credit(credits.of(index)) for index in (0, 1)] for _ in range(devices)]
+        self._woken = woken
+        self._credits = [[_Credit(credits.of(index), woken) for index in (0, 1)] for _ in range(devices)]
         self._critical: deque[_Carried] = deque()
         self._dirty: deque[_Carried] = deque()
         self._free: deque[asyncio.Future[tuple[_Carried, int]]] = deque()
@@ -238,6 +240,7 @@ class SharedOutStreams(OutStreams):
         else:
             (self._critical if critical else self._dirty).append((frame, sent))
         caused_by(await sent)
+        await self._wake_up()
 
     async def _next(self) -> _Carried:
         """The next frame for a free sender."""
@@ -247,7 +250,12 @@ class SharedOutStreams(OutStreams):
         self._free.append(turn)
         carried, caused = await turn
         caused_by(caused)
+        await self._wake_up()
         return carried
+
+    async def _wake_up(self) -> None:
+        if self._woken is not None:
+            await self._woken()
 
     async def _send(self, channel: Channel) -> None:
         while True:
@@ -306,11 +314,11 @@ class _Room:
 
 
 class _SharedIn(InStream):
-    def __init__(self, streams: SharedInStreams) -> None:
+    def __init__(self, streams: SharedInStreams, woken: Woken | None) -> None:
         self._streams = streams
         self._early: dict[int, Frame] = {}
         self._due = 1
-        self._notify = Notify()
+        self._notify = Notify(woken)
 
     def put(self, frame: Frame) -> None:
         if frame.place < self._due or frame.place in self._early:
@@ -337,13 +345,21 @@ class SharedInStreams(InStreams):
     """
 
     def __init__(
-        self, first: Channel, channels: Sequence[Channel], devices: int, streams: int, credits: Credits, on_held: OnHeld
+        self,
+        first: Channel,
+        channels: Sequence[Channel],
+        devices: int,
+        streams: int,
+        credits: Credits,
+        on_held: OnHeld,
+        woken: Woken | None = None,
     ) -> None:
+        """`woken`: of the threads that wait for a frame of their stream."""
         self._first = first
         self._on_held = on_held
         self._channels = channels
         self._rooms = [[_Room(credits.of(index)) for index in (0, 1)] for _ in range(devices)]
-        self._streams = [[_SharedIn(self) for _ in range(streams)] for _ in range(devices)]
+        self._streams = [[_SharedIn(self, woken) for _ in range(streams)] for _ in range(devices)]
 
     @override
     def stream(self, device: int, index: int) -> InStream:

@@ -123,7 +123,7 @@ class SaveBlocks(SavedFd, BlocksFd):
             if self.nonblocking:
                 raise fails(errno.EAGAIN)
             await self._notify.wait()
-            self.counters.wakeups += 1
+            await self._woken()
             self.check_open()
         device = self._device
         device.advance(now_ns())
@@ -164,13 +164,13 @@ class SaveBlocks(SavedFd, BlocksFd):
         return await self._copy(end, now_ns())
 
     async def _copy(self, record: Record, asked_ns: int) -> Payload:
+        await self._woken()  # the caller slept while the device saved
         ready_ns = now_ns()
         async with self._fd_lock:
             locked_ns = now_ns()
             await self._context.memory.copy(record.size_bytes, self._context.call_ns, "read")
             self.check_open()
         self._count_read(record.size_bytes, asked_ns, ready_ns, locked_ns)
-        self.counters.wakeups += 1  # the caller slept while the device saved
         return Extent([RecordSlice(record, 0, record.size_bytes)])
 
     def pending_bytes(self) -> int:

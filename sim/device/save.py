@@ -178,7 +178,7 @@ class SaveStream(SavedFd):
                         await self._call()
                         raise fails(errno.EAGAIN)
                     await self._notify.wait()
-                    self.counters.wakeups += 1
+                    await self._woken()
                 case _:
                     await self._call()
                     state = self.state  # something may have come while the call went on
@@ -199,7 +199,7 @@ class SaveStream(SavedFd):
                 async with asyncio.timeout(None if timeout_ns is None else timeout_ns / 1e9):
                     while not self.ready():
                         await self._notify.wait()
-                    self.counters.wakeups += 1
+                    await self._woken()
             except TimeoutError:
                 pass
         return self.ready()

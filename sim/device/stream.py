@@ -21,7 +21,7 @@ from proto_v3.wire.frames import Payload
 from sim.clock.port import now_ns
 from sim.device.firmware import VfFirmware
 from sim.report import Counters, DriverMessage
-from sim.resource import Lock, spend
+from sim.resource import Lock, spend, wake_up
 from sim.scenario.device import Fault
 from sim.scenario.tables import Driver
 from sim.scenario.times import DeviceTimes
@@ -54,6 +54,8 @@ class DriverContext:
     """Makes a mutex of the driver."""
     locks_in_read: bool = True
     """read() takes the lock that the scenario names. False in live mode, where the thread that copies takes it."""
+    wake_up_ns: int = 0
+    """What a thread takes to run again that waited in read() or poll(). 0 in live mode, where it takes its own time."""
     tables: bool = False
     """Records carry a table of their blocks and objects. True in live mode, where records are bytes."""
 
@@ -247,6 +249,11 @@ class SavedFd(PartOfSession, ReadOnlyFd):
         counters.read_firmware_ns += ready_ns - asked_ns
         counters.read_lock_ns += locked_ns - ready_ns
         counters.read_copy_ns += now_ns() - locked_ns
+
+    async def _woken(self) -> None:
+        """A thread that slept in a call is woken."""
+        self.counters.wakeups += 1
+        await wake_up(self._context.timeline, self._context.wake_up_ns)
 
     async def _call(self) -> None:
         """The fixed cost of a call that copies nothing."""

@@ -35,11 +35,12 @@ class HostResources:
         host = scenario.host
         self._memory: CopyModel = Memory(host.copy_bytes_per_s, host.memory_bytes_per_s, timeline)
         self._call_ns = scenario.driver.call_ns
+        self._wake_up_ns = host.wake_up_ns
         self.global_lock: DriverLock = Lock(timeline)
 
     def context(self, device: int) -> DriverContext:
         """The context of a device's driver. `device`: its index among the scenario's devices."""
-        return DriverContext(*self._of_device(device), call_ns=self._call_ns)
+        return DriverContext(*self._of_device(device), call_ns=self._call_ns, wake_up_ns=self._wake_up_ns)
 
     def _of_device(self, device: int) -> tuple[VfFirmware, CopyModel, Timeline, DeviceTimes]:
         spec, times = self._devices[device]

@@ -21,7 +21,7 @@ from proto_v3.timeline import NO_CAUSE, Resource, Timeline, cause, caused_by
 from proto_v3.wire.frames import Payload
 from sim.clock.port import now_ns
 from sim.clock.virtual import VirtualLoop
-from sim.resource import FifoServer
+from sim.resource import FifoServer, wake_up
 from sim.scenario.tables import Link
 
 
@@ -32,7 +32,9 @@ class ClosedError(ConnectionResetError):
 class _OneWay:
     """One direction of a connection."""
 
-    def __init__(self, settings: Link, link: FifoServer, loop: VirtualLoop, timeline: Timeline, name: str) -> None:
+    def __init__(
+        self, settings: Link, link: FifoServer, loop: VirtualLoop, timeline: Timeline, name: str, wake_up_ns: int
+    ) -> None:
         self._link = link
         self._loop = loop
         self._connection = FifoServer(settings.per_connection_bytes_per_s)
@@ -40,6 +42,7 @@ class _OneWay:
         self._latency_ns = settings.latency_ns
         self._timeline = timeline
         self._name = name
+        self._wake_up_ns = wake_up_ns
         self._in_flight_bytes = 0
         self._arrived: deque[tuple[bytes, Payload]] = deque()
         self._room = Notify()
@@ -61,6 +64,7 @@ class _OneWay:
             while self._in_flight_bytes and self._in_flight_bytes + size > self._buffer_bytes:
                 await self._room.wait()
                 self.wakeups += 1
+                await wake_up(self._timeline, self._wake_up_ns)
                 self._check_there()
             self._in_flight_bytes += size
             self._turn_given_by = cause()
@@ -83,6 +87,7 @@ class _OneWay:
             self._check_there()
             await self._arrival.wait()
             self.wakeups += 1
+            await wake_up(self._timeline, self._wake_up_ns)
         header, payload = self._arrived.popleft()
         self._loop.call_later_ns(self._latency_ns, self._give_room, len(header) + len(payload))
         return header, payload
@@ -129,8 +134,10 @@ class ConnectionEnd:
 class NetworkLink:
     """The link; connections are made over it."""
 
-    def __init__(self, settings: Link, loop: VirtualLoop, timeline: Timeline) -> None:
+    def __init__(self, settings: Link, loop: VirtualLoop, timeline: Timeline, wake_up_ns: int = 0) -> None:
+        """`wake_up_ns`: what a thread takes to run again that waited for data or for room."""
         self._settings = settings
+        self._wake_up_ns = wake_up_ns
         self._loop = loop
         self._timeline = timeline
         self._there, self._back = FifoServer(settings.bytes_per_s), FifoServer(settings.bytes_per_s)
@@ -143,8 +150,8 @@ class NetworkLink:
 
     def connect(self, name: str) -> tuple[ConnectionEnd, ConnectionEnd]:
         """A new connection; returns the source's end and the target's."""
-        there = _OneWay(self._settings, self._there, self._loop, self._timeline, name)
-        back = _OneWay(self._settings, self._back, self._loop, self._timeline, f"{name} back")
+        there = _OneWay(self._settings, self._there, self._loop, self._timeline, name, self._wake_up_ns)
+        back = _OneWay(self._settings, self._back, self._loop, self._timeline, f"{name} back", self._wake_up_ns)
         self._ways += [there, back]
         return ConnectionEnd(name, there, back), ConnectionEnd(name, back, there)
 

@@ -21,7 +21,7 @@ from proto_v3.wire.frames import Payload
 from sim.clock.port import now_ns, sleep_ns
 from sim.device.record import Bulk
 from sim.device.state import DeviceState
-from sim.resource import duration_ns, spend
+from sim.resource import duration_ns, spend, wake_up
 from sim.scenario.scenario import Scenario
 from sim.scenario.tables import Ram
 from sim.scenario.times import device_times
@@ -153,9 +153,16 @@ class MachineModel:
     """One VMM's guest (proto_v3.vmm.machine.Machine)."""
 
     def __init__(
-        self, scenario: Scenario, guest: Guest, timeline: Timeline, *, running: bool, ram: HostRam | None = None
+        self,
+        scenario: Scenario,
+        guest: Guest,
+        timeline: Timeline,
+        *,
+        running: bool,
+        ram: HostRam | None = None,
+        wake_up_ns: int = 0,
     ) -> None:
-        """`ram`: None is RamModel, in virtual time."""
+        """`ram`: None is RamModel, in virtual time. `wake_up_ns`: 0 in live mode, whose threads take their own time."""
         self.running = running
         self.ram: HostRam = RamModel(scenario.ram, timeline) if ram is None else ram
         self._vmm = scenario.vmm
@@ -163,6 +170,7 @@ class MachineModel:
         self._guest = guest
         self._config_lock = asyncio.Lock()
         self._timeline = timeline
+        self._wake_up_ns = wake_up_ns
 
     async def set_up(self) -> None:
         """Take the time that a migration costs before its first byte."""
@@ -190,6 +198,10 @@ class MachineModel:
         bytes_per_s = self._vmm.multifd_copy_bytes_per_s
         if bytes_per_s is not None:
             await spend(self._timeline, Resource.COPY, "multifd copy", duration_ns(size_bytes, bytes_per_s))
+
+    async def wake_up(self) -> None:
+        """Let the time of a thread's wake-up pass."""
+        await wake_up(self._timeline, self._wake_up_ns)
 
     async def load_other_devices(self) -> None:
         """Load the devices that are not VFIO devices, under the big lock."""

@@ -20,6 +20,7 @@ TRIED_NS = 200_000
 
 THE_MACHINES_OWN = {
     "driver.call_us": "a call costs what it costs",
+    "host.wake_up_us": "a thread that waited wakes up as fast as it does",
     "host.memory_gib_per_s": "all copies together are as fast as they are; one thread's copy_gib_per_s is kept to",
     "link.gbit_per_s": "the network is what it is; per_connection_gbit_per_s is asked of the kernel's pacing",
     "link.round_trip_us": "the network's own",

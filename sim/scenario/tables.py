@@ -181,15 +181,22 @@ class Driver(Table):
 
 
 class Host(Table):
-    """Memory: what one thread copies, and what all of them together."""
+    """Both hosts: their memory, their threads, and how much they vary."""
 
     copy_gib_per_s: Positive
     """What one thread copies."""
     memory_gib_per_s: Positive
     """What all threads copy together."""
+    wake_up_us: NonNegative = 0.0
+    """What a thread of the VMM that waited takes until it runs again: for data, for room in a connection, for work."""
+    spread_cv: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """How much a host's fixed times vary from run to run: standard deviation over mean. In each run each host has one
+    factor for the set-up, for the vCPUs, for RAM's sync and scan, for the state commands of its devices, and for
+    configs and other devices. Commands that move state vary by firmware.service_cv."""
 
     copy_bytes_per_s = Rate("copy_gib_per_s")
     memory_bytes_per_s = Rate("memory_gib_per_s")
+    wake_up_ns = Whole("wake_up_us")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

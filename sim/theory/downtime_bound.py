@@ -6,8 +6,8 @@ Before it comes the part of the stop that it cannot overlap with, after it what 
 sums is the bound. Everything else counts as free: what the guest dirtied, waiting for one another, the way of the first
 and the last chunk. Each method of LowerBound is a lemma, with its reason in docs/theory.md.
 
-It is a lower bound of every completed run if firmware.service_cv is 0. If not, it is one of the mean over many seeds,
-as the service factors have mean 1: a single run may be shorter.
+It is a lower bound of every completed run if firmware.service_cv and host.spread_cv are 0. If not, it is one of the
+mean over many seeds, as all factors have mean 1: a single run may be shorter.
 """
 
 from __future__ import annotations

@@ -74,6 +74,8 @@ class Machine:
     async def copy_packet(self, size_bytes: int) -> None:
         await sleep_ns(ns(COPY_MS) * (size_bytes > 0))
 
+    async def wake_up(self) -> None: ...
+
     async def load(self, payload: Payload) -> None:
         self.ram_bytes += len(payload)
 

@@ -164,6 +164,8 @@ class Machine:
 
     async def copy_packet(self, size_bytes: int) -> None: ...
 
+    async def wake_up(self) -> None: ...
+
     async def stop_vcpus(self) -> None:
         self.log.append(("vcpus", "stop"))
         self.running = False

@@ -29,6 +29,7 @@ from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Kind
 from sim.clock import port as clock
 from sim.host.machine import MachineModel
+from sim.host.spread import of_host
 from sim.host.vmms import connections, make_source, make_target, side_report
 from sim.live.fd.calls import Calls
 from sim.live.io import IO
@@ -98,7 +99,7 @@ class VmmProcess:
                 f"vmm.give_up_s = {applied.scenario.vmm.give_up_s:g}: a live run takes at most {most_s:g} s"
             )
         self.applied = within(applied, max_bytes, tls) if self.side == "target" else applied
-        self.scenario = self.applied.scenario
+        self.scenario = of_host(self.applied.scenario, run.seed, self.side)
 
     def begin(self, zero_ns: int, session: Session) -> Side:
         """Time 0 is fixed: make this side's machine, devices and channels."""
