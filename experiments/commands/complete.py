@@ -103,7 +103,7 @@ def protocol(ctx: click.Context, option: click.Parameter, word: str) -> Items:
 
 def protocols(ctx: click.Context, option: click.Parameter, word: str) -> Items:
     """Names of protocols, separated by commas."""
-    before, comma, _ = word.rpartition(",")
+    before, comma, last = word.rpartition(",")
     used = set(before.split(",")) - SUFFIXES.keys()
     return _items(word, [f"{before}{comma}{name}" for name in _protocols(last) if name not in used])
 
