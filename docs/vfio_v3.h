@@ -75,6 +75,11 @@
  *   returns 0. Several threads may read different fds at the same time. EBADF
  *   on an fd that is being loaded, as for write() on one that is being saved.
  *
+ *   A device may refuse to be saved before it is stopped. That is no failure:
+ *   until STOP_COPY read() fails with ENOMSG on every stream, pending_bytes is 0
+ *   and epoch does not grow; then all of the state comes. A device of which
+ *   dirty data was returned whose critical data it refuses to save has failed.
+ *
  * write()
  *   The driver loads what the bytes complete, inside the call. On a dirty fd it
  *   waits until the critical data that they depend on is loaded. On the
@@ -302,6 +307,9 @@ struct vfio_mig_stream_info {
  * every block was read as it is then, and fails with ENOMSG before that. It
  * returns the whole of it, VFIO_MIG_BLOCKS_END_BYTES, or fails with EINVAL if
  * there is no room for it; after it read() returns 0.
+ *
+ * If the device refuses to be saved before it is stopped, pread() fails with
+ * ENOMSG, and no block is reported until STOP_COPY, where all of them are.
  *
  * write() on the fd of blocks that is being loaded takes what one pread() or
  * the read() returned, as a whole, in each call; otherwise it fails with

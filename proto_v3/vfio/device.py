@@ -131,7 +131,8 @@ class BlocksFd(DataFd, Protocol):
 
         Waits while the device saves them, and in PRE_COPY_P2P until the device leaves that state. The offset is `first`
         x the bytes of a block, the size is that of the record. EINVAL for blocks that do not exist, or that cannot be
-        read before the device is stopped.
+        read before the device is stopped. ENOMSG if the device refused to be saved before it is stopped: all blocks are
+        reported again then.
         """
 
     async def write(self, payload: Payload, piece_bytes: int) -> None:

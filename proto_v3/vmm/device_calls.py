@@ -123,7 +123,7 @@ class DeviceCalls:
     def watch(self, device: MigrationDevice) -> MigrationDevice:
         """The same device, with its calls and those of its data fds noted here. One that fails raises DeviceCallError.
 
-        Only ENOMSG of read() stays an OSError: it is the temporary end of the stream in pre-copy, and no failure.
+        Only ENOMSG of read() and pread() stays an OSError: it is the temporary end in pre-copy, and no failure.
         """
         return cast(MigrationDevice, _Watched(_CalledDevice(self, device), device.name, device))
 
@@ -191,7 +191,7 @@ class _Watched:
         except DeviceCallError:
             raise
         except OSError as error:
-            if name == "read" and error.errno == errno.ENOMSG:
+            if name in ("read", "read_blocks") and error.errno == errno.ENOMSG:
                 raise
             raise DeviceCallError(device, call, error, target) from error
         match name:

@@ -8,6 +8,7 @@ The VMM chooses the order: here by number, again and again from the start.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 import numpy as np
@@ -88,10 +89,24 @@ class BlockReaders:
                     await self._notify.wait()
                 continue
             first, count = self._next_run()
-            data = await self._fd.read_blocks(first, count)
+            try:
+                data = await self._fd.read_blocks(first, count)
+            except OSError as error:
+                if error.errno != errno.ENOMSG:
+                    raise
+                self._nothing_before_the_stop(first, count)
+                continue
             self.read_bytes += len(data)
             await stream.send(Frame(Kind.DATA, self.device, at, payload=data))
             self.sent_bytes += len(data)
+
+    def _nothing_before_the_stop(self, first: int, count: int) -> None:
+        """The device saves nothing more before it is stopped: it reports all blocks again then."""
+        if self._final:  # it was reported since
+            self._wanted[first : first + count] = True
+        else:
+            self._wanted[:] = False
+        self._wanted_blocks = int(np.count_nonzero(self._wanted))
 
     def _next_run(self) -> tuple[int, int]:
         """First block and length of the next run to read, at most what one read may return; marks it as read."""

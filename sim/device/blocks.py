@@ -56,6 +56,9 @@ class SaveBlocks(SavedFd, BlocksFd):
         self._in_flight = 0  # SAVEs
         self._reading = 0  # calls of read_blocks()
         self._sequence = 0
+        self._refused = False  # firmware refused a SAVE in pre-copy
+        self.given_epoch = 0
+        """The newest epoch of what was read; 0: nothing was."""
 
     @property
     def suspended(self) -> bool:
@@ -84,11 +87,28 @@ class SaveBlocks(SavedFd, BlocksFd):
         """These blocks are dirty again, whatever the last bitmap said."""
         self._reported[blocks.slice] = -1
 
+    def refuse(self) -> None:
+        """Firmware refused a SAVE of the session: all blocks are dirty again, and come when the device is stopped."""
+        self._refused = True
+        self._reported.fill(-1)
+        self._device.forget_saves(objects=False)
+        self._notify.notify()
+
+    @property
+    def _only_when_stopped(self) -> bool:
+        """No block comes before the device is stopped."""
+        return not self._final and (self._refused or self._session.driver.precopy == "check")
+
+    @property
+    def _there(self) -> int:
+        """Number of blocks, from the first, that can be read in this state if any can."""
+        device = self._device
+        return len(device.version) - (0 if self._final else device.spec.stop_only_blocks)
+
     @property
     def _readable(self) -> int:
         """Number of blocks, from the first, that can be read now."""
-        device = self._device
-        return len(device.version) - (0 if self._final else device.spec.stop_only_blocks)
+        return 0 if self._only_when_stopped else self._there
 
     @override
     async def geometry(self) -> tuple[int, int]:
@@ -109,7 +129,7 @@ class SaveBlocks(SavedFd, BlocksFd):
     @override
     async def read_blocks(self, first: int, count: int) -> Payload:
         self.check_open()
-        if first < 0 or count < 1 or first + count > self._readable:
+        if first < 0 or count < 1 or first + count > self._there:
             raise fails(errno.EINVAL)
         self._reading += 1
         try:
@@ -125,6 +145,9 @@ class SaveBlocks(SavedFd, BlocksFd):
             await self._notify.wait()
             await self._woken()
             self.check_open()
+        if self._only_when_stopped:
+            await self._call()
+            raise fails(errno.ENOMSG)
         device = self._device
         device.advance(now_ns())
         blocks = np.arange(first, first + count)
@@ -140,9 +163,15 @@ class SaveBlocks(SavedFd, BlocksFd):
             self._in_flight -= 1
             self._notify.notify()
         self.check_open()
-        if self._session.faults.of_command("SAVE") is not None:
-            self._session.fail()
+        if (error := self._session.faults.of_command("SAVE")) is not None:
+            if self._final or not self._is_refusal(error):
+                self._session.fail()
+            else:
+                self.on_refused()
             self.check_open()
+        if self._refused and not self._final:  # this SAVE, or another one that ended before
+            raise fails(errno.ENOMSG)
+        self.given_epoch = max(self.given_epoch, record.epoch)
         return await self._copy(record, asked_ns)
 
     @override

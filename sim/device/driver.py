@@ -145,10 +145,10 @@ class SimDriver(MigrationDevice):
 
     @override
     async def streams(self) -> FeatureMigStreams:
-        """Blocks need a device that knows which of them became dirty."""
+        """Blocks need a device that knows which of them became dirty, or gives none before it is stopped."""
         if not self.spec.max_dirty_streams:
             raise fails(errno.ENOTTY)
-        able = StreamFlags.BLOCKS if self._settings.precopy == "incremental" else NO_STREAM_FLAGS
+        able = NO_STREAM_FLAGS if self._settings.precopy == "reread" else StreamFlags.BLOCKS
         return FeatureMigStreams(self.spec.max_dirty_streams, able)
 
     @override

@@ -71,6 +71,7 @@ class VfFirmware:
         mean_ns = settings.load_command_ns + duration_ns(size_bytes, settings.load_bytes_per_s)
         await pf.run(pf.loads, Resource.LOAD, "LOAD", mean_ns, self._vf)
 
-    async def finish_load(self) -> None:
-        """Run the command that ends the device's load, after its last record."""
-        await self._pf.run(self._pf.loads, Resource.LOAD, "LOAD finish", self._load_finish_ns, self._vf)
+    async def finish_load(self, takes_ns: int | None = None) -> None:
+        """Run the command that ends the device's load, after its last record. `takes_ns`: if not as usual."""
+        mean_ns = self._load_finish_ns if takes_ns is None else takes_ns
+        await self._pf.run(self._pf.loads, Resource.LOAD, "LOAD finish", mean_ns, self._vf)

@@ -42,9 +42,13 @@ class LoadSession(PartOfSession):
         self.context = session.context
         self.counters = Counters()
         self.critical_loads: list[CriticalLoad] = []
-        self._setup_ns = spec.critical.setup_ns
+        self._setup_ns, self._setup_again_ns = spec.critical.setup_ns, spec.critical.setup_again_ns
         self._open_streams = streams
         self._held_bytes = 0
+        self._prepared = False
+        """A driver that rereads: the load of a first whole context was ended."""
+        self._again = False
+        """Something was loaded since then."""
 
     @property
     def whole(self) -> bool:
@@ -81,13 +85,32 @@ class LoadSession(PartOfSession):
                 await self._set_up(record, start)
             self.check_open()
             self.image.version[record.blocks] = record.block_versions
+            await self._loaded()
+        elif self.session.driver.precopy == "check":  # the driver compares, the firmware has nothing to do
+            self._load_ended(" (the check of a match)")
 
     async def _load_command(self, size: int) -> None:
         await self.context.firmware.load(size)
         self.check_open()
-        if (error := self.session.faults.of_command("LOAD")) is not None:
+        self._load_ended()
+
+    def _load_ended(self, what: str = "") -> None:
+        """Raises the error of a LOAD that the scenario lets fail. `what` it was, for the driver's log."""
+        if (error := self.session.faults.of_command("LOAD", what)) is not None:
             self.load_failed()
             raise error
+
+    async def _loaded(self) -> None:
+        """Something was loaded. A driver that rereads ends the load of its first whole context as if it were the last:
+        that is done when the device is stopped."""
+        if self.session.driver.precopy != "reread":
+            return
+        if self._prepared:
+            self._again = True
+        elif self.image.whole:
+            self._prepared = True
+            await self.context.firmware.finish_load()
+            self.check_open()
 
     def load_failed(self) -> None:
         """A LOAD failed: the session is over (mlx5vf_resume_write)."""
@@ -95,22 +118,27 @@ class LoadSession(PartOfSession):
 
     async def _end_stream(self, record: Record) -> None:
         self._open_streams -= 1
-        if self.whole:
-            await self.context.firmware.finish_load()
+        if self.whole and (self._again or not self._prepared):
+            await self.context.firmware.finish_load(self.session.driver.finish_again_ns if self._prepared else None)
             self.check_open()
 
     async def _set_up(self, record: Record, start_ns: int) -> None:
-        """Make the loaded critical objects ready to run."""
-        await spend(self.context.timeline, Resource.SETUP, "critical set-up", self._setup_ns * len(record.objects))
+        """Make the loaded critical objects ready to run. Those that are set up and come again unchanged are not loaded
+        late, however late they come."""
+        new = self.image.object_version[record.objects] != record.object_versions
+        count = int(np.count_nonzero(new))
+        setup_ns = self._setup_ns * count + self._setup_again_ns * (len(new) - count)
+        await spend(self.context.timeline, Resource.SETUP, "critical set-up", setup_ns)
         self.check_open()
         self.image.object_version[record.objects] = record.object_versions
-        size = record.payload_bytes if not len(record.blocks) else len(record.objects) * self.image.object_bytes
+        whole = count == len(new) and not len(record.blocks)
+        size = record.payload_bytes if whole else count * self.image.object_bytes
         self.critical_loads.append(
             CriticalLoad(
                 record.epoch,
                 record.epoch_complete,
-                len(record.objects),
-                int(np.count_nonzero(record.object_versions)),
+                count,
+                int(np.count_nonzero(record.object_versions[new])),
                 size,
                 start_ns,
                 now_ns(),

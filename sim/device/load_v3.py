@@ -80,6 +80,7 @@ class V3LoadSession(LoadSession):
         still = self._valid(record)  # an epoch may have come in the meantime
         self.counters.undone_bytes += int((valid & ~still).sum()) * self._block_bytes
         self._put(record, still)
+        await self._loaded()
 
     async def until_epoch_loaded(self, record: Record) -> None:
         """Wait until a dirty record may be loaded. Nobody else has to wait meanwhile, whatever he does."""

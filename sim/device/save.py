@@ -63,9 +63,15 @@ class SaveStream(SavedFd):
                 async with self._command_lock:
                     await self._context.firmware.save(record.size_bytes)
                 queue.saving = None
-                if self._session.faults.of_command("SAVE") is not None:
-                    self._save_failed()
-                    return
+                if (error := self._session.faults.of_command("SAVE")) is not None:
+                    if not self._goes_on_without(record, error):
+                        return
+                    continue
+                if self._plan.refused and not self._plan.final and not (len(record.objects) or record.epoch_complete):
+                    queue.cancel(record)  # it was in flight when a SAVE of another stream was refused
+                    self.counters.device_bytes_dropped += record.size_bytes
+                    self._notify.notify()
+                    continue
             self._append(record)
 
     @property
@@ -86,6 +92,27 @@ class SaveStream(SavedFd):
             if self.over:
                 return
             await self._notify.wait()
+
+    def _goes_on_without(self, record: Record, error: OSError) -> bool:
+        """A SAVE failed. Returns whether the session goes on without what it would have saved."""
+        if self._plan.final or not (self._is_refusal(error) or self._may_miss(record)):
+            self._save_failed()
+            return False
+        self._queue.cancel(record)
+        self._plan.not_saved(record)
+        if self._is_refusal(error):
+            self.on_refused()
+        self._notify.notify()
+        return not self.over
+
+    def _may_miss(self, record: Record) -> bool:
+        """Whether a SAVE of pre-copy may fail, whatever the error."""
+        return False
+
+    def refuse(self) -> None:
+        """Firmware refused a SAVE of the session: nothing more is saved before the device is stopped."""
+        self._plan.refuse()
+        self._notify.notify()
 
     def _save_failed(self) -> None:
         """A SAVE failed: nothing more comes (mlx5: MLX5_MIGF_STATE_ERROR, for which read() answers ENODEV)."""
@@ -111,6 +138,8 @@ class SaveStream(SavedFd):
     def finish(self) -> None:
         """The device is stopped: what is still dirty comes, then the END."""
         self._plan.final = True
+        if self._driver.precopy == "reread" and self._driver.unread_context == "dropped":
+            self._drop_unread(lambda record: len(record.blocks) > 0)
         self.plan_all()
 
     def _append(self, record: Record) -> None:
@@ -220,6 +249,8 @@ class SaveStream(SavedFd):
     def _refill_if_drained(self) -> bool:
         """Plan what became dirty, if everything before it is read; returns whether it was planned."""
         if self.state is not ReadState.DRAINED or self.buffer.unread_bytes or self._driver.precopy == "check":
+            return False
+        if self._plan.refused:
             return False
         if self._driver.precopy == "reread" and now_ns() - self._planned_ns < self._driver.reread_ns:
             return False

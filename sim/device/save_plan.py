@@ -41,6 +41,8 @@ class SavePlan:
         """`stripe`: the blocks that the stream carries (None: it has none); `objects`: it carries the critical ones."""
         self.final = False
         """The device is stopped: an END record follows the plan."""
+        self.refused = False
+        """Firmware refused a SAVE in pre-copy: nothing is saved before the device is stopped, and then all of it."""
         self.objects: Indices = NO_INDICES
         self.blocks: Indices = NO_INDICES
         self.initial = False
@@ -66,6 +68,16 @@ class SavePlan:
         """Save these next, and nothing else."""
         self.objects, self.blocks = objects, blocks
         self.epoch = self._device.epoch
+
+    def refuse(self) -> None:
+        """Firmware refused a SAVE: what was planned is not, and what was saved has to be saved again."""
+        self.refused = True
+        self.plan(NO_INDICES, NO_INDICES)
+        self._device.forget_saves(self._stripe or slice(0), objects=self._carries_objects)
+
+    def not_saved(self, record: Record) -> None:
+        """The SAVE of a record that was taken off the plan gave nothing."""
+        self._device.unsave(record.blocks, record.objects)
 
     def dirty_objects(self) -> Indices:
         """Critical objects of this stream that have to be saved (again)."""
@@ -166,6 +178,8 @@ class SavePlan:
 
     def unplanned_bytes(self) -> int:
         """Bytes of the records of what became dirty since this was planned, and can be saved while the device runs."""
+        if self.refused:
+            return 0
         # What is planned is dirty too, until its SAVE starts.
         objects, blocks = len(self.dirty_objects()), len(self.dirty_blocks(stopped=False))
         return self._record_bytes(objects - len(self.objects), blocks - len(self.blocks))
@@ -203,15 +217,23 @@ class V3Plan(SavePlan):
     header_bytes = V3_HEADER_BYTES
     end_bytes = record_format.RecordEnd.SIZE
 
+    _held_epoch = 1
+    """What stream_info() reports while no epoch's data is saved."""
+
     @property
     def only_checks(self) -> bool:
         """Nothing of the state comes before the device is stopped."""
-        return self._driver.precopy == "check" and not self.final
+        return (self._driver.precopy == "check" or self.refused) and not self.final
 
     @property
     def newest_epoch(self) -> int:
-        """What stream_info() reports: 1 as long as no epoch's data is saved."""
-        return 1 if self.only_checks else self._device.epoch
+        """What stream_info() reports: the epoch stays as it is as long as no epoch's data is saved."""
+        return self._held_epoch if self.only_checks else self._device.epoch
+
+    @override
+    def refuse(self) -> None:
+        self._held_epoch = self.newest_epoch
+        super().refuse()
 
 
 class CriticalPlan(V3Plan):
@@ -219,7 +241,9 @@ class CriticalPlan(V3Plan):
 
     def __init__(self, device: DeviceState, driver: Driver) -> None:
         super().__init__(0, device, driver, stripe=None, objects=True)
-        self._completed_epoch = 0
+        self.completed_epoch = 0
+        """The newest epoch whose critical data is saved, or being saved, to the last record."""
+        self._completed_before = 0
         self._invalidates: list[BlockRange] = []
         """Of the epochs since the last completed one."""
 
@@ -230,10 +254,16 @@ class CriticalPlan(V3Plan):
     @property
     @override
     def has_new_epoch(self) -> bool:
-        return not self.only_checks and self._device.epoch > self._completed_epoch
+        return not self.only_checks and self._device.epoch > self.completed_epoch
+
+    @override
+    def not_saved(self, record: Record) -> None:
+        super().not_saved(record)
+        if record.epoch_complete:
+            self.completed_epoch = self._completed_before
 
     @override
     def _complete_epoch(self) -> tuple[BlockRange, ...]:
-        self._completed_epoch = self._device.epoch
+        self._completed_before, self.completed_epoch = self.completed_epoch, self._device.epoch
         invalidates, self._invalidates = tuple(self._invalidates), []
         return invalidates

@@ -54,6 +54,8 @@ class SaveQueue:
         self._offset = 0  # bytes of the first record that were taken
         self._sequence = 0
         self._tally = Tally()
+        self.given_epoch = 0
+        """The newest epoch of a record of which a byte was taken; 0: none was."""
 
     @property
     def saving_bytes(self) -> int:
@@ -77,6 +79,11 @@ class SaveQueue:
         """Its SAVE starts: from now on it holds a chunk."""
         self.saving = record
         self.free_chunks -= record.chunk
+
+    def cancel(self, record: Record) -> None:
+        """Its SAVE gave nothing: its chunk is free again."""
+        self.saving = None
+        self.free_chunks += record.chunk
 
     def append(self, record: Record) -> None:
         """It is saved, and can be read."""
@@ -110,6 +117,7 @@ class SaveQueue:
     def _number(self, record: Record) -> None:
         record.sequence = self._sequence
         self._sequence += 1
+        self.given_epoch = max(self.given_epoch, record.epoch)
         if record.end:
             record.tally = self._tally
         else:

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from proto_v3.vfio.uapi import VFIO_MIG_GET_PRECOPY_INFO, PrecopyFlags, PrecopyInfo, State
 from sim.clock.port import now_ns
-from sim.device.record import NO_INDICES, STOP_COPY_SIZE_BYTES
+from sim.device.record import NO_INDICES, STOP_COPY_SIZE_BYTES, Record
 from sim.device.save import SaveStream
 from sim.device.save_plan import SavePlan
 from sim.device.state import DeviceState
@@ -69,7 +69,12 @@ class V2Stream(SaveStream):
     def _has_reinit(self) -> bool:
         # Only a driver that saves what became new has new initial data to report: mlx5, so far.
         able = self._driver.precopy == "incremental" and self._driver.reinit != "none"
-        return self.reports_reinit and able and self._device.epoch > self._plan.epoch
+        return self.reports_reinit and able and not self._plan.refused and self._device.epoch > self._plan.epoch
+
+    @override
+    def _may_miss(self, record: Record) -> bool:
+        """virtio: once the first context is read, one that cannot be read is left out (virtiovf_precopy_ioctl)."""
+        return self._driver.precopy == "reread" and not record.initial
 
     def _info(self, flags: PrecopyFlags, unplanned_bytes: int = 0) -> PrecopyInfo:
         initial = self._queue.initial_bytes + self.buffer.initial_bytes + self._plan.planned_initial_bytes()

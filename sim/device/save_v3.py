@@ -72,6 +72,11 @@ class CriticalStream(V3Stream):
             self.plan_all()
 
     @property
+    def completed_epoch(self) -> int:
+        """The newest epoch whose critical data is saved, or being saved."""
+        return self._plan.completed_epoch
+
+    @property
     def _has_new_epoch(self) -> bool:
         return self._plan.newest_epoch > self._seen_epoch
 
@@ -117,6 +122,17 @@ class DirtyStream(V3Stream):
     def _before_info(self) -> None:
         if not self.suspended:
             self._refill_if_drained()
+
+    @property
+    def given_epoch(self) -> int:
+        """The newest epoch of what was read; 0: nothing was."""
+        return self._queue.given_epoch
+
+    @override
+    def refuse(self) -> None:
+        """What nobody began to read is dropped: critical data that it waits for may not come before the stop."""
+        self._drop_unread(lambda record: True)
+        super().refuse()
 
     def invalidate(self, blocks: BlockRange) -> None:
         """Drop saved records of these blocks that nobody began to read: they need not be sent any more."""

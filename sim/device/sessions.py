@@ -45,6 +45,7 @@ class SavingSession:
             dirty = [DirtyStream(1 + i, device, session, new_lock(), slice(i, None, count)) for i in range(count)]
             self._start_v3(CriticalStream(device, session, new_lock()), dirty)
         for index, stream in enumerate(self.streams):
+            stream.on_refused = self._refuse
             if not isinstance(stream, SaveBlocks):
                 task = asyncio.create_task(stream.produce(), name=f"{device.spec.name} producer {index}")
                 task.add_done_callback(report_bug)
@@ -69,6 +70,18 @@ class SavingSession:
         device.on_epochs = epochs_began
         device.on_new_events = self._watch
         self._watch()
+
+    def _refuse(self) -> None:
+        """Firmware refused a SAVE in pre-copy. The session goes on, unless dirty data was read whose critical data is
+        not saved: the target would wait for that until the stop, and with it the decision to stop."""
+        critical, *dirty = self.streams
+        if isinstance(critical, CriticalStream):
+            given = (stream.given_epoch for stream in dirty if isinstance(stream, (DirtyStream, SaveBlocks)))
+            if any(epoch > critical.completed_epoch for epoch in given):
+                self._session.fail()
+                return
+        for stream in self.streams:
+            stream.refuse()
 
     def _watch(self) -> None:
         if self._watching is not None:

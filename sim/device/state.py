@@ -170,6 +170,11 @@ class Image:
         self.place: Place | None = None
         """Live, addressable blocks: copies the bytes of the loaded ones to their place."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether every block and every critical object was loaded."""
+        return bool(np.all(self.version >= 0) and np.all(self.object_version >= 0))
+
     def differences(self, source: DeviceState) -> Difference:
         """Compare with the source's state as of the stop."""
         return Difference(

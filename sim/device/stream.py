@@ -95,14 +95,14 @@ class Faults:
             self._log.add(f"{arc} failed: {fault.errno}")
         return fault
 
-    def of_command(self, command: str) -> OSError | None:
-        """The error of a firmware command that just ended, None if it succeeded."""
+    def of_command(self, command: str, what: str = "") -> OSError | None:
+        """The error of a firmware command that just ended, None if it succeeded. The log has `what` it was for."""
         done = self._commands
         self._commands += 1
         fault = self._due(lambda fault: fault.command == command and done >= (fault.after or 0))
         if fault is None:
             return None
-        self._log.add(f"firmware {command} {self._commands}: {fault.errno}")
+        self._log.add(f"firmware {command} {self._commands}{what}: {fault.errno}")
         return fails(getattr(errno, fault.errno))
 
 
@@ -234,12 +234,19 @@ class SavedFd(PartOfSession, ReadOnlyFd):
         super().__init__()
         self.counters = Counters()
         self.buffer = FdBuffer()
+        self.on_refused: Callable[[], None] = session.fail
+        """Called when firmware refused a SAVE of this stream in pre-copy, which does not fail the session."""
         self._session = session
         self._context = session.context
 
     def held_bytes(self) -> tuple[int, int]:
         """Bytes that are saved and not read, and bytes that are being saved. Asking changes nothing."""
         return self.buffer.unread_bytes, 0
+
+    def _is_refusal(self, error: OSError) -> bool:
+        """Whether a SAVE that failed in pre-copy was refused: the device is in a state in which it cannot be saved. As
+        mlx5 has it (MLX5_MIGF_STATE_PRE_COPY_ERROR, for firmware's BAD_RES_STATE, which is EINVAL)."""
+        return self._session.driver.precopy == "incremental" and error.errno == errno.EINVAL
 
     def _count_read(self, size_bytes: int, asked_ns: int, ready_ns: int, locked_ns: int) -> None:
         """A read() of `size_bytes` ends now: it was called, had data, and had the lock at these times."""

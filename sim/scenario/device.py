@@ -81,9 +81,13 @@ class Critical(Table):
     """The size of each."""
     setup_us: NonNegative
     """What the target takes to set one up."""
+    setup_again_us: NonNegative = 0.0
+    """What it takes for one that is set up, and comes again unchanged: from a driver that rereads, or because firmware
+    refused a SAVE in pre-copy."""
 
     object_bytes = Whole("object_kib")
     setup_ns = Whole("setup_us")
+    setup_again_ns = Whole("setup_again_us")
 
 
 class Fault(Table):

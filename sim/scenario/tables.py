@@ -172,12 +172,20 @@ class Driver(Table):
     """v3: whether a new epoch leaves earlier dirty data valid, or not."""
     reread_ms: PositiveMs = 1000.0
     """With `precopy = reread`."""
+    finish_again_ms: NonNegative = 0.0
+    """With `precopy = reread`: what is left of `firmware.load_finish_ms` at the end, if the target loaded a whole
+    context before. It then paid that key at the end of the first one, in pre-copy."""
+    unread_context: Literal["dropped", "sent"] = "dropped"
+    """With `precopy = reread`: what becomes of a context that is saved, and of which nothing was read, when the device
+    is stopped and the whole context is saved once more. virtio sends both (Linux 7.1,
+    virtiovf_pci_save_device_final_data)."""
     check_bytes: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
     """With `precopy = check`."""
 
     chunk_bytes = Whole("chunk_mib")
     call_ns = Whole("call_us")
     reread_ns = Whole("reread_ms")
+    finish_again_ns = Whole("finish_again_ms")
 
 
 class Host(Table):

@@ -7,7 +7,7 @@ before the stop, or rereads everything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from proto_v3.vfio.uapi import MigrationFlags
 from proto_v3.vmm.multifd import Multifd
@@ -123,9 +123,12 @@ class WorkAfterStop:
         chain = late = whole if v3 is None else self._part(device, -(-blocks // streams), 0)
         if v3 is None and precopy:
             late = self._beyond_chunks(device, blocks, objects)
-        # v3: a driver that rereads sends the objects again, but the epoch is loaded: the blocks do not wait for them.
-        again = v3 is not None and precopy and kind == "reread"
-        setup_ns = 0 if again else objects * device.critical.setup_ns
+        setup_ns = objects * device.critical.setup_ns
+        if precopy and kind == "reread":  # the target may have prepared itself
+            # v3: the objects come again, but the epoch is loaded: the blocks do not wait for them.
+            setup_ns = 0 if v3 is not None else objects * min(device.critical.setup_ns, device.critical.setup_again_ns)
+            finish_ns = min(times.load_finish_ns, self._scenario.driver.finish_again_ns)
+            times = replace(times, load_finish_ns=finish_ns)
         readers = v3.wire_streams if v3 and by_blocks else 1
         return DeviceJob(device, times, saved_from_ns, read_from_ns, whole, chain, late, readers, setup_ns)
 
