@@ -57,7 +57,10 @@ class Machine(Protocol):
         """
 
     async def copy_packet(self, size_bytes: int) -> None:
-        """Copy device data into a packet of multifd, where the save threads do that under one mutex."""
+        """Copy device data into a packet of multifd at the source, or out of it at the target."""
+
+    async def close_channels(self, count: int) -> None:
+        """Shut down the channels of multifd at the target: no more data comes."""
 
     async def wake_up(self) -> None:
         """Let the time pass that a thread of the VMM takes to run again after it waited for another one."""

@@ -8,6 +8,9 @@ device's save thread reads its one fd to the end, 1 MiB at a time, and numbers t
 Target: each channel has a thread that receives. A device's load thread puts the packets back in order and write()s
 them, then loads the device's config, one device at a time. So the devices run in parallel, not the channels.
 
+The threads of QEMU copy each packet on both sides, under mutexes (Multifd.copies); the target's closes its channels
+before the guest starts.
+
 Packets that arrive early wait in memory, without a bound (QEMU's default). The most that waited is recorded.
 
 END comes on the main channel, and may overtake what is on these ones. A target that has END and still needs a packet
@@ -54,9 +57,11 @@ class Multifd:
     max_queued_bytes: int | None = None
     """Limit for one device at the target: if more bytes wait, the migration fails. None: no limit. (QEMU's
     x-migration-max-queued-buffers-size, which has no limit by default.)"""
-    one_mutex: bool = False
-    """The save threads copy and hand over one packet at a time, all devices together (QEMU's queue_job_mutex, held in
-    multifd_queue_device_state over the copy and over multifd_send)."""
+    copies: bool = False
+    """To copy a packet takes time. The save threads copy and hand over one packet at a time, all devices together
+    (QEMU's queue_job_mutex, held in multifd_queue_device_state over the copy and over multifd_send). The target's
+    channels each copy what they received, one packet of a device at a time (load_bufs_mutex of that device, held in
+    vfio_multifd_load_state_buffer over the copy)."""
 
 
 class _Sender:
@@ -122,7 +127,7 @@ class Senders:
         """`woken`: of all threads."""
         self.ram = Pool(channels[settings.dedicated :], woken)
         self._devices = Pool(channels[: settings.dedicated], woken) if settings.dedicated else self.ram
-        self._mutex = asyncio.Lock() if settings.one_mutex else None
+        self._mutex = asyncio.Lock() if settings.copies else None
 
     def work(self) -> list[Work]:
         """One thread for each channel; they run until they are cancelled."""
@@ -166,7 +171,13 @@ class _Loader:
         self._next = 0
         self._last: int | None = None  # the config's number, when that arrived
         self._writes = False
+        self._mutex = asyncio.Lock()
         self._notify = Notify(target.side.machine.wake_up)
+
+    async def copied(self, packet: Frame) -> None:
+        """A channel's thread copies a packet into memory of its own, one packet of the device at a time."""
+        async with self._mutex:
+            await self._target.side.machine.copy_packet(len(packet.payload))
 
     def put(self, packet: Frame) -> None:
         """Take a packet. PeerProtocolError if its number arrived before, if too many bytes wait, or if it is behind the
@@ -306,6 +317,8 @@ class Receivers:
                 case Kind.PACKET | Kind.CONFIG if self._settings.device_state and (at < dedicated or not dedicated):
                     loader = self._loaders[target.device(frame)]
                     target.side.timeline.mark(Mark.TRANSFERRED)
+                    if self._settings.copies:
+                        await loader.copied(frame)
                     loader.put(frame)
                     target.note_reorder_bytes(sum(each.waiting_bytes for each in self._loaders))
                     if self._settings.coupled:

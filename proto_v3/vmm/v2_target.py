@@ -89,6 +89,8 @@ class V2Target(Target):
                 task.cancel()
         if not complete:
             return await self.cancelled()
+        if self._receivers:
+            await self.side.machine.close_channels(len(self.channels) - 1)
         await self.resume_guest()
         await self._main.send_control(Kind.RESUMED)
         return True

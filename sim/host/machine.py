@@ -194,10 +194,14 @@ class MachineModel:
             await spend(self._timeline, Resource.COPY, "VMM buffers", duration_ns(size_bytes, bytes_per_s))
 
     async def copy_packet(self, size_bytes: int) -> None:
-        """Copy into a packet of multifd, at `multifd_copy_gib_per_s`."""
+        """Copy into a packet of multifd, or out of it, at `multifd_copy_gib_per_s`."""
         bytes_per_s = self._vmm.multifd_copy_bytes_per_s
         if bytes_per_s is not None:
             await spend(self._timeline, Resource.COPY, "multifd copy", duration_ns(size_bytes, bytes_per_s))
+
+    async def close_channels(self, count: int) -> None:
+        """Shut down multifd's channels at the target, at `multifd_close_us_per_channel`."""
+        await self._fixed(count * self._vmm.multifd_close_ns_per_channel, "channels close")
 
     async def wake_up(self) -> None:
         """Let the time of a thread's wake-up pass."""

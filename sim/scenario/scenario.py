@@ -105,7 +105,7 @@ class Scenario(Table):
             coupled=vmm.multifd_load == "channel_threads",
             load_threads=vmm.multifd_load_threads,
             max_queued_bytes=None if vmm.multifd_max_queued_mib is None else round(vmm.multifd_max_queued_mib * MIB),
-            one_mutex=vmm.multifd_copy_gib_per_s is not None,
+            copies=vmm.multifd_copy_gib_per_s is not None,
         )
         return V2Options(
             reinit=vmm.reinit,

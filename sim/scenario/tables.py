@@ -307,8 +307,12 @@ class Vmm(Table):
     """The most of a device's state that may wait at the target to be written; if more waits, the migration fails. If
     left out, there is no limit, as by QEMU's default (its x-migration-max-queued-buffers-size)."""
     multifd_copy_gib_per_s: Positive | None = None
-    """What the save threads copy of device data into packets, one packet at a time under one mutex for all devices
-    (QEMU 10.0). Without it there is no mutex, and that copy is free."""
+    """What a thread copies of device data into a packet at the source, where all devices' save threads take turns under
+    one mutex, and out of it at the target, where a device's packets take turns (QEMU 10.0). Without it there are no
+    mutexes, and these copies are free."""
+    multifd_close_us_per_channel: NonNegative = 0.0
+    """What the target takes for each of its channels to shut them down, when all is loaded and before the guest starts
+    (QEMU, multifd_recv_shutdown)."""
 
     read_bytes = Whole("read_mib")
     write_bytes = Whole("write_kib")
@@ -322,6 +326,7 @@ class Vmm(Table):
     give_up_ns = Whole("give_up_s")
     other_load_ns = Whole("other_load_ms")
     config_load_ns_per_vector = Whole("config_load_us_per_vector")
+    multifd_close_ns_per_channel = Whole("multifd_close_us_per_channel")
 
     @property
     def device_buffer_bytes_per_s(self) -> float | None:

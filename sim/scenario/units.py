@@ -30,6 +30,7 @@ MAX_TEXT_CHARS = 2000
 UNITS: dict[str, tuple[str, float]] = {
     "_ms_per_vf": ("milliseconds a VF", NS_PER_MS),
     "_us_per_vector": ("microseconds a vector", NS_PER_US),
+    "_us_per_channel": ("microseconds a channel", NS_PER_US),
     "_us_per_pf_vector": ("microseconds a vector", NS_PER_US),
     "_gbit_per_s": ("Gbit/s", BYTES_PER_S_PER_GBIT),
     "_gib_per_s": ("GiB/s", GIB),

@@ -632,10 +632,45 @@ def test_without_a_cost_of_the_copy_save_threads_do_not_wait_for_each_other() ->
     assert took_ns[1] < 1.2 * took_ns[0]
 
 
+@pytest.mark.rule("v2.vmm.20")
+@virtual
+async def test_the_targets_channels_copy_a_devices_packets_one_at_a_time_and_those_of_devices_at_once() -> None:
+    rig = Rig(multifd(4, copies=True), [Fd(), Fd()])
+    async with rig.running():
+        for channel, frame in enumerate((packet(0, 0), packet(0, 1), packet(1, 0), packet(1, 1))):
+            rig.channels[channel].put_nowait(frame)
+        for copied in (0, 1, 2):
+            await sleep_ns(ns(COPY_MS) + 1 - now_ns() % ns(COPY_MS) if copied else 1)
+            assert [len(fd.written) for fd in rig.fds] == [copied, copied]
+
+
+@pytest.mark.rule("v2.vmm.20")
+def test_both_sides_copies_are_in_the_downtime() -> None:
+    """16 MiB at 0.25 GiB/s are 62.5 ms at the source; the target's copies go on beside them, but for the last one."""
+    fast = {"firmware.save_mib_per_s": 1e6, "firmware.load_mib_per_s": 1e6, "host.copy_gib_per_s": 16.0}
+    wide = {"link.gbit_per_s": 1000.0, "link.per_connection_gbit_per_s": 1000.0, "ram.nonzero_gib": 0.001}
+    plain, copied = (migrated(AT_ONCE | fast | wide | cost)[0] for cost in ({}, {"vmm.multifd_copy_gib_per_s": 0.25}))
+    assert plain.downtime_ns is not None
+    assert copied.downtime_ns is not None
+    a_packet_ms = 1000 / 1024 / 0.25
+    assert copied.downtime_ns - plain.downtime_ns == pytest.approx(ns(16 * a_packet_ms + a_packet_ms), abs=ns(1.5))
+
+
+@pytest.mark.parametrize("channels", [2, 6])
+def test_channels_are_shut_down_before_the_guest_starts(channels: int) -> None:
+    scenario = AT_ONCE | {"vmm.multifd_channels": channels}
+    plain, closed = (
+        migrated(scenario | {"vmm.multifd_close_us_per_channel": cost_us})[0].downtime_ns for cost_us in (0.0, 500.0)
+    )
+    assert plain is not None
+    assert closed is not None
+    assert closed - plain == ns(0.5 * channels)
+
+
 @virtual
 async def test_ram_does_not_wait_for_the_mutex_of_the_save_threads() -> None:
     outs = [Out(ns(1)), Out(ns(1))]
-    async with sending(senders := pool(multifd(2, one_mutex=True), *outs)):
+    async with sending(senders := pool(multifd(2, copies=True), *outs)):
         saving = [asyncio.ensure_future(save(senders, device, Saved(5), 1)) for device in (0, 1)]
         for _ in range(5):
             await senders.ram.send(Frame(Kind.RAM, payload=memoryview(b"pages")))
