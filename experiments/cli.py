@@ -185,18 +185,27 @@ def compare(seeds: int, first_seed: int, **options: Any) -> int:
 @main.command()
 @click.argument("names", metavar="[CASE]...", nargs=-1, shell_complete=complete.cases)
 @seeds_option(10, "Runs of each case.", most=100_000)
+@click.option(
+    "--samples",
+    type=click.IntRange(0, 1 << 16),
+    default=16,
+    show_default=True,
+    help="Samples of the ranges of each case, for the band of each figure; 0: no bands.",
+)
 @jobs_option
 @set_option
 @output_options
 @out_option("Write the table, the figure and the manifest into this folder.  [default: out/validate]")
 @force_option
 def validate(seeds: int, **options: Any) -> int:
-    """Compare the simulation with published figures: the error of each figure, and how many errors are small.
+    """Compare the simulation with published figures: error and band of each figure, and how many errors are small.
 
     A CASE is a scenario with published figures, by name or as a TOML file; without one, all shipped cases are run.
-    Each is run under the protocols that its figures were measured with. Figures that parameters were fitted to and
-    predicted figures are counted apart. For each case there is a table of the parameters that differ from the set that
-    it builds on. With --set, the published figures are held against a machine that was not measured.
+    Each is run under the protocols that its figures were measured with. Figures that parameters were fitted to, sums of
+    these, and predicted figures are counted apart. The band of a figure is from the 5th to the 95th percentile over
+    samples of the case's ranges: plausible values of what is assumed, fitted or derived. For each case there is a table
+    of the parameters that differ from the set that it builds on. With --set, the published figures are held against a
+    machine that was not measured.
 
     Exit status: 0 if all figures are within 15 %; 1 if one is not, or a run FAILED; 2 for bad input; 130 if interrupted
     (nothing is written then).

@@ -26,7 +26,9 @@ from experiments.api.running import (
     load,
     parameters,
     questions,
+    ranges,
     run,
+    samples,
     scenarios,
     sweep,
 )
@@ -50,10 +52,11 @@ from experiments.study.summaries import (
 from experiments.study.verdicts import count_verdicts, readable, seed_by_seed, verdicts
 from experiments.trace.traced_run import TracedRun, spans, steps, stretches, write_spans, write_trace
 from proto_v3.errors import UserError
+from sim.scenario.sample import Sample
 from sim.scenario.scenario import Scenario
 
 SECTIONS = {
-    "Scenarios": (scenarios, load, parameters),
+    "Scenarios": (scenarios, load, parameters, ranges, samples, Sample),
     "Runs": (compare, sweep, run, TracedRun, compare_command),
     "One run, step by step": (steps, stretches, spans, write_trace, write_spans),
     "Tables of runs, summed up": (
@@ -75,6 +78,7 @@ SECTIONS = {
 
 __all__ = [
     "Progress",
+    "Sample",
     "Scenario",
     "Seeds",
     "Setting",
@@ -102,11 +106,13 @@ __all__ = [
     "load",
     "parameters",
     "questions",
+    "ranges",
     "read_times",
     "readable",
     "resource_shares",
     "results_folder",
     "run",
+    "samples",
     "scaling_laws",
     "scenarios",
     "seed_by_seed",

@@ -16,7 +16,7 @@ from typing import ParamSpec, TypeVar
 
 import polars as pl
 
-from experiments.report.tables import parameter_rows
+from experiments.report.tables import parameter_rows, value_text
 from experiments.runs.frame import table
 from experiments.runs.pool import Cell, Done, in_processes, run_cell
 from experiments.runs.progress import RunsProgress
@@ -26,7 +26,9 @@ from proto_v3.errors import UserError
 from sim.outcome import Outcome
 from sim.scenario import file
 from sim.scenario.protocol import Protocol
+from sim.scenario.sample import Sample, draw
 from sim.scenario.scenario import Scenario
+from sim.scenario.scenario import parameters as values_of
 from sim.scenario.shipped import shipped
 
 P = ParamSpec("P")
@@ -72,6 +74,34 @@ def parameters(scenario: Scenario | str, keys: Iterable[str] | None = None) -> p
         known = {row[0]: row for row in rows}
         rows = [known[key] for key in keys if key in known]
     return pl.DataFrame(rows, schema=["parameter", "value", "source", "range", "why"], orient="row")
+
+
+def ranges(scenario: Scenario | str) -> pl.DataFrame:
+    """The ranges of a scenario's parameters: which values are plausible beside those that it sets, and why.
+
+    Columns: parameter, value (as text); low, high (in the parameter's unit, null for a list of values); log (equal
+    ratios are equally likely); of (the parameter whose factors low and high are, or null); any (the list of values, as
+    texts, or null); why.
+    """
+    known, rows = _scenario(scenario), []
+    for key, value in values_of(known).items():
+        if (each := known.ranges.get(key)) is not None:
+            choices = None if each.any is None else [value_text(choice) for choice in each.any]
+            rows.append((key, value_text(value), each.low, each.high, each.log, each.of, choices, each.why))
+    texts, numbers = dict.fromkeys(["parameter", "value"], pl.String()), dict.fromkeys(["low", "high"], pl.Float64())
+    choices_and_why = {"log": pl.Boolean(), "of": pl.String(), "any": pl.List(pl.String()), "why": pl.String()}
+    return pl.DataFrame(rows, schema={**texts, **numbers, **choices_and_why}, orient="row")
+
+
+def samples(scenario: Scenario | str, count: int, seed: int = 0) -> list[Sample]:
+    """Plausible scenarios: `count` quasi-random samples of the ranges of one, the same for the same seed.
+
+    Each has `.values`, what was drawn by parameter, and `.scenario`, which `compare` takes. Run every protocol with the
+    same samples. Powers of two are spread most evenly. A scenario without ranges has one sample, itself.
+
+    UserError for a count that is not from 1 to 65536, and if values in their ranges do not go together.
+    """
+    return draw(_scenario(scenario), count, seed)
 
 
 def compare(

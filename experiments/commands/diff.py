@@ -127,7 +127,8 @@ class _Both:
         for name, rows in self.summaries.items():
             ends = {"": "", "_low": " low", "_high": " high"}
             numbers = {f"{side}{end}": f"{side.upper()}{text}" for side in "ab" for end, text in ends.items()}
-            title, legend = f"{name}.parquet: numbers that differ", "low, high: the 95 % interval, where there is one"
+            title = f"{name}.parquet: numbers that differ"
+            legend = "low, high: the 95 % interval, or the band, where there is one"
             if rows:
                 yield _section(name, title, legend, {"place": "what", "value": "value", **numbers}, rows, ".6g")
         if self.manifests:

@@ -11,7 +11,7 @@ from experiments.report import findings
 from experiments.report.tables import Heading, Section, outcomes
 from experiments.runs.frame import PATH_COLUMNS, completed_runs, number, protocols
 from experiments.study.effects import effect_table
-from experiments.study.published import PublishedFigure, held_against
+from experiments.study.published import KINDS, PublishedFigure, held_against
 from experiments.study.summaries import distributions
 from proto_v3.timeline import PHASES, Resource
 from sim.scenario.scenario import Scenario
@@ -47,13 +47,13 @@ def published_against_simulated(published: Published, held: Sequence[PublishedFi
     return Section(
         f"published {name}",
         f"Published against simulated ({name}), ms",
-        f"used to fit: whether a parameter was fitted to the figure; -: not simulated; published: {published.citation}",
+        f"{'; '.join(KINDS.values())}; -: not simulated; published: {published.citation}",
         [
             Heading("what", "what"),
             Heading("published_ms", "published", ".1f"),
             Heading("simulated_ms", "simulated", ".1f"),
             Heading("error_percent", "error %", "+.1f"),
-            Heading("used_to_fit", "used to fit"),
+            Heading("kind", "kind"),
         ],
         [
             {
@@ -61,7 +61,7 @@ def published_against_simulated(published: Published, held: Sequence[PublishedFi
                 "published_ms": one.published_ms,
                 "simulated_ms": one.simulated_ms,
                 "error_percent": None if one.error is None else 100 * one.error,
-                "used_to_fit": "yes" if one.fitted else "no",
+                "kind": one.kind,
             }
             for one in held
         ],

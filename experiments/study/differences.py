@@ -225,8 +225,8 @@ def _name(at: dict[str, Any]) -> str:
 
 # --- other tables -----------------------------------------------------------------------------------------------------
 
-COUNTS = ("pairs", "lost", "runs", "completed", "counted")
-"""Whole numbers of a table of effects that are computed; others say what a row is about, as texts do."""
+COUNTS = ("pairs", "lost", "runs", "completed", "counted", "samples", "inside")
+"""Whole numbers and switches of a table of effects that are computed; others say what a row is about, as texts do."""
 END = re.compile(r"(^|_)(low|high)(_|$)")
 """The columns of an interval's ends."""
 
@@ -253,12 +253,14 @@ def side_by_side(a: pl.DataFrame, b: pl.DataFrame, factors: Sequence[str]) -> li
 
 def _end(name: str, end: str) -> str:
     """The column of an end of the interval of this column, if it has one."""
+    if name.startswith("simulated_"):
+        return name.replace("simulated", f"simulated_{end}")
     return name.replace("mean", end) if "mean" in name else f"{name}_{end}"
 
 
 def _is_computed(name: str, table: pl.DataFrame, factors: Sequence[str]) -> bool:
     kind = table.schema[name]
-    return name not in factors and (kind.is_float() or (kind.is_integer() and name in COUNTS))
+    return name not in factors and (kind.is_float() or (kind != pl.String and name in COUNTS))
 
 
 def _by_key(table: pl.DataFrame, keys: Sequence[str]) -> dict[tuple[str, int], dict[str, Any]]:

@@ -21,7 +21,7 @@ from proto_v3.wire.streams import Credits, Wire
 from sim.scenario import ranges, toml
 from sim.scenario.device import MAX_BLOCKS, MAX_WRITES, Device
 from sim.scenario.ranges import Range
-from sim.scenario.tables import V3, Driver, Firmware, Host, Link, Published, Ram, Vmm
+from sim.scenario.tables import NO_FIGURES, V3, Driver, Firmware, Host, Link, Published, Ram, Vmm
 from sim.scenario.units import BYTES_PER_S_PER_GBIT, KIB, MIB, NS_PER_S, Table, Text, did_you_mean, ns, short
 
 MAX_DEVICES = 64
@@ -174,7 +174,7 @@ def _published_values(scenario: Scenario) -> Iterator[str]:
     count = len(scenario.devices)
     for at, published in enumerate(scenario.published):
         for key, value in published:
-            if isinstance(value, list) and key != "fitted" and len(value) not in (0, count):
+            if isinstance(value, list) and key not in NO_FIGURES and len(value) not in (0, count):
                 yield f"published.{at}.{key} = {value}: must have one value a device, {count}"
 
 

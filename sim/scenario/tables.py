@@ -390,7 +390,7 @@ class V3(Table):
         return None if self.force_after_ms is None else ns(self.force_after_ms)
 
 
-NO_FIGURES = {"citation", "case", "protocol", "fitted"}
+NO_FIGURES = {"citation", "case", "protocol", "fitted", "sums"}
 """Keys of a published entry that are no figures."""
 
 
@@ -402,7 +402,10 @@ class Published(Table):
     """What the measurement is called, if not as the scenario is."""
     protocol: str = "v2"
     fitted: list[str] = []
-    """Which of the figures below parameters were fitted to; `key` or `key.index`. The others are predictions."""
+    """Which of the figures below parameters were fitted to; `key` or `key.index`."""
+    sums: list[str] = []
+    """Which of them nothing was fitted to, but are sums of such as were, beside little else. The others are
+    predictions."""
     stop_ms: Positive | None = None
     ram_save_ms: Positive | None = None
     device_save_ms: list[Positive] = []
@@ -434,7 +437,10 @@ class Published(Table):
 
     @model_validator(mode="after")
     def _fitted_is_given(self) -> Self:
-        for key in self.fitted:
-            if key not in self.figures():
-                raise ValueError(f"fitted = {key!r}: must be one of {', '.join(self.figures())}")
+        for name, keys in (("fitted", self.fitted), ("sums", self.sums)):
+            for key in keys:
+                if key not in self.figures():
+                    raise ValueError(f"{name} = {key!r}: must be one of {', '.join(self.figures())}")
+        if both := sorted({*self.fitted} & {*self.sums}):
+            raise ValueError(f"sums = {both[0]!r}: must not be in fitted too")
         return self

@@ -44,6 +44,27 @@ def test_a_scenario_is_loaded_with_changes(tmp_path: Path) -> None:
     assert "mlx5-2vf" in api.scenarios()["name"]
 
 
+def test_ranges_and_samples_of_a_file(tmp_path: Path) -> None:
+    ranges = {
+        "firmware.engines": {"low": 1.0, "high": 4.0, "why": "one to four were seen"},
+        "driver.lock": {"any": ["none", "per_fd"], "why": "either"},
+    }
+    path = tmp_path / "small.toml"
+    path.write_text(small_text({"ranges": ranges}))
+    told = api.ranges(str(path))
+    assert told.rows() == [
+        ("firmware.engines", "2", 1.0, 4.0, False, None, None, "one to four were seen"),
+        ("driver.lock", "per_fd", None, None, False, None, ["none", "per_fd"], "either"),
+    ]
+    drawn = api.samples(str(path), 8, seed=3)
+    assert {each.scenario.driver.lock for each in drawn} == {"none", "per_fd"}
+    assert [each.scenario.firmware.engines for each in drawn] == [each.values["firmware.engines"] for each in drawn]
+    runs = api.compare(drawn[0].scenario, "v2,v3-n2", 1)
+    assert runs["outcome"].to_list() == 2 * ["COMPLETED"]
+    assert api.ranges(small_scenario()).is_empty()
+    assert len(api.samples(small_scenario(), 8)) == 1
+
+
 def test_a_sweep_has_its_factors_as_columns() -> None:
     grid: dict[str, list[api.Setting]] = {"link.round_trip_us": [10, 12.5], "driver.lock": ["none", "global"]}
     runs = api.sweep(small_scenario(), PROTOCOLS, grid, seeds=iter([1]))

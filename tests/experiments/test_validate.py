@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 import pytest
 from click.testing import CliRunner, Result
+from matplotlib.collections import LineCollection
 
 from experiments.cli import main
 from experiments.commands import validate
@@ -21,7 +22,7 @@ from experiments.report import comparison, tables
 from experiments.runs import frame as results
 from experiments.runs import pool as made_runs
 from experiments.runs.pool import run_cell
-from experiments.study.published import PublishedFigure, held_against
+from experiments.study.published import Band, PublishedFigure, held_against
 from proto_v3.errors import UserError
 from sim.outcome import Outcome
 from sim.run import simulate
@@ -154,7 +155,7 @@ def test_compare_shows_a_table_for_every_entry_whose_protocol_was_run(capsys: py
     of_v2, of_v3 = text.partition("Published against simulated (v3-n2), ms")[::2]
     assert "+10.0" in of_v2
     assert "-20.0" in of_v3
-    assert ["load", "total", "0", "1.0", "-", "-", "no"] in [line.split() for line in of_v3.splitlines()]
+    assert ["load", "total", "0", "1.0", "-", "-", "predicted"] in [line.split() for line in of_v3.splitlines()]
 
 
 # --- bands and exit statuses -----------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def test_an_error_is_marked_by_its_band_and_the_widest_one_decides(
     case = write("case", [published(downtime_ms=off_by(error), total_ms=off_by(0, "total_ns"))])
     assert validated(tmp_path / "out", case) == status
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("downtime  ")]
-    assert lines[0][-3:] == [f"{100 * error:+.1f}", "no", outside]
+    assert lines[0][-4:] == [f"{100 * error:+.1f}", outside, "-", "predicted"]
 
 
 @pytest.mark.slow
@@ -244,6 +245,64 @@ def test_a_case_that_does_not_converge_gives_no_figure(
     ]
 
 
+# --- bands -----------------------------------------------------------------------------------------------------------
+
+STOPS = {"ranges": {"device.0.suspend_ms": {"low": 0.5, "high": 10.5, "log": False, "why": "not known"}}}
+"""The stop is 1 + 2 ms and this, which nothing else depends on."""
+
+
+def test_a_band_is_that_of_the_ranges(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a stop whose one uncertain part is 0.5 to 10.5 ms: from 1 + 2 + 1 to 1 + 2 + 10 ms."""
+    case = write("case", [published(stop_ms=4.0, setup_ms=1.0), published(protocol="v3-n2", stop_ms=14.0)], STOPS)
+    bare = write("bare", [published(setup_ms=1.0)])
+    command = ["proto-v3", "validate"]
+    assert run_validate([case, bare], [1], str(tmp_path / "out"), 1, command, samples=256) == 1
+    table = pl.read_parquet(tmp_path / "out/validate.parquet")
+    stops = table.filter(figure="stop_ms")
+    assert stops["simulated_ms"].to_list() == pytest.approx([4.0, 4.0], abs=0.01), "the runs have the value"
+    assert stops["simulated_low_ms"].to_list() == pytest.approx([4.0, 4.0], abs=0.1)
+    assert stops["simulated_high_ms"].to_list() == pytest.approx([13.0, 13.0], abs=0.1)
+    assert stops["inside"].to_list() == [stops["simulated_low_ms"][0] <= 4.0, False]
+    assert table["samples"].to_list() == [256, 256, 256, None]
+    assert table.filter(figure="setup_ms").select("simulated_low_ms", "simulated_high_ms", "inside").rows() == [
+        (1.0, 1.0, True),
+        (None, None, None),
+    ]
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Without ranges, so without bands: bare." in text
+    assert f"inside their band: {table['inside'].sum()} of 3" in text
+
+
+def test_samples_are_paired_and_kept_with_their_values(write: Write, tmp_path: Path) -> None:
+    case = write("case", [published(stop_ms=4.0), published(protocol="v3-n2", stop_ms=14.0)], STOPS)
+    run_validate([case], [5, 6], str(tmp_path / "out"), 1, ["x"], samples=4)
+    samples = pl.read_parquet(tmp_path / "out/samples.parquet")
+    assert samples["protocol"].to_list() == 4 * ["v2", "v3-n2"]
+    assert samples["sample"].to_list() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert samples["seed"].to_list() == [5, 5, 6, 6, 5, 5, 6, 6]
+    drawn = [json.loads(values)["device.0.suspend_ms"] for values in samples["values"]]
+    assert len(set(drawn)) == 4
+    assert (samples["stage_stop_0_ns"] / 1e6).to_list() == pytest.approx([3 + value for value in drawn], abs=0.01)
+    runs = pl.read_parquet(tmp_path / "out/runs.parquet")
+    assert runs["seed"].to_list() == [5, 6, 5, 6]
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert (manifest["runs"], manifest["samples"]) == (4, 4)
+    assert manifest["scenarios"]["case"]["ranges"]["device.0.suspend_ms"]["high"] == 10.5
+
+
+def test_samples_that_do_not_complete_are_told(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranges = {"ranges": {"vmm.bandwidth_gbit_per_s": {"low": 0.1, "high": 20.0, "why": "x"}}}
+    changes = NEVER | {"vmm.bandwidth_gbit_per_s": 20.0, "vmm.give_up_s": 0.2} | ranges
+    case = write("case", [published(setup_ms=1.0)], changes)
+    assert run_validate([case], [1], str(tmp_path / "out"), 1, ["x"], samples=16) == 0
+    kept = pl.read_parquet(tmp_path / "out/validate.parquet")["samples"].item()
+    assert 0 < kept < 16
+    told = f"case, v2: {16 - kept} of 16 samples did not complete; the bands are of the others."
+    assert told in " ".join(capsys.readouterr().out.split())
+
+
 # --- what is run -----------------------------------------------------------------------------------------------------
 
 
@@ -291,7 +350,8 @@ def test_bad_cases_are_refused_before_anything_is_written(write: Write, tmp_path
 
 
 def test_the_table_has_a_row_a_figure(write: Write, tmp_path: Path) -> None:
-    two = published(case="measured", fitted=["device_save_ms.0"], device_save_ms=[2.0], downtime_ms=off_by(0.07))
+    kinds = {"fitted": ["device_save_ms.0"], "sums": ["downtime_ms"]}
+    two = published(case="measured", device_save_ms=[2.0], downtime_ms=off_by(0.07), **kinds)
     mine = write("mine", [two, published(protocol="v3-n2", downtime_ms=off_by(-0.05, protocol="v3-n2"))])
     assert validated(tmp_path / "out", mine) == 1
     table = pl.read_parquet(tmp_path / "out/validate.parquet")
@@ -303,13 +363,19 @@ def test_the_table_has_a_row_a_figure(write: Write, tmp_path: Path) -> None:
         "published_ms",
         "simulated_ms",
         "error",
-        "fitted",
+        "kind",
+        "simulated_low_ms",
+        "simulated_high_ms",
+        "samples",
+        "inside",
     ]
-    assert table.select("scenario", "case", "protocol", "figure", "fitted").rows() == [
-        ("mine", "measured", "v2", "device_save_ms.0", True),
-        ("mine", "measured", "v2", "downtime_ms", False),
-        ("mine", "mine", "v3-n2", "downtime_ms", False),
+    assert table.select("scenario", "case", "protocol", "figure", "kind").rows() == [
+        ("mine", "measured", "v2", "device_save_ms.0", "fitted"),
+        ("mine", "measured", "v2", "downtime_ms", "sum"),
+        ("mine", "mine", "v3-n2", "downtime_ms", "predicted"),
     ]
+    assert table.select("simulated_low_ms", "simulated_high_ms", "samples", "inside").is_empty() is False
+    assert set(table.select("simulated_low_ms", "simulated_high_ms", "samples", "inside").rows()) == {4 * (None,)}
     save = mean_ms("stage_device_save_0_ns")
     assert table["published_ms"].to_list() == pytest.approx([2.0, off_by(0.07), off_by(-0.05, protocol="v3-n2")])
     assert table["simulated_ms"].to_list() == pytest.approx([save, mean_ms("downtime_ns"), off_by(0, protocol="v3-n2")])
@@ -333,10 +399,10 @@ def test_the_manifest_tells_how_it_was_made(write: Write, tmp_path: Path) -> Non
 
 def test_the_figure_tells_fitted_from_predicted_and_names_every_figure() -> None:
     rows = [
-        Row("one", "one", "v2", PublishedFigure("downtime_ms", 100.0, 105.0, False)),
-        Row("one", "one", "v2", PublishedFigure("device_save_ms.1", 10.0, 9.0, True)),
-        Row("two", "two", "v3-n4", PublishedFigure("downtime_ms", 100.0, 250.0, False)),
-        Row("two", "two", "v3-n4", PublishedFigure("load_total_ms.0", 100.0, None, False)),
+        Row("one", "one", "v2", PublishedFigure("downtime_ms", 100.0, 105.0, "predicted", Band(90.0, 110.0, 16))),
+        Row("one", "one", "v2", PublishedFigure("device_save_ms.1", 10.0, 9.0, "fitted")),
+        Row("two", "two", "v3-n4", PublishedFigure("downtime_ms", 100.0, 250.0, "sum", Band(120.0, 400.0, 15))),
+        Row("two", "two", "v3-n4", PublishedFigure("load_total_ms.0", 100.0, None, "predicted")),
     ]
     figure = published_against_simulated(tidy(rows), (0.1, 0.15), 3, "proto-v3 validate one two")
     against, errors = figure.axes
@@ -345,7 +411,12 @@ def test_the_figure_tells_fitted_from_predicted_and_names_every_figure() -> None
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in points] == [(100, 105), (10, 9), (100, 250)]
     hollow = [line.get_markerfacecolor() == "white" for line in points]
     assert hollow == [False, True, False]
-    assert points[0].get_color() != points[2].get_markeredgecolor(), "a case has its colour"
+    assert [line.get_fillstyle() for line in points] == ["full", "full", "left"], "a sum is half filled"
+    assert points[0].get_color() != points[2].get_color(), "a case has its colour"
+    bars = [bar.get_segments()[0].tolist() for bar in against.collections if isinstance(bar, LineCollection)]
+    assert bars == [[[100, 90], [100, 110]], [[100, 120], [100, 400]]]
+    bars = [bar.get_segments()[0].tolist() for bar in errors.collections if isinstance(bar, LineCollection)]
+    assert bars == [[[pytest.approx(-10), 0], [pytest.approx(10), 0]], [[pytest.approx(20), 2], [40, 2]]]
     assert [text.get_text() for text in against.texts] == ["two: downtime"], "what is outside is named"
     (identity,) = (line for line in against.lines if len(line.get_xdata()) == 2)
     assert list(identity.get_xdata()) == list(identity.get_ydata())
@@ -370,18 +441,21 @@ def row_of(text: str, begins: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_summary_counts_what_is_within_the_bands_fitted_and_predicted_apart(
+def test_the_summary_counts_what_is_within_the_margins_and_each_class_apart(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = {"downtime_ms": 0.05, "total_ms": 0.12, "setup_ms": -0.2, "ram_save_ms": 0.01, "stop_ms": 0.11}
     columns = {"setup_ms": "stage_setup_0_ns", "ram_save_ms": "stage_ram_save_0_ns", "stop_ms": "stage_stop_0_ns"}
     values = {key: off_by(error, columns.get(key, key.replace("_ms", "_ns"))) for key, error in figures.items()}
-    entry = published(fitted=["ram_save_ms", "stop_ms"], load_total_ms=[1.0], **values)
+    entry = published(fitted=["ram_save_ms", "stop_ms"], sums=["total_ms"], load_total_ms=[1.0], **values)
     assert validated(tmp_path / "out", write("case", [entry])) == 1
     text = capsys.readouterr().out
-    assert row_of(text, "predicted") == ["predicted", "4", "1", "2"]
-    assert row_of(text, "fitted") == ["fitted", "2", "1", "2"]
-    assert row_of(text, "all") == ["all", "6", "2", "4"]
+    assert row_of(text, "predicted") == ["predicted", "3", "1", "1", "12.5", "20.0", "0", "0"]
+    assert row_of(text, "sum") == ["sum", "1", "0", "1", "12.0", "12.0", "0", "0"]
+    assert row_of(text, "fitted") == ["fitted", "2", "1", "2", "6.0", "11.0", "0", "0"]
+    assert row_of(text, "all") == ["all", "6", "2", "4", "11.0", "20.0", "0", "0"]
+    told = "predicted: 3, of these 1 within 10 % and 1 within 15 %; error: median 12.5 %, worst 20.0 %."
+    assert f"- Published figures, {told}" in " ".join(text.split())
 
 
 @pytest.mark.slow
@@ -406,7 +480,7 @@ def test_set_holds_the_published_figures_against_another_machine(
     assert run_validate([case], [1], out, 1, ["proto-v3"], ["vmm.setup_ms=2.0"]) == 1
     text = capsys.readouterr().out
     assert "With --set vmm.setup_ms=2.0: not the machines that were measured." in text
-    assert row_of(text, "setup")[1:5] == ["v2", "1.0", "2.0", "+100.0"]
+    assert row_of(text, "setup")[1:7] == ["v2", "1.0", "2.0", "-", "-", "+100.0"]
     two = write("two", [published(device_save_ms=[1.0])])
     with pytest.raises(UserError, match=r"published\.0\.device_save_ms = \[1\.0\]: must have one value a device, 3"):
         run_validate([two], [1], out, 1, [], ["device.0.count=3"])

@@ -519,8 +519,15 @@ def test_devices_that_get_the_same_name_by_their_number_are_refused() -> None:
 @pytest.mark.parametrize("fitted", ["downtme_ms", "device_save_ms.2", "total_ms"])
 def test_a_figure_that_was_fitted_to_must_be_a_published_one(fitted: str) -> None:
     """Or a typing error would make a prediction of what was fitted."""
-    (problem,) = problems({"published": [{"citation": "x", "device_save_ms": [1.0, 2.0], "fitted": [fitted]}]})
-    assert problem.startswith(f"published.0.fitted = {fitted!r}: must be one of device_save_ms.0, device_save_ms.1")
+    for key in ("fitted", "sums"):
+        (problem,) = problems({"published": [{"citation": "x", "device_save_ms": [1.0, 2.0], key: [fitted]}]})
+        assert problem.startswith(f"published.0.{key} = {fitted!r}: must be one of device_save_ms.0, device_save_ms.1")
+
+
+def test_a_figure_that_was_fitted_to_is_not_a_sum_too() -> None:
+    entry = {"citation": "x", "stop_ms": 1.0, "total_ms": 2.0, "fitted": ["stop_ms"], "sums": ["stop_ms", "total_ms"]}
+    (problem,) = problems({"published": [entry]})
+    assert problem == "published.0.sums = 'stop_ms': must not be in fitted too"
 
 
 def test_no_more_of_ram_is_dirty_than_there_is() -> None:
