@@ -22,6 +22,7 @@ class Notify:
         """`woken`: of the threads that wait here; None: they run again at once."""
         self._waiters: list[asyncio.Future[int]] = []
         self._woken = woken
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def waited_for(self) -> bool:
@@ -30,6 +31,8 @@ class Notify:
 
     def notify(self, by: int | None = None) -> None:
         """Wake all waiting tasks. `by`: the span that is the cause; by default the current task's cursor."""
+        if not self._waiters:
+            return
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.done():
@@ -37,7 +40,9 @@ class Notify:
 
     async def wait(self) -> None:
         """Wait for the next notify()."""
-        waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        if self._loop is None:  # asked once: on Python 3.11 it is a system call
+            self._loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[int] = self._loop.create_future()
         self._waiters.append(waiter)
         try:
             caused_by(await waiter)

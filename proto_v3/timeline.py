@@ -229,8 +229,9 @@ class Timeline:
     def critical_path_ns(self) -> dict[str, int]:
         """Nanoseconds of the critical path by resource, `unexplained` last. Their sum is the downtime."""
         shares = {resource.name.lower(): 0 for resource in Resource}
-        for step in self.critical_path():
-            shares[step.resource.name.lower()] += step.end_ns - step.start_ns
+        names, resource = list(shares), self._spans["resource"]
+        for span, begin, end in self.critical_spans():
+            shares[names[resource[span]]] += end - begin
         shares["unexplained"] = self.downtime_ns - sum(shares.values())
         return shares
 

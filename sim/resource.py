@@ -11,6 +11,8 @@ import asyncio
 import heapq
 import math
 import operator
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple
 
 from proto_v3.timeline import Resource, Timeline
@@ -173,6 +175,28 @@ class Memory:
         _, end = self._memory.book(size_bytes, start + call_ns)
         await sleep_until_ns(max(end, start + call_ns + duration_ns(size_bytes, self._copy_bytes_per_s)))
         self._timeline.work(Resource.COPY, what, start)
+
+
+class Locks:
+    """Mutexes that are held together, taken in this order. Cheaper than an AsyncExitStack for each record."""
+
+    def __init__(self, locks: Sequence[AbstractAsyncContextManager[None]]) -> None:
+        self._locks = locks
+
+    async def __aenter__(self) -> None:
+        for at, lock in enumerate(self._locks):
+            try:
+                await lock.__aenter__()
+            except BaseException:
+                await self._release(at)
+                raise
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._release(len(self._locks))
+
+    async def _release(self, count: int) -> None:
+        for lock in reversed(self._locks[:count]):
+            await lock.__aexit__(None, None, None)
 
 
 class Lock:

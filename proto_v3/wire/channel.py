@@ -37,9 +37,9 @@ class Channel:
 
     async def send(self, frame: Frame) -> None:
         """Send one frame. Waits while the connection is full."""
-        header = encode_header(frame)
-        self.bytes_sent += len(header) + len(frame.payload)
-        self.messages_sent += not len(frame.payload)
+        header, size_bytes = encode_header(frame), len(frame.payload)
+        self.bytes_sent += len(header) + size_bytes
+        self.messages_sent += not size_bytes
         await self._transport.send(header, frame.payload)
 
     async def send_control(self, kind: Kind, device: int = 0, stream: int = 0, value: int = 0) -> None:

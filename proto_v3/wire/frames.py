@@ -9,8 +9,8 @@ The payload is never parsed: it is the driver's stream, or pages of RAM, and onl
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import msgpack
 
@@ -18,6 +18,8 @@ from proto_v3.errors import PeerProtocolError
 
 MAX_HEADER_BYTES = 64
 """No header is longer: six integers of at most nine bytes each, and one byte for the array."""
+CACHED_HEADERS = 1024
+"""Headers that are not packed and parsed anew: most frames of a wire stream have the same one."""
 
 
 class Payload(Protocol):
@@ -66,8 +68,7 @@ class Kind(enum.IntEnum):
     COMMIT = 30  # v3: the source gives up its right to run
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One message between the two VMMs."""
 
     kind: Kind
@@ -80,13 +81,27 @@ class Frame:
 
 def encode_header(frame: Frame) -> bytes:
     """The bytes sent before the frame's payload."""
-    fields = [int(frame.kind), frame.device, frame.stream, frame.value, len(frame.payload)]
-    header: bytes = msgpack.packb([*fields, frame.place] if frame.place else fields)
+    return _packed(frame.kind, frame.device, frame.stream, frame.value, len(frame.payload), frame.place)
+
+
+@lru_cache(CACHED_HEADERS)
+def _packed(kind: Kind, device: int, stream: int, value: int, payload_bytes: int, place: int) -> bytes:
+    fields = [int(kind), device, stream, value, payload_bytes]
+    header: bytes = msgpack.packb([*fields, place] if place else fields)
     return header
 
 
 def decode(header: bytes, payload: Payload) -> Frame:
     """Parse a header and its payload. PeerProtocolError if this protocol does not allow them."""
+    kind, device, stream, value, payload_bytes, place = _parsed(header)
+    if payload_bytes != len(payload):
+        raise PeerProtocolError(f"frame header promises {payload_bytes} bytes of payload, {len(payload)} came")
+    return Frame(kind, device, stream, value, payload, place)
+
+
+@lru_cache(CACHED_HEADERS)
+def _parsed(header: bytes) -> tuple[Kind, int, int, int, int, int]:
+    """Kind, device, stream, value, bytes of payload, place."""
     if len(header) > MAX_HEADER_BYTES:
         raise PeerProtocolError(f"frame header of {len(header)} bytes; at most {MAX_HEADER_BYTES} are allowed")
     try:
@@ -96,9 +111,7 @@ def decode(header: bytes, payload: Payload) -> Frame:
     if not isinstance(fields, list) or len(fields) not in (5, 6) or not all(type(f) is int and f >= 0 for f in fields):
         raise PeerProtocolError(f"frame header is not five or six unsigned integers: {fields!r}")
     kind, device, stream, value, payload_bytes, *place = fields
-    if payload_bytes != len(payload):
-        raise PeerProtocolError(f"frame header promises {payload_bytes} bytes of payload, {len(payload)} came")
     try:
-        return Frame(Kind(kind), device, stream, value, payload, *place)
+        return Kind(kind), device, stream, value, payload_bytes, place[0] if place else 0
     except ValueError as error:
         raise PeerProtocolError(f"unknown frame kind {kind}") from error

@@ -26,7 +26,7 @@ import asyncio
 import enum
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from typing_extensions import override
@@ -198,7 +198,7 @@ class _SharedOut(OutStream):
     async def send(self, frame: Frame) -> None:
         await self._credit.take(len(frame.payload))
         self._place += 1
-        await self._streams.carry(replace(frame, place=self._place), self._critical)
+        await self._streams.carry(frame._replace(place=self._place), self._critical)
 
 
 _Carried = tuple[Frame, asyncio.Future[int]]

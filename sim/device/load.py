@@ -11,7 +11,6 @@ Leaving RESUMING checks that every stream was whole, as vfio.h asks of drivers. 
 from __future__ import annotations
 
 import errno
-from contextlib import AsyncExitStack
 
 import numpy as np
 from typing_extensions import override
@@ -25,7 +24,7 @@ from sim.device.record import Extent, Record, Tally
 from sim.device.state import Image
 from sim.device.stream import DriverLock, MigrationSession, PartOfSession, WriteOnlyFd, fails
 from sim.report import Counters, CriticalLoad
-from sim.resource import spend
+from sim.resource import Locks, spend
 from sim.scenario.device import Device
 
 
@@ -230,7 +229,7 @@ class LoadStream(LoadedFd):
         """`locks` are held while a write goes on, taken in this order."""
         super().__init__(session)
         self._index = index
-        self._locks = locks
+        self._locks = Locks(locks)
         self._queue = LoadQueue(index)
 
     @override
@@ -241,8 +240,8 @@ class LoadStream(LoadedFd):
             raise fails(errno.EINVAL)
         if not isinstance(payload, Extent):
             raise session.refuse(errno.EPROTO, "what came is no device's state")
-        async with AsyncExitStack() as held:
-            await self._take_locks(held)
+        async with self._locks:
+            session.check_open()
             calls = -(-len(payload) // piece_bytes)
             await session.context.memory.copy(len(payload), calls * session.context.call_ns, "write")
             session.check_open()
@@ -259,14 +258,9 @@ class LoadStream(LoadedFd):
     async def add(self, record: Record, start: int, stop: int) -> None:
         """write() without the copy, of bytes [start, stop) of a record: in live mode, which made it elsewhere."""
         self.session.check_open()
-        async with AsyncExitStack() as held:
-            await self._take_locks(held)
+        async with self._locks:
+            self.session.check_open()
             await self._add(record, start, stop)
-
-    async def _take_locks(self, held: AsyncExitStack) -> None:
-        for lock in self._locks:
-            await held.enter_async_context(lock)
-        self.session.check_open()
 
     async def _add(self, record: Record, start: int, stop: int) -> None:
         session = self.session

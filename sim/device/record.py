@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -115,8 +116,7 @@ class Record:
         return before
 
 
-@dataclass(frozen=True, slots=True)
-class RecordSlice:
+class RecordSlice(NamedTuple):
     """Bytes [start, stop) of a record."""
 
     record: Record

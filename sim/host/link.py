@@ -47,6 +47,7 @@ class _OneWay:
         self._arrived: deque[tuple[bytes, Payload]] = deque()
         self._room = Notify()
         self._turn = asyncio.Lock()
+        self._in_turn = 0  # sends that wait for their turn or for room
         self._turn_given_by = NO_CAUSE
         self._arrival = Notify()
         self._gone: ConnectionResetError | None = None
@@ -56,26 +57,37 @@ class _OneWay:
     async def send(self, header: bytes, payload: Payload) -> None:
         size = len(header) + len(payload)
         # A frame that is larger than the buffer goes when the connection is empty.
-        asked = now_ns()
-        async with self._turn:  # a small frame does not overtake a large one that waits for room
-            if now_ns() > asked:
-                caused_by(self._turn_given_by)
-            self._check_there()
-            while self._in_flight_bytes and self._in_flight_bytes + size > self._buffer_bytes:
-                await self._room.wait()
-                self.wakeups += 1
-                await wake_up(self._timeline, self._wake_up_ns)
-                self._check_there()
-            self._in_flight_bytes += size
-            self._turn_given_by = cause()
         start = now_ns()
-        if start > asked:
-            self._timeline.blocked(asked)
+        if self._in_turn or self._gone is not None or not self._has_room(size):
+            await self._wait_for_room(size, start)
+            if now_ns() > start:
+                self._timeline.blocked(start)
+                start = now_ns()
+        self._in_flight_bytes += size
+        self._turn_given_by = cause()
         through = max(self._connection.book(size, start)[1], self._link.book(size, start)[1])
         arrival = through + self._latency_ns
         span = self._timeline.span(Resource.LINK, "frame", start, arrival, track=self._name)
         self._loop.call_at_ns(arrival, self._arrive, header, payload, span)
         self.last_arrival_ns = arrival
+
+    def _has_room(self, size: int) -> bool:
+        return not self._in_flight_bytes or self._in_flight_bytes + size <= self._buffer_bytes
+
+    async def _wait_for_room(self, size: int, asked: int) -> None:
+        self._in_turn += 1
+        try:
+            async with self._turn:  # a small frame does not overtake a large one that waits for room
+                if now_ns() > asked:
+                    caused_by(self._turn_given_by)
+                self._check_there()
+                while not self._has_room(size):
+                    await self._room.wait()
+                    self.wakeups += 1
+                    await wake_up(self._timeline, self._wake_up_ns)
+                    self._check_there()
+        finally:
+            self._in_turn -= 1
 
     def _arrive(self, header: bytes, payload: Payload, span: int) -> None:
         if self._gone is None:

@@ -121,7 +121,7 @@ class Tamperer(Tap):
         numbered = []
         for each in out:
             self.sent[each.device, each.stream] += 1
-            numbered.append(replace(each, place=self.sent[each.device, each.stream]))
+            numbered.append(each._replace(place=self.sent[each.device, each.stream]))
         return numbered
 
     def in_order(self, stream: WireStream, frame: Frame) -> list[Frame]:
@@ -153,7 +153,7 @@ def parts_of(frame: Frame) -> list[RecordSlice]:
 
 
 def with_parts(frame: Frame, parts: Sequence[RecordSlice]) -> Frame:
-    return replace(frame, payload=Extent(list(parts)))
+    return frame._replace(payload=Extent(list(parts)))
 
 
 def ends_record(frame: Frame) -> bool:
@@ -192,7 +192,7 @@ def truncates(tamperer: Tamperer, stream: WireStream, frame: Frame, at: int) -> 
 def truncates_within(tamperer: Tamperer, stream: WireStream, frame: Frame, at: int) -> list[Frame]:
     if not tamperer.here(stream, at):
         return truncates(tamperer, stream, frame, -1)
-    half = replace(frame, payload=frame.payload[: len(frame.payload) // 2])
+    half = frame._replace(payload=frame.payload[: len(frame.payload) // 2])
     return [half, *truncates(tamperer, stream, frame, at)]
 
 
@@ -299,13 +299,13 @@ def swaps_two_streams(tamperer: Tamperer, stream: WireStream, frame: Frame, at: 
     """The frame has what another stream had last, and that one has the frame's payload next."""
     if at >= 0 and stream[0] == TAMPERED and stream != tamperer.stream:
         if tamperer.done:
-            return [replace(frame, payload=tamperer.held.payload)] if tamperer.held else [frame]
+            return [frame._replace(payload=tamperer.held.payload)] if tamperer.held else [frame]
         tamperer.held = frame
     if not tamperer.here(stream, at) or tamperer.held is None:
         return [frame]
     tamperer.tampers(errno.EXDEV)
     other, tamperer.held = tamperer.held, frame
-    return [replace(frame, payload=other.payload)]
+    return [frame._replace(payload=other.payload)]
 
 
 Change = tuple[dict[str, Any], int] | None
@@ -578,7 +578,7 @@ class ChangesTheEnd(Tap):
 
 def with_tally(frame: Frame) -> Frame:
     (part,) = parts_of(frame)
-    return with_parts(frame, [replace(part, record=replace(part.record, tally=Tally(16, 0, 0)))])
+    return with_parts(frame, [part._replace(record=replace(part.record, tally=Tally(16, 0, 0)))])
 
 
 @pytest.mark.rule("v3.11.3")
@@ -588,7 +588,7 @@ def with_tally(frame: Frame) -> Frame:
         (lambda frame: [], {errno.ENODATA}),
         (lambda frame: [frame, frame], set()),
         (lambda frame: [with_tally(frame)], {errno.EBADMSG}),
-        (lambda frame: [replace(frame, payload=frame.payload[:-1])], {errno.EPROTO}),
+        (lambda frame: [frame._replace(payload=frame.payload[:-1])], {errno.EPROTO}),
     ],
     ids=["lost", "twice", "altered", "cut"],
 )
@@ -634,11 +634,11 @@ def before(*frames: Frame) -> Callable[[Frame], list[Raw]]:
 
 def again(**changes: Any) -> Callable[[Frame], list[Raw]]:
     """The same frame once more, with other fields."""
-    return lambda frame: [raw(frame), raw(replace(frame, **changes))]
+    return lambda frame: [raw(frame), raw(frame._replace(**changes))]
 
 
 def instead(**changes: Any) -> Callable[[Frame], list[Raw]]:
-    return lambda frame: [raw(replace(frame, **changes))]
+    return lambda frame: [raw(frame._replace(**changes))]
 
 
 def told_to_the_source() -> Iterator[Any]:
@@ -741,7 +741,7 @@ def told_to_the_target() -> Iterator[Any]:
                 "of no device": (instead(device=2), "there is no stream 1 of device 2"),
                 "a place twice": (again(), "frame 1 of device 1 stream 1 came again"),
                 "a place twice, early": (
-                    lambda frame: [raw(replace(frame, place=9, payload=EMPTY))] * 2 + [raw(frame)],
+                    lambda frame: [raw(frame._replace(place=9, payload=EMPTY))] * 2 + [raw(frame)],
                     "frame 9 of device 1 stream 1 came again",
                 ),
                 "no place": (
@@ -749,7 +749,7 @@ def told_to_the_target() -> Iterator[Any]:
                     "DATA came on the first connection" if name.endswith("one") else "DATA without a place on a shared",
                 ),
                 "more than the credit": (
-                    lambda frame: [raw(frame), raw(replace(frame, place=1 << 40, payload=Bulk(64 * MIB)))],
+                    lambda frame: [raw(frame), raw(frame._replace(place=1 << 40, payload=Bulk(64 * MIB)))],
                     r"67108864 bytes more than \d+ came; the credit is 67108864",
                 ),
             }
@@ -829,7 +829,7 @@ def hello(**changes: Any) -> Callable[[Frame], list[Raw]]:
     def make(frame: Frame) -> list[Raw]:
         told: dict[Any, Any] = msgpack.unpackb(frame.payload) | changes
         payload = msgpack.packb({key: value for key, value in told.items() if value is not None})
-        return [raw(replace(frame, payload=memoryview(payload)))]
+        return [raw(frame._replace(payload=memoryview(payload)))]
 
     return make
 
@@ -845,7 +845,7 @@ def deep_inside(frame: Frame) -> list[Raw]:
     rest = b"".join(msgpack.packb(key) + msgpack.packb(value) for key, value in told.items())
     first = bytes([0x80 + 1 + len(told)]) + msgpack.packb("version")
     deep = b"\x91" * (MAX_HELLO_BYTES - len(first) - len(rest) - 1) + b"\x90"
-    return [raw(replace(frame, payload=memoryview(first + deep + rest)))]
+    return [raw(frame._replace(payload=memoryview(first + deep + rest)))]
 
 
 NO_NUMBERS: list[Any] = [-1, 1.5, True, "2", [2], -(1 << 63)]
@@ -854,8 +854,8 @@ NO_WORDS: list[Any] = [0, b"streams", True, []]
 NO_HELLO: dict[str, Callable[[Frame], list[Raw]]] = {
     "nothing": bytes_of(b""),
     "not msgpack": bytes_of(b"\xc1\xc1"),
-    "cut": lambda frame: [raw(replace(frame, payload=frame.payload[:-1]))],
-    "more behind it": lambda frame: [raw(replace(frame, payload=memoryview(bytes(frame.payload) + b"\0")))],  # type: ignore[call-overload]
+    "cut": lambda frame: [raw(frame._replace(payload=frame.payload[:-1]))],
+    "more behind it": lambda frame: [raw(frame._replace(payload=memoryview(bytes(frame.payload) + b"\0")))],  # type: ignore[call-overload]
     "text that is none": bytes_of(b"\xa2\xff\xff"),
     "a number": bytes_of(msgpack.packb(3)),
     "a list": bytes_of(msgpack.packb([3, 1, 1])),

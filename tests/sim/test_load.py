@@ -182,11 +182,11 @@ REORDERED: dict[str, Callable[[list[RecordSlice]], list[RecordSlice]]] = {
     "the end comes again": lambda p: [*p, p[-1]],
     "a record comes behind the end": lambda p: [*p, p[1]],
     "a record is numbered on behind the end": lambda p: [*p, numbered(p[1].record, p[-1].record.sequence + 1)],
-    "bytes come behind the end": lambda p: [*p, replace(p[0], stop=1)],
-    "bytes are missing inside a record": lambda p: [p[0], replace(p[1], stop=100), replace(p[1], start=101), *p[2:]],
-    "bytes are missing at the end of a record": lambda p: [p[0], replace(p[1], stop=100), *p[2:]],
-    "bytes are missing at the start of a record": lambda p: [p[0], replace(p[1], start=1), *p[2:]],
-    "bytes come again": lambda p: [p[0], replace(p[1], stop=100), replace(p[1], start=99), *p[2:]],
+    "bytes come behind the end": lambda p: [*p, p[0]._replace(stop=1)],
+    "bytes are missing inside a record": lambda p: [p[0], p[1]._replace(stop=100), p[1]._replace(start=101), *p[2:]],
+    "bytes are missing at the end of a record": lambda p: [p[0], p[1]._replace(stop=100), *p[2:]],
+    "bytes are missing at the start of a record": lambda p: [p[0], p[1]._replace(start=1), *p[2:]],
+    "bytes come again": lambda p: [p[0], p[1]._replace(stop=100), p[1]._replace(start=99), *p[2:]],
 }
 
 
@@ -233,11 +233,11 @@ async def test_what_comes_behind_a_hole_is_not_loaded() -> None:
 
 SHORT: dict[str, Callable[[list[RecordSlice]], list[RecordSlice]]] = {
     "nothing came": lambda p: [],
-    "one byte came": lambda p: [replace(p[0], stop=1)],
+    "one byte came": lambda p: [p[0]._replace(stop=1)],
     "one record came": lambda p: p[:1],
-    "a record is cut": lambda p: [*p[:3], replace(p[3], stop=100)],
+    "a record is cut": lambda p: [*p[:3], p[3]._replace(stop=100)],
     "the end is missing": lambda p: p[:-1],
-    "the end is cut": lambda p: [*p[:-1], replace(p[-1], stop=p[-1].stop - 1)],
+    "the end is cut": lambda p: [*p[:-1], p[-1]._replace(stop=p[-1].stop - 1)],
 }
 
 
