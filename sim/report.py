@@ -32,6 +32,14 @@ class Counters(VmmCounters):
 
     peak_held_bytes: int = 0
     """The most that one target driver held: records that came in, waited for their epoch, or were loading."""
+    pinned_chunks_bytes: int = 0
+    """Source: the chunks that firmware saves into, of all devices: `driver.chunks` of `driver.chunk_mib` for each
+    stream, so x (1 + N) in v3. Of addressable blocks, the most that was being read at once."""
+    pinned_images_bytes: int = 0
+    """Source: the images that were saved whole, before the stop: the most that each stream held, of all devices."""
+    pinned_target_bytes: int = 0
+    """Target: what firmware loads from, of all devices: for each stream its longest record, which the driver holds when
+    its last byte came. Of addressable blocks, the most that was being written at once."""
     send_blocked_ns: int = 0
     """Of a completed run: how long full connections held up sends in the downtime, summed over connections."""
     wire_bytes: int = 0

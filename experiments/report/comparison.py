@@ -196,6 +196,11 @@ OVERHEAD: list[Column] = [
     ("vmm_holds_mib", "VMM holds MiB", pl.col("peak_reorder_bytes").max() / MIB, ".1f"),
     ("driver_holds_mib", "driver holds MiB", pl.col("peak_held_bytes").max() / MIB, ".1f"),
 ]
+PINNED: list[Column] = [
+    ("pinned_chunks_mib", "source chunks MiB", pl.col("pinned_chunks_bytes").max() / MIB, ".1f"),
+    ("pinned_images_mib", "source images MiB", pl.col("pinned_images_bytes").max() / MIB, ".1f"),
+    ("pinned_target_mib", "target MiB", pl.col("pinned_target_bytes").max() / MIB, ".1f"),
+]
 
 
 def _means(completed: pl.DataFrame) -> Iterator[Section]:
@@ -241,6 +246,13 @@ def _means(completed: pl.DataFrame) -> Iterator[Section]:
         "Overhead, means of a run",
         "holds: the most that waited in the target's memory, in any run",
         OVERHEAD,
+    )
+    yield _section(
+        completed,
+        "pinned",
+        "Memory that firmware saves into and loads from, all devices",
+        "chunks: of each stream, x (1 + N) a device with v3; images: saved whole before the stop; the most in any run",
+        PINNED,
     )
 
 

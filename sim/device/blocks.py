@@ -59,6 +59,7 @@ class SaveBlocks(SavedFd, BlocksFd):
         self._refused = False  # firmware refused a SAVE in pre-copy
         self.given_epoch = 0
         """The newest epoch of what was read; 0: nothing was."""
+        self._held_bytes = 0
 
     @property
     def suspended(self) -> bool:
@@ -155,6 +156,14 @@ class SaveBlocks(SavedFd, BlocksFd):
         record = Record(1, device.epoch, payload_bytes, blocks=blocks, header_bytes=V3_HEADER_BYTES, by_number=True)
         record.sequence, self._sequence = self._sequence, self._sequence + 1
         record.block_versions = device.save_blocks(blocks)
+        self._held_bytes += record.size_bytes
+        self.counters.pinned_chunks_bytes = max(self.counters.pinned_chunks_bytes, self._held_bytes)
+        try:
+            return await self._save(record, asked_ns)
+        finally:
+            self._held_bytes -= record.size_bytes
+
+    async def _save(self, record: Record, asked_ns: int) -> Payload:
         self._in_flight += 1
         try:
             async with self._command_lock:
@@ -256,6 +265,7 @@ class LoadBlocks(V3LoadedFd, WriteOnlyBlocksFd):
     def __init__(self, session: BlocksLoadSession) -> None:
         super().__init__(session)
         self._ended = False
+        self._held_bytes = self._most_bytes = 0
 
     @override
     async def write(self, payload: Payload, piece_bytes: int) -> None:
@@ -284,7 +294,12 @@ class LoadBlocks(V3LoadedFd, WriteOnlyBlocksFd):
             raise fails(errno.EAGAIN)
         self._ended = record.end
         session.hold(record.size_bytes)
+        self._held_bytes += record.size_bytes
+        if self._held_bytes > self._most_bytes:
+            session.counters.pinned_target_bytes += self._held_bytes - self._most_bytes
+            self._most_bytes = self._held_bytes
         try:
             await session.load(record)
         finally:
             session.hold(-record.size_bytes)
+            self._held_bytes -= record.size_bytes

@@ -231,6 +231,8 @@ class LoadStream(LoadedFd):
         self._index = index
         self._locks = Locks(locks)
         self._queue = LoadQueue(index)
+        self._longest_bytes = 0
+        """Of its records: the driver's buffer grows to that, and stays (mlx5vf_resume_write)."""
 
     @override
     async def write(self, payload: Payload, piece_bytes: int) -> None:
@@ -267,6 +269,8 @@ class LoadStream(LoadedFd):
         try:
             self._queue.check(record, start)
             session.hold(stop - start)
+            session.counters.pinned_target_bytes += max(0, record.size_bytes - self._longest_bytes)
+            self._longest_bytes = max(self._longest_bytes, record.size_bytes)
             if stop == record.size_bytes:
                 start = await self._until_due(record, start)
             whole = self._queue.add(record, start, stop)

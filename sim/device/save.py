@@ -46,6 +46,7 @@ class SaveStream(SavedFd):
         self._plan = plan
         self._planned_ns = 0
         self._queue = SaveQueue(self._driver.chunks)
+        self.counters.pinned_chunks_bytes = self._driver.chunks * self._driver.chunk_bytes
 
     # --- the producer -------------------------------------------------------------------------------------------------
 
@@ -60,6 +61,7 @@ class SaveStream(SavedFd):
             record = self._plan.next_record()
             if not record.end:  # that one is the driver's own
                 queue.start(record)
+                self.counters.pinned_images_bytes = max(self.counters.pinned_images_bytes, queue.image_bytes)
                 async with self._command_lock:
                     await self._context.firmware.save(record.size_bytes)
                 queue.saving = None

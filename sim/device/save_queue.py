@@ -63,6 +63,12 @@ class SaveQueue:
         return self.saving.size_bytes if self.saving else 0
 
     @property
+    def image_bytes(self) -> int:
+        """Bytes of the images that are in no chunk: unread to their last byte, or being saved."""
+        held = [*self._records, *([self.saving] if self.saving else [])]
+        return sum(each.size_bytes for each in held if not each.chunk and (len(each.blocks) or len(each.objects)))
+
+    @property
     def initial_bytes(self) -> int:
         """Bytes that count as v2's initial_bytes, unread or being saved."""
         size = sum(record.size_bytes for record in self._records if record.initial)

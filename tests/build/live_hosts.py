@@ -161,8 +161,8 @@ class Virtual:
 class _WithTables(Hosts):
     """Records are as long as in live mode."""
 
-    def _context(self, scenario: Scenario) -> DriverContext:
-        return replace(super()._context(scenario), tables=True)
+    def _contexts(self, scenario: Scenario) -> list[DriverContext]:
+        return [replace(each, tables=True) for each in super()._contexts(scenario)]
 
 
 Rig = Live | Virtual
