@@ -188,10 +188,16 @@ def parsed(scenario: str, protocols: Sequence[str], settings: Sequence[str]) -> 
     return loaded, chosen
 
 
-def tell_outside(scenario: Scenario) -> None:
-    """Say on stderr which values a user set outside of the range that they had."""
+def tell_outside(*scenarios: Scenario) -> None:
+    """Say on stderr which values a user set outside of the range that they had, each once."""
     from sim.scenario.ranges import is_outside
+    from sim.scenario.scenario import parameters
 
-    for key, source in scenario.sources.items():
-        if is_outside(source):
-            print(f"proto-v3: note: {key}: {source}", file=sys.stderr)
+    lines = [
+        f"proto-v3: note: {key} = {value}: {scenario.sources[key].removeprefix('yours: ')}"
+        for scenario in scenarios
+        for key, value in parameters(scenario).items()
+        if is_outside(scenario.sources.get(key, ""))
+    ]
+    for line in dict.fromkeys(lines):
+        print(line, file=sys.stderr)

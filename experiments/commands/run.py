@@ -15,6 +15,7 @@ import polars as pl
 from rich.console import Console
 
 from experiments import INTERRUPTED
+from experiments.commands.options import tell_outside
 from experiments.draw.canvas import own_settings
 from experiments.report import tables
 from experiments.report.answers import QUICK, told_as_quick
@@ -56,6 +57,8 @@ def run_experiments(
         raise UserError("--out '': must be the name of a folder")
     root = Path(out) if out else OUT / ("quick" if quick else "run")
     planned = [list({each.key: each for each in experiment.planned(quick, settings)}.values()) for experiment in chosen]
+    bases = dict.fromkeys(each.point.base for runs in planned for each in runs)
+    tell_outside(*(load(base, settings) for base in bases))
     console, stderr, status, revision = tables.console(), Console(stderr=True), 0, manifest.git_revision()
     with ExitStack() as stack:
         sweeps = []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from experiments.commands.options import parsed
 from experiments.report import tables
 from experiments.report.tables import say
 from experiments.runs.files import output_file
@@ -16,16 +17,13 @@ from experiments.trace.traced_run import TRACE_SUFFIX, TracedRun, traced_run, wr
 from experiments.trace.tracks import Track
 from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
-from sim.scenario.file import load
-from sim.scenario.protocol import Protocol
 
 
 def run_trace(
     scenario: str, protocol: str, seed: int, settings: Sequence[str], trace: str | None, spans: str | None
 ) -> int:
     """Run, write, print; returns the exit status. UserError for bad input, before anything is run or written."""
-    loaded = load(scenario, settings)
-    chosen = Protocol.parse(protocol, loaded)
+    loaded, (chosen,) = parsed(scenario, [protocol], settings)
     default = OUT / f"{loaded.name}-{chosen.name}-{seed}{TRACE_SUFFIX}"
     trace_file, spans_file = output_files(trace, default, spans)
     run = traced_run(loaded, chosen, seed)

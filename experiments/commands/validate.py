@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 
 from experiments import INTERRUPTED
-from experiments.commands.options import out_folder
+from experiments.commands.options import out_folder, tell_outside
 from experiments.report import findings, tables
 from experiments.report.tables import Heading, Output, Section, value_text
 from experiments.runs import frame as results
@@ -91,6 +91,7 @@ def run_validate(
     `samples` is how many are drawn from the ranges of each case, for the bands. Each is run once under each protocol.
     """
     cases = _cases(names, settings)
+    tell_outside(*cases.values())
     cells = [
         Cell(scenario, Protocol.parse(protocol, scenario), seed)
         for scenario in cases.values()

@@ -177,8 +177,12 @@ def is_outside(source: str) -> bool:
 
 
 def without_range(ranges: Mapping[str, Range], sources: Mapping[str, str], values: Values) -> list[str]:
-    """The parameters that are assumed, fitted or derived, or of no stated source, and have no range."""
-    return [key for key in values if key not in ranges and sources.get(key, "").partition(":")[0] not in SURE]
+    """The parameters that are assumed, fitted, derived or of no stated source, and have no range. Names need none."""
+    return [
+        key
+        for key in values
+        if key not in ranges and sources.get(key, "").partition(":")[0] not in SURE and not key.endswith(".name")
+    ]
 
 
 def _same(one: object, other: object) -> bool:

@@ -187,6 +187,16 @@ def test_only_a_validate_folder_is_compared_by_its_figures(tmp_path: Path, diff:
     assert (row["place"], row["value"], row["a"], row["b"]) == ("s stop_ms", "simulated_ms", 4.0, 5.0)
 
 
+def test_the_band_of_a_figure_stands_beside_it() -> None:
+    a = pl.DataFrame({"figure": ["stop_ms"], "simulated_ms": [4.0], "inside": [True], "samples": [16]})
+    a = a.with_columns(simulated_low_ms=pl.lit(3.0), simulated_high_ms=pl.lit(5.0))
+    b = a.with_columns(simulated_low_ms=pl.lit(2.0), inside=pl.lit(False))
+    band, inside = side_by_side(a, b, [])
+    assert band["value"] == "simulated_ms"
+    assert [band[key] for key in ("a", "a_low", "a_high", "b", "b_low", "b_high")] == [4.0, 3.0, 5.0, 4.0, 2.0, 5.0]
+    assert (inside["value"], inside["a"], inside["b"]) == ("inside", True, False)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

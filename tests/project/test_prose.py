@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import polars as pl
 import pytest
@@ -173,12 +174,31 @@ def held_against() -> str:
     return f"`make validate` holds {len(validated())} published figures"
 
 
+SUMS = {
+    "mlx5-2vf": {"downtime_ms"},
+    "szmigiero-4vf": {f"load_total_ms.{vf}" for vf in range(4)},
+    "ufimtseva-small": {"downtime_ms", "src_saved_to_dst_loaded_ms"},
+}
+"""Of a table that was made before scenarios said which figures are sums."""
+
+
+def by_class() -> dict[str, list[float]]:
+    """Errors of simulated against published figures, in %: of fitted ones, sums of these, and predictions."""
+    errors: dict[str, list[float]] = {"fitted": [], "sum": [], "predicted": []}
+    for row in table("validate", "validate").iter_rows(named=True):
+        of_a_sum = row["figure"] in SUMS.get(row["scenario"], ())
+        kind = row.get("kind") or ("fitted" if row["fitted"] else "sum" if of_a_sum else "predicted")
+        errors[kind].append(abs(row["error"]) * 100)
+    return errors
+
+
 def baseline() -> str:
-    errors, unfitted = validated(), validated(fitted=False)
-    assert max(errors) <= 15
+    errors = by_class()
+    fitted, sums, predicted = (errors[kind] for kind in ("fitted", "sum", "predicted"))
     return (
-        f"all are within 15 %, {sum(each <= 10 for each in errors)} within 10 %; of the {len(unfitted)} that "
-        f"nothing was fitted to, {sum(each <= 10 for each in unfitted)} are within 10 %"
+        f"Parameters were fitted to {len(fitted)} of them, {len(sums)} are sums of such figures, and "
+        f"{len(predicted)} are predicted: of these {sum(each <= 10 for each in predicted)} are within 10 %; median "
+        f"error {median(predicted):.1f} %, worst {max(predicted):.1f} %"
     )
 
 
