@@ -242,6 +242,7 @@ def boot(guest: UserModeLinux, root: Path, output: Callable[[bytes], None]) -> b
         os.close(guests_output)
         os.close(guests_console)
     try:
+        RUNNING.add(process)
         with selectors.DefaultSelector() as selector:
             selector.register(output_end, selectors.EVENT_READ, output)
             selector.register(console_end, selectors.EVENT_READ, console.extend)
@@ -258,10 +259,22 @@ def boot(guest: UserModeLinux, root: Path, output: Callable[[bytes], None]) -> b
         raise TimeoutError(f"the guest was killed after {guest.timeout_s:.0f} s") from None
     finally:
         kill(process)
+        RUNNING.discard(process)
         memory.rmdir()
         os.close(output_end)
         os.close(console_end)
     return bytes(console)
+
+
+RUNNING: set[subprocess.Popen[bytes]] = set()
+"""The guests of all threads."""
+
+
+def kill_all() -> None:
+    """Kill the guests of all threads: each run() ends as if its guest had ended by itself."""
+    for process in list(RUNNING):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

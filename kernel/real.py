@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """All tests that need the kernel, counted: `make real`.
 
-    python -m kernel.real                    # what tests/real/ has, in one guest
+    python -m kernel.real                    # what tests/real/ has, in three guests at a time
     python -m kernel.real --all              # and those that are marked slow
     python -m kernel.real -- -k mtty -x      # the same, with arguments of pytest
     python -m kernel.real --lockdep always   # and once more, under a kernel with lockdep, what is marked `lockdep`
@@ -16,8 +16,10 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -30,8 +32,20 @@ from kernel.guest import GuestError, UserModeLinux
 OUT = PROJECT / "out/real"
 """What the guest writes to."""
 
+APART = {
+    "migrations": ["tests/real/test_migrations.py"],
+    "qemu": ["tests/real/test_qemu.py", "tests/real/test_conformance.py", "tests/real/test_agree_real.py"],
+}
+SHARES = {**APART, "driver": ["tests/real", *(f"--ignore={file}" for files in APART.values() for file in files)]}
+"""What each of the guests runs, if pytest is given no arguments. Each of them waits half of its time."""
+
 NO_TESTS = 5
 """The status of a pytest that was asked for tests that do not exist."""
+AT_ONCE = 3
+"""Guests at the same time."""
+PRINTING = threading.Lock()
+STOPPED = threading.Event()
+"""A signal came."""
 LOCKDEP_CPUS = 1
 """Of a guest with lockdep: where User-Mode Linux 7.3.4 starts a second CPU, lockdep complains of that itself ("Callback
 enqueued on offline CPU", kernel/rcu/tree.c)."""
@@ -62,8 +76,8 @@ def counted(junit: str) -> Counts:
     return total
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the tests, and print their counts as the last line. 1 if one failed."""
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(prog="python -m kernel.real", description="The tests that need the kernel.")
     parser.add_argument("--all", action="store_true", help="also the tests that are marked slow")
     parser.add_argument("--lockdep", choices=("auto", "always", "never"), default="auto")
@@ -71,7 +85,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--memory", type=int, default=2048, help="of the guest, MiB")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds until a guest is killed")
     parser.add_argument("pytest", nargs="*", help="arguments of pytest, after --")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the tests, and print their counts as the last line. 1 if one failed."""
+    options = parser().parse_args(arguments)
     cache.stop_on_signals()
     try:
         counts = run_all(options)
@@ -97,22 +116,46 @@ def run_all(options: argparse.Namespace) -> Counts:
         return Counts(skipped=1)
     total = Counts()
     try:
-        for each in qemu_packages.fetch():
-            say(f"real: QEMU {each.debian_version}")
+        for qemu in qemu_packages.fetch():
+            say(f"real: QEMU {qemu.debian_version}")
     except (UnavailableError, BuildError) as error:
         say(f"real: no QEMU: {error}")
-    if not options.pytest:
-        total += run_here()
-    chosen = options.pytest or ["tests/real"]
-    short = [] if options.all or options.pytest else ["-m", "not slow"]
-    total += run_in_guest(kernels[0], [*short, *chosen], options, options.cpus)
-    if len(kernels) > 1:
-        total += run_in_guest(kernels[1], ["-m", "lockdep", *chosen], options, LOCKDEP_CPUS)
-    else:
+    if len(kernels) == 1:
         why = "as asked" if options.lockdep == "never" else "`make kernel-debug` builds that kernel"
         say(f"real: what is marked lockdep did not run under lockdep: {why}")
         total += Counts(skipped=1)
-    return total
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        running = [pool.submit(run_in_guest, each, options) for each in guests(kernels, options)]
+        try:
+            if not options.pytest:
+                total += run_here()
+            return sum((each.result() for each in running), start=total)
+        except BaseException:  # a signal
+            for each in running:
+                each.cancel()
+            STOPPED.set()
+            guest.kill_all()
+            raise
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one guest runs."""
+
+    name: str
+    kernel: Kernel
+    pytest: Sequence[str]
+    cpus: int
+
+
+def guests(kernels: Sequence[Kernel], options: argparse.Namespace) -> list[Share]:
+    """The guests, in the order in which they begin. Those that run longest come first."""
+    shares = {"tests": options.pytest} if options.pytest else SHARES
+    short = [] if options.all or options.pytest else ["-m", "not slow"]
+    found = [Share(name, kernels[0], [*short, *what], options.cpus) for name, what in shares.items()]
+    lockdep = ["-m", "lockdep" if options.all or options.pytest else "lockdep and not slow"]
+    chosen = options.pytest or ["tests/real"]
+    return found + [Share("lockdep", each, [*lockdep, *chosen], LOCKDEP_CPUS) for each in kernels[1:]]
 
 
 def does_not_boot(kernel: Kernel) -> str:
@@ -144,36 +187,50 @@ def run_here() -> Counts:
         return counted(report.read_text(encoding="utf-8")) if report.exists() else Counts(failed=1)
 
 
-def run_in_guest(kernel: Kernel, arguments: Sequence[str], options: argparse.Namespace, cpus: int) -> Counts:
-    """The counts of one pytest in a guest of this kernel; a kernel that complains is one more failure."""
-    say(f"real: pytest {' '.join(arguments)} under {kernel.name}")
+def run_in_guest(share: Share, options: argparse.Namespace) -> Counts:
+    """The counts of one pytest in a guest; a kernel that complains is one more failure."""
+    say(f"real: {share.name}: pytest {' '.join(share.pytest)} under {share.kernel.name}")
     begun = time.monotonic()
     OUT.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="report-", dir=OUT) as folder:
+    with tempfile.TemporaryDirectory(prefix=f"report-{share.name}-", dir=OUT) as folder:
         report = Path(folder) / "junit.xml"
         try:
             outcome = guest.run(
                 UserModeLinux(
-                    kernel=kernel,
-                    modules=guest.standard_modules(kernel),
-                    cpus=cpus,
+                    kernel=share.kernel,
+                    modules=guest.standard_modules(share.kernel),
+                    cpus=share.cpus,
                     memory_mib=options.memory,
-                    writable=OUT,
+                    writable=Path(folder),
                     timeout_s=options.timeout,
                 ),
-                [*PYTEST, f"--junitxml={report}", *arguments],
-                guest.to_stdout,
+                [*PYTEST, f"--junitxml={report}", *share.pytest],
+                whole_lines(share.name),
             )
             counts = counted(report.read_text(encoding="utf-8"))
         except (BuildError, GuestError, TimeoutError, OSError) as error:
-            say(f"real: {error}")
+            if not STOPPED.is_set():
+                say(f"real: {share.name}: {error}")
             return Counts(failed=1)
     for line in outcome.complaints:
-        say(f"real: the kernel's log: {line}")
+        say(f"real: {share.name}: the kernel's log: {line}")
     if outcome.complaints or (outcome.status not in (0, NO_TESTS) and not counts.failed):
         counts += Counts(failed=1)
-    say(f"real: {counts} in {time.monotonic() - begun:.0f} s")
+    say(f"real: {share.name}: {counts} in {time.monotonic() - begun:.0f} s")
     return counts
+
+
+def whole_lines(name: str) -> Callable[[bytes], None]:
+    """A function that prints what a guest printed line by line, after its name: two print at the same time."""
+    begun = bytearray()
+
+    def output(data: bytes) -> None:
+        *lines, rest = (begun + data).split(b"\n")
+        begun[:] = rest
+        with PRINTING:
+            guest.to_stdout(b"".join(b"%s: %s\n" % (name.encode(), line) for line in lines))
+
+    return output
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from kernel import build, real
+from kernel import build, guest, real
 from kernel.cache import BuildError, UnavailableError
 from kernel.real import Counts
 
@@ -82,3 +84,58 @@ def test_lockdep_is_used_where_it_costs_little_or_is_asked_for(
 ) -> None:
     monkeypatch.setattr(build, "cached", lambda kind: build.Kernel(Path(kind)) if kind in have else None)
     assert real.wanted(option) == kinds
+
+
+def test_each_test_that_needs_a_kernel_runs_in_one_guest() -> None:
+    """Whoever adds a file to tests/real/ need not name it."""
+    here = {f"tests/real/{path.name}" for path in (build.PROJECT / "tests/real").glob("test_*.py")}
+    named = [file for files in real.APART.values() for file in files]
+    assert len(named) == len(set(named))
+    assert set(named) < here
+    assert real.SHARES["driver"] == ["tests/real", *(f"--ignore={file}" for file in named)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), {"migrations": "not slow", "qemu": "not slow", "driver": "not slow", "lockdep": "lockdep and not slow"}),
+        (("--all",), {"migrations": "", "qemu": "", "driver": "", "lockdep": "lockdep"}),
+        (("--", "-k", "mtty"), {"tests": "", "lockdep": "lockdep"}),
+    ],
+)
+def test_the_guests_are_these(arguments: tuple[str, ...], expected: dict[str, str]) -> None:
+    options = real.parser().parse_args(arguments)
+    shares = real.guests([build.Kernel(Path("um")), build.Kernel(Path("um-debug"))], options)
+    marks = {each.name: each.pytest[1] if each.pytest[0] == "-m" else "" for each in shares}
+    assert marks == expected
+    assert [each.kernel.root.name for each in shares] == ["um"] * (len(shares) - 1) + ["um-debug"]
+
+
+def test_a_guests_output_comes_in_whole_lines_with_its_name(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    output = real.whole_lines("qemu")
+    for data in (b"..", b".. [ 50%]\n..", b"..\nend\n"):
+        output(data)
+    assert capfdbinary.readouterr().out == b"qemu: .... [ 50%]\nqemu: ....\nqemu: end\n"
+
+
+def test_a_signal_ends_all_guests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run() ends, and so its folders are gone; main() waits for that."""
+    (tmp_path / "linux").write_text("#!/bin/sh\nexec sleep 600\n")
+    (tmp_path / "linux").chmod(0o755)
+    (tmp_path / "busybox").write_text("")
+    monkeypatch.setattr(build, "get", lambda kinds: [build.Kernel(tmp_path)])
+    monkeypatch.setattr(build, "module", lambda kernel: None)
+    monkeypatch.setattr(real, "does_not_boot", lambda kernel: "")
+    monkeypatch.setattr(real.qemu_packages, "fetch", list)
+    monkeypatch.setattr(real, "OUT", tmp_path / "out")
+    monkeypatch.setattr(real, "STOPPED", threading.Event())
+
+    def interrupted() -> Counts:
+        while len(guest.RUNNING) < len(real.SHARES):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(real, "run_here", interrupted)
+    assert real.main([]) == 130
+    assert not guest.RUNNING
+    assert list((tmp_path / "out").iterdir()) == []

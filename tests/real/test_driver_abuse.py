@@ -106,7 +106,7 @@ def test_everything_at_once(make_open: MakeOpen) -> None:
     threads = [threading.Thread(target=play, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
-    time.sleep(4)
+    time.sleep(2)
     stop.set()
     for thread in threads:
         thread.join(LONG_S)

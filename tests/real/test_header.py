@@ -29,7 +29,17 @@ SHORT_S = 0.15
 """How long a call is watched that must not return."""
 LONG_S = 10.0
 """How long a call is waited for that must return."""
-LOCKS = [("fd", "copy"), ("fd", "command"), ("device", "copy"), ("device", "command"), ("global", "command")]
+LOCKS = [
+    pytest.param(lock, id="-".join(lock), marks=marks)
+    for lock, marks in (
+        (("fd", "copy"), ()),
+        (("device", "command"), ()),
+        (("fd", "command"), pytest.mark.slow),
+        (("device", "copy"), pytest.mark.slow),
+        (("global", "command"), pytest.mark.slow),
+    )
+]
+"""The two ends: a lock of its own for each fd, taken for the copy; one for all, held over the command. And between."""
 END_BYTES = record_format.RecordHeader.SIZE + record_format.RecordEnd.SIZE
 HEAD_BYTES = record_format.RecordHeader.SIZE + record_format.RecordBlocks.SIZE
 BLOCK = 16 << 10
@@ -38,7 +48,7 @@ BLOCKS = 64
 Pair = tuple[SampleDevice, SampleDevice]
 
 
-@pytest.fixture(params=LOCKS, ids=lambda lock: f"{lock[0]}-{lock[1]}")
+@pytest.fixture(params=LOCKS)
 def pair(request: pytest.FixtureRequest, make_sample: Callable[..., SampleMdev]) -> Iterator[Pair]:
     """A source and a target of 1 MiB, with records of up to 256 KiB."""
     lock, lock_over = request.param
@@ -589,7 +599,7 @@ def test_with_o_nonblock_write_does_not_wait_for_an_epoch(pair: Pair) -> None:
 
 
 def test_with_o_nonblock_read_does_not_wait_while_the_device_saves(make_sample: Callable[..., SampleMdev]) -> None:
-    with open_devices(make_sample, 1, command_us=2_000_000) as (device,):
+    with open_devices(make_sample, 1, command_us=400_000) as (device,):
         fds = device.begin_all(S.PRE_COPY, 2)
         for fd in fds:
             fd.nonblocking()
@@ -667,7 +677,7 @@ def test_poll_is_woken_by_stop_copy_and_by_the_end(pair: Pair) -> None:
 
 
 def test_an_epoll_is_told_of_a_failure(make_sample: Callable[..., SampleMdev]) -> None:
-    with open_devices(make_sample, 1, command_us=500_000, fault="save:5") as (device,):
+    with open_devices(make_sample, 1, command_us=100_000, fault="save:5") as (device,):
         fds = device.begin_all(S.PRE_COPY, 2)
         waiting = [in_thread(fd.read_all) for fd in fds]
         assert {errno_then(each) for each in waiting} <= {"EIO", "ok"}
@@ -1008,7 +1018,7 @@ def test_an_old_block_that_arrives_late_is_dropped(pair: Pair) -> None:
 @pytest.mark.lockdep
 def test_no_thread_hangs_and_no_byte_is_wrong_whatever_ends_the_sessions(pair: Pair) -> None:
     source, _ = pair
-    stop = time.monotonic() + 2
+    stop = time.monotonic() + 1
     seen: set[str] = set()
 
     def read(fd: SampleFd) -> None:

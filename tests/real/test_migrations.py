@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from sim.real.sysfs import find
 from sim.real.vfio import CDEV, GROUP, WAYS, OpenDevices
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
+from tests.build.cli import proto_v3
 from tests.build.live import Seen, hit
 from tests.real.mdev import Mdev, SampleMdev
 
@@ -42,7 +44,7 @@ SLOW = BUSY | {"save_mib_s": 2}
 EVENTS = {"device.0.reconfigurations.at_s": "[0.05, 0.2]"}
 PROTOCOLS = (
     "v2",
-    "v2-multifd",
+    pytest.param("v2-multifd", marks=pytest.mark.slow),
     "v2-multifd-reinit-flush-ack-reusable",
     "v3-n1",
     "v3-n2",
@@ -52,6 +54,8 @@ PROTOCOLS = (
     "v3-n2-one",
     "v3-blocks",
 )
+PRE_COPY, STOP_COPY = "PRE_COPY", "STOP_COPY"
+SOURCE, TARGET = "source VMM", "target VMM"
 Act = Callable[[Seen], Any]
 
 
@@ -202,15 +206,32 @@ async def until(device: SampleMdev, state: str) -> None:
         await asyncio.sleep(0.01)
 
 
-STAGES = {"PRE_COPY": SLOW, "STOP_COPY": STATE | {"save_mib_s": 2, "precopy": 0}}
+STAGES = {PRE_COPY: SLOW, STOP_COPY: STATE | {"save_mib_s": 2, "precopy": 0}}
 """Devices that are in this state for a second."""
 STOPS = {"vmm.downtime_limit_ms": "600000"}
 """The guest is stopped, however slow the machine is."""
 
 
-@pytest.mark.parametrize("protocol", ["v2", "v3-n4", "v3-blocks"])
-@pytest.mark.parametrize("killed", ["source VMM", "target VMM"])
-@pytest.mark.parametrize("stage", STAGES)
+def product(short: Sequence[tuple[str, ...]], *values: Sequence[str]) -> list[Any]:
+    """All combinations of the values; those that are not in `short` are marked slow."""
+    return [pytest.param(*each, marks=() if each in short else pytest.mark.slow) for each in itertools.product(*values)]
+
+
+V2_V3_BLOCKS = ("v2", "v3-n4", "v3-blocks")
+KILLS = [
+    ("v2", SOURCE, PRE_COPY),
+    ("v2", TARGET, STOP_COPY),
+    ("v3-n4", SOURCE, STOP_COPY),
+    ("v3-n4", TARGET, PRE_COPY),
+    ("v3-blocks", SOURCE, PRE_COPY),
+    ("v3-blocks", TARGET, STOP_COPY),
+]
+"""Each pair of a protocol, a side and a stage."""
+
+
+@pytest.mark.parametrize(
+    ("protocol", "killed", "stage"), product(KILLS, V2_V3_BLOCKS, (SOURCE, TARGET), (PRE_COPY, STOP_COPY))
+)
 def test_a_vmm_that_is_killed_leaves_the_devices_running(
     make_sample: Callable[..., SampleMdev], protocol: str, killed: str, stage: str
 ) -> None:
@@ -221,11 +242,11 @@ def test_a_vmm_that_is_killed_leaves_the_devices_running(
         assert hit(seen.children[killed])
 
     result = migrate(side(source), side(target), protocol, STOPS, kill, Settings(silent_s=20.0))
-    check_failed(result, "source" if killed == "target VMM" else "", [source, target])
+    check_failed(result, "source" if killed == TARGET else "", [source, target])
     assert "was killed by SIGKILL" in result.live.outcome.reason
 
 
-@pytest.mark.parametrize("protocol", ["v2", "v3-n2"])
+@pytest.mark.parametrize("protocol", [pytest.param("v2", marks=pytest.mark.slow), "v3-n2"])
 def test_a_target_that_is_stopped_is_given_up(make_sample: Callable[..., SampleMdev], protocol: str) -> None:
     source, target = make_sample(**SLOW), make_sample(**BUSY)
 
@@ -233,7 +254,7 @@ def test_a_target_that_is_stopped_is_given_up(make_sample: Callable[..., SampleM
         await until(source, "PRE_COPY")
         assert hit(seen.children["target VMM"], signal.SIGSTOP)
 
-    result = migrate(side(source), side(target), protocol, act=stop, settings=Settings(silent_s=3.0))
+    result = migrate(side(source), side(target), protocol, act=stop, settings=Settings(silent_s=2.0))
     check_failed(result, "source", [source, target])
 
 
@@ -275,8 +296,10 @@ async def carried(source: SideDevices, target: SideDevices, protocol: str, cut: 
     return result
 
 
-@pytest.mark.parametrize("protocol", ["v2", "v3-n4", "v3-blocks"])
-@pytest.mark.parametrize("stage", STAGES)
+CUTS = [("v2", STOP_COPY), ("v3-n4", PRE_COPY), ("v3-blocks", STOP_COPY)]
+
+
+@pytest.mark.parametrize(("protocol", "stage"), product(CUTS, V2_V3_BLOCKS, (PRE_COPY, STOP_COPY)))
 def test_connections_that_are_cut_leave_the_guest_at_the_source(
     make_sample: Callable[..., SampleMdev], protocol: str, stage: str
 ) -> None:
@@ -285,7 +308,7 @@ def test_connections_that_are_cut_leave_the_guest_at_the_source(
     check_failed(result, "source", [source, target])
 
 
-@pytest.mark.parametrize("protocol", ["v2", "v3-n4", "v3-blocks"])
+@pytest.mark.parametrize("protocol", V2_V3_BLOCKS)
 def test_a_cancelled_migration_leaves_the_guest_where_it_is(
     make_sample: Callable[..., SampleMdev], protocol: str
 ) -> None:
@@ -298,11 +321,14 @@ def test_a_cancelled_migration_leaves_the_guest_where_it_is(
     assert (last_state(source), last_state(target)) == ("RUNNING", "RUNNING")
 
 
-@pytest.mark.parametrize("protocol", ["v2", "v3-n4", "v3-blocks"])
-@pytest.mark.parametrize(("at", "fault"), [("source", "save:2"), ("target", "load:2")])
+FAULTS = [("v2", "load:2"), ("v3-n4", "save:2"), ("v3-blocks", "load:2")]
+
+
+@pytest.mark.parametrize(("protocol", "fault"), product(FAULTS, V2_V3_BLOCKS, ("save:2", "load:2")))
 def test_firmware_that_fails_ends_the_migration(
-    make_sample: Callable[..., SampleMdev], protocol: str, at: str, fault: str
+    make_sample: Callable[..., SampleMdev], protocol: str, fault: str
 ) -> None:
+    at = "source" if fault.startswith("save") else "target"
     faults = {"source": "", "target": ""} | {at: fault}
     chunks = {"chunk_kib": 64}
     source, target = (make_sample(**STATE, **chunks, fault=faults[each]) for each in ("source", "target"))
@@ -389,11 +415,10 @@ def test_a_users_mistake_is_one_line(make_mtty: Callable[[], Mdev], tmp_path: Pa
         (device.uuid,): "--to, --connect: give one of the two",
     }
     for arguments, line in mistakes.items():
-        done = command(tmp_path, *arguments)
-        _, errors = done.communicate(timeout=HANG_S)
-        assert done.returncode == 2, errors
-        assert line in errors
-        assert "Traceback" not in errors
+        done = proto_v3(tmp_path, "real", *arguments)
+        assert done.returncode == 2, done.stderr
+        assert line in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -85,7 +85,7 @@ ONE_MIB = {"size_kib": 1024}
 ONE_READ = {"size_kib": 512}
 """With its critical data it is read by one read()."""
 BOTH = ("10.0", "11.1")
-NEW = BOTH[1:]
+OLD, NEW = BOTH[:1], BOTH[1:]
 
 CASES = (
     Case("pair", "two devices, one channel, no ack", BOTH, 2, SMALL),
@@ -137,6 +137,7 @@ CASES = (
         capabilities=(*MULTIFD, "return-path"),
         parameters={"multifd-channels": 3, "downtime-limit": 20_000},
         options="x-migration-multifd-transfer=on",
+        short=OLD,
     ),
     Case(
         "multifd-ack",
