@@ -420,7 +420,7 @@ COMMANDS = {
 @pytest.mark.parametrize(
     ("command", "after", "code"),
     [
-        *(("SAVE", 0, "EINVAL"), ("SAVE", 3, "ENODEV"), ("SAVE", 5, "ETIMEDOUT")),
+        *(("SAVE", 0, "EBUSY"), ("SAVE", 3, "ENODEV"), ("SAVE", 5, "ETIMEDOUT")),
         *(("LOAD", 0, "ENOMEM"), ("LOAD", 3, "EBUSY")),
     ],
 )
