@@ -22,6 +22,7 @@ import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def parse(text: str, file: str, settings: Sequence[str] = (), *, keep_published:
         layers = _layers(Layer(file, _parsed(text, file)))
         whole = _with_settings(_merged(layers), settings, keep_published)
         scenario = _validated(whole, _title([layer.file for layer in layers], settings))
-        if not settings and (wrong := list(_impossible_ends(scenario))):
+        if not settings and (wrong := _impossible_ends(scenario.to_json())):
             raise _wrong(_title([layer.file for layer in layers], ()), wrong)
         return scenario
     except RecursionError as error:  # a table's name may have any number of dots
@@ -360,19 +361,22 @@ def _unknown_protocols(scenario: Scenario) -> Iterator[str]:
                 yield f"published.{at}.protocol = {short(name)}: must be the whole name, {known}"
 
 
-def _impossible_ends(scenario: Scenario) -> Iterator[str]:
-    """Each end of a range, and each choice, must be possible beside the other values of the file.
+@lru_cache(maxsize=64)
+def _impossible_ends(as_json: str) -> tuple[str, ...]:
+    """Each end of a range, and each choice, must be possible beside the other values of the file; what is not.
 
     Not with `--set`, whose value may make the end of another key's range impossible that nobody asked for; a sample
     tells then.
     """
+    scenario, problems = Scenario.model_validate_json(as_json), []
     values = parameters(scenario)
     for key, each in scenario.ranges.items():
         for end in each.ends(key, values):
             try:
                 moved_to(scenario, {key: end})
             except pydantic.ValidationError as error:
-                yield f"ranges.{key} = {each.words}: {short(end)} is not possible here: {explained(error)}"
+                problems.append(f"ranges.{key} = {each.words}: {short(end)} is not possible here: {explained(error)}")
+    return tuple(problems)
 
 
 def explained(error: pydantic.ValidationError) -> str:

@@ -27,7 +27,7 @@ class Sample:
     """One plausible scenario."""
 
     values: Mapping[str, Any]
-    """What was drawn, by dotted key, in the key's unit."""
+    """What it has of the keys with a range, by dotted key, in the key's unit."""
     scenario: Scenario
     """With these values, and no ranges."""
 
@@ -65,7 +65,8 @@ def at(scenario: Scenario, point: Sequence[float]) -> Sample:
     for key in sorted(keys, key=lambda key: scenario.ranges[key].of is not None):
         drawn[key] = scenario.ranges[key].at(places[key], key, values | drawn)
     try:
-        return Sample(drawn, moved_to(scenario, drawn))
+        there = moved_to(scenario, drawn)
+        return Sample({key: parameters(there)[key] for key in keys}, there)
     except pydantic.ValidationError as error:
         shown = ", ".join(f"{key} = {short(value)}" for key, value in drawn.items())
         why = "a narrower range, or one told `of` the other key, keeps them apart"

@@ -191,7 +191,7 @@ def _room_for_a_read(scenario: Scenario) -> Iterator[str]:
 
 
 def _source_of_each_key(scenario: Scenario) -> Iterator[str]:
-    known = set(parameters(scenario))
+    known = set(parameters(scenario)) if scenario.sources else set()
     for key, source in scenario.sources.items():
         if key not in known:
             yield f"sources.{key} = {short(source)}: must be a key that the file sets{did_you_mean(key, known)}"
@@ -201,7 +201,8 @@ def _source_of_each_key(scenario: Scenario) -> Iterator[str]:
 
 
 def _range_of_each_key(scenario: Scenario) -> Iterator[str]:
-    yield from ranges.problems(scenario.ranges, parameters(scenario))
+    if scenario.ranges:
+        yield from ranges.problems(scenario.ranges, parameters(scenario))
 
 
 RULES: tuple[Callable[[Scenario], Iterator[str]], ...] = (

@@ -122,6 +122,7 @@ def test_a_key_below_another_is_cut_there() -> None:
     assert any(copy == memory for copy, memory in host)
     assert any(copy < memory for copy, memory in host)
     for each in drawn:
+        assert parameters(each.scenario).items() >= each.values.items(), "what was cut is told as it is"
         link, ram = each.scenario.link, each.scenario.ram
         assert link.per_connection_gbit_per_s == min(10.0, link.gbit_per_s)
         assert ram.nonzero_gib == min(0.05, ram.size_gib)
