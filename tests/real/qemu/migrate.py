@@ -7,9 +7,11 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,23 +102,35 @@ class Record:
 class QemuProcess:
     """One QEMU, with the devices of its side."""
 
-    def __init__(self, side: str, qemu: Qemu, case: Case, devices: Devices, folder: Path, limits: Limits):
+    def __init__(
+        self,
+        side: str,
+        qemu: Qemu,
+        case: Case,
+        devices: Devices,
+        folder: Path,
+        limits: Limits,
+        patterns: Sequence[str] = trace.PATTERNS,
+    ):
         self.side = side
         self.log = folder / f"{side}.log"
         self._errors = folder / f"{side}.err"
         self._limits = limits
         monitor = folder / f"{side}.qmp"
-        command = self._command(qemu, case, devices, monitor, folder)
+        self.arguments = self._arguments(case, devices, monitor, folder, patterns)
+        command = [*qemu.command, *self.arguments]
         with self._errors.open("w") as errors:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
         self._monitor = monitor
         self.qmp: Qmp | None = None
 
-    def _command(self, qemu: Qemu, case: Case, devices: Devices, monitor: Path, folder: Path) -> list[str]:
+    def _arguments(
+        self, case: Case, devices: Devices, monitor: Path, folder: Path, patterns: Sequence[str]
+    ) -> list[str]:
         ram, machine = f"{self._limits.ram_mib}M", f"{case.machine},accel=tcg"
-        command = [*qemu.command, "-name", self.side, "-m", ram, "-nodefaults", "-display", "none"]
+        command = ["-name", self.side, "-m", ram, "-nodefaults", "-display", "none"]
         command += ["-msg", "timestamp=on", "-D", str(self.log), "-qmp", f"unix:{monitor},server=on,wait=off"]
-        for pattern in trace.PATTERNS:
+        for pattern in patterns:
             command += ["-trace", pattern]
         if case.random_ram and self.side == "source":
             file = folder / "ram"
@@ -164,8 +178,20 @@ class QemuProcess:
             self.process.wait()
 
 
-def migrate(case: Case, source: Qemu, target: Qemu, folder: Path, limits: Limits) -> Record:
-    """Run the case and return what was seen. `folder`: for sockets and QEMU's own logs. Raises QemuError."""
+def migrate(
+    case: Case,
+    source: Qemu,
+    target: Qemu,
+    folder: Path,
+    limits: Limits,
+    patterns: Sequence[str] = trace.PATTERNS,
+) -> Record:
+    """Run the case and return what was seen. Raises QemuError.
+
+    `folder`: for sockets, and for what was seen in QEMU's own words: `source.log`, `target.log` (of the events that
+    `patterns` name, not thinned), `source.jsonl`, `target.jsonl` (QMP's events), `cmdline.txt` (of the source). The
+    devices have their short names there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.log"):
         old.unlink()
@@ -185,7 +211,7 @@ def migrate(case: Case, source: Qemu, target: Qemu, folder: Path, limits: Limits
     try:
         halves = [{name: each for name, each in devices.items() if name[0] == side} for side in "ab"]
         for side, qemu, half in zip(SIDES, (source, target), halves, strict=True):
-            processes.append(QemuProcess(side, qemu, case, half, folder, limits))
+            processes.append(QemuProcess(side, qemu, case, half, folder, limits, patterns))
         try:
             _run(case, processes[0], processes[1], limits, record)
         except GoneError:
@@ -208,10 +234,22 @@ def migrate(case: Case, source: Qemu, target: Qemu, folder: Path, limits: Limits
             device.remove()
     for process, kept in zip(processes, (record.source_trace, record.target_trace), strict=True):
         text = process.log.read_text(errors="replace") if process.log.exists() else ""
-        for name, device in devices.items():
-            text = text.replace(device.uuid, name)
+        text = with_names(text, devices)
+        process.log.write_text(text)
         kept += trace.thinned(text.splitlines(True))
+        events = process.qmp.events if process.qmp else []
+        lines = "".join(f"{json.dumps(event)}\n" for event in events)
+        (folder / f"{process.side}.jsonl").write_text(with_names(lines, devices))
+    arguments = shlex.join(["qemu-system-x86_64", *processes[0].arguments]).replace(f"{folder}/", "")
+    (folder / "cmdline.txt").write_text(f"{with_names(arguments, devices)}\n")
     return record
+
+
+def with_names(text: str, devices: Devices) -> str:
+    """The text with the devices' short names for their UUIDs."""
+    for name, device in devices.items():
+        text = text.replace(device.uuid, name)
+    return text
 
 
 def calls_of(devices: Devices) -> list[LoggedCall]:
