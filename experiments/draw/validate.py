@@ -79,7 +79,7 @@ def _against(axis: Axes, simulated: pl.DataFrame, margins: Sequence[float], look
     ]
     if simulated["samples"].sum():
         handles.append(Line2D([], [], color="#444444", label="bar: 5th to 95th percentile over the ranges", **BAR))
-    axis.legend(handles=handles, loc="upper left", fontsize=8.5, frameon=False)
+    axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, fontsize=8.5, frameon=False)
 
 
 def _errors(axis: Axes, frame: pl.DataFrame, margins: Sequence[float], looks: Looks) -> None:
