@@ -405,6 +405,8 @@ def _explain(problem: Any) -> str:
     if kind == "missing":
         unit = unit_of(key.rpartition(".")[2])
         return f"{key}: missing; it is required" + (f" ({unit[0]})" if unit else "")
+    if kind == "extra_forbidden" and problem["loc"][0] == "ranges" and isinstance(value, dict):
+        return f'{key} = {short(value)}: the whole key must be in quotes, as in "link.gbit_per_s" = {{ ... }}'
     if kind == "extra_forbidden":
         name = key.rpartition(".")[2]
         elsewhere = [each for each, _ in every_key() if each.rpartition(".")[2] == name]

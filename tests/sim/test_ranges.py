@@ -114,6 +114,11 @@ def test_a_ratio_is_of_the_value_that_the_other_key_has() -> None:
     assert problem == "ranges.ram = 3: must be a table"
 
 
+def test_a_key_that_is_not_in_quotes_is_told_as_that() -> None:
+    told = refused({"firmware": {"engines": ENGINES}})
+    assert any(each.endswith('the whole key must be in quotes, as in "link.gbit_per_s" = { ... }') for each in told)
+
+
 # --- what is inherited ------------------------------------------------------------------------------------------------
 
 
