@@ -66,7 +66,8 @@ def at(scenario: Scenario, point: Sequence[float]) -> Sample:
         drawn[key] = scenario.ranges[key].at(places[key], key, values | drawn)
     try:
         there = moved_to(scenario, drawn)
-        return Sample({key: parameters(there)[key] for key in keys}, there)
+        has = parameters(there)
+        return Sample({key: has[key] for key in keys}, there)
     except pydantic.ValidationError as error:
         shown = ", ".join(f"{key} = {short(value)}" for key, value in drawn.items())
         why = "a narrower range, or one told `of` the other key, keeps them apart"
