@@ -204,7 +204,8 @@ def _merged(layers: Sequence[Layer]) -> dict[str, Any]:
         after = tables.merged(inherited, own)
         anew = own.get("sources", {})
         if FOLDER not in Path(layer.file).resolve().parents and isinstance(anew, dict):
-            anew = _sources_of(f"yours: {Path(layer.file).name}", _parameters(own), inherited, after) | anew
+            yours = dict.fromkeys(_parameters(own), f"yours: {Path(layer.file).name}")
+            anew = _told_outside(yours | anew, inherited, after)
             after = _with_sources(after, anew)
         whole = _with_ranges(inherited, own, _without_stale_sources(inherited, after, anew))
     return whole
@@ -234,10 +235,11 @@ def _with_sources(whole: dict[str, Any], anew: dict[str, Any]) -> dict[str, Any]
     return whole | {"sources": sources | anew} if isinstance(sources, dict) else whole  # the validation reports it
 
 
-def _sources_of(words: str, anew: Sequence[str], before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
-    """The source of each value that a user sets: `words`, and if it is outside of the range that the key had."""
+def _told_outside(sources: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The sources of what a user sets; they say so if it is outside of the range that the key had."""
     had, values = before.get("ranges"), _values(after)
-    return {key: words + (outside(had, key, values) if key in values else "") for key in anew}
+    told = {key: outside(had, key, values) for key in sources if key in values}
+    return {key: f"{words}{told[key]}" if told.get(key) else words for key, words in sources.items()}
 
 
 def _with_ranges(before: dict[str, Any], own: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -310,7 +312,7 @@ def _set(before: dict[str, Any], setting: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"--set {setting}: {error}") from None
     own = tables.put({}, way, tables.value(text.strip()))
-    anew = _sources_of("yours: --set", _parameters(own), before, after)
+    anew = _told_outside(dict.fromkeys(_parameters(own), "yours: --set"), before, after)
     return _with_ranges(before, own, _without_stale_sources(before, _with_sources(after, anew), anew))
 
 

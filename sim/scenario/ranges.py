@@ -156,11 +156,11 @@ def moved(tables: dict[str, Any], ranges: Mapping[str, Range], values: Values, c
     return tables
 
 
-OUTSIDE = ", outside of "
+OUTSIDE = ", outside of what was plausible: "
 
 
 def outside(ranges: Any, key: str, values: Values) -> str:
-    """What the source of a user's value says if it is outside of the range that it takes the place of.
+    """What the source of a user's value says more if it is outside of the range that it takes the place of.
 
     `ranges` are those of the base's tables, not yet validated. Empty for a value in its range, or that has none.
     """
@@ -173,7 +173,7 @@ def outside(ranges: Any, key: str, values: Values) -> str:
 
 def is_outside(source: str) -> bool:
     """Whether `outside` told of the value of this source."""
-    return source.startswith("yours:") and OUTSIDE in source
+    return OUTSIDE in source
 
 
 def without_range(ranges: Mapping[str, Range], sources: Mapping[str, str], values: Values) -> list[str]:

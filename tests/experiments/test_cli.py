@@ -115,7 +115,9 @@ def test_a_scenario_as_json_has_sources_and_ranges(tmp_path: Path, ranged: str) 
 def test_what_is_set_outside_of_its_range_is_told(tmp_path: Path, ranged: str, command: list[str]) -> None:
     done = proto_v3(tmp_path, *command, ranged, "--set", "firmware.engines=8")
     assert done.returncode == 0
-    told = "proto-v3: note: firmware.engines = 8.0: --set, outside of 1 to 4 (one to four were seen)\n"
+    told = (
+        "proto-v3: note: firmware.engines = 8.0: --set, outside of what was plausible: 1 to 4 (one to four were seen)\n"
+    )
     assert done.stderr == told
     assert proto_v3(tmp_path, *command, ranged, "--set", "firmware.engines=3").stderr == ""
 

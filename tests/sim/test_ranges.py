@@ -166,9 +166,14 @@ def test_a_range_is_replaced_as_a_whole(base: Path) -> None:
 def test_a_value_with_a_range_of_its_own_has_that(base: Path) -> None:
     range_ = {"low": 5.0, "high": 9.0, "why": "mine"}
     own = {"extends": "base.toml", "firmware": {"engines": 8.0}, "ranges": {"firmware.engines": range_}}
+    own["sources"] = {"firmware.engines": "measured: here", "driver.chunks": "measured: it is as in the base"}
     scenario = load(write(base, "mine.toml", own))
+    assert scenario.sources["driver.chunks"] == "measured: it is as in the base"
     assert words(scenario) == ALL | {"firmware.engines": "5 to 9"}
-    assert scenario.sources["firmware.engines"] == "yours: mine.toml, outside of 1 to 4 (one to four were seen)"
+    assert (
+        scenario.sources["firmware.engines"]
+        == "measured: here, outside of what was plausible: 1 to 4 (one to four were seen)"
+    )
 
 
 def test_a_file_can_not_give_a_range_that_its_bases_value_is_outside_of(base: Path) -> None:
@@ -194,7 +199,7 @@ def test_a_ratio_that_does_not_hold_of_a_new_value_is_dropped(base: Path) -> Non
     [
         ("firmware.engines=4", "yours: --set"),
         ("firmware.engines=2", "yours: --set"),
-        ("firmware.engines=8", "yours: --set, outside of 1 to 4 (one to four were seen)"),
+        ("firmware.engines=8", "yours: --set, outside of what was plausible: 1 to 4 (one to four were seen)"),
     ],
 )
 def test_what_is_set_has_no_range_any_more_and_says_if_it_is_outside(base: Path, setting: str, source: str) -> None:
