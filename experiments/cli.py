@@ -506,6 +506,79 @@ def scenarios(name: str | None, settings: tuple[str, ...], as_json: bool) -> Non
 
 
 @main.command()
+@click.argument("source", metavar="SOURCE.log", required=False, shell_complete=complete.files)
+@click.argument("target", metavar="TARGET.log", required=False, shell_complete=complete.files)
+@click.option("--how", is_flag=True, help="Print how to get the logs: what to trace, and how. Nothing else is done.")
+@click.option(
+    "--out",
+    metavar="FILE.toml",
+    shell_complete=complete.files,
+    help="Write the scenario there, and its figure beside it.  [default: nothing is written]",
+)
+@click.option(
+    "--cmdline",
+    multiple=True,
+    metavar="TEXT|FILE",
+    shell_complete=complete.files,
+    help="What QEMU was told: its arguments, or what query-migrate-parameters, query-migrate-capabilities or "
+    "query-migrate returned; or a file with it. May be repeated.",
+)
+@click.option(
+    "--driver",
+    multiple=True,
+    metavar="CALLS",
+    shell_complete=complete.files,
+    help="How long the driver's functions took, of bpftrace, function_graph or kprobes (--how). May be repeated.",
+)
+@click.option(
+    "--extends",
+    default="mlx5",
+    show_default=True,
+    metavar="SCENARIO",
+    shell_complete=complete.bases,
+    help="What the logs do not tell is as in this one: name or file.",
+)
+@click.option(
+    "--migration",
+    type=click.IntRange(1),
+    metavar="N",
+    help="The N-th migration in each log.  [default: the last one that completed]",
+)
+@click.option(
+    "--rename", default="", metavar="NAME,NAME", callback=names, help="What devices are called.  [default: vf0,vf1]"
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(0),
+    default=32,
+    show_default=True,
+    help="How many plausible machines the changes are tried on; 0: nothing is tried.",
+)
+@jobs_option
+@force_option
+@output_options
+def fit(source: str | None, target: str | None, how: bool, **options: Any) -> int:
+    """Fit a scenario to the logs of one migration of a real machine, seen from both ends.
+
+    SOURCE.log and TARGET.log have QEMU's trace events, of 10.0 or newer, or VFIO_MIGRATION events over QMP; `proto-v3
+    fit --how` says what to trace. A name `-` is standard input. Out come: each quantity, measured, bounded, or why the
+    logs cannot tell it; the real downtime, phase by phase, beside the simulated one; what multifd, more chunks and v3
+    would bring there, as bands over what is not known; and, with --out, the scenario. The hosts' clocks need not agree.
+    More: docs/fit.md.
+
+    Exit status: 0; 1 if no figure can be drawn; 2 for bad input; 130 if interrupted.
+    """
+    from experiments.commands.fit import print_how, run_fit
+
+    if how:
+        print_how()
+        return 0
+    if source is None or target is None:
+        raise click.UsageError("name two logs, SOURCE.log and TARGET.log; or --how")
+    return run_fit(source, target, command=command_line(), **options)
+
+
+@main.command()
 @click.argument("device", shell_complete=complete.devices)
 @click.option(
     "--load-into",

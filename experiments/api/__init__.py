@@ -17,6 +17,7 @@ of all runs. `Setting` is the value of a parameter: a text, a number, a bool, or
 (base, other), both names of protocols.
 """
 
+from experiments.api.fitting import fit, fitted_quantities, real_phases, real_steps, what_would_help
 from experiments.api.running import (
     Progress,
     Seeds,
@@ -35,8 +36,10 @@ from experiments.api.running import (
 from experiments.draw.distribution import draw_distribution
 from experiments.draw.downtime import draw_critical, draw_downtime
 from experiments.draw.effects import draw_changes, draw_seeds
+from experiments.draw.fit import draw_fit
 from experiments.draw.screen import shown, whole_tables
 from experiments.draw.staircase import draw_path
+from experiments.logs.machine import FittedMachine
 from experiments.report.answers import claims, kept_answer, kept_figures, kept_runs, results_folder
 from experiments.report.findings import findings
 from experiments.study.advice import advice
@@ -58,6 +61,15 @@ from sim.scenario.scenario import Scenario
 SECTIONS = {
     "Scenarios": (scenarios, load, parameters, ranges, samples, Sample),
     "Runs": (compare, sweep, run, TracedRun, compare_command),
+    "A machine from its logs": (
+        fit,
+        FittedMachine,
+        fitted_quantities,
+        real_phases,
+        real_steps,
+        what_would_help,
+        draw_fit,
+    ),
     "One run, step by step": (steps, stretches, spans, write_trace, write_spans),
     "Tables of runs, summed up": (
         downtimes,
@@ -77,6 +89,7 @@ SECTIONS = {
 """What is here, in the order of docs/api.md."""
 
 __all__ = [
+    "FittedMachine",
     "Progress",
     "Sample",
     "Scenario",
@@ -97,9 +110,12 @@ __all__ = [
     "draw_critical",
     "draw_distribution",
     "draw_downtime",
+    "draw_fit",
     "draw_path",
     "draw_seeds",
     "findings",
+    "fit",
+    "fitted_quantities",
     "kept_answer",
     "kept_figures",
     "kept_runs",
@@ -109,6 +125,8 @@ __all__ = [
     "ranges",
     "read_times",
     "readable",
+    "real_phases",
+    "real_steps",
     "resource_shares",
     "results_folder",
     "run",
@@ -122,6 +140,7 @@ __all__ = [
     "stretches",
     "sweep",
     "verdicts",
+    "what_would_help",
     "whole_tables",
     "write_spans",
     "write_trace",

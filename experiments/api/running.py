@@ -127,7 +127,7 @@ def compare(
     """
     known = _scenario(scenario)
     cells = [Cell(known, protocol, seed) for seed in _seeds(seeds) for protocol in _protocols(protocols, known)]
-    return table(_outcomes(cells, jobs, progress))
+    return table(outcomes_of(cells, jobs, progress))
 
 
 def sweep(
@@ -161,7 +161,7 @@ def sweep(
             for protocol in _protocols(protocols, changed):
                 cells.append(Cell(changed, protocol, seed))
                 factors.append({key: _cell_value(value) for key, value in at.items()})
-    frame = table(_outcomes(cells, jobs, progress))
+    frame = table(outcomes_of(cells, jobs, progress))
     return pl.concat([pl.DataFrame(factors, infer_schema_length=None, strict=False), frame], how="horizontal")
 
 
@@ -222,7 +222,8 @@ def _cell_value(value: Setting) -> str | int | float | bool:
 # --- making them ------------------------------------------------------------------------------------------------------
 
 
-def _outcomes(cells: Sequence[Cell], jobs: int | None, progress: Progress) -> list[Outcome]:
+def outcomes_of(cells: Sequence[Cell], jobs: int | None, progress: Progress) -> list[Outcome]:
+    """Of all runs, in their order."""
     if jobs is not None and (type(jobs) is not int or jobs < 1):
         raise UserError(f"jobs {jobs}: must be a whole number from 1, or None for one a CPU")
     done: dict[int, Outcome] = {}

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import polars as pl
 
@@ -88,7 +88,7 @@ def draw_critical(scenario: Scenario, runs: pl.DataFrame, made_by: str = MADE_BY
         panels.heading(axis, measure.label)
         axis.set_xlabel(measure.unit)
         axis.set_xlim(0, max(number((completed[measure.column] / measure.scale).max()) * 1.25, 1e-9))
-        _bars(axis)
+        panels.bars(axis)
     axes[0].set_yticks(range(len(named)), [_label(name, runs) for name in named])
     axes[0].set_ylim(len(named) - 0.5, -0.5)
     seeds = f"{runs['seed'].n_unique()} seed(s); bars: means, lines: least to most"
@@ -109,13 +109,6 @@ def _frame(figure: Figure, title: str, note: str, made_by: str) -> None:
     above = 1 - 0.48 / figure.get_figheight()
     figure.text(0.5, above, note, ha="center", va="center", fontsize=7.5, color="#333333")
     panels.say_how_made(figure, made_by)
-
-
-def _bars(axis: Axes, hidden: Sequence[str] = ("top", "right")) -> None:
-    """The frame and the grid of a panel of horizontal bars."""
-    axis.spines[list(hidden)].set_visible(False)
-    axis.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-    axis.set_axisbelow(True)
 
 
 def _label(name: str, frame: pl.DataFrame) -> str:
@@ -152,23 +145,14 @@ def _rounded(value: float) -> str:
 
 
 def _waterfall(axis: Axes, name: str, runs: pl.DataFrame, planned: int) -> None:
-    look, begin = style.protocol(name), 0.0
-    for at, (phase, column) in enumerate(zip(PHASES, PHASE_COLUMNS, strict=True)):
-        mean = ms(runs[column].mean())
-        style.bar(axis, at, mean, look, left=begin, height=0.8)
-        if at:
-            axis.plot([begin, begin], [at - 1.4, at + 0.4], color="#888888", linewidth=0.7)
-        begin += mean
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        panels.beside(axis, f"{phase} {mean:.1f}", begin, at, bbox=box)
+    means = {phase: ms(runs[column].mean()) for phase, column in zip(PHASES, PHASE_COLUMNS, strict=True)}
+    panels.waterfall(axis, means, style.protocol(name))
     downtime = runs["downtime_ns"]
     least, mean, most = ms(downtime.min()), ms(downtime.mean()), ms(downtime.max())
     axis.plot([least, most], [5.55, 5.55], color="black", linewidth=2, solid_capstyle="butt")
     kept = f"; {runs.height} of {planned} runs completed" if runs.height < planned else ""
     panels.heading(axis, f"{name}: {mean:.1f} ms (least {least:.1f}, most {most:.1f}: the black bar{kept})")
     axis.set_ylim(5.9, -0.6)
-    axis.set_yticks([])
-    _bars(axis, ("top", "right", "left"))
 
 
 def _paths(axis: Axes, below: Axes, completed: pl.DataFrame, labels: Mapping[str, str]) -> None:
@@ -188,7 +172,7 @@ def _paths(axis: Axes, below: Axes, completed: pl.DataFrame, labels: Mapping[str
     axis.set_yticks(range(len(labels)), list(labels.values()))
     axis.set_ylim(len(labels) - 0.5, -0.5)
     panels.heading(axis, "critical path by resource (sums, not in order of time)")
-    _bars(axis)
+    panels.bars(axis)
     below.axis("off")
     handles = [style.patch(look) for look in columns.values() if look in used]
     below.legend(handles=handles, loc="center", ncols=4, fontsize=8, frameon=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,28 @@ def dress(axis: Axes, title: str, x: str, y: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(color="#DDDDDD", linewidth=0.6)
     axis.set_axisbelow(True)
+
+
+def bars(axis: Axes, hidden: Sequence[str] = ("top", "right")) -> None:
+    """The frame and the grid of a panel of horizontal bars."""
+    axis.spines[list(hidden)].set_visible(False)
+    axis.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+    axis.set_axisbelow(True)
+
+
+def waterfall(axis: Axes, phases_ms: Mapping[str, float], look: style.Style) -> None:
+    """The phases of a downtime, ms, a bar each, from above; each begins where the one before it ends."""
+    begin = 0.0
+    for at, (phase, took_ms) in enumerate(phases_ms.items()):
+        style.bar(axis, at, took_ms, look, left=begin, height=0.8)
+        if at:
+            axis.plot([begin, begin], [at - 1.4, at + 0.4], color="#888888", linewidth=0.7)
+        begin += took_ms
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        beside(axis, f"{phase} {took_ms:.1f}", begin, at, bbox=box)
+    axis.set_ylim(len(phases_ms) - 0.4, -0.6)
+    axis.set_yticks([])
+    bars(axis, ("top", "right", "left"))
 
 
 def log2_axis(axis: Axes, ticks: Sequence[float]) -> None:

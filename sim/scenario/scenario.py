@@ -2,7 +2,8 @@
 """Scenarios: TOML files, validated, with units in the key names.
 
 Every assumption of the model is a key here, none is a constant in the code. `[sources]` gives, by key, the source of
-its value: `published`, `kernel`, `qemu`, `fitted`, `derived`, `assumed` or `yours`, a colon, and the words. `[ranges]`
+its value: `published`, `measured`, `bounded` (by a measurement), `kernel`, `qemu`, `fitted`, `derived`, `assumed` or
+`yours`, a colon, and the words. `[ranges]`
 gives, by key, which other values are plausible, and why.
 """
 
@@ -29,7 +30,7 @@ MAX_NAME = 64
 MAX_PUBLISHED = 1000
 NO_PARAMETERS = ("name", "description", "published", "sources", "ranges")
 """Fields of a scenario that change nothing in a run."""
-SOURCE_KINDS = ("published", "measured", "kernel", "qemu", "fitted", "derived", "assumed", "yours")
+SOURCE_KINDS = ("published", "measured", "bounded", "kernel", "qemu", "fitted", "derived", "assumed", "yours")
 
 
 class Scenario(Table):

@@ -18,6 +18,7 @@ CALLS = {
     "agree": ("agree.run_agree", ["x"]),
     "compare": ("compare.run_compare", ["x", "--set", "a=1", "--jobs", "2"]),
     "diff": ("diff.run_diff", ["a", "b"]),
+    "fit": ("fit.run_fit", ["x", "y", "--cmdline", "-m 1", "--driver", "z", "--migration", "2", "--rename", "a,b"]),
     "live": ("live.run_live", ["x", "--connect", "here"]),
     "live-target": ("live_target.run_target", []),
     "new-scenario": ("new_scenario.write_scenario", ["x"]),

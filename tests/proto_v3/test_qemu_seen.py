@@ -10,6 +10,8 @@ import dataclasses
 
 import pytest
 
+from experiments.logs.events import TraceEvent
+from experiments.logs.events import parse as parse_trace
 from tests.real.qemu import simulated
 from tests.real.qemu.calls import LoggedCall, merged, parse
 from tests.real.qemu.cases import BY_NAME, CASES, Act, End
@@ -18,8 +20,7 @@ from tests.real.qemu.facts import FACTS, shown_by
 from tests.real.qemu.kept import kept, records
 from tests.real.qemu.phases import Phase, phased
 from tests.real.qemu.run import ended_as_expected, is_example
-from tests.real.qemu.trace import TraceEvent, thinned
-from tests.real.qemu.trace import parse as parse_trace
+from tests.real.qemu.trace import thinned
 
 NAMES = [path.name for path in kept()]
 COMPARED = [name for name in NAMES if End.REFUSED not in records()[name].case.ends]

@@ -9,12 +9,12 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from experiments.logs.events import TraceEvent, named, parse
 from tests.real.qemu.calls import LoggedCall
 from tests.real.qemu.cases import BY_NAME, End
 from tests.real.qemu.compare import query_forms, states, written_bytes
 from tests.real.qemu.migrate import Record
 from tests.real.qemu.phases import Phase, Phased, collapsed, phased, tokens
-from tests.real.qemu.trace import TraceEvent, named, parse
 
 MIB = 1 << 20
 QEMU_FILE_BYTES = 32 << 10

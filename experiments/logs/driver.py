@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How long the driver's functions took, by what the kernel or bpftrace wrote: what SAVE and LOAD take by themselves.
+
+Three forms are read: lines `FUNCTION THREAD BEGIN_NS END_NS`, as the bpftrace program of `proto-v3 fit --how` prints;
+the function_graph tracer's; and kprobes' of trace events. A SAVE goes on after its function has returned: it ends with
+mlx5vf_save_callback.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from pathlib import Path
+
+from proto_v3.errors import UserError
+
+SUSPEND, RESUME, LOAD, SAVE = "suspend", "resume", "load", "save"
+FUNCTIONS = {
+    "mlx5vf_cmd_suspend_vhca": SUSPEND,
+    "mlx5vf_cmd_resume_vhca": RESUME,
+    "mlx5vf_cmd_load_vhca_state": LOAD,
+    "mlx5vf_cmd_save_vhca_state": SAVE,
+}
+"""Linux, drivers/vfio/pci/mlx5/cmd.c."""
+SAVED = "mlx5vf_save_callback"
+NAME = "|".join([*FUNCTIONS, SAVED])
+PRINTED = re.compile(rf"({NAME})\s+(\d+)\s+(\d+)\s+(\d+)")
+GRAPH = re.compile(
+    r"(?:\s*(?P<at>\d+\.\d+)\s*\|)?\s*(?P<cpu>\d+)\)\s*(?:\S+-\d+\s*\|)?\s*(?:[+!#*@$]?\s*(?P<us>\d+\.?\d*)\s+us)?\s*\|"
+    r"\s*(?P<text>.*)"
+)
+PROBE = re.compile(r".*?-(?P<thread>\d+)\s+\[\d+\].*?\s(?P<at>\d+\.\d+):\s+\S+:\s+\((?P<what>[^)]*)\)")
+NS_PER_US, NS_PER_S = 1_000, 1_000_000_000
+MOST_CALLS = 1_000_000
+Calls = dict[str, list[int]]
+"""By kind: how long each took, ns, in the order in which they ended."""
+
+
+def read_calls(files: Iterable[str]) -> Calls:
+    """Of all files. UserError if one cannot be read, or has none of the functions."""
+    every: Calls = defaultdict(list)
+    for name in files:
+        try:
+            with Path(name).open(encoding="utf-8", errors="replace") as lines:
+                calls = parse_calls(lines)
+        except OSError as error:
+            raise UserError(f"--driver {name}: cannot be read: {error.strerror}") from error
+        if not calls:
+            raise UserError(f"--driver {name}: has no time of {', '.join(FUNCTIONS)}; `proto-v3 fit --how` says how")
+        for kind, times_ns in calls.items():
+            every[kind] += times_ns
+    return dict(every)
+
+
+def parse_calls(lines: Iterable[str]) -> Calls:
+    """Of these lines."""
+    reader = _Reader()
+    for line in lines:
+        reader.take(line[:4096])
+    return {kind: times_ns for kind, times_ns in reader.calls.items() if times_ns}
+
+
+class _Reader:
+    """Takes line by line."""
+
+    def __init__(self) -> None:
+        self.calls: Calls = {kind: [] for kind in FUNCTIONS.values()}
+        self._open: dict[str, list[str]] = defaultdict(list)
+        """function_graph: by CPU, the functions that have not ended."""
+        self._entered: dict[tuple[str, str], int] = {}
+        self._saving: deque[int] = deque()
+        """When each SAVE in flight began."""
+
+    def take(self, line: str) -> None:
+        if found := PRINTED.match(line):
+            self._ended(found[1], int(found[3]), int(found[4]))
+        elif found := GRAPH.fullmatch(line.rstrip()):
+            self._graph(found["cpu"], found["us"], found["text"], found["at"])
+        elif found := PROBE.match(line):
+            self._probe(found["thread"], round(float(found["at"]) * NS_PER_S), found["what"])
+
+    def _ended(self, function: str, begin_ns: int, end_ns: int) -> None:
+        if function == SAVED:
+            if self._saving:
+                self._add(SAVE, end_ns - self._saving.popleft())
+        elif FUNCTIONS[function] == SAVE:
+            self._saving.append(begin_ns)
+        else:
+            self._add(FUNCTIONS[function], end_ns - begin_ns)
+
+    def _add(self, kind: str, ns: int) -> None:
+        if ns >= 0 and len(self.calls[kind]) < MOST_CALLS:
+            self.calls[kind].append(ns)
+
+    def _graph(self, cpu: str, us: str | None, text: str, at: str | None) -> None:
+        """A leaf with its time; `name() {`; or `}` with the time of what was entered last on this CPU."""
+        function = next((name for name in [*FUNCTIONS, SAVED] if re.match(rf"{name}\b", text)), "")
+        if text.rstrip().endswith("{"):
+            self._open[cpu].append(function)
+            if at is not None and function:
+                self._begun(function, round(float(at) * NS_PER_S))
+            return
+        if text.startswith("}") and self._open[cpu]:
+            function = self._open[cpu].pop()
+        elif at is not None and function:
+            self._begun(function, round(float(at) * NS_PER_S))
+        if us is not None and FUNCTIONS.get(function, SAVE) != SAVE:
+            self._add(FUNCTIONS[function], round(float(us) * NS_PER_US))
+
+    def _begun(self, function: str, at_ns: int) -> None:
+        """function_graph with absolute times: a SAVE, or its end."""
+        if function == SAVED or FUNCTIONS[function] == SAVE:
+            self._ended(function, at_ns, at_ns)
+
+    def _probe(self, thread: str, at_ns: int, what: str) -> None:
+        """`(function+0x0/0x120 [module])` at the entry; `(caller+0x4e <- function)` at the return."""
+        back = "<-" in what
+        function = re.split(r"[+\s]", what.rpartition("<- ")[2] if back else what, maxsplit=1)[0]
+        if function not in FUNCTIONS and function != SAVED:
+            return
+        if function == SAVED or FUNCTIONS[function] == SAVE:
+            if not back:
+                self._ended(function, at_ns, at_ns)
+        elif not back:
+            self._entered[thread, function] = at_ns
+        elif (begin_ns := self._entered.pop((thread, function), None)) is not None:
+            self._ended(function, begin_ns, at_ns)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From two logs to a machine: its scenario, and its migration's downtime beside the simulated one."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from experiments.logs.clocks import Clocks, aligned
+from experiments.logs.cmdline import read_settings
+from experiments.logs.driver import read_calls
+from experiments.logs.fitted import Fit, fitted, quantities_of, scenario_text
+from experiments.logs.pair import Pair, read_pair
+from experiments.logs.quantity import Certainty, LogQuantity
+from experiments.logs.rates import LOAD_KEY, SAVE_KEY
+from experiments.logs.waterfall import Waterfall, waterfall
+from proto_v3.errors import UserError
+from proto_v3.vmm.migration import OutcomeKind
+from sim.outcome import Outcome
+from sim.run import simulate
+from sim.scenario.file import find_base, load, parse
+from sim.scenario.protocol import Protocol
+from sim.scenario.scenario import MAX_NAME, Scenario
+from sim.scenario.units import BYTES_PER_S_PER_GBIT, NS_PER_MS
+
+AS_IT_WAS = "v2"
+"""The protocol of QEMU; the scenario says whether with multifd, and with which ack."""
+SEED = 1
+CLOSE = 0.03
+"""A simulated downtime this near to the real one is explained. Ours."""
+MORE = 1.5
+"""How much more bandwidth than what is left needs is given where the simulated guest would not be stopped. Ours."""
+ANONYMOUS = "vf"
+
+
+@dataclass(frozen=True, slots=True)
+class FittedMachine:
+    """What two logs tell."""
+
+    scenario: Scenario
+    text: str
+    """The scenario's file."""
+    quantities: Sequence[LogQuantity]
+    waterfall: Waterfall
+    clocks: Clocks
+    simulated: Outcome
+    """One run of the scenario, as the real migration was set."""
+    notes: Sequence[str]
+
+
+def machine_of(
+    source: str,
+    target: str,
+    *,
+    name: str = "fit",
+    extends: str = "mlx5",
+    cmdline: Sequence[str] = (),
+    driver: Sequence[str] = (),
+    migration: int | None = None,
+    rename: Sequence[str] = (),
+) -> FittedMachine:
+    """Read the logs and fit a scenario to them, which `extends` another one.
+
+    `cmdline`: what QEMU was told, or files with it. `driver`: files with the times of the driver's functions.
+    `migration`: its number in each log, from 1; None: the last one that completed. `rename`: what devices are called;
+    by default `vf0`, `vf1`. UserError for input that is wrong, with what would be right.
+    """
+    if source == target:
+        raise UserError(f"{source}: is both the source's and the target's log; they must be two")
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-_.")[:MAX_NAME] or "fit"
+    base = load(str(find_base(extends)))
+    settings, calls = read_settings(cmdline), read_calls(driver)
+    pair = read_pair(source, target, migration)
+    clocks = aligned(pair)
+    fall = waterfall(pair, clocks)
+    names = list(rename) or [f"{ANONYMOUS}{at}" for at in range(len(pair.devices))]
+    found = quantities_of(pair, clocks, fall, base, settings, calls)
+    notes = [*pair.notes, *_notes(pair, fall)]
+    description = _described(pair, fall)
+    tried: list[_Made] = []
+    for each in _explanations(found, base):
+        tried.append(_made(name, extends, description, pair, base, names, each))
+        if _off(tried[0].outcome, fall) <= CLOSE * (fall.downtime_ms or 0.0):
+            break
+    best = min(tried, key=lambda each: _off(each.outcome, fall))
+    if best is not tried[0]:
+        notes.append(
+            f"Save or load: the logs do not tell which of the two is slow. The values that give "
+            f"{best.downtime_ms:.1f} ms are taken; by others it would be "
+            + ", ".join(f"{each.downtime_ms:.1f} ms" for each in tried if each is not best)
+            + "."
+        )
+    if best.stops_late:
+        notes.append("The simulated guest would not have been stopped: vmm.bandwidth_gbit_per_s is set so that it is.")
+    return FittedMachine(best.scenario, best.text, best.fit.quantities, fall, clocks, best.outcome, notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A scenario of these logs, and a run of it."""
+
+    fit: Fit
+    text: str
+    scenario: Scenario
+    outcome: Outcome
+    stops_late: bool
+
+    @property
+    def downtime_ms(self) -> float:
+        return (self.outcome.downtime_ns or 0) / NS_PER_MS
+
+
+def _made(
+    name: str,
+    extends: str,
+    description: str,
+    pair: Pair,
+    base: Scenario,
+    names: Sequence[str],
+    found: Sequence[LogQuantity],
+) -> _Made:
+    fit = fitted(pair, base, names, found)
+    text = scenario_text(name, extends, description, fit)
+    scenario = parse(text, f"{name}.toml")
+    outcome = _simulated(scenario)
+    stops_late = outcome.kind is OutcomeKind.DID_NOT_CONVERGE
+    if stops_late:
+        _let_it_stop(fit, pair, scenario)
+        text = scenario_text(name, extends, description, fit)
+        scenario = parse(text, f"{name}.toml")
+        outcome = _simulated(scenario)
+    return _Made(fit, text, scenario, outcome, stops_late)
+
+
+def _explanations(found: Sequence[LogQuantity], base: Scenario) -> list[list[LogQuantity]]:
+    """The quantities as they are; and where the single channel does not tell whether save or load is slow, the two
+    others that are possible."""
+    bounds = {each.key: each for each in found if each.key in (SAVE_KEY, LOAD_KEY) and each.kind is Certainty.BOUNDED}
+    if len(bounds) < 2:
+        return [list(found)]
+    save = max(base.firmware.save_mib_per_s, bounds[SAVE_KEY].low or 0.0)
+    fast = {SAVE_KEY: save}
+    slow_load = {SAVE_KEY: save, LOAD_KEY: bounds[LOAD_KEY].low or bounds[LOAD_KEY].value}
+    return [
+        [
+            replace(each, value=round(changed.get(each.key, each.value), 6)) if each.key in changed else each
+            for each in found
+        ]
+        for changed in ({}, fast, slow_load)
+    ]
+
+
+def _off(outcome: Outcome, fall: Waterfall) -> float:
+    """How far a simulated downtime is from the real one; where that is not known, 0."""
+    if outcome.downtime_ns is None:
+        return math.inf
+    return 0.0 if fall.downtime_ms is None else abs(outcome.downtime_ns / NS_PER_MS - fall.downtime_ms)
+
+
+def _simulated(scenario: Scenario) -> Outcome:
+    return simulate(scenario, Protocol.parse(AS_IT_WAS, scenario), SEED)
+
+
+def _let_it_stop(fit: Fit, pair: Pair, scenario: Scenario) -> None:
+    """Give a bandwidth at which what is left fits, as it did for the real guest."""
+    left = sum(device.whole_bytes for device in scenario.devices) + scenario.ram.working_set_mib * (1 << 20)
+    left = max(left, pair.source.decided[1] if pair.source.decided else 0)
+    rate = MORE * left / (scenario.vmm.downtime_limit_ms / 1000)
+    fit.set(
+        "vmm.bandwidth_gbit_per_s",
+        round(rate / BYTES_PER_S_PER_GBIT, 6),
+        "fitted: what is left of RAM and devices fits the downtime limit, as it did: the guest was stopped",
+    )
+
+
+def _notes(pair: Pair, fall: Waterfall) -> list[str]:
+    notes = []
+    if not pair.traced:
+        notes.append("There are QMP events only: sizes and rates cannot be told; stops and resumes can.")
+    if fall.downtime_ms is None:
+        notes.append("The end of the downtime is not in the target's log: it may be cut.")
+    if pair.traced and "src-vm-stopped" not in pair.source.marks:
+        notes.append("vmstate_downtime_checkpoint is not in the source's log: the phases are less sharp.")
+    return notes
+
+
+def _described(pair: Pair, fall: Waterfall) -> str:
+    count = len(pair.devices)
+    took = f", {fall.downtime_ms:.1f} ms of downtime" if fall.downtime_ms is not None else ""
+    devices, them = ("devices", "them") if count > 1 else ("device", "it")
+    return f"{count} VFIO {devices}, as the logs of one migration show {them}{took}"
