@@ -58,9 +58,7 @@ def wait_for_work(process: subprocess.Popen[str], seconds: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "send"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill), (signal.SIGHUP, os.killpg)]
-)
+@pytest.mark.parametrize(("number", "send"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)])
 def test_a_signal_keeps_the_runs_that_were_done(tmp_path: Path, number: signal.Signals, send: object) -> None:
     """A terminal's Ctrl-C goes to the whole group, as what systemd sends; `kill` to one process."""
     assert callable(send)

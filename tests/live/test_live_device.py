@@ -635,7 +635,7 @@ async def arrived(source: Live, target: Live) -> None:
     assert await wrong(source, target) == []
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", KINDS_OF_MOVE)
 def test_a_state_that_is_moved_arrives_block_by_block(kind: str, seed: int) -> None:
     rng = random.Random(f"{kind} {seed}")
@@ -952,7 +952,7 @@ async def written(rig: Any, writes: Writes, fds: list[Any], log: list[Any]) -> N
 )
 def test_a_stream_that_was_tampered_with_is_refused_as_in_virtual_time(streams: int, tamper: str) -> None:
     good = stream_of(streams)
-    places = sorted({0, 1, 3, len(good) // 2, len(good) - 2, len(good) - 1})
+    places = sorted({0, 1, len(good) // 2, len(good) - 1})
 
     async def script(rig: Any) -> Any:
         log: list[Any] = []
@@ -1060,7 +1060,7 @@ def test_whatever_bytes_come_there_is_an_errno_and_the_device_can_be_used_again(
     async def main() -> None:
         async with live("target", quick(EVENTS), io) as rig:
             codes: set[str] = set()
-            for _ in range(60):
+            for _ in range(30):
                 codes |= await fuzz(rig)
             assert codes <= (V3_CODES if streams else {"EINVAL", "ENODEV", "EIO"}), codes
             assert codes

@@ -135,8 +135,9 @@ def said(victim: str, how: str, result: LiveResult) -> None:
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("victim", PROCESSES)
 def test_a_process_is_killed(victim: str, protocol: str) -> None:
-    """Five of the hundred: one at each moment."""
+    """At every other moment: at each of them each process is killed, under every other protocol."""
     draw = random.Random(f"{victim} {protocol}")
+    first = (list(PROCESSES).index(victim) + list(PROTOCOLS).index(protocol)) % 2
     killed = 0
 
     async def killed_at(moment: str) -> None:
@@ -154,12 +155,12 @@ def test_a_process_is_killed(victim: str, protocol: str) -> None:
             said(victim, f"the {victim} (process {seen.children[victim].pid}) was killed by SIGKILL", result)
 
     async def all_moments() -> None:
-        for moment in MOMENTS:
+        for moment in list(MOMENTS)[first::2]:
             await killed_at(moment)
         await clean_run(protocol)
 
     asyncio.run(all_moments())
-    assert killed >= 3  # in the end it may be too late
+    assert killed >= 1  # in the end it may be too late
 
 
 def at(moment: str, draw: random.Random, act: Callable[[Seen], object]) -> Act:
@@ -365,7 +366,7 @@ def all_end(below: dict[str, int]) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_supervisor_is_killed(seed: int) -> None:
     with supervisor() as (process, below):
         assert len(below) == 6
@@ -389,7 +390,7 @@ def test_the_supervisor_is_killed_while_its_processes_hang() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.1, 0.2])
+@pytest.mark.parametrize("delay_s", [0.0, 0.1])
 def test_ctrl_c_ends_all_without_a_word(delay_s: float) -> None:
     """It goes to all processes of a terminal."""
     with supervisor() as (process, below):

@@ -128,7 +128,7 @@ def machines(draw: st.DrawFn) -> Scenario:
 
 
 @pytest.mark.slow
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(scenario=machines(), name=st.sampled_from(WAYS), seed=st.integers(0, 3))
 def test_any_machine_ends_and_its_accounts_add_up(scenario: Scenario, name: str, seed: int) -> None:
     # That the target's image is the source's is what makes a run COMPLETED; see test_run.
@@ -256,7 +256,7 @@ IN_STEP = small_scenario(
 
 @pytest.mark.slow
 @pytest.mark.rule("v3.5.2")
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(scenario=machines(), name=st.sampled_from([way for way in WAYS if way.startswith("v3")]))
 @example(scenario=IN_STEP, name="v3-n1")
 @example(scenario=IN_STEP, name="v3-n4")

@@ -309,7 +309,7 @@ class Carriers:
 
 @pytest.mark.slow
 @pytest.mark.rule("v3.3.3")
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(plans(st.integers(1, 16)))
 def test_streams_may_be_delayed_and_cut_as_one_likes(plan: Plan) -> None:
     carriers = Carriers(plan)
@@ -319,7 +319,7 @@ def test_streams_may_be_delayed_and_cut_as_one_likes(plan: Plan) -> None:
 
 @pytest.mark.slow
 @pytest.mark.rule("v3.11.2")
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(plans(st.just(0)))
 def test_blocks_may_be_read_and_written_in_any_order_by_any_number_of_threads(plan: Plan) -> None:
     carriers = Carriers(plan)
@@ -332,7 +332,7 @@ ROOMY = {"firmware.engines": 40, "firmware.service_cv": 0.0, "driver.call_us": 1
 
 @pytest.mark.slow
 @pytest.mark.rule("v3.5.1")
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(plans(st.integers(0, 16)))
 def test_critical_data_waits_for_no_dirty_data_in_the_driver(plan: Plan) -> None:
     carriers = Carriers(replace(plan, changes=plan.changes | ROOMY))
@@ -491,7 +491,7 @@ def machines(draw: st.DrawFn) -> Scenario:
 
 @pytest.mark.slow
 @pytest.mark.rule("v3.3.3", "v3.6.1", "v3.10.3")
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(
     scenario=machines(),
     name=st.sampled_from(NAMES),

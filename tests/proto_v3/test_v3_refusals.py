@@ -493,7 +493,7 @@ def test_a_stream_that_was_tampered_with_is_refused_wherever_that_was(what: str)
 
 
 @pytest.mark.slow
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(["v3-n1", "v3-n3-pool", "v3-n2-one-invalidate", "v3-n4-pool-invalidate-retry", "v3-n16-one"]),
     what=st.sampled_from(sorted(KINDS)),
@@ -952,7 +952,7 @@ def test_a_source_that_knows_more_is_answered_with_what_the_target_knows() -> No
     assert run.end().kind is OutcomeKind.COMPLETED
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(payload=st.binary(max_size=80))
 def test_bytes_are_no_hello(payload: bytes) -> None:
     with pytest.raises(PeerProtocolError):

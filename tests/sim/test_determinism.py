@@ -51,7 +51,7 @@ def of_processes() -> list[dict[str, str]]:
         subprocess.Popen(
             [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE
         )
-        for seed in ("0", "1", "random")
+        for seed in ("1", "random")
     ]
     return [ast.literal_eval(process.communicate()[0].decode()) for process in started]
 
@@ -61,7 +61,7 @@ def of_processes() -> list[dict[str, str]]:
 def test_processes_with_different_hash_seeds_give_one_trace(case: str, of_processes: list[dict[str, str]]) -> None:
     """Also where a run ends early."""
     here = outcomes(case)
-    assert [told[case] for told in of_processes] == [repr(here)] * 3
+    assert [told[case] for told in of_processes] == [repr(here)] * 2
     if case in ENDS_EARLY:
         assert {outcome.guest_runs_at for outcome in here[: len(REUSABLE)]} == {"source"}
 

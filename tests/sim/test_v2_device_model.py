@@ -381,7 +381,7 @@ WITH_PRECOPY = {
 def test_any_calls_in_any_order_do_what_the_header_says(features: str) -> None:
     seen: set[str] = set()
 
-    @settings(max_examples=300)
+    @settings(max_examples=120)
     @given(driver=st.sampled_from(list(DRIVERS)), seed=st.integers(0, 100), calls=LISTS)
     def try_one(driver: str, seed: int, calls: list[tuple[Any, ...]]) -> None:
         to_load = donated(features, driver)
