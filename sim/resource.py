@@ -38,8 +38,7 @@ async def spend(timeline: Timeline, resource: Resource, what: str, cost_ns: int)
 
 async def wake_up(timeline: Timeline, cost_ns: int) -> None:
     """Let the time pass that a thread takes to run again after it waited."""
-    if cost_ns:
-        await spend(timeline, Resource.FIXED, "wake-up", cost_ns)
+    await spend(timeline, Resource.FIXED, "wake-up", cost_ns)
 
 
 class FifoServer:
@@ -121,8 +120,11 @@ class CommandSlots:
 
     def _share(self) -> None:
         """Set the speeds: the same for all commands, at most 1; less for those of a VF with more than it may have."""
-        engines, count = self._engines, sum(map(_count, self._commands.values()))
-        for commands in sorted(self._commands.values(), key=_count, reverse=True):  # the VF with most is the first
+        queues = list(self._commands.values())
+        if len(queues) > 1:
+            queues.sort(key=_count, reverse=True)  # the VF with most is the first
+        engines, count = self._engines, sum(map(_count, queues))
+        for commands in queues:
             commands.speed = min(1.0, engines / count, self._of_a_vf / commands.count)
             engines -= commands.speed * commands.count
             count -= commands.count
@@ -137,10 +139,8 @@ class CommandSlots:
             self._timer.cancel()
         self._timer = None
         if self._commands:
-            left_ns = min(
-                math.ceil((commands.heap[0][0] - commands.served_ns) / commands.speed - ROUNDING_NS)
-                for commands in self._commands.values()
-            )
+            times_ns = [(of.heap[0][0] - of.served_ns) / of.speed for of in self._commands.values()]
+            left_ns = math.ceil(min(times_ns) - ROUNDING_NS)
             self._timer = time.call_at_ns(self._settled_ns + max(0, left_ns), self._end, time)
 
     def _end(self, time: clock.Time) -> None:

@@ -260,7 +260,8 @@ class SavedFd(PartOfSession, ReadOnlyFd):
     async def _woken(self) -> None:
         """A thread that slept in a call is woken."""
         self.counters.wakeups += 1
-        await wake_up(self._context.timeline, self._context.wake_up_ns)
+        if self._context.wake_up_ns:
+            await wake_up(self._context.timeline, self._context.wake_up_ns)
 
     async def _call(self) -> None:
         """The fixed cost of a call that copies nothing."""

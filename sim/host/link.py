@@ -84,7 +84,8 @@ class _OneWay:
                 while not self._has_room(size):
                     await self._room.wait()
                     self.wakeups += 1
-                    await wake_up(self._timeline, self._wake_up_ns)
+                    if self._wake_up_ns:
+                        await wake_up(self._timeline, self._wake_up_ns)
                     self._check_there()
         finally:
             self._in_turn -= 1
@@ -99,7 +100,8 @@ class _OneWay:
             self._check_there()
             await self._arrival.wait()
             self.wakeups += 1
-            await wake_up(self._timeline, self._wake_up_ns)
+            if self._wake_up_ns:
+                await wake_up(self._timeline, self._wake_up_ns)
         header, payload = self._arrived.popleft()
         self._loop.call_later_ns(self._latency_ns, self._give_room, len(header) + len(payload))
         return header, payload

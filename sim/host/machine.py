@@ -205,7 +205,8 @@ class MachineModel:
 
     async def wake_up(self) -> None:
         """Let the time of a thread's wake-up pass."""
-        await wake_up(self._timeline, self._wake_up_ns)
+        if self._wake_up_ns:
+            await wake_up(self._timeline, self._wake_up_ns)
 
     async def load_other_devices(self) -> None:
         """Load the devices that are not VFIO devices, under the big lock."""
