@@ -17,6 +17,10 @@ class GuestRam(Protocol):
     def pending_bytes(self) -> int:
         """Bytes of the pages known to be dirty (since the last sync) and not yet taken."""
 
+    passes: int
+    """How many times the search for dirty pages came to the end of RAM. A page is taken twice only if this grew in
+    between."""
+
     async def sync(self) -> None:
         """Fetch the dirty bitmap."""
 
@@ -58,6 +62,9 @@ class Machine(Protocol):
 
     async def copy_packet(self, size_bytes: int) -> None:
         """Copy device data into a packet of multifd at the source, or out of it at the target."""
+
+    async def sync_channels(self, count: int) -> None:
+        """What it takes the source's migration thread to have so many channels of multifd synced."""
 
     async def close_channels(self, count: int) -> None:
         """Shut down the channels of multifd at the target: no more data comes."""

@@ -13,6 +13,10 @@ before the guest starts.
 
 Packets that arrive early wait in memory, without a bound (QEMU's default). The most that waited is recorded.
 
+A pass over RAM ends with SYNC on each channel and RAM_PASS_END, or after the last one RAM_END, on the main channel. A
+channel's thread at the target waits at SYNC until all of them are there and the main thread has that frame, so that no
+page is loaded over a newer one (QEMU migration/ram.c, find_dirty_block; multifd_recv_sync_main).
+
 END comes on the main channel, and may overtake what is on these ones. A target that has END and still needs a packet
 waits for it for as long as anything arrives.
 """
@@ -72,14 +76,14 @@ class _Sender:
         self._pool = pool
         self._packet: Frame | None = None
         self._notify = Notify(pool.woken)
-        self.sync_due = False  # send SYNC, that no RAM follows, after the packet in hand
+        self.sync_due = 0  # the pass whose SYNC is to be sent after the packet in hand; 0: none
 
     def give(self, packet: Frame) -> None:
         self._packet = packet
         self._notify.notify()
 
-    def ask_sync(self) -> None:
-        self.sync_due = True
+    def ask_sync(self, number: int) -> None:
+        self.sync_due = number
         self._notify.notify()
 
     async def work(self) -> None:
@@ -91,8 +95,8 @@ class _Sender:
                 self._packet = None
                 self._pool.free.append(self)
             else:
-                await self._channel.send_control(Kind.SYNC)
-                self.sync_due = False
+                await self._channel.send_control(Kind.SYNC, value=self.sync_due)
+                self.sync_due = 0
             self._pool.changed.notify()
 
 
@@ -112,10 +116,11 @@ class Pool:
             await self.changed.wait()
         self.free.popleft().give(packet)
 
-    async def sync(self) -> None:
-        """Send SYNC on each channel, behind its packet: no RAM follows, other packets may (multifd_send_sync_main)."""
+    async def sync(self, number: int) -> None:
+        """Send SYNC of a pass over RAM on each channel, behind its packet. Packets of devices may follow at any time;
+        RAM that follows is of a later pass (multifd_send_sync_main)."""
         for sender in self.senders:
-            sender.ask_sync()
+            sender.ask_sync(number)
         while any(sender.sync_due for sender in self.senders):
             await self.changed.wait()
 
@@ -260,8 +265,11 @@ class Receivers:
         self._target = target
         devices = range(len(target.side.devices))
         self._fds: Sequence[DataFd] = []
-        self._synced: set[int] = set()
-        """Channels on which no RAM follows."""
+        self._synced = [0] * len(channels)
+        """Of each channel, the pass over RAM whose SYNC came last."""
+        self._passes = 0
+        """The passes over RAM that ended on all channels and on the main one."""
+        self._ram_is_here = False
         self._arrived = 0  # frames
         self._notify = Notify(target.side.machine.wake_up)
         limit_bytes = settings.max_queued_bytes
@@ -277,10 +285,20 @@ class Receivers:
         self._fds = fds
         self._notify.notify()
 
-    async def synced(self) -> None:
-        """Wait for SYNC on every channel that carries RAM. PeerProtocolError if one does not come."""
+    async def pass_ended(self, number: int) -> None:
+        """The main channel brought the end of a pass over RAM: wait for its SYNC on every channel that carries RAM, and
+        let their threads go on. PeerProtocolError if one does not come, or if another pass is due."""
+        if number != self._passes + 1:
+            raise PeerProtocolError(f"pass {number} over RAM ended, where {self._passes + 1} was due")
         due = range(self._settings.dedicated, len(self._channels))
-        await self._until(lambda: [f"SYNC of channel {at}" for at in due if at not in self._synced])
+        await self._until(lambda: [f"SYNC of channel {at}" for at in due if self._synced[at] < number])
+        self._passes = number
+        self._notify.notify()
+
+    async def ram_ended(self) -> None:
+        """As pass_ended(), of the last pass."""
+        await self.pass_ended(self._passes + 1)
+        self._ram_is_here = True
 
     async def loaded(self) -> None:
         """Wait until every device that uses these channels is loaded, its config included. PeerProtocolError if a
@@ -309,11 +327,13 @@ class Receivers:
             frame = await self._channels[at].recv()
             self._arrived += 1
             match frame.kind:
-                case Kind.RAM if at >= dedicated and at not in self._synced:
+                case Kind.RAM if at >= dedicated and not self._ram_is_here:
                     await target.side.machine.ram.load(frame.payload)
-                case Kind.SYNC if at >= dedicated and at not in self._synced:
-                    self._synced.add(at)
+                case Kind.SYNC if at >= dedicated and frame.value == self._synced[at] + 1 and not self._ram_is_here:
+                    self._synced[at] = frame.value
                     self._notify.notify()
+                    while self._passes < frame.value:
+                        await self._notify.wait()
                 case Kind.PACKET | Kind.CONFIG if self._settings.device_state and (at < dedicated or not dedicated):
                     loader = self._loaders[target.device(frame)]
                     target.side.timeline.mark(Mark.TRANSFERRED)
@@ -324,7 +344,7 @@ class Receivers:
                     if self._settings.coupled:
                         await loader.starved()
                 case _:
-                    after = " after its SYNC" if at in self._synced else ""
+                    after = f" after SYNC {self._synced[at]}" if self._synced[at] else ""
                     raise PeerProtocolError(f"{frame.kind.name} does not belong on multifd channel {at}{after}")
             del frame  # its payload's memory is free once it is loaded
 

@@ -90,6 +90,8 @@ class V2Source(Source):
         self._all_acked = False  # whether the one-shot ack was received
         self._late: list[str] = []
         """Devices that need an ack after it was decided to stop."""
+        self._passes = 0  # over RAM, that ended at the channels of multifd too
+        self._syncs = 0
         self._read_bytes: list[int] = []
         self._section_bytes = 0
         self._decided_ns = self.now_ns  # when the last round began
@@ -156,9 +158,8 @@ class V2Source(Source):
         self.switchover = switchover = Switchover(settings, start_ns)
         await self._open()
         while True:
-            sent = self.bytes_sent()
             self._decided_ns = self.now_ns
-            await self._round(switchover)
+            moved = await self._round(switchover)
             self._section_bytes += SECTION_BYTES * (1 + len(self.fds))
             switchover.sample(self.now_ns, self._counted_bytes())
             if switchover.window_is_full(self._counted_bytes()):  # nothing is sent or decided before it is over
@@ -169,31 +170,37 @@ class V2Source(Source):
             # migration_iteration_run: the exact figure costs, and is asked for only once the cheap one fits
             if switchover.fits(self._estimate()) and switchover.fits(await self._exact()) and self._can_switch_over():
                 return
-            if self.bytes_sent() == sent:
+            if not moved:
                 await pause(settings.idle_round_ns)
 
-    async def _round(self, switchover: Switchover) -> None:
+    async def _round(self, switchover: Switchover) -> bool:
         """RAM, then one read() on each device. Before each page and each device the window may be full: then the rest
-        has no turn (qemu_savevm_state_iterate, ram_save_iterate)."""
+        has no turn (qemu_savevm_state_iterate, ram_save_iterate). Returns whether there was anything to send."""
         settings, ram = self.side.settings, self.side.machine.ram
+        moved = False
         until = self.now_ns + settings.ram_budget_ns
         while (budget_ns := until - self.now_ns) > 0 and not switchover.window_is_full(self._counted_bytes()):
             if (pages := await ram.take(budget_ns)) is None:
+                await self._end_pass()
                 break
             await self.send_pages(pages)
+            moved = True
         for index, fd in self.fds.items():
             if switchover.window_is_full(self._counted_bytes()):
-                return
+                return moved
             known = self._known[index]
             data = await read_some(fd, self._read_bytes[index])
             if data is not None and len(data):
                 known.read(len(data))
                 await self._send_device_data(index, data)
+                moved = True
             else:  # ENOMSG, or 0 from a driver that returns that instead
                 known.drained()
             if self._options.ack is not Ack.OFF and known.initial_bytes == 0 and not known.sent:
                 known.sent = True
                 await self._main.send_control(Kind.INIT_DATA_SENT, index, value=known.requests)
+                moved = True
+        return moved
 
     def _counted_bytes(self) -> int:
         """What bandwidth and max-bandwidth count."""
@@ -322,10 +329,23 @@ class V2Source(Source):
         if self._senders is None:
             await super().send_pages(pages)
         else:
+            await self._end_pass()
             await self._senders.ram.send(Frame(Kind.RAM, payload=pages))
+
+    async def _end_pass(self) -> None:
+        """With multifd, if a pass over RAM has ended: sync the channels, and tell the target on the main one."""
+        if self._senders is not None and self._passes < self.side.machine.ram.passes:
+            await self._sync(self._senders)
+            await self._main.send_control(Kind.RAM_PASS_END, value=self._syncs)
+
+    async def _sync(self, senders: Senders) -> None:
+        self._passes = self.side.machine.ram.passes
+        self._syncs += 1
+        await self.side.machine.sync_channels(len(senders.ram.senders))
+        await senders.ram.sync(self._syncs)
 
     @override
     async def end_ram(self) -> None:
         if self._senders is not None:
-            await self._senders.ram.sync()
+            await self._sync(self._senders)
         await super().end_ram()

@@ -29,10 +29,12 @@ ON_MAIN: Table = {
     ("RAM is here", Kind.END): "ended",
 }
 """What comes on the main channel if it carries everything."""
-RAM_BY_MULTIFD: Table = {entry: after for entry, after in ON_MAIN.items() if entry[1] is not Kind.RAM}
+PASS_ENDS = {(state, Kind.RAM_PASS_END): state for state in ("pre-copy", "last pass")}
+RAM_BY_MULTIFD: Table = {entry: after for entry, after in ON_MAIN.items() if entry[1] is not Kind.RAM} | PASS_ENDS
 """The same, if multifd carries the pages."""
 ALL_BY_MULTIFD: Table = {
     ("set-up", Kind.SETUP): "pre-copy",
+    **PASS_ENDS,
     **stays("pre-copy", [Kind.DATA, Kind.INIT_DATA_SENT]),
     ("pre-copy", Kind.SWITCHOVER_START): "switchover",
     ("switchover", Kind.RAM_BEGIN): "last pass",
@@ -115,11 +117,13 @@ class V2Target(Target):
                     await self._ack(frame)
                 case Kind.SWITCHOVER_START if self._receivers is not None:
                     self._receivers.start_loading(self._fds)
+                case Kind.RAM_PASS_END if self._receivers is not None:
+                    await self._receivers.pass_ended(frame.value)
                 case Kind.RAM_BEGIN | Kind.DEVICE_BEGIN:
                     began = timeline.now_ns()
                 case Kind.RAM_END:
                     if self._receivers is not None:
-                        await self._receivers.synced()
+                        await self._receivers.ram_ended()
                     timeline.stage("ram_load", began)
                     timeline.mark(Mark.TRANSFERRED)
                 case Kind.STREAM_END:

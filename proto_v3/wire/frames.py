@@ -51,11 +51,12 @@ class Kind(enum.IntEnum):
     EPOCH_SENT = 11  # v3; value: the epoch; all its critical data was sent
     INIT_DATA_SENT = 12  # v2; value: the request for an ack, counted from 1 for each device
     PACKET = 13  # multifd; value: its number among the device's packets; payload: bytes of the device's stream
-    SYNC = 14  # multifd: no RAM follows on this connection
+    SYNC = 14  # multifd; value: the pass over RAM that ends: what RAM follows on this connection is of a later one
     SWITCHOVER_START = 15  # multifd: the guest is stopped, load threads start
     HELLO = 16  # v3, in both directions, before all else; payload: see proto_v3/vmm/negotiate.py
     LAST = 17  # v3, blocks; payload: the END record, to be written when all wire streams of the device ended
     FIRST_PASS_SENT = 18  # v3, on a dirty stream: it ran dry for the first time
+    RAM_PASS_END = 19  # multifd, on the main connection; value: the pass over RAM whose SYNC was sent on all channels
     # target to source
     EPOCH_LOADED = 20  # v3; value: the epoch; all its critical data is loaded
     LOADED = 21  # everything is loaded; the target waits for COMMIT (v3)

@@ -51,6 +51,7 @@ class RamModel(HostRam):
         self._settings = settings
         self._pages = pages
         self._timeline = timeline
+        self.passes = 0
         self._zero_bytes = round((settings.size_gib - settings.nonzero_gib) * GIB)
         self._dirty_bytes = round(settings.nonzero_gib * GIB)
         self._synced_ns = 0
@@ -98,6 +99,7 @@ class RamModel(HostRam):
             await spend(self._timeline, Resource.RAM, "RAM pages", duration_ns(size, self._settings.send_bytes_per_s))
             self._dirty_bytes -= size
             return self._pages(size)
+        self.passes += 1
         return None
 
     @override
@@ -198,6 +200,10 @@ class MachineModel:
         bytes_per_s = self._vmm.multifd_copy_bytes_per_s
         if bytes_per_s is not None:
             await spend(self._timeline, Resource.COPY, "multifd copy", duration_ns(size_bytes, bytes_per_s))
+
+    async def sync_channels(self, count: int) -> None:
+        """Have multifd's channels synced, at `multifd_sync_us_per_channel`."""
+        await self._fixed(count * self._vmm.multifd_sync_ns_per_channel, "channels sync")
 
     async def close_channels(self, count: int) -> None:
         """Shut down multifd's channels at the target, at `multifd_close_us_per_channel`."""

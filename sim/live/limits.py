@@ -71,6 +71,9 @@ def delays_ns(scenario: Scenario) -> dict[str, float]:
     }
     if vmm.device_buffer_bytes_per_s is not None:
         asked["vmm.device_buffer_gib_per_s"] = vmm.read_bytes / vmm.device_buffer_bytes_per_s * NS_PER_S
+    if vmm.multifd:
+        asked["vmm.multifd_sync_us_per_channel"] = vmm.multifd_channels * vmm.multifd_sync_ns_per_channel
+        asked["vmm.multifd_close_us_per_channel"] = vmm.multifd_channels * vmm.multifd_close_ns_per_channel
     first = 0
     for at, device in enumerate(scenario.device):
         key, times = f"device.{at}", of_devices[first]

@@ -5,10 +5,9 @@ The scenario says how large it is, how much of it is not zero, and how fast the 
 are made when the bitmap is fetched: as many pages of the working set as RamModel would count. Pages that the devices
 wrote to come from their own logs.
 
-Frames are numbered, and a page keeps what the latest of its frames had. With multifd, two frames of a page go over two
-channels, and may come in another order. QEMU has a SYNC between two rounds of RAM for that (QEMU 10,
-migration/multifd-nocomp.c, multifd_ram_flush_and_sync). proto_v3/vmm/multifd.py has one only at the end: in the model,
-pages have no content.
+Dirty pages are looked for from the first to the last, and again from the first: a page is taken once in a pass. With
+multifd, a pass is loaded before the next one begins (proto_v3/vmm/multifd.py), so whatever channels its frames take, a
+page is never put over a newer one.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ from sim.scenario.units import GIB, MIB, NS_PER_S, PAGE_BYTES
 
 RAM_IOVA = 0
 """Where the devices find the first page."""
-HEAD_BYTES = 16
-"""Of a frame: the number of its pages, and its own number. The pages' numbers follow, then those that are not zero."""
+HEAD_BYTES = 8
+"""Of a frame: how many pages it has. The pages' numbers follow, then those that are not zero."""
 ZERO_PAGE = 1 << 63
 """In a frame: of this page no bytes follow, it has zeros alone."""
 
@@ -66,9 +65,8 @@ class RealRam(HostRam):
         self._pages: NDArray[np.uint8] = np.frombuffer(memory, np.uint8).reshape(-1, PAGE_BYTES)
         self._rng = np.random.default_rng(seed)
         self._dirty = np.full(len(self._pages), at_source)
-        self._frames = 0
-        self._loaded = np.full(len(self._pages), -1)
-        """Of each page, the number of the frame that it is from."""
+        self.passes = 0
+        self._at = 0  # the page that the search for dirty ones is at
         self._synced_ns = timeline.now_ns()
         self._stopped_ns: int | None = None
         self._worker: Worker | None = None
@@ -139,15 +137,20 @@ class RealRam(HostRam):
     @override
     async def take(self, budget_ns: int) -> Payload | None:
         start_ns = self._timeline.now_ns()
-        which = np.flatnonzero(self._dirty)[: max(1, self._settings.frame_bytes // PAGE_BYTES)]
+        which = self._at + np.flatnonzero(self._dirty[self._at :])
+        if not len(which):
+            self.passes += 1
+            which = np.flatnonzero(self._dirty)
+            self._at = 0
+        which = which[: max(1, self._settings.frame_bytes // PAGE_BYTES)]
         if not len(which):
             return None
+        self._at = int(which[-1]) + 1
         self._dirty[which] = False  # before they are copied: a device that writes meanwhile makes them dirty again
         pages = self._pages[which]
         full = pages.any(axis=1)
         heads = which.astype("<u8") | np.where(full, 0, ZERO_PAGE).astype("<u8")
-        head = np.array([len(heads), self._frames], "<u8")
-        self._frames += 1
+        head = np.array([len(heads)], "<u8")
         frame = np.concatenate([head.view(np.uint8), heads.view(np.uint8), pages[full].ravel()])
         self._timeline.work(Resource.RAM, "RAM pages", start_ns)
         return frame.data
@@ -156,19 +159,17 @@ class RealRam(HostRam):
     async def load(self, payload: Payload) -> None:
         start_ns = self._timeline.now_ns()
         view = as_view(payload)
-        count, number = (int.from_bytes(view[at : at + 8], "little") for at in (0, 8))
-        if len(view) < HEAD_BYTES or count > (len(view) - HEAD_BYTES) // 8 or number >= ZERO_PAGE:
-            raise PeerProtocolError(f"a frame of RAM, number {number}, with {len(view)} bytes for {count} pages")
+        count = int.from_bytes(view[:HEAD_BYTES], "little")
+        if len(view) < HEAD_BYTES or count > (len(view) - HEAD_BYTES) // 8:
+            raise PeerProtocolError(f"a frame of RAM with {len(view)} bytes for {count} pages")
         heads = np.frombuffer(view, "<u8", count, HEAD_BYTES)
         full = heads < ZERO_PAGE
         which = (heads & np.uint64(ZERO_PAGE - 1)).astype(np.int64)
         data = np.frombuffer(view, np.uint8, offset=HEAD_BYTES + 8 * count)
         if which.max(initial=-1) >= len(self._pages) or len(data) != np.count_nonzero(full) * PAGE_BYTES:
             raise PeerProtocolError(f"a frame of RAM with {len(data)} bytes of pages up to {which.max(initial=0)}")
-        newer = self._loaded[which] < number
-        self._loaded[which[newer]] = number
-        self._pages[which[full & newer]] = data.reshape(-1, PAGE_BYTES)[newer[full]]
-        self._pages[which[~full & newer]] = 0
+        self._pages[which[full]] = data.reshape(-1, PAGE_BYTES)
+        self._pages[which[~full]] = 0
         self._timeline.work(Resource.RAM, "RAM load", start_ns)
 
     def digest(self) -> bytes:

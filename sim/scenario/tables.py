@@ -310,6 +310,9 @@ class Vmm(Table):
     """What a thread copies of device data into a packet at the source, where all devices' save threads take turns under
     one mutex, and out of it at the target, where a device's packets take turns (QEMU 10.0). Without it there are no
     mutexes, and these copies are free."""
+    multifd_sync_us_per_channel: NonNegative = 0.0
+    """What it takes the source's migration thread for each channel to have all of them synced, which it does after each
+    pass over RAM, the last one included (QEMU, multifd_send_sync_main)."""
     multifd_close_us_per_channel: NonNegative = 0.0
     """What the target takes for each of its channels to shut them down, when all is loaded and before the guest starts
     (QEMU, multifd_recv_shutdown)."""
@@ -326,6 +329,7 @@ class Vmm(Table):
     give_up_ns = Whole("give_up_s")
     other_load_ns = Whole("other_load_ms")
     config_load_ns_per_vector = Whole("config_load_us_per_vector")
+    multifd_sync_ns_per_channel = Whole("multifd_sync_us_per_channel")
     multifd_close_ns_per_channel = Whole("multifd_close_us_per_channel")
 
     @property

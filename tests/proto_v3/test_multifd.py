@@ -353,14 +353,71 @@ async def test_device_state_is_refused_where_it_was_not_agreed_on(kind: Kind) ->
 async def test_ram_counts_as_loaded_when_every_channel_that_carries_it_said_so() -> None:
     rig = Rig(multifd(3, dedicated=1), [Fd()])
     async with rig.running():
-        synced = asyncio.ensure_future(rig.receivers.synced())
+        ended = asyncio.ensure_future(rig.receivers.ram_ended())
         for channel, ram_bytes in ((1, 5000), (2, 300)):
-            assert not synced.done()
-            rig.channels[channel].put_nowait(Frame(Kind.RAM, payload=memoryview(bytes(ram_bytes))))
-            rig.channels[channel].put_nowait(Frame(Kind.SYNC))
+            assert not ended.done()
+            rig.channels[channel].put_nowait(pages(ram_bytes))
+            rig.channels[channel].put_nowait(Frame(Kind.SYNC, value=1))
             await sleep_ns(ns(1))
-        assert synced.done(), "the dedicated channel has nothing to say"
+        assert ended.done(), "the dedicated channel has nothing to say"
         assert rig.machine.ram_bytes == 5300
+
+
+def pages(size: int) -> Frame:
+    return Frame(Kind.RAM, payload=memoryview(bytes(size)))
+
+
+@pytest.mark.rule("v2.vmm.21")
+@virtual
+async def test_no_page_of_a_pass_is_loaded_before_all_of_the_pass_before_it_is() -> None:
+    """The first channel is through with the first pass, and has pages of the second; the other one is late, and so is
+    the main channel."""
+    rig = Rig(multifd(2), [Fd()])
+    async with rig.running():
+        for frame in (pages(10), Frame(Kind.SYNC, value=1), pages(100)):
+            rig.channels[0].put_nowait(frame)
+        await sleep_ns(ns(1))
+        assert rig.machine.ram_bytes == 10
+        for frame in (pages(1), Frame(Kind.SYNC, value=1), pages(200), packet(0, 0)):
+            rig.channels[1].put_nowait(frame)
+        await sleep_ns(ns(1))
+        assert rig.machine.ram_bytes == 11, "both are synced, and RAM_PASS_END is not there"
+        await rig.receivers.pass_ended(1)
+        await sleep_ns(ns(1))
+        assert rig.machine.ram_bytes == 311
+        assert rig.fds[0].written == [b"0:0"]
+
+
+@pytest.mark.rule("v2.vmm.21")
+@pytest.mark.parametrize("number", [0, 2])
+@virtual
+async def test_a_sync_or_an_end_of_a_pass_that_is_not_due_is_refused(number: int) -> None:
+    sync = Frame(Kind.SYNC, value=number)
+    assert await refused(Rig(multifd(1), [Fd()]), sync) == "SYNC does not belong on multifd channel 0"
+    with pytest.raises(PeerProtocolError, match=f"pass {number} over RAM ended, where 1 was due"):
+        await Rig(multifd(1), [Fd()]).receivers.pass_ended(number)
+
+
+@pytest.mark.rule("v2.vmm.21")
+@pytest.mark.parametrize("late", [Frame(Kind.RAM, payload=memoryview(b"pages")), Frame(Kind.SYNC, value=2)])
+@virtual
+async def test_behind_the_last_pass_no_ram_comes_and_no_sync(late: Frame) -> None:
+    rig = Rig(multifd(1), [Fd()])
+
+    async def deliver() -> None:
+        async with rig.running():
+            rig.channels[0].put_nowait(Frame(Kind.SYNC, value=1))
+            await rig.receivers.ram_ended()
+            rig.channels[0].put_nowait(packet(0, 0))
+            await sleep_ns(ns(1))
+            rig.channels[0].put_nowait(late)
+            await sleep_ns(ns(1))
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await deliver()
+    (error,) = raised.value.exceptions
+    assert str(error) == f"{late.kind.name} does not belong on multifd channel 0 after SYNC 1"
+    assert rig.fds[0].written == [b"0:0"]
 
 
 @virtual
@@ -384,8 +441,8 @@ class Out:
         await sleep_ns(self._send_ns)
         self.sent.append(frame)
 
-    async def send_control(self, kind: Kind) -> None:
-        await self.send(Frame(kind))
+    async def send_control(self, kind: Kind, value: int = 0) -> None:
+        await self.send(Frame(kind, value=value))
 
 
 class Saved:
@@ -486,7 +543,7 @@ async def test_pages_and_sync_take_the_channels_that_are_not_dedicated() -> None
     async with sending(senders := pool(multifd(3, dedicated=1), *outs)):
         for size in range(1, 6):
             await senders.ram.send(Frame(Kind.RAM, payload=memoryview(bytes(size))))
-        await asyncio.gather(save(senders, 0, Saved(20), 10), senders.ram.sync())
+        await asyncio.gather(save(senders, 0, Saved(20), 10), senders.ram.sync(1))
     assert [frame.kind for frame in outs[0].sent] == [Kind.PACKET, Kind.PACKET, Kind.CONFIG]
     for out in outs[1:]:
         kinds = [frame.kind for frame in out.sent]
@@ -501,7 +558,7 @@ async def test_sync_waits_for_ram_and_not_for_the_devices() -> None:
     async with sending(senders := pool(multifd(2), *outs)):
         saving = asyncio.ensure_future(save(senders, 0, Saved(100), 1))
         await senders.ram.send(Frame(Kind.RAM, payload=memoryview(b"pages")))
-        await senders.ram.sync()
+        await senders.ram.sync(1)
         assert now_ns() < ns(10), "the device has 50 ms of packets"
         await saving
 
@@ -592,6 +649,55 @@ def test_what_is_saved_in_pre_copy_takes_the_main_channel(carried: dict[Channel,
     assert outcome.counters.peak_reorder_bytes < MIB
 
 
+# Pre-copy goes on for 80 ms: RAM becomes dirty, and is passed over again and again; a device gives a little at a time.
+PASSES = {
+    "ram.dirty_mib_per_s": 100.0,
+    "ram.working_set_mib": 4.0,
+    "vmm.bandwidth_window_ms": 80.0,
+    "device.0.writes": {"pattern": "uniform", "mib_per_s": 10.0},
+}
+
+
+@pytest.mark.rule("v2.vmm.21")
+@pytest.mark.parametrize("protocol", ["v2-multifd", "v2-single"])
+def test_each_pass_over_ram_ends_with_a_sync_on_each_channel(
+    protocol: str, carried: dict[Channel, Counter[Kind]]
+) -> None:
+    _, kept = migrated(PASSES | {"vmm.multifd": True, "vmm.multifd_channels": 3}, protocol)
+    main, *channels = [carried[channel] for channel in kept.channels]
+    passes = main[Kind.RAM_PASS_END]
+    assert passes >= 10
+    assert [of[Kind.SYNC] for of in channels] == [passes + 1] * 3, "and one behind the last pass, with RAM_END"
+    assert kept.machines["source"].ram.passes >= passes
+
+
+@pytest.mark.rule("v2.vmm.21")
+@pytest.mark.parametrize("protocol", ["v2", "v3-n1"])
+def test_where_one_channel_has_all_pages_there_is_no_sync(protocol: str, carried: dict[Channel, Counter[Kind]]) -> None:
+    migrated(PASSES, protocol)
+    assert not any(of[Kind.SYNC] or of[Kind.RAM_PASS_END] for of in carried.values())
+
+
+@pytest.mark.rule("v2.vmm.21")
+def test_a_pass_that_found_nothing_is_no_reason_not_to_pause(carried: dict[Channel, Counter[Kind]]) -> None:
+    """An idle guest, and a window of 50 ms: a round each millisecond, with its SYNC."""
+    idle = {"vmm.bandwidth_window_ms": 50.0, "ram.sync_ms": 0.0, "device.0.features": ["STOP_COPY", "P2P"]}
+    _, kept = migrated(idle | {"device.0.state_mib": 0.1})
+    assert 20 < carried[kept.channels[0]][Kind.RAM_PASS_END] < 60
+
+
+@pytest.mark.parametrize("channels", [2, 6])
+def test_a_sync_costs_the_migration_thread_for_each_channel(channels: int) -> None:
+    """In the downtime there is one, behind the last pass."""
+    scenario = AT_ONCE | {"vmm.multifd_channels": channels, "ram.nonzero_gib": 0.001}
+    took_ns = []
+    for cost_us in (0.0, 2000.0):
+        outcome, _ = migrated(scenario | {"vmm.multifd_sync_us_per_channel": cost_us})
+        ((start_ns, end_ns),) = spans(outcome, "ram_save")
+        took_ns.append(end_ns - start_ns)
+    assert took_ns[1] - took_ns[0] == ns(2.0 * channels)
+
+
 def test_ram_counts_as_loaded_only_when_all_of_it_came() -> None:
     """RAM takes 86 ms on two connections of 1 Gbit/s; RAM_END on the main channel would be there long before."""
     slow = {"link.per_connection_gbit_per_s": 1.0, "ram.nonzero_gib": 0.02, "ram.send_gib_per_s": 100.0}
@@ -674,7 +780,7 @@ async def test_ram_does_not_wait_for_the_mutex_of_the_save_threads() -> None:
         saving = [asyncio.ensure_future(save(senders, device, Saved(5), 1)) for device in (0, 1)]
         for _ in range(5):
             await senders.ram.send(Frame(Kind.RAM, payload=memoryview(b"pages")))
-        await senders.ram.sync()
+        await senders.ram.sync(1)
         assert now_ns() < ns(7)
         assert not any(each.done() for each in saving)
         await asyncio.gather(*saving)

@@ -129,6 +129,7 @@ class Machine:
     log: list[tuple[Any, ...]]
     running: bool = True
     frames: int = 0
+    passes: int = 0
     loaded: int = 0
     set_up_ns: int = 0
 
@@ -149,6 +150,7 @@ class Machine:
 
     async def take(self, budget_ns: int) -> Payload | None:
         if not self.frames:
+            self.passes += 1
             return None
         self.frames -= 1
         await sleep_ns(MS)
@@ -165,6 +167,10 @@ class Machine:
     async def copy_packet(self, size_bytes: int) -> None: ...
 
     async def wake_up(self) -> None: ...
+
+    async def sync_channels(self, count: int) -> None: ...
+
+    async def close_channels(self, count: int) -> None: ...
 
     async def stop_vcpus(self) -> None:
         self.log.append(("vcpus", "stop"))

@@ -47,25 +47,49 @@ async def taken(source: RealRam) -> list[Payload]:
     return frames
 
 
-def test_the_target_has_what_the_guest_and_a_device_wrote_in_whatever_order_frames_come() -> None:
+def test_the_target_has_what_the_guest_and_a_device_wrote_in_whatever_order_frames_of_a_pass_come() -> None:
     async def work() -> None:
         times_ns = [0]
         source, target = ram(True, Logged(PAGES - 1), clock_ns=times_ns), ram(False)
         assert (source.pending_bytes(), target.pending_bytes()) == (ram_bytes(SETTINGS), 0)
-        frames = await taken(source)
-        assert all(len(frame) <= SETTINGS.frame_bytes * (1 + 1 / 128) + 16 for frame in frames)
+        passes = [await taken(source)]
+        assert all(len(frame) <= SETTINGS.frame_bytes * (1 + 1 / 128) + 16 for frame in passes[0])
         for _ in range(3):
             times_ns[0] += 500_000_000
             source._pages[PAGES - 1] += 7
             await source.sync()
             assert source.pending_bytes() > PAGE_BYTES
-            frames += await taken(source)
-        random.Random(1).shuffle(frames)
-        for frame in frames:
-            await target.load(frame)
+            passes.append(await taken(source))
+        assert source.passes == len(passes) == 4
+        for frames in passes:
+            random.Random(1).shuffle(frames)
+            for frame in frames:
+                await target.load(frame)
         assert target.digest() == source.digest()
         assert target._pages[PAGES - 1].all()
         await source.end()
+
+    asyncio.run(work())
+
+
+def test_a_page_that_is_dirty_again_is_taken_in_the_next_pass_and_that_is_told() -> None:
+    """The guest writes to the first page while the search is behind it: the others come first."""
+
+    async def work() -> None:
+        source = ram(True)
+        first = await source.take(1)
+        assert first is not None
+        assert source.passes == 0
+        source._dirty[0] = True
+        numbers, passes = [], []
+        while (frame := await source.take(1)) is not None:
+            view = memoryview(frame)  # type: ignore[arg-type]
+            numbers.append(int.from_bytes(view[8:16], "little") & ((1 << 63) - 1))
+            passes.append(source.passes)
+        assert numbers[:-1] == sorted(numbers[:-1])
+        assert numbers[-1] == 0
+        assert passes == [0] * (len(passes) - 1) + [1]
+        assert source.passes == 2
 
     asyncio.run(work())
 
@@ -91,12 +115,12 @@ def test_a_guest_that_is_stopped_writes_to_nothing() -> None:
     "frame",
     [
         b"",
-        bytes(15),
-        (1).to_bytes(8, "little") + bytes(8),
-        (1).to_bytes(8, "little") + bytes(8) + (0).to_bytes(8, "little"),
-        (1).to_bytes(8, "little") + bytes(8) + (PAGES).to_bytes(8, "little") + bytes(PAGE_BYTES),
-        (1).to_bytes(8, "little") + bytes(8) + (PAGES | 1 << 63).to_bytes(8, "little"),
-        (1).to_bytes(8, "little") + b"\xff" * 8 + (0).to_bytes(8, "little") + bytes(PAGE_BYTES),
+        bytes(7),
+        (1).to_bytes(8, "little"),
+        (1).to_bytes(8, "little") + (0).to_bytes(8, "little"),
+        (1).to_bytes(8, "little") + (PAGES).to_bytes(8, "little") + bytes(PAGE_BYTES),
+        (1).to_bytes(8, "little") + (PAGES | 1 << 63).to_bytes(8, "little"),
+        (1).to_bytes(8, "little") + (0).to_bytes(8, "little") + bytes(PAGE_BYTES - 1),
         (1 << 60).to_bytes(8, "little") + bytes(PAGE_BYTES),
     ],
 )

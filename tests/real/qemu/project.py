@@ -109,6 +109,7 @@ class IdleRam(GuestRam):
 
     def __init__(self, size: int) -> None:
         self._left = size
+        self.passes = 0
 
     @override
     def pending_bytes(self) -> int:
@@ -127,6 +128,7 @@ class IdleRam(GuestRam):
     async def take(self, budget_ns: int) -> Payload | None:
         size = min(self._left, PIECE_BYTES)
         self._left -= size
+        self.passes += not size
         return memoryview(bytes(size)) if size else None
 
     @override
