@@ -107,7 +107,7 @@ class SimulatedCalls:
                 return whole[: len(whole) - 1]
             case "altered":
                 first = whole.parts[0]
-                return Extent([replace(first, record=replace(first.record, stream=7)), *whole.parts[1:]])
+                return Extent([first._replace(record=replace(first.record, stream=7)), *whole.parts[1:]])
             case "more":
                 return Extent([*whole.parts, whole.parts[-1]])
             case "twice":

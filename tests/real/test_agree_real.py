@@ -14,7 +14,7 @@ from sim.scenario.file import load
 from tests.build.cli import proto_v3
 from tests.real import mdev
 
-SMALL = ("--set", "device.0.state_mib=4", "--set", "device.0.writes.mib_per_s=0")
+SMALL = ("--set", "device.0.state_mib=4", "--set", "device.0.stop_only_mib=4", "--set", "device.0.writes.mib_per_s=0")
 
 
 def test_devices_are_what_the_scenario_says_and_are_gone_at_the_end() -> None:
