@@ -39,7 +39,7 @@ class Outcome:
     bound_ratio: float | None = None
     """The downtime by its bound; None if the bound is 0."""
     downtime_limit_ns: int | None = None
-    """The scenario's. The decision to stop holds only bytes over bandwidth against it."""
+    """The scenario's, at the stop. The decision to stop holds only bytes over bandwidth against it."""
     over_limit_ratio: float | None = None
     """The downtime by its limit: 1 to 2 is normal, because stop, load, config and resume are not in the decision."""
     phases_ns: dict[str, int] = field(default_factory=dict)
@@ -219,7 +219,8 @@ def held_against_limit(outcome: Outcome, applied: AppliedScenario) -> Outcome:
     """The same outcome beside the downtime limit of what was run, if the migration was completed."""
     if outcome.kind is not OutcomeKind.COMPLETED or outcome.downtime_ns is None:
         return outcome
-    limit_ns = applied.scenario.vmm.downtime_limit_ns
+    stopped_ns = (outcome.total_ns or 0) - outcome.downtime_ns
+    limit_ns = applied.scenario.switchover_settings().limit_ns(stopped_ns)
     over = over_limit(outcome.downtime_ns, limit_ns, outcome.phases_ns, outcome.critical_path_ns)
     return replace(
         outcome,

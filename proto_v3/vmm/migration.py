@@ -133,6 +133,8 @@ class Source(abc.ABC):
         """What there is to say of one that completed, in words."""
         self._stop_ordered_ns: int | None = None
         """When the guest was ordered to stop, if it did not run here again."""
+        self._stop_by_ns: int | None = None
+        """When the guest is stopped whatever is left."""
 
     @property
     def handed_over(self) -> bool:
@@ -179,6 +181,8 @@ class Source(abc.ABC):
     async def migrate(self) -> OutcomeKind:
         """The steps of run(), without its recovery from failures."""
         start_ns = self.now_ns
+        if self.side.settings.force_ns is not None:
+            self._stop_by_ns = start_ns + self.side.settings.force_ns
         outcome = await self.in_precopy(start_ns, self._begin(start_ns))
         if outcome is None:
             async with Join() as beside:
@@ -308,6 +312,16 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def held_up(self, device_bytes: int) -> list[str]:
         """What holds the stop up besides the sum of what is left, in words. `device_bytes`: what is left of devices."""
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the guest is stopped now whatever is left."""
+        return self._stop_by_ns is not None and self.now_ns >= self._stop_by_ns
+
+    def note_force(self, left_bytes: int, held_up: Sequence[str]) -> None:
+        """Record that the guest is stopped because its time is over. `held_up`: what else was waited for."""
+        lines = [f"stopped by force with {left_bytes / (1 << 20):.4g} MiB left", *held_up]
+        self.note = "; ".join(filter(None, [self.note, *lines]))
 
     @property
     def now_ns(self) -> int:

@@ -35,11 +35,20 @@ class SwitchoverSettings:
     ram_budget_ns: int
     cancel_ns: int | None = None
     """The user cancels this long after the start, if the guest is not stopped yet. None: never."""
+    force_ns: int | None = None
+    """The guest is stopped this long after the start, whatever is left. None: never."""
+    downtime_steps: tuple[tuple[int, int], ...] = ()
+    """Times after the start, ascending, and the downtime limit from each on."""
     given_bandwidth_bytes_per_s: float | None = None
     """If set, used instead of the measured bandwidth, once the first window is over (QEMU's
     avail-switchover-bandwidth)."""
     max_bandwidth_bytes_per_s: float | None = None
     """v2: the most that is sent before the guest is stopped (QEMU's max-bandwidth). None: no limit."""
+
+    def limit_ns(self, now_ns: int) -> int:
+        """The downtime limit at a time after the start."""
+        passed = [limit_ns for after_ns, limit_ns in self.downtime_steps if after_ns <= now_ns]
+        return passed[-1] if passed else self.downtime_limit_ns
 
 
 class Switchover:
@@ -47,6 +56,8 @@ class Switchover:
 
     def __init__(self, settings: SwitchoverSettings, now_ns: int) -> None:
         self._settings = settings
+        self.limit_ns = settings.limit_ns(now_ns)
+        """The downtime limit, as of the last sample."""
         self._window_start_ns = now_ns
         self._window_bytes = 0
         self.bandwidth_bytes_per_s = 0.0
@@ -56,6 +67,7 @@ class Switchover:
 
     def sample(self, now_ns: int, bytes_sent: int) -> None:
         """Record all bytes sent since the start; end the window if its time has passed."""
+        self.limit_ns = self._settings.limit_ns(now_ns)
         elapsed_ns = now_ns - self._window_start_ns
         if elapsed_ns < self._settings.bandwidth_window_ns:
             return
@@ -81,12 +93,12 @@ class Switchover:
     @property
     def threshold_bytes(self) -> float:
         """The most bytes that may remain when the guest is stopped."""
-        return self.bandwidth_bytes_per_s * self._settings.downtime_limit_ns / NS_PER_S
+        return self.bandwidth_bytes_per_s * self.limit_ns / NS_PER_S
 
     @property
     def best_threshold_bytes(self) -> float:
         """The same at the largest bandwidth that was measured."""
-        return self.best_bytes_per_s * self._settings.downtime_limit_ns / NS_PER_S
+        return self.best_bytes_per_s * self.limit_ns / NS_PER_S
 
     def fits(self, pending_bytes: int) -> bool:
         """Whether these bytes can be sent within the downtime limit. 0 bytes always fit, more not before the first
@@ -99,7 +111,7 @@ class Switchover:
         `unread_ns`: how long the slowest stream takes for that. A limit below the decision interval counts as one
         interval, as for a `Backlog`.
         """
-        left_ns = max(self._settings.downtime_limit_ns, self._settings.decision_interval_ns) - unread_ns
+        left_ns = max(self.limit_ns, self._settings.decision_interval_ns) - unread_ns
         return unsaved_bytes == 0 or unsaved_bytes * NS_PER_S < self.bandwidth_bytes_per_s * left_ns
 
     def falls_short(self, unread_ns: float, unsaved_bytes: int) -> list[str]:
@@ -130,6 +142,7 @@ class Backlog(abc.ABC):
 
     def __init__(self, settings: SwitchoverSettings, now_ns: int) -> None:
         self._settings = settings
+        self._limit_ns = settings.limit_ns(now_ns)
         self._at_ns = now_ns
         self._sent_bytes = 0
         self._ran_dry = False  # whether the part was empty at any sample
@@ -142,7 +155,7 @@ class Backlog(abc.ABC):
     def fits(self, remaining_bytes: int) -> bool:
         """Whether this part alone can be sent within the downtime limit. True for 0 bytes or a given bandwidth."""
         settings = self._settings
-        return self.time_ns(remaining_bytes) < max(settings.downtime_limit_ns, settings.decision_interval_ns)
+        return self.time_ns(remaining_bytes) < max(self._limit_ns, settings.decision_interval_ns)
 
     def time_ns(self, remaining_bytes: int) -> float:
         """How long these bytes take at the rate of the part: 0 if it keeps up or the bandwidth is given, infinite if no
@@ -168,6 +181,7 @@ class RamBacklog(Backlog):
 
     @override
     def sample(self, now_ns: int, bytes_sent: int, remaining_bytes: int) -> None:
+        self._limit_ns = self._settings.limit_ns(now_ns)
         elapsed_ns = now_ns - self._at_ns
         if remaining_bytes == 0:
             self._bytes_per_s, self._ran_dry = None, True
@@ -200,6 +214,7 @@ class StreamBacklog(Backlog):
 
     @override
     def sample(self, now_ns: int, bytes_sent: int, remaining_bytes: int) -> None:
+        self._limit_ns = self._settings.limit_ns(now_ns)
         if self._in_round:
             self._round_ns += now_ns - self._at_ns
             self._round_bytes += bytes_sent - self._sent_bytes
@@ -288,7 +303,7 @@ def why_not(
 
 
 def _what_fits(settings: SwitchoverSettings, switchover: Switchover) -> str:
-    limit = f"a downtime limit of {settings.downtime_limit_ns / 1e6:g} ms"
+    limit = f"a downtime limit of {switchover.limit_ns / 1e6:g} ms"
     window = f"{settings.bandwidth_window_ns / 1e6:g} ms"
     rate, best = switchover.bandwidth_bytes_per_s, switchover.best_bytes_per_s
     if not best:

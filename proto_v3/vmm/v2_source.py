@@ -165,6 +165,9 @@ class V2Source(Source):
             if switchover.window_is_full(self._counted_bytes()):  # nothing is sent or decided before it is over
                 await pause(switchover.window_left_ns(self.now_ns))
                 switchover.sample(self.now_ns, self._counted_bytes())
+            if self.out_of_time:
+                self.note_force(self._estimate(), self.held_up(0))
+                return
             if self._options.polls:
                 await self._ask_devices()
             # migration_iteration_run: the exact figure costs, and is asked for only once the cheap one fits
@@ -281,6 +284,8 @@ class V2Source(Source):
     async def last_look(self, index: int) -> None:
         """QEMU 11.1 looks for REINIT once more during the switchover, right before a device's PRE_COPY_P2P, in which
         mlx5 reports none. With the vCPUs stopped the answer is final."""
+        if self.out_of_time:  # no ack is waited for (migration_can_switchover)
+            return
         if self._options.ack is Ack.REUSABLE and index in self.fds and await self._ask(index):
             self._late.insert(0, self.side.devices[index].name)
 

@@ -298,6 +298,10 @@ class V3Source(Source):
         settings = self.side.settings
         while True:
             self._sample()
+            if self.out_of_time:
+                left_bytes = self.side.machine.ram.pending_bytes() + self._unread_bytes
+                self.note_force(left_bytes, self.held_up(self._unread_bytes))
+                return
             if not (self._ready or self._forced):
                 await self._until_ready(settings.bandwidth_window_ns)
                 continue
@@ -341,7 +345,7 @@ class V3Source(Source):
     @property
     def _forced(self) -> bool:
         """Whether the guest is stopped now even if its devices are not ready."""
-        return self._force_at_ns is not None and self.now_ns >= self._force_at_ns
+        return self.out_of_time or (self._force_at_ns is not None and self.now_ns >= self._force_at_ns)
 
     async def _until_ready(self, at_most_ns: int) -> None:
         if self._force_at_ns is not None:
@@ -424,5 +428,6 @@ class V3Source(Source):
                 late.append(self.side.devices[device].name)
         self.counters.late_final_checks += len(late)
         if late and self._forced:
-            self.note = f"stopped by force: the critical data of {', '.join(late)} was not loaded"
+            forced = f"stopped by force: the critical data of {', '.join(late)} was not loaded"
+            self.note = "; ".join(filter(None, [self.note, forced]))
         return not late or self._forced or self.counters.retries >= self._options.max_retries

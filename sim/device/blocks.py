@@ -235,7 +235,8 @@ class SaveBlocks(SavedFd, BlocksFd):
         await self._call()
         self.check_open()
         self._device.advance(now_ns())
-        return StreamInfo(self._device.epoch, self.pending_bytes())
+        pending_bytes = round(self.pending_bytes() * self._session.driver.precopy_info_factor)
+        return StreamInfo(self._device.epoch, pending_bytes)
 
     @override
     async def poll(self, timeout_ns: int | None = None) -> Ready:

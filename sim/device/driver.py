@@ -129,13 +129,18 @@ class SimDriver(MigrationDevice):
     @override
     async def stop_copy_bytes(self) -> int:
         async with self._state_lock:
-            if self._saving and self._settings.stop_copy_size == "left":
-                return sum(stream.left_bytes() for stream in self._saved_streams)
-            header_bytes = V3_HEADER_BYTES if self._dirty_streams else HEADER_BYTES
-            return image_bytes(self.spec, self._settings, self.spec.critical.objects, self.spec.blocks, header_bytes)
+            return round(self._stop_copy_bytes() * self._settings.stop_copy_size_factor)
+
+    def _stop_copy_bytes(self) -> int:
+        if self._saving and self._settings.stop_copy_size == "left":
+            return sum(stream.left_bytes() for stream in self._saved_streams)
+        header_bytes = V3_HEADER_BYTES if self._dirty_streams else HEADER_BYTES
+        return image_bytes(self.spec, self._settings, self.spec.critical.objects, self.spec.blocks, header_bytes)
 
     @override
     async def set_precopy_info_v2(self) -> None:
+        if not self._settings.precopy_info_v2:
+            raise fails(errno.ENOTTY)
         if MigrationFlags.PRE_COPY not in self.spec.flags:
             raise fails(errno.EINVAL)
         self._precopy_info_v2 = True
@@ -219,6 +224,7 @@ class SimDriver(MigrationDevice):
             self.log,
             lambda: self._state,
             self._fail,
+            self._guest_resets,
         )
 
     def _start_saving(self) -> DataFd:
@@ -265,6 +271,12 @@ class SimDriver(MigrationDevice):
         self._breaks += 1
         self._end_sessions(code)
         self._state = state
+
+    def _guest_resets(self) -> None:
+        """The guest resets the device: as reset(), by whoever has it."""
+        self.log.add("the guest reset the device")
+        self._break(State.RUNNING, errno.ENODEV)
+        self._dirty_streams, self._stream_flags = 0, NO_STREAM_FLAGS
 
     def _fail(self) -> None:
         """v3: something failed on a stream, and so everything has."""

@@ -81,7 +81,7 @@ class V2Stream(SaveStream):
         dirty = self.pending_bytes() - initial + unplanned_bytes
         if flags or (initial and self._driver.initial == "image"):
             dirty = 0  # they count from the new initial data on; and mlx5 reports none before all initial data is read
-        return PrecopyInfo(initial, dirty, flags=flags)
+        return PrecopyInfo(initial, round(dirty * self._driver.precopy_info_factor), flags=flags)
 
     def _reinit(self) -> None:
         """Save new critical data at once, not when all is read. Records that come before it count as initial, too."""

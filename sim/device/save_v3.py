@@ -45,10 +45,14 @@ class V3Stream(SaveStream):
         self.check_open()
         self._device.advance(now_ns())
         self._before_info()
-        return StreamInfo(self._plan.newest_epoch, self.pending_bytes())
+        return StreamInfo(self._plan.newest_epoch, self._reported_bytes())
 
     def _before_info(self) -> None:
         """Called by stream_info(), before it counts."""
+
+    def _reported_bytes(self) -> int:
+        """What stream_info() says is unread."""
+        return self.pending_bytes()
 
 
 class CriticalStream(V3Stream):
@@ -122,6 +126,10 @@ class DirtyStream(V3Stream):
     def _before_info(self) -> None:
         if not self.suspended:
             self._refill_if_drained()
+
+    @override
+    def _reported_bytes(self) -> int:
+        return round(self.pending_bytes() * self._driver.precopy_info_factor)
 
     @property
     def given_epoch(self) -> int:

@@ -19,6 +19,7 @@ from sim.device.save_v3 import CriticalStream, DirtyStream
 from sim.device.state import DeviceState, Image
 from sim.device.stream import DriverLock, MigrationSession
 from sim.scenario.device import Device
+from sim.scenario.units import NS_PER_S
 
 SavedStream = V2Stream | CriticalStream | DirtyStream | SaveBlocks
 NewLock = Callable[[], DriverLock]
@@ -50,6 +51,20 @@ class SavingSession:
                 task = asyncio.create_task(stream.produce(), name=f"{device.spec.name} producer {index}")
                 task.add_done_callback(report_bug)
                 self._tasks.append(task)
+        if device.spec.guest_resets_at_s:
+            self._tasks.append(asyncio.create_task(self._guest_resets(), name=f"{device.spec.name} resets"))
+
+    async def _guest_resets(self) -> None:
+        """The guest resets the device when the scenario says so, if it runs then."""
+        for at_ns in sorted(round(at_s * NS_PER_S) for at_s in self._device.spec.guest_resets_at_s):
+            start = now_ns()
+            if at_ns < start:  # that was before the session
+                continue
+            await sleep_ns(at_ns - start)
+            self._session.context.timeline.work(Resource.FIXED, "guest runs", start)
+            if self._device.guest_runs:
+                self._session.guest_resets()
+                return
 
     def _start_v3(self, critical: CriticalStream, dirty: list[DirtyStream] | list[SaveBlocks]) -> None:
         device = self._device

@@ -101,6 +101,11 @@ class DeviceState:
         at = int(times[self._reconfigurations])
         return None if self._stopped_ns is not None and at > self._stopped_ns else at
 
+    @property
+    def guest_runs(self) -> bool:
+        """Whether the vCPUs run."""
+        return self._stopped_ns is None
+
     def order_stop(self, now_ns: int) -> None:
         """The vCPUs are about to be stopped: add the reconfigurations that the scenario has for this time."""
         self.advance(now_ns)  # the added ones come after what was applied

@@ -122,6 +122,8 @@ class MigrationSession:
     """The state of the device, now."""
     fail: Callable[[], None]
     """v3: put the device into ERROR; every stream answers EIO from then on."""
+    guest_resets: Callable[[], None]
+    """The guest resets the device: the session is over."""
 
 
 class PartOfSession:

@@ -156,6 +156,8 @@ class Device(Table):
     critical: Critical
     writes: Writes | None = None
     reconfigurations: Reconfigurations | None = None
+    guest_resets_at_s: Times = []
+    """When the guest resets it, after the start. That ends a session (vfio.h), and with it the migration."""
     faults: Annotated[list[Fault], Field(max_length=MAX_FAULTS)] = []
     """What fails in it."""
 

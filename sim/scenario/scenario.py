@@ -88,6 +88,8 @@ class Scenario(Table):
             idle_round_ns=vmm.decision_interval_ns,
             decision_interval_ns=self.v3.decision_interval_ns,
             give_up_ns=vmm.give_up_ns,
+            force_ns=None if vmm.force_after_s is None else round(vmm.force_after_s * NS_PER_S),
+            downtime_steps=tuple((round(each.after_s * NS_PER_S), ns(each.limit_ms)) for each in vmm.downtime_steps),
             read_bytes=vmm.read_bytes,
             write_bytes=vmm.write_bytes,
             ram_budget_ns=vmm.ram_budget_ns,

@@ -166,6 +166,13 @@ class Driver(Table):
     stop_copy_size: Literal["full", "left"] = "full"
     """What MIG_DATA_SIZE reports. `full`: a whole image, in any state (mlx5, whose query does not ask for an increment:
     mlx5vf_pci_get_data_size). `left`: what is not read yet."""
+    stop_copy_size_factor: Annotated[float, Field(ge=1e-3, le=1000)] = 1.0
+    """What MIG_DATA_SIZE reports, by what is right: vfio.h calls it an estimate. v2's reads are no longer than what it
+    reports when the session begins (QEMU, vfio_save_setup)."""
+    precopy_info_factor: Annotated[float, Field(ge=0, le=1000)] = 1.0
+    """The same of dirty_bytes of GET_PRECOPY_INFO, and in v3 of pending_bytes of a dirty stream's GET_STREAM_INFO."""
+    precopy_info_v2: bool = True
+    """The kernel knows MIG_PRECOPY_INFOv2. If not, a VMM that asks for REINIT gets none (QEMU goes on without)."""
     precopy_end: Literal["ENOMSG", "0"] = "ENOMSG"
     """What read() gives at the temporary end: by the header ENOMSG; mtty and qat give 0."""
     epochs: Literal["keep", "invalidate"] = "keep"
@@ -244,6 +251,15 @@ class Link(Table):
         return round(self.round_trip_us * NS_PER_US / 2)
 
 
+class DowntimeStep(Table):
+    """A downtime limit that holds from a time on."""
+
+    after_s: Positive
+    """So long after the migration began."""
+    limit_ms: Positive
+    """The limit from then on."""
+
+
 class Vmm(Table):
     """The VMM's costs and settings."""
 
@@ -276,6 +292,13 @@ class Vmm(Table):
     """A migration that has not stopped the guest by then did not converge."""
     cancel_after_s: Positive | None = None
     """When the user cancels the migration, if the guest is not stopped yet."""
+    force_after_s: Positive | None = None
+    """When the guest is stopped, if it is not yet, however much is left, and whether or not an ack is there or critical
+    data is loaded: as `virsh migrate --timeout S --timeout-suspend` and OpenStack's force_complete do, which pause the
+    guest (an ack is then not waited for: QEMU, migration_can_switchover). If left out, never."""
+    downtime_steps: Annotated[list[DowntimeStep], Field(max_length=1000)] = []
+    """How the downtime limit rises in the course of the migration, as OpenStack sets it in steps, and users of libvirt
+    by `virsh migrate-setmaxdowntime`. `downtime_limit_ms` holds before the first."""
     other_load_ms: NonNegative = 0.0
     """The state of all other devices, loaded before the VFIO devices' config."""
     config_load_us_per_vector: NonNegative = 0.0
@@ -351,6 +374,15 @@ class Vmm(Table):
             raise self.wrong("multifd_load_threads", "must be left out where channel threads load")
         if self.switchover_ack == "reusable" and not self.reinit:
             raise self.wrong("switchover_ack", "goes with reinit = true only, which is what asks for it again")
+        return self
+
+    @model_validator(mode="after")
+    def _in_time(self) -> Self:
+        if self.force_after_s is not None and self.force_after_s >= self.give_up_s:
+            raise self.wrong("force_after_s", f"must be less than give_up_s = {self.give_up_s:g}")
+        times = [step.after_s for step in self.downtime_steps]
+        if times != sorted(set(times)):
+            raise ValueError(f"downtime_steps: after_s = {times}: must grow from step to step")
         return self
 
 
