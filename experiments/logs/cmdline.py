@@ -41,6 +41,8 @@ class QemuSettings:
     switchover_ack: bool | None = None
     normal_bytes: int | None = None
     """Of RAM, sent in full (query-migrate)."""
+    vfio_bytes: int | None = None
+    """Of all VFIO devices, transferred (query-migrate)."""
     precopy_tracking: bool = True
     """False: x-pre-copy-dirty-page-tracking=off."""
 
@@ -116,6 +118,9 @@ def _take_json(settings: QemuSettings, document: Any) -> None:
         ram = document.get("ram")
         if isinstance(ram, Mapping) and type(ram.get("normal-bytes")) is int:
             settings.normal_bytes = ram["normal-bytes"]
+        vfio = document.get("vfio")
+        if isinstance(vfio, Mapping) and type(vfio.get("transferred")) is int:
+            settings.vfio_bytes = vfio["transferred"]
         for key, value in document.items():
             if isinstance(value, str | int):
                 _take_parameter(settings, str(key), str(value))

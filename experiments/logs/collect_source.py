@@ -3,9 +3,22 @@
 
 from __future__ import annotations
 
+import math
+
 from experiments.logs.collect_base import BaseCollector
 from experiments.logs.events import TraceEvent
-from experiments.logs.facts import SOURCE, Report, Size, Stretch, Window
+from experiments.logs.facts import SOURCE, DeviceFacts, Report, Size, Stretch, Window
+
+MOST_DIRTY = 0.9
+"""Where more of the state is dirty, what was written twice cannot be reckoned. Ours."""
+
+
+def _written(dirty: int, device: DeviceFacts) -> int:
+    """Bytes that were written, if so many of the state are dirty: some were written twice, if writes go anywhere."""
+    whole = max((report.initial_bytes + report.dirty_bytes for report in device.reports), default=0)
+    whole = max(whole, device.first_pass_bytes or 0)
+    share = dirty / whole if whole else 0.0
+    return round(-whole * math.log1p(-share)) if share < MOST_DIRTY else dirty
 
 
 class SourceCollector(BaseCollector):
@@ -47,8 +60,12 @@ class SourceCollector(BaseCollector):
         unread, since_us = self._unread.get(device.name, 0), self._dirty.get(device.name)
         self._unread[device.name] = report.initial_bytes + report.dirty_bytes
         if since_us is not None and not report.reinit:
-            device.dirtied_bytes += max(0, self._unread[device.name] - unread)
+            device.dirtied_bytes += _written(max(0, self._unread[device.name] - unread), device)
             device.dirtied_us += event.time_us - since_us
+        elif since_us is None and device.first_pass_us is not None and not self._unread[device.name]:
+            device.dirtied_us += event.time_us - device.first_pass_us
+        if device.first_pass_us is not None:
+            # The first report after the first pass has also what was written during that: it counts if it is 0.
             self._dirty[device.name] = event.time_us
 
     def _on_vfio_save_block(self, event: TraceEvent) -> None:
@@ -66,15 +83,13 @@ class SourceCollector(BaseCollector):
         if not self._stopped:
             self._device(event).drained_us = event.time_us
             self._unread[event.device] = 0
-            self._dirty.setdefault(event.device, event.time_us)
 
     def _on_vfio_save_iterate(self, event: TraceEvent) -> None:
         device = self._device(event)
         if self._stopped or event.value("precopy initial size") or event.value("precopy dirty size"):
             return
         if device.first_pass_bytes is None:
-            device.first_pass_bytes = device.precopy_bytes
-        self._dirty.setdefault(event.device, event.time_us)
+            device.first_pass_bytes, device.first_pass_us = device.precopy_bytes, event.time_us
 
     def _on_vfio_save_complete_precopy_start(self, event: TraceEvent) -> None:
         self._saving[event.device] = event.time_us

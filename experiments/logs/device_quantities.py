@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from statistics import median
+from typing import NamedTuple
 
 from experiments.logs.facts import DeviceFacts, Piece, Transition
 from experiments.logs.pair import Pair
@@ -16,6 +17,10 @@ from sim.scenario.units import KIB
 
 FRAMING_BYTES = 4096
 """What a driver gives of a stopped device that has nothing more to give. Ours."""
+LONG_ENOUGH_S, UNSURE = 5.0, 1.5
+"""What a guest writes within less time may be so many times more, or less, in the mean. Ours."""
+CLOSE_SHARE = 0.02
+"""Bounds of a size that are this near to each other are one value. Ours."""
 AGAIN_SHARE = 0.9
 """As in sim.real.measured: a driver that gives this share of the state once more has no increments."""
 FEATURES = (MigrationFlags.STOP_COPY, MigrationFlags.P2P, MigrationFlags.PRE_COPY)
@@ -105,25 +110,72 @@ def setup_size(here: DeviceFacts) -> int | None:
     return first.bytes if first is not None and here.setup_us is not None and first.at_us <= here.setup_us else None
 
 
+class StateSize(NamedTuple):
+    """How large a device's state is."""
+
+    bytes: int
+    """The value; 0: it cannot be told."""
+    low: int | None
+    high: int | None
+    """Bounds; None: there is none."""
+    how: str
+
+    @property
+    def known(self) -> bool:
+        """The bounds are next to each other."""
+        return self.low is not None and self.high is not None and self.high - self.low <= CLOSE_SHARE * self.bytes
+
+
+def state_size(here: DeviceFacts, there: DeviceFacts) -> StateSize:
+    """The size of the state: as the device says before anything is read, or by what was read."""
+    if (size := setup_size(here)) is not None:
+        return StateSize(size, size, size, "vfio_query_stop_copy_size at set-up")
+    if here.sizes and not here.precopy_blocks:
+        size = here.sizes[0].bytes
+        return StateSize(size, size, size, "stopcopy size of the first vfio_state_pending_exact")
+    if here.told_bytes is not None and not here.precopy_blocks:
+        size = here.told_bytes
+        return StateSize(size, size, size, "vfio transferred of query-migrate, by packets of each device")
+    if here.sizes and here.first_pass_bytes is not None and here.sizes[0].bytes >= here.first_pass_bytes:
+        size = here.sizes[0].bytes  # of the whole, or of what is left
+        return StateSize(
+            size, size, size + here.first_pass_bytes, "stopcopy size of the first vfio_state_pending_exact"
+        )
+    if there.arrived:
+        most = len(there.pieces) * (here.buffer_bytes or MIB) + (here.first_pass_bytes or 0)
+        return StateSize(
+            most, here.first_pass_bytes, most, f"{len(there.pieces)} packets of multifd, as if all were full"
+        )
+    first = here.reports[0] if here.reports and here.setup_us is not None else None
+    announced = first.initial_bytes + first.dirty_bytes if first is not None else 0
+    stopped = here.stop_bytes if here.stop_bytes > FRAMING_BYTES else 0
+    if here.first_pass_bytes is None:  # what pre-copy had to give was not read to its end
+        most = here.precopy_bytes + stopped
+        least = min(most, max(announced, stopped))
+        return StateSize(most, least, most, "vfio_save_block, in pre-copy and after the stop")
+    read = max(here.first_pass_bytes, min(announced, here.precopy_bytes))
+    if stopped >= AGAIN_SHARE * read:
+        most = read + stopped
+        if read <= CLOSE_SHARE * stopped:
+            return StateSize(most, stopped, most, "vfio_save_block, nearly all of it after the stop")
+        return StateSize(
+            stopped, stopped, most, "vfio_save_block after the stop; of it, pre-copy may have given some before"
+        )
+    most = read + stopped
+    return StateSize(
+        read if here.dirtied_bytes else most, read, most, "vfio_save_block of the first pass and after the stop"
+    )
+
+
 def whole_bytes(here: DeviceFacts, there: DeviceFacts) -> tuple[int, str]:
     """The size of the state, and by what; 0: it cannot be told."""
-    size = setup_size(here)
-    if size is not None:
-        return size, "vfio_query_stop_copy_size at set-up"
-    if here.sizes and (not here.precopy_blocks or here.sizes[0].bytes >= (here.first_pass_bytes or 0)):
-        return here.sizes[0].bytes, "stopcopy size of the first vfio_state_pending_exact"
-    packets = len(there.pieces) * (here.buffer_bytes or MIB) if there.arrived else 0
-    if packets > (here.first_pass_bytes or 0):
-        return packets, f"{len(there.pieces)} packets of multifd, as if each were full"
-    read = here.first_pass_bytes if here.first_pass_bytes is not None else here.precopy_bytes
-    stopped = here.stop_bytes if here.stop_bytes > FRAMING_BYTES else 0
-    if stopped >= AGAIN_SHARE * read:
-        return stopped, "vfio_save_block after the stop, all of them"
-    return read, "vfio_save_block of the first pass, in pre-copy"
+    size = state_size(here, there)
+    return size.bytes, size.how
 
 
 def _sizes(key: str, pair: Pair, here: DeviceFacts, there: DeviceFacts, base: Device) -> Iterator[LogQuantity]:
-    whole, how = whole_bytes(here, there)
+    size = state_size(here, there)
+    whole = size.bytes
     if not whole:
         yield unknown(f"{key}state_mib", "no vfio_query_stop_copy_size, vfio_state_pending_exact or vfio_save_block")
         return
@@ -132,9 +184,12 @@ def _sizes(key: str, pair: Pair, here: DeviceFacts, there: DeviceFacts, base: De
         critical = 0
         yield measured(f"{key}critical.objects", 0, "the whole state is smaller than the base's objects would be")
     state = (whole - critical) / MIB
-    told = f"{how}, {whole} bytes" + (f" less {critical} of critical objects" if critical else "")
-    least = state / 2 if "packets" in how else state  # a read() that is short at a chunk's end, after each full one
-    yield bounded(f"{key}state_mib", state, told, least, state)
+    told = f"{size.how}, {whole} bytes" + (f" less {critical} of critical objects" if critical else "")
+    low, high = (None if each is None else max(0, each - critical) / MIB for each in (size.low, size.high))
+    if size.known:
+        yield measured(f"{key}state_mib", state, told)
+    else:
+        yield bounded(f"{key}state_mib", state, told, low, high)
     block_kib = SMALL_BLOCK_KIB if state < SMALL_MIB else BLOCK_KIB
     yield measured(f"{key}block_kib", block_kib, "so small that the size is met; nothing else depends on it")
     yield from _stop_only(key, pair, here, there, state)
@@ -148,7 +203,7 @@ def _stop_only(key: str, pair: Pair, here: DeviceFacts, there: DeviceFacts, stat
         count, size_mib = len(there.pieces), (here.buffer_bytes or MIB) / MIB
         how = f"{count} packets of multifd, of up to {size_mib:g} MiB"
         high = min(state_mib, count * size_mib)
-        yield bounded(name, high, how, min(high, count * size_mib / 2), high)
+        yield bounded(name, high, how, None, high)
     elif rereads(here, there):
         yield measured(name, 0.0, "pre-copy gives all of it, and STOP_COPY all of it again")
     elif here.stop_bytes <= FRAMING_BYTES:
@@ -157,8 +212,10 @@ def _stop_only(key: str, pair: Pair, here: DeviceFacts, there: DeviceFacts, stat
         stopped = min(state_mib, here.stop_bytes / MIB)
         unread = _unread_bytes(here) / MIB
         how = f"{here.stop_bytes} bytes of vfio_save_block after the stop"
-        if unread or not here.dirtied_us:
-            low = max(0.0, stopped - unread) if here.dirtied_us else 0.0
+        if not here.dirtied_us:
+            yield bounded(name, stopped, f"{how}; what of it was dirty, is not known", 0.0, stopped)
+        elif unread:
+            low = max(0.0, stopped - unread)
             yield bounded(name, low, f"{how}, of which some were dirty at the stop", low, stopped)
         else:
             yield measured(name, stopped, f"{how}, nothing of it dirty by the last PRECOPY_INFO")
@@ -193,12 +250,16 @@ def _writes(key: str, pair: Pair, here: DeviceFacts, there: DeviceFacts) -> Iter
         yield unknown(name, "this driver does not tell what became dirty")
     elif not here.dirtied_us:
         yield unknown(
-            name, "no PRECOPY_INFO came after all was read (vfio_query_precopy_size, vfio_state_pending_exact)"
+            name, "no two PRECOPY_INFOs came after all was read (vfio_query_precopy_size, vfio_state_pending_exact)"
         )
     else:
         span_s = here.dirtied_us / US_PER_S
-        how = f"{here.dirtied_bytes} bytes that PRECOPY_INFO reported anew within {span_s:.3g} s; where, is not known"
-        yield measured(name, dirty_bytes_per_s(here) / MIB, how)
+        how = f"{here.dirtied_bytes} bytes from report to report within {span_s:.3g} s, as if written anywhere"
+        rate = dirty_bytes_per_s(here) / MIB
+        if rate and span_s < LONG_ENOUGH_S:
+            yield bounded(name, rate, f"{how}; not long enough to be sure", rate / UNSURE, rate * UNSURE)
+        else:
+            yield measured(name, rate, how)
     reinits = [each.at_us for each in here.reports if each.reinit]
     if reinits and pair.source.begun:
         begin_us = pair.source.statuses[0][0]

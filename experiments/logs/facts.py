@@ -102,13 +102,16 @@ class DeviceFacts:
     """The first PRECOPY_INFO, each one with REINIT, and the last one."""
     dirtied_bytes: int = 0
     dirtied_us: int = 0
-    """What was reported dirty after the device was drained, and in which time it became so."""
+    """What was written to it from one report to the next, after it was drained, and in which time."""
     drained_us: int | None = None
     """When read() had nothing more to give, the last time before the stop."""
     precopy_bytes: int = 0
     precopy_blocks: int = 0
     first_pass_bytes: int | None = None
     """What was read until, for the first time, nothing more was announced."""
+    first_pass_us: int | None = None
+    told_bytes: int | None = None
+    """Its part of what query-migrate says was transferred."""
     stop_bytes: int = 0
     """By read()s after the guest was stopped."""
     stop_blocks: int = 0

@@ -31,6 +31,8 @@ PART_OF_MEASURED = (
     "vmm.config_load_us_per_vector",
 )
 """What the base adds to each device's times. Measured times have it in them, so it is 0 here."""
+POSITIVE = ("state_mib", "_per_s")
+"""The ends of keys that may not be 0."""
 NO_UPPER = 8.0
 """Where neither the logs nor the base have a bound, a range ends at this many times the value. Ours."""
 
@@ -130,10 +132,11 @@ def _range(fit: Fit, each: LogQuantity, base: Scenario) -> None:
     low, high, value = each.low, each.high, each.value
     if low is None:
         low = own.low if own is not None and own.of is None and own.low is not None and own.low <= value else 0.0
-        low = max(low, value / NO_UPPER) if low == 0 else low
     if high is None:
         high = own.high if own is not None and own.of is None and own.high is not None else value * NO_UPPER
         high = max(high, value)
+    if (low == 0 and each.low is None) or each.key.endswith(POSITIVE):
+        low = max(low, value / NO_UPPER)
     low, high = min(low, value), max(high, value)
     if low < high:
         why = f"{each.how}" + (

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from experiments.logs.clocks import Clocks, aligned
-from experiments.logs.cmdline import read_settings
+from experiments.logs.cmdline import QemuSettings, read_settings
 from experiments.logs.driver import read_calls
 from experiments.logs.fitted import Fit, fitted, quantities_of, scenario_text
 from experiments.logs.pair import Pair, read_pair
@@ -73,6 +73,7 @@ def machine_of(
     base = load(str(find_base(extends)))
     settings, calls = read_settings(cmdline), read_calls(driver)
     pair = read_pair(source, target, migration)
+    _tell_bytes(pair, settings)
     clocks = aligned(pair)
     fall = waterfall(pair, clocks)
     names = list(rename) or [f"{ANONYMOUS}{at}" for at in range(len(pair.devices))]
@@ -157,6 +158,14 @@ def _off(outcome: Outcome, fall: Waterfall) -> float:
     if outcome.downtime_ns is None:
         return math.inf
     return 0.0 if fall.downtime_ms is None else abs(outcome.downtime_ns / NS_PER_MS - fall.downtime_ms)
+
+
+def _tell_bytes(pair: Pair, settings: QemuSettings) -> None:
+    """Each device's part of what query-migrate says of all, where multifd shows packets only."""
+    packets = sum(len(there.pieces) for _, there in pair.devices)
+    if settings.vfio_bytes is not None and pair.source.multifd and packets:
+        for here, there in pair.devices:
+            here.told_bytes = settings.vfio_bytes * len(there.pieces) // packets
 
 
 def _simulated(scenario: Scenario) -> Outcome:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from experiments.logs.clocks import Clocks
-from experiments.logs.device_quantities import stop_pieces, usual, whole_bytes
+from experiments.logs.device_quantities import state_size, stop_pieces, usual, whole_bytes
 from experiments.logs.driver import LOAD, NS_PER_S, SAVE, Calls
 from experiments.logs.facts import DeviceFacts, Piece
 from experiments.logs.pair import Pair
@@ -24,6 +24,10 @@ ENOUGH = 3
 """With fewer write()s, the last one cannot be told from the others. Ours."""
 LONG = 0.5
 """A write() that takes this part of the longest one ends with a LOAD, as that does. Ours."""
+EVEN, LONG_PLACE = 0.25, 0.9
+"""If the median write() takes this part of one that is longer than 90 % of them, each takes as long as its bytes."""
+QUICK_PLACE = 0.25
+"""Of full packets the quicker ones count: what else the machine does only makes them slower. Ours."""
 STALL_US, STALL_RATIO, STALL_SHARE = 20_000, 3.0, 1 / 3
 """A write() that takes this much, and so many times what others take, is no LOAD, if there are at most this share of
 the LOADs that chunks of the base's size make. Ours."""
@@ -72,7 +76,10 @@ def shared(pair: Pair, engines: float) -> float:
 
 def saved_bytes(here: DeviceFacts, there: DeviceFacts) -> int:
     """What was saved of the stopped device; with multifd no event has it, and the size of the state is taken."""
-    return here.stop_bytes or (whole_bytes(here, there)[0] if here.save_thread is not None else 0)
+    if here.stop_bytes or here.save_thread is None:
+        return here.stop_bytes
+    size = state_size(here, there)
+    return size.bytes if size.known else 0
 
 
 def _save(pair: Pair, calls: Calls, base: Scenario) -> Iterator[LogQuantity]:
@@ -124,6 +131,9 @@ def _load(pair: Pair, calls: Calls, base: Scenario) -> Iterator[LogQuantity]:
         what = "mlx5vf_cmd_load_vhca_state, without what the last one takes more"
         yield _of_calls(LOAD_KEY, size, [sum(times_ns) - _late_ns(times_ns, len(pair.devices))], what)
         return
+    if pair.source.multifd and (found := _of_full_packets(pair)) is not None:
+        yield found
+        return
     size = us = count = 0
     for here, there in pair.devices:
         pieces = regular(stop_pieces(pair, there), _packet_bytes(here, there), base)
@@ -148,6 +158,23 @@ def _load(pair: Pair, calls: Calls, base: Scenario) -> Iterator[LogQuantity]:
         how += f"; less the copy at host.copy_gib_per_s = {base.host.copy_gib_per_s:g}"
         rate = size * US_PER_S / (us - copied_us) / MIB
         yield bounded(LOAD_KEY, rate * share, how, rate, rate * share)
+
+
+def _of_full_packets(pair: Pair) -> LogQuantity | None:
+    """The rate where each write() takes as long as its bytes: by the median of those that are full. None if most
+    write()s take next to nothing, as where a few end with a LOAD."""
+    every = [piece.us for _, there in pair.devices for piece in there.pieces]
+    buffer_bytes = max(here.buffer_bytes or MIB for here, _ in pair.devices)
+    if len(every) < 2 * ENOUGH:
+        return None
+    middle, long = median(every), sorted(every)[int(LONG_PLACE * (len(every) - 1))]
+    if middle < EVEN * long or middle < STALL_US / 10:
+        return None
+    full = sorted(each for each in every if each >= LONG * middle)
+    took_us = full[int(QUICK_PLACE * (len(full) - 1))]
+    how = "vfio_load_state_device_buffer_load_start to _load_end"
+    how += f", {took_us / US_PER_MS:.3f} ms for a full packet of {buffer_bytes} bytes, lower quartile of {len(full)}"
+    return measured(LOAD_KEY, buffer_bytes * US_PER_S / took_us / MIB, f"{how}; {len(pair.devices)} devices at once")
 
 
 def _packet_bytes(here: DeviceFacts, there: DeviceFacts) -> float:

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Logs that unmodified QEMUs wrote, of migrations whose times, sizes and rates are known (tests/data/logs/): `proto-v3
+fit` gives them back."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from experiments.logs.machine import FittedMachine, machine_of
+from experiments.logs.quantity import Certainty, LogQuantity
+from proto_v3.errors import UserError
+from tests.build.fit_truth import LEAST_MS, Truth
+from tests.real.qemu.cases import End
+from tests.real.qemu.pairs import FOLDER, PAIRS, LogPair, kept
+
+COMPLETED = [pair.folder.name for pair in kept() if pair.known["status"] == End.COMPLETED]
+OTHERS = [pair.folder.name for pair in kept() if pair.known["status"] != End.COMPLETED]
+MOST_BYTES = 30 << 10
+
+
+@functools.cache
+def fit(name: str) -> FittedMachine:
+    pair = LogPair(FOLDER / name)
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = pair.unpacked(Path(folder))
+        return machine_of(str(source), str(target), cmdline=[str(pair.folder / "cmdline.txt")])
+
+
+def test_each_case_is_kept_and_is_small() -> None:
+    assert {pair.folder.name for pair in kept()} == {f"{case.name}-{each}" for case in PAIRS for each in case.versions}
+    for pair in kept():
+        for file in pair.folder.iterdir():
+            assert file.stat().st_size <= MOST_BYTES, file
+
+
+@pytest.mark.parametrize("name", COMPLETED)
+def test_the_times_of_all_arcs_come_out(name: str) -> None:
+    Truth(LogPair(FOLDER / name)).check_times(fit(name))
+
+
+@pytest.mark.parametrize("name", COMPLETED)
+def test_sizes_come_out_or_are_bounded(name: str) -> None:
+    Truth(LogPair(FOLDER / name)).check_sizes(fit(name))
+
+
+@pytest.mark.parametrize("name", COMPLETED)
+def test_rates_come_out_or_cannot_be_told(name: str) -> None:
+    Truth(LogPair(FOLDER / name)).check_rates(fit(name))
+
+
+@pytest.mark.parametrize("name", COMPLETED)
+def test_what_the_user_set_comes_out(name: str) -> None:
+    Truth(LogPair(FOLDER / name)).check_settings(fit(name))
+
+
+@pytest.mark.parametrize("name", COMPLETED)
+def test_the_downtime_is_qemus_where_it_counts_the_target(name: str) -> None:
+    """QEMU's own figure leaves out the load if the target sends nothing back (without the return path)."""
+    pair, machine = LogPair(FOLDER / name), fit(name)
+    assert machine.waterfall.downtime_ms is not None
+    if {"return-path", "switchover-ack"} & set(pair.known["capabilities"]):
+        qemus = pair.known["query_migrate"]["downtime"]
+        assert qemus - 150 <= machine.waterfall.downtime_ms <= qemus + LEAST_MS
+    assert sum(machine.waterfall.phases_ms.values()) == pytest.approx(machine.waterfall.downtime_ms)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_migration_that_did_not_complete_is_told_as_what_it_was(name: str) -> None:
+    how = "cancelled" if "cancelled" in name else "failed"
+    with pytest.raises(UserError, match=rf"was {how} (before|after) the guest was stopped"):
+        fit(name)
+
+
+def by_key(machine: FittedMachine) -> dict[str, LogQuantity]:
+    return {each.key: each for each in machine.quantities}
+
+
+def test_multifd_tells_the_rate_of_loads_and_one_channel_does_not() -> None:
+    key = "firmware.load_mib_per_s"
+    assert by_key(fit("multifd-11.1"))[key].kind is Certainty.MEASURED
+    assert by_key(fit("pair-11.1"))[key].kind is not Certainty.MEASURED
