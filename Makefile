@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo quick test kernel kernel-debug qemu real real-all real-qemu real-read real-agree faults validate experiments notebooks docs bench lock clean
+.PHONY: help demo quick test kernel kernel-debug qemu real real-all real-qemu real-read real-agree faults validate calibrate experiments notebooks docs bench lock clean
 help:
 	@echo 'make demo      migrate the published two-VF machine under v2 and v3; table and figure in out/demo/'
 	@echo 'make quick     after each change: lint, types, and one case of each test that is not slow; less than a minute'
@@ -19,6 +19,7 @@ help:
 	@echo 'make real-agree  a scenario in virtual time, live, and by devices of that kernel, into results/real/agree; two minutes, idle'
 	@echo 'make faults    search for two faults that a migration does not survive: SEEDS=500 (24 runs each), from a drawn start'
 	@echo 'make validate  hold the simulation against published measurements'
+	@echo 'make calibrate  fit the scenarios'"'"' values to the published figures, and print them; five minutes; ARGS="--write" changes the files'
 	@echo 'make experiments  run all experiments into results/ (half an hour on two cores), and write results/report.html'
 	@echo 'make notebooks    execute the notebooks over the results, in place'
 	@echo 'make docs      write anew what is generated in docs/: the state machine, the tests of each rule, the API'
@@ -81,6 +82,9 @@ faults: $(VENV)/dev.stamp
 
 validate: $(VENV)/core.stamp
 	@$(BIN)/proto-v3 validate --seeds 30
+
+calibrate: $(VENV)/core.stamp
+	@$(BIN)/python -m experiments.calibration $(ARGS)
 
 experiments: $(VENV)/core.stamp
 	@$(BIN)/proto-v3 run all --resume --out results
