@@ -34,7 +34,7 @@ OUT = PROJECT / "out/real"
 
 APART = {
     "migrations": ["tests/real/test_migrations.py"],
-    "qemu": ["tests/real/test_qemu.py", "tests/real/test_conformance.py", "tests/real/test_agree_real.py"],
+    "qemu": [f"tests/real/test_{name}.py" for name in ("qemu", "fit_pairs", "conformance", "agree_real")],
 }
 SHARES = {**APART, "driver": ["tests/real", *(f"--ignore={file}" for files in APART.values() for file in files)]}
 """What each of the guests runs, if pytest is given no arguments. Each of them waits half of its time."""
