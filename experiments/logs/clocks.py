@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from experiments.logs.pair import Pair
 from proto_v3.errors import UserError
 
-APART_US = 1_000_000
-"""Clocks that are not more apart than this may agree, where nothing bounds the offset from below. Ours."""
+APART_US, LOOSE_US = 1_000_000, 10_000_000
+"""Clocks that are not more apart than this may agree, where nothing bounds the offset from below: by a message, and by
+QMP events alone, between which a whole load may be. Ours."""
 DRIFT_US = 2_000
 """As much may two bounds contradict each other: clocks drift while a migration runs. Ours."""
 
@@ -74,7 +75,8 @@ def aligned(pair: Pair) -> Clocks:
     if upper is None:
         return Clocks(0, None, lower)
     if lower is None:
-        return Clocks(0 if 0 <= upper.us <= APART_US else upper.us, upper, None)
+        apart_us = APART_US if pair.traced else LOOSE_US
+        return Clocks(0 if 0 <= upper.us <= apart_us else upper.us, upper, None)
     if lower.us > upper.us + DRIFT_US:
         raise UserError(
             f"the logs are of two different migrations: by the {upper.what} the target's clock is at most "

@@ -11,6 +11,14 @@ from experiments.logs.collect_target import TargetCollector
 from experiments.logs.events import TraceEvent
 from experiments.logs.facts import SideFacts, Transition
 
+PASSES = {
+    ("PRE_COPY_P2P", "STOP_COPY"),
+    ("RUNNING_P2P", "STOP"),
+    ("RUNNING_P2P", "STOP_COPY"),
+    ("RUNNING_P2P", "RUNNING"),
+}
+"""What all devices do in turn, and what they do right after it."""
+
 
 class Collector(SourceCollector, TargetCollector):
     """Takes the events of one log in their order."""
@@ -21,8 +29,16 @@ class Collector(SourceCollector, TargetCollector):
         if word.endswith("-prepare"):
             self._asked[device.name] = event.time_us, STATES.get(word.removesuffix("-prepare"), "")
         elif word in STATES:
-            begin_us, _ = self._asked.pop(device.name, (None, ""))
-            self._moved(device, Transition("", STATES[word], begin_us, event.time_us), STATES[word])
+            state = STATES[word]
+            begin_us, _ = self._asked.pop(device.name, (self._begin_of(state), ""))
+            self._moved(device, Transition("", state, begin_us, event.time_us), state)
+            self._last_qmp = event.time_us, state
+
+    def _begin_of(self, state: str) -> int | None:
+        """When a step began whose end alone is told: when the one before it ended, in the same pass or the pass before.
+        None: that is not known."""
+        at_us, before = self._last_qmp
+        return at_us if before == state or (before, state) in PASSES else None
 
     def _on_QMP_MIGRATION(self, event: TraceEvent) -> None:  # noqa: N802
         if not self._now.traced:

@@ -50,6 +50,8 @@ class BaseCollector:
         self._threads: dict[str, int] = {}
         self._saving: dict[str, int] = {}
         self._load_threads: dict[str, int] = {}
+        self._last_qmp = 0, ""
+        """The last step of a device that QMP told: when it ended, and the state."""
         self._dirty: dict[str, int] = {}
         """By device: since when what became dirty is not reported yet."""
         self._unread: dict[str, int] = {}

@@ -8,9 +8,12 @@ Other lines, such as warnings, are left out.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,9 @@ QMP = "QMP:"
 DEVICE = re.compile(r"\s*\(([^)]*)\)")
 MOST_LINE_BYTES = 1 << 16
 """A longer line is no event."""
+GZIP = b"\x1f\x8b"
+OTHER_PACKERS = (b"\xfd7zXZ", b"(\xb5/\xfd", b"BZh")
+"""How files of xz, zstd and bzip2 begin."""
 SIMPLE_TRACE = bytes.fromhex("b429a40acb77b1f2")
 """How a file of QEMU's simple trace backend begins (scripts/simpletrace.py, header_magic, little-endian)."""
 
@@ -126,24 +132,33 @@ class LogFile:
         """The events, one by one. UserError if the file cannot be read, is no text, or has no event."""
         try:
             with Path("/dev/stdin" if self.name == "-" else self.name).open("rb") as file:
-                self._check_text(file.peek(1 << 12))
-                while line := file.readline(MOST_LINE_BYTES):
-                    self.lines += 1
-                    self.cut = not line.endswith(b"\n")
-                    event = event_of(line.decode("utf-8", errors="replace"))
-                    if event is None:
-                        self.untimed += bool(NO_TIME.match(line[:64].decode("ascii", errors="replace")))
-                        continue
-                    self.events += 1
-                    self.qmp |= event.name.startswith(QMP)
-                    self.traced |= not event.name.startswith(QMP)
-                    yield event
+                packed = file.peek(1 << 12).startswith(GZIP)
+                with gzip.open(file) if packed else contextlib.nullcontext(file) as lines:
+                    self._check_text(lines.peek(1 << 12))
+                    while line := lines.readline(MOST_LINE_BYTES):
+                        if (event := self._taken(line)) is not None:
+                            yield event
         except IsADirectoryError:
             raise UserError(f"{self.name}: is a folder; a log is a file") from None
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{self.name}: is compressed, and damaged or cut: {error}") from error
         except OSError as error:
             raise UserError(f"{self.name}: cannot be read: {error.strerror}") from error
         if not self.events:
             raise UserError(f"{self.name}: {self._why_nothing()}; `proto-v3 fit --how` says what to log")
+
+    def _taken(self, line: bytes) -> TraceEvent | None:
+        """Count a line; returns its event."""
+        self.lines += 1
+        self.cut = not line.endswith(b"\n")
+        event = event_of(line.decode("utf-8", errors="replace"))
+        if event is None:
+            self.untimed += bool(NO_TIME.match(line[:64].decode("ascii", errors="replace")))
+            return None
+        self.events += 1
+        self.qmp |= event.name.startswith(QMP)
+        self.traced |= not event.name.startswith(QMP)
+        return event
 
     def _check_text(self, begin: bytes) -> None:
         if begin.startswith(SIMPLE_TRACE):
@@ -151,8 +166,8 @@ class LogFile:
                 f"{self.name}: is of QEMU's simple trace backend, which is binary; QEMU must log events "
                 "as text (-trace with the log backend, -D FILE)"
             )
-        if begin.startswith(b"\x1f\x8b") or begin.startswith(b"\xfd7zXZ") or begin.startswith(b"(\xb5/\xfd"):
-            raise UserError(f"{self.name}: is compressed; unpack it first")
+        if begin.startswith(OTHER_PACKERS):
+            raise UserError(f"{self.name}: is compressed, and not by gzip; unpack it first")
         if b"\0" in begin:
             raise UserError(f"{self.name}: is no text, so no log of QEMU")
 

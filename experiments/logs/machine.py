@@ -28,8 +28,8 @@ from sim.scenario.units import BYTES_PER_S_PER_GBIT, NS_PER_MS
 AS_IT_WAS = "v2"
 """The protocol of QEMU; the scenario says whether with multifd, and with which ack."""
 SEED = 1
-CLOSE = 0.03
-"""A simulated downtime this near to the real one is explained. Ours."""
+CLOSE = 0.05
+"""A simulated downtime whose phases are this near to the real ones is explained. Ours."""
 MORE = 1.5
 """How much more bandwidth than what is left needs is given where the simulated guest would not be stopped. Ours."""
 ANONYMOUS = "vf"
@@ -154,10 +154,17 @@ def _explanations(found: Sequence[LogQuantity], base: Scenario) -> list[list[Log
 
 
 def _off(outcome: Outcome, fall: Waterfall) -> float:
-    """How far a simulated downtime is from the real one; where that is not known, 0."""
+    """How far a simulated downtime is from the real one, summed over its phases, ms; where that is not known, 0.
+
+    Transfer and load are taken together: when the last byte came, a log does not show.
+    """
     if outcome.downtime_ns is None:
         return math.inf
-    return 0.0 if fall.downtime_ms is None else abs(outcome.downtime_ns / NS_PER_MS - fall.downtime_ms)
+    if fall.downtime_ms is None:
+        return 0.0
+    off = {name: fall.phases_ms[name] - took / NS_PER_MS for name, took in outcome.phases_ns.items()}
+    off["load"] += off.pop("transfer")
+    return sum(abs(each) for each in off.values())
 
 
 def _tell_bytes(pair: Pair, settings: QemuSettings) -> None:

@@ -99,7 +99,8 @@ def _ram(pair: Pair, settings: QemuSettings, base: Scenario) -> Iterator[LogQuan
         return
     yield measured("ram.size_gib", size / GIB, f"{how}, {size} bytes")
     nonzero = yield from _nonzero(pair, settings, size)
-    yield from _ram_rates(source, settings, size, nonzero)
+    left = _left_bytes(pair)
+    scan = yield from _ram_rates(source, settings, size, nonzero, left)
     syncs = [stretch.us for stretch, _ in source.syncs]
     if syncs:
         how = f"migration_bitmap_sync_start to _end before the stop, {times_told(syncs)}"
@@ -108,28 +109,33 @@ def _ram(pair: Pair, settings: QemuSettings, base: Scenario) -> Iterator[LogQuan
         last = [stretch.us for stretch, _ in source.final_syncs]
         how = f"migration_bitmap_sync_start to _end after the stop, {times_told(last)}"
         yield measured("ram.final_sync_ms", sum(last) / US_PER_MS, how)
-    yield from _last_scan(pair, base)
+    yield from _last_scan(pair, base, left, nonzero, scan)
     yield from _dirty(source, size, base)
 
 
-def _last_scan(pair: Pair, base: Scenario) -> Iterator[LogQuantity]:
-    """What the last pass takes beside the sync and the pages that are left."""
+def _left_bytes(pair: Pair) -> int:
+    """Of RAM, what was left when the guest was stopped."""
+    source = pair.source
+    if source.final_ram_bytes is not None:
+        return source.final_ram_bytes
+    sizes = [here.sizes[-1].bytes for here, _ in pair.devices if here.sizes]  # QEMU 10: the figure is of all
+    return max(0, source.decided[1] - sum(sizes)) if source.decided and len(sizes) == len(pair.devices) else 0
+
+
+def _last_scan(pair: Pair, base: Scenario, left: int, nonzero: int | None, scan: float | None) -> Iterator[LogQuantity]:
+    """What the last pass takes beside the sync and what was left: pages, and zeros that were not looked at yet."""
     source = pair.source
     whole_us, end_us = source.saves_us.get("ram"), source.moments.get("RAM done")
     if whole_us is None or end_us is None:
         yield unknown("ram.final_scan_ms", "vmstate_downtime_save is not in the source's log")
         return
     inside = [stretch for stretch, _ in source.final_syncs if stretch.begin_us < end_us < stretch.end_us + whole_us]
-    inside_us, left = sum(stretch.us for stretch in inside), source.final_ram_bytes
-    how = f"vmstate_downtime_save of RAM, {whole_us / US_PER_MS:.3f} ms, less the last sync"
-    most_ms = max(0, whole_us - inside_us) / US_PER_MS
-    if left is None:  # QEMU 10
-        sizes = [here.sizes[-1].bytes for here, _ in pair.devices if here.sizes]
-        left = max(0, source.decided[1] - sum(sizes)) if source.decided and len(sizes) == len(pair.devices) else 0
-    how += f" and the {left} bytes that were left"
+    most_ms = max(0, whole_us - sum(stretch.us for stretch in inside)) / US_PER_MS
+    how = f"vmstate_downtime_save of RAM, {whole_us / US_PER_MS:.3f} ms, less the last sync and the {left} bytes left"
     fastest = max([base.ram.send_bytes_per_s / 1000, *(window.bytes_per_ms for window in source.windows)])
-    sent_ms = left / fastest
-    yield bounded("ram.final_scan_ms", max(0.0, most_ms - sent_ms), how, max(0.0, most_ms - sent_ms), most_ms)
+    zeros = max(0, left - nonzero) if nonzero is not None else 0
+    left_ms = (left - zeros) / fastest + zeros / (scan or base.ram.scan_bytes_per_s) * 1000
+    yield bounded("ram.final_scan_ms", max(0.0, most_ms - left_ms), how, max(0.0, most_ms - left_ms), most_ms)
 
 
 def _nonzero(pair: Pair, settings: QemuSettings, size: int) -> Generator[LogQuantity, None, int | None]:
@@ -152,15 +158,16 @@ def _nonzero(pair: Pair, settings: QemuSettings, size: int) -> Generator[LogQuan
     return nonzero
 
 
-def _ram_rates(source: SideFacts, settings: QemuSettings, size: int, nonzero: int | None) -> Iterator[LogQuantity]:
+def _ram_rates(
+    source: SideFacts, settings: QemuSettings, size: int, nonzero: int | None, left: int
+) -> Generator[LogQuantity, None, float | None]:
+    """Yields quantities; returns how fast zeros are found, bytes/s."""
     if not source.windows or nonzero is None or not source.begun:
-        return
-    best = max(window.bytes_per_ms for window in source.windows) * 1000
+        return None
+    send = max(window.bytes_per_ms for window in source.windows) * 1000
     limit = settings.max_bandwidth_bytes_per_s
-    send = best
-    limited = limit is not None and best > (1 - NEAR) * limit
     how = "the fastest window of migrate_transferred, RAM and devices together"
-    if limited:
+    if limit is not None and send > (1 - NEAR) * limit:
         how += f"; max-bandwidth, {limit} bytes/s, held it back"
     if nonzero >= MIB:
         yield bounded("ram.send_gib_per_s", send / GIB, how, send / GIB)
@@ -168,12 +175,17 @@ def _ram_rates(source: SideFacts, settings: QemuSettings, size: int, nonzero: in
         yield unknown("ram.send_gib_per_s", f"only {nonzero} bytes of RAM were not zero")
     begin_us = next((at_us for at_us, state in source.statuses if state == "active"), None)
     first = next((stretch.begin_us for stretch, _ in source.syncs if begin_us and stretch.begin_us > begin_us), None)
-    if begin_us is not None and first is not None:
-        scan_s = (first - begin_us) / US_PER_S - (nonzero / send if nonzero >= MIB else 0)
-        if scan_s > 0 and size - nonzero >= MIB:
-            rate = (size - nonzero) / scan_s / GIB
-            how = "the first pass, from active to the first sync of RAM, less the time of pages that are not zero"
-            yield bounded("ram.scan_gib_per_s", rate, f"{how}; devices' turns are in it", rate)
+    if begin_us is None or first is None:
+        return None
+    scan_s = (first - begin_us) / US_PER_S - (nonzero / send if nonzero >= MIB else 0)
+    scanned = size - nonzero - left
+    if scan_s <= 0 or scanned < MIB:
+        return None
+    how = "the first pass, from active to the first sync of RAM, less the time of pages that are not zero"
+    yield bounded(
+        "ram.scan_gib_per_s", scanned / scan_s / GIB, f"{how}; devices' turns are in it", scanned / scan_s / GIB
+    )
+    return scanned / scan_s
 
 
 def _dirty(source: SideFacts, size: int, base: Scenario) -> Iterator[LogQuantity]:
@@ -235,7 +247,7 @@ def _decision(pair: Pair, settings: QemuSettings) -> Iterator[LogQuantity]:
         how = "source_return_path_thread_switchover_acked"
         yield measured("vmm.switchover_ack", kind, f"{how}, {len(source.acks_us)} of them")
     if source.begun:
-        lasted_s = (source.end_us - source.statuses[0][0]) / US_PER_S
+        lasted_s = (source.statuses[-1][0] - source.statuses[0][0]) / US_PER_S
         how = f"the migration took {lasted_s:.1f} s; {ROOM:g} times that, and {LEAST_S:g} s at least"
         yield measured("vmm.give_up_s", round(max(LEAST_S, ROOM * lasted_s), 1), how)
 

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Logs that cannot be fitted, or not wholly: each gets one clear answer, and no made-up number."""
+
+from __future__ import annotations
+
+import gzip
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from experiments.logs.events import SIMPLE_TRACE, parse
+from experiments.logs.machine import machine_of
+from experiments.logs.pair import read_pair
+from experiments.logs.quantity import Certainty
+from proto_v3.errors import UserError
+from tests.build.fit_cases import known_logs
+from tests.build.qemu_log import NEW, OLD
+from tests.real.qemu.pairs import FOLDER as PAIRS
+
+LOGS = "proto-v3 fit --how"
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    source, target, _ = known_logs(tmp_path_factory.mktemp("logs"))
+    return Path(source), Path(target)
+
+
+def changed(log: Path, folder: Path, change: Callable[[list[str]], list[str]], name: str = "") -> str:
+    file = folder / (name or log.name)
+    file.write_text("".join(change(log.read_text().splitlines(True))))
+    return str(file)
+
+
+def refused(source: Path | str, target: Path | str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        machine_of(str(source), str(target))
+
+
+def at(lines: list[str], words: str) -> int:
+    return next(index for index, line in enumerate(lines) if words in line)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", r"is empty; `proto-v3 fit --how`"),
+        (b"\0\1\2" * 100, "is no text"),
+        (SIMPLE_TRACE + bytes(64), "simple trace backend"),
+        (b"\xfd7zXZ\0" + bytes(64), "compressed, and not by gzip"),
+        (gzip.compress(b"2026-11-30 nothing\n" * 1000)[:40], "compressed, and damaged or cut"),
+        (b"hello\nworld\n", "has no event of QEMU in its 2 lines"),
+        (b"vfio_save_block  (a0) data_size 24\n" * 3, r"3 lines that look like events .* -msg timestamp=on"),
+        (b"2026-11-30T18:36:53.561754Z vfio_pci_reset  (a0)\n", "has 1 events, but none of a migration"),
+        (b"x" * (1 << 20), "has no event of QEMU in its 16 lines"),
+    ],
+)
+def test_a_log_that_is_none(content: bytes, words: str, tmp_path: Path, logs: tuple[Path, Path]) -> None:
+    bad = tmp_path / "bad.log"
+    bad.write_bytes(content)
+    refused(bad, logs[1], rf"bad\.log: .*{words}")
+    refused(logs[0], bad, rf"bad\.log: .*{words}")
+
+
+def test_a_log_that_is_not_there_or_no_file(tmp_path: Path, logs: tuple[Path, Path]) -> None:
+    refused(tmp_path / "none.log", logs[1], "none.log: cannot be read: No such file")
+    refused(tmp_path, logs[1], "is a folder; a log is a file")
+    refused(logs[0], logs[0], "is both the source's and the target's log")
+
+
+def test_source_and_target_swapped(logs: tuple[Path, Path]) -> None:
+    refused(logs[1], logs[0], "target.log: is the log of a target; the source's log comes first")
+
+
+def test_logs_of_two_migrations_by_their_bytes(tmp_path: Path, logs: tuple[Path, Path]) -> None:
+    source, _, _ = known_logs(tmp_path, {"device.0.state_mib": 20.0, "device.0.stop_only_mib": 20.0})
+    refused(source, logs[1], r"device 0: \d+ bytes were saved, \d+ were loaded: these are two different migrations")
+
+
+def test_logs_of_two_migrations_by_their_number_of_devices(tmp_path: Path, logs: tuple[Path, Path]) -> None:
+    one = changed(logs[1], tmp_path, lambda lines: [line for line in lines if "(b1)" not in line])
+    refused(logs[0], one, "has 2 VFIO devices that migrate, .* has 1: these are two different migrations")
+
+
+def test_logs_of_two_migrations_of_the_same_machine_by_their_clocks(tmp_path: Path, logs: tuple[Path, Path]) -> None:
+    """Bytes and devices fit; but what the target sent back came before it was sent, by any offset of its clock."""
+    _, slow, _ = known_logs(tmp_path, {"firmware.load_finish_ms": 300.0})
+    refused(logs[0], slow, "two different migrations: by the .* the target's clock is at most")
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_log_that_begins_late_is_read_as_far_as_it_goes(side: int, tmp_path: Path, logs: tuple[Path, Path]) -> None:
+    begin = "src-downtime-start" if side == 0 else "SWITCHOVER_START"
+    cut = changed(logs[side], tmp_path, lambda lines: lines[at(lines, begin) :])
+    machine = machine_of(*([cut, str(logs[1])] if side == 0 else [str(logs[0]), cut]))
+    assert any("begins after the migration did" in note for note in machine.notes)
+    assert machine.waterfall.downtime_ms is not None
+    found = {each.key: each for each in machine.quantities}
+    assert found["device.1.config_load_ms"].value == pytest.approx(41, abs=0.01)
+    if side == 0:
+        assert found["device.1.quiesce_ms"].value == pytest.approx(31, abs=0.01)
+        assert "vmm.setup_ms" not in found
+        assert found["ram.size_gib"].kind is Certainty.UNKNOWN
+
+
+def test_a_source_log_that_ends_before_the_switchover(tmp_path: Path, logs: tuple[Path, Path]) -> None:
+    cut = changed(logs[0], tmp_path, lambda lines: lines[: at(lines, "src-downtime-start")])
+    refused(cut, logs[1], "the guest was not stopped in it .* cut before the switchover")
+
+
+def test_a_target_log_that_ends_while_it_loads(tmp_path: Path, logs: tuple[Path, Path]) -> None:
+    cut = changed(logs[1], tmp_path, lambda lines: lines[: at(lines, "vfio_load_device_config_state_start")])
+    machine = machine_of(str(logs[0]), cut)
+    assert machine.waterfall.downtime_ms is None
+    assert any("The end of the downtime is not in the target's log" in note for note in machine.notes)
+    unknown = {each.key for each in machine.quantities if each.kind is Certainty.UNKNOWN}
+    assert {"device.0.config_load_ms", "device.0.resume_ms", "vmm.vcpu_start_ms", "vmm.other_load_ms"} <= unknown
+
+
+def test_a_log_that_lacks_its_middle(tmp_path: Path, logs: tuple[Path, Path]) -> None:
+    def hole(lines: list[str]) -> list[str]:
+        half = at(lines, "src-vm-stopped") + 8
+        return lines[:half] + lines[half + 20 :]
+
+    refused(changed(logs[0], tmp_path, hole), logs[1], "or lines are missing")
+
+
+@pytest.mark.parametrize("end", range(0, 400, 23))
+def test_wherever_a_log_is_cut_the_answer_is_no_traceback(end: int, tmp_path: Path, logs: tuple[Path, Path]) -> None:
+    for side in (0, 1):
+        text = logs[side].read_text()
+        file = tmp_path / logs[side].name
+        file.write_text(text[: len(text) * end // 400])
+        names = [str(file), str(logs[1])] if side == 0 else [str(logs[0]), str(file)]
+        notes, told = list[str](), ""
+        try:
+            notes = read_pair(names[0], names[1]).notes
+        except UserError as error:
+            told = str(error)
+        assert notes or ".log: " in told
+
+
+@pytest.mark.parametrize("name", ["cancelled-10.0", "cancelled-11.1", "killed-11.1", "late-reinit-11.1"])
+def test_a_migration_that_did_not_complete(name: str) -> None:
+    folder = PAIRS / name
+    how = "cancelled" if "cancelled" in name else "failed"
+    refused(folder / "source.log.gz", folder / "target.log.gz", f"this migration was {how} (before|after)")
+
+
+def test_of_several_migrations_the_last_that_completed_or_the_one_that_is_named(
+    tmp_path: Path, logs: tuple[Path, Path]
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = known_logs(tmp_path / "other", {"vmm.vcpu_stop_ms": 3.0})
+    both = [tmp_path / "source.log", tmp_path / "target.log"]
+    for file, first, second in zip(both, other, logs, strict=False):
+        later = [each.replace("2026-11-30T", "2026-12-01T") for each in second.read_text().splitlines(True)]
+        file.write_text("".join([Path(first).read_text(), *later]))
+    days = {line[:10] for line in both[0].read_text().splitlines()}
+    assert len(days) == 2, days
+    for number, stop_ms in ((1, 3.0), (2, 7.0), (None, 7.0)):
+        machine = machine_of(str(both[0]), str(both[1]), migration=number)
+        (found,) = (each.value for each in machine.quantities if each.key == "vmm.vcpu_stop_ms")
+        assert found == pytest.approx(stop_ms, abs=0.01)
+        assert any("has 2 migrations; number 2 is taken" in note for note in machine.notes) is (number is None)
+    with pytest.raises(UserError, match=r"--migration 3: .* has 2"):
+        machine_of(str(both[0]), str(both[1]), migration=3)
+
+
+def test_names_that_do_not_fit_the_devices(logs: tuple[Path, Path]) -> None:
+    for rename in (["a"], ["a", "a"], ["a", "b", "c"]):
+        with pytest.raises(UserError, match=r"--rename .*: must be 2 different names"):
+            machine_of(str(logs[0]), str(logs[1]), rename=rename)
+    with pytest.raises(UserError, match="no/name"):
+        machine_of(str(logs[0]), str(logs[1]), rename=["no/name", "b"])
+
+
+def test_what_is_extended_has_too_many_devices(logs: tuple[Path, Path], tmp_path: Path) -> None:
+    base = tmp_path / "base.toml"
+    base.write_text("extends = 'mlx5'\n" + "[[device]]\n" * 3)
+    with pytest.raises(UserError, match="base"):
+        machine_of(str(logs[0]), str(logs[1]), extends=str(base))
+
+
+@pytest.mark.parametrize("version", [OLD, NEW])
+def test_lines_that_are_damaged_are_left_out(version: str, tmp_path: Path) -> None:
+    source, target, run = known_logs(tmp_path, None, "v2", version)
+    for file in (Path(source), Path(target)):
+        lines = file.read_text().splitlines(True)
+        mixed = [
+            line for each in lines for line in (each, "qemu: warning\n", "\xff x\n", each[: len(each) // 3] + "\n")
+        ]
+        file.write_text("".join(line for line in mixed if line in lines or not parse([line])), encoding="utf-8")
+    pair = read_pair(source, target)
+    assert len(pair.devices) == len(run.scenario.devices)
+
+
+def test_nothing_of_the_host_is_kept(logs: tuple[Path, Path], tmp_path: Path) -> None:
+    names = {"(a0)": "(0000:08:00.2)", "(a1)": "(0000:08:00.3)", "(b0)": "(0000:af:01.1)", "(b1)": "(0000:af:01.2)"}
+
+    def renamed(lines: list[str]) -> list[str]:
+        text = "".join(["secret-host qemu[77]: -name guest=secret\n", *lines])
+        for old, new in names.items():
+            text = text.replace(old, new)
+        return text.splitlines(True)
+
+    source, target = (changed(log, tmp_path, renamed) for log in logs)
+    line = "/usr/bin/qemu -name guest=secret -m 4096 -machine pc-q35-9.2 -device vfio-pci,host=0000:08:00.2"
+    machine = machine_of(source, target, cmdline=[line])
+    assert [device.name for device in machine.scenario.devices] == ["vf0", "vf1"]
+    assert machine.scenario.ram.size_gib == 4
+    assert not re.search(r"secret|0000:|/usr|q35", machine.text)
+    assert [each.name for each in machine_of(source, target, rename=["x", "y"]).scenario.devices] == ["x", "y"]

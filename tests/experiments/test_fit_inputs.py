@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What `proto-v3 fit` reads beside QEMU's trace: QMP events, the driver's functions, what QEMU was told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.logs.cmdline import QemuSettings, read_settings
+from experiments.logs.driver import FUNCTIONS, LOAD, RESUME, SAVE, SAVED, SUSPEND, parse_calls, read_calls
+from experiments.logs.events import TraceEvent, event_of
+from experiments.logs.how import PATTERNS, how
+from experiments.logs.machine import machine_of
+from experiments.logs.quantity import Certainty
+from proto_v3.errors import UserError
+from tests.build.fit_cases import known_logs
+from tests.real.qemu import pairs
+
+SUSPENDS, RESUMES, LOADS, SAVES = FUNCTIONS
+MIB = 1 << 20
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+def test_qmp_events_as_the_monitor_and_as_virsh_print_them() -> None:
+    data = {"device-state": "stop-copy", "device-id": "vf0", "qom-path": "/machine/peripheral/vf0"}
+    stamp = {"seconds": 1796075562, "microseconds": 543708}
+    line = json.dumps({"timestamp": stamp, "event": "VFIO_MIGRATION", "data": data})
+    virsh = f"event VFIO_MIGRATION at 1796075562.543708 for domain 'vm': {json.dumps(data)}"
+    for each in (line, virsh):
+        assert event_of(each) == TraceEvent(1796075562543708, "QMP:VFIO_MIGRATION", "(vf0) stop-copy")
+    nameless = json.dumps({"timestamp": stamp, "event": "VFIO_MIGRATION", "data": {**data, "device-id": ""}})
+    event = event_of(nameless)
+    assert event is not None
+    assert event.device == "vf0"
+    for bad in ('{"event": "STOP"}', '{"event": 1}', "{", '{"event": "X", "timestamp": {"seconds": "a"}}', "[1, 2]"):
+        assert event_of(bad) is None
+
+
+def test_events_alone_tell_stops_and_resumes_and_no_rates() -> None:
+    folder = pairs.FOLDER / "events-11.1"
+    machine = machine_of(str(folder / "source.jsonl"), str(folder / "target.jsonl"))
+    traced = machine_of(str(folder / "source.log.gz"), str(folder / "target.log.gz"))
+    sharp = {each.key: each.value for each in traced.quantities}
+    found = {each.key: each for each in machine.quantities}
+    for key in ("device.0.suspend_ms", "device.0.quiesce_ms", "device.1.quiesce_ms"):
+        assert found[key].value == pytest.approx(sharp[key], abs=10), key
+    assert found["device.0.resume_ms"].kind is Certainty.BOUNDED
+    assert found["firmware.save_mib_per_s"].kind is found["firmware.load_mib_per_s"].kind is Certainty.UNKNOWN
+    assert any("QMP events only" in note for note in machine.notes)
+
+
+# --- the driver's functions -------------------------------------------------------------------------------------------
+
+BPFTRACE = f"""\
+Attaching 9 probes...
+{SUSPENDS} 77 1000000 3000000
+{SAVES} 77 4000000 4000000
+{SAVES} 77 5000000 5000000
+{SAVED} 0 9000000 9000000
+{SAVED} 0 11000000 11000000
+{LOADS} 88 1000000 2500000
+{RESUMES} 88 3000000 3200000
+"""
+GRAPH = f"""\
+# tracer: function_graph
+    12.000001 |   3)               |  {SAVES} [mlx5_vfio_pci]() {{
+    12.000009 |   3)   8.000 us    |  }}
+    12.005001 |   1)   2.000 us    |  {SAVED} [mlx5_vfio_pci]();
+    12.100000 |   3) * 12345.678 us |  {SUSPENDS} [mlx5_vfio_pci]();
+    12.200000 |   3)               |  {LOADS} [mlx5_vfio_pci]() {{
+    12.200001 |   3)   1.000 us    |    mutex_lock();
+    12.202000 |   3) # 2000.000 us |  }}
+"""
+KPROBES = f"""\
+ qemu-system-x86-1234    [003] d..1.   100.000000: in_x: ({SUSPENDS}+0x0/0x120 [mlx5_vfio_pci])
+ qemu-system-x86-99      [001] d..1.   100.001000: in_y: ({LOADS}+0x0/0x120 [mlx5_vfio_pci])
+ qemu-system-x86-1234    [003] d..1.   100.002000: out_x: (mlx5vf_pci_step+0x4e/0x300 [mlx5_vfio_pci] <- {SUSPENDS})
+ qemu-system-x86-99      [001] d..1.   100.004000: out_y: (mlx5vf_resume_write+0x4e/0x300 [mlx5_vfio_pci] <- {LOADS})
+ qemu-system-x86-1234    [003] d..1.   100.010000: in_z: ({SAVES}+0x0/0x120 [mlx5_vfio_pci])
+ kworker/u16-7           [000] d..1.   100.015000: in_w: ({SAVED}+0x0/0x120 [mlx5_vfio_pci])
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "times_us"),
+    [
+        (BPFTRACE, {SUSPEND: [2000], SAVE: [5000, 6000], LOAD: [1500], RESUME: [200]}),
+        (GRAPH, {SAVE: [5000], SUSPEND: [12345.678], LOAD: [2000]}),
+        (KPROBES, {SUSPEND: [2000], LOAD: [3000], SAVE: [5000]}),
+        ("nothing\n", {}),
+    ],
+)
+def test_how_long_the_functions_took(text: str, times_us: dict[str, list[float]]) -> None:
+    found = parse_calls(text.splitlines(True))
+    assert {kind: [each / 1000 for each in times] for kind, times in found.items()} == {
+        kind: pytest.approx(times, abs=0.5) for kind, times in times_us.items()
+    }
+
+
+def test_with_the_drivers_functions_rates_are_measured(tmp_path: Path) -> None:
+    source, target, run = known_logs(tmp_path)
+    whole = sum(device.whole_bytes for device in run.scenario.devices)
+    save_ns, load_ns = (round(whole / (rate * MIB) * 1e9 / 8) for rate in (400, 200))
+    lines, at_ns = [], 0
+    for _ in range(8):
+        lines += [f"{SAVES} 1 {at_ns} {at_ns}", f"{SAVED} 0 {at_ns + save_ns} {at_ns + save_ns}"]
+        lines.append(f"{LOADS} 2 {at_ns} {at_ns + load_ns}")
+        at_ns += save_ns
+    file = tmp_path / "driver.txt"
+    file.write_text("\n".join(lines) + "\n")
+    found = {each.key: each for each in machine_of(source, target, driver=[str(file)]).quantities}
+    for key, rate in (("firmware.save_mib_per_s", 400), ("firmware.load_mib_per_s", 200)):
+        assert found[key].kind is Certainty.MEASURED
+        assert found[key].value == pytest.approx(rate, rel=0.02)
+
+
+def test_a_driver_file_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--driver .*none: cannot be read"):
+        read_calls([str(tmp_path / "none")])
+    (tmp_path / "x").write_text("hello\n")
+    with pytest.raises(UserError, match=r"--driver .*x: has no time of mlx5vf_cmd_suspend_vhca"):
+        read_calls([str(tmp_path / "x")])
+
+
+# --- what QEMU was told -----------------------------------------------------------------------------------------------
+
+DEVICE = "vfio-pci,host=0000:08:00.2,x-migration-multifd-transfer=on,x-migration-max-queued-buffers-size=64M"
+
+
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        ("-m 4096 -machine pc-q35-11.1,accel=kvm", QemuSettings(ram_bytes=4 << 30, machine="pc-q35-11.1")),
+        ("qemu -m size=8388608k,slots=2 -M type=pc", QemuSettings(ram_bytes=8 << 30, machine="pc")),
+        (f"-device {DEVICE}", QemuSettings(multifd_transfer=True, max_queued_bytes=64 << 20)),
+        (
+            '-device \'{"driver": "vfio-pci", "x-migration-multifd-transfer": true}\' -m 1G',
+            QemuSettings(ram_bytes=1 << 30, multifd_transfer=True),
+        ),
+        ("-global migration.x-downtime-limit=500", QemuSettings(downtime_limit_ms=500)),
+        ('{"return": {"downtime-limit": 400, "max-bandwidth": 0}}', QemuSettings(downtime_limit_ms=400)),
+        (
+            '{"execute": "migrate-set-parameters", "arguments": {"multifd-channels": 5, "max-bandwidth": 1000}}',
+            QemuSettings(channels=5, max_bandwidth_bytes_per_s=1000),
+        ),
+        (
+            '[{"capability": "multifd", "state": true}, {"capability": "return-path", "state": false}]',
+            QemuSettings(multifd=True, return_path=False),
+        ),
+        (
+            '{"status": "completed", "ram": {"normal-bytes": 99, "x": 1}, "vfio": {"transferred": 77}}',
+            QemuSettings(normal_bytes=99, vfio_bytes=77),
+        ),
+    ],
+)
+def test_arguments_and_answers_of_qemu(text: str, settings: QemuSettings, tmp_path: Path) -> None:
+    assert read_settings([text]) == settings
+    (tmp_path / "file").write_text(text)
+    assert read_settings([str(tmp_path / "file")]) == settings
+
+
+@pytest.mark.parametrize("text", ["", "hello", "{}", "[[[[", "-m lots", '-device "vfio', '{"downtime-limit": "x"}'])
+def test_what_tells_nothing_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"--cmdline .*: has nothing that is known"):
+        read_settings([text])
+
+
+def test_what_qemu_was_told_comes_first(tmp_path: Path) -> None:
+    source, target, _ = known_logs(tmp_path, None, "v2-multifd")
+    told = ["-m 2G", '{"downtime-limit": 123, "multifd-channels": 6, "avail-switchover-bandwidth": 1250000000}']
+    scenario = machine_of(source, target, cmdline=told).scenario
+    assert (scenario.ram.size_gib, scenario.vmm.downtime_limit_ms, scenario.vmm.multifd_channels) == (2, 123, 6)
+    assert scenario.vmm.bandwidth_gbit_per_s == 10
+
+
+# --- how --------------------------------------------------------------------------------------------------------------
+
+
+def test_how_names_all_that_is_read() -> None:
+    text = how()
+    for each in (*PATTERNS, *FUNCTIONS, SAVED, "-msg timestamp=on", "VFIO_MIGRATION", "--cmdline", "--driver"):
+        assert each in text
+    rig = {each.rstrip("*") for each in pairs.PATTERNS}
+    assert {each.rstrip("*") for each in PATTERNS} <= rig, "what the kept logs were made with"
