@@ -104,6 +104,8 @@ class Firmware(Table):
     state_command_us_per_pf_vector: NonNegative = 0.0
     """What each suspend and each quiesce takes more for each vector of all VFs of its PF that migrate: the growth of
     `state_command_ms_per_vf`, by the size of the VFs."""
+    quiesce_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Of what the `state_command` keys add to a suspend and a quiesce together, the part that the quiesce takes."""
     load_finish_us_per_vector: NonNegative = 0.0
     """What the end of a device's load takes more for each of its vectors."""
 

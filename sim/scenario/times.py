@@ -36,8 +36,8 @@ def device_times(scenario: Scenario) -> list[DeviceTimes]:
         state_ns += vectors[device.pf] * firmware.state_command_ns_per_pf_vector
         times.append(
             DeviceTimes(
-                suspend_ns=device.suspend_ns + state_ns,
-                quiesce_ns=device.quiesce_ns + state_ns,
+                suspend_ns=device.suspend_ns + round(2 * (1 - firmware.quiesce_share) * state_ns),
+                quiesce_ns=device.quiesce_ns + round(2 * firmware.quiesce_share * state_ns),
                 resume_ns=device.resume_ns,
                 load_finish_ns=firmware.load_finish_ns + device.vectors * firmware.load_finish_ns_per_vector,
                 config_load_ns=device.config_load_ns + device.vectors * vmm.config_load_ns_per_vector,

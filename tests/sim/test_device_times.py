@@ -40,6 +40,17 @@ def test_a_state_command_grows_with_the_vfs_of_its_pf(vfs: int) -> None:
     assert [(one.suspend_ns, one.quiesce_ns, one.resume_ns) for one in times] == [(each, each, 4 * MS)] * vfs
 
 
+@pytest.mark.parametrize(
+    ("share", "suspend_ms", "quiesce_ms"), [(0.0, 41, 2), (0.25, 31, 12), (0.5, 21, 22), (1.0, 1, 42)]
+)
+def test_what_is_added_to_both_state_commands_may_be_shared_otherwise(
+    share: float, suspend_ms: int, quiesce_ms: int
+) -> None:
+    growth = {"firmware.state_command_ms_per_vf": 20.0, "firmware.quiesce_share": share}
+    (times,) = times_of(growth)
+    assert (times.suspend_ns, times.quiesce_ns) == (suspend_ms * MS, quiesce_ms * MS)
+
+
 def test_vfs_of_another_pf_and_their_vectors_do_not_count() -> None:
     other = small_scenario(FIXED).model_dump(exclude_unset=True)["device"][0] | {"name": "other", "pf": 1}
     growth = {"firmware.state_command_ms_per_vf": 10.0, "firmware.state_command_us_per_pf_vector": 1000.0}
