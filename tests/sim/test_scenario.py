@@ -490,8 +490,8 @@ def test_whatever_a_value_is_it_is_taken_or_told_in_lines_of_key_and_problem(key
         ),
         (
             {"sources": {"ram.size_gib": "guessed: so"}},
-            "sources.ram.size_gib = 'guessed: so': must begin with published, measured, kernel, qemu, fitted, derived, "
-            "assumed, yours, and a colon",
+            "sources.ram.size_gib = 'guessed: so': must begin with published, measured, bounded, kernel, qemu, fitted, "
+            "derived, assumed, yours, and a colon",
         ),
     ],
     ids=lambda value: value.partition(":")[0] if isinstance(value, str) else "",
