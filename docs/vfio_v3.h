@@ -121,7 +121,8 @@
  * poll()
  *   EPOLLIN	there is data to read, or the stream is at its end;
  *   EPOLLPRI	on the critical fd only: the epoch grew since the last
- *		VFIO_MIG_GET_STREAM_INFO on it, by whichever thread. One thread
+ *		VFIO_MIG_GET_STREAM_INFO on it, by whichever thread, or, before
+ *		the first one, since the session began. One thread
  *		should wait for it; the epoch in the answer counts, not the
  *		event;
  *   EPOLLOUT	on an fd that is being loaded: write() would take at least one

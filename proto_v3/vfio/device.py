@@ -23,7 +23,9 @@ class Ready(enum.IntFlag):
 
     NOTHING = 0  # the timeout passed
     READABLE = 1  # data, or the end of the stream (EPOLLIN)
-    NEW_EPOCH = 2  # v3, on the critical fd: the epoch grew since the last stream_info() (EPOLLPRI)
+    NEW_EPOCH = (
+        2  # v3, on the critical fd: the epoch grew since the last stream_info(), or the session's start (EPOLLPRI)
+    )
     WRITABLE = 4  # v3, on a fd that is loaded: a write() takes a byte without waiting for an epoch (EPOLLOUT)
     OVER = 8  # v3: the session is over (EPOLLHUP)
     FAILED = 16  # v3: the device failed (EPOLLERR)

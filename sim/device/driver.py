@@ -30,7 +30,7 @@ from sim.device.save_plan import image_bytes
 from sim.device.save_v2 import V2Stream
 from sim.device.sessions import LoadingSession, SavedStream, SavingSession
 from sim.device.state import DeviceState, Image
-from sim.device.stream import DriverContext, DriverLock, DriverLog, Faults, MigrationSession, fails
+from sim.device.stream import DriverContext, DriverLock, DriverLog, Faults, MigrationSession, PartOfSession, fails
 from sim.report import Counters, CriticalLoad
 from sim.scenario.device import Device
 from sim.scenario.tables import Driver
@@ -70,6 +70,8 @@ class SimDriver(MigrationDevice):
         self._stream_flags = NO_STREAM_FLAGS
         self._saving: SavingSession | None = None
         self._loading: LoadingSession | None = None
+        self._failed: list[PartOfSession] = []
+        """v3: of the session that failed; it is over with a reset only."""
         self.counters: list[Counters] = []
         """One entry a stream that is read, and one a session that is loaded, of every session so far."""
         self.critical_loads: list[CriticalLoad] = []
@@ -159,7 +161,7 @@ class SimDriver(MigrationDevice):
     @override
     async def set_streams(self, dirty_streams: int, flags: StreamFlags = NO_STREAM_FLAGS) -> None:
         able = await self.streams()
-        if self._saving or self._loading:
+        if self._saving or self._loading or self._failed:
             raise fails(errno.EBUSY)
         unknown = int(flags) & ~int(able.flags)  # ints: ~ of a Flag has no more bits than the Flag
         if not 0 <= dirty_streams <= able.dirty_streams or unknown or (flags and dirty_streams != 1):
@@ -269,6 +271,11 @@ class SimDriver(MigrationDevice):
     def _break(self, state: State, code: int) -> None:
         """End the session whatever goes on, a change of state included."""
         self._breaks += 1
+        for part in self._failed:
+            part.end(code)
+        self._failed = []
+        if state is State.ERROR:
+            self._failed = [*self._saved_streams, *([self._loading.load] if self._loading else [])]
         self._end_sessions(code)
         self._state = state
 

@@ -65,7 +65,8 @@ class CriticalStream(V3Stream):
         super().__init__(0, device, session, fd_lock, CriticalPlan(device, session.driver))
         self.dirty: Sequence[DataFd] = ()
         """The session's other fds."""
-        self._seen_epoch = 0
+        device.advance(now_ns())
+        self._seen_epoch = self._plan.newest_epoch
 
     def epoch_began(self, invalidates: Sequence[BlockRange]) -> None:
         """There is new critical data: save it at once."""

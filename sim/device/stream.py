@@ -134,8 +134,10 @@ class PartOfSession:
         self._notify = Notify()
 
     def end(self, code: int = errno.ENODEV) -> None:
-        """The session is over: every call fails with this error, also those that wait."""
-        self._closed = self._closed or code
+        """The session is over: every call fails with this error, also those that wait. One that failed before (EIO) is
+        over when this says so (ENODEV)."""
+        if not self._closed or code == errno.ENODEV:
+            self._closed = code
         self._notify.notify()
 
     @property

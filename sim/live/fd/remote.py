@@ -66,6 +66,7 @@ class RemoteDevice(MigrationDevice):
     @override
     async def reset(self) -> None:
         await self._devices.calls.call("reset", device=self._index)
+        self._devices.was_reset(self._index)
 
     @override
     async def stop_copy_bytes(self) -> int:

@@ -44,6 +44,12 @@ class Devices:
         self.fds: list[RemoteFd] = []
         """All that were passed so far."""
 
+    def was_reset(self, device: int) -> None:
+        """A device was reset: the sessions that it had are over, also one that had failed."""
+        for fd in self.fds:
+            if fd.device == device:
+                fd.session_over()
+
     def close(self) -> None:
         """Close all data fds."""
         for fd in self.fds:
@@ -62,7 +68,7 @@ class RemoteFd(DataFd):
         """Of this end: calls that returned data, bytes, and all of their time as firmware_ns."""
         self.name = f"{devices.side} {name} fd {number}"
         self._name = name
-        self._device = device
+        self.device = device
         self._number = number
         self._devices = devices
         self._calls = devices.calls
@@ -79,7 +85,7 @@ class RemoteFd(DataFd):
         return asked
 
     async def _ioctl(self, name: str, argument: S) -> S:
-        answer = await self._calls.call(name, device=self._device, fd=self._number, buffer=argument.pack())
+        answer = await self._calls.call(name, device=self.device, fd=self._number, buffer=argument.pack())
         return type(argument).unpack(answer.body["buffer"])
 
     @override
@@ -93,12 +99,15 @@ class RemoteFd(DataFd):
     @override
     async def get_stream(self, index: int) -> RemoteFd:
         argument = GetStream(GetStream.SIZE, 0, index).pack()
-        answer = await self._calls.call("get_stream", device=self._device, fd=self._number, buffer=argument)
+        answer = await self._calls.call("get_stream", device=self.device, fd=self._number, buffer=argument)
         number = GetStream.unpack(answer.body["buffer"]).fd
         if number not in self._streams:
             kind = self.blocks_kind if answer.body["blocks"] else type(self)
-            self._streams[number] = kind(self._device, self._name, number, answer.fds, self._devices)
+            self._streams[number] = kind(self.device, self._name, number, answer.fds, self._devices)
         return self._streams[number]
+
+    def session_over(self) -> None:
+        """The device was reset. The driver says so by itself; this end may know an older error."""
 
     @override
     async def close(self) -> None:

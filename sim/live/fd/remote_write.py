@@ -130,6 +130,10 @@ class RemoteWriteFd(RemoteFd, WriteOnlyFd):
             error = fails(later_errno)
 
     @override
+    def session_over(self) -> None:
+        self._refused = self._refused and errno.ENODEV
+
+    @override
     def drop(self) -> None:
         if self._listening:
             asyncio.get_running_loop().remove_reader(self._fd.number)
