@@ -15,7 +15,7 @@ from sim.scenario.units import Table, Text, did_you_mean, short
 
 MAX_CHOICES = 64
 SURE = ("published", "measured", "kernel", "qemu", "yours")
-"""Kinds of sources whose values need no range. The others are `fitted`, `derived` and `assumed`."""
+"""Kinds of sources whose values need no range. The others are `bounded`, `fitted`, `derived` and `assumed`."""
 ORDERED = {
     "ram.nonzero_gib": ("ram.size_gib", 1.0),
     "ram.working_set_mib": ("ram.size_gib", 1024.0),
@@ -177,7 +177,7 @@ def is_outside(source: str) -> bool:
 
 
 def without_range(ranges: Mapping[str, Range], sources: Mapping[str, str], values: Values) -> list[str]:
-    """The parameters that are assumed, fitted, derived or of no stated source, and have no range. Names need none."""
+    """The parameters of any other or of no stated source that have no range. Names need none."""
     return [
         key
         for key in values

@@ -13,7 +13,18 @@ import pytest
 from experiments.questions.sensitivity import EXPERIMENT
 from experiments.questions.sensitivity import grid as sensitivity_grid
 from experiments.questions.sensitivity.figures import figures
-from experiments.questions.sensitivity.grid import BASES, CONCLUSIONS, ENGINES, IDLE, MAPS, NIC, PARAMETERS, V3, points
+from experiments.questions.sensitivity.grid import (
+    BASES,
+    CONCLUSIONS,
+    ENGINES,
+    IDLE,
+    MAPS,
+    NIC,
+    PARAMETERS,
+    V3,
+    Parameter,
+    points,
+)
 from experiments.questions.sensitivity.question import MULTIFD, WORTH, answer, bars, base
 from experiments.runs import frame as results
 from experiments.runs.frame import PATH_COLUMNS
@@ -21,6 +32,8 @@ from experiments.runs.pool import run_cell
 from experiments.study.effects import NOT_BOTH
 from experiments.study.experiment import Planned, Point, find
 from sim.scenario.file import load
+from sim.scenario.ranges import without_range
+from sim.scenario.scenario import parameters as scenario_parameters
 
 SEEDS = 4
 BASE_RATIOS = {"v2": 0.6, "v2-multifd": 0.9, "v2-reinit-flush-ack-reusable": 0.85}
@@ -35,6 +48,15 @@ def test_the_quick_grid_has_each_part_and_is_in_the_whole_one() -> None:
     assert {point.factors["part"] for point in quick} == {"base", "tornado", "map"}
     assert all(point in whole for point in quick)
     assert len(quick) < len(whole) / 3
+
+
+@pytest.mark.parametrize("parameter", PARAMETERS, ids=lambda parameter: parameter.name)
+def test_what_a_conclusion_hangs_on_has_a_range_where_it_is_not_known(parameter: Parameter) -> None:
+    for name in parameter.bases:
+        scenario = load(name)
+        assert parameter.key not in without_range(scenario.ranges, scenario.sources, scenario_parameters(scenario)), (
+            name
+        )
 
 
 def test_each_parameter_is_moved_to_both_ends_on_each_of_its_bases() -> None:

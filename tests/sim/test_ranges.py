@@ -240,7 +240,7 @@ def test_which_keys_have_no_range() -> None:
     assert "ram.size_gib" in points
     assert "link.gbit_per_s" in points, "its source is not stated"
     assert {"driver.chunks", "firmware.engines"}.isdisjoint(points)
-    assert set(SURE) | {"assumed", "fitted", "derived"} == set(SOURCE_KINDS)
+    assert set(SURE) | {"assumed", "fitted", "derived", "bounded"} == set(SOURCE_KINDS)
 
 
 @pytest.mark.parametrize("name", [*shipped(), *shipped_bases()])
