@@ -45,11 +45,10 @@ def show_scenario(name: str, settings: Sequence[str] = (), *, as_json: bool = Fa
     shown.print(Text(f"{scenario.name}: {scenario.description}\n", style="bold"))
     if extended:
         shown.print(Text(f"Extends {', which extends '.join(extended)}.\n"))
-    table = _table("parameter", "value", *(["range"] if scenario.ranges else []), "source")
+    table = _table("parameter", "value", "source; other plausible values, and why" if scenario.ranges else "source")
     table.columns[1].justify = "right"
     for key, value, source, words, why in parameter_rows(scenario):
-        told = Text(f"{source}\nrange: {why}" if why else source, overflow="fold")
-        table.add_row(key, value, *([words] if scenario.ranges else []), told)
+        table.add_row(key, value, Text(f"{source}\n{words}: {why}" if why else source, overflow="fold"))
     shown.print(table)
     if points:
         which = f"Assumed, fitted or derived, and without a range ({len(points)}): {', '.join(points)}."
