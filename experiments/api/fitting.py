@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
-from experiments.api.running import Progress, outcomes_of
+from experiments.api.running import Progress, outcomes_of, outside_of_loops
 from experiments.commands.fit import changes_table, phases_table, quantities_table, steps_table
 from experiments.logs.machine import FittedMachine, machine_of
 from experiments.study.brings import brought, cells, changes
@@ -30,7 +30,8 @@ def fit(
     `.scenario` can be run, `.text` is its TOML file, `.notes` and `.clocks.told()` say what to know of the logs. The
     other arguments are those of `proto-v3 fit` (docs/fit.md). UserError for logs that cannot be used, with the reason.
     """
-    return machine_of(
+    return outside_of_loops(
+        machine_of,
         os.fspath(source),
         os.fspath(target),
         name=Path(source).stem,

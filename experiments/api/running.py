@@ -173,7 +173,7 @@ def run(scenario: Scenario | str, protocol: str, seed: int = 1) -> TracedRun:
     """
     known = _scenario(scenario)
     (chosen,) = _seeds([seed])
-    return _outside_of_loops(traced_run, known, Protocol.parse(protocol, known), chosen)
+    return outside_of_loops(traced_run, known, Protocol.parse(protocol, known), chosen)
 
 
 def compare_command(
@@ -236,10 +236,10 @@ def outcomes_of(cells: Sequence[Cell], jobs: int | None, progress: Progress) -> 
 
 def _here(cells: Sequence[Cell]) -> Done:
     for at, cell in enumerate(cells):
-        yield at, _outside_of_loops(run_cell, cell)
+        yield at, outside_of_loops(run_cell, cell)
 
 
-def _outside_of_loops(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+def outside_of_loops(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
     """Call it in a thread of its own if an event loop runs in this one: the virtual clock is an event loop too."""
     try:
         asyncio.get_running_loop()

@@ -39,7 +39,7 @@ CASES: dict[str, tuple[Sequence[str], Mapping[str, str], int, int]] = {
     "01-downtime": ((), FEW, 2, 7),
     "02-read-bottleneck": (("read_scaling",), {}, 3, 4),
     "03-v2-vs-v3": (("reconfiguration", "ablation", "sensitivity"), {}, 5, 7),
-    "04-your-device": ((), FEW | {'"device.0.count": 2': '"device.0.count": 1'}, 1, 6),
+    "04-your-device": ((), FEW | {'"device.0.count": 2': '"device.0.count": 1', "SAMPLES = 16": "SAMPLES = 2"}, 2, 9),
 }
 """Of each notebook: the experiments that it reads, what is made smaller in it, how many figures and tables it shows."""
 
