@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import polars as pl
 
 from experiments.api.running import Progress, outcomes_of, outside_of_loops
 from experiments.commands.fit import changes_table, phases_table, quantities_table, steps_table
 from experiments.logs.machine import FittedMachine, machine_of
-from experiments.study.brings import brought, cells, changes
+from experiments.study.brings import what_brings
+from sim.scenario.units import NS_PER_MS
 
 
 def fit(
@@ -34,7 +34,6 @@ def fit(
         machine_of,
         os.fspath(source),
         os.fspath(target),
-        name=Path(source).stem,
         extends=extends,
         cmdline=cmdline,
         driver=driver,
@@ -68,7 +67,7 @@ def what_would_help(
     Columns: change, protocol, downtime_ms_median, _low, _high, saves_percent_median, _low, _high (against the first
     row, within each sample; low and high: 5 and 95 %), completed. `jobs` and `progress` as for `compare`.
     """
-    every = changes(machine.scenario)
-    outcomes = outcomes_of(cells(machine.scenario, samples, every), jobs, progress)
-    rows, used = brought(every, outcomes, machine.waterfall.downtime_ms)
+    own_ns = machine.simulated.downtime_ns
+    reference_ms = None if own_ns is None else own_ns / NS_PER_MS
+    rows, used = what_brings(machine.scenario, samples, reference_ms, lambda cells: outcomes_of(cells, jobs, progress))
     return pl.DataFrame(changes_table(rows, used).rows, infer_schema_length=None)

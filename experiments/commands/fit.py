@@ -13,10 +13,11 @@ from experiments.logs.machine import FittedMachine, machine_of
 from experiments.logs.quantity import Certainty
 from experiments.report.tables import Heading, Output, Section, value_text
 from experiments.runs.files import output_file, replacing
-from experiments.runs.pool import run_cells
-from experiments.study.brings import BAND, Brought, brought, cells, changes
+from experiments.runs.pool import Cell, run_cells
+from experiments.study.brings import BAND, DRAWN, Brought, what_brings
 from proto_v3.errors import UserError
 from proto_v3.timeline import PHASES
+from sim.outcome import Outcome
 from sim.scenario.sample import MAX_SAMPLES
 from sim.scenario.units import NS_PER_MS
 
@@ -50,8 +51,8 @@ def run_fit(
     force: bool = False,
 ) -> int:
     """Read, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
-    if samples > MAX_SAMPLES:
-        raise UserError(f"--samples {samples}: must be at most {MAX_SAMPLES}")
+    if samples > MAX_SAMPLES // DRAWN:
+        raise UserError(f"--samples {samples}: must be at most {MAX_SAMPLES // DRAWN}")
     file = None if out is None else _new_file(out, force=force)
     machine = machine_of(
         source,
@@ -63,20 +64,20 @@ def run_fit(
         migration=migration,
         rename=rename,
     )
-    every = changes(machine.scenario) if samples else []
-    outcomes, interrupted = (
-        run_cells(cells(machine.scenario, samples, every), jobs, quiet=quiet) if every else ([], False)
-    )
     output = Output(as_json, quiet)
-    if file is not None:  # what the logs tell is known, however the runs ended
+    if file is not None:  # what the logs tell is known, however the runs end
         with replacing(file) as new:
             new.write_text(machine.text, encoding="utf-8")
-    if interrupted:
-        output.say(
-            f"interrupted: {'nothing was written' if file is None else f'the scenario is in {file}'}", always=True
-        )
+    rows, used = list[Brought](), 0
+    try:
+        if samples:
+            own_ns = machine.simulated.downtime_ns
+            reference_ms = None if own_ns is None else own_ns / NS_PER_MS
+            rows, used = what_brings(machine.scenario, samples, reference_ms, lambda cells: _made(cells, jobs, quiet))
+    except KeyboardInterrupt:
+        kept = "nothing was written" if file is None else f"the scenario is in {file}"
+        output.say(f"interrupted: {kept}", always=True)
         return INTERRUPTED
-    rows, used = brought(every, outcomes, machine.waterfall.downtime_ms) if every else ([], 0)
     output.results(
         {"command": "fit", "scenario": machine.scenario.name, "file": None if file is None else str(file)},
         f"{machine.scenario.name}: {machine.scenario.description}",
@@ -91,6 +92,14 @@ def run_fit(
         output.say(f"\nFigure: {file.with_suffix('.png')} (and .svg)")
     output.say(f"Scenario: {file}; try it: proto-v3 compare {file}", always=True)
     return 0 if drawn is not None else 1
+
+
+def _made(cells: Sequence[Cell], jobs: int | None, quiet: bool) -> list[Outcome]:
+    """All runs. KeyboardInterrupt if they were interrupted."""
+    outcomes, interrupted = run_cells(cells, jobs, quiet=quiet)
+    if interrupted:
+        raise KeyboardInterrupt
+    return outcomes
 
 
 def _new_file(name: str, *, force: bool) -> Path:
@@ -250,7 +259,5 @@ def changes_table(rows: Sequence[Brought], used: int) -> Section:
         Heading("saves_percent_high", high, "+.1f"),
         Heading("completed", "completed"),
     ]
-    legend = (
-        f"over {used} samples of what is not known, the same for each row; saves: against the first row, in each sample"
-    )
+    legend = f"over {used} samples of what is not known, of about this downtime; saves: against the first row, in each"
     return Section("changes", "What changes would bring here", legend, columns, shown)

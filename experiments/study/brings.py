@@ -2,7 +2,8 @@
 """What changes of VMM, driver and protocol would bring to one machine, over what is not known of it.
 
 Every change is run with the same samples of the scenario's ranges and the same seeds, so its effect is taken within
-each sample. Bands are from the 5th to the 95th percentile of the samples.
+each sample. Samples that would not have had the downtime that was seen are left out. Bands are from the 5th to the 95th
+percentile of the samples.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.runs.pool import Cell
-from proto_v3.errors import UserError
 from proto_v3.vmm.migration import OutcomeKind
 from sim.outcome import Outcome
 from sim.scenario.protocol import Protocol
@@ -23,9 +23,11 @@ from sim.scenario.units import NS_PER_MS
 
 BAND = (0.05, 0.95)
 NEAR = 0.15
-"""A sample whose downtime differs by less than this from the real one may be the machine. Ours."""
+"""A sample whose downtime differs by less than this from the fitted machine's may be the machine. Ours."""
 ENOUGH = 8
-"""With fewer such samples, all are used. Ours."""
+"""With fewer such samples, the nearest ones are used. Ours."""
+DRAWN = 4
+"""So many times as many samples are drawn as are used: those are left out that cannot be the machine. Ours."""
 MORE_CHUNKS = 8
 
 
@@ -81,36 +83,47 @@ def changes(scenario: Scenario) -> list[MachineChange]:
     return [*every, MachineChange("v3, 1 dirty stream", "v3-n1"), MachineChange("v3, 4 dirty streams", "v3-n4")]
 
 
-def cells(scenario: Scenario, count: int, every: Sequence[MachineChange]) -> list[Cell]:
-    """The runs: `count` samples, of each all changes. UserError for a sample that is no scenario."""
-    if scenario.vmm.max_bandwidth_mib_per_s is not None:
-        raise UserError("vmm.max_bandwidth_mib_per_s: must be left out, for v3 has no such limit")
-    made = []
-    for seed, sample in enumerate(draw(scenario, count) if scenario.ranges else draw(scenario, 1), 1):
-        for change in every:
-            own = _with_chunks(sample.scenario, change.chunks)
-            made.append(Cell(own, Protocol.parse(change.protocol, own), seed))
-    return made
+def what_brings(
+    scenario: Scenario, count: int, downtime_ms: float | None, run: Callable[[Sequence[Cell]], Sequence[Outcome]]
+) -> tuple[list[Brought], int]:
+    """What each of `changes` brings, and over how many samples that is said: `count`, or fewer.
+
+    Samples are drawn from the ranges, and migrated as it was. Those whose downtime is near `downtime_ms`, what the
+    fitted machine takes, are kept: the others are no machine that left these logs. On these, the changes are tried.
+    `run` makes runs, and returns their outcomes in the order of the cells.
+    """
+    every = changes(scenario)
+    drawn = (
+        [scenario, *(sample.scenario for sample in draw(scenario, DRAWN * count))] if scenario.ranges else [scenario]
+    )
+    first = [_cell(each, every[0], seed) for seed, each in enumerate(drawn, 1)]
+    own = run(first)
+    chosen = _near(own, downtime_ms, count)
+    others = [_cell(first[at].scenario, change, first[at].seed) for at in chosen for change in every[1:]]
+    outcomes, width = run(others), len(every) - 1
+    rows = [[own[at], *outcomes[place * width : (place + 1) * width]] for place, at in enumerate(chosen)]
+    return [_brought(change, at, rows) for at, change in enumerate(every)], len(rows)
+
+
+def _near(own: Sequence[Outcome], downtime_ms: float | None, count: int) -> list[int]:
+    """Of which samples the downtime may be that of the machine; the nearest ones, if there are few."""
+    done = [at for at, outcome in enumerate(own) if outcome.downtime_ns is not None]
+    if downtime_ms is None:
+        return done[:count]
+    off = {at: abs((_ms(own[at]) or 0.0) - downtime_ms) for at in done}
+    near = [at for at in done if off[at] <= NEAR * downtime_ms]
+    return (near if len(near) >= min(ENOUGH, count) else sorted(done, key=off.__getitem__)[:ENOUGH])[:count]
+
+
+def _cell(scenario: Scenario, change: MachineChange, seed: int) -> Cell:
+    own = _with_chunks(scenario, change.chunks)
+    return Cell(own, Protocol.parse(change.protocol, own), seed)
 
 
 def _with_chunks(scenario: Scenario, chunks: int | None) -> Scenario:
     if chunks is None:
         return scenario
     return scenario.model_copy(update={"driver": scenario.driver.model_copy(update={"chunks": chunks})})
-
-
-def brought(
-    every: Sequence[MachineChange], outcomes: Sequence[Outcome], real_ms: float | None
-) -> tuple[list[Brought], int]:
-    """What each change brings, and of how many samples that is said.
-
-    `outcomes` are of `cells`, in their order. `real_ms`: the real downtime; of samples that are near it at least ENOUGH
-    are used, else all.
-    """
-    rows = [outcomes[at : at + len(every)] for at in range(0, len(outcomes) - len(every) + 1, len(every))]
-    near = [row for row in rows if real_ms and (own := _ms(row[0])) is not None and abs(own - real_ms) < NEAR * real_ms]
-    used = near if len(near) >= min(ENOUGH, len(rows)) else rows
-    return [_brought(change, at, used) for at, change in enumerate(every)], len(used)
 
 
 def _brought(change: MachineChange, at: int, rows: Sequence[Sequence[Outcome]]) -> Brought:

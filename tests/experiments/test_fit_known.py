@@ -4,6 +4,7 @@ out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 
 from experiments.logs.machine import FittedMachine, machine_of
 from experiments.logs.quantity import Certainty, LogQuantity
-from experiments.study.brings import brought, cells, changes
+from experiments.runs.pool import Cell
+from experiments.study.brings import changes, what_brings
 from proto_v3.timeline import PHASES, Mark
+from sim.outcome import Outcome
 from sim.run import simulate
 from sim.scenario.units import MIB, NS_PER_MS
 from tests.build.fit_cases import known_logs, known_scenario
@@ -167,16 +170,43 @@ def test_what_changes_would_bring_is_paired_over_the_same_samples(tmp_path: Path
     machine = machine_of(source, target)
     every = changes(machine.scenario)
     assert [each.protocol for each in every] == ["v2", "v2", "v2-multifd", "v2-multifd", "v3-n1", "v3-n4"]
-    made = cells(machine.scenario, 4, every)
-    outcomes = [simulate(cell.scenario, cell.protocol, cell.seed) for cell in made]
-    rows, used = brought(every, outcomes, None)
-    assert used == 4
+    made: list[list[tuple[Cell, Outcome]]] = []
+
+    def run(cells: Sequence[Cell]) -> list[Outcome]:
+        outcomes = [simulate(cell.scenario, cell.protocol, cell.seed) for cell in cells]
+        made.append(list(zip(cells, outcomes, strict=True)))
+        return outcomes
+
+    assert machine.simulated.downtime_ns is not None
+    own_ms = machine.simulated.downtime_ns / NS_PER_MS
+    rows, used = what_brings(machine.scenario, 4, own_ms, run)
+    first, others = made
+    assert len(first) == 1 + 4 * 4
+    assert len(others) == used * (len(every) - 1)
     assert rows[0].saves_ms is not None
     assert (rows[0].saves_ms.low, rows[0].saves_ms.high) == (0, 0)
-    for at, row in enumerate(rows):
-        downtimes = sorted(each.downtime_ns / NS_PER_MS for each in outcomes[at :: len(every)] if each.downtime_ns)
-        assert row.downtime_ms is not None
-        assert downtimes[0] <= row.downtime_ms.low <= row.downtime_ms.median <= row.downtime_ms.high <= downtimes[-1]
+    by_seed = {cell.seed: (cell, outcome) for cell, outcome in first}
+    off_ms = {cell.seed: abs((outcome.downtime_ns or 0) / NS_PER_MS - own_ms) for cell, outcome in first}
+    used_seeds = {cell.seed for cell, _ in others}
+    left_out = min(off for seed, off in off_ms.items() if seed not in used_seeds)
+    assert all(off_ms[seed] <= max(0.15 * own_ms, left_out) for seed in used_seeds)
+    for at, row in enumerate(rows[1:]):
+        saved = []
+        for cell, outcome in others[at :: len(every) - 1]:
+            sample, own = by_seed[cell.seed]
+            assert cell.scenario.firmware == sample.scenario.firmware
+            assert own.downtime_ns is not None
+            assert outcome.downtime_ns is not None
+            saved.append((own.downtime_ns - outcome.downtime_ns) / NS_PER_MS)
+        assert row.saves_ms is not None
+        assert min(saved) <= row.saves_ms.low <= row.saves_ms.median <= row.saves_ms.high <= max(saved)
+
+
+def test_without_a_sample_that_is_near_the_nearest_are_used() -> None:
+    scenario = known_scenario()
+    rows, used = what_brings(scenario, 4, 1.0, lambda cells: [simulate(c.scenario, c.protocol, c.seed) for c in cells])
+    assert used == 1, "it has no ranges"
+    assert rows[0].completed == 1
 
 
 def test_a_migration_by_multifd_is_not_offered_multifd() -> None:
