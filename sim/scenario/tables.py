@@ -184,10 +184,10 @@ class Driver(Table):
     finish_again_ms: NonNegative = 0.0
     """With `precopy = reread`: what is left of `firmware.load_finish_ms` at the end, if the target loaded a whole
     context before. It then paid that key at the end of the first one, in pre-copy."""
-    unread_context: Literal["dropped", "sent"] = "dropped"
+    unread_context: Literal["sent", "dropped"] = "sent"
     """With `precopy = reread`: what becomes of a context that is saved, and of which nothing was read, when the device
-    is stopped and the whole context is saved once more. virtio sends both (Linux 7.1,
-    virtiovf_pci_save_device_final_data)."""
+    is stopped and the whole context is saved once more. `sent`: both are (virtio, virtiovf_pci_save_device_final_data).
+    `dropped`: only the last one is."""
     check_bytes: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
     """With `precopy = check`."""
 

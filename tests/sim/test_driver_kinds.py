@@ -10,6 +10,8 @@
 from __future__ import annotations
 
 import errno
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +93,31 @@ def test_a_target_that_prepared_itself_takes_less_than_three_tenths_of_the_downt
     assert without.downtime_ns is not None
     ram_ns = without.critical_path_ns["ram"] if protocol == "v2" else 300 * MS  # the set-up was beside it, or not
     assert prepared.downtime_ns - ram_ns < 0.3 * (without.downtime_ns - without.critical_path_ns["ram"])
+
+
+SECOND_OF_SETUP = """
+[driver]
+precopy = "reread"
+
+[[device]]
+name = "vnet"
+state_mib = 16.0
+stop_only_mib = 0.0
+critical = { objects = 200, object_kib = 4.0, setup_us = 5000.0 }
+"""
+TOLD = re.search(
+    r"v2 takes (\d+) ms where (\d+) was without PRE_COPY; multifd (\d+) of (\d+), v3 (\d+) of (\d+)\.",
+    " ".join((Path(__file__).parents[2] / "docs" / "model.md").read_text(encoding="utf-8").split()),
+)
+
+
+@pytest.mark.parametrize(("protocol", "at"), [("v2", 1), ("v2-multifd", 3), ("v3-n1", 5)])
+def test_the_docs_say_what_runs_take(protocol: str, at: int) -> None:
+    assert TOLD is not None
+    for settings, ms in (((), TOLD[at]), ((NO_PRECOPY,), TOLD[at + 1])):
+        outcome = run(rig(SECOND_OF_SETUP, *settings), protocol)
+        assert outcome.downtime_ns is not None
+        assert outcome.downtime_ns / MS == pytest.approx(float(ms), rel=0.03)
 
 
 @pytest.mark.parametrize("protocol", WITHOUT_BLOCKS)
