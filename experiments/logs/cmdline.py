@@ -37,7 +37,6 @@ class QemuSettings:
     multifd_transfer: bool | None = None
     """x-migration-multifd-transfer."""
     max_queued_bytes: int | None = None
-    return_path: bool | None = None
     switchover_ack: bool | None = None
     normal_bytes: int | None = None
     """Of RAM, sent in full (query-migrate)."""
@@ -47,9 +46,10 @@ class QemuSettings:
     """False: x-pre-copy-dirty-page-tracking=off."""
 
     @property
-    def told(self) -> bool:
-        """Anything was said."""
-        return self != QemuSettings()
+    def new_machine(self) -> bool:
+        """Whether the machine type is one of QEMU 11.1 or newer, with which the ack is re-usable."""
+        found = re.search(r"-(\d+)\.(\d+)$", self.machine or "")
+        return found is not None and (int(found[1]), int(found[2])) >= (11, 1)
 
 
 def read_settings(texts: Sequence[str]) -> QemuSettings:
@@ -130,8 +130,6 @@ def _take_capability(settings: QemuSettings, name: str, on: bool) -> None:
     match name:
         case "multifd":
             settings.multifd = on
-        case "return-path":
-            settings.return_path = on
         case "switchover-ack":
             settings.switchover_ack = on
 

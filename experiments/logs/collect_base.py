@@ -65,7 +65,9 @@ class BaseCollector:
         for event in events:
             take = self._take.get(event.name.replace(":", "_"))
             if take is not None:
+                back_us = self._now.end_us - event.time_us
                 take(event)
+                self._now.set_back_us = max(self._now.set_back_us, back_us)
                 self._now.end_us = event.time_us
                 self._now.begin_us = self._now.begin_us or event.time_us
                 self._now.multifd |= MULTIFD.match(event.name) is not None

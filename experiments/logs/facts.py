@@ -150,6 +150,8 @@ class SideFacts:
     begin_us: int = 0
     """Of the first event."""
     end_us: int = 0
+    set_back_us: int = 0
+    """The most that an event is before the one in front of it."""
     begun: bool = False
     """The log has its beginning (new state setup)."""
     statuses: list[tuple[int, str]] = field(default_factory=list)

@@ -79,6 +79,8 @@ def machine_of(
     names = list(rename) or [f"{ANONYMOUS}{at}" for at in range(len(pair.devices))]
     found = quantities_of(pair, clocks, fall, base, settings, calls)
     notes = [*pair.notes, *_notes(pair, fall)]
+    if not settings.precopy_tracking:
+        notes.append("x-pre-copy-dirty-page-tracking is off: all RAM was sent again when the guest was stopped.")
     description = _described(pair, fall)
     tried: list[_Made] = []
     for each in _explanations(found, base):

@@ -12,6 +12,9 @@ from experiments.logs.facts import SOURCE, TARGET, DeviceFacts, SideFacts
 from proto_v3.errors import UserError
 
 STATUSES = ("setup", "active", "device", "completed", "failed", "cancelled", "cancelling", "failing")
+MOST_BACK_US = 1_000_000
+"""Threads write in turn, but not in the order of their times; on a busy machine
+tens of milliseconds apart. Ours."""
 NO_WAY = ("failed", "cancelled", "cancelling", "failing")
 
 
@@ -45,6 +48,11 @@ def read_pair(source: str, target: str, number: int | None = None) -> Pair:
         chosen, note = _chosen(log.name, every, number)
         if chosen.side not in (side, ""):
             raise UserError(_wrong_side(logs, chosen.side))
+        if chosen.set_back_us > MOST_BACK_US:
+            raise UserError(
+                f"{log.name}: its times go back by {chosen.set_back_us / 1e3:.3f} ms: the clock was set meanwhile, or "
+                "the log is of several processes; times in it cannot be compared"
+            )
         sides.append(chosen)
         notes += note
         if not chosen.begun:

@@ -54,7 +54,9 @@ class LogQuantity:
 
 
 def measured(key: str, value: Any, how: str) -> LogQuantity:
-    """A value that the logs have."""
+    """A value that the logs have. A time of less than nothing is of two threads that wrote in another order."""
+    if key.endswith("_ms"):
+        value = max(0.0, value)
     return LogQuantity(key, round(value, 6) if isinstance(value, float) else value, Certainty.MEASURED, how)
 
 

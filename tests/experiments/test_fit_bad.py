@@ -119,6 +119,14 @@ def test_a_target_log_that_ends_while_it_loads(tmp_path: Path, logs: tuple[Path,
     assert {"device.0.config_load_ms", "device.0.resume_ms", "vmm.vcpu_start_ms", "vmm.other_load_ms"} <= unknown
 
 
+def test_a_clock_that_was_set_back(tmp_path: Path, logs: tuple[Path, Path]) -> None:
+    def earlier(lines: list[str]) -> list[str]:
+        stop = at(lines, "src-vm-stopped")
+        return [*lines[:stop], *(line.replace("2026-11-30T", "2026-11-29T") for line in lines[stop:])]
+
+    refused(changed(logs[0], tmp_path, earlier), logs[1], r"its times go back by \d+\.\d+ ms: the clock was set")
+
+
 def test_a_log_that_lacks_its_middle(tmp_path: Path, logs: tuple[Path, Path]) -> None:
     def hole(lines: list[str]) -> list[str]:
         half = at(lines, "src-vm-stopped") + 8

@@ -52,6 +52,17 @@ def test_events_alone_tell_stops_and_resumes_and_no_rates() -> None:
     assert any("QMP events only" in note for note in machine.notes)
 
 
+def test_with_events_alone_what_qemu_was_told_is_all_there_is_of_its_settings() -> None:
+    folder = pairs.FOLDER / "events-11.1"
+    told = [
+        "-m 1G -machine pc-q35-11.1",
+        '[{"capability": "switchover-ack", "state": true}]',
+        '{"downtime-limit": 500}',
+    ]
+    vmm = machine_of(str(folder / "source.jsonl"), str(folder / "target.jsonl"), cmdline=told).scenario.vmm
+    assert (vmm.downtime_limit_ms, vmm.switchover_ack, vmm.reinit) == (500, "reusable", True)
+
+
 # --- the driver's functions -------------------------------------------------------------------------------------------
 
 BPFTRACE = f"""\
@@ -148,7 +159,7 @@ DEVICE = "vfio-pci,host=0000:08:00.2,x-migration-multifd-transfer=on,x-migration
         ),
         (
             '[{"capability": "multifd", "state": true}, {"capability": "return-path", "state": false}]',
-            QemuSettings(multifd=True, return_path=False),
+            QemuSettings(multifd=True),
         ),
         (
             '{"status": "completed", "ram": {"normal-bytes": 99, "x": 1}, "vfio": {"transferred": 77}}',
