@@ -154,8 +154,14 @@ def guests(kernels: Sequence[Kernel], options: argparse.Namespace) -> list[Share
     short = [] if options.all or options.pytest else ["-m", "not slow"]
     found = [Share(name, kernels[0], [*short, *what], options.cpus) for name, what in shares.items()]
     lockdep = ["-m", "lockdep" if options.all or options.pytest else "lockdep and not slow"]
-    chosen = options.pytest or ["tests/real"]
+    chosen = options.pytest or ["--confcutdir=tests/real", *files_of_lockdep()]
     return found + [Share("lockdep", each, [*lockdep, *chosen], LOCKDEP_CPUS) for each in kernels[1:]]
+
+
+def files_of_lockdep() -> list[str]:
+    """The files with a test that is marked so: the others, and tests/conftest.py, need not be imported there."""
+    files = sorted((PROJECT / "tests/real").glob("test_*.py"))
+    return [str(file.relative_to(PROJECT)) for file in files if "mark.lockdep" in file.read_text(encoding="utf-8")]
 
 
 def does_not_boot(kernel: Kernel) -> str:
@@ -173,7 +179,9 @@ def wanted(lockdep: str) -> list[str]:
     return ["um", "um-debug"] if lockdep == "always" or (lockdep == "auto" and both) else ["um"]
 
 
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider")
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+"""In a guest an import takes several times what it takes on the host."""
 
 
 def run_here() -> Counts:
@@ -202,6 +210,7 @@ def run_in_guest(share: Share, options: argparse.Namespace) -> Counts:
                     cpus=share.cpus,
                     memory_mib=options.memory,
                     writable=Path(folder),
+                    environment=NO_PLUGINS,
                     timeout_s=options.timeout,
                 ),
                 [*PYTEST, f"--junitxml={report}", *share.pytest],

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
-import subprocess
-import sys
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import pytest
 
 from proto_v3.vfio.uapi import State, StreamFlags
 from tests.real.mdev import SampleMdev
-from tests.real.sample import MakeOpen, SampleDevice, errno_of
+from tests.real.sample import MakeOpen, SampleDevice, errno_of, in_thread
 
 S = State
 LONG_S = 10.0
@@ -125,24 +125,23 @@ def test_everything_at_once(make_open: MakeOpen) -> None:
 def test_a_killed_user_leaves_nothing_behind(make_sample: MakeSample, state: State, streams: int) -> None:
     """A process with everything open, and threads in read() or write(), is killed: the device is as new."""
     mdev = make_sample(size_kib=1024, command_us=30_000_000)
-    code = f"""
-import sys, threading, time
-from proto_v3.vfio.uapi import State
-from tests.real.mdev import SampleMdev
-from tests.real.sample import SampleDevice
-device = SampleDevice(SampleMdev({mdev.uuid!r}))
-fds = device.begin_all(State({int(state)}), {streams})
-for fd in fds:
-    call = (fd.write, b"x" * 40) if {state is S.RESUMING} else (fd.read, 10)
-    threading.Thread(target=call[0], args=call[1:], daemon=True).start()
-print("ready", flush=True)
-time.sleep(60)
-"""
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"ready\n"
-        time.sleep(0.1)
-        child.kill()
+    out, into = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            users = SampleDevice(mdev)
+            for fd in users.begin_all(state, streams):
+                in_thread(fd.write, b"x" * 40) if state is S.RESUMING else in_thread(fd.read, 10)
+            os.write(into, b"ready")
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(into)
+    assert os.read(out, 5) == b"ready"
+    os.close(out)
+    time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     with contextlib.closing(SampleDevice(mdev)) as device:
         assert device.state() is S.RUNNING
         assert "close -> 0" in [line.text for line in device.log()]
