@@ -19,6 +19,8 @@ FRAMING_BYTES = 4096
 """What a driver gives of a stopped device that has nothing more to give. Ours."""
 LONG_ENOUGH_S, UNSURE = 5.0, 1.5
 """What a guest writes within less time may be so many times more, or less, in the mean. Ours."""
+LEAST_S = 0.1
+"""Reports within less time say nothing of what a guest writes: a driver may notice it later. Ours."""
 CLOSE_SHARE = 0.02
 """Bounds of a size that are this near to each other are one value. Ours."""
 AGAIN_SHARE = 0.9
@@ -263,7 +265,9 @@ def _writes(key: str, pair: Pair, here: DeviceFacts, there: DeviceFacts) -> Iter
         span_s = here.dirtied_us / US_PER_S
         how = f"{here.dirtied_bytes} bytes from report to report within {span_s:.3g} s, as if written anywhere"
         rate = dirty_bytes_per_s(here) / MIB
-        if rate and span_s < LONG_ENOUGH_S:
+        if span_s < LEAST_S:
+            yield unknown(name, f"{how}: too short to tell")
+        elif rate and span_s < LONG_ENOUGH_S:
             yield bounded(name, rate, f"{how}; not long enough to be sure", rate / UNSURE, rate * UNSURE)
         else:
             yield measured(name, rate, how)

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from experiments.logs.device_quantities import device_quantities
 from experiments.logs.machine import FittedMachine, machine_of
+from experiments.logs.pair import read_pair
 from experiments.logs.quantity import Certainty, LogQuantity
 from proto_v3.errors import UserError
+from sim.scenario.file import load
 from tests.build.fit_truth import LEAST_MS, Truth
 from tests.real.qemu.cases import End
 from tests.real.qemu.pairs import FOLDER, PAIRS, LogPair, kept
@@ -73,6 +76,18 @@ def test_a_migration_that_did_not_complete_is_told_as_what_it_was(name: str) -> 
     how = "cancelled" if "cancelled" in name else "failed"
     with pytest.raises(UserError, match=rf"was {how} (before|after) the guest was stopped"):
         fit(name)
+
+
+@pytest.mark.parametrize(("us", "kind"), [(7_000, Certainty.UNKNOWN), (7_000_000, Certainty.MEASURED)])
+def test_reports_soon_after_each_other_do_not_tell_that_nothing_is_written(
+    tmp_path: Path, us: int, kind: Certainty
+) -> None:
+    source, target = LogPair(FOLDER / "one-11.1").unpacked(tmp_path)
+    pair = read_pair(str(source), str(target))
+    here, _ = pair.devices[0]
+    here.dirtied_bytes, here.dirtied_us = 0, us
+    found = {each.key: each for each in device_quantities(pair, 0, load("mlx5-2vf").device[0])}
+    assert found["device.0.writes.mib_per_s"].kind is kind
 
 
 def by_key(machine: FittedMachine) -> dict[str, LogQuantity]:
