@@ -98,8 +98,8 @@ class Fault(Table):
     arc: Annotated[str, Field(pattern=r"^[A-Z0-9_]+ -> [A-Z0-9_]+$")] | None = None
     """Of the state machine, as in `RUNNING_P2P -> STOP`."""
     command: Literal["SAVE", "LOAD"] | None = None
-    """Instead of an arc: a firmware command fails, and with it its session. A SAVE in pre-copy that fails with EINVAL is
-    refused: the session goes on, and the whole image comes when the device is stopped (mlx5). With `precopy = check`
+    """Instead of an arc: a firmware command fails, and with it its session. A SAVE in pre-copy that fails with EINVAL
+    is refused: the session goes on, and the whole image comes when the device is stopped (mlx5). With `precopy = check`
     the check is the target's first LOAD."""
     after: Annotated[int, Field(ge=0)] | None = None
     """Number of these commands that succeed before."""
