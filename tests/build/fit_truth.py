@@ -62,7 +62,7 @@ class Truth:
             assert 0 < each.value < max(BUSY_MS, self._late_ms)
 
     def check_sizes(self, machine: FittedMachine) -> None:
-        """Bytes: exactly, but for headers; or the truth is between the bounds."""
+        """Bytes: exactly, but for the heads of records; or the truth is between the bounds."""
         for each in self._quantities(machine, "state_mib"):
             check(each, self._size_mib, rel=END_BYTES / (1 << 20))
         features = {"STOP_COPY", "P2P"} | ({"PRE_COPY"} if self._precopy else set())
