@@ -166,20 +166,29 @@ def _whole_devices(fit: Fit, base: Scenario, count: int) -> None:
 # --- the text ---------------------------------------------------------------------------------------------------------
 
 HEAD = """\
-# A machine as the logs of one of its migrations show it. What is not here is as in {extends}.
+# A machine as the logs of one of its migrations show it. What they do not tell is as in {base}; [sources] says which.
 #   proto-v3 scenarios {file}   all values, with their sources and ranges
 #   proto-v3 compare {file}     run it
 """
 
 
-def scenario_text(name: str, extends: str, description: str, fit: Fit) -> str:
-    """The TOML file."""
+def scenario_text(name: str, description: str, fit: Fit, base: Scenario) -> str:
+    """The TOML file. It stands by itself: what the logs do not tell is in it as the base has it, with its range."""
+    known = parameters(base)
+    values = {key: (value, base.sources.get(key, f"assumed: as in {base.name}")) for key, value in known.items()}
+    values |= fit.values
+    ranges = {
+        key: each.model_dump(exclude_unset=True)
+        for key, each in base.ranges.items()
+        if key not in fit.values and each.of not in fit.values
+    }
+    ranges |= fit.ranges
     tables: dict[str, Any] = {"device": []}
-    for key in sorted(fit.values, key=_place):
-        tables = toml.put(tables, key.split("."), fit.values[key][0])
+    for key in sorted(values, key=_place):
+        tables = toml.put(tables, key.split("."), values[key][0])
     lines = [
-        HEAD.format(extends=extends, file=f"{name}.toml"),
-        *_lines({"name": name, "description": description, "extends": extends}),
+        HEAD.format(base=base.name, file=f"{name}.toml"),
+        *_lines({"name": name, "description": description}),
     ]
     for table, inner in sorted(tables.items()):
         for one in inner if isinstance(inner, list) else [inner]:
@@ -187,9 +196,9 @@ def scenario_text(name: str, extends: str, description: str, fit: Fit) -> str:
             for below, keys in one.items():
                 if isinstance(keys, dict):
                     lines += ["", f"[{table}.{below}]", *_lines(keys)]
-    lines += ["", "[sources]", *(f"{_toml(key)} = {_toml(source)}" for key, (_, source) in _sorted(fit.values))]
+    lines += ["", "[sources]", *(f"{_toml(key)} = {_toml(source)}" for key, (_, source) in _sorted(values))]
     lines += ["", "[ranges]"]
-    for key, each in _sorted(fit.ranges):
+    for key, each in _sorted(ranges):
         lines.append(f"{_toml(key)} = {{ {', '.join(f'{name} = {_toml(value)}' for name, value in each.items())} }}")
     return "\n".join(lines) + "\n"
 

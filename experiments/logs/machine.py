@@ -61,7 +61,7 @@ def machine_of(
     migration: int | None = None,
     rename: Sequence[str] = (),
 ) -> FittedMachine:
-    """Read the logs and fit a scenario to them, which `extends` another one.
+    """Read the logs and fit a scenario to them. What they do not tell is as in the one that it `extends`.
 
     `cmdline`: what QEMU was told, or files with it. `driver`: files with the times of the driver's functions.
     `migration`: its number in each log, from 1; None: the last one that completed. `rename`: what devices are called;
@@ -84,7 +84,7 @@ def machine_of(
     description = _described(pair, fall)
     tried: list[_Made] = []
     for each in _explanations(found, base):
-        tried.append(_made(name, extends, description, pair, base, names, each))
+        tried.append(_made(name, description, pair, base, names, each))
         if _off(tried[0].outcome, fall) <= CLOSE * (fall.downtime_ms or 0.0):
             break
     best = min(tried, key=lambda each: _off(each.outcome, fall))
@@ -117,7 +117,6 @@ class _Made:
 
 def _made(
     name: str,
-    extends: str,
     description: str,
     pair: Pair,
     base: Scenario,
@@ -125,13 +124,13 @@ def _made(
     found: Sequence[LogQuantity],
 ) -> _Made:
     fit = fitted(pair, base, names, found)
-    text = scenario_text(name, extends, description, fit)
+    text = scenario_text(name, description, fit, base)
     scenario = parse(text, f"{name}.toml")
     outcome = _simulated(scenario)
     stops_late = outcome.kind is OutcomeKind.DID_NOT_CONVERGE
     if stops_late:
         _let_it_stop(fit, pair, scenario)
-        text = scenario_text(name, extends, description, fit)
+        text = scenario_text(name, description, fit, base)
         scenario = parse(text, f"{name}.toml")
         outcome = _simulated(scenario)
     return _Made(fit, text, scenario, outcome, stops_late)

@@ -133,6 +133,16 @@ def test_the_fitted_scenario_has_the_downtime_of_the_machine(tmp_path: Path, pro
     assert machine.simulated.downtime_ns == pytest.approx(run.timeline.downtime_ns, rel=0.1)
 
 
+@pytest.mark.parametrize("extends", ["mlx5", "mlx5-2vf"])
+def test_what_the_base_adds_to_a_devices_times_is_in_the_measured_ones(tmp_path: Path, extends: str) -> None:
+    source, target, run = known_logs(tmp_path)
+    machine = machine_of(source, target, extends=extends)
+    known, own = run.timeline.phases_ns(), machine.simulated.phases_ns
+    assert own["stop"] == pytest.approx(known["stop"], abs=20_000)
+    assert own["resume"] == pytest.approx(known["resume"], abs=20_000)
+    assert machine.scenario.published == []
+
+
 @pytest.mark.parametrize("slow", ["firmware.save_mib_per_s", "firmware.load_mib_per_s"])
 def test_whether_save_or_load_is_slow_is_chosen_by_the_downtime(tmp_path: Path, slow: str) -> None:
     changes = {"firmware.save_mib_per_s": 2000.0, "firmware.load_mib_per_s": 4000.0, slow: 50.0}
