@@ -70,7 +70,7 @@ def test_a_scenarios_parameters_are_shown_with_their_sources(tmp_path: Path) -> 
     assert done.returncode == 0
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("device.0.state_mib"))
     assert line.split(maxsplit=2)[1] == "102.25"
-    assert "published: vfio device transferred" in line
+    assert "published: vfio device" in line
 
 
 @pytest.fixture
