@@ -34,6 +34,10 @@ def changed(log: Path, folder: Path, change: Callable[[list[str]], list[str]], n
     return str(file)
 
 
+def _lines(folder: Path, side: str) -> list[str]:
+    return gzip.decompress((folder / f"{side}.log.gz").read_bytes()).decode().splitlines(True)
+
+
 def refused(source: Path | str, target: Path | str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         machine_of(str(source), str(target))
@@ -148,6 +152,25 @@ def test_wherever_a_log_is_cut_the_answer_is_no_traceback(end: int, tmp_path: Pa
         except UserError as error:
             told = str(error)
         assert notes or ".log: " in told
+
+
+NAMES = sorted({event.name for name in ("source", "target") for event in parse(_lines(PAIRS / "pair-11.1", name))})
+
+
+@pytest.mark.parametrize("event", NAMES)
+def test_an_event_that_was_not_traced_costs_what_it_tells_and_nothing_else(event: str, tmp_path: Path) -> None:
+    for side in ("source", "target"):
+        lines = _lines(PAIRS / "pair-11.1", side)
+        (tmp_path / f"{side}.log").write_text("".join(line for line in lines if f"Z {event} " not in line))
+    try:
+        machine = machine_of(str(tmp_path / "source.log"), str(tmp_path / "target.log"))
+        assert machine.scenario.devices
+        assert all(each.how for each in machine.quantities)
+        told = ".log: "
+    except UserError as error:
+        told = str(error)
+    assert ".log: " in told
+    assert "fit.toml" not in told
 
 
 @pytest.mark.parametrize("name", ["cancelled-10.0", "cancelled-11.1", "killed-11.1", "late-reinit-11.1"])
