@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 
 from experiments.logs.collect_base import BaseCollector
 from experiments.logs.events import TraceEvent
@@ -71,6 +72,7 @@ class SourceCollector(BaseCollector):
     def _on_vfio_save_block(self, event: TraceEvent) -> None:
         device, size = self._device(event), event.value("data_size") or 0
         device.last_block_us = event.time_us
+        device.pieces_crc = zlib.crc32(b"%d," % size, device.pieces_crc)
         self._unread[device.name] = max(0, self._unread.get(device.name, 0) - size)
         if self._stopped:
             device.stop_bytes += size

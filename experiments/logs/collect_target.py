@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 from experiments.logs.collect_base import BaseCollector
 from experiments.logs.events import TraceEvent
 from experiments.logs.facts import TARGET, Piece, Stretch
@@ -22,8 +24,9 @@ class TargetCollector(BaseCollector):
             self._device(event).last_arrived_us = event.time_us
 
     def _on_vfio_load_state_device_data(self, event: TraceEvent) -> None:
-        begin_us = self._loading.pop(event.device, None)
-        pieces = self._device(event).pieces
+        begin_us, device = self._loading.pop(event.device, None), self._device(event)
+        device.pieces_crc = zlib.crc32(b"%d," % (event.value("size") or 0), device.pieces_crc)
+        pieces = device.pieces
         if begin_us is not None and len(pieces) < MOST_PIECES:
             pieces.append(Piece(begin_us, event.time_us, event.value("size") or 0))
 

@@ -105,6 +105,8 @@ class DeviceFacts:
     """What was written to it from one report to the next, after it was drained, and in which time."""
     drained_us: int | None = None
     """When read() had nothing more to give, the last time before the stop."""
+    pieces_crc: int = 0
+    """Of the sizes in which its data was read, or written, in their order."""
     precopy_bytes: int = 0
     precopy_blocks: int = 0
     first_pass_bytes: int | None = None

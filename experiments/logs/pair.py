@@ -57,6 +57,8 @@ def read_pair(source: str, target: str, number: int | None = None) -> Pair:
         notes += note
         if not chosen.begun:
             notes.append(f"{log.name}: begins after the migration did; what was before is not known")
+        if chosen.status != "completed":
+            notes.append(f"{log.name}: does not show that the migration completed; it may be cut at its end")
         if log.cut:
             notes.append(f"{log.name}: its last line has no end: it may be cut")
     _check_ended(logs, sides)
@@ -86,10 +88,7 @@ def _chosen(name: str, every: Sequence[SideFacts], number: int | None) -> tuple[
 
 def _wrong_side(logs: Sequence[LogFile], side: str) -> str:
     name = logs[0].name if side == TARGET else logs[1].name
-    other = "second" if side == TARGET else "first"
-    return (
-        f"{name}: is the log of a {side}; the source's log comes first, the target's second (are they swapped? {other})"
-    )
+    return f"{name}: is the log of a {side}; the source's log comes first, the target's second: they seem to be swapped"
 
 
 def _check_ended(logs: Sequence[LogFile], sides: Sequence[SideFacts]) -> None:
@@ -97,9 +96,9 @@ def _check_ended(logs: Sequence[LogFile], sides: Sequence[SideFacts]) -> None:
     for log, facts in zip(logs, sides, strict=True):
         if facts.status in NO_WAY:
             when = "after the guest was stopped" if _stopped(facts) else "before the guest was stopped"
-            how = "cancelled" if facts.status.startswith("cancel") else "failed"
+            how = "was cancelled" if facts.status.startswith("cancel") else "failed"
             why = f" ({facts.error})" if facts.error else ""
-            raise UserError(f"{log.name}: this migration was {how} {when}{why}; a fit needs one that completed")
+            raise UserError(f"{log.name}: this migration {how} {when}{why}; a fit needs one that completed")
     if not _stopped(sides[0]):
         raise UserError(
             f"{logs[0].name}: the guest was not stopped in it (its last status is {sides[0].status or 'not told'}): "
@@ -152,3 +151,5 @@ def _not_the_same(pair: Pair) -> Iterator[str]:
         saved, loaded = here.precopy_bytes + here.stop_bytes, sum(piece.bytes for piece in there.pieces)
         if pair.traced and not pair.source.multifd and saved != loaded:
             yield f"device {at}: {saved} bytes were saved, {loaded} were loaded"
+        elif pair.traced and not pair.source.multifd and here.pieces_crc != there.pieces_crc:
+            yield f"device {at}: {saved} bytes were saved, and loaded in other pieces than they were saved in"

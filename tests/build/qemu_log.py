@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -313,23 +314,38 @@ def _writes(run: TimedRun) -> Iterator[Line]:
             before[call.device] += len(call.answer)
     switched_ns = run.timeline.marks[Mark.STOPPED] + run.scenario.link.latency_ns
     numbers, lines = [0] * len(before), list[Line]()
-    for call in run.there:
-        if call.name != "write":
-            continue
-        at, name = call.device, f" (b{call.device})"
-        late = before[at] <= 0
-        before[at] -= len(call.arguments[0])
+    for at, size, begin_ns, end_ns in _pieces(run):
+        name, late = f" (b{at})", before[at] <= 0
+        before[at] -= size
         if late and multifd:
             told = f"{name} idx {numbers[at]}"
             numbers[at] += 1
-            lines.append((call.begin_ns, "vfio_load_state_device_buffer_incoming", told))
-            lines.append((call.begin_ns, "vfio_load_state_device_buffer_load_start", told))
-            lines.append((call.end_ns, "vfio_load_state_device_buffer_load_end", told))
+            lines.append((begin_ns, "vfio_load_state_device_buffer_incoming", told))
+            lines.append((begin_ns, "vfio_load_state_device_buffer_load_start", told))
+            lines.append((end_ns, "vfio_load_state_device_buffer_load_end", told))
         else:
             if not late:
-                switched_ns = max(switched_ns, call.end_ns)
-            lines.append((call.begin_ns, "vfio_load_state", f"{name} data 0xffffffffef100004"))
-            told = f"{name} size {len(call.arguments[0])} ret 0"
-            lines.append((call.end_ns, "vfio_load_state_device_data", told))
+                switched_ns = max(switched_ns, end_ns)
+            lines.append((begin_ns, "vfio_load_state", f"{name} data 0xffffffffef100004"))
+            lines.append((end_ns, "vfio_load_state_device_data", f"{name} size {size} ret 0"))
     yield switched_ns, "loadvm_process_command", "com=SWITCHOVER_START len=0"
     yield from lines
+
+
+def _pieces(run: TimedRun) -> Iterator[tuple[int, int, int, int]]:
+    """What was read at once is one piece also where it is written, in whatever frames it came: device, bytes, begin and
+    end of its write()s."""
+    reads = [deque[int]() for _ in run.scenario.devices]
+    for call in run.here:
+        if call.name == "read" and not isinstance(call.answer, OSError) and len(call.answer):
+            reads[call.device].append(len(call.answer))
+    begun, written = [-1] * len(reads), [0] * len(reads)
+    for call in run.there:
+        if call.name == "write":
+            at = call.device
+            begun[at] = call.begin_ns if begun[at] < 0 else begun[at]
+            written[at] += len(call.arguments[0])
+            if written[at] >= reads[at][0]:
+                yield at, reads[at][0], begun[at], call.end_ns
+                written[at] -= reads[at].popleft()
+                begun[at] = -1

@@ -73,8 +73,8 @@ def test_the_downtime_is_qemus_where_it_counts_the_target(name: str) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_migration_that_did_not_complete_is_told_as_what_it_was(name: str) -> None:
-    how = "cancelled" if "cancelled" in name else "failed"
-    with pytest.raises(UserError, match=rf"was {how} (before|after) the guest was stopped"):
+    how = "was cancelled" if "cancelled" in name else "failed"
+    with pytest.raises(UserError, match=rf"this migration {how} (before|after) the guest was stopped"):
         fit(name)
 
 
