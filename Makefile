@@ -17,7 +17,7 @@ help:
 	@echo 'make real-qemu  the calls of QEMU and of the project compared, into results/real/qemu/'
 	@echo 'make real-read  measure read() of the driver in that kernel, side by side with its simulation, into results/; ten minutes, idle'
 	@echo 'make real-agree  a scenario in virtual time, live, and by devices of that kernel, into results/real/agree; two minutes, idle'
-	@echo 'make faults    search for two faults that a migration does not survive: SEEDS=500 (24 runs each), from a drawn start'
+	@echo 'make faults    one fault at every event of small migrations; then two, drawn: SEEDS=500 (24 runs each), from a drawn start'
 	@echo 'make validate  hold the simulation against published measurements'
 	@echo 'make calibrate  fit the scenarios'"'"' values to the published figures, and print them; five minutes; ARGS="--write" changes the files'
 	@echo 'make experiments  run all experiments into results/ (half an hour on two cores), and write results/report.html'
@@ -78,6 +78,7 @@ real-agree: $(VENV)/dev.stamp
 
 SEEDS ?= 500
 faults: $(VENV)/dev.stamp
+	@$(BIN)/python -m tests.proto_v3.test_every_event
 	@$(BIN)/python -m tests.proto_v3.test_double_faults --seeds $(SEEDS)
 
 validate: $(VENV)/core.stamp

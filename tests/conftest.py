@@ -37,8 +37,8 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: live tests mostly wait."""
-    return len(os.sched_getaffinity(0)) + 1
+    """Two more than there are cores: live tests mostly wait."""
+    return len(os.sched_getaffinity(0)) + 2
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
