@@ -486,9 +486,10 @@ def tampered(name: str, what: str, stream: int, at: int, read_mib: float) -> boo
 @pytest.mark.rule("v3.7.1", "v3.9.2")
 @pytest.mark.parametrize("what", sorted(KINDS))
 def test_a_stream_that_was_tampered_with_is_refused_wherever_that_was(what: str) -> None:
+    """At every other place."""
     name = "v3-n2-invalidate"
     read_mib = READ_MIB[1] if what == "reorders_records" else READ_MIB[0]
-    found = [tampered(name, what, stream, at, read_mib) for stream, at in places(name, read_mib)]
+    found = [tampered(name, what, stream, at, read_mib) for stream, at in places(name, read_mib)[::2]]
     assert any(found)
 
 
@@ -541,9 +542,10 @@ REFUSED_BLOCKS: dict[str, int] = {
 @pytest.mark.parametrize("policy", ["keep", "invalidate"])
 @pytest.mark.parametrize("what", sorted(HARMLESS | REFUSED_BLOCKS.keys()))
 def test_blocks_that_were_tampered_with_are_refused_or_do_no_harm(what: str, policy: str) -> None:
+    """At every other place, of each policy at the others."""
     name = f"v3-blocks-n2-{policy}"
     outcomes = set()
-    for stream, at in places(name, READ_MIB[0]):
+    for stream, at in places(name, READ_MIB[0])[policy == "invalidate" :: 2]:
         if stream == 0:
             continue  # the critical stream is as any other
         tamperer = Tamperer(what, stream, at)
