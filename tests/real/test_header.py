@@ -599,7 +599,7 @@ def test_with_o_nonblock_write_does_not_wait_for_an_epoch(pair: Pair) -> None:
 
 
 def test_with_o_nonblock_read_does_not_wait_while_the_device_saves(make_sample: Callable[..., SampleMdev]) -> None:
-    with open_devices(make_sample, 1, command_us=400_000) as (device,):
+    with open_devices(make_sample, 1, command_us=2_000_000) as (device,):
         fds = device.begin_all(S.PRE_COPY, 2)
         for fd in fds:
             fd.nonblocking()
@@ -611,7 +611,7 @@ def test_with_o_nonblock_read_does_not_wait_while_the_device_saves(make_sample: 
 
 
 def test_a_read_waits_while_the_device_saves(make_sample: Callable[..., SampleMdev]) -> None:
-    with open_devices(make_sample, 1, command_us=300_000) as (device,):
+    with open_devices(make_sample, 1, command_us=1_500_000) as (device,):
         critical, dirty = device.begin_all(S.PRE_COPY, 1)
         reading = [in_thread(fd.read, 10) for fd in (critical, dirty)]
         assert still_waits(reading[0])
