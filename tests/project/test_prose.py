@@ -261,6 +261,21 @@ def test_what_the_readme_says_comes_out_is_what_the_tables_say(claim: Claim) -> 
     assert claim() in section("README.md", "What comes out")
 
 
+def test_how_near_real_devices_are_is_what_the_table_says() -> None:
+    rows = pl.read_parquet(RESULTS / "real/agree/agree.parquet").filter(figure="downtime").to_dicts()
+    v2, one, two = ({name: row[name] for name in ("virtual", "live", "real")} for row in rows)
+    more = [100 * (each["real"] / each["virtual"] - 1) for each in (v2, one, two)]
+    said = " ".join((ROOT / "docs/live.md").read_text(encoding="utf-8").split())
+    real, virtual = ([f"{each[clock]:.0f}" for each in (v2, one, two)] for clock in ("real", "virtual"))
+    assert (
+        f"{real[0]} ms with v2, {real[1]} with v3-n1 and {real[2]} with v3-n2, where virtual time says {virtual[0]}, "
+        f"{virtual[1]} and {virtual[2]}: {more[0]:.0f}, {more[1]:.0f} and {more[2]:.0f} % more. Against v2, two dirty "
+        f"streams take {two['real'] / v2['real']:.2f} of the downtime, simulated {two['virtual'] / v2['virtual']:.2f}."
+    ) in said
+    furthest = max(each["live"] / each["virtual"] for each in (v2, one, two))
+    assert f"up to {100 * (furthest - 1):.0f} %" in said
+
+
 def test_what_is_not_fair_yet_is_said_at_both_tops_alike() -> None:
     title = "Read this first: what is not fair yet"
     assert section("README.md", title) == section("results/README.md", title)
