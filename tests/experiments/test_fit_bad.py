@@ -54,12 +54,13 @@ def at(lines: list[str], words: str) -> int:
         (b"\0\1\2" * 100, "is no text"),
         (SIMPLE_TRACE + bytes(64), "simple trace backend"),
         (b"\xfd7zXZ\0" + bytes(64), "compressed, and not by gzip"),
-        (gzip.compress(b"2026-11-30 nothing\n" * 1000)[:40], "compressed, and damaged or cut"),
+        (gzip.compress(b"2026-11-30 nothing\n" * 1000, mtime=0)[:40], "compressed, and damaged or cut"),
         (b"hello\nworld\n", "has no event of QEMU in its 2 lines"),
         (b"vfio_save_block  (a0) data_size 24\n" * 3, r"3 lines that look like events .* -msg timestamp=on"),
         (b"2026-11-30T18:36:53.561754Z vfio_pci_reset  (a0)\n", "has 1 events, but none of a migration"),
         (b"x" * (1 << 20), "has no event of QEMU in its 16 lines"),
     ],
+    ids=["empty", "binary", "simple trace", "xz", "cut gzip", "other text", "no times", "no migration", "no lines"],
 )
 def test_a_log_that_is_none(content: bytes, words: str, tmp_path: Path, logs: tuple[Path, Path]) -> None:
     bad = tmp_path / "bad.log"

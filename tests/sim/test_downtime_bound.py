@@ -63,7 +63,7 @@ def even(name: str) -> Scenario:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("at", "name"), enumerate(shipped()))
+@pytest.mark.parametrize(("at", "name"), list(enumerate(shipped())))
 def test_no_shipped_scenario_is_below_its_bound(at: int, name: str) -> None:
     """Each with some of the protocols, in turn. A driver that reads all of its context again has no blocks."""
     rereads = load(name).driver.precopy == "reread"
