@@ -10,11 +10,9 @@ QMP's events, the source's command line, and what is known: the driver's paramet
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gzip
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,25 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernel import guest
+from experiments.logs import how
 from kernel.build import PROJECT
 from kernel.cache import say
 from kernel.qemu_packages import Qemu
 from tests.real.qemu.cases import ACK, BOTH, MULTIFD, NEW, Act, Case, End
 from tests.real.qemu.migrate import SIDES, Limits, Record, migrate
 from tests.real.qemu.qmp import HungError, QemuError
-from tests.real.qemu.run import TRIES, ended_as_expected, is_example, qemu_of
+from tests.real.qemu.run import TRIES, ended_as_expected, in_guest, is_example, qemu_of
 
 FOLDER = PROJECT / "tests/data/logs"
-PATTERNS = (
-    *("vfio_migration_*", "vfio_query_*", "vfio_save_*", "vfio_load_*", "vfio_send_*", "vfio_state_pending*"),
-    *("vfio_vmstate_*", "vmstate_downtime_*", "vm_state_notify*", "migration_bitmap_sync_*"),
-    *("migrate_set_state*", "migrate_error*", "migrate_transferred*", "migrate_pending_*"),
-    *("migration_thread_low_pending*", "migration_cancel*", "loadvm_approve_*", "loadvm_process_command*"),
-    *("savevm_send_switchover_start*", "qemu_savevm_query_pending*", "source_return_path_thread_*"),
-    "migrate_send_rp_message*",
-)
-"""What a user is told to trace (`proto-v3 fit --how`)."""
+PATTERNS = (*how.PATTERNS, "migration_cancel*")
+"""What a user is told to trace (`proto-v3 fit --how`), and that the user cancelled."""
 
 ARCS = {
     "suspend_us": 30_000,
@@ -242,17 +233,7 @@ def make_here(names: Sequence[str], out: Path) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Make them, in a guest if this is none. 1 if a migration did not end as it should."""
-    parser = argparse.ArgumentParser(prog="python -m tests.real.qemu.pairs", description="Pairs of QEMU's logs.")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for the pairs; tests/data/logs")
-    parser.add_argument("pairs", nargs="*", metavar="PAIR", help=f"of {', '.join(BY_NAME)}; none: all")
-    options = parser.parse_args(arguments)
-    if unknown := [name for name in options.pairs if name not in BY_NAME]:
-        parser.error(f"no pair {unknown[0]!r}; there are {', '.join(BY_NAME)}")
-    if "PROTO_V3_GUEST" in os.environ:
-        return make_here(options.pairs, options.out)
-    out = options.out.absolute()
-    command = [sys.executable, "-m", "tests.real.qemu.pairs", "--out", str(out), *options.pairs]
-    return guest.main(["--out", str(out), "--memory", "2048", "--timeout", "1200", "--", *command])
+    return in_guest("tests.real.qemu.pairs", "Pairs of QEMU's logs.", BY_NAME, make_here, FOLDER, arguments)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from kernel import guest
@@ -110,19 +110,30 @@ def run_here(names: Sequence[str], out: Path) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Run them, in a guest if this is none. 1 if a migration did not end as it should."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.real.qemu.run", description="QEMU and the project, compared."
-    )
-    parser.add_argument("--out", type=Path, required=True, help="the folder for the records")
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(BY_NAME)}; none: all")
+    return in_guest("tests.real.qemu.run", "QEMU and the project, compared.", BY_NAME, run_here, None, arguments)
+
+
+def in_guest(
+    module: str,
+    description: str,
+    names: Collection[str],
+    run: Callable[[Sequence[str], Path], int],
+    out: Path | None,
+    arguments: Sequence[str],
+) -> int:
+    """The command line of a module that runs cases in a guest. `run` is called in the guest, with the names of some
+    cases (none: all) and the folder to write to; `out` is that folder if the arguments name none."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("--out", type=Path, default=out, required=out is None, help="the folder for what is made")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(names)}; none: all")
     options = parser.parse_args(arguments)
-    if unknown := [name for name in options.cases if name not in BY_NAME]:
-        parser.error(f"no case {unknown[0]!r}; there are {', '.join(BY_NAME)}")
+    if unknown := [name for name in options.cases if name not in names]:
+        parser.error(f"no case {unknown[0]!r}; there are {', '.join(names)}")
     if "PROTO_V3_GUEST" in os.environ:
-        return run_here(options.cases, options.out)
-    out = options.out.absolute()
-    command = [sys.executable, "-m", "tests.real.qemu.run", "--out", str(out), *options.cases]
-    return guest.main(["--out", str(out), "--memory", "2048", "--timeout", "1200", "--", *command])
+        return run(options.cases, options.out)
+    folder = options.out.absolute()
+    command = [sys.executable, "-m", module, "--out", str(folder), *options.cases]
+    return guest.main(["--out", str(folder), "--memory", "2048", "--timeout", "1200", "--", *command])
 
 
 if __name__ == "__main__":
