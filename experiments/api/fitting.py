@@ -44,7 +44,8 @@ def fit(
 
 def fitted_quantities(machine: FittedMachine) -> pl.DataFrame:
     """What the logs tell. Columns: parameter, value (as text; empty if it cannot be told), known (`measured`,
-    `bounded`, `cannot be told`), low, high (bounds in the parameter's unit, null where there is none), source."""
+    `bounded`, `assumed`, `cannot be told`), low, high (bounds in the parameter's unit, null where there is none),
+    source."""
     return pl.DataFrame(quantities_table(machine).rows, infer_schema_length=None)
 
 

@@ -19,6 +19,10 @@ from proto_v3.errors import UserError
 
 SIZES = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 MOST_BYTES = 1 << 20
+PATH = re.compile(r"[^\s{\[-]\S*")
+"""What may be the name of a file."""
+LEAST_RAM_BYTES = 1 << 20
+"""No guest has less."""
 ON = ("on", "true", "yes", True)
 
 
@@ -64,8 +68,11 @@ def read_settings(texts: Sequence[str]) -> QemuSettings:
         else:
             _take_arguments(settings, _split(content))
         if repr(settings) == before:
+            gone = (
+                "there is no such file, and as text it" if PATH.fullmatch(text) and not os.path.exists(text) else "it"
+            )
             raise UserError(
-                f"--cmdline {text[:60]}: has nothing that is known: must be QEMU's arguments "
+                f"--cmdline {' '.join(text[:60].split())}: {gone} has nothing that is known: must be QEMU's arguments "
                 "(-m, -machine, -device vfio-pci,...), or what query-migrate-parameters, query-migrate-capabilities or "
                 "query-migrate returned"
             )
@@ -116,7 +123,7 @@ def _take_json(settings: QemuSettings, document: Any) -> None:
         for key in ("return", "arguments", "query-migrate", "query_migrate", "parameters", "capabilities"):
             _take_json(settings, document.get(key))
         ram = document.get("ram")
-        if isinstance(ram, Mapping) and type(ram.get("normal-bytes")) is int:
+        if isinstance(ram, Mapping) and type(ram.get("normal-bytes")) is int and ram["normal-bytes"] >= 0:
             settings.normal_bytes = ram["normal-bytes"]
         vfio = document.get("vfio")
         if isinstance(vfio, Mapping) and type(vfio.get("transferred")) is int:
@@ -145,7 +152,7 @@ def _take_parameter(settings: QemuSettings, name: str, value: str) -> None:
             settings.max_bandwidth_bytes_per_s = number
         case "avail-switchover-bandwidth" if number:
             settings.given_bandwidth_bytes_per_s = number
-        case "multifd-channels" | "channels":
+        case "multifd-channels" | "channels" if number:
             settings.channels = number
 
 
@@ -168,7 +175,7 @@ def _take_arguments(settings: QemuSettings, words: Sequence[str]) -> None:
 
 
 def _take_device(settings: QemuSettings, options: Mapping[str, Any]) -> None:
-    if "vfio-pci" not in (options.get("driver"), *options):
+    if not {"vfio-pci", "vfio-pci-nohotplug"} & {str(options.get("driver")), *options}:
         return
     if "x-migration-multifd-transfer" in options:
         settings.multifd_transfer = options["x-migration-multifd-transfer"] in ON
@@ -191,7 +198,8 @@ def _options(value: str) -> dict[str, Any]:
 def _ram(value: str) -> int | None:
     """Of `-m`: MiB, if no unit is named."""
     text = _options(value).get("size") or value.partition(",")[0]
-    return _size(f"{text}M" if text.isdigit() else text)
+    size = _size(f"{text}M" if text.isdigit() else text)
+    return size if size is not None and size >= LEAST_RAM_BYTES else None
 
 
 def _size(text: str) -> int | None:

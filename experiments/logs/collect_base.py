@@ -84,7 +84,7 @@ class BaseCollector:
         self.migrations.append(self._now)
         for kept in (
             *(self._asked, self._loading, self._config, self._starved, self._threads, self._saving),
-            *(self._load_threads, self._dirty, self._unread),
+            *(self._load_threads, self._dirty, self._unread, self._states),
         ):
             kept.clear()
 
@@ -128,6 +128,8 @@ class BaseCollector:
         if found := re.search(r"mig_flags 0x([0-9a-f]+)", event.args):
             device.flags = int(found[1], 16)
         device.info_v2 = event.value("precopy_info_v2_used") == 1
+        kept = self._before.devices.setdefault(device.name, DeviceFacts(device.name))  # a new process may have others
+        kept.flags, kept.info_v2 = device.flags, device.info_v2
 
     def _on_vfio_migration_realize(self, event: TraceEvent) -> None:
         self._device(event)

@@ -44,6 +44,12 @@ class SourceCollector(BaseCollector):
         if not self._device(event).reports:
             self._report(event, "precopy initial size", "precopy dirty size")
 
+    def _on_vfio_state_pending(self, event: TraceEvent) -> None:
+        """QEMU 11.1: what is asked for last, after the stop, is in what is pending of all."""
+        if event.value("final") == 1:
+            left = (event.value(f"precopy {each} size") or 0 for each in ("initial", "dirty"))
+            self._device(event).left_bytes = sum(left)
+
     def _size(self, event: TraceEvent, key: str) -> None:
         sizes, size = self._device(event).sizes, event.value(key)
         if size is not None and not self._stopped:
@@ -132,7 +138,8 @@ class SourceCollector(BaseCollector):
         if self._now.first_pending_bytes is None:
             self._pending(event.value("precopy") or 0)
         if event.value("final") == 1:
-            self._now.final_ram_bytes = event.value("precopy")
+            left = sum(device.left_bytes for device in self._now.devices.values())
+            self._now.final_ram_bytes = max(0, (event.value("precopy") or 0) - left)
         elif event.value("exact") == 1:
             self._now.decided = event.time_us, event.value("total") or 0
 

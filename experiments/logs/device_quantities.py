@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from experiments.logs.facts import DeviceFacts, Piece, Transition
 from experiments.logs.pair import Pair
-from experiments.logs.quantity import MIB, US_PER_MS, US_PER_S, LogQuantity, bounded, measured, unknown
+from experiments.logs.quantity import MIB, US_PER_MS, US_PER_S, LogQuantity, assumed, bounded, measured, unknown
 from experiments.logs.waterfall import starts, stops
 from proto_v3.vfio.uapi import MigrationFlags
 from sim.scenario.device import Device
@@ -191,7 +191,7 @@ def _sizes(key: str, pair: Pair, here: DeviceFacts, there: DeviceFacts, base: De
     critical = base.critical.objects * base.critical.object_bytes
     if whole <= critical:
         critical = 0
-        yield measured(f"{key}critical.objects", 0, "the whole state is smaller than the base's objects would be")
+        yield assumed(f"{key}critical.objects", 0, "the whole state is smaller than the base's objects would be")
     state = (whole - critical) / MIB
     told = f"{size.how}, {whole} bytes" + (f" less {critical} of critical objects" if critical else "")
     low, high = (None if each is None else max(0, each - critical) / MIB for each in (size.low, size.high))
@@ -200,7 +200,7 @@ def _sizes(key: str, pair: Pair, here: DeviceFacts, there: DeviceFacts, base: De
     else:
         yield bounded(f"{key}state_mib", state, told, low, high)
     block_kib = SMALL_BLOCK_KIB if state < SMALL_MIB else BLOCK_KIB
-    yield measured(f"{key}block_kib", block_kib, "so small that the size is met; nothing else depends on it")
+    yield assumed(f"{key}block_kib", block_kib, "so small that the size is met; nothing else depends on it")
     yield from _stop_only(key, pair, here, there, state)
 
 

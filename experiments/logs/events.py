@@ -3,7 +3,7 @@
 
 QEMU 10: `pid@seconds.microseconds:event arguments`. QEMU 11: an ISO 8601 time, a blank, the event. Both have times only
 with -msg timestamp=on. QMP events are JSON, one a line, as QMP prints them; or the lines of `virsh qemu-monitor-event`.
-Other lines, such as warnings, are left out.
+Other lines, such as warnings, are left out; so is what a system's log puts in front of each line.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from typing import Any
 
 from proto_v3.errors import UserError
 
-OLD = re.compile(r"\d+@(?P<time>\d+\.\d{6}):(?P<name>[a-z]\w+)(?: (?P<args>.*))?")
-NEW = re.compile(r"(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6})Z (?P<name>[a-z]\w+)(?: (?P<args>.*))?")
+PREFIX = r"(?:.*[\s:])?"
+"""What syslog, journald or a console server put in front of a line."""
+OLD = re.compile(PREFIX + r"\d+@(?P<time>\d+\.\d{6}):(?P<name>[a-z]\w+)(?: (?P<args>.*))?")
+NEW = re.compile(PREFIX + r"(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{6})?)Z (?P<name>[a-z]\w+)(?: (?P<args>.*))?")
+"""A time without its fraction is of a whole second: g_date_time_format_iso8601() leaves out what is 0."""
 VIRSH = re.compile(r"event (?P<name>[A-Z_]+) at (?P<s>\d+)\.(?P<us>\d{6}) for domain [^{]*(?P<data>\{.*\})?")
 NO_TIME = re.compile(r"(?:vfio_|migrat|vmstate_|savevm_|qemu_savevm_|loadvm_|vm_state_notify)\w* ")
 QMP = "QMP:"
@@ -30,6 +33,8 @@ QMP = "QMP:"
 DEVICE = re.compile(r"\s*\(([^)]*)\)")
 MOST_LINE_BYTES = 1 << 16
 """A longer line is no event."""
+MOST_COARSE = 3
+"""As many events may be at a whole second by chance. Ours."""
 GZIP = b"\x1f\x8b"
 OTHER_PACKERS = (b"\xfd7zXZ", b"(\xb5/\xfd", b"BZh")
 """How files of xz, zstd and bzip2 begin."""
@@ -59,7 +64,10 @@ class TraceEvent:
 
 def event_of(line: str) -> TraceEvent | None:
     """The event in a line; None if there is none."""
-    line = line.rstrip()
+    line = line.rstrip().removeprefix("\ufeff")
+    if found := OLD.fullmatch(line):
+        seconds, _, micros = found["time"].partition(".")
+        return TraceEvent(int(seconds) * 1_000_000 + int(micros), found["name"], (found["args"] or "").strip())
     if found := NEW.fullmatch(line):
         try:
             at = datetime.datetime.fromisoformat(found["time"]).replace(tzinfo=datetime.UTC)
@@ -68,9 +76,6 @@ def event_of(line: str) -> TraceEvent | None:
         return TraceEvent(
             int(at.timestamp()) * 1_000_000 + at.microsecond, found["name"], (found["args"] or "").strip()
         )
-    if found := OLD.fullmatch(line):
-        seconds, _, micros = found["time"].partition(".")
-        return TraceEvent(int(seconds) * 1_000_000 + int(micros), found["name"], (found["args"] or "").strip())
     if line.startswith("{"):
         return _of_qmp(line)
     if found := VIRSH.match(line):
@@ -119,6 +124,8 @@ class LogFile:
         self.name = name
         self.lines = 0
         self.events = 0
+        self._coarse = 0
+        """Events at a whole second."""
         self.untimed = 0
         """Lines that look like events of QEMU, without a time."""
         self.cut = False
@@ -146,6 +153,8 @@ class LogFile:
             raise UserError(f"{self.name}: cannot be read: {error.strerror}") from error
         if not self.events:
             raise UserError(f"{self.name}: {self._why_nothing()}; `proto-v3 fit --how` says what to log")
+        if self.events == self._coarse > MOST_COARSE:
+            raise UserError(f"{self.name}: its times are whole seconds; must have microseconds, as QEMU writes them")
 
     def _taken(self, line: bytes) -> TraceEvent | None:
         """Count a line; returns its event."""
@@ -156,6 +165,7 @@ class LogFile:
             self.untimed += bool(NO_TIME.match(line[:64].decode("ascii", errors="replace")))
             return None
         self.events += 1
+        self._coarse += event.time_us % 1_000_000 == 0
         self.qmp |= event.name.startswith(QMP)
         self.traced |= not event.name.startswith(QMP)
         return event

@@ -112,6 +112,8 @@ class DeviceFacts:
     first_pass_bytes: int | None = None
     """What was read until, for the first time, nothing more was announced."""
     first_pass_us: int | None = None
+    left_bytes: int = 0
+    """What pre-copy had left to give when the guest was stopped, as far as it was told."""
     told_bytes: int | None = None
     """Its part of what query-migrate says was transferred."""
     stop_bytes: int = 0

@@ -125,13 +125,13 @@ def _made(
 ) -> _Made:
     fit = fitted(pair, base, names, found)
     text = scenario_text(name, description, fit, base)
-    scenario = parse(text, f"{name}.toml")
+    scenario = parse(text, "what the logs and --cmdline tell")
     outcome = _simulated(scenario)
     stops_late = outcome.kind is OutcomeKind.DID_NOT_CONVERGE
     if stops_late:
         _let_it_stop(fit, pair, scenario)
         text = scenario_text(name, description, fit, base)
-        scenario = parse(text, f"{name}.toml")
+        scenario = parse(text, "what the logs and --cmdline tell")
         outcome = _simulated(scenario)
     return _Made(fit, text, scenario, outcome, stops_late)
 

@@ -16,6 +16,7 @@ from experiments.logs.quantity import (
     US_PER_MS,
     US_PER_S,
     LogQuantity,
+    assumed,
     measured,
     unknown,
 )
@@ -133,7 +134,7 @@ def _decision(pair: Pair, settings: QemuSettings) -> Iterator[LogQuantity]:
     if source.begun:
         lasted_s = (source.statuses[-1][0] - source.statuses[0][0]) / US_PER_S
         how = f"the migration took {lasted_s:.1f} s; {ROOM:g} times that, and {LEAST_S:g} s at least"
-        yield measured("vmm.give_up_s", round(max(LEAST_S, ROOM * lasted_s), 1), how)
+        yield assumed("vmm.give_up_s", round(max(LEAST_S, ROOM * lasted_s), 1), how)
 
 
 def _driver(pair: Pair) -> Iterator[LogQuantity]:

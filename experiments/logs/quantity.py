@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A quantity that logs tell: measured, bounded, or not to be told from them."""
+"""A quantity that logs tell: measured, bounded, assumed for the sake of these, or not to be told from them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ class Certainty(enum.StrEnum):
 
     MEASURED = "measured"
     BOUNDED = "bounded"
+    ASSUMED = "assumed"
+    """Chosen so that the others can be met."""
     UNKNOWN = "cannot be told"
 
 
@@ -43,7 +45,7 @@ class LogQuantity:
         """What a scenario's `[sources]` says of it."""
         if self.kind is Certainty.BOUNDED:
             return f"bounded: {self.between}; {self.how}"
-        return f"measured: {self.how}"
+        return f"{self.kind.value}: {self.how}"
 
     @property
     def between(self) -> str:
@@ -72,6 +74,11 @@ def bounded(key: str, value: float, how: str, low: float | None = None, high: fl
         None if low is None else round(low, 6),
         None if high is None else round(high, 6),
     )
+
+
+def assumed(key: str, value: Any, how: str) -> LogQuantity:
+    """A value that no log has, but which these logs need."""
+    return LogQuantity(key, value, Certainty.ASSUMED, how)
 
 
 def unknown(key: str, why: str) -> LogQuantity:

@@ -21,6 +21,7 @@ from experiments.logs.quantity import (
     times_told,
     unknown,
 )
+from experiments.logs.waterfall import stop_us
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import PAGE_BYTES
 
@@ -42,8 +43,8 @@ def ram_quantities(pair: Pair, settings: QemuSettings, base: Scenario) -> Iterat
         yield unknown("ram.size_gib", "neither -m (--cmdline) nor the beginning of the log is known")
         return
     yield measured("ram.size_gib", size / GIB, f"{how}, {size} bytes")
-    nonzero = yield from _nonzero(pair, settings, size)
     left = _left_bytes(pair)
+    nonzero = yield from _nonzero(pair, settings, size, left)
     scan = yield from _ram_rates(source, settings, size, nonzero, left)
     syncs = [stretch.us for stretch, _ in source.syncs]
     if syncs:
@@ -69,20 +70,20 @@ def _left_bytes(pair: Pair) -> int:
 def _last_scan(pair: Pair, base: Scenario, left: int, nonzero: int | None, scan: float | None) -> Iterator[LogQuantity]:
     """What the last pass takes beside the sync and what was left: pages, and zeros that were not looked at yet."""
     source = pair.source
-    whole_us, end_us = source.saves_us.get("ram"), source.moments.get("RAM done")
-    if whole_us is None or end_us is None:
+    most_us = _last_pass_us(source)
+    if most_us is None:
         yield unknown("ram.final_scan_ms", "vmstate_downtime_save is not in the source's log")
         return
-    inside = [stretch for stretch, _ in source.final_syncs if stretch.begin_us < end_us < stretch.end_us + whole_us]
-    most_ms = max(0, whole_us - sum(stretch.us for stretch in inside)) / US_PER_MS
-    how = f"vmstate_downtime_save of RAM, {whole_us / US_PER_MS:.3f} ms, less the last sync and the {left} bytes left"
+    most_ms = most_us / US_PER_MS
+    how = f"vmstate_downtime_save of RAM without the last sync, {most_ms:.3f} ms, less the {left} bytes left"
     fastest = max([base.ram.send_bytes_per_s / 1000, *(window.bytes_per_ms for window in source.windows)])
     zeros = max(0, left - nonzero) if nonzero is not None else 0
     left_ms = (left - zeros) / fastest + zeros / (scan or base.ram.scan_bytes_per_s) * 1000
-    yield bounded("ram.final_scan_ms", max(0.0, most_ms - left_ms), how, max(0.0, most_ms - left_ms), most_ms)
+    likely_ms = max(0.0, most_ms - left_ms)
+    yield bounded("ram.final_scan_ms", likely_ms, how, 0.0 if left else likely_ms, most_ms)
 
 
-def _nonzero(pair: Pair, settings: QemuSettings, size: int) -> Generator[LogQuantity, None, int | None]:
+def _nonzero(pair: Pair, settings: QemuSettings, size: int, left: int) -> Generator[LogQuantity, None, int | None]:
     """Yields one quantity; returns the bytes."""
     if settings.normal_bytes is not None:
         most = min(size, settings.normal_bytes)
@@ -97,8 +98,14 @@ def _nonzero(pair: Pair, settings: QemuSettings, size: int) -> Generator[LogQuan
     # A page of zeros takes 9 bytes: moved = nonzero + (size - nonzero) / page x 9.
     zero_share = ZERO_PAGE_BYTES / PAGE_BYTES
     nonzero = min(size, max(0, round((moved - size * zero_share) / (1 - zero_share))))
-    how = f"{max(0, moved)} bytes of migrate_transferred that are no device's; pages that were sent twice are in it"
-    yield bounded("ram.nonzero_gib", nonzero / GIB, how, None, nonzero / GIB)
+    last, fastest = pair.source.windows[-1], max(window.bytes_per_ms for window in pair.source.windows)
+    behind = round(max(0, stop_us(pair) - last.end_us) / US_PER_MS * fastest) + left
+    most = min(size, nonzero + behind)
+    how = (
+        f"{max(0, moved)} bytes of migrate_transferred that are no device's; pages that were sent twice are in it. Up "
+        f"to {behind} bytes were left, or came behind the last migrate_transferred"
+    )
+    yield bounded("ram.nonzero_gib", nonzero / GIB, how, None, most / GIB)
     return nonzero
 
 
@@ -117,19 +124,43 @@ def _ram_rates(
         yield bounded("ram.send_gib_per_s", send / GIB, how, send / GIB)
     else:
         yield unknown("ram.send_gib_per_s", f"only {nonzero} bytes of RAM were not zero")
+    passes = _first_scan(source, size - nonzero - left, nonzero, send), _last_zeros(source, left - nonzero)
+    scan, how = max((each for each in passes if each is not None), default=(0.0, ""))
+    if not scan:
+        return None
+    yield bounded("ram.scan_gib_per_s", scan / GIB, how, scan / GIB)
+    return scan
+
+
+def _first_scan(source: SideFacts, scanned: int, nonzero: int, send: float) -> tuple[float, str] | None:
+    """How fast zeros were found before the first sync, bytes/s at least, and how that is known."""
     begin_us = next((at_us for at_us, state in source.statuses if state == "active"), None)
     first = next((stretch.begin_us for stretch, _ in source.syncs if begin_us and stretch.begin_us > begin_us), None)
     if begin_us is None or first is None:
         return None
     scan_s = (first - begin_us) / US_PER_S - (nonzero / send if nonzero >= MIB else 0)
-    scanned = size - nonzero - left
     if scan_s <= 0 or scanned < MIB:
         return None
     how = "the first pass, from active to the first sync of RAM, less the time of pages that are not zero"
-    yield bounded(
-        "ram.scan_gib_per_s", scanned / scan_s / GIB, f"{how}; devices' turns are in it", scanned / scan_s / GIB
-    )
-    return scanned / scan_s
+    return scanned / scan_s, f"{how}; devices' turns are in it"
+
+
+def _last_zeros(source: SideFacts, zeros: int) -> tuple[float, str] | None:
+    """The same after the stop, if more was left then than is not zero."""
+    took_us = _last_pass_us(source)
+    if not took_us or zeros < MIB:
+        return None
+    took = f"{took_us / US_PER_MS:.3f} ms, what the last pass took (vmstate_downtime_save)"
+    return zeros * US_PER_S / took_us, f"{zeros} bytes of zeros were left when the guest was stopped, within {took}"
+
+
+def _last_pass_us(source: SideFacts) -> int | None:
+    """What the last pass took without its sync. None: the log does not show it."""
+    whole_us, end_us = source.saves_us.get("ram"), source.moments.get("RAM done")
+    if whole_us is None or end_us is None:
+        return None
+    inside = [stretch for stretch, _ in source.final_syncs if stretch.begin_us < end_us < stretch.end_us + whole_us]
+    return max(0, whole_us - sum(stretch.us for stretch in inside))
 
 
 def _dirty(source: SideFacts, size: int, base: Scenario) -> Iterator[LogQuantity]:

@@ -39,6 +39,22 @@ def test_qmp_events_as_the_monitor_and_as_virsh_print_them() -> None:
         assert event_of(bad) is None
 
 
+@pytest.mark.parametrize(
+    "prefix", ["", "Nov 30 18:36:53 host qemu-kvm[77]: ", "2026-11-30T18:36:59.000001Z host qemu[77]: ", "\ufeff"]
+)
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_what_a_systems_log_puts_around_a_line_is_left_out(prefix: str, end: str) -> None:
+    old = "77@1796075562.543708:vfio_save_block  (a0) data_size 24"
+    new = "2026-11-30T21:52:42.543708Z vfio_save_block  (a0) data_size 24"
+    for line in (old, new):
+        assert event_of(f"{prefix}{line}{end}") == TraceEvent(1796075562543708, "vfio_save_block", "(a0) data_size 24")
+
+
+def test_a_time_at_a_whole_second_has_no_fraction() -> None:
+    event = event_of("2026-11-30T21:52:42Z vfio_save_block  (a0) data_size 24")
+    assert event == TraceEvent(1796075562000000, "vfio_save_block", "(a0) data_size 24")
+
+
 def test_events_alone_tell_stops_and_resumes_and_no_rates() -> None:
     folder = pairs.FOLDER / "events-11.1"
     machine = machine_of(str(folder / "source.jsonl"), str(folder / "target.jsonl"))
@@ -144,6 +160,7 @@ DEVICE = "vfio-pci,host=0000:08:00.2,x-migration-multifd-transfer=on,x-migration
 @pytest.mark.parametrize(
     ("text", "settings"),
     [
+        ("-device vfio-pci-nohotplug,x-migration-multifd-transfer=on", QemuSettings(multifd_transfer=True)),
         ("-m 4096 -machine pc-q35-11.1,accel=kvm", QemuSettings(ram_bytes=4 << 30, machine="pc-q35-11.1")),
         ("qemu -m size=8388608k,slots=2 -M type=pc", QemuSettings(ram_bytes=8 << 30, machine="pc")),
         (f"-device {DEVICE}", QemuSettings(multifd_transfer=True, max_queued_bytes=64 << 20)),
@@ -175,8 +192,28 @@ def test_arguments_and_answers_of_qemu(text: str, settings: QemuSettings, tmp_pa
 
 @pytest.mark.parametrize("text", ["", "hello", "{}", "[[[[", "-m lots", '-device "vfio', '{"downtime-limit": "x"}'])
 def test_what_tells_nothing_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"--cmdline .*: has nothing that is known"):
+    with pytest.raises(UserError, match=r"--cmdline .* has nothing that is known"):
         read_settings([text])
+
+
+@pytest.mark.parametrize(
+    "text", ["-m 1k", '{"multifd-channels": 0}', '{"ram": {"normal-bytes": -1}}', "multifd: on\nreturn-path: on"]
+)
+def test_what_no_qemu_has_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(UserError, match=r"--cmdline .*: it has nothing that is known") as refusal:
+        read_settings([text])
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match=r"--cmdline none/there\.txt: there is no such file"):
+        read_settings(["none/there.txt"])
+
+
+def test_a_value_that_no_scenario_may_have_names_the_key(tmp_path: Path) -> None:
+    source, target, _ = known_logs(tmp_path)
+    with pytest.raises(UserError, match=r"what the logs and --cmdline tell: .*\s+ram\.size_gib = "):
+        machine_of(source, target, cmdline=["-m 99999999T"])
 
 
 def test_what_qemu_was_told_comes_first(tmp_path: Path) -> None:
