@@ -188,7 +188,7 @@ def _sizes(key: str, pair: Pair, here: DeviceFacts, there: DeviceFacts, base: De
     if not whole:
         yield unknown(f"{key}state_mib", "no vfio_query_stop_copy_size, vfio_state_pending_exact or vfio_save_block")
         return
-    critical = base.critical.objects * base.critical.object_bytes
+    critical = _critical_bytes(here, base)
     if whole <= critical:
         critical = 0
         yield assumed(f"{key}critical.objects", 0, "the whole state is smaller than the base's objects would be")
@@ -202,6 +202,14 @@ def _sizes(key: str, pair: Pair, here: DeviceFacts, there: DeviceFacts, base: De
     block_kib = SMALL_BLOCK_KIB if state < SMALL_MIB else BLOCK_KIB
     yield assumed(f"{key}block_kib", block_kib, "so small that the size is met; nothing else depends on it")
     yield from _stop_only(key, pair, here, there, state)
+
+
+def _critical_bytes(here: DeviceFacts, base: Device) -> int:
+    """What of the state is critical: as the device announces it apart, or as the base has it."""
+    first = here.reports[0] if here.reports else None
+    if first is not None and first.initial_bytes and first.dirty_bytes and base.critical.objects:
+        return first.initial_bytes
+    return base.critical.objects * base.critical.object_bytes
 
 
 def _stop_only(key: str, pair: Pair, here: DeviceFacts, there: DeviceFacts, state_mib: float) -> Iterator[LogQuantity]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ PART_OF_MEASURED = (
 """What the base adds to each device's times. Measured times have it in them, so it is 0 here."""
 POSITIVE = ("state_mib", "_per_s")
 """The ends of keys that may not be 0."""
+DEVICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
 NO_UPPER = 8.0
 """Where neither the logs nor the base have a bound, a range ends at this many times the value. Ours."""
 
@@ -74,14 +76,17 @@ def fitted(pair: Pair, base: Scenario, names: Sequence[str], quantities: Sequenc
         raise UserError(
             f"--extends {base.name}: has {len(base.device)} tables of devices, the logs have {count} devices"
         )
+    for name in names:
+        if not DEVICE_NAME.fullmatch(name):
+            raise UserError(f"--rename {name}: must be letters, digits, '.', '_' and '-', 32 at most")
     fit = Fit(list(quantities))
     for at, name in enumerate(names):
         fit.set(f"device.{at}.name", name, "measured: a device of the logs, called so here")
     fit.values |= {each.key: (each.value, each.source) for each in quantities if each.value is not None}
-    _agree(fit, pair, base)
     for each in quantities:
-        if each.kind is Certainty.BOUNDED and each.key in fit.values:
+        if each.kind is Certainty.BOUNDED:
             _range(fit, each, base)
+    _agree(fit, pair, base)
     _whole_devices(fit, base, count)
     return fit
 
@@ -116,10 +121,19 @@ def _agree(fit: Fit, pair: Pair, base: Scenario) -> None:
         if state is not None and only is None and template.stop_only_mib > state:
             fit.set(f"device.{at}.stop_only_mib", state, "assumed: all of it, as of the base's devices")
             only = state
-        writes = f"device.{at}.writes.mib_per_s"
+        writes, stop_only = f"device.{at}.writes.mib_per_s", f"device.{at}.stop_only_mib"
         block_mib = fit.values.get(f"device.{at}.block_kib", (template.block_kib, ""))[0] / 1024
-        if state is not None and only is not None and state - only < block_mib and fit.values.get(writes, (0,))[0]:
-            del fit.values[writes]  # nothing is left that they could dirty
+        written = fit.values.get(writes, (template.writes.mib_per_s if template.writes else 0.0, ""))[0]
+        if state is not None and only is not None and written:
+            most = state - block_mib
+            if only > most:
+                fit.set(writes, 0.0, "assumed: nothing is left that they could dirty")
+                fit.ranges.pop(writes, None)
+            elif stop_only in fit.ranges:
+                own = fit.ranges[stop_only]
+                own["high"] = max(only, min(most, own["high"]))
+                if own["high"] <= own["low"]:
+                    del fit.ranges[stop_only]
         at_s, objects = f"device.{at}.reconfigurations.at_s", f"device.{at}.critical.objects"
         if at_s in fit.values and not fit.values.get(objects, (template.critical.objects, ""))[0]:
             fit.set(objects, 1, "measured: REINIT, so there is critical data; how much, is not known")

@@ -236,8 +236,9 @@ def test_names_that_do_not_fit_the_devices(logs: tuple[Path, Path]) -> None:
     for rename in (["a"], ["a", "a"], ["a", "b", "c"]):
         with pytest.raises(UserError, match=r"--rename .*: must be 2 different names"):
             machine_of(str(logs[0]), str(logs[1]), rename=rename)
-    with pytest.raises(UserError, match="no/name"):
-        machine_of(str(logs[0]), str(logs[1]), rename=["no/name", "b"])
+    for name in ("no/name", "a b", "ü", ""):
+        with pytest.raises(UserError, match=f"--rename {name}: must be letters"):
+            machine_of(str(logs[0]), str(logs[1]), rename=[name, "b"])
 
 
 def test_what_is_extended_has_too_many_devices(logs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -245,6 +246,28 @@ def test_what_is_extended_has_too_many_devices(logs: tuple[Path, Path], tmp_path
     base.write_text("extends = 'mlx5'\n" + "[[device]]\n" * 3)
     with pytest.raises(UserError, match="base"):
         machine_of(str(logs[0]), str(logs[1]), extends=str(base))
+
+
+@pytest.mark.parametrize("extends", ["late-reconfig", "nic-reconfig"])
+def test_what_is_critical_is_as_the_device_says_and_not_as_in_what_is_extended(extends: str) -> None:
+    """These have 8 MiB of critical objects; the device announced 64 KiB of 8 MiB."""
+    files = [str(PAIRS / f"one-11.1/{side}.log.gz") for side in ("source", "target")]
+    (device,) = machine_of(*files, extends=extends).scenario.devices
+    assert device.critical.objects * device.critical.object_kib * 1024 == pytest.approx(65568, rel=0.01)
+    assert device.state_mib == pytest.approx(8, rel=0.001)
+
+
+def test_a_device_of_which_all_was_left_at_the_stop_has_nothing_to_dirty(tmp_path: Path) -> None:
+    begins = {"source": "src-downtime-start", "target": "SWITCHOVER_START"}
+    for side, begin in begins.items():
+        lines = _lines(PAIRS / "pair-11.1", side)
+        stop = at(lines, begin)
+        data = (" vfio_save_block ", "ef100004", "vfio_load_state_device_data")
+        kept = [line for line in lines[:stop] if not any(each in line for each in data)]
+        (tmp_path / f"{side}.log").write_text("".join([*kept, *lines[stop:]]))
+    names = [str(tmp_path / f"{side}.log") for side in begins]
+    for device in machine_of(*names, extends="nic-reconfig").scenario.devices:
+        assert device.writes is None or not device.writes.mib_per_s
 
 
 @pytest.mark.parametrize("version", [OLD, NEW])

@@ -86,7 +86,7 @@ def test_how_is_printed_without_logs(tmp_path: Path) -> None:
 def test_from_python(logs: tuple[str, str]) -> None:
     machine = api.fit(*logs)
     assert api.real_phases(machine)["phase"].to_list() == [*PHASES, "downtime"]
-    assert set(api.fitted_quantities(machine)["known"]) == {"measured", "bounded", "cannot be told"}
+    assert set(api.fitted_quantities(machine)["known"]) == {"measured", "bounded", "assumed", "cannot be told"}
     assert "config" in api.real_steps(machine)["step"].to_list()
     helped = api.what_would_help(machine, 2)
     assert helped["change"].to_list()[0] == "as it was"
