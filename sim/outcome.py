@@ -130,12 +130,31 @@ def ended(run: RunReport, kind: OutcomeKind, reason: str = "", guest: str = "") 
         seed=run.seed,
         kind=kind,
         reason="; ".join(filter(None, [reason, *resets, guest])),
-        note=run.note,
+        note="; ".join(filter(None, [run.note, _survived(run) if kind in SURVIVES else ""])),
         total_ns=max((side.ended_ns for side in run.sides), default=0),
         guest_runs_at=run.guest_runs_at,
         counters=counters,
         digest=run.timeline.digest(),
     )
+
+
+SURVIVES = (OutcomeKind.COMPLETED, OutcomeKind.DID_NOT_CONVERGE)
+"""How a run ends whose reason is none of its failures."""
+
+
+def _survived(run: RunReport) -> str:
+    """What failed in a device and did not end the migration, in words; of several the first."""
+    sides = (("source", run.source), ("target", run.target))
+    logged = [
+        (message.at_ns, f"{side}, {device.name}: {message.text}")
+        for side, report in sides
+        for device in _devices(report)
+        for message in device.log
+    ]
+    if not logged:
+        return ""
+    more = f", and {len(logged) - 1} more" if len(logged) > 1 else ""
+    return f"{min(logged)[1]}{more}; the migration went on"
 
 
 def failed(run: RunReport, failures: Sequence[Failure]) -> Outcome:
