@@ -493,7 +493,8 @@ def replay(**options: Any) -> int:
 def scenarios(name: str | None, settings: tuple[str, ...], as_json: bool) -> None:
     """List the shipped scenarios, or show the parameters of one: value, source, plausible range and its reason.
 
-    At the end stands which parameters are assumed, fitted or derived and have no range.
+    At the end stands which parameters are assumed, fitted or derived and have no range. SCENARIO may also be a set of
+    values that files extend, such as mlx5.
     """
     from experiments.commands.scenarios import list_scenarios, show_scenario
 

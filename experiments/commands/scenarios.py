@@ -12,7 +12,7 @@ from rich.text import Text
 
 from experiments.commands.options import tell_outside
 from experiments.report.tables import Output, console, parameter_rows
-from sim.scenario.file import bases, load
+from sim.scenario.file import bases, find_base, load
 from sim.scenario.ranges import without_range
 from sim.scenario.scenario import Scenario, parameters
 from sim.scenario.shipped import shipped
@@ -32,11 +32,13 @@ def list_scenarios(*, as_json: bool = False) -> None:
 
 
 def show_scenario(name: str, settings: Sequence[str] = (), *, as_json: bool = False) -> None:
-    """Print every parameter that the scenario or a KEY=VALUE of `settings` sets, with its source, its range and the
-    reason of that; and which parameters have no range although they are assumed, fitted or derived."""
-    scenario = load(name, settings)
+    """Print every parameter that a scenario, or a set of values that files extend, or a KEY=VALUE of `settings` sets,
+    with its source, its range and the reason of that; and which parameters have no range although they are assumed,
+    fitted or derived."""
+    path = str(find_base(name))
+    scenario = load(path, settings)
     tell_outside(scenario)
-    extended = [path.stem for path in bases(name)]
+    extended = [path.stem for path in bases(path)]
     points = without_range(scenario.ranges, scenario.sources, parameters(scenario))
     if as_json:
         Output(as_json).document(_document(scenario, extended, points))

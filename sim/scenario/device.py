@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -140,8 +140,8 @@ class Device(Table):
     """v3: the most dirty streams that it offers; 0: the device knows no v3."""
     state_mib: Annotated[float, Field(gt=0, le=1 << 20)]
     """All of its state, beside critical objects."""
-    stop_only_mib: NonNegative
-    """Of it, what can be saved only when the device is stopped."""
+    stop_only_mib: Annotated[NonNegative, Field(default_factory=float)]  # from _all_of_it
+    """Of it, what can be saved only when the device is stopped. If left out, all of it, as of a device that is idle."""
     block_kib: Annotated[int, Field(ge=1, le=1 << 20)]
     """The grain in which state is dirtied and sent."""
     vectors: Annotated[int, Field(ge=0, le=MAX_VECTORS)] = 0
@@ -168,6 +168,14 @@ class Device(Table):
     resume_ns = Whole("resume_ms")
     config_load_ns = Whole("config_load_ms")
     block_bytes = Whole("block_kib")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_of_it(cls, tables: Any) -> Any:
+        """The default of stop_only_mib. It counts as set: it has a source, and may have a range."""
+        if isinstance(tables, dict) and "state_mib" in tables and "stop_only_mib" not in tables:
+            return tables | {"stop_only_mib": tables["state_mib"]}
+        return tables
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -32,7 +32,7 @@ from proto_v3.errors import UserError
 from proto_v3.text import clean
 from sim.scenario import toml as tables
 from sim.scenario.protocol import Protocol
-from sim.scenario.ranges import moved, outside
+from sim.scenario.ranges import Range, moved, outside
 from sim.scenario.scenario import MAX_NAME, NO_PARAMETERS, Scenario, parameters
 from sim.scenario.shipped import FOLDER, shipped, shipped_bases
 from sim.scenario.units import MAX_TEXT_CHARS, did_you_mean, short, unit_of
@@ -74,6 +74,8 @@ def _find(named: str, known: Mapping[str, Path], beside: Path, also: Collection[
         raise UserError(f"{named} is a folder; a scenario is a TOML file")
     if named and os.path.exists(path):  # of os.path: False for a name that is too long, where Path raises
         return path
+    if named in shipped_bases():
+        raise UserError(f'{named} is no scenario, but a set of values for a file that begins with extends = "{named}"')
     files = [each.name for each in sorted(beside.glob("*.toml"))]
     hint = did_you_mean(named, [*known, *also, *files])
     if f"{named}.toml" in files:
@@ -415,6 +417,8 @@ def _explain(problem: Any) -> str:
         hint = did_you_mean(name, _keys_beside(problem["loc"])) or (
             f"; did you mean {elsewhere[0]}?" if elsewhere else ""
         )
+        if not hint and problem["loc"][0] == "ranges":
+            hint = f"; a range has {', '.join(Range.model_fields)}"
         return f"{key} = {short(value)}: unknown key{hint}"
     if kind == "value_error":
         return f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
@@ -423,7 +427,8 @@ def _explain(problem: Any) -> str:
         return f"{key} = {short(value)}: must be a table{hint}"
     if kind == "list_type" and isinstance(value, dict):
         return f"{key} = {short(value)}: must be a list of tables, each under [[{key}]]"
-    message = problem["msg"].replace("Input should be", "must be")
+    message = problem["msg"].replace("Input should be", "must be").replace("List should have", "must have")
+    message = message.replace(" after validation", "")
     return f"{key} = {short(value)}: {message[0].lower()}{message[1:]}"
 
 

@@ -73,6 +73,13 @@ def test_a_scenarios_parameters_are_shown_with_their_sources(tmp_path: Path) -> 
     assert "published: vfio device" in line
 
 
+def test_the_values_that_a_file_can_extend_are_shown_too(tmp_path: Path) -> None:
+    done = proto_v3(tmp_path, "scenarios", "mlx5", "--json")
+    shown = json.loads(done.stdout)
+    assert (shown["name"], shown["extends"]) == ("mlx5", [])
+    assert "firmware.engines" in [row["parameter"] for row in shown["parameters"]]
+
+
 @pytest.fixture
 def ranged(tmp_path: Path) -> str:
     """A file with a range; of all its other keys the source is only that it is the user's."""

@@ -13,7 +13,7 @@ import pytest
 from proto_v3.errors import UserError
 from sim.device.guest import make_activity
 from sim.scenario import shipped as of_project
-from sim.scenario.file import bases, changes, find, load, parse
+from sim.scenario.file import bases, changes, find, from_dump, load, parse
 from sim.scenario.scenario import Scenario, parameters
 from sim.scenario.shipped import shipped, shipped_bases
 from sim.scenario.units import NS_PER_S
@@ -263,13 +263,27 @@ def test_a_base_is_found_by_name_but_is_no_scenario_to_run(
     monkeypatch.setattr(of_project, "FOLDER", tmp_path)
     assert list(shipped()) == ["run-me"]
     assert sorted(shipped_bases()) == ["machine", "run-me"]
-    with pytest.raises(UserError, match=r"no scenario 'machine': neither a file nor one of run-me"):
+    with pytest.raises(
+        UserError, match=r'^machine is no scenario, but .* a file that begins with extends = "machine"$'
+    ):
         find("machine")
     own = {"extends": "machine", "device": small_tables()["device"]}
     (tmp_path / "elsewhere").mkdir()
     assert load(write("elsewhere/mine.toml", own)).driver == small_scenario().driver
     told = refused(write("mine.toml", {"extends": "machin"}))
     assert "no scenario 'machin': neither a file nor one of machine, mine, run-me; did you mean machine?" in told
+
+
+@pytest.mark.parametrize("state_mib", [4.0, 300.0])
+def test_of_a_device_whose_size_alone_is_known_all_moves_when_it_is_stopped(write: Write, state_mib: float) -> None:
+    path = write("mine.toml", {"extends": "mlx5", "device": [{"count": 3, "state_mib": state_mib}]})
+    scenario = load(path)
+    assert [device.stop_only_blocks for device in scenario.devices] == [scenario.device[0].blocks] * 3
+    assert parameters(scenario)["device.0.stop_only_mib"] == state_mib
+    assert scenario.sources["device.0.stop_only_mib"].startswith("derived: ")
+    assert load(path, ["device.0.state_mib=7"]).device[0].stop_only_mib == 7
+    assert load(path, ["device.0.stop_only_mib=0"]).device[0].stop_only_mib == 0
+    assert from_dump(scenario.model_dump(mode="json"), "a manifest") == scenario
 
 
 def test_no_shipped_base_has_the_name_of_a_shipped_scenario() -> None:
