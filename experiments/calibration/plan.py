@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from proto_v3.errors import UserError
 from sim.scenario.file import bases, find, find_base, load
 from sim.scenario.scenario import Scenario
+from sim.scenario.scenario import value_at as scenario_value
 from sim.scenario.units import Table
 
 SHIPPED = Path(__file__).with_name("mlx5.toml")
@@ -148,17 +149,10 @@ def as_in_file(name: str) -> Scenario:
 
 def value_at(scenario: Scenario, key: str) -> float:
     """A number of a scenario by its dotted key, defaults included; whole if the key's are. KeyError if it is none."""
-    place: Any = scenario
-    for part in key.split("."):
-        if isinstance(place, list) and part.isdecimal() and int(part) < len(place):
-            place = place[int(part)]
-        elif isinstance(place, Table) and part in type(place).model_fields:
-            place = getattr(place, part)
-        else:
-            raise KeyError(key)
-    if isinstance(place, bool) or not isinstance(place, (int, float)):
+    value = scenario_value(scenario, key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise KeyError(key)
-    return place
+    return value
 
 
 def base_of(name: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
@@ -60,7 +60,7 @@ class Range(Table):
                 raise self.wrong("any", "must name each value once")
             return self
         if self.low is None or self.high is None:
-            raise ValueError("must have low and high, or any = [...]")
+            raise ValueError("low, high: must be given both, or any = [...] in their place")
         if self.low > self.high or (self.low == self.high and self.of is None):
             raise self.wrong("low", f"must be less than high = {self.high:g}")
         if self.log and self.low <= 0:
@@ -124,11 +124,14 @@ class Range(Table):
         return ""
 
 
-def problems(ranges: Mapping[str, Range], values: Values) -> Iterator[str]:
-    """What is wrong with the ranges of a scenario, whose parameters are `values`."""
+def problems(ranges: Mapping[str, Range], values: Values, not_set: Callable[[str], str]) -> Iterator[str]:
+    """What is wrong with the ranges of a scenario, whose parameters are `values`.
+
+    `not_set` tells what to do about a key that is not one of them.
+    """
     for key, each in ranges.items():
         if key not in values:
-            yield f"ranges.{key}: must be of a key that the file sets{did_you_mean(key, values)}"
+            yield f"ranges.{key}: must be of a key that the file sets{not_set(key)}"
         elif problem := each.problem(key, values):
             yield f"ranges.{key}{problem}"
         elif each.of is not None and each.of in ranges and ranges[each.of].of:

@@ -193,11 +193,23 @@ def _room_for_a_read(scenario: Scenario) -> Iterator[str]:
             yield f"{key} = {room_mib:g}: must be at least one read, vmm.read_mib = {read_mib:g}"
 
 
+def _not_set(scenario: Scenario, key: str) -> str:
+    """What to do about a key that has a source or a range, and that the file does not set."""
+    try:
+        value = value_at(scenario, key)
+    except KeyError:
+        return did_you_mean(key, parameters(scenario))
+    if key in NO_PARAMETERS or isinstance(value, (list, Table)):
+        return did_you_mean(key, parameters(scenario))
+    left_out = "" if value is None else f", which is {str(value).lower()} if it is left out"
+    return f"; set {key} too{left_out}"
+
+
 def _source_of_each_key(scenario: Scenario) -> Iterator[str]:
     known = set(parameters(scenario)) if scenario.sources else set()
     for key, source in scenario.sources.items():
         if key not in known:
-            yield f"sources.{key} = {short(source)}: must be a key that the file sets{did_you_mean(key, known)}"
+            yield f"sources.{key} = {short(source)}: must be a key that the file sets{_not_set(scenario, key)}"
         kind, colon, _ = source.partition(":")
         if not colon or kind not in SOURCE_KINDS:
             yield f"sources.{key} = {short(source)}: must begin with {', '.join(SOURCE_KINDS)}, and a colon"
@@ -205,7 +217,7 @@ def _source_of_each_key(scenario: Scenario) -> Iterator[str]:
 
 def _range_of_each_key(scenario: Scenario) -> Iterator[str]:
     if scenario.ranges:
-        yield from ranges.problems(scenario.ranges, parameters(scenario))
+        yield from ranges.problems(scenario.ranges, parameters(scenario), lambda key: _not_set(scenario, key))
 
 
 RULES: tuple[Callable[[Scenario], Iterator[str]], ...] = (
@@ -226,3 +238,16 @@ def parameters(scenario: Scenario) -> dict[str, Any]:
     """The model's parameters that the file sets, as dotted keys (`device.0.state_mib`)."""
     tables = scenario.model_dump(exclude_unset=True, exclude=set(NO_PARAMETERS))
     return {key: value for key, _, value in toml.differences({}, tables) if value != {}}
+
+
+def value_at(scenario: Scenario, key: str) -> Any:
+    """The value of a parameter by its dotted key, defaults included. KeyError if there is no such parameter."""
+    place: Any = scenario
+    for part in key.split("."):
+        if isinstance(place, list) and part.isdecimal() and int(part) < len(place):
+            place = place[int(part)]
+        elif isinstance(place, Table) and part in type(place).model_fields:
+            place = getattr(place, part)
+        else:
+            raise KeyError(key)
+    return place
