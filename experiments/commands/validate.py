@@ -338,15 +338,18 @@ def _figures(key: str, title: str, legend: str, rows: Sequence[Row], first: str)
 
 
 def _differences(name: str, scenario: Scenario, settings: Sequence[str]) -> Section:
-    """The parameters that differ from the file at the bottom of what the case extends."""
+    """The parameters of the machine, and the fitted ones, that differ from the file at the bottom of what the case
+    extends."""
     extended, rows = bases(name), []
     for key, (there, here) in changes(name, settings).items() if extended else ():
-        if key.partition(".")[0] in HELD_CONSTANT and there is not None:
-            values = {"base": value_text(there), "here": value_text(here)}
-            rows.append({"parameter": key, **values, "source": scenario.sources.get(key, "not stated")})
+        source = scenario.sources.get(key, "not stated")
+        if key.partition(".")[0] in HELD_CONSTANT or source.startswith("fitted:"):
+            values = {"base": None if there is None else value_text(there), "here": value_text(here)}
+            rows.append({"parameter": key, **values, "source": source})
     title = f"{scenario.name} extends nothing: all parameters are its own."
     if extended:
         nothing = f"{scenario.name}: nothing had to differ from {extended[-1].stem}."
         title = f"{scenario.name}: what had to differ from {extended[-1].stem}" if rows else nothing
     columns = [Heading(key, key) for key in ("parameter", "base", "here", "source")]
-    return Section(f"{scenario.name}: differences", title, "", columns, rows)
+    legend = "base: - if it is left out there" if rows else ""
+    return Section(f"{scenario.name}: differences", title, legend, columns, rows)

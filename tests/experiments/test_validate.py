@@ -499,9 +499,9 @@ def test_what_had_to_differ_is_told_with_its_source(
         "driver": {"chunks": 3},
         "firmware": {"engines": 4},
         "device": [{"state_mib": 7.0}],
-        "ram": {"sync_ms": 0.3},  # not a table that is held constant
-        "vmm": {"read_mib": 0.5},  # not set in the base
-        "sources": {"driver.chunks": "kernel: another driver"},
+        "ram": {"sync_ms": 0.3, "send_gib_per_s": 3.0},  # not a table that is held constant, but what is fitted is told
+        "vmm": {"read_mib": 0.5},  # left out in the base
+        "sources": {"driver.chunks": "kernel: another driver", "ram.send_gib_per_s": "fitted: by eye"},
     }
     mine = tmp_path / "mine.toml"
     mine.write_text(to_toml(tables))
@@ -512,7 +512,8 @@ def test_what_had_to_differ_is_told_with_its_source(
     assert row_of(text, "firmware.engines") == ["firmware.engines", "2", "4", "yours:", "mine.toml"]
     assert row_of(text, "device.0.state_mib") == ["device.0.state_mib", "8", "7", "yours:", "mine.toml"]
     assert "sync_ms" not in text
-    assert "read_mib" not in text
+    assert row_of(text, "ram.send_gib_per_s")[-3:] == ["fitted:", "by", "eye"]
+    assert row_of(text, "vmm.read_mib") == ["vmm.read_mib", "-", "0.5", "yours:", "mine.toml"]
 
 
 @pytest.mark.slow

@@ -392,3 +392,16 @@ def test_a_table_tells_the_bound_and_how_far_above_it_a_run_is() -> None:
 def test_a_run_that_did_not_complete_has_none() -> None:
     told = row(run(small_scenario({"vmm.cancel_after_s": 0.001}), "v2"))
     assert (told["outcome"], told["bound_ns"], told["bound_by"], told["bound_ratio"]) == ("CANCELLED", None, "", None)
+
+
+@pytest.mark.slow
+def test_the_docs_say_how_far_above_their_bound_shipped_scenarios_are() -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "model.md").read_text(encoding="utf-8")
+    told = re.search(
+        r"`szmigiero-4vf` (\S+) with v2, (\S+) with N = 4; `mlx5-2vf` (\S+) with v2, .*, (\S+) with multifd;",
+        " ".join(docs.split()),
+    )
+    assert told is not None
+    runs = (("szmigiero-4vf", "v2"), ("szmigiero-4vf", "v3-n4"), ("mlx5-2vf", "v2"), ("mlx5-2vf", "v2-multifd"))
+    for (name, protocol), words in zip(runs, told.groups(), strict=True):
+        assert run(load(name), protocol).bound_ratio == pytest.approx(float(words), abs=0.02), name
