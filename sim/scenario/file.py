@@ -247,13 +247,16 @@ def _told_outside(sources: dict[str, Any], before: dict[str, Any], after: dict[s
 def _with_ranges(before: dict[str, Any], own: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """`after` with the ranges of `own`, and those of `before` for all keys that `own` does not set.
 
-    One that is told `of` a key which `own` sets is left out if it does not hold any more.
+    One that is told `of` a key which `own` sets is left out if it does not hold any more; so is one of a key that is
+    gone.
     """
     had, given = before.get("ranges", {}), own.get("ranges", {})
     if not isinstance(had, dict) or not isinstance(given, dict):  # the validation reports it
         return after
     anew, values = set(_parameters(own)), _values(after)
-    kept = [key for key in had if key not in anew and not (_of(had[key]) in anew and outside(had, key, values))]
+    gone = _values(before).keys() - values.keys()  # a table took the place of another one
+    kept = [key for key in had if key not in anew | gone]
+    kept = [key for key in kept if not (_of(had[key]) in anew and outside(had, key, values))]
     held = {key: had[key] for key in kept} | given
     return after | {"ranges": held} if held or "ranges" in after else after
 

@@ -252,3 +252,16 @@ def test_each_range_of_a_shipped_scenario_says_why(name: str) -> None:
     for key, each in load(str(shipped_bases()[name])).ranges.items():
         assert len(each.why) > 10, key
         assert isinstance(each, Range)
+
+
+def test_a_table_that_is_set_anew_takes_the_ranges_of_its_keys_along(base: Path) -> None:
+    key = "device.0.reconfigurations.poisson_per_s"
+    own = {
+        "extends": "base.toml",
+        "device": [{"reconfigurations": {"poisson_per_s": 5.0}}],
+        "ranges": {key: {"low": 1.0, "high": 9.0, "why": "mine"}},
+    }
+    file = write(base, "mine.toml", own)
+    assert key in load(file).ranges
+    anew = load(file, ["device.0.reconfigurations={at_s = [0.1]}"])
+    assert words(anew) == ALL
