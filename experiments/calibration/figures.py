@@ -36,7 +36,9 @@ class RigFigure:
     """As in `[[published]]`, in lists `key.index`."""
     published_ms: float
     used: bool
-    """The fit uses it; otherwise it is predicted."""
+    """The fit uses it."""
+    is_sum: bool
+    """It is a sum of figures that the fit uses. What is neither is predicted."""
 
 
 class SimulatedFigures:
@@ -57,7 +59,15 @@ class SimulatedFigures:
             for name in rig.scenarios:
                 self._keys[name] = [(at, key) for at, free in enumerate(plan.free) for key in reaches(free, name)]
                 self.targets += [
-                    RigFigure(rig.name, name, published.protocol, figure, ms, figure in published.fitted)
+                    RigFigure(
+                        rig.name,
+                        name,
+                        published.protocol,
+                        figure,
+                        ms,
+                        figure in published.fitted,
+                        figure in published.sums,
+                    )
                     for published in as_in_file(name).published
                     for figure, ms in published.figures().items()
                 ]

@@ -17,10 +17,10 @@ import pydantic
 from pydantic import Field, model_validator
 
 from proto_v3.errors import UserError
-from sim.scenario.file import bases, find, find_base, load
+from sim.scenario.file import bases, explained, find, find_base, load, moved_to
 from sim.scenario.scenario import Scenario
 from sim.scenario.scenario import value_at as scenario_value
-from sim.scenario.units import Table
+from sim.scenario.units import Table, short
 
 SHIPPED = Path(__file__).with_name("mlx5.toml")
 
@@ -91,9 +91,16 @@ def read(path: Path) -> Calibration:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
     except pydantic.ValidationError as error:
-        lines = [f"{'.'.join(map(str, each['loc']))} = {each['input']!r}: {each['msg']}" for each in error.errors()]
+        lines = [
+            f"{'.'.join(map(str, each['loc']))} = {short(each['input'])}: {each['msg'].removeprefix('Value error, ')}"
+            for each in error.errors()
+        ]
         raise UserError(f"{path}: {'; '.join(lines)}") from error
-    if problems := list(_problems(plan)):
+    try:
+        problems = list(_problems(plan))
+    except UserError as error:  # a scenario that is not there, or is wrong
+        raise UserError(f"{path}: {error}") from error
+    if problems:
         raise UserError(f"{path}: {'; '.join(problems)}")
     return plan
 
@@ -102,6 +109,9 @@ def _problems(plan: Calibration) -> Iterator[str]:
     names = [name for rig in plan.rig for name in rig.scenarios]
     if len(set(names)) < len(names):
         yield f"rig.scenarios = {names}: must name each scenario once"
+    rigs = [rig.name for rig in plan.rig]
+    if len(set(rigs)) < len(rigs):
+        yield f"rig.name = {rigs}: must differ from rig to rig"
     for name in dict.fromkeys(names):
         if not any(published.figures() for published in as_in_file(name).published):
             yield f"rig.scenarios: {name} has no published figures"
@@ -117,15 +127,27 @@ def _problems(plan: Calibration) -> Iterator[str]:
             yield f"free.{at}.scenario = {free.scenario!r}: must be a scenario of a rig, or what one extends"
             continue
         owner = as_in_file(free.scenario)
+        wrong = [f"free.{at}.keys: {key!r}: {why}" for key in free.keys if (why := _not_free(owner, key))]
+        yield from wrong
         try:
-            _ = free.bounds
+            bounds = free.bounds
         except KeyError:
             yield f"free.{at}.low: must be given, for {free.scenario} has no range from low to high of {free.keys[0]}"
-        for key in free.keys:
+            continue
+        for end in () if wrong else bounds:
             try:
-                value_at(owner, key)
-            except KeyError:
-                yield f"free.{at}.keys: {key!r}: must be a key with a number in {free.scenario}"
+                moved_to(owner, dict.fromkeys(free.keys, end))
+            except pydantic.ValidationError as error:
+                yield f"free.{at}: {end:g} is not possible in {free.scenario}: {explained(error)}"
+
+
+def _not_free(owner: Scenario, key: str) -> str:
+    """Why the key of a scenario cannot be fitted; empty if it can."""
+    try:
+        whole = isinstance(value_at(owner, key), int)
+    except KeyError:
+        return f"must be a key with a number in {owner.name}"
+    return "must not be a whole number" if whole else ""
 
 
 def file_of(name: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from experiments.calibration.figures import Values
 from experiments.calibration.plan import Calibration, file_of, value_at
@@ -44,15 +45,20 @@ def put(text: str, numbers: Mapping[str, float], file: str) -> str:
     return "".join(lines)
 
 
-def write(plan: Calibration, values: Values) -> Iterator[str]:
-    """Put the numbers into the scenarios' files; yields what was changed, one line a key."""
+def write(plan: Calibration, values: Values) -> list[str]:
+    """Put the numbers into the scenarios' files; returns what was changed, one line a key. UserError, and no file is
+    changed, if one of them does not set a key."""
+    texts: dict[Path, str] = {}
+    changed = []
     for name, numbers in by_file(plan, values).items():
         path, before = file_of(name), load(str(file_of(name)))
-        text = put(path.read_text(encoding="utf-8"), numbers, str(path))
+        text = texts[path] if path in texts else path.read_text(encoding="utf-8")
+        texts[path] = put(text, numbers, str(path))
+        changed += [f"{path}: {key} = {value!r}, was {value_at(before, key)!r}" for key, value in numbers.items()]
+    for path, text in texts.items():
         with replacing(path) as new:
             new.write_text(text, encoding="utf-8")
-        for key, value in numbers.items():
-            yield f"{path}: {key} = {value!r}, was {value_at(before, key)!r}"
+    return changed
 
 
 def _place(key: str) -> tuple[str, str]:

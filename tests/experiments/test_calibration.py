@@ -13,7 +13,7 @@ from experiments.calibration.__main__ import main
 from experiments.calibration.figures import SimulatedFigures
 from experiments.calibration.fit import Fitter
 from experiments.calibration.plan import SHIPPED, Calibration, FreeKey, Rig, reaches, read, value_at
-from experiments.calibration.write import put
+from experiments.calibration.write import put, write
 from experiments.runs import frame as results
 from proto_v3.errors import UserError
 from sim.run import simulate
@@ -146,6 +146,23 @@ def test_the_command_writes_the_values_into_the_file(plan: Calibration, tmp_path
     assert "load_finish_ms" in done.output
 
 
+def test_no_file_is_written_if_one_cannot_be(plan: Calibration, tmp_path: Path) -> None:
+    own = write_rig(tmp_path, "bare", 1, {"downtime_ms": 1.0}, "")
+    idle = FreeKey(scenario=own, keys=["firmware.load_finish_ms"], low=0.0, high=HIGHEST)  # which its base sets
+    extended = Calibration(free=[*plan.free, idle], rig=plan.rig)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=r"bare\.toml: firmware\.load_finish_ms: must be set in this file"):
+        write(extended, tuple(1.0 for _ in extended.free))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_sums_of_used_figures_are_no_predictions() -> None:
+    figures = SimulatedFigures(read(SHIPPED)).targets
+    sums = [each for each in figures if each.is_sum]
+    assert {each.figure for each in sums if each.scenario == "mlx5-2vf"} == {"downtime_ms"}
+    assert not any(each.used for each in sums)
+
+
 def test_comments_and_other_tables_stay() -> None:
     devices = "[[device]]\nname = 'a'\nsuspend_ms = 1\n[[device]]\nsuspend_ms = 2\n"
     text = f"[firmware]\nengines = 2.5  # two and a half\n\n{devices}"
@@ -173,6 +190,18 @@ def test_comments_and_other_tables_stay() -> None:
             "left_out: 'x.y': must be a key",
         ),
         ('scenario = "mlx5"\nkeys = ["firmware.engines"]', "[[", "not valid TOML"),
+        ('scenario = "mlx5"\nkeys = ["driver.chunks"]\nlow = 1\nhigh = 4', "", "'driver.chunks': must not be a whole"),
+        (
+            'scenario = "mlx5"\nkeys = ["firmware.engines"]\nlow = 0.5\nhigh = 4',
+            "",
+            "0.5 is not possible in mlx5: firmware.engines = 0.5: must be greater than or equal to 1",
+        ),
+        ('scenario = "mlx6"\nkeys = ["firmware.engines"]', "", "no scenario 'mlx6'"),
+        (
+            'scenario = "mlx5"\nkeys = ["firmware.engines"]',
+            '[[rig]]\nname = "x"\nscenarios = ["liu-1vf"]',
+            "must differ from rig to rig",
+        ),
     ],
 )
 def test_a_wrong_plan_is_told(free: str, rig: str, why: str, tmp_path: Path) -> None:
