@@ -9,6 +9,9 @@ of the file; one without a description is called a change of its base.
 A source of the base is about the base's value: a changed key has the source that this file gives it, or none. What a
 user's file or `--set` sets has the source `yours`, also where it is the base's value, unless the file gives one.
 
+A key that has to be below another one (sim.scenario.ranges.ORDERED), and that a user's file or `--set` inherits, is cut
+if that other one is set lower: on a link of 10 Gbit/s a connection has 10 at the most. What a user set is never cut.
+
 So is a range: a key that a file or `--set` sets, also to the base's value, has the range that this file gives it, or
 none. A range of the base stays for a key that is not set anew; a file may give it another. If a user sets a value
 outside of the range that it had, its source says so.
@@ -32,7 +35,7 @@ from proto_v3.errors import UserError
 from proto_v3.text import clean
 from sim.scenario import toml as tables
 from sim.scenario.protocol import Protocol
-from sim.scenario.ranges import Range, moved, outside
+from sim.scenario.ranges import Range, cut, moved, outside
 from sim.scenario.scenario import MAX_NAME, NO_PARAMETERS, Scenario, parameters
 from sim.scenario.shipped import FOLDER, shipped, shipped_bases
 from sim.scenario.units import MAX_TEXT_CHARS, did_you_mean, short, unit_of
@@ -207,7 +210,8 @@ def _merged(layers: Sequence[Layer]) -> dict[str, Any]:
         anew = own.get("sources", {})
         if FOLDER not in Path(layer.file).resolve().parents and isinstance(anew, dict):
             yours = dict.fromkeys(_parameters(own), f"yours: {Path(layer.file).name}")
-            anew = _told_outside(yours | anew, inherited, after)
+            own, after, told = _cut(own, inherited, after)
+            anew = told | _told_outside(yours | anew, inherited, after)
             after = _with_sources(after, anew)
         whole = _with_ranges(inherited, own, _without_stale_sources(inherited, after, anew))
     return whole
@@ -267,6 +271,18 @@ def _of(plausible: Any) -> str | None:
     return named if isinstance(named, str) else None
 
 
+def _cut(own: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> tuple[Any, Any, dict[str, str]]:
+    """`own` and `after` with the inherited values cut that `own` leaves no room for, and the sources of these."""
+    sources, values, told = before.get("sources", {}), _values(before), {}
+    wrong, said = cut(values), _parameters(own)
+    for key, value in cut(_values(after)).items():
+        theirs = isinstance(sources, dict) and not str(sources.get(key, "yours")).startswith("yours")
+        if theirs and key not in said and key not in wrong:
+            own, after = (tables.put(each, key.split("."), value) for each in (own, after))
+            told[key] = f"derived: no more than there is; {values[key]:g} is inherited"
+    return own, after, told
+
+
 def _with_settings(whole: dict[str, Any], settings: Sequence[str], keep_published: bool = False) -> dict[str, Any]:
     """The tables with every KEY=VALUE of --set put in."""
     if settings and not keep_published:
@@ -317,7 +333,9 @@ def _set(before: dict[str, Any], setting: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"--set {setting}: {error}") from None
     own = tables.put({}, way, tables.value(text.strip()))
-    anew = _told_outside(dict.fromkeys(_parameters(own), "yours: --set"), before, after)
+    yours = dict.fromkeys(_parameters(own), "yours: --set")
+    own, after, told = _cut(own, before, after)
+    anew = told | _told_outside(yours, before, after)
     return _with_ranges(before, own, _without_stale_sources(before, _with_sources(after, anew), anew))
 
 

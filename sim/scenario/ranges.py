@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ ORDERED = {
     "device.stop_only_mib": ("device.state_mib", 1.0),
 }
 """Keys that the schema keeps below another one, with the factor between their units. Where a sample puts them above it,
-they get its value."""
+they get its value; so does one that a user's file inherits, whose other key it sets."""
 Choice = bool | int | float | str | list[str]
 Values = Mapping[str, Any]
 """By dotted key."""
@@ -148,15 +149,23 @@ def moved(tables: dict[str, Any], ranges: Mapping[str, Range], values: Values, c
     for key, each in ranges.items():
         if each.of is not None and each.of in chosen and key not in chosen and values[each.of]:
             after[key] = values[key] * after[each.of] / values[each.of]
-    for key, value in after.items():
-        above, factor = ORDERED.get(re.sub(r"\.\d+\.", ".", key), ("", 1.0))
-        limit = re.sub(r"^device\.", f"device.{key.split('.')[1]}.", above)
-        if limit in after and value > after[limit] * factor:
-            after[key] = after[limit] * factor
+    after |= cut(after)
     for key, value in after.items():
         if value != values[key]:
             tables = toml.put(tables, key.split("."), value)
     return tables
+
+
+def cut(values: Values) -> dict[str, float]:
+    """The keys whose value is above that of the key over them (ORDERED), each with the most that it may be."""
+    least = {}
+    for key, value in values.items():
+        above, factor = ORDERED.get(re.sub(r"\.\d+\.", ".", key), ("", 1.0))
+        limit: Any = values.get(re.sub(r"^device\.", f"device.{key.split('.')[1]}.", above)) if above else None
+        with contextlib.suppress(OverflowError):  # a whole number of 400 digits; the validation reports it
+            if _is_number(value) and _is_number(limit) and value > limit * factor:
+                least[key] = limit * factor
+    return least
 
 
 OUTSIDE = ", outside of what was plausible: "

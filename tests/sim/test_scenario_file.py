@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from proto_v3.errors import UserError
 from sim.device.guest import make_activity
 from sim.scenario import shipped as of_project
 from sim.scenario.file import bases, changes, find, from_dump, load, parse
-from sim.scenario.scenario import Scenario, parameters
+from sim.scenario.scenario import Scenario, parameters, value_at
 from sim.scenario.shipped import shipped, shipped_bases
 from sim.scenario.units import NS_PER_S
 from tests.build.scenario import small_scenario, small_tables, small_text, to_toml
@@ -284,6 +285,40 @@ def test_of_a_device_whose_size_alone_is_known_all_moves_when_it_is_stopped(writ
     assert load(path, ["device.0.state_mib=7"]).device[0].stop_only_mib == 7
     assert load(path, ["device.0.stop_only_mib=0"]).device[0].stop_only_mib == 0
     assert from_dump(scenario.model_dump(mode="json"), "a manifest") == scenario
+
+
+CUT = {
+    "link.gbit_per_s": (10, "link.per_connection_gbit_per_s", 10.0),
+    "device.0.state_mib": (2.0, "device.0.stop_only_mib", 2.0),
+    "ram.size_gib": (0.03125, "ram.working_set_mib", 32.0),
+    "host.memory_gib_per_s": (3.0, "host.copy_gib_per_s", 3.0),
+    "link.socket_buffer_mib": (0.5, "vmm.read_mib", 0.5),
+}
+
+
+@pytest.mark.parametrize("key", CUT)
+def test_what_is_inherited_is_cut_where_a_user_leaves_no_room_for_it(write: Write, key: str) -> None:
+    limit, below, most = CUT[key]
+    table, *_, name = key.split(".")
+    own = {name: limit}
+    mine = write("mine.toml", {"extends": "mlx5-2vf", table: [own] if table == "device" else own})
+    for scenario in (load("mlx5-2vf", [f"{key}={limit}"]), load(mine)):
+        assert value_at(scenario, below) == most
+        assert re.fullmatch(r"derived: no more than there is; [0-9.]+ is inherited", scenario.sources[below])
+        assert below not in scenario.ranges
+
+
+def test_what_a_user_said_is_never_cut(write: Write) -> None:
+    both = {"link": {"gbit_per_s": 10.0, "per_connection_gbit_per_s": 25.0}}
+    assert "per_connection_gbit_per_s = 25: must be at most" in refused(write("both.toml", {"extends": "mlx5"} | both))
+    write("mine.toml", {"extends": "mlx5", "link": {"per_connection_gbit_per_s": 25.0}})
+    less = write("less.toml", {"extends": "mine.toml", "link": {"gbit_per_s": 10.0}})
+    assert "per_connection_gbit_per_s = 25: must be at most" in refused(less)
+    sources = {"link.per_connection_gbit_per_s": "published: so"}
+    write("wrong.toml", {"extends": "mlx5", "link": both["link"], "sources": sources})
+    assert "per_connection_gbit_per_s = 25: must be at most" in refused(write("mine.toml", {"extends": "wrong.toml"}))
+    settings = ["ram.nonzero_gib=5", "ram.size_gib=4"]
+    assert "ram.nonzero_gib = 5: must be at most size_gib = 4" in refused("mlx5-2vf", settings)
 
 
 def test_no_shipped_base_has_the_name_of_a_shipped_scenario() -> None:
