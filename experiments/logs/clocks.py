@@ -15,7 +15,7 @@ from proto_v3.errors import UserError
 
 APART_US, LOOSE_US = 1_000_000, 10_000_000
 """Clocks that are not more apart than this may agree, where nothing bounds the offset from below: by a message, and by
-QMP events alone, between which a whole load may be. Ours."""
+what a whole load may be between. Ours."""
 DRIFT_US = 2_000
 """As much may two bounds contradict each other: clocks drift while a migration runs. Ours."""
 
@@ -27,6 +27,8 @@ class ClockBound:
     what: str
     us: int
     """The offset is at most this, or at least."""
+    loose: bool = False
+    """A whole load may be between what was sent and what came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def aligned(pair: Pair) -> Clocks:
     if upper is None:
         return Clocks(0, None, lower)
     if lower is None:
-        apart_us = APART_US if pair.traced else LOOSE_US
+        apart_us = LOOSE_US if upper.loose else APART_US
         return Clocks(0 if 0 <= upper.us <= apart_us else upper.us, upper, None)
     if lower.us > upper.us + DRIFT_US:
         raise UserError(
@@ -105,7 +107,8 @@ def _to_target(pair: Pair) -> Iterator[ClockBound]:
             yield ClockBound("end of the initial data", approved - sent)
         stopped, runs = source.to("STOP_COPY", "STOP"), target.to("RUNNING_P2P", "RUNNING")
         if stopped is not None and runs is not None:
-            yield ClockBound("stop of a device at the source, its start at the target", runs.end_us - stopped.end_us)
+            between = "stop of a device at the source, its start at the target"
+            yield ClockBound(between, runs.end_us - stopped.end_us, loose=True)
 
 
 def _to_source(pair: Pair) -> Iterator[ClockBound]:

@@ -20,6 +20,7 @@ from experiments.logs.rates import rate_quantities
 from experiments.logs.waterfall import Waterfall
 from proto_v3.errors import UserError
 from sim.scenario import toml
+from sim.scenario.device import Device
 from sim.scenario.scenario import Scenario, parameters
 
 Values = dict[str, tuple[Any, str]]
@@ -121,23 +122,31 @@ def _agree(fit: Fit, pair: Pair, base: Scenario) -> None:
         if state is not None and only is None and template.stop_only_mib > state:
             fit.set(f"device.{at}.stop_only_mib", state, "assumed: all of it, as of the base's devices")
             only = state
-        writes, stop_only = f"device.{at}.writes.mib_per_s", f"device.{at}.stop_only_mib"
-        block_mib = fit.values.get(f"device.{at}.block_kib", (template.block_kib, ""))[0] / 1024
-        written = fit.values.get(writes, (template.writes.mib_per_s if template.writes else 0.0, ""))[0]
-        if state is not None and only is not None and written:
-            most = state - block_mib
-            if only > most:
-                fit.set(writes, 0.0, "assumed: nothing is left that they could dirty")
-                fit.ranges.pop(writes, None)
-            elif stop_only in fit.ranges:
-                own = fit.ranges[stop_only]
-                own["high"] = max(only, min(most, own["high"]))
-                if own["high"] <= own["low"]:
-                    del fit.ranges[stop_only]
+        if state is not None and only is not None:
+            _leave_room(fit, at, template, state, only)
         at_s, objects = f"device.{at}.reconfigurations.at_s", f"device.{at}.critical.objects"
         if at_s in fit.values and not fit.values.get(objects, (template.critical.objects, ""))[0]:
             fit.set(objects, 1, "measured: REINIT, so there is critical data; how much, is not known")
             fit.set(f"device.{at}.critical.object_kib", 1.0, "assumed: how large it is, the logs do not tell")
+
+
+def _leave_room(fit: Fit, at: int, template: Device, state_mib: float, only_mib: float) -> None:
+    """What is saved after the stop only is no more than the state; where the guest writes, a block less."""
+    state, stop_only, writes = (f"device.{at}.{key}" for key in ("state_mib", "stop_only_mib", "writes.mib_per_s"))
+    room_mib = fit.values.get(f"device.{at}.block_kib", (template.block_kib, ""))[0] / 1024
+    if not fit.values.get(writes, (template.writes.mib_per_s if template.writes else 0.0, ""))[0]:
+        room_mib = 0.0
+    elif only_mib > state_mib - room_mib:
+        room_mib = 0.0
+        fit.set(writes, 0.0, "assumed: nothing is left that they could dirty")
+        fit.ranges.pop(writes, None)
+    most_mib = max(only_mib, min(state_mib - room_mib, fit.ranges.get(stop_only, {}).get("high", only_mib)))
+    for key, end, bound in ((stop_only, "high", most_mib), (state, "low", most_mib + room_mib)):
+        own = fit.ranges.get(key)
+        if own is not None:
+            own[end] = min(own[end], bound) if end == "high" else max(own[end], bound)
+            if own["low"] >= own["high"]:
+                del fit.ranges[key]
 
 
 def _range(fit: Fit, each: LogQuantity, base: Scenario) -> None:

@@ -15,6 +15,7 @@ from experiments.logs.machine import machine_of
 from experiments.logs.pair import read_pair
 from experiments.logs.quantity import Certainty
 from proto_v3.errors import UserError
+from sim.scenario.sample import draw
 from tests.build.fit_cases import known_logs
 from tests.build.qemu_log import NEW, OLD
 from tests.real.qemu.pairs import FOLDER as PAIRS
@@ -268,6 +269,26 @@ def test_a_device_of_which_all_was_left_at_the_stop_has_nothing_to_dirty(tmp_pat
     names = [str(tmp_path / f"{side}.log") for side in begins]
     for device in machine_of(*names, extends="nic-reconfig").scenario.devices:
         assert device.writes is None or not device.writes.mib_per_s
+
+
+@pytest.mark.parametrize("first", [28, 60, 92])
+def test_the_samples_of_bounds_that_touch_go_together(first: int, tmp_path: Path) -> None:
+    """The beginning is cut off: of state and stop-only part the bounds are left, and the guest writes."""
+    (tmp_path / "source.log").write_text("".join(_lines(PAIRS / "multifd-precopy-11.1", "source")[first:]))
+    machine = machine_of(str(tmp_path / "source.log"), str(PAIRS / "multifd-precopy-11.1/target.log.gz"))
+    assert len(draw(machine.scenario, 64)) == 64
+
+
+def test_equal_clocks_stay_equal_where_a_whole_load_is_between_the_messages(tmp_path: Path) -> None:
+    """Without the return path and the order to switch over, only the stop and the start of a device are left."""
+    target = "".join(line for line in _lines(PAIRS / "pair-11.1", "target") if "loadvm_process" not in line)
+    (tmp_path / "target.log").write_text(target)
+    source = str(PAIRS / "pair-11.1/source.log.gz")
+    whole, less = (
+        machine_of(source, each) for each in (str(PAIRS / "pair-11.1/target.log.gz"), str(tmp_path / "target.log"))
+    )
+    assert less.clocks.offset_us == whole.clocks.offset_us == 0
+    assert less.waterfall.downtime_ms == whole.waterfall.downtime_ms
 
 
 @pytest.mark.parametrize("version", [OLD, NEW])
