@@ -130,7 +130,7 @@ def conclusion(machine: FittedMachine, rows: Sequence[Brought], used: int) -> It
     """What matters most, in sentences."""
     real_ms, own_ns = machine.waterfall.downtime_ms, machine.simulated.downtime_ns
     if real_ms is not None:
-        yield f"The guest stood still for {real_ms:.1f} ms."
+        yield f"The guest stood still for {'at least ' if machine.clocks.one_sided else ''}{real_ms:.1f} ms."
     if own_ns is None:
         yield f"The simulated migration was not completed: {machine.simulated.kind.value}, {machine.simulated.reason}."
     else:

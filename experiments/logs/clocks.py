@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from experiments.logs.facts import starts, stops
 from experiments.logs.pair import Pair
 from proto_v3.errors import UserError
 
@@ -49,6 +50,11 @@ class Clocks:
         if self.upper is None or self.lower is None:
             return None
         return max(self.upper.us - self.offset_us, self.offset_us - self.lower.us, 0)
+
+    @property
+    def one_sided(self) -> bool:
+        """The clocks are apart, and by how much at least is not known: what is between the hosts took longer."""
+        return self.lower is None and self.offset_us != 0
 
     def told(self) -> str:
         """In words."""
@@ -105,10 +111,10 @@ def _to_target(pair: Pair) -> Iterator[ClockBound]:
             yield ClockBound("first packet of a stopped device", target.first_arrived_us - source.save_thread.begin_us)
         for sent, approved in zip(source.sent_initial_us, target.approved_us, strict=False):
             yield ClockBound("end of the initial data", approved - sent)
-        stopped, runs = source.to("STOP_COPY", "STOP"), target.to("RUNNING_P2P", "RUNNING")
-        if stopped is not None and runs is not None:
+        stopped, runs = stops(source), [each for each in starts(target) if each.target != "STOP"]
+        if stopped and runs:
             between = "stop of a device at the source, its start at the target"
-            yield ClockBound(between, runs.end_us - stopped.end_us, loose=True)
+            yield ClockBound(between, runs[0].end_us - stopped[-1].end_us, loose=True)
 
 
 def _to_source(pair: Pair) -> Iterator[ClockBound]:

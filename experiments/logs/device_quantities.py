@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from experiments.logs.facts import DeviceFacts, Piece, Transition
+from experiments.logs.facts import DeviceFacts, Piece, Transition, starts, stops
 from experiments.logs.pair import Pair
 from experiments.logs.quantity import MIB, US_PER_MS, US_PER_S, LogQuantity, assumed, bounded, measured, unknown
-from experiments.logs.waterfall import starts, stops
 from proto_v3.vfio.uapi import MigrationFlags
 from sim.scenario.device import Device
 from sim.scenario.units import KIB

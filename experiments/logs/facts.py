@@ -145,6 +145,24 @@ class DeviceFacts:
         return next((each for each in reversed(self.transitions) if each.target in targets and each.ok), None)
 
 
+def stops(device: DeviceFacts) -> list[Transition]:
+    """What stopped it, in order: to P2P, to STOP or STOP_COPY."""
+    last = device.to("STOP_COPY", "STOP")
+    if last is None:
+        return []
+    final = next(each for each in device.transitions if each.target in ("STOP", "STOP_COPY") and each.ok)
+    p2p = device.to("PRE_COPY_P2P", "RUNNING_P2P")
+    return [each for each in (p2p, final) if each is not None and each.end_us <= final.end_us]
+
+
+def starts(device: DeviceFacts) -> list[Transition]:
+    """What started it at the target, in order. What comes when the guest runs is no part of it."""
+    begin = device.to("RESUMING")
+    after = device.transitions if begin is None else device.transitions[device.transitions.index(begin) + 1 :]
+    end = next((at for at, each in enumerate(after, 1) if each.target == "RUNNING" and each.ok), len(after))
+    return [each for each in after[:end] if each.target in ("STOP", "RUNNING_P2P", "RUNNING")]
+
+
 @dataclass(slots=True)
 class SideFacts:
     """One migration in one log."""

@@ -81,7 +81,7 @@ def machine_of(
     notes = [*pair.notes, *_notes(pair, fall)]
     if not settings.precopy_tracking:
         notes.append("x-pre-copy-dirty-page-tracking is off: all RAM was sent again when the guest was stopped.")
-    description = _described(pair, fall)
+    description = _described(pair, clocks, fall)
     tried: list[_Made] = []
     for each in _explanations(found, base):
         tried.append(_made(name, description, pair, base, names, each))
@@ -203,8 +203,9 @@ def _notes(pair: Pair, fall: Waterfall) -> list[str]:
     return notes
 
 
-def _described(pair: Pair, fall: Waterfall) -> str:
+def _described(pair: Pair, clocks: Clocks, fall: Waterfall) -> str:
     count = len(pair.devices)
-    took = f", {fall.downtime_ms:.1f} ms of downtime" if fall.downtime_ms is not None else ""
+    least = "at least " if clocks.one_sided else ""
+    took = f", {least}{fall.downtime_ms:.1f} ms of downtime" if fall.downtime_ms is not None else ""
     devices, them = ("devices", "them") if count > 1 else ("device", "it")
     return f"{count} VFIO {devices}, as the logs of one migration show {them}{took}"

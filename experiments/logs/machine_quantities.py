@@ -9,6 +9,7 @@ from statistics import median
 from experiments.logs.clocks import Clocks
 from experiments.logs.cmdline import QemuSettings
 from experiments.logs.device_quantities import rereads, setup_size
+from experiments.logs.facts import starts, stops
 from experiments.logs.pair import Pair
 from experiments.logs.quantity import (
     GIB,
@@ -21,7 +22,7 @@ from experiments.logs.quantity import (
     unknown,
 )
 from experiments.logs.ram_quantities import ram_quantities
-from experiments.logs.waterfall import Waterfall, starts, stops
+from experiments.logs.waterfall import Waterfall
 from proto_v3.timeline import Mark
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import BYTES_PER_S_PER_GBIT

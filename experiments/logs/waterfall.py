@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from experiments.logs.clocks import Clocks
-from experiments.logs.facts import DeviceFacts, Transition
+from experiments.logs.facts import DeviceFacts, starts, stops
 from experiments.logs.pair import Pair
 from proto_v3.timeline import PHASES, Mark
 
@@ -62,23 +62,6 @@ def stop_us(pair: Pair) -> int:
         return source.stopped_us
     begins = [each.begin_us or each.end_us for device, _ in pair.devices for each in stops(device)]
     return min(begins)
-
-
-def stops(device: DeviceFacts) -> list[Transition]:
-    """What stopped it, in order: to P2P, to STOP or STOP_COPY."""
-    last = device.to("STOP_COPY", "STOP")
-    if last is None:
-        return []
-    final = next(each for each in device.transitions if each.target in ("STOP", "STOP_COPY") and each.ok)
-    p2p = device.to("PRE_COPY_P2P", "RUNNING_P2P")
-    return [each for each in (p2p, final) if each is not None and each.end_us <= final.end_us]
-
-
-def starts(device: DeviceFacts) -> list[Transition]:
-    """What started it at the target, in order."""
-    begin = device.to("RESUMING")
-    after = device.transitions if begin is None else device.transitions[device.transitions.index(begin) + 1 :]
-    return [each for each in after if each.target in ("STOP", "RUNNING_P2P", "RUNNING")]
 
 
 def waterfall(pair: Pair, clocks: Clocks) -> Waterfall:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.commands.fit import conclusion
 from experiments.logs.cmdline import QemuSettings, read_settings
 from experiments.logs.driver import FUNCTIONS, LOAD, RESUME, SAVE, SAVED, SUSPEND, parse_calls, read_calls
 from experiments.logs.events import TraceEvent, event_of
@@ -66,6 +67,44 @@ def test_events_alone_tell_stops_and_resumes_and_no_rates() -> None:
     assert found["device.0.resume_ms"].kind is Certainty.BOUNDED
     assert found["firmware.save_mib_per_s"].kind is found["firmware.load_mib_per_s"].kind is Certainty.UNKNOWN
     assert any("QMP events only" in note for note in machine.notes)
+
+
+def _devices_events(side: str, folder: Path, later_s: int = 0) -> str:
+    """A file with the VFIO_MIGRATION events of a side alone, by a clock that is so much ahead."""
+    events = [json.loads(line) for line in (pairs.FOLDER / f"events-11.1/{side}.jsonl").read_text().splitlines()]
+    kept = [event for event in events if event["event"] == "VFIO_MIGRATION"]
+    for event in kept:
+        event["timestamp"]["seconds"] += later_s
+    file = folder / f"{side}.jsonl"
+    file.write_text("".join(json.dumps(event) + "\n" for event in kept))
+    return str(file)
+
+
+def test_events_of_devices_alone_tell_what_all_events_tell(tmp_path: Path) -> None:
+    """What the devices do as QEMU is quit is no part of the migration; no event of QEMU's own tells that it is over."""
+    folder = pairs.FOLDER / "events-11.1"
+    every = machine_of(str(folder / "source.jsonl"), str(folder / "target.jsonl"))
+    alone = machine_of(_devices_events("source", tmp_path), _devices_events("target", tmp_path))
+    traced = machine_of(str(folder / "source.log.gz"), str(folder / "target.log.gz"))
+    assert (
+        alone.waterfall.downtime_ms == every.waterfall.downtime_ms == pytest.approx(traced.waterfall.downtime_ms, abs=5)
+    )
+    for key in ("resume_ms", "suspend_ms", "quiesce_ms"):
+        one, other = ({each.key: each for each in machine.quantities}[f"device.0.{key}"] for machine in (alone, every))
+        assert one == other
+
+
+def test_a_downtime_over_clocks_that_nothing_bounds_from_below_is_at_least_that(tmp_path: Path) -> None:
+    source, target = _devices_events("source", tmp_path), _devices_events("target", tmp_path, -169)
+    machine = machine_of(source, target)
+    assert machine.clocks.one_sided
+    assert machine.clocks.offset_us > -169e6
+    assert machine.waterfall.downtime_ms is not None
+    assert (
+        next(conclusion(machine, [], 0))
+        == f"The guest stood still for at least {machine.waterfall.downtime_ms:.1f} ms."
+    )
+    assert "at least" in machine.scenario.description
 
 
 def test_with_events_alone_what_qemu_was_told_is_all_there_is_of_its_settings() -> None:
