@@ -26,6 +26,8 @@ STEP = 0.08
 """Of a difference quotient, as a share of the range: large, for the VMM's rounds make small steps in the figures."""
 NOT_SIMULATED = 1.0
 """The residual of a figure that a run does not have, for instance because it did not converge."""
+EDGE = 2e-3
+"""A number that is found within this share of an end of its range is that end: the search itself starts inside."""
 MOST_STEPS, MOST_STEPS_LEFT_OUT = 12, 6
 LEAST_ERROR = 1e-3
 """The error of a figure, in the mean, is at least taken to be this."""
@@ -70,7 +72,9 @@ class Fitter:
         """Fit all free keys to all figures that are used."""
         every = list(range(len(self._plan.free)))
         values = self._solve(self._figures.start, every, self._used(), MOST_STEPS)
-        return self.with_values(tuple(float(f"{value:.3g}") for value in values))
+        shares = (np.array(values) - self._low) / self._width
+        shares = np.where(shares < EDGE, 0.0, np.where(shares > 1 - EDGE, 1.0, shares))
+        return self.with_values(tuple(float(f"{value:.3g}") for value in self._at(shares, every, values)))
 
     def with_values(self, values: Values) -> CalibrationFit:
         """All figures, used or predicted, with these values."""
@@ -154,7 +158,7 @@ class Fitter:
 
     def _solve(self, start: Values, free: Sequence[int], targets: Sequence[RigFigure], steps: int) -> Values:
         """The values with the free ones moved to the least squares of the targets."""
-        began = np.clip([(start[at] - self._low[at]) / self._width[at] for at in free], 1e-3, 1 - 1e-3)
+        began = np.clip([(start[at] - self._low[at]) / self._width[at] for at in free], EDGE / 2, 1 - EDGE / 2)
 
         def residuals(shares: Floats) -> Floats:
             data = self._residuals([self._at(shares, free, start)], targets)[0]

@@ -108,6 +108,12 @@ def test_what_no_figure_depends_on_is_named_and_stays(plan: Calibration) -> None
     assert [each.keys for each in named] == [[idle.name]]
 
 
+def test_a_number_at_an_end_of_its_range_stays_there(plan: Calibration) -> None:
+    """The search begins inside of the range; nothing moves this one back."""
+    idle = FreeKey(scenario=plan.free[0].scenario, keys=["vmm.give_up_s"], low=2.0, high=9.0)
+    assert fitter(Calibration(free=[*plan.free, idle], rig=plan.rig)).fit().values[-1] == 2.0
+
+
 def test_keys_that_the_figures_mix_up_are_named(plan: Calibration) -> None:
     """A device is stopped in two steps, of which the figures have the sum."""
     suspend = FreeKey(scenario=plan.free[0].scenario, keys=["device.0.suspend_ms"], low=0.0, high=HIGHEST)
