@@ -22,6 +22,8 @@ from sim.scenario.sample import MAX_SAMPLES
 from sim.scenario.units import NS_PER_MS
 
 FAR = 0.1
+TOO_FAR = 0.25
+"""A fitted downtime that is further off the real one than this part of it is no ground for what changes would bring."""
 """A phase that differs by more than this part of the downtime is told. Ours."""
 FIGURES = (".png", ".svg")
 NO_DATE = {".svg": {"Date": None}}
@@ -136,6 +138,8 @@ def conclusion(machine: FittedMachine, rows: Sequence[Brought], used: int) -> It
     else:
         off = "" if real_ms is None else f", {100 * (own_ns / NS_PER_MS / real_ms - 1):+.1f} %"
         yield f"The fitted scenario's guest stands still for {own_ns / NS_PER_MS:.1f} ms{off}."
+        if real_ms is not None and abs(own_ns / NS_PER_MS - real_ms) > TOO_FAR * real_ms:
+            yield "That is too far off: what changes would bring is said of the scenario, and not of the machine."
     yield from _differs(machine)
     kinds = [each.kind for each in machine.quantities]
     counts = ", ".join(f"{kinds.count(kind)} {kind.value}" for kind in Certainty)

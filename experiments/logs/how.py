@@ -53,7 +53,8 @@ What `proto-v3 fit SOURCE.log TARGET.log` needs: the logs of one migration that 
    capability `events`, and all that the monitor sends, one JSON object a line, into a file for each end; or
    `virsh qemu-monitor-event --loop > SIDE.log`. These tell stops and resumes; no sizes, no rates.
 
-3. Sharper: what the driver's functions take, SAVE and LOAD by themselves (--driver FILE, of both hosts):
+3. Sharper: what the driver's functions take, SAVE and LOAD by themselves (--driver FILE, of both hosts). All calls in
+   the files count: record this migration alone, and no other VF meanwhile.
 
     bpftrace -e '{bpftrace()}' > driver.txt
 

@@ -198,7 +198,7 @@ class _Loader:
         if self._max_queued_bytes is not None and waiting_bytes > self._max_queued_bytes:
             raise PeerProtocolError(
                 f"device {self.index}: {waiting_bytes} bytes of it wait to be written, and "
-                f"vmm.multifd_max_queued_mib allows {self._max_queued_bytes}: data comes faster than it is loaded"
+                f"vmm.multifd_max_queued_mib allows {self._max_queued_bytes} bytes: data comes faster than it is loaded"
             )
         if len(self.waiting) >= most_frames(waiting_bytes):
             raise PeerProtocolError(f"device {self.index}: {len(self.waiting)} packets of {waiting_bytes} bytes wait")

@@ -83,6 +83,13 @@ def test_how_is_printed_without_logs(tmp_path: Path) -> None:
     assert proto_v3(tmp_path, "fit", "--how").stdout == how()
 
 
+def test_a_fit_that_is_far_off_says_so(tmp_path: Path) -> None:
+    pair = [str(PAIRS / "one-11.1" / f"{side}.log.gz") for side in ("source", "target")]
+    asked = ["fit", *pair, "--samples", "0", "--quiet"]
+    assert "too far off" not in proto_v3(tmp_path, *asked).stdout
+    assert "too far off" in proto_v3(tmp_path, *asked, "--extends", "stop-only").stdout
+
+
 def test_from_python(logs: tuple[str, str]) -> None:
     machine = api.fit(*logs)
     assert api.real_phases(machine)["phase"].to_list() == [*PHASES, "downtime"]

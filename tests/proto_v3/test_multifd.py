@@ -282,7 +282,7 @@ async def test_more_of_a_device_than_may_wait_is_refused_and_of_each_device_by_i
         assert rig.target.counters.peak_reorder_bytes == 2 * limit
     told = await refused(Rig(multifd(1, max_queued_bytes=limit), [Fd(), Fd()]), *early, packet(1, 4))
     assert told.startswith(f"device 1: {4 * len('1:1')} bytes of it wait")
-    assert f"vmm.multifd_max_queued_mib allows {limit}" in told
+    assert f"vmm.multifd_max_queued_mib allows {limit} bytes" in told
 
 
 @pytest.mark.parametrize(("max_queued_mib", "kind"), [(None, "COMPLETED"), (64.0, "COMPLETED"), (1.0, "FAILED")])
