@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 help:
 	@echo 'make demo      migrate the published two-VF machine under v2 and v3; table and figure in out/demo/'
 	@echo 'make quick     after each change: lint, types, and one case of each test that is not slow; less than a minute'
-	@echo 'make test      lint, types and all tests; some eight minutes on two idle cores'
+	@echo 'make test      lint, types and all tests; seven minutes on two idle cores'
 	@echo 'make kernel    a User-Mode Linux with VFIO, and the driver for it, into the cache; about six minutes the first time'
 	@echo 'make kernel-debug  the same with lockdep'
 	@echo 'make qemu      Debian'"'"'s QEMU 10 and 11 into the cache, unpacked and not installed'
@@ -38,7 +38,7 @@ quick: $(VENV)/dev.stamp
 
 test: $(VENV)/dev.stamp
 	@$(HAS_CC) || $(MAKE) --no-print-directory debian-cc
-	@echo 'some 9,600 tests: about eight minutes on two cores; the slow ones come first'
+	@echo 'some 9,600 tests: about seven minutes on two cores; the slow ones come first'
 	@$(PYTEST)
 
 # A kernel takes Python and what Debian has, and no virtual environment. What cannot be had here is skipped, in a line.

@@ -30,7 +30,7 @@ from tests.build.disturbed import NOT_YET, Fault
 from tests.proto_v3.test_every_event import TWO, Migration, complaints
 
 FAULTS_EACH = 24
-TESTS, SEEDS_EACH = 8, 10
+TESTS, SEEDS_EACH = 5, 10
 """Of the suite: 1920 runs."""
 DONE = ("fail", "fail", "fail", "hang", "hang", "cut", "cut 0", "cut all", "kill source", "kill target")
 
