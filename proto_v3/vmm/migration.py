@@ -366,9 +366,13 @@ class Source(abc.ABC):
                 await self._enter(index, State.STOP_COPY)
             else:
                 await device.set_state(State.STOP)
+            self.device_stopped(index)
         timeline.mark(Mark.STOPPED)
         timeline.stage("stop", start)
         return True
+
+    def device_stopped(self, index: int) -> None:  # noqa: B027  (only some of v2's variants do something)
+        """A device is stopped, the ones before it are not yet."""
 
     async def last_look(self, index: int) -> None:  # noqa: B027  (v3 checks in P2P instead)
         """v2's final check of a device: the vCPUs are stopped, the device goes to PRE_COPY_P2P next.

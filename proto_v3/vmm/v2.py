@@ -31,6 +31,10 @@ class V2Options:
     polls: bool = False
     """Ask for PRECOPY_INFO in every round. Otherwise, like QEMU, only when the rest seems to fit."""
     multifd: Multifd | None = None
+    early_save: bool = False
+    """With multifd for device state: a device's save thread starts when that device is stopped, not when all are. Not
+    in QEMU: vfio_vmstate_change would call multifd_spawn_device_state_save_thread, as
+    qemu_savevm_state_complete_precopy_iterable does."""
 
     @property
     def channels(self) -> int:

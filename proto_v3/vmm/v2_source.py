@@ -95,6 +95,8 @@ class V2Source(Source):
         self._read_bytes: list[int] = []
         self._section_bytes = 0
         self._decided_ns = self.now_ns  # when the last round began
+        self._saving = Join()
+        """The save threads, and around them all from the start of pre-copy to the last byte."""
 
     @override
     def work(self) -> list[Work]:
@@ -102,11 +104,12 @@ class V2Source(Source):
 
     @override
     async def move(self, start_ns: int) -> OutcomeKind | None:
-        outcome = await self.in_precopy(start_ns, self._precopy(start_ns))
-        if outcome is None:
-            await self.stop_guest()
-            await self._check_late()
-            await self._drain()
+        async with self._saving:
+            outcome = await self.in_precopy(start_ns, self._precopy(start_ns))
+            if outcome is None:
+                await self.stop_guest()
+                await self._check_late()
+                await self._drain()
         return outcome
 
     @override
@@ -303,15 +306,14 @@ class V2Source(Source):
     # --- stop-copy ----------------------------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
-        """RAM and every device to their ends, then the devices' config."""
+        """RAM and every device to their ends, then the devices' config. Save threads go on to theirs."""
         devices = range(len(self.side.devices))
-        if self._senders is not None and self._options.devices_by_multifd:
-            await self._main.send_control(Kind.SWITCHOVER_START)
-            async with Join() as saving:
+        if self._options.devices_by_multifd:
+            if not self._options.early_save:
+                await self._main.send_control(Kind.SWITCHOVER_START)
                 for index in devices:
-                    track = f"source {self.side.devices[index].name} save"
-                    saving.start(self._senders.save_device(self, index, self._read_bytes[index]), track)
-                await self.save_last_ram()
+                    self._start_to_save(index)
+            await self.save_last_ram()
             return
         await self.save_last_ram()
         for index in devices:
@@ -324,6 +326,23 @@ class V2Source(Source):
             self.side.timeline.stage("device_save", start, index)
         for index in devices:
             await self._main.send_control(Kind.CONFIG, index)
+
+    @override
+    async def check_in_p2p(self) -> bool:
+        if self._options.early_save:
+            await self._main.send_control(Kind.SWITCHOVER_START)
+        return True
+
+    @override
+    def device_stopped(self, index: int) -> None:
+        if self._options.early_save:
+            self._start_to_save(index)
+
+    def _start_to_save(self, index: int) -> None:
+        """Start a device's save thread, with multifd."""
+        assert self._senders is not None
+        work = self._senders.save_device(self, index, self._read_bytes[index])
+        self._saving.start(work, f"source {self.side.devices[index].name} save")
 
     async def _send_device_data(self, index: int, data: Payload) -> None:
         await self.side.machine.buffer_device_data(len(data))

@@ -9,7 +9,9 @@ compared.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from proto_v3.errors import UserError
 from sim.scenario.scenario import Scenario
@@ -40,10 +42,9 @@ class Protocol:
     def applied(self, scenario: Scenario) -> AppliedScenario:
         """The scenario with what the name changes. UserError if it does not allow that."""
         tables = {table: getattr(scenario, table).model_dump() | keys for table, keys in self.changes.items()}
-        if "vmm" in tables and tables["vmm"]["switchover_ack"] == "reusable" and not tables["vmm"]["reinit"]:
-            raise UserError(
-                f"protocol {self.name!r}: a reusable ack goes with REINIT only: add -reinit-flush or -reinit-invalidate"
-            )
+        if self.version == 2:
+            for missing in _missing(tables.get("vmm") or scenario.vmm.model_dump()):
+                raise UserError(f"protocol {self.name!r}: {missing}")
         if self.version == 3 and scenario.vmm.max_bandwidth_mib_per_s is not None:
             raise UserError(f"protocol {self.name!r}: vmm.max_bandwidth_mib_per_s limits v2 only: leave it out for v3")
         changed = {table: type(getattr(scenario, table)).model_validate(keys) for table, keys in tables.items()}
@@ -56,6 +57,14 @@ class AppliedScenario:
 
     scenario: Scenario  # with what the protocol's name changes
     protocol: Protocol
+
+
+def _missing(vmm: dict[str, Any]) -> Iterator[str]:
+    """What v2 is asked for and cannot do without another setting, in words."""
+    if vmm["switchover_ack"] == "reusable" and not vmm["reinit"]:
+        yield "a reusable ack goes with REINIT only: add -reinit-flush or -reinit-invalidate"
+    if vmm["early_save"] and not (vmm["multifd"] and vmm["multifd_device_state"]):
+        yield "early save threads (vmm.early_save) are those of multifd for device state: add -multifd"
 
 
 def _changes(name: str, version: str) -> Changes:

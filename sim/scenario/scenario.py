@@ -115,6 +115,7 @@ class Scenario(Table):
             ack=Ack(vmm.switchover_ack),
             polls=vmm.precopy_user == "polls",
             multifd=multifd if vmm.multifd else None,
+            early_save=vmm.early_save,
         )
 
     def v3_options(self) -> V3Options:

@@ -30,6 +30,10 @@ V2_SUFFIXES: dict[str, Suffix] = {
         "RAM and stop-copy data of the devices take connections of their own (QEMU 10.0)",
     ),
     "single": Suffix({"vmm": {"multifd_device_state": False}}, "all device data stays on the main connection"),
+    "early": Suffix(
+        {"vmm": {"early_save": True}},
+        "the save thread of each device starts when that device is stopped, not when all are; needs multifd",
+    ),
     "reinit-flush": Suffix(
         {"vmm": {"reinit": True}, "driver": {"reinit": "flush"}},
         f"{_REINIT}counts unread bytes as initial, and the new ones follow (mlx5)",

@@ -335,6 +335,9 @@ class Vmm(Table):
     """What a thread copies of device data into a packet at the source, where all devices' save threads take turns under
     one mutex, and out of it at the target, where a device's packets take turns (QEMU 10.0). Without it there are no
     mutexes, and these copies are free."""
+    early_save: bool = False
+    """With multifd for device state: the save thread of each device starts when that device is stopped. In QEMU all
+    start when all devices are."""
     multifd_sync_us_per_channel: NonNegative = 0.0
     """What it takes the source's migration thread for each channel to have all of them synced, which it does after each
     pass over RAM, the last one included (QEMU, multifd_send_sync_main)."""

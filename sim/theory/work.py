@@ -31,13 +31,16 @@ class Route:
 
     v3: V3Options | None
     multifd: Multifd | None
+    early: bool = False
+    """With multifd, each device is saved when it is stopped, not when all are."""
 
     @classmethod
     def of(cls, scenario: Scenario, protocol: Protocol) -> Route:
         """A v3 source that falls back to v2 takes the route of v2."""
         if protocol.version == 3 and scenario.v3.target_knows == "v3":
             return cls(scenario.v3_options(), None)
-        return cls(None, scenario.v2_options().devices_by_multifd)
+        v2 = scenario.v2_options()
+        return cls(None, v2.devices_by_multifd, v2.early_save)
 
     @property
     def single(self) -> bool:
@@ -116,8 +119,9 @@ class WorkAfterStop:
         blocks = device.blocks if everything else device.stop_only_blocks
         objects = device.critical.objects if everything else 0
         # A device without a session goes to STOP_COPY when all are stopped; stopped blocks are asked for only then.
-        saved_from_ns = stopped_ns if precopy and not by_blocks else all_stopped_ns
-        read_from_ns = saved_from_ns if v3 else self.ram_saved_ns if single else all_stopped_ns
+        early = self._route.early
+        saved_from_ns = stopped_ns if (precopy and not by_blocks) or early else all_stopped_ns
+        read_from_ns = saved_from_ns if v3 or early else self.ram_saved_ns if single else all_stopped_ns
         streams = 1 if v3 is None or by_blocks else v3.wire_streams
         whole = self._part(device, blocks, objects, streams)
         chain = late = whole if v3 is None else self._part(device, -(-blocks // streams), 0)

@@ -78,6 +78,8 @@ NO_LATE_ONE = {"device.0.reconfigurations": {"at_s": [0.0015]}}
 SECOND = {"name": "second", "features": ["STOP_COPY", "P2P"]}
 TWO = {"device.1": small_scenario(SMALL).device[0].model_dump(exclude_unset=True) | SECOND}
 """The second one has no pre-copy: its session begins when the first one's is being drained."""
+TWO_ALIKE = {"device.0.count": 2}
+"""The second one has pre-copy, too."""
 CANCELLED = {"vmm.bandwidth_gbit_per_s": 1e-5, "vmm.cancel_after_s": 0.004}
 
 
@@ -149,6 +151,7 @@ MIGRATIONS: dict[str, Migration] = {
     "v2-cancelled": Migration("v2", CANCELLED, hangs=True, ends=OutcomeKind.CANCELLED),
     "v2-two": Migration("v2", TWO),
     "v2-multifd-two": Migration("v2-multifd", TWO, hangs=True, connections=3, cut_alone=2),
+    "v2-early-two": Migration("v2-multifd-early", TWO_ALIKE, hangs=True, connections=3, cut_alone=2),
     "v3-n2": Migration("v3-n2", connections=4, cut_alone=3, every="event"),
     "v3-n2-pool": Migration("v3-n2-pool", CREDIT, connections=3, cut_alone=2),
     "v3-n2-one": Migration("v3-n2-one", hangs=True),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from proto_v3.errors import LostAfterCommitError, PeerFailedError, PeerProtocolError
+from proto_v3.errors import LostAfterCommitError, PeerFailedError, PeerProtocolError, leaves
 from proto_v3.timeline import Mark, Timeline
 from proto_v3.vfio.uapi import MigrationFlags, PrecopyFlags, PrecopyInfo, State
 from proto_v3.vmm.migration import STARTS, OutcomeKind, Side, UnsupportedError
@@ -713,7 +713,7 @@ async def test_a_reinit_that_is_found_once_the_vcpus_are_stopped_fails_the_migra
     late.precopy_info = precopy_info  # type: ignore[method-assign]
     with pytest.raises(ExceptionGroup) as raised:
         await vmm.migrate()
-    (error,) = raised.value.exceptions
+    (error,) = leaves(raised.value)
     assert isinstance(error, LateAckError)
     assert str(error) == (
         "b reported REINIT after it was decided to stop: its ack comes too late (switchover-ack was requested by 1 "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import polars as pl
@@ -48,6 +49,7 @@ MEANING: dict[str, dict[str, dict[str, Any]]] = {
     "v2": {
         "multifd": {"vmm.multifd": True, "vmm.multifd_device_state": True},
         "single": {"vmm.multifd_device_state": False},
+        "early": {"vmm.early_save": True},
         "reinit-flush": {"vmm.reinit": True, "driver.reinit": "flush"},
         "reinit-invalidate": {"vmm.reinit": True, "driver.reinit": "invalidate"},
         "no-reinit": {"vmm.reinit": False},
@@ -73,6 +75,7 @@ ALL = [(version, suffix) for version in MEANING for suffix in MEANING[version]]
 CHOICES = {
     "v2": [
         ["", "-multifd", "-single"],
+        ["", "-early"],
         ["", "-reinit-flush", "-reinit-invalidate", "-no-reinit"],
         ["", "-ack", "-no-ack", "-ack-reusable"],
         ["", "-polls", "-deduces"],
@@ -86,6 +89,21 @@ CHOICES = {
     ],
 }
 """Suffixes that exclude each other."""
+
+
+NEEDS = {("v2", "no-reinit"): ["no-ack"], ("v2", "early"): ["multifd"]}
+"""Suffixes without which one is refused, whatever the scenario sets."""
+
+
+REFUSED: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "a reusable ack goes with REINIT only": lambda keys: (
+        keys["vmm.switchover_ack"] == "reusable" and not keys["vmm.reinit"]
+    ),
+    "early save threads": lambda keys: (
+        keys["vmm.early_save"] and not (keys["vmm.multifd"] and keys["vmm.multifd_device_state"])
+    ),
+}
+"""Of v2, with these settings."""
 
 
 def flat(scenario: Scenario) -> dict[str, Any]:
@@ -131,8 +149,8 @@ def test_every_suffix_is_told_of_here_and_in_the_help() -> None:
 @pytest.mark.parametrize(("version", "suffix"), [each for each in ALL if each[1] != "ack-reusable"])
 def test_a_suffix_changes_what_it_says_and_nothing_else(version: str, suffix: str) -> None:
     for scenario in (SCENARIO, EVERYTHING):
-        name = f"{version}-{suffix}" if suffix != "no-reinit" else "v2-no-reinit-no-ack"
-        also = meaning("v2", "no-ack") if suffix == "no-reinit" else {}
+        needed = NEEDS.get((version, suffix), [])
+        name, also = "-".join([version, *needed, suffix]), meaning(version, *needed)
         protocol = Protocol.parse(name, scenario)
         assert (protocol.name, protocol.version) == (name, int(version[1]))
         applied = protocol.applied(scenario).scenario
@@ -188,8 +206,9 @@ def test_any_choice_of_suffixes_in_any_order_means_all_of_them(version: str, dat
     if name == "v3":
         assert Protocol.parse(name, SCENARIO).name == "v3-n4"
     wanted = flat(SCENARIO) | meaning(version, *filter(None, parts))
-    if wanted["vmm.switchover_ack"] == "reusable" and not wanted["vmm.reinit"]:
-        with pytest.raises(UserError, match="a reusable ack goes with REINIT only"):
+    refused = [why for why, is_refused in REFUSED.items() if version == "v2" and is_refused(wanted)]
+    if refused:
+        with pytest.raises(UserError, match=refused[0]):
             Protocol.parse(name, SCENARIO)
     else:
         assert flat(Protocol.parse(name, SCENARIO).applied(SCENARIO).scenario) == wanted
@@ -309,6 +328,16 @@ def test_a_reusable_ack_needs_reinit_from_the_name_or_from_the_scenario() -> Non
     assert Protocol.parse("v2-ack-reusable", with_reinit).applied(with_reinit).scenario.vmm.switchover_ack == "reusable"
     with pytest.raises(UserError, match="a reusable ack goes with REINIT only"):
         Protocol.parse("v2-no-reinit", EVERYTHING)
+
+
+def test_a_variant_that_needs_another_setting_says_which_and_what_to_add() -> None:
+    with pytest.raises(UserError, match=r"'v2-early': early save threads .vmm.early_save. .*: add -multifd$"):
+        Protocol.parse("v2-early", SCENARIO)
+    by_key = small_scenario({"vmm.early_save": True})
+    with pytest.raises(UserError, match=r"'v2': early save threads"):
+        Protocol.parse("v2", by_key)
+    assert Protocol.parse("v2-multifd", by_key).applied(by_key).scenario.v2_options().early_save
+    assert Protocol.parse("v3", by_key), "it is a setting of v2"
 
 
 # --- names in tables -------------------------------------------------------------------------------------------------
