@@ -30,6 +30,7 @@ from proto_v3.vfio.device import DataFd, MigrationDevice
 from proto_v3.vfio.uapi import MigrationFlags, State
 from proto_v3.vmm.device_calls import RETURNS_WITHIN_S, DeviceCallError, DeviceCalls, look
 from proto_v3.vmm.machine import Machine
+from proto_v3.vmm.multifd import Senders
 from proto_v3.vmm.return_path import HandOver, ReturnPath
 from proto_v3.vmm.switchover import Left, Switchover, SwitchoverSettings, why_not
 from proto_v3.wire.channel import Channel
@@ -115,9 +116,11 @@ class Side:
 class Source(abc.ABC):
     """The sending VMM. A protocol fills in how sessions are opened, iterated, drained and handed over."""
 
-    def __init__(self, side: Side, channels: Sequence[Channel]) -> None:
+    def __init__(self, side: Side, channels: Sequence[Channel], senders: Senders | None = None) -> None:
+        """`senders`: those of multifd, if RAM goes by it."""
         self.side = side
         self.channels = channels
+        self.senders = senders
         self.fds: dict[int, DataFd] = {}
         """Data fd of each device's session, by device index. In pre-copy, only of devices that have pre-copy."""
         self.flags: list[MigrationFlags] = []
@@ -434,11 +437,21 @@ class Source(abc.ABC):
         timeline.stage("ram_save", start)
 
     async def send_pages(self, pages: Payload) -> None:
-        """Send pages of RAM: on the main channel, unless a protocol has others."""
-        await self.channels[0].send(Frame(Kind.RAM, payload=pages))
+        """Send pages of RAM: on the main channel, or on those of multifd."""
+        if self.senders is None:
+            await self.channels[0].send(Frame(Kind.RAM, payload=pages))
+        else:
+            await self.senders.send_pages(self, pages)
+
+    async def end_pass(self) -> None:
+        """There are no dirty pages for now: if a pass over RAM has ended, report it, if multifd carries RAM."""
+        if self.senders is not None:
+            await self.senders.end_pass(self)
 
     async def end_ram(self) -> None:
         """All pages were sent: report it to the target."""
+        if self.senders is not None:
+            await self.senders.sync(self)
         await self.channels[0].send_control(Kind.RAM_END)
 
 

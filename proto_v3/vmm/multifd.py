@@ -13,6 +13,8 @@ before the guest starts.
 
 Packets that arrive early wait in memory, without a bound (QEMU's default). The most that waited is recorded.
 
+v3 moves RAM so too, if it is told to; its devices have streams of their own.
+
 A pass over RAM ends with SYNC on each channel and RAM_PASS_END, or after the last one RAM_END, on the main channel. A
 channel's thread at the target waits at SYNC until all of them are there and the main thread has that frame, so that no
 page is loaded over a newer one (QEMU migration/ram.c, find_dirty_block; multifd_recv_sync_main).
@@ -34,7 +36,7 @@ from proto_v3.notify import Notify, Woken
 from proto_v3.timeline import Join, Mark, Work
 from proto_v3.vfio.device import DataFd
 from proto_v3.wire.channel import Channel
-from proto_v3.wire.frames import Frame, Kind
+from proto_v3.wire.frames import Frame, Kind, Payload
 from proto_v3.wire.streams import most_frames
 
 ARRIVES_WITHIN_S = 10.0
@@ -132,6 +134,8 @@ class Senders:
         """`woken`: of all threads."""
         self.ram = Pool(channels[settings.dedicated :], woken)
         self._devices = Pool(channels[: settings.dedicated], woken) if settings.dedicated else self.ram
+        self._passes = 0  # over RAM, that ended at the channels too
+        self._syncs = 0
         self._mutex = asyncio.Lock() if settings.copies else None
 
     def work(self) -> list[Work]:
@@ -139,6 +143,24 @@ class Senders:
         pools = [self.ram] if self._devices is self.ram else [self._devices, self.ram]
         senders = [sender for pool in pools for sender in pool.senders]
         return [(sender.work(), f"source multifd {at}") for at, sender in enumerate(senders)]
+
+    async def send_pages(self, source: Source, pages: Payload) -> None:
+        """Send pages of RAM."""
+        await self.end_pass(source)
+        await self.ram.send(Frame(Kind.RAM, payload=pages))
+
+    async def end_pass(self, source: Source) -> None:
+        """If a pass over RAM has ended: sync the channels, and tell the target on the main one."""
+        if self._passes < source.side.machine.ram.passes:
+            await self.sync(source)
+            await source.channels[0].send_control(Kind.RAM_PASS_END, value=self._syncs)
+
+    async def sync(self, source: Source) -> None:
+        """Sync the channels that carry RAM, behind all pages that were sent."""
+        self._passes = source.side.machine.ram.passes
+        self._syncs += 1
+        await source.side.machine.sync_channels(len(self.ram.senders))
+        await self.ram.sync(self._syncs)
 
     async def save_device(self, source: Source, index: int, read_bytes: int) -> None:
         """A device's save thread: send its data to the end, then its config."""

@@ -29,6 +29,12 @@ RAM: Table = {
     ("last pass", Kind.RAM_END): "RAM is here",
 }
 """The first connection's frames that v2 and v3 have in common."""
+PASS_ENDS: Table = {(state, Kind.RAM_PASS_END): state for state in ("pre-copy", "last pass")}
+
+
+def by_multifd(table: Table) -> Table:
+    """The table of the first connection, if multifd's channels carry the pages."""
+    return {**{entry: after for entry, after in table.items() if entry[1] is not Kind.RAM}, **PASS_ENDS}
 
 
 class Order:

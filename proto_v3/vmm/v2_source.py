@@ -82,16 +82,15 @@ class V2Source(Source):
     """The sending VMM."""
 
     def __init__(self, side: Side, channels: Sequence[Channel], options: V2Options) -> None:
-        super().__init__(side, channels)
+        multifd = channels[1 : options.channels]
+        senders = Senders(options.multifd, multifd, side.machine.wake_up) if options.multifd else None
+        super().__init__(side, channels, senders)
         self._options = options
         self._main = channels[0]
-        self._senders = Senders(options.multifd, channels[1:], side.machine.wake_up) if options.multifd else None
         self._known = [_Known() for _ in side.devices]
         self._all_acked = False  # whether the one-shot ack was received
         self._late: list[str] = []
         """Devices that need an ack after it was decided to stop."""
-        self._passes = 0  # over RAM, that ended at the channels of multifd too
-        self._syncs = 0
         self._read_bytes: list[int] = []
         self._section_bytes = 0
         self._decided_ns = self.now_ns  # when the last round began
@@ -100,7 +99,7 @@ class V2Source(Source):
 
     @override
     def work(self) -> list[Work]:
-        return self._senders.work() if self._senders else []
+        return self.senders.work() if self.senders else []
 
     @override
     async def move(self, start_ns: int) -> OutcomeKind | None:
@@ -187,7 +186,7 @@ class V2Source(Source):
         until = self.now_ns + settings.ram_budget_ns
         while (budget_ns := until - self.now_ns) > 0 and not switchover.window_is_full(self._counted_bytes()):
             if (pages := await ram.take(budget_ns)) is None:
-                await self._end_pass()
+                await self.end_pass()
                 break
             await self.send_pages(pages)
             moved = True
@@ -340,36 +339,10 @@ class V2Source(Source):
 
     def _start_to_save(self, index: int) -> None:
         """Start a device's save thread, with multifd."""
-        assert self._senders is not None
-        work = self._senders.save_device(self, index, self._read_bytes[index])
+        assert self.senders is not None
+        work = self.senders.save_device(self, index, self._read_bytes[index])
         self._saving.start(work, f"source {self.side.devices[index].name} save")
 
     async def _send_device_data(self, index: int, data: Payload) -> None:
         await self.side.machine.buffer_device_data(len(data))
         await self._main.send(Frame(Kind.DATA, index, payload=data))
-
-    @override
-    async def send_pages(self, pages: Payload) -> None:
-        if self._senders is None:
-            await super().send_pages(pages)
-        else:
-            await self._end_pass()
-            await self._senders.ram.send(Frame(Kind.RAM, payload=pages))
-
-    async def _end_pass(self) -> None:
-        """With multifd, if a pass over RAM has ended: sync the channels, and tell the target on the main one."""
-        if self._senders is not None and self._passes < self.side.machine.ram.passes:
-            await self._sync(self._senders)
-            await self._main.send_control(Kind.RAM_PASS_END, value=self._syncs)
-
-    async def _sync(self, senders: Senders) -> None:
-        self._passes = self.side.machine.ram.passes
-        self._syncs += 1
-        await self.side.machine.sync_channels(len(senders.ram.senders))
-        await senders.ram.sync(self._syncs)
-
-    @override
-    async def end_ram(self) -> None:
-        if self._senders is not None:
-            await self._sync(self._senders)
-        await super().end_ram()

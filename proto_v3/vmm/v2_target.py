@@ -17,7 +17,7 @@ from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.uapi import MigrationFlags
 from proto_v3.vmm.migration import Side, Target
 from proto_v3.vmm.multifd import Receivers
-from proto_v3.vmm.order import RAM, Order, Table, stays
+from proto_v3.vmm.order import PASS_ENDS, RAM, Order, Table, by_multifd, stays
 from proto_v3.vmm.v2 import Ack, V2Options
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind, Payload
@@ -29,9 +29,6 @@ ON_MAIN: Table = {
     ("RAM is here", Kind.END): "ended",
 }
 """What comes on the main channel if it carries everything."""
-PASS_ENDS = {(state, Kind.RAM_PASS_END): state for state in ("pre-copy", "last pass")}
-RAM_BY_MULTIFD: Table = {entry: after for entry, after in ON_MAIN.items() if entry[1] is not Kind.RAM} | PASS_ENDS
-"""The same, if multifd carries the pages."""
 ALL_BY_MULTIFD: Table = {
     ("set-up", Kind.SETUP): "pre-copy",
     **PASS_ENDS,
@@ -41,7 +38,7 @@ ALL_BY_MULTIFD: Table = {
     ("last pass", Kind.RAM_END): "RAM is here",
     ("RAM is here", Kind.END): "ended",
 }
-"""The same, if multifd carries the devices' stop-copy data, too."""
+"""What comes on it if multifd carries RAM and the devices' stop-copy data."""
 OF_DEVICE: Table = {
     **stays("pre-copy", [Kind.DATA, Kind.INIT_DATA_SENT]),
     ("pre-copy", Kind.DEVICE_BEGIN): "stop-copy",
@@ -66,8 +63,9 @@ class V2Target(Target):
         self._fds: list[DataFd] = []
         self._acks_due = 0
         self._others_loaded = False
-        self._receivers = Receivers(options.multifd, channels[1:], self) if options.multifd else None
-        table = ON_MAIN if options.multifd is None else RAM_BY_MULTIFD
+        multifd = channels[1 : options.channels]
+        self._receivers = Receivers(options.multifd, multifd, self) if options.multifd else None
+        table = ON_MAIN if options.multifd is None else by_multifd(ON_MAIN)
         table = ALL_BY_MULTIFD if options.devices_by_multifd else table
         self._order = Order(table, "set-up", "on the main channel")
         self._orders = [Order(OF_DEVICE, "pre-copy", f"for {device.name}") for device in side.devices]
@@ -92,7 +90,7 @@ class V2Target(Target):
         if not complete:
             return await self.cancelled()
         if self._receivers:
-            await self.side.machine.close_channels(len(self.channels) - 1)
+            await self.side.machine.close_channels(self._options.channels - 1)
         await self.resume_guest()
         await self._main.send_control(Kind.RESUMED)
         return True

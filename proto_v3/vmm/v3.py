@@ -2,8 +2,9 @@
 """v3: what the two VMMs agree on. The source is in `proto_v3/vmm/v3_source.py`, the target in
 `proto_v3/vmm/v3_target.py`.
 
-A device has one critical fd and N dirty fds, all read at the same time. RAM and control have a connection of their own.
-Variant: a critical fd and one fd of addressable blocks, read by N threads. See docs/protocol-v3.md.
+A device has one critical fd and N dirty fds, all read at the same time. RAM and control have a connection of their own;
+or RAM has those of multifd. Variant: a critical fd and one fd of addressable blocks, read by N threads. See
+docs/protocol-v3.md.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from proto_v3.vfio.device import NO_STREAM_FLAGS, MigrationDevice
 from proto_v3.vfio.uapi import StreamFlags
 from proto_v3.vmm.device_calls import RETURNS_WITHIN_S
+from proto_v3.vmm.multifd import Multifd
 from proto_v3.wire.streams import Credits, Wire
 
 
@@ -34,6 +36,8 @@ class V3Options:
     force_after_ns: int | None = None
     """So long after the migration began, the guest is stopped as soon as what is left fits, be the critical data loaded
     or not, and is not resumed for a newer epoch. None: never."""
+    multifd: Multifd | None = None
+    """RAM goes over its channels, which are connections beside those of the streams."""
 
     @property
     def dirty_streams(self) -> int:
@@ -47,6 +51,10 @@ class V3Options:
 
     def connections(self, devices: int) -> int:
         """Connections needed for this number of devices, the first one included."""
+        return self.without_multifd(devices) + (self.multifd.channels if self.multifd else 0)
+
+    def without_multifd(self, devices: int) -> int:
+        """The same, of the first one and the streams; those of multifd follow them."""
         match self.wire:
             case Wire.STREAMS:
                 return 1 + devices * (1 + self.wire_streams)

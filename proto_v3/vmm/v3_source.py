@@ -29,6 +29,7 @@ from proto_v3.vfio.device import BlocksFd, DataFd, Ready
 from proto_v3.vmm.device_calls import RETURNS_WITHIN_S
 from proto_v3.vmm.first_pass import FirstPass
 from proto_v3.vmm.migration import OutcomeKind, Side, Source, pause, read_some
+from proto_v3.vmm.multifd import Senders
 from proto_v3.vmm.return_path import HandOver
 from proto_v3.vmm.switchover import Backlog, Left, RamBacklog, StoppedOnly, StreamBacklog, Switchover
 from proto_v3.vmm.v3 import V3Options, opt_out
@@ -96,15 +97,18 @@ class V3Source(Source):
     """The sending VMM."""
 
     def __init__(self, side: Side, channels: Sequence[Channel], options: V3Options) -> None:
-        super().__init__(side, channels)
+        devices = len(side.devices)
+        own = options.without_multifd(devices)
+        multifd = channels[own : options.connections(devices)]
+        senders = Senders(options.multifd, multifd, side.machine.wake_up) if options.multifd else None
+        super().__init__(side, channels, senders)
         self._options = options
         self._control = channels[0]
-        devices = len(side.devices)
         self._streams: OutStreams
         if options.wire is Wire.STREAMS:
             self._streams = OwnOutStreams(channels, 1 + options.wire_streams)
         else:
-            shared = channels[:1] if options.wire is Wire.ONE else channels[1:]
+            shared = channels[:1] if options.wire is Wire.ONE else channels[1:own]
             self._streams = SharedOutStreams(shared, devices, options.credits, side.machine.wake_up)
         self._critical = [_Critical() for _ in side.devices]
         self._stopped_only = [StoppedOnly() for _ in side.devices]
@@ -130,7 +134,7 @@ class V3Source(Source):
 
     @override
     def work(self) -> list[Work]:
-        return self._streams.work()
+        return self._streams.work() + (self.senders.work() if self.senders else [])
 
     @override
     async def commit(self) -> None:
@@ -214,9 +218,10 @@ class V3Source(Source):
             if self._ram_phase is _RamPhase.PAUSED:
                 await self._ram_notify.wait()
             elif (pages := await ram.take(settings.ram_budget_ns)) is not None:
-                await self._control.send(Frame(Kind.RAM, payload=pages))
+                await self.send_pages(pages)
                 self._ram_bytes_sent += len(pages)
             else:
+                await self.end_pass()
                 await self._wait_for_dirty_ram()
         if self._ram_phase is _RamPhase.LAST_PASS:
             await self.save_last_ram()

@@ -20,7 +20,8 @@ from proto_v3.timeline import Join, Mark
 from proto_v3.vfio.device import DataFd
 from proto_v3.vfio.uapi import State
 from proto_v3.vmm.migration import Side, Target
-from proto_v3.vmm.order import RAM, Order, Table
+from proto_v3.vmm.multifd import Receivers
+from proto_v3.vmm.order import RAM, Order, Table, by_multifd
 from proto_v3.vmm.v3 import V3Options, opt_out
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
@@ -47,20 +48,23 @@ class V3Target(Target):
         super().__init__(side, channels)
         self._options = options
         self._control = channels[0]
-        streams = 1 + options.wire_streams
+        devices, streams = len(side.devices), 1 + options.wire_streams
+        own = options.without_multifd(devices)
+        multifd = channels[own : options.connections(devices)]
+        self._receivers = Receivers(options.multifd, multifd, self) if options.multifd else None
         self._streams: InStreams
         if options.wire is Wire.STREAMS:
             self._streams = OwnInStreams(channels, streams, self._on_held)
         else:
-            shared = channels[:1] if options.wire is Wire.ONE else channels[1:]
-            devices = len(side.devices)
+            shared = channels[:1] if options.wire is Wire.ONE else channels[1:own]
             self._streams = SharedInStreams(
                 channels[0], shared, devices, streams, options.credits, self._on_held, side.machine.wake_up
             )
         self._held_bytes = 0
         self._loading: list[asyncio.Task[None]] = []
         self._phase = Phase.LOADING
-        self._order = Order(ON_FIRST, "set-up", "on the first connection")
+        table = by_multifd(ON_FIRST) if options.multifd else ON_FIRST
+        self._order = Order(table, "set-up", "on the first connection")
         self._ram_began_ns = 0
         self._notify = Notify()  # the phase changed, or all RAM arrived
 
@@ -68,7 +72,8 @@ class V3Target(Target):
     async def receive(self) -> bool:
         async with Join() as beside:
             beside.start(self._listen(), "target RAM")
-            receiving = [beside.start(work, track) for work, track in self._streams.work()]
+            ways = [*self._streams.work(), *(self._receivers.work() if self._receivers else [])]
+            receiving = [beside.start(work, track) for work, track in ways]
             async with Join() as parts:
                 for index in range(len(self.side.devices)):
                     self._loading.append(parts.start(self._load_device(index), f"target device {index}"))
@@ -86,6 +91,8 @@ class V3Target(Target):
                 await self._notify.wait()
         if self._phase is Phase.CANCELLED:
             return await self.cancelled()
+        if self._options.multifd:
+            await self.side.machine.close_channels(self._options.multifd.channels)
         await self.resume_guest()
         await opt_out(self.side.devices)  # before RESUMED is sent: that may fail, and the guest runs all the same
         await self._control.send_control(Kind.RESUMED)
@@ -122,9 +129,13 @@ class V3Target(Target):
                 self.check_devices(frame)
             case Kind.RAM:
                 await self.side.machine.ram.load(frame.payload)
+            case Kind.RAM_PASS_END if self._receivers is not None:
+                await self._receivers.pass_ended(frame.value)
             case Kind.RAM_BEGIN:
                 self._ram_began_ns = timeline.now_ns()
             case Kind.RAM_END:
+                if self._receivers is not None:
+                    await self._receivers.ram_ended()
                 timeline.stage("ram_load", self._ram_began_ns)
                 timeline.mark(Mark.TRANSFERRED)
                 self._notify.notify()

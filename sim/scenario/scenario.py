@@ -10,6 +10,7 @@ gives, by key, which other values are plausible, and why.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
@@ -120,7 +121,7 @@ class Scenario(Table):
 
     def v3_options(self) -> V3Options:
         """How the VMM uses v3."""
-        v3 = self.v3
+        v3, multifd = self.v3, self.v2_options().multifd
         return V3Options(
             wire_streams=v3.dirty_streams,
             blocks=v3.blocks,
@@ -129,6 +130,7 @@ class Scenario(Table):
             credits=Credits(v3.critical_credit_bytes, v3.dirty_credit_bytes),
             max_retries=v3.max_retries if v3.late_epoch == "retry" else 0,
             force_after_ns=v3.force_after_ns,
+            multifd=replace(multifd, device_state=False, dedicated=0) if multifd else None,
         )
 
 

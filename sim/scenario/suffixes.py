@@ -60,6 +60,9 @@ V2_SUFFIXES: dict[str, Suffix] = {
     ),
 }
 V3_SUFFIXES: dict[str, Suffix] = {
+    "multifd": Suffix(
+        {"vmm": {"multifd": True}}, "RAM takes vmm.multifd_channels connections of its own, as with v2-multifd"
+    ),
     "blocks": Suffix(
         {"v3": {"blocks": True}}, "one fd of addressable blocks, which N threads read, in place of streams"
     ),

@@ -317,7 +317,8 @@ class Vmm(Table):
     """The target must have loaded the initial data before the guest is stopped. `one_shot`: QEMU 8.1, and 11.1 with an
     older machine type. `reusable`: QEMU 11.1 with a machine type of 11.1 or newer; asked for again after a REINIT."""
     multifd: bool = False
-    """RAM over `multifd_channels` connections of their own."""
+    """RAM over `multifd_channels` connections of their own: of v2, and of v3, whose devices have streams for all else.
+    The other keys of multifd that are about devices are v2's."""
     multifd_channels: Annotated[int, Field(ge=1, le=256)] = 2
     """With multifd."""
     multifd_device_state: bool = True

@@ -215,10 +215,10 @@ class Costs:
 
     def resume_ns(self) -> int:
         """After the last config: channels close, devices and vCPUs start. v3 asks the source first: a round trip."""
-        resume_ns = sum(times.resume_ns for times in self._times)
-        if self._route.multifd is not None:
-            resume_ns += self._route.multifd.channels * self._scenario.vmm.multifd_close_ns_per_channel
-        return resume_ns + self._scenario.vmm.vcpu_start_ns + (2 * self.latency_ns if self._route.v3 else 0)
+        vmm, resume_ns = self._scenario.vmm, sum(times.resume_ns for times in self._times)
+        if vmm.multifd:
+            resume_ns += vmm.multifd_channels * vmm.multifd_close_ns_per_channel
+        return resume_ns + vmm.vcpu_start_ns + (2 * self.latency_ns if self._route.v3 else 0)
 
     def after_load_ns(self, job: DeviceJob) -> int:
         """After the end of a device's load. With the single channel all configs follow, else perhaps only its own."""

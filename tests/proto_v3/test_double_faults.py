@@ -84,7 +84,7 @@ def drawn_v3(draw: random.Random, changes: dict[str, Any]) -> str:
     blocks = "blocks-" if changes["driver.precopy"] == "incremental" and draw.random() < 0.3 else ""
     if draw.random() < 0.15:
         changes["v3.target_knows"] = "v2"
-    suffixes = [suffix for suffix in ("-invalidate", "-retry") if draw.random() < 0.3]
+    suffixes = [suffix for suffix in ("-invalidate", "-retry", "-multifd") if draw.random() < 0.3]
     return f"v3-{blocks}{streams}{draw.choice(['', '-pool', '-one'])}{''.join(suffixes)}"
 
 

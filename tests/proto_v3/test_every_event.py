@@ -156,6 +156,7 @@ MIGRATIONS: dict[str, Migration] = {
     "v3-n2-pool": Migration("v3-n2-pool", CREDIT, connections=3, cut_alone=2),
     "v3-n2-one": Migration("v3-n2-one", hangs=True),
     "v3-n1-retry": Migration("v3-n1-retry", connections=3),
+    "v3-n1-multifd": Migration("v3-n1-multifd", connections=5),
     "v3-blocks-n2": Migration("v3-blocks-n2", hangs=True, connections=4, cut_alone=3),
     "v3-n2-invalidate": Migration("v3-n2-invalidate", connections=4, cut_alone=0),
     "v3-n2-cancelled": Migration("v3-n2", CANCELLED, connections=4, cut_alone=2, ends=OutcomeKind.CANCELLED),

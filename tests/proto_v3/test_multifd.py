@@ -659,12 +659,17 @@ PASSES = {
 
 
 @pytest.mark.rule("v2.vmm.21")
-@pytest.mark.parametrize("protocol", ["v2-multifd", "v2-single"])
+@pytest.mark.parametrize("protocol", ["v2-multifd", "v2-single", "v3-n2", "v3-n2-pool", "v3-blocks-n2-one"])
 def test_each_pass_over_ram_ends_with_a_sync_on_each_channel(
     protocol: str, carried: dict[Channel, Counter[Kind]]
 ) -> None:
+    """vmm.multifd says how RAM goes, in v2 and in v3; v3's streams have other connections, which come before."""
     _, kept = migrated(PASSES | {"vmm.multifd": True, "vmm.multifd_channels": 3}, protocol)
-    main, *channels = [carried[channel] for channel in kept.channels]
+    main, *channels = [carried[channel] for channel in (kept.channels[0], *kept.channels[-3:])]
+    streams = [carried[channel] for channel in kept.channels[1:-3]]
+    assert main[Kind.RAM] == 0
+    assert all(of[Kind.RAM] > 0 for of in channels)
+    assert not any(of[Kind.RAM] or of[Kind.SYNC] for of in streams)
     passes = main[Kind.RAM_PASS_END]
     assert passes >= 10
     assert [of[Kind.SYNC] for of in channels] == [passes + 1] * 3, "and one behind the last pass, with RAM_END"
@@ -684,6 +689,17 @@ def test_a_pass_that_found_nothing_is_no_reason_not_to_pause(carried: dict[Chann
     idle = {"vmm.bandwidth_window_ms": 50.0, "ram.sync_ms": 0.0, "device.0.features": ["STOP_COPY", "P2P"]}
     _, kept = migrated(idle | {"device.0.state_mib": 0.1})
     assert 20 < carried[kept.channels[0]][Kind.RAM_PASS_END] < 60
+
+
+@pytest.mark.parametrize("protocol", ["v2-multifd", "v3-n1-multifd"])
+def test_channels_cost_their_close_in_the_downtime_and_devices_do_not_wait_for_their_sync(protocol: str) -> None:
+    """The device takes longer than RAM with its sync, so that only the close is on the critical path."""
+    scenario = AT_ONCE | {"vmm.multifd_channels": 4, "device.0.state_mib": 64.0}
+    free, costs = (
+        migrated(scenario | {f"vmm.multifd_{what}_us_per_channel": cost_us for what in ("close", "sync")}, protocol)[0]
+        for cost_us in (0.0, 500.0)
+    )
+    assert (free.downtime_ns, costs.downtime_ns) == (free.downtime_ns, (free.downtime_ns or 0) + ns(4 * 0.5))
 
 
 @pytest.mark.parametrize("channels", [2, 6])

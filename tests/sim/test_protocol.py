@@ -61,6 +61,7 @@ MEANING: dict[str, dict[str, dict[str, Any]]] = {
     },
     "v3": {
         **{f"n{n}": {"v3.dirty_streams": n} for n in range(1, 65)},
+        "multifd": {"vmm.multifd": True},
         "blocks": {"v3.blocks": True},
         "streams": {"v3.wire": "streams"},
         "pool": {"v3.wire": "pool"},
@@ -83,6 +84,7 @@ CHOICES = {
     "v3": [
         ["", "-n1", "-n9", "-n10", "-n64"],
         ["", "-blocks"],
+        ["", "-multifd"],
         ["", "-streams", "-pool", "-one"],
         ["", "-keep", "-invalidate"],
         ["", "-retry", "-proceed"],
@@ -281,7 +283,7 @@ def test_a_name_that_is_none_is_answered_with_those_that_there_are(name: str) ->
         ("v2-polls-ack-reusables", "-reusables"),
         ("v2-no", "-no"),
         ("v2-ACK", "-ACK"),
-        ("v3-multifd", "-multifd"),
+        ("v3-n2-single", "-single"),
         ("v3-n2-ack", "-ack"),
         ("v3-n", "-n"),
         ("v3-n0", "-n0"),

@@ -40,7 +40,7 @@ from tests.build.scenario import small_scenario
 BLOCKS = "v3-blocks-n4-pool"
 DIFFER = ("mlx5-2vf", "favours-v2", "late-reconfig", "nic-reconfig", "stop-only", "szmigiero-4vf")
 """Of the shipped scenarios those that differ in more than sizes."""
-PROTOCOLS = ("v2", "v2-multifd", "v3-n1", "v3-n4", "v3-n4-one-invalidate", BLOCKS)
+PROTOCOLS = ("v2", "v2-multifd", "v3-n1", "v3-n4", "v3-n1-multifd", "v3-n4-one-invalidate", BLOCKS)
 
 # The guest is stopped when less than 1 MiB is left: after a pre-copy of all of the state, at least once.
 STEADY = {"vmm.bandwidth_gbit_per_s": 8.0, "vmm.downtime_limit_ms": 1.0}
@@ -183,7 +183,7 @@ def test_a_stream_without_its_end_fails_the_run(monkeypatch: pytest.MonkeyPatch,
         cause = "RESUMING -> STOP: the stream did not come to its END"
     else:  # the critical stream's is one of them
         why = "RESUMING -> STOP failed: ENODATA (No data available); this left it in ERROR"
-        cause = f"{2 if protocol in ('v3-n1', BLOCKS) else 5} of its streams did not come to their END"
+        cause = f"{2 if protocol in ('v3-n1', 'v3-n1-multifd', BLOCKS) else 5} of its streams did not come to their END"
     assert outcome.reason == f"target, dev: {why}; first cause: {cause}"
 
 
