@@ -75,7 +75,7 @@ class VmmCounters:
     """What a VMM counts of a migration."""
 
     retries: int = 0
-    """Source: orders to stop the guest that were taken back, because a new epoch had begun."""
+    """Source: orders to stop the guest that were taken back, because a new epoch had begun or an ack was needed."""
     retries_stopped_ns: int = 0
     """Source: how long the guest stood still for them. The downtime counts from the last order."""
     stopped_in_vain_ns: int = 0
@@ -384,7 +384,8 @@ class Source(abc.ABC):
         """
 
     async def check_in_p2p(self) -> bool:
-        """v3's final check: the vCPUs are stopped, the devices in P2P. False: resume the guest, continue pre-copy."""
+        """The vCPUs are stopped, the devices in P2P: v3's final check, what v2's last look found. False: resume the
+        guest, continue pre-copy."""
         return True
 
     async def _start_guest_again(self) -> None:

@@ -31,6 +31,11 @@ class V2Options:
     polls: bool = False
     """Ask for PRECOPY_INFO in every round. Otherwise, like QEMU, only when the rest seems to fit."""
     multifd: Multifd | None = None
+    max_retries: int = 0
+    """With a reusable ack: how many times the guest may be resumed because a device needs an ack after it was decided
+    to stop; 0 = never, the migration fails (QEMU 11.1). Not in QEMU: vfio_vmstate_change_prepare sees the REINIT,
+    vfio_vmstate_change would leave the devices in P2P, and migration_completion_precopy start the VM again and return
+    to migration_iteration_run."""
     early_save: bool = False
     """With multifd for device state: a device's save thread starts when that device is stopped, not when all are. Not
     in QEMU: vfio_vmstate_change would call multifd_spawn_device_state_save_thread, as

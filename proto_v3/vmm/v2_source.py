@@ -104,9 +104,14 @@ class V2Source(Source):
     @override
     async def move(self, start_ns: int) -> OutcomeKind | None:
         async with self._saving:
-            outcome = await self.in_precopy(start_ns, self._precopy(start_ns))
+            # The first window counts the set-up, too (migration_thread, update_iteration_initial_status).
+            self.switchover = switchover = Switchover(self.side.settings, start_ns)
+            outcome = await self.in_precopy(start_ns, self._open())
+            while outcome is None:
+                outcome = await self.in_precopy(start_ns, self._precopy(switchover))
+                if outcome is None and await self.stop_guest():
+                    break
             if outcome is None:
-                await self.stop_guest()
                 await self._check_late()
                 await self._drain()
         return outcome
@@ -153,12 +158,9 @@ class V2Source(Source):
 
     # --- pre-copy -----------------------------------------------------------------------------------------------------
 
-    async def _precopy(self, start_ns: int) -> None:
+    async def _precopy(self, switchover: Switchover) -> None:
         """Iterate until the guest can be stopped."""
         settings = self.side.settings
-        # The first window counts the set-up, too (migration_thread, update_iteration_initial_status).
-        self.switchover = switchover = Switchover(settings, start_ns)
-        await self._open()
         while True:
             self._decided_ns = self.now_ns
             moved = await self._round(switchover)
@@ -328,6 +330,11 @@ class V2Source(Source):
 
     @override
     async def check_in_p2p(self) -> bool:
+        """With retries left, a late ack takes the order to stop back: the devices are in PRE_COPY_P2P at most, from
+        where there is a way to PRE_COPY. From STOP_COPY, where QEMU finds it, there is none."""
+        if self._late and self.counters.retries < self._options.max_retries:
+            self._late.clear()
+            return False
         if self._options.early_save:
             await self._main.send_control(Kind.SWITCHOVER_START)
         return True

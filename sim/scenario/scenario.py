@@ -116,6 +116,7 @@ class Scenario(Table):
             ack=Ack(vmm.switchover_ack),
             polls=vmm.precopy_user == "polls",
             multifd=multifd if vmm.multifd else None,
+            max_retries=vmm.max_retries if vmm.late_reinit == "retry" else 0,
             early_save=vmm.early_save,
         )
 

@@ -48,6 +48,11 @@ V2_SUFFIXES: dict[str, Suffix] = {
         "the target must have loaded initial data before the stop, after a REINIT again (QEMU 11.1 with a "
         "machine type of 11.1 or newer); needs REINIT",
     ),
+    "retry": Suffix(
+        {"vmm": {"late_reinit": "retry"}},
+        "if a REINIT comes after it was decided to stop, the guest is resumed, and stopped again later; needs a reusable "
+        "ack",
+    ),
     "no-ack": Suffix({"vmm": {"switchover_ack": "off"}}, "the source does not wait for the target before the stop"),
     "ack": Suffix(
         {"vmm": {"switchover_ack": "one_shot"}},

@@ -316,6 +316,11 @@ class Vmm(Table):
     switchover_ack: Literal["off", "one_shot", "reusable"] = "off"
     """The target must have loaded the initial data before the guest is stopped. `one_shot`: QEMU 8.1, and 11.1 with an
     older machine type. `reusable`: QEMU 11.1 with a machine type of 11.1 or newer; asked for again after a REINIT."""
+    late_reinit: Literal["fail", "retry"] = "fail"
+    """With a reusable ack, if a device reports REINIT after it was decided to stop: the migration fails (QEMU 11.1), or
+    the guest is resumed, and stopped again when the ack is there."""
+    max_retries: Annotated[int, Field(ge=0, le=1000)] = 3
+    """v2, with `late_reinit = retry`: after this number of retries it fails after all."""
     multifd: bool = False
     """RAM over `multifd_channels` connections of their own: of v2, and of v3, whose devices have streams for all else.
     The other keys of multifd that are about devices are v2's."""

@@ -102,3 +102,64 @@ def test_an_early_thread_takes_what_its_device_saves_while_others_are_stopped() 
 def test_where_no_device_waits_for_another_to_stop_early_threads_change_nothing(changes: dict[str, Any]) -> None:
     plain, early = (completed(THREE | changes, name)[0].downtime_ns for name in ("v2-multifd", "v2-multifd-early"))
     assert plain == early
+
+
+# --- retry ------------------------------------------------------------------------------------------------------------
+
+ACK = "v2-reinit-flush-ack-reusable"
+LATE: dict[str, Any] = {
+    "device.0.critical": {"objects": 4, "object_kib": 4.0, "setup_us": 50_000.0},
+    "device.0.reconfigurations": {"during_stop_ms": [0.5], "objects_each": 3},
+    "device.0.writes": {"pattern": "sequential", "mib_per_s": 1.0},
+    "device.0.state_mib": 2.0,
+    "ram.nonzero_gib": 0.0,
+    "vmm.bandwidth_gbit_per_s": 8.0,
+    "vmm.downtime_limit_ms": 1.0,
+}
+"""Three objects become new while the vCPUs are stopped, which takes a millisecond. To set them up takes 150 ms."""
+
+
+@pytest.mark.rule("v2.best.2")
+@pytest.mark.parametrize("multifd", ["", "-multifd", "-multifd-early"])
+@pytest.mark.parametrize("policy", ["flush", "invalidate"])
+def test_a_reinit_that_comes_too_late_costs_a_pause_and_not_the_migration(multifd: str, policy: str) -> None:
+    name = f"v2{multifd}-reinit-{policy}-ack-reusable-retry"
+    outcome, kept = completed(LATE, name)
+    assert outcome.guest_runs_at == "target"
+    assert (outcome.late_critical_objects, outcome.setup_in_downtime_ns) == (0, 0)
+    counters = outcome.counters
+    # The vCPUs stop in 1 ms, the device goes to P2P in 1 and back in no time, the vCPUs start in 1.
+    assert counters.retries == 1
+    assert counters.retries_stopped_ns == counters.stopped_in_vain_ns == pytest.approx(ns(3), abs=ns(0.01))
+    (retry,), (stop,) = stages(kept, "retry"), stages(kept, "stop")
+    assert retry.end_ns - retry.start_ns == counters.retries_stopped_ns
+    assert stop.start_ns - retry.end_ns == pytest.approx(ns(150), abs=ns(8)), "the ack comes when they are set up"
+    assert outcome.total_ns is not None
+    assert outcome.downtime_ns == kept.timeline.downtime_ns < outcome.total_ns - counters.retries_stopped_ns
+
+
+@pytest.mark.rule("v2.best.2")
+@pytest.mark.parametrize(("stops", "most", "kind", "retries"), [(2, 3, "COMPLETED", 2), (2, 1, "FAILED", 1)])
+def test_it_retries_as_often_as_it_may_and_then_fails(stops: int, most: int, kind: str, retries: int) -> None:
+    late = LATE["device.0.reconfigurations"] | {"during_stops": stops}
+    scenario = small_scenario(LATE | {"device.0.reconfigurations": late, "vmm.max_retries": most})
+    outcome, _ = kept_run(scenario, f"{ACK}-retry")
+    assert (outcome.kind, outcome.counters.retries) == (kind, retries)
+    assert ("its ack comes too late" in outcome.reason) == (kind == "FAILED")
+    assert outcome.guest_runs_at == ("target" if kind == "COMPLETED" else "source")
+    assert outcome.counters.stopped_in_vain_ns >= outcome.counters.retries_stopped_ns == pytest.approx(
+        ns(3) * retries, abs=ns(0.01)
+    )
+
+
+@pytest.mark.rule("v2.best.2")
+def test_without_a_late_reinit_a_retry_changes_nothing() -> None:
+    changes = LATE | {"device.0.reconfigurations": {"at_s": [0.0045]}}
+    assert completed(changes, ACK)[0].digest == completed(changes, f"{ACK}-retry")[0].digest
+
+
+def test_a_guest_that_is_stopped_by_force_is_not_resumed() -> None:
+    """No ack is waited for then (migration_can_switchover), so nobody looks for a late one."""
+    outcome, _ = kept_run(small_scenario(LATE | {"vmm.force_after_s": 0.01}), f"{ACK}-retry")
+    assert outcome.kind is OutcomeKind.COMPLETED
+    assert (outcome.counters.retries, outcome.note.startswith("stopped by force")) == (0, True)

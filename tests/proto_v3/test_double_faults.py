@@ -74,6 +74,8 @@ def drawn_v2(draw: random.Random) -> str:
             "v2-ack",
             "v2-reinit-flush-ack-reusable",
             "v2-multifd-reinit-invalidate-ack-reusable",
+            "v2-reinit-flush-ack-reusable-retry",
+            "v2-multifd-early-reinit-invalidate-ack-reusable-retry",
             "v2-reinit-invalidate-polls",
         ]
     )

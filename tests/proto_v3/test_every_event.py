@@ -152,6 +152,7 @@ MIGRATIONS: dict[str, Migration] = {
     "v2-two": Migration("v2", TWO),
     "v2-multifd-two": Migration("v2-multifd", TWO, hangs=True, connections=3, cut_alone=2),
     "v2-early-two": Migration("v2-multifd-early", TWO_ALIKE, hangs=True, connections=3, cut_alone=2),
+    "v2-retry": Migration("v2-reinit-flush-ack-reusable-retry", hangs=True),
     "v3-n2": Migration("v3-n2", connections=4, cut_alone=3, every="event"),
     "v3-n2-pool": Migration("v3-n2-pool", CREDIT, connections=3, cut_alone=2),
     "v3-n2-one": Migration("v3-n2-one", hangs=True),

@@ -737,6 +737,34 @@ async def test_a_reinit_that_is_found_once_the_vcpus_are_stopped_fails_the_migra
     assert vmm.wire.sent[-1].kind is Kind.CANCEL
 
 
+@pytest.mark.rule("v2.best.2")
+@virtual
+async def test_with_a_retry_the_same_goes_back_to_pre_copy_from_p2p_and_stops_again_when_the_ack_is_there() -> None:
+    vmm = source({}, {}, options=replace(REUSABLE, max_retries=1), answer=acks)
+    late = vmm.devices[1]
+    ask, stops = late.precopy_info, 0
+
+    async def precopy_info() -> PrecopyInfo:
+        nonlocal stops
+        stops += not vmm.machine.running
+        info = await ask()
+        return replace(info, flags=REINIT) if (stops, vmm.machine.running) == (1, False) else info
+
+    late.precopy_info = precopy_info  # type: ignore[method-assign]
+    assert await vmm.migrate() is OutcomeKind.COMPLETED
+    first, second = (at for at, entry in enumerate(vmm.log) if entry == ("vcpus", "stop"))
+    taken_back = [
+        ("vcpus", "stop"),
+        *[entry for name in "ba" for entry in [(name, "PRECOPY_INFO"), (name, "set_state", State.PRE_COPY_P2P)]],
+        *[(name, "set_state", State.PRE_COPY) for name in "ab"],
+        ("vcpus", "start"),
+    ]
+    assert vmm.log[first : first + len(taken_back)] == taken_back
+    states = [entry[2] for entry in vmm.log[second:] if entry[1] == "set_state"]
+    assert states == [*[State.PRE_COPY_P2P] * 2, *[State.STOP_COPY] * 2, *[State.STOP] * 2]
+    assert vmm.wire.told(Kind.INIT_DATA_SENT) == [(Kind.INIT_DATA_SENT, *each) for each in [(0, 1), (1, 1), (1, 2)]]
+
+
 @pytest.mark.rule("v2.vmm.7", "v2.vmm.8")
 @virtual
 async def test_each_device_is_asked_once_more_right_before_its_p2p_the_last_one_first() -> None:

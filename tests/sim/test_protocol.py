@@ -55,6 +55,7 @@ MEANING: dict[str, dict[str, dict[str, Any]]] = {
         "no-reinit": {"vmm.reinit": False},
         "ack": {"vmm.switchover_ack": "one_shot"},
         "no-ack": {"vmm.switchover_ack": "off"},
+        "retry": {"vmm.late_reinit": "retry"},
         "ack-reusable": {"vmm.switchover_ack": "reusable"},
         "polls": {"vmm.precopy_user": "polls"},
         "deduces": {"vmm.precopy_user": "deduces"},
@@ -77,6 +78,7 @@ CHOICES = {
     "v2": [
         ["", "-multifd", "-single"],
         ["", "-early"],
+        ["", "-retry"],
         ["", "-reinit-flush", "-reinit-invalidate", "-no-reinit"],
         ["", "-ack", "-no-ack", "-ack-reusable"],
         ["", "-polls", "-deduces"],
@@ -93,13 +95,20 @@ CHOICES = {
 """Suffixes that exclude each other."""
 
 
-NEEDS = {("v2", "no-reinit"): ["no-ack"], ("v2", "early"): ["multifd"]}
+NEEDS = {
+    ("v2", "no-reinit"): ["no-ack"],
+    ("v2", "early"): ["multifd"],
+    ("v2", "retry"): ["reinit-flush", "ack-reusable"],
+}
 """Suffixes without which one is refused, whatever the scenario sets."""
 
 
 REFUSED: dict[str, Callable[[dict[str, Any]], bool]] = {
     "a reusable ack goes with REINIT only": lambda keys: (
         keys["vmm.switchover_ack"] == "reusable" and not keys["vmm.reinit"]
+    ),
+    "a retry .vmm.late_reinit. needs a reusable ack": lambda keys: (
+        keys["vmm.late_reinit"] == "retry" and keys["vmm.switchover_ack"] != "reusable"
     ),
     "early save threads": lambda keys: (
         keys["vmm.early_save"] and not (keys["vmm.multifd"] and keys["vmm.multifd_device_state"])
@@ -271,7 +280,7 @@ def test_a_name_that_is_none_is_answered_with_those_that_there_are(name: str) ->
     [
         ("v2-n1", "-n1"),
         ("v2-pool", "-pool"),
-        ("v2-retry", "-retry"),
+        ("v2-proceed", "-proceed"),
         ("v2-", "-"),
         ("v2-multi", "-multi"),
         ("v2-multifd4", "-multifd4"),
@@ -340,6 +349,8 @@ def test_a_variant_that_needs_another_setting_says_which_and_what_to_add() -> No
         Protocol.parse("v2", by_key)
     assert Protocol.parse("v2-multifd", by_key).applied(by_key).scenario.v2_options().early_save
     assert Protocol.parse("v3", by_key), "it is a setting of v2"
+    with pytest.raises(UserError, match=r"'v2-retry': a retry .vmm.late_reinit. .*: add -ack-reusable$"):
+        Protocol.parse("v2-retry", SCENARIO)
 
 
 # --- names in tables -------------------------------------------------------------------------------------------------
