@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 
 from proto_v3.errors import PeerProtocolError
 from proto_v3.notify import Notify, Woken
-from proto_v3.timeline import Join, Mark, Work
+from proto_v3.timeline import NO_CAUSE, Join, Mark, Work, cause, caused_by
 from proto_v3.vfio.device import DataFd
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind, Payload
@@ -68,6 +68,31 @@ class Multifd:
     (QEMU's queue_job_mutex, held in multifd_queue_device_state over the copy and over multifd_send). The target's
     channels each copy what they received, one packet of a device at a time (load_bufs_mutex of that device, held in
     vfio_multifd_load_state_buffer over the copy)."""
+
+
+class _Mutex:
+    """A mutex of the VMM, first come, first served. What its holder did last is why the next one goes on."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._users = 0
+        self._let_go_by = NO_CAUSE
+
+    async def __aenter__(self) -> None:
+        self._users += 1
+        waits = self._users > 1
+        try:
+            await self._lock.acquire()
+        except asyncio.CancelledError:
+            self._users -= 1
+            raise
+        if waits:
+            caused_by(self._let_go_by)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._users -= 1
+        self._let_go_by = cause()
+        self._lock.release()
 
 
 class _Sender:
@@ -136,7 +161,7 @@ class Senders:
         self._devices = Pool(channels[: settings.dedicated], woken) if settings.dedicated else self.ram
         self._passes = 0  # over RAM, that ended at the channels too
         self._syncs = 0
-        self._mutex = asyncio.Lock() if settings.copies else None
+        self._mutex = _Mutex() if settings.copies else None
 
     def work(self) -> list[Work]:
         """One thread for each channel; they run until they are cancelled."""
@@ -198,7 +223,7 @@ class _Loader:
         self._next = 0
         self._last: int | None = None  # the config's number, when that arrived
         self._writes = False
-        self._mutex = asyncio.Lock()
+        self._mutex = _Mutex()
         self._notify = Notify(target.side.machine.wake_up)
 
     async def copied(self, packet: Frame) -> None:

@@ -50,8 +50,7 @@ V2_SUFFIXES: dict[str, Suffix] = {
     ),
     "retry": Suffix(
         {"vmm": {"late_reinit": "retry"}},
-        "if a REINIT comes after it was decided to stop, the guest is resumed, and stopped again later; needs a reusable "
-        "ack",
+        "if a REINIT comes after the order to stop, the guest is resumed, and stopped again later; needs -ack-reusable",
     ),
     "no-ack": Suffix({"vmm": {"switchover_ack": "off"}}, "the source does not wait for the target before the stop"),
     "ack": Suffix(

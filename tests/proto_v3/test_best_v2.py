@@ -147,8 +147,10 @@ def test_it_retries_as_often_as_it_may_and_then_fails(stops: int, most: int, kin
     assert (outcome.kind, outcome.counters.retries) == (kind, retries)
     assert ("its ack comes too late" in outcome.reason) == (kind == "FAILED")
     assert outcome.guest_runs_at == ("target" if kind == "COMPLETED" else "source")
-    assert outcome.counters.stopped_in_vain_ns >= outcome.counters.retries_stopped_ns == pytest.approx(
-        ns(3) * retries, abs=ns(0.01)
+    assert (
+        outcome.counters.stopped_in_vain_ns
+        >= outcome.counters.retries_stopped_ns
+        == pytest.approx(ns(3) * retries, abs=ns(0.01))
     )
 
 

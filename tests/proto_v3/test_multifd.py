@@ -778,6 +778,16 @@ def test_both_sides_copies_are_in_the_downtime() -> None:
     assert copied.downtime_ns - plain.downtime_ns == pytest.approx(ns(16 * a_packet_ms + a_packet_ms), abs=ns(1.5))
 
 
+@pytest.mark.rule("v2.vmm.20")
+@pytest.mark.parametrize("name", ["v2-multifd", "v2-multifd-early"])
+def test_who_waits_for_the_mutex_goes_on_because_of_what_its_holder_did(name: str) -> None:
+    """Of four devices, whose copies are slow beside their saves, each one's thread waits for the others'."""
+    slow = {"device.0.count": 4, "vmm.multifd_copy_gib_per_s": 0.5, "vmm.multifd_channels": 4, "firmware.engines": 4}
+    outcome, _ = migrated(AT_ONCE | slow | {"firmware.service_cv": 0.3}, name)
+    assert outcome.critical_path_ns["copy"] > 0.8 * 4 * ns(16 * 1000 / 1024 / 0.5)
+    assert outcome.critical_path_ns["unexplained"] == 0
+
+
 @pytest.mark.parametrize("channels", [2, 6])
 def test_channels_are_shut_down_before_the_guest_starts(channels: int) -> None:
     scenario = AT_ONCE | {"vmm.multifd_channels": channels}
