@@ -17,10 +17,10 @@ from click.shell_completion import BashComplete, CompletionItem, FishComplete, S
 
 from experiments.study.names import QUESTIONS
 from sim.scenario.shipped import shipped, shipped_bases
-from sim.scenario.suffixes import STREAMS, SUFFIXES, Suffix
+from sim.scenario.suffixes import NUMBERED, SUFFIXES, Suffix
 
 Items = list[CompletionItem]
-SOME_STREAMS = ("n1", "n2", "n4", "n8", "n16")
+SOME_NUMBERS = ("n1", "n2", "n4", "n8", "n16", "chunks4", "chunks8")
 """Offered before a number is begun."""
 
 
@@ -142,7 +142,8 @@ def _protocols(word: str) -> Iterator[str]:
         while word.startswith(name):
             begun = word.removeprefix(f"{name}-")
             for suffix, what in suffixes.items():
-                one_of_many = STREAMS.fullmatch(suffix) and begun in ("", "n", name) and suffix not in SOME_STREAMS
+                number_begun = begun != name and re.search(r"\d", begun)
+                one_of_many = NUMBERED.fullmatch(suffix) and not number_begun and suffix not in SOME_NUMBERS
                 if not one_of_many and not _sets(what) & keys:
                     yield f"{name}-{suffix}"
             taken = next((each for each in suffixes if re.match(rf"{re.escape(name)}-{each}(-|$)", word)), None)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from rich.table import Table
@@ -13,7 +14,7 @@ from proto_v3.errors import UserError
 from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
-from sim.scenario.suffixes import MAX_STREAMS, STREAMS, SUFFIXES, Suffix
+from sim.scenario.suffixes import NUMBERED, SUFFIXES, Suffix, listed
 
 ALONE = {
     "v2": "VFIO migration protocol v2, as the scenario sets it up",
@@ -31,7 +32,7 @@ def list_protocols(name: str | None, settings: Sequence[str]) -> None:
             shown.add_column(heading, no_wrap=heading == "name")
         for suffix, sets, what in suffixes(version):
             here = [_here(f"{version}-{suffix}", scenario)] if scenario else []
-            tables.add_row(shown, f"-{suffix}".replace("-n1", f"-n1 to -n{MAX_STREAMS}"), sets, *here, what)
+            tables.add_row(shown, listed(version)[suffix], sets, *here, what)
         tables.print_table(console, f"{version}: {ALONE[version]}", shown)
     if scenario:
         most = min(device.max_dirty_streams for device in scenario.devices)
@@ -43,12 +44,12 @@ def list_protocols(name: str | None, settings: Sequence[str]) -> None:
 
 
 def suffixes(version: str) -> Iterator[tuple[str, str, str]]:
-    """Each suffix, all N as one: its name, the keys that it sets, what that means."""
-    for name, suffix in SUFFIXES[version].items():
-        if not STREAMS.fullmatch(name):
-            yield name, _sets(suffix), suffix.what
-        elif name == "n1":
-            yield name, "v3.dirty_streams=N", suffix.what.replace("1 dirty streams", "N dirty streams")
+    """Each suffix, those that give a number as one: its name, the keys that it sets, what that means."""
+    for name in listed(version):
+        sets, what = _sets(SUFFIXES[version][name]), SUFFIXES[version][name].what
+        if number := NUMBERED.fullmatch(name):
+            sets, what = (re.sub(rf"\b{number[2]}\b", "N", text) for text in (sets, what))
+        yield name, sets, what
 
 
 def _sets(suffix: Suffix) -> str:

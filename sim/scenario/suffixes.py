@@ -23,6 +23,12 @@ class Suffix:
     what: str
 
 
+CHUNKS = range(2, 17)
+_CHUNKS = {
+    f"chunks{n}": Suffix({"driver": {"chunks": n}}, f"the driver has {n} chunks a stream, so it saves so far ahead")
+    for n in CHUNKS
+}
+_IN_CHUNKS = {"driver": {"precopy_image": "chunks", "initial": "critical"}}
 _REINIT = "the VMM opts in to PRECOPY_INFOv2; on new critical data the driver "
 V2_SUFFIXES: dict[str, Suffix] = {
     "multifd": Suffix(
@@ -62,18 +68,23 @@ V2_SUFFIXES: dict[str, Suffix] = {
         {"vmm": {"precopy_user": "deduces"}},
         "the VMM asks for PRECOPY_INFO only when the remaining bytes seem to fit (QEMU)",
     ),
+    "critical-first": Suffix(
+        _IN_CHUNKS,
+        "before the stop, too, the driver saves in chunks, critical records before dirty ones; only these are initial",
+    ),
+    **_CHUNKS,
 }
 V3_SUFFIXES: dict[str, Suffix] = {
+    **{
+        f"n{n}": Suffix({"v3": {"dirty_streams": n}}, f"{n} dirty streams a device, or threads that read its blocks")
+        for n in range(1, MAX_STREAMS + 1)
+    },
     "multifd": Suffix(
         {"vmm": {"multifd": True}}, "RAM takes vmm.multifd_channels connections of its own, as with v2-multifd"
     ),
     "blocks": Suffix(
         {"v3": {"blocks": True}}, "one fd of addressable blocks, which N threads read, in place of streams"
     ),
-    **{
-        f"n{n}": Suffix({"v3": {"dirty_streams": n}}, f"{n} dirty streams a device, or threads that read its blocks")
-        for n in range(1, MAX_STREAMS + 1)
-    },
     "streams": Suffix({"v3": {"wire": "streams"}}, "each stream has a connection of its own"),
     "pool": Suffix({"v3": {"wire": "pool"}}, "all streams share v3.pool_connections connections"),
     "one": Suffix({"v3": {"wire": "one"}}, "everything takes one connection"),
@@ -86,18 +97,32 @@ V3_SUFFIXES: dict[str, Suffix] = {
     "proceed": Suffix(
         {"v3": {"late_epoch": "proceed"}}, "if an epoch comes after the stop, its data is loaded in the downtime"
     ),
+    "critical-first": Suffix(
+        _IN_CHUNKS,
+        "before the stop, too, the driver saves in chunks; critical records have a stream of their own anyway",
+    ),
+    **_CHUNKS,
 }
 SUFFIXES = {"v2": V2_SUFFIXES, "v3": V3_SUFFIXES}
 """What may follow a protocol's name. If one begins like another, the longer one stands first."""
-STREAMS = re.compile(r"n\d+")
-"""The suffixes that give N, which lists show as one."""
+NUMBERED = re.compile(r"(n|chunks)(\d+)")
+"""The suffixes that give a number, which lists show as one."""
+
+
+def listed(version: str) -> dict[str, str]:
+    """By the suffixes of a version, how a list shows them; of those that give a number, the first stands for all."""
+    shown: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for name in SUFFIXES[version]:
+        number = NUMBERED.fullmatch(name)
+        of_kind = first.setdefault(number[1], name) if number else name
+        shown[of_kind] = f"-{name}" if of_kind == name else f"-{of_kind} to -{name}"
+    return shown
 
 
 def in_words(version: str) -> str:
-    """The suffixes of a version; all N as one."""
-    names = [name for name in SUFFIXES[version] if not STREAMS.fullmatch(name)]
-    numbers = [f"-n1 to -n{MAX_STREAMS}"] if version == "v3" else []
-    return ", ".join([*numbers, *(f"-{name}" for name in names)])
+    """The suffixes of a version; those that give a number as one."""
+    return ", ".join(listed(version).values())
 
 
 HELP = f"v2, with any of {in_words('v2')}; v3, with any of {in_words('v3')}"

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from experiments.cli import main
 from experiments.study.names import QUESTIONS
-from sim.scenario.suffixes import STREAMS, SUFFIXES
+from sim.scenario.suffixes import NUMBERED, SUFFIXES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,7 +97,7 @@ def test_every_suffix_of_a_protocols_name_is_told(text: str) -> None:
     if text != "README":
         told = CliRunner().invoke(main, [text] if text == "protocols" else [text, "--help"]).output
     named = set(re.findall(r"(?<![\w-])-[a-z][a-z0-9-]*", told))
-    every = {f"-{suffix}" for suffixes in SUFFIXES.values() for suffix in suffixes if not STREAMS.fullmatch(suffix)}
+    every = {f"-{suffix}" for suffixes in SUFFIXES.values() for suffix in suffixes if not NUMBERED.fullmatch(suffix)}
     assert every | {"-n1", "-n64"} <= named
 
 

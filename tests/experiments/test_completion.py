@@ -23,7 +23,7 @@ from sim.scenario.file import load
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import parameters
 from sim.scenario.shipped import shipped, shipped_bases
-from sim.scenario.suffixes import STREAMS, SUFFIXES
+from sim.scenario.suffixes import NUMBERED, SUFFIXES
 
 
 def offered(*words: str) -> list[str]:
@@ -91,7 +91,7 @@ def test_where_a_file_or_a_folder_is_due_the_shell_offers_its_own() -> None:
 def test_every_suffix_is_offered_where_it_is_not_used_yet_and_is_one() -> None:
     scenario = load("nic-reconfig", ["vmm.reinit=true"])
     for version, suffixes in SUFFIXES.items():
-        names = {suffix for suffix in suffixes if not STREAMS.fullmatch(suffix)}
+        names = {suffix for suffix in suffixes if not NUMBERED.fullmatch(suffix)}
         every = offered("compare", "nic-reconfig", "--protocols", f"{version}-")
         assert {f"{version}-{name}" for name in names} <= set(every)
         for name in every:

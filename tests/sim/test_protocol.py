@@ -23,7 +23,7 @@ from proto_v3.wire.streams import Credits, Wire
 from sim.run import simulate
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
-from sim.scenario.suffixes import HELP, SUFFIXES
+from sim.scenario.suffixes import HELP, NUMBERED, SUFFIXES
 from sim.scenario.units import MIB
 from tests.build.scenario import small_scenario
 
@@ -38,12 +38,19 @@ EVERYTHING = small_scenario(
         "vmm.precopy_user": "polls",
         "driver.reinit": "invalidate",
         "driver.epochs": "invalidate",
+        "driver.precopy_image": "whole",
+        "driver.initial": "image",
+        "driver.chunks": 17,
         "v3.dirty_streams": 9,
         "v3.blocks": True,
         "v3.wire": "pool",
         "v3.late_epoch": "retry",
     }
 )
+OF_BOTH: dict[str, dict[str, Any]] = {
+    "critical-first": {"driver.precopy_image": "chunks", "driver.initial": "critical"},
+    **{f"chunks{n}": {"driver.chunks": n} for n in range(2, 17)},
+}
 # By hand, from what the suffixes are for: what is left of the scenario is not named.
 MEANING: dict[str, dict[str, dict[str, Any]]] = {
     "v2": {
@@ -59,6 +66,7 @@ MEANING: dict[str, dict[str, dict[str, Any]]] = {
         "ack-reusable": {"vmm.switchover_ack": "reusable"},
         "polls": {"vmm.precopy_user": "polls"},
         "deduces": {"vmm.precopy_user": "deduces"},
+        **OF_BOTH,
     },
     "v3": {
         **{f"n{n}": {"v3.dirty_streams": n} for n in range(1, 65)},
@@ -71,6 +79,7 @@ MEANING: dict[str, dict[str, dict[str, Any]]] = {
         "invalidate": {"driver.epochs": "invalidate"},
         "retry": {"v3.late_epoch": "retry"},
         "proceed": {"v3.late_epoch": "proceed"},
+        **OF_BOTH,
     },
 }
 ALL = [(version, suffix) for version in MEANING for suffix in MEANING[version]]
@@ -82,11 +91,15 @@ CHOICES = {
         ["", "-reinit-flush", "-reinit-invalidate", "-no-reinit"],
         ["", "-ack", "-no-ack", "-ack-reusable"],
         ["", "-polls", "-deduces"],
+        ["", "-critical-first"],
+        ["", "-chunks2", "-chunks16"],
     ],
     "v3": [
         ["", "-n1", "-n9", "-n10", "-n64"],
         ["", "-blocks"],
         ["", "-multifd"],
+        ["", "-critical-first"],
+        ["", "-chunks4"],
         ["", "-streams", "-pool", "-one"],
         ["", "-keep", "-invalidate"],
         ["", "-retry", "-proceed"],
@@ -152,9 +165,10 @@ def test_every_suffix_is_told_of_here_and_in_the_help() -> None:
         version: set(names) for version, names in MEANING.items()
     }
     of_v2, of_v3 = HELP.split("; ")
-    assert all(f"-{name}" in of_v2 for name in MEANING["v2"])
+    assert all(f"-{name}" in of_v2 for name in MEANING["v2"] if not NUMBERED.fullmatch(name))
+    assert of_v2.endswith("-chunks2 to -chunks16")
     assert of_v3.startswith("v3, with any of -n1 to -n64, -")
-    assert all(f"-{name}" in of_v3 for name in MEANING["v3"] if not name.startswith("n"))
+    assert all(f"-{name}" in of_v3 for name in MEANING["v3"] if not NUMBERED.fullmatch(name))
 
 
 @pytest.mark.parametrize(("version", "suffix"), [each for each in ALL if each[1] != "ack-reusable"])
@@ -316,7 +330,7 @@ def test_an_unknown_suffix_is_shown_and_answered_with_those_that_there_are(name:
     assert told.startswith(f"unknown protocol {name!r}: {rest!r} is none of -")
     _, of_version = told.partition("; did you mean")[0].split(" is none of ")
     assert of_version in HELP
-    assert all(f"-{suffix}" in of_version for suffix in MEANING[name[:2]] if not suffix.startswith("n"))
+    assert all(f"-{suffix}" in of_version for suffix in MEANING[name[:2]] if not NUMBERED.fullmatch(suffix))
     assert ("-n1 to -n64" in of_version) == (name[:2] == "v3")
 
 
