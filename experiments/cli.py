@@ -183,6 +183,49 @@ def compare(seeds: int, first_seed: int, **options: Any) -> int:
 
 
 @main.command()
+@click.argument("scenario", default="mlx5-2vf", metavar="[SCENARIO]", shell_complete=complete.scenarios)
+@click.option(
+    "--samples",
+    type=click.IntRange(1, 1 << 16),
+    default=256,
+    show_default=True,
+    help="How many plausible machines are drawn from the scenario's ranges. Powers of two are spread most evenly.",
+)
+@click.option(
+    "--changes",
+    default="",
+    metavar="NAMES",
+    callback=names,
+    shell_complete=complete.changes,
+    help="Only these, separated by commas, in the table's order.  [default: all]",
+)
+@click.option("--resume", is_flag=True, help="Make missing runs only; go on after an interruption.")
+@out_option("Write the tables, the figure and the manifest into this folder.  [default: out/decide-SCENARIO]")
+@force_option
+@jobs_option
+@set_option
+@output_options
+def decide(**options: Any) -> int:
+    """Say what to change first for SCENARIO, and what it brings: the decision table.
+
+    A row is a change of QEMU, of a driver or of the interface, on top of those above it, in order of what it costs to
+    make: what it takes off the downtime, and off all else that counts, as medians and bands over plausible machines of
+    that kind, and how probable it is that it brings more than 5 %. Then the verdict on a critical fd, on N dirty fds
+    and on addressable blocks, with the measurement that would settle each. SCENARIO is a shipped scenario's name,
+    mlx5-2vf if it is left out, or a TOML file, as `proto-v3 fit` writes it.
+
+    The machines are quasi-random samples of the scenario's [ranges]; all protocols are run on the same ones. Which
+    parameter decides takes SALib: proto-v3[indices].
+
+    Exit status: 0; 1 if no figure can be drawn; 2 for bad input; 130 if interrupted (what was done by then is kept for
+    --resume).
+    """
+    from experiments.commands.decide import run_decide
+
+    return run_decide(command=command_line(), **options)
+
+
+@main.command()
 @click.argument("names", metavar="[CASE]...", nargs=-1, shell_complete=complete.cases)
 @seeds_option(10, "Runs of each case.", most=100_000)
 @click.option(

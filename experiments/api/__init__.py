@@ -17,6 +17,7 @@ of all runs. `Setting` is the value of a parameter: a text, a number, a bool, or
 (base, other), both names of protocols.
 """
 
+from experiments.api.deciding import decide, decision_indices, decision_rows
 from experiments.api.fitting import fit, fitted_quantities, real_phases, real_steps, what_would_help
 from experiments.api.running import (
     Progress,
@@ -33,6 +34,8 @@ from experiments.api.running import (
     scenarios,
     sweep,
 )
+from experiments.decision.decision import Decision
+from experiments.draw.decision import draw_decision
 from experiments.draw.distribution import draw_distribution
 from experiments.draw.downtime import draw_critical, draw_downtime
 from experiments.draw.effects import draw_changes, draw_seeds
@@ -61,6 +64,7 @@ from sim.scenario.scenario import Scenario
 SECTIONS = {
     "Scenarios": (scenarios, load, parameters, ranges, samples, Sample),
     "Runs": (compare, sweep, run, TracedRun, compare_command),
+    "What to change first": (decide, Decision, decision_rows, decision_indices, draw_decision),
     "A machine from its logs": (
         fit,
         FittedMachine,
@@ -89,6 +93,7 @@ SECTIONS = {
 """What is here, in the order of docs/api.md."""
 
 __all__ = [
+    "Decision",
     "FittedMachine",
     "Progress",
     "Sample",
@@ -104,10 +109,14 @@ __all__ = [
     "compare",
     "compare_command",
     "count_verdicts",
+    "decide",
+    "decision_indices",
+    "decision_rows",
     "distributions",
     "downtimes",
     "draw_changes",
     "draw_critical",
+    "draw_decision",
     "draw_distribution",
     "draw_downtime",
     "draw_fit",

@@ -10,8 +10,8 @@ import polars as pl
 
 from experiments.api.running import Progress, outcomes_of, outside_of_loops
 from experiments.commands.fit import changes_table, phases_table, quantities_table, steps_table
+from experiments.decision.machines import what_brings
 from experiments.logs.machine import FittedMachine, machine_of
-from experiments.study.brings import what_brings
 from sim.scenario.units import NS_PER_MS
 
 
@@ -65,10 +65,11 @@ def what_would_help(
 ) -> pl.DataFrame:
     """What multifd, more chunks and v3 would bring to a fitted machine, over what its logs leave open.
 
-    Columns: change, protocol, downtime_ms_median, _low, _high, saves_percent_median, _low, _high (against the first
-    row, within each sample; low and high: 5 and 95 %), completed. `jobs` and `progress` as for `compare`.
+    A row is a change on top of those above it. Columns: change, protocol, downtime_ms_median, _low, _high,
+    saves_percent_median, _low, _high (against the first row, within each sample; low and high: 5 and 95 %), completed,
+    note (why it was not run). `decide` has all changes. `jobs` and `progress` as for `compare`.
     """
     own_ns = machine.simulated.downtime_ns
     reference_ms = None if own_ns is None else own_ns / NS_PER_MS
-    rows, used = what_brings(machine.scenario, samples, reference_ms, lambda cells: outcomes_of(cells, jobs, progress))
-    return pl.DataFrame(changes_table(rows, used).rows, infer_schema_length=None)
+    rows = what_brings(machine.scenario, samples, reference_ms, lambda cells: outcomes_of(cells, jobs, progress))
+    return pl.DataFrame(changes_table(rows).rows, infer_schema_length=None)

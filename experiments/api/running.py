@@ -69,7 +69,7 @@ def parameters(scenario: Scenario | str, keys: Iterable[str] | None = None) -> p
 
     Columns: parameter, value (as text), source, range (as text, empty if there is none), why (the reason of the range).
     """
-    rows = list(parameter_rows(_scenario(scenario)))
+    rows = list(parameter_rows(of_scenario(scenario)))
     if keys is not None:
         known = {row[0]: row for row in rows}
         rows = [known[key] for key in keys if key in known]
@@ -83,7 +83,7 @@ def ranges(scenario: Scenario | str) -> pl.DataFrame:
     ratios are equally likely); of (the parameter whose factors low and high are, or null); any (the list of values, as
     texts, or null); why.
     """
-    known, rows = _scenario(scenario), []
+    known, rows = of_scenario(scenario), []
     for key, value in values_of(known).items():
         if (each := known.ranges.get(key)) is not None:
             choices = None if each.any is None else [value_text(choice) for choice in each.any]
@@ -101,7 +101,7 @@ def samples(scenario: Scenario | str, count: int, seed: int = 0) -> list[Sample]
 
     UserError for a count that is not from 1 to 65536, and if values in their ranges do not go together.
     """
-    return draw(_scenario(scenario), count, seed)
+    return draw(of_scenario(scenario), count, seed)
 
 
 def compare(
@@ -125,7 +125,7 @@ def compare(
     UserError for an unknown scenario or protocol, for seeds that are no whole numbers from 0, and for jobs below 1.
     Ctrl-C raises KeyboardInterrupt and leaves no process behind.
     """
-    known = _scenario(scenario)
+    known = of_scenario(scenario)
     cells = [Cell(known, protocol, seed) for seed in _seeds(seeds) for protocol in _protocols(protocols, known)]
     return table(outcomes_of(cells, jobs, progress))
 
@@ -152,7 +152,7 @@ def sweep(
             raise UserError(f"grid: {key} = {values!r}: must be a list of at least one value")
     if not grid:
         raise UserError("grid: must have at least one parameter")
-    base, chosen, cells, factors = _scenario(scenario), _seeds(seeds), [], []
+    base, chosen, cells, factors = of_scenario(scenario), _seeds(seeds), [], []
     dump = base.model_dump(mode="json")
     for values in itertools.product(*grid.values()):
         at = dict(zip(grid, values, strict=True))
@@ -171,7 +171,7 @@ def run(scenario: Scenario | str, protocol: str, seed: int = 1) -> TracedRun:
     `.outcome` has its kind, downtime_ns and counters; `.timeline` every span of work with its cause (ns).
     UserError for an unknown scenario or protocol.
     """
-    known = _scenario(scenario)
+    known = of_scenario(scenario)
     (chosen,) = _seeds([seed])
     return outside_of_loops(traced_run, known, Protocol.parse(protocol, known), chosen)
 
@@ -190,7 +190,8 @@ def compare_command(
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
-def _scenario(scenario: Scenario | str) -> Scenario:
+def of_scenario(scenario: Scenario | str) -> Scenario:
+    """The scenario, loaded if it is a name."""
     return scenario if isinstance(scenario, Scenario) else load(scenario)
 
 

@@ -96,6 +96,15 @@ def questions(ctx: click.Context, option: click.Parameter, word: str) -> Items:
     return [CompletionItem(name, help=question) for name, question in every.items() if name.startswith(word)]
 
 
+def changes(ctx: click.Context, option: click.Parameter, word: str) -> Items:
+    """The changes that `decide` knows, in a list with commas: those that it has not yet."""
+    from experiments.decision.ladder import LADDER
+
+    before, comma, _ = word.rpartition(",")
+    taken = before.split(",")
+    return _items(word, [f"{before}{comma}{change.name}" for change in LADDER if change.name not in taken])
+
+
 def protocol(ctx: click.Context, option: click.Parameter, word: str) -> Items:
     """The name of a protocol, suffix by suffix."""
     return _items(word, _protocols(word))

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments import INTERRUPTED
+from experiments.decision.bands import BAND, Brought
+from experiments.decision.decision import parts
+from experiments.decision.machines import DRAWN, what_brings
 from experiments.logs.how import how
 from experiments.logs.machine import FittedMachine, machine_of
 from experiments.logs.quantity import Certainty
 from experiments.report.tables import Heading, Output, Section, value_text
 from experiments.runs.files import output_file, replacing
 from experiments.runs.pool import Cell, run_cells
-from experiments.study.brings import BAND, DRAWN, Brought, what_brings
 from proto_v3.errors import UserError
 from proto_v3.timeline import PHASES
 from sim.outcome import Outcome
@@ -70,12 +72,12 @@ def run_fit(
     if file is not None:  # what the logs tell is known, however the runs end
         with replacing(file) as new:
             new.write_text(machine.text, encoding="utf-8")
-    rows, used = list[Brought](), 0
+    rows = list[Brought]()
     try:
         if samples:
             own_ns = machine.simulated.downtime_ns
             reference_ms = None if own_ns is None else own_ns / NS_PER_MS
-            rows, used = what_brings(machine.scenario, samples, reference_ms, lambda cells: _made(cells, jobs, quiet))
+            rows = what_brings(machine.scenario, samples, reference_ms, lambda cells: _made(cells, jobs, quiet))
     except KeyboardInterrupt:
         kept = "nothing was written" if file is None else f"the scenario is in {file}"
         output.say(f"interrupted: {kept}", always=True)
@@ -83,8 +85,8 @@ def run_fit(
     output.results(
         {"command": "fit", "scenario": machine.scenario.name, "file": None if file is None else str(file)},
         f"{machine.scenario.name}: {machine.scenario.description}",
-        list(conclusion(machine, rows, used)),
-        list(sections(machine, rows, used)),
+        list(conclusion(machine, rows)),
+        list(sections(machine, rows)),
     )
     if file is None:
         output.say("\nNothing was written; --out FILE.toml keeps the scenario.")
@@ -92,7 +94,7 @@ def run_fit(
     drawn = output.drawn(lambda: _draw(machine, rows, file, command))
     if drawn is not None:
         output.say(f"\nFigure: {file.with_suffix('.png')} (and .svg)")
-    output.say(f"Scenario: {file}; try it: proto-v3 compare {file}", always=True)
+    output.say(f"Scenario: {file}; what to change first there: proto-v3 decide {file}", always=True)
     return 0 if drawn is not None else 1
 
 
@@ -128,7 +130,7 @@ def _draw(machine: FittedMachine, rows: Sequence[Brought], file: Path, command: 
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
-def conclusion(machine: FittedMachine, rows: Sequence[Brought], used: int) -> Iterator[str]:
+def conclusion(machine: FittedMachine, rows: Sequence[Brought]) -> Iterator[str]:
     """What matters most, in sentences."""
     real_ms, own_ns = machine.waterfall.downtime_ms, machine.simulated.downtime_ns
     if real_ms is not None:
@@ -146,12 +148,12 @@ def conclusion(machine: FittedMachine, rows: Sequence[Brought], used: int) -> It
     yield f"Of {len(kinds)} quantities: {counts}; all else is as in the scenario that is extended."
     yield machine.clocks.told()
     yield from machine.notes
-    saving = [(row.saves_percent, row.saves_ms, row) for row in rows[1:] if row.saves_percent and row.saves_ms]
+    saving = [(row.in_all_percent, row.in_all_ms, row) for row in rows[1:] if row.in_all_percent and row.in_all_ms]
     if saving:
         percent, less, row = max(saving, key=lambda each: each[0].median)
         yield (
-            f"Of what was tried, {row.change.name} shortens the downtime most: by {less.median:.1f} ms, "
-            f"{percent.median:.0f} % ({percent.low:.0f} to {percent.high:.0f} % over {used} plausible machines)."
+            f"With all changes up to {row.rung.name} the downtime is shortest: by {less.median:.1f} ms, "
+            f"{percent.median:.0f} % ({percent.low:.0f} to {percent.high:.0f} % over {row.samples} plausible machines)."
         )
 
 
@@ -166,13 +168,13 @@ def _differs(machine: FittedMachine) -> Iterator[str]:
         yield f"What is not explained is in {name}: {real.phases_ms[name]:.1f} ms, simulated {own[name]:.1f}."
 
 
-def sections(machine: FittedMachine, rows: Sequence[Brought], used: int) -> Iterator[Section]:
+def sections(machine: FittedMachine, rows: Sequence[Brought]) -> Iterator[Section]:
     """All of it, as tables."""
     yield phases_table(machine)
     yield steps_table(machine)
     yield quantities_table(machine)
     if rows:
-        yield changes_table(rows, used)
+        yield changes_table(rows)
 
 
 def phases_table(machine: FittedMachine) -> Section:
@@ -242,15 +244,19 @@ def quantities_table(machine: FittedMachine) -> Section:
     return Section("quantities", "What the logs tell", legend, columns, rows)
 
 
-def changes_table(rows: Sequence[Brought], used: int) -> Section:
+def changes_table(rows: Sequence[Brought]) -> Section:
     """What each change would bring."""
-    shown = []
-    for row in rows:
-        told = {"change": row.change.name, "protocol": row.change.protocol, "completed": row.completed}
-        for name, band in (("downtime_ms", row.downtime_ms), ("saves_percent", row.saves_percent)):
-            for part in ("median", "low", "high"):
-                told[f"{name}_{part}"] = None if band is None else getattr(band, part)
-        shown.append(told)
+    shown = [
+        {
+            "change": row.rung.name,
+            "protocol": row.rung.protocol,
+            **parts("downtime_ms", row.levels.get("downtime_ms")),
+            **parts("saves_percent", row.in_all_percent),
+            "completed": row.samples - row.failed if row.made else None,
+            "note": row.rung.nothing,
+        }
+        for row in rows
+    ]
     low, high = (f"{100 * each:.0f} %" for each in BAND)
     columns = [
         Heading("change", "change"),
@@ -262,6 +268,10 @@ def changes_table(rows: Sequence[Brought], used: int) -> Section:
         Heading("saves_percent_low", low, "+.1f"),
         Heading("saves_percent_high", high, "+.1f"),
         Heading("completed", "completed"),
+        Heading("note", "note"),
     ]
-    legend = f"over {used} samples of what is not known, of about this downtime; saves: against the first row, in each"
+    legend = (
+        f"each on top of those above it, over {rows[0].samples} samples of what is not known, of about this downtime; "
+        "saves: against the first row, in each"
+    )
     return Section("changes", "What changes would bring here", legend, columns, shown)

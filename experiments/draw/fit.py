@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from experiments.decision.bands import Brought
 from experiments.draw import panels, style
 from experiments.draw.canvas import Axes, Figure, own_settings
 from experiments.draw.downtime import PHASES_NOTE
 from experiments.draw.panels import MADE_BY
 from experiments.logs.machine import AS_IT_WAS, FittedMachine
-from experiments.study.brings import Brought
 from sim.scenario.units import NS_PER_MS
 
 REAL = style.Style("#555555", "", "the real migration")
@@ -52,15 +53,16 @@ def _phases(axis: Axes, title: str, phases_ms: dict[str, float], downtime_ms: fl
 def _changes(axis: Axes, brought: Sequence[Brought], real_ms: float | None) -> None:
     """Bars: medians; lines: from the 5th to the 95th percentile of the samples."""
     for at, each in enumerate(brought):
-        band = each.downtime_ms
-        if band is None:
+        band = each.levels.get("downtime_ms")
+        if band is None or math.isinf(band.high):
+            panels.beside(axis, each.rung.nothing or "some do not complete", 0, at)
             continue
-        style.bar(axis, at, band.median, style.protocol(each.change.protocol))
+        style.bar(axis, at, band.median, style.protocol(each.rung.protocol))
         axis.plot([band.low, band.high], [at, at], color="black", linewidth=1.4)
         panels.beside(axis, f"{band.median:.0f}", max(band.high, band.median), at)
     if real_ms is not None:
         axis.axvline(real_ms, color="black", linestyle=":", linewidth=1.2)
-    axis.set_yticks(range(len(brought)), [each.change.name for each in brought])
+    axis.set_yticks(range(len(brought)), [each.rung.name for each in brought])
     axis.set_ylim(len(brought) - 0.5, -0.5)
-    panels.heading(axis, "what changes would bring: medians, 5 to 95 % of the plausible machines")
+    panels.heading(axis, "each change on top of those above it: medians, 5 to 95 % of the plausible machines")
     panels.bars(axis)

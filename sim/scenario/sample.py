@@ -30,6 +30,8 @@ class Sample:
     """What it has of the keys with a range, by dotted key, in the key's unit."""
     scenario: Scenario
     """With these values, and no ranges."""
+    places: Mapping[str, float]
+    """Where each of these keys was drawn in its range, from 0 to 1: independent of one another."""
 
 
 def dimensions(scenario: Scenario) -> list[str]:
@@ -46,7 +48,7 @@ def draw(scenario: Scenario, count: int, seed: int = 0) -> list[Sample]:
     if not 1 <= count <= MAX_SAMPLES:
         raise UserError(f"samples = {count}: must be from 1 to {MAX_SAMPLES}")
     if not scenario.ranges:
-        return [Sample({}, scenario)]
+        return [Sample({}, scenario, {})]
     from scipy.stats import qmc
 
     cube = qmc.Sobol(len(scenario.ranges), scramble=True, seed=np.random.default_rng(seed))
@@ -67,7 +69,7 @@ def at(scenario: Scenario, point: Sequence[float]) -> Sample:
     try:
         there = moved_to(scenario, drawn)
         has = parameters(there)
-        return Sample({key: has[key] for key in keys}, there)
+        return Sample({key: has[key] for key in keys}, there, places)
     except pydantic.ValidationError as error:
         shown = ", ".join(f"{key} = {short(value)}" for key, value in drawn.items())
         why = "a narrower range, or one told `of` the other key, keeps them apart"

@@ -17,6 +17,7 @@ from tests.build.cli import proto_v3
 CALLS = {
     "agree": ("agree.run_agree", ["x"]),
     "compare": ("compare.run_compare", ["x", "--set", "a=1", "--jobs", "2"]),
+    "decide": ("decide.run_decide", ["x", "--changes", "multifd,v3-n1"]),
     "diff": ("diff.run_diff", ["a", "b"]),
     "fit": ("fit.run_fit", ["x", "y", "--cmdline", "-m 1", "--driver", "z", "--migration", "2", "--rename", "a,b"]),
     "live": ("live.run_live", ["x", "--connect", "here"]),

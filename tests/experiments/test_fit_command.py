@@ -96,7 +96,7 @@ def test_from_python(logs: tuple[str, str]) -> None:
     assert set(api.fitted_quantities(machine)["known"]) == {"measured", "bounded", "assumed", "cannot be told"}
     assert "config" in api.real_steps(machine)["step"].to_list()
     helped = api.what_would_help(machine, 2)
-    assert helped["change"].to_list()[0] == "as it was"
+    assert helped["change"].to_list()[0] == "as it is"
     assert api.draw_fit(machine).axes
     with pytest.raises(UserError, match="no event of QEMU"):
         api.fit(__file__, logs[1])

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from experiments.decision.ladder import rungs
+from experiments.decision.machines import SHORT, what_brings
 from experiments.logs.machine import FittedMachine, machine_of
 from experiments.logs.quantity import Certainty, LogQuantity
 from experiments.runs.pool import Cell
-from experiments.study.brings import changes, what_brings
 from proto_v3.timeline import PHASES, Mark
 from sim.outcome import Outcome
 from sim.run import simulate
@@ -178,8 +179,10 @@ def test_a_device_that_gives_its_state_in_pre_copy_and_a_guest_that_writes(tmp_p
 def test_what_changes_would_bring_is_paired_over_the_same_samples(tmp_path: Path) -> None:
     source, target, _ = known_logs(tmp_path)
     machine = machine_of(source, target)
-    every = changes(machine.scenario)
-    assert [each.protocol for each in every] == ["v2", "v2", "v2-multifd", "v2-multifd", "v3-n1", "v3-n4"]
+    every = rungs(machine.scenario, SHORT)
+    assert [each.protocol for each in every] == [
+        "v2", "v2-multifd", "v2-multifd-chunks4", "v3-n1-multifd-chunks4", "v3-n4-multifd-chunks4",
+    ]  # fmt: skip
     made: list[list[tuple[Cell, Outcome]]] = []
 
     def run(cells: Sequence[Cell]) -> list[Outcome]:
@@ -189,12 +192,12 @@ def test_what_changes_would_bring_is_paired_over_the_same_samples(tmp_path: Path
 
     assert machine.simulated.downtime_ns is not None
     own_ms = machine.simulated.downtime_ns / NS_PER_MS
-    rows, used = what_brings(machine.scenario, 4, own_ms, run)
+    rows = what_brings(machine.scenario, 4, own_ms, run)
+    used = rows[0].samples
     first, others = made
     assert len(first) == 1 + 4 * 4
     assert len(others) == used * (len(every) - 1)
-    assert rows[0].saves_ms is not None
-    assert (rows[0].saves_ms.low, rows[0].saves_ms.high) == (0, 0)
+    assert [each.samples for each in rows] == [used] * len(every)
     by_seed = {cell.seed: (cell, outcome) for cell, outcome in first}
     off_ms = {cell.seed: abs((outcome.downtime_ns or 0) / NS_PER_MS - own_ms) for cell, outcome in first}
     used_seeds = {cell.seed for cell, _ in others}
@@ -208,17 +211,12 @@ def test_what_changes_would_bring_is_paired_over_the_same_samples(tmp_path: Path
             assert own.downtime_ns is not None
             assert outcome.downtime_ns is not None
             saved.append((own.downtime_ns - outcome.downtime_ns) / NS_PER_MS)
-        assert row.saves_ms is not None
-        assert min(saved) <= row.saves_ms.low <= row.saves_ms.median <= row.saves_ms.high <= max(saved)
+        assert row.in_all_ms is not None
+        assert min(saved) <= row.in_all_ms.low <= row.in_all_ms.median <= row.in_all_ms.high <= max(saved)
 
 
 def test_without_a_sample_that_is_near_the_nearest_are_used() -> None:
     scenario = known_scenario()
-    rows, used = what_brings(scenario, 4, 1.0, lambda cells: [simulate(c.scenario, c.protocol, c.seed) for c in cells])
-    assert used == 1, "it has no ranges"
-    assert rows[0].completed == 1
-
-
-def test_a_migration_by_multifd_is_not_offered_multifd() -> None:
-    scenario = known_scenario({"vmm.multifd": True})
-    assert "v2-multifd" not in [each.protocol for each in changes(scenario)]
+    rows = what_brings(scenario, 4, 1.0, lambda cells: [simulate(c.scenario, c.protocol, c.seed) for c in cells])
+    assert {each.samples for each in rows} == {1}, "it has no ranges"
+    assert [each.failed for each in rows] == [0] * len(rows)

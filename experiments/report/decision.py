@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The decision table, as it is printed: the verdict, what each change brings, what decides, and a legend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from experiments.decision.bands import BAND, QUANTITIES, SampleBand
+from experiments.decision.deciding import LEAST_SAMPLES, MISSING, has_indices
+from experiments.decision.decision import Decision, indices_table, rows_table
+from experiments.decision.verdict import worth_making
+from experiments.report.tables import NO_VALUE, Heading, Section
+from experiments.study.claims import WORTH
+
+MOST_KEYS = 3
+"""Of those that decide, in the table of each change."""
+OTHERS = [name for name in QUANTITIES if name != "downtime_ms"]
+
+
+def conclusion(decision: Decision) -> Iterator[str]:
+    """The verdict in three sentences; before it what is worth making, after it why it may be less than it seems."""
+    making = worth_making(decision.rows)
+    yield f"Worth making, by the downtime: {', then '.join(making) if making else 'none of the changes'}."
+    for each in decision.verdicts:
+        yield each.sentence
+    if decision.samples == 1:
+        yield "The scenario has no [ranges]: this is one machine, and no band."
+    elif not has_indices():
+        yield f"{MISSING[0].upper()}{MISSING[1:]}."
+    elif decision.samples < LEAST_SAMPLES:
+        yield f"Which parameter decides is not told: that takes {LEAST_SAMPLES} samples."
+
+
+def sections(decision: Decision) -> Iterator[Section]:
+    """What each change brings; everything but the downtime; what would settle it; what decides; all numbers."""
+    yield _main(decision)
+    yield _others(decision)
+    yield _settled(decision)
+    yield _deciding(decision)
+    yield _legend(decision)
+    numbers = rows_table(decision)
+    yield Section(
+        "numbers", "All numbers", "", [Heading(name, name) for name in numbers.columns], numbers.to_dicts(), 0
+    )
+    every = indices_table(decision)
+    yield Section("indices", "All indices", "", [Heading(name, name) for name in every.columns], every.to_dicts(), 0)
+
+
+def _main(decision: Decision) -> Section:
+    low, high = (f"{100 * part:.0f} %" for part in BAND)
+    rows = []
+    for row in decision.rows:
+        own, gain = row.levels.get("downtime_ms"), row.brings_percent
+        top = decision.indices.get(row.rung.name, ())[:1]
+        rows.append(
+            {
+                "change": row.rung.name,
+                "where": row.rung.change.where if row.rung.change else "",
+                "downtime": _band(own, ".0f"),
+                "brings_median": _part(gain, "median"),
+                "brings_low": _part(gain, "low"),
+                "brings_high": _part(gain, "high"),
+                "worth": None if row.probability is None else f"{100 * row.probability:.0f}",
+                "decides": f"{top[0].key} {top[0].first_order:.2f}" if top and top[0].told else "",
+            }
+        )
+    columns = [
+        Heading("change", "change"),
+        Heading("where", "where"),
+        Heading("downtime", f"downtime, ms ({low} to {high})"),
+        Heading("brings_median", "brings %"),
+        Heading("brings_low", low),
+        Heading("brings_high", high),
+        Heading("worth", f"> {100 * WORTH:.0f} %"),
+        Heading("decides", "decides most"),
+    ]
+    legend = (
+        f"{decision.samples} plausible machines, medians; brings: less downtime than the row above, in each of them; "
+        f"> {100 * WORTH:.0f} %: how many of 100 machines gain more than that; decides: a parameter, and what it "
+        "explains of the gain's variance. A run that does not complete counts as longer than any other: `fails`; where "
+        "a change lets it complete: `completes`. -: not run, see the last table"
+    )
+    return Section("decision", f"What to change first: {decision.scenario.name}", legend, columns, rows)
+
+
+def _others(decision: Decision) -> Section:
+    rows = []
+    for row in decision.rows:
+        first = row.made and row.probability is None
+        values = row.levels if first else row.brings
+        told = {name: _band(values.get(name), "+.3g" if not first else ".3g", space=False) for name in OTHERS}
+        rows.append({"change": row.rung.name, **told, "failed": f"{row.failed}" if row.made else None})
+    columns = [
+        Heading("change", "change"),
+        *(Heading(name, QUANTITIES[name].label) for name in OTHERS),
+        Heading("failed", "failed"),
+    ]
+    legend = (
+        "first row: what it is; below: how much less than in the row above, + is better; medians [5 % to 95 %] where "
+        "both complete; lag: of critical data; failed: migrations that did not complete"
+    )
+    return Section("others", "And beside the downtime", legend, columns, rows)
+
+
+def _settled(decision: Decision) -> Section:
+    rows = [
+        {"change": each.change, "verdict": each.word, "measure": each.settled_by(decision.scenario) or NO_VALUE}
+        for each in decision.verdicts
+    ]
+    columns = [
+        Heading("change", "change"),
+        Heading("verdict", "answer"),
+        Heading("measure", "what to measure, and how"),
+    ]
+    return Section("settled", "What would settle it", "", columns, rows)
+
+
+def _deciding(decision: Decision) -> Section:
+    rows = [
+        {"change": change, **{f"key_{at}": told for at, told in enumerate(_keys(decision, change), 1)}}
+        for change in decision.indices
+    ]
+    rows = [row for row in rows if row["key_1"]]
+    columns = [Heading("change", "change"), *(Heading(f"key_{at}", f"{at}.") for at in range(1, MOST_KEYS + 1))]
+    legend = (
+        "Sobol's first-order indices of the gain in percent, and the half width of their 95 % interval (RBD-FAST, "
+        "SALib); only those that are larger than it. The rest of 1: of keys together, and of the runs' own spread"
+    )
+    return Section("deciding", "Which parameter decides", legend, columns, rows)
+
+
+def _keys(decision: Decision, change: str) -> list[str]:
+    told = [each for each in decision.indices[change] if each.told][:MOST_KEYS]
+    words = [f"{each.key} {each.first_order:.2f} ± {each.half_width:.2f}" for each in told]
+    return words + [""] * (MOST_KEYS - len(words))
+
+
+def _legend(decision: Decision) -> Section:
+    rows = [
+        {
+            "change": row.rung.name,
+            "what": row.rung.change.what if row.rung.change else "v2 as the scenario sets it up",
+            "note": f"no change here: {row.rung.nothing}"
+            if row.rung.nothing
+            else row.rung.change.needs
+            if row.rung.change
+            else "",
+        }
+        for row in decision.rows
+    ]
+    columns = [
+        Heading("change", "change"),
+        Heading("what", "what it is"),
+        Heading("note", "what nobody has measured, or why it is not run"),
+    ]
+    return Section("changes", "The changes", "each on top of those above it", columns, rows)
+
+
+def _part(band: SampleBand | None, part: str) -> str | None:
+    return None if band is None else _gain(getattr(band, part))
+
+
+def _gain(value: float) -> str:
+    if math.isinf(value):
+        return "completes" if value > 0 else "fails"
+    return f"{value:+.1f}"
+
+
+def _band(band: SampleBand | None, how: str, *, space: bool = True) -> str | None:
+    """`607 (580 to 640)`; where all three are alike, one of them."""
+    if band is None:
+        return None
+    median, low, high = (
+        "fails" if math.isinf(each) else format(each, how) for each in (band.median, band.low, band.high)
+    )
+    if median == low == high:
+        return median.lstrip("+") if median in ("+0", "-0") else median
+    return f"{median} ({low} to {high})" if space else f"{median} [{low} {high}]"
