@@ -99,6 +99,11 @@ class Record:
         return self.header_bytes + self.table_bytes + self.payload_bytes
 
     @property
+    def may_be_overtaken(self) -> bool:
+        """Critical data may go before it: it has blocks alone, is no initial data, and nobody began to read it."""
+        return self.sequence < 0 and not self.initial and len(self.blocks) > 0 and not len(self.objects)
+
+    @property
     def record_class(self) -> RecordClass:
         """v3: the class in its header."""
         if self.end:

@@ -45,8 +45,9 @@ class SaveStream(SavedFd):
         self._command_lock: DriverLock = fd_lock if session.driver.lock_over == "command" else nullcontext()
         self._plan = plan
         self._planned_ns = 0
-        self._queue = SaveQueue(self._driver.chunks)
-        self.counters.pinned_chunks_bytes = self._driver.chunks * self._driver.chunk_bytes
+        chunks = self._driver.chunks + self._critical_chunks
+        self._queue = SaveQueue(chunks)
+        self.counters.pinned_chunks_bytes = chunks * self._driver.chunk_bytes
 
     # --- the producer -------------------------------------------------------------------------------------------------
 
@@ -82,8 +83,19 @@ class SaveStream(SavedFd):
         return self._queue.saving is not None or (self._plan.has_record and not self._queue.has_end)
 
     def _can_save(self) -> bool:
-        has_room = not self._plan.in_chunks or self._queue.free_chunks > 0 or not self._plan.has_data
+        kept = 0 if len(self._plan.objects) else self._critical_chunks
+        has_room = not self._plan.in_chunks or self._queue.free_chunks > kept or not self._plan.has_data
         return self._is_saving and has_room
+
+    @property
+    def _critical_chunks(self) -> int:
+        """Chunks that only critical data may take, so that it can be saved while the others wait to be read."""
+        return 0
+
+    @property
+    def _overtakes(self) -> bool:
+        """Critical records go before dirty ones of which nothing was read."""
+        return False
 
     async def settle(self) -> None:
         """Wait for the SAVE in flight: the device is suspended only after it (mlx5vf_cmd_suspend_vhca waits for
@@ -147,7 +159,7 @@ class SaveStream(SavedFd):
     def _append(self, record: Record) -> None:
         if self._context.tables:
             record.table_bytes = table_bytes(record)
-        self._queue.append(record)
+        self._queue.append(record, overtakes=self._overtakes and len(record.objects) > 0)
         self._notify.notify()
 
     # --- read and poll ------------------------------------------------------------------------------------------------
@@ -157,11 +169,20 @@ class SaveStream(SavedFd):
         """What a read() would find now."""
         if self.over:
             return ReadState.OVER
-        if self._queue.unread_bytes:
+        if self._readable_bytes:
             return ReadState.DATA
         if self._is_saving:
             return ReadState.SAVING
         return ReadState.END if self._plan.final else ReadState.DRAINED
+
+    @property
+    def _readable_bytes(self) -> int:
+        """Unread bytes that a read() may take now. While critical data is being saved that overtakes, no record is
+        begun that it may overtake."""
+        comes = self._overtakes and (
+            len(self._plan.objects) or (self._queue.saving and len(self._queue.saving.objects))
+        )
+        return self._queue.firm_bytes if comes else self._queue.unread_bytes
 
     @override
     async def read(self, max_bytes: int) -> Payload:
@@ -178,10 +199,10 @@ class SaveStream(SavedFd):
         while await self._has_data() and max_bytes:  # 0 bytes are asked for as any others (mtty, Linux 7.3)
             ready_ns = now_ns()
             async with self._fd_lock:
-                if not self._queue.unread_bytes:  # another reader took it while this one waited for the lock
+                if not (readable := self._readable_bytes):  # another reader took it while this one waited for the lock
                     continue
                 locked_ns = now_ns()
-                data, initial_bytes, chunks = self._queue.take(max_bytes)
+                data, initial_bytes, chunks = self._queue.take(min(max_bytes, readable))
                 self.buffer.add(len(data), initial_bytes)
                 await copy(data)
                 self.check_open()

@@ -46,7 +46,9 @@ class SavePlan:
         self.objects: Indices = NO_INDICES
         self.blocks: Indices = NO_INDICES
         self.initial = False
-        """The plan counts as v2's initial_bytes."""
+        """Planned blocks count as v2's initial_bytes, where the driver counts a whole image."""
+        self.initial_objects = False
+        """Planned objects count as v2's initial_bytes."""
         self.epoch = 0
         """The device's epoch when the plan was made."""
         self._stream = stream
@@ -61,13 +63,18 @@ class SavePlan:
         """Plan what is dirty: everything at first, later what was written to or reconfigured since it was saved."""
         if self._driver.precopy == "reread":
             self._device.forget_saves(self._stripe or slice(0), objects=self._carries_objects)
-        self.initial = initial
+        self.initial = self.initial_objects = initial
         self.plan(self.dirty_objects(), self.dirty_blocks(stopped=self.final))
 
     def plan(self, objects: Indices, blocks: Indices) -> None:
         """Save these next, and nothing else."""
         self.objects, self.blocks = objects, blocks
         self.epoch = self._device.epoch
+
+    def plan_objects(self, *, initial: bool) -> None:
+        """Plan the critical objects that are dirty; planned blocks stay planned. What counted as initial still does."""
+        self.initial_objects = initial or (self.initial_objects and len(self.objects) > 0)
+        self.plan(self.dirty_objects(), self.blocks)
 
     def refuse(self) -> None:
         """Firmware refused a SAVE: what was planned is not, and what was saved has to be saved again."""
@@ -112,7 +119,7 @@ class SavePlan:
     @property
     def _together(self) -> bool:
         """Objects and blocks are one image."""
-        return not self.in_chunks and self._driver.initial == "image"
+        return not self.in_chunks and self._driver.initial == "image" and not self._driver.has_priority
 
     def next_record(self) -> Record:
         """Take the next record off the plan; the END if the device is stopped and nothing is left."""
@@ -137,7 +144,7 @@ class SavePlan:
             object_versions=object_versions,
             blocks=blocks,
             block_versions=device.save_blocks(blocks),
-            initial=self.initial and (critical or (len(blocks) > 0 and self._driver.initial == "image")),
+            initial=self.initial_objects if critical else self.initial and not end and self._driver.initial == "image",
             header_bytes=self.header_bytes,
             chunk=self.in_chunks and data_bytes > 0,
             epoch_complete=complete,
@@ -172,9 +179,8 @@ class SavePlan:
 
     def planned_initial_bytes(self) -> int:
         """The same, of what counts as initial."""
-        if not self.initial:
-            return 0
-        return self._record_bytes(len(self.objects), len(self.blocks) if self._driver.initial == "image" else 0)
+        objects = len(self.objects) if self.initial_objects else 0
+        return self._record_bytes(objects, len(self.blocks) if self.initial and self._driver.initial == "image" else 0)
 
     def unplanned_bytes(self) -> int:
         """Bytes of the records of what became dirty since this was planned, and can be saved while the device runs."""

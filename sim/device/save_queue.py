@@ -6,6 +6,7 @@ from __future__ import annotations
 import enum
 from collections import deque
 from collections.abc import Callable
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 from sim.device.record import Extent, Record, RecordSlice, Tally
@@ -37,7 +38,7 @@ class Taken(NamedTuple):
 
 
 class SaveQueue:
-    """Records of one stream, first in, first out; and the chunks of memory that hold them.
+    """Records of one stream, first in, first out, but for those that overtake; and the chunks of memory that hold them.
 
     A record gets its sequence number when its first byte is taken: until then it can be dropped without a gap.
     """
@@ -91,11 +92,23 @@ class SaveQueue:
         self.saving = None
         self.free_chunks += record.chunk
 
-    def append(self, record: Record) -> None:
-        """It is saved, and can be read."""
-        self._records.append(record)
+    def append(self, record: Record, *, overtakes: bool = False) -> None:
+        """It is saved, and can be read. One that overtakes goes right behind the last that may not be overtaken."""
+        at = self._firm if overtakes else len(self._records)
+        self._records.insert(at, record)
         self.unread_bytes += record.size_bytes
         self.has_end = record.end
+
+    @property
+    def _firm(self) -> int:
+        """Records up to the last one that may not be overtaken."""
+        behind = sum(1 for _ in takewhile(lambda record: record.may_be_overtaken, reversed(self._records)))
+        return len(self._records) - behind
+
+    @property
+    def firm_bytes(self) -> int:
+        """Unread bytes that no record overtakes: those up to the last record that may not be overtaken."""
+        return sum(record.size_bytes for record in islice(self._records, self._firm)) - self._offset
 
     def take(self, max_bytes: int) -> Taken:
         """Take up to `max_bytes`, in order."""
@@ -143,4 +156,10 @@ class SaveQueue:
     def make_all_initial(self) -> None:
         """Count all unread bytes as initial."""
         for record in self._records:
+            record.initial = True
+
+    def make_critical_initial(self, *, more: bool) -> None:
+        """Count as initial what is read up to the last critical byte. `more`: one that overtakes is still to come."""
+        last = max((at for at, record in enumerate(self._records, 1) if len(record.objects)), default=0)
+        for record in islice(self._records, self._firm if more else last):
             record.initial = True

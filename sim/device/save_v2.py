@@ -33,6 +33,8 @@ class V2Stream(SaveStream):
         super().__init__(0, device, session, fd_lock, plan)
         self.reports_reinit = reports_reinit
         """The user opted in to PRECOPY_INFOv2."""
+        self._told_epoch = 0
+        """With priority: the newest epoch that was reported, or that the first image has."""
 
     @override
     def start_precopy(self) -> None:
@@ -40,6 +42,7 @@ class V2Stream(SaveStream):
             # It says how much the target will have to take when the device is stopped (mlx5vf_add_stop_copy_header).
             self._append(self._plan.plain_record(STOP_COPY_SIZE_BYTES))
         super().start_precopy()
+        self._told_epoch = self._plan.epoch
 
     @property
     def _ends_precopy_with_0(self) -> bool:
@@ -69,7 +72,8 @@ class V2Stream(SaveStream):
     def _has_reinit(self) -> bool:
         # Only a driver that saves what became new has new initial data to report: mlx5, so far.
         able = self._driver.precopy == "incremental" and self._driver.reinit != "none"
-        return self.reports_reinit and able and not self._plan.refused and self._device.epoch > self._plan.epoch
+        told_epoch = self._told_epoch if self._overtakes else self._plan.epoch
+        return self.reports_reinit and able and not self._plan.refused and self._device.epoch > told_epoch
 
     @override
     def _may_miss(self, record: Record) -> bool:
@@ -83,15 +87,36 @@ class V2Stream(SaveStream):
             dirty = 0  # they count from the new initial data on; and mlx5 reports none before all initial data is read
         return PrecopyInfo(initial, round(dirty * self._driver.precopy_info_factor), flags=flags)
 
+    @property
+    def _critical_chunks(self) -> int:
+        return 1 if self._driver.has_priority else 0
+
+    @property
+    def _overtakes(self) -> bool:
+        return self.reports_reinit and self._driver.has_priority
+
+    def epoch_began(self) -> None:
+        """There is new critical data: with priority it is saved at once, whether or not anybody asks."""
+        if self._overtakes and not (self.suspended or self._plan.refused or self._plan.final):
+            self._plan.plan_objects(initial=False)
+            self._plan_made()
+
     def _reinit(self) -> None:
         """Save new critical data at once, not when all is read. Records that come before it count as initial, too."""
+        if self._overtakes:
+            self._told_epoch = self._device.epoch
+            self._plan.plan_objects(initial=True)
+            self._queue.make_critical_initial(more=len(self._plan.objects) > 0)
+            self.buffer.make_all_initial()
+            self._plan_made()
+            return
         invalidate = self._driver.reinit == "invalidate"
         if invalidate:
             self._drop_unread(lambda record: not record.initial)
         self._queue.make_all_initial()
         self.buffer.make_all_initial()
         if invalidate:  # blocks stay dirty, and are planned when the critical data is read
-            self._plan.initial = True
+            self._plan.initial_objects = True
             self._plan.plan(self._plan.dirty_objects(), NO_INDICES)
             self._plan_made()
         else:

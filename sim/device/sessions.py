@@ -39,7 +39,7 @@ class SavingSession:
         self.streams: list[SavedStream]
         """The first is the fd that SET_STATE returns."""
         if not (count := session.dirty_streams):
-            self.streams = [V2Stream(device, session, new_lock(), reports_reinit=reports_reinit)]
+            self._start_v2(V2Stream(device, session, new_lock(), reports_reinit=reports_reinit))
         elif StreamFlags.BLOCKS in session.flags:
             self._start_v3(CriticalStream(device, session, new_lock()), [SaveBlocks(device, session, new_lock())])
         else:
@@ -66,6 +66,11 @@ class SavingSession:
                 self._session.guest_resets()
                 return
 
+    def _start_v2(self, stream: V2Stream) -> None:
+        self.streams = [stream]
+        if self._session.driver.has_priority:
+            self._start_watch(lambda first, last: stream.epoch_began())
+
     def _start_v3(self, critical: CriticalStream, dirty: list[DirtyStream] | list[SaveBlocks]) -> None:
         device = self._device
         critical.dirty = dirty
@@ -81,9 +86,13 @@ class SavingSession:
                 device.invalidate(each)
             critical.epoch_began(invalidates)
 
-        device.advance(now_ns())  # what was before the session is in its first epoch
-        device.on_epochs = epochs_began
-        device.on_new_events = self._watch
+        self._start_watch(epochs_began)
+
+    def _start_watch(self, epochs_began: Callable[[int, int], None]) -> None:
+        """Have this called when epochs begin, with the first and the last of them."""
+        self._device.advance(now_ns())  # what was before the session is in its first epoch
+        self._device.on_epochs = epochs_began
+        self._device.on_new_events = self._watch
         self._watch()
 
     def _refuse(self) -> None:
@@ -104,7 +113,7 @@ class SavingSession:
         self._watching = asyncio.create_task(self._watch_epochs(), name=f"{self._device.spec.name} epochs")
 
     async def _watch_epochs(self) -> None:
-        """v3: save new critical data as soon as an epoch begins, not when somebody asks."""
+        """v3, and v2 with priority: save new critical data as soon as an epoch begins, not when somebody asks."""
         device = self._device
         while (at := device.next_reconfiguration_ns()) is not None:
             start = now_ns()

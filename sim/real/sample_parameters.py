@@ -87,8 +87,8 @@ def _problems(scenario: Scenario) -> Iterator[str]:
         yield f"device.0.count = {len(scenario.devices)}: its engines are a device's own, and not a PF's"
     if driver.precopy != "incremental":
         yield f"driver.precopy = {driver.precopy}: it has incremental"
-    if driver.reinit == "invalidate":
-        yield "driver.reinit = invalidate: it has flush and none"
+    if driver.reinit not in ("flush", "none"):
+        yield f"driver.reinit = {driver.reinit}: it has flush and none"
     if firmware.service_cv:
         yield f"firmware.service_cv = {firmware.service_cv:g}: its commands do not vary; 0"
     saves, loads = _engines(firmware)

@@ -62,7 +62,7 @@ class AppliedScenario:
 def _missing(vmm: dict[str, Any]) -> Iterator[str]:
     """What v2 is asked for and cannot do without another setting, in words."""
     if vmm["switchover_ack"] == "reusable" and not vmm["reinit"]:
-        yield "a reusable ack goes with REINIT only: add -reinit-flush or -reinit-invalidate"
+        yield "a reusable ack goes with REINIT only: add -reinit-flush, -reinit-invalidate or -priority"
     if vmm["late_reinit"] == "retry" and vmm["switchover_ack"] != "reusable":
         yield "a retry (vmm.late_reinit) needs a reusable ack, whose last look finds a late REINIT: add -ack-reusable"
     if vmm["early_save"] and not (vmm["multifd"] and vmm["multifd_device_state"]):

@@ -48,6 +48,10 @@ V2_SUFFIXES: dict[str, Suffix] = {
         {"vmm": {"reinit": True}, "driver": {"reinit": "invalidate"}},
         f"{_REINIT}drops unread dirty bytes, which are dirty again",
     ),
+    "priority": Suffix(
+        {"vmm": {"reinit": True}, "driver": {"reinit": "priority"}},
+        f"{_REINIT}saves it at once, and gives it before dirty records of which nothing was read",
+    ),
     "no-reinit": Suffix({"vmm": {"reinit": False}}, "the VMM does not opt in to PRECOPY_INFOv2"),
     "ack-reusable": Suffix(
         {"vmm": {"switchover_ack": "reusable"}},

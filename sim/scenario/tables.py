@@ -162,9 +162,10 @@ class Driver(Table):
     """One SAVE an image before the stop, as mlx5; or in chunks, as after it."""
     initial: Literal["image", "critical"] = "image"
     """What counts as initial_bytes: the whole first image (mlx5), or the critical objects in it."""
-    reinit: Literal["flush", "invalidate", "none"] = "flush"
-    """On new critical data, for a user who opted in: unread bytes become initial and the new ones follow (mlx5);
-    unread dirty bytes are dropped and dirty again; or the driver never reports any."""
+    reinit: Literal["flush", "invalidate", "priority", "none"] = "flush"
+    """On new critical data, for a user who opted in. `flush`: unread bytes become initial and the new ones follow
+    (mlx5). `invalidate`: unread dirty bytes are dropped and dirty again. `priority`: it is saved at once, and goes
+    before dirty records of which nothing was read. `none`: the driver never reports any."""
     stop_copy_size: Literal["full", "left"] = "full"
     """What MIG_DATA_SIZE reports. `full`: a whole image, in any state (mlx5, whose query does not ask for an increment:
     mlx5vf_pci_get_data_size). `left`: what is not read yet."""
@@ -195,6 +196,11 @@ class Driver(Table):
     call_ns = Whole("call_us")
     reread_ns = Whole("reread_ms")
     finish_again_ns = Whole("finish_again_ms")
+
+    @property
+    def has_priority(self) -> bool:
+        """v2: critical data may overtake dirty records. Only a driver that saves what became new has any."""
+        return self.reinit == "priority" and self.precopy == "incremental"
 
 
 class Host(Table):

@@ -155,7 +155,7 @@ class WorkAfterStop:
 
     def _beyond_chunks(self, device: Device, blocks: int, objects: int) -> Part:
         """The rest when all of the driver's chunks are full, whichever records fill them."""
-        chunks = self._scenario.driver.chunks
+        chunks = self._scenario.driver.chunks + self._scenario.driver.has_priority
         object_chunks = min(chunks, -(-objects // self._objects_per_chunk(device)))
         rest_objects = max(0, objects - chunks * self._objects_per_chunk(device))
         rest_blocks = max(0, blocks - (chunks - object_chunks) * self._blocks_per_chunk(device))

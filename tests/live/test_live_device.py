@@ -166,7 +166,7 @@ def test_bytes_are_unread_until_the_vmm_has_them(kind: str, io: str) -> None:
     on_both(script, "source", kind_of(kind), io=io)
 
 
-@pytest.mark.parametrize("reinit", ["flush", "invalidate"])
+@pytest.mark.parametrize("reinit", ["flush", "invalidate", "priority"])
 @pytest.mark.parametrize("kind", ["mlx5", "chunks"])
 def test_reinit_is_reported_once_for_each_time(kind: str, reinit: str) -> None:
     async def script(rig: Any) -> Any:
@@ -181,6 +181,7 @@ def test_reinit_is_reported_once_for_each_time(kind: str, reinit: str) -> None:
         await rig.settle()
         log.append([await info_of(fd), await drained(fd), await info_of(fd), await drained(fd)])
         guest_reconfigures(rig, [1, 2])
+        await rig.settle()
         log.append(await code_of(rig.device.set_state(State.PRE_COPY_P2P)))
         log.append([await info_of(fd), await drained(fd)])
         log.append(await code_of(rig.device.set_state(PRECOPY)))
@@ -646,7 +647,7 @@ def test_a_state_that_is_moved_arrives_block_by_block(kind: str, seed: int) -> N
         "device.0.block_kib": block_kib,
         "device.0.critical.objects": rng.choice([2, 5, 40]),
         "device.0.critical.object_kib": rng.choice([0.3, 4.0, 1.7, 33.1]),
-        "driver.reinit": rng.choice(["flush", "invalidate"]),
+        "driver.reinit": rng.choice(["flush", "invalidate", "priority"]),
     }
 
     async def main() -> None:

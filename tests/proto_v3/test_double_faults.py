@@ -77,6 +77,8 @@ def drawn_v2(draw: random.Random) -> str:
             "v2-reinit-flush-ack-reusable-retry",
             "v2-multifd-early-reinit-invalidate-ack-reusable-retry",
             "v2-reinit-invalidate-polls",
+            "v2-priority-ack-reusable-polls",
+            "v2-multifd-priority",
         ]
     )
 

@@ -147,6 +147,8 @@ MIGRATIONS: dict[str, Migration] = {
     "v2": Migration("v2", every="event"),
     "v2-multifd": Migration("v2-multifd", connections=3, cut_alone=2, every="event"),
     "v2-ack": Migration("v2-reinit-flush-ack-reusable", NO_LATE_ONE),
+    "v2-priority": Migration("v2-priority-ack-reusable", NO_LATE_ONE),
+    "v2-priority-late-ack": Migration("v2-priority-ack-reusable", ends=OutcomeKind.FAILED),
     "v2-late-ack": Migration("v2-reinit-flush-ack-reusable", ends=OutcomeKind.FAILED),
     "v2-cancelled": Migration("v2", CANCELLED, hangs=True, ends=OutcomeKind.CANCELLED),
     "v2-two": Migration("v2", TWO),
@@ -370,7 +372,7 @@ def test_the_events_are_those_of_a_whole_migration(name: str) -> None:
     migration = MIGRATIONS[name]
     run = migration.run()
     run.go()
-    epochs = 3 - (name == "v2-ack" or migration.ends is OutcomeKind.CANCELLED)
+    epochs = 3 - (migration.changes == NO_LATE_ONE or migration.ends is OutcomeKind.CANCELLED)
     assert {state.epoch for state in run.states} == {epochs}
     assert sum(int(state.version.sum()) for state in run.states) > 0, "there were no writes"
     assert run.source is not None

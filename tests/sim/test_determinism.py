@@ -24,7 +24,11 @@ ROOT = Path(__file__).parents[2]
 
 
 V3_WAYS = ["v3-n4-pool-invalidate-retry", "v3-n3-one", "v3-blocks-n4-pool"]
-REUSABLE = ["v2-reinit-flush-ack-reusable", "v2-multifd-reinit-invalidate-ack-reusable-polls"]
+REUSABLE = [
+    "v2-reinit-flush-ack-reusable",
+    "v2-multifd-reinit-invalidate-ack-reusable-polls",
+    "v2-priority-ack-reusable",
+]
 CASES: dict[str, tuple[Scenario, list[str], int]] = {
     "nic-reconfig": (load("nic-reconfig"), ["v2", "v2-multifd-ack-polls", "v3-n4-pool-invalidate-retry"], 3),
     **{

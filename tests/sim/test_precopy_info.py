@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from proto_v3.vfio.device import DataFd, Ready
 from proto_v3.vfio.uapi import State
 from proto_v3.vmm.migration import read_some
+from proto_v3.wire.frames import Payload
 from sim.clock.port import now_ns, sleep_ns, sleep_until_ns
-from sim.device.record import HEADER_BYTES
+from sim.device.record import HEADER_BYTES, Extent, Record, RecordSlice
 from sim.scenario.units import KIB, MIB
 from tests.build.hosts import (
     ALL,
@@ -119,7 +120,7 @@ async def test_the_first_image_is_initial_in_chunks_too_saved_or_not() -> None:
     assert told(await fd.precopy_info()) == (whole - got, 0, False)
 
 
-@pytest.mark.rule("v2.contract.11")
+@pytest.mark.rule("v2.contract.11", "v2.best.d4")
 @virtual
 async def test_where_critical_objects_alone_are_initial_they_come_first() -> None:
     (fd,) = await session(Hosts().source, State.PRE_COPY)
@@ -336,8 +337,8 @@ async def asked_every(fd: DataFd, interval_ns: int, until_ns: int) -> list[int]:
     return reported
 
 
-@pytest.mark.rule("v2.contract.12")
-@pytest.mark.parametrize("reinit", ["flush", "invalidate"])
+@pytest.mark.rule("v2.contract.12", "v2.best.d2")
+@pytest.mark.parametrize("reinit", ["flush", "invalidate", "priority"])
 @virtual
 async def test_reinit_is_told_once_for_each_reconfiguration_that_is_seen(reinit: str) -> None:
     """Those of 201 and 204 ms are seen in one call."""
@@ -347,7 +348,9 @@ async def test_reinit_is_told_once_for_each_reconfiguration_that_is_seen(reinit:
 
 
 @pytest.mark.rule("v2.contract.12")
-@pytest.mark.parametrize(("reinit", "opts_in"), [("none", True), ("none", False), ("flush", False)])
+@pytest.mark.parametrize(
+    ("reinit", "opts_in"), [("none", True), ("none", False), ("flush", False), ("priority", False)]
+)
 @virtual
 async def test_reinit_is_not_told_without_the_opt_in_nor_by_a_driver_that_has_none(reinit: str, opts_in: bool) -> None:
     hosts = Hosts({**WHOLE, **NEW_AT_100_MS, "driver.reinit": reinit})
@@ -371,7 +374,7 @@ async def test_without_the_opt_in_a_reconfiguration_is_dirty_bytes_like_any_othe
 
 
 @pytest.mark.rule("v2.contract.12")
-@pytest.mark.parametrize("reinit", ["flush", "invalidate"])
+@pytest.mark.parametrize("reinit", ["flush", "invalidate", "priority"])
 @virtual
 async def test_with_the_opt_in_it_is_the_same_bytes_as_initial_ones(reinit: str) -> None:
     fd = await opted_in(Hosts({**WHOLE, **NEW_AT_100_MS, "driver.reinit": reinit}).source)
@@ -462,7 +465,7 @@ async def test_a_new_session_tells_of_new_reconfigurations_only() -> None:
 
 @pytest.mark.rule("v2.contract.12")
 @pytest.mark.parametrize("kind", NOT_REREAD)
-@pytest.mark.parametrize("reinit", ["flush", "invalidate"])
+@pytest.mark.parametrize("reinit", ["flush", "invalidate", "priority"])
 @settings(max_examples=10)
 @given(steps=st.lists(st.tuples(st.integers(0, 4 * MS), st.integers(0, 4 * MIB)), min_size=5, max_size=30))
 def test_initial_bytes_rise_with_a_reinit_only_and_then_nothing_is_dirty(
@@ -637,8 +640,8 @@ async def test_what_was_dropped_is_saved_again_at_the_stop_if_nobody_asked_befor
     assert len(blocks(parts)) == len(set(blocks(parts))) == 17
 
 
-@pytest.mark.rule("v2.driver.12", "v2.driver.13")
-@pytest.mark.parametrize("reinit", ["flush", "invalidate"])
+@pytest.mark.rule("v2.driver.12", "v2.driver.13", "v2.best.d3")
+@pytest.mark.parametrize("reinit", ["flush", "invalidate", "priority"])
 @pytest.mark.parametrize("image", [{}, WHOLE], ids=["chunks", "whole images"])
 @settings(max_examples=15)
 @given(precopy_ns=st.integers(5 * MS, 60 * MS), read_kib=st.integers(16, 512), seed=st.integers(0, 1000))
@@ -660,18 +663,144 @@ def test_the_image_is_the_source_whatever_was_flushed_or_dropped(
         fd = await opted_in(hosts.source)
         (to,) = await session(hosts.target, State.RESUMING)
         reported = 0
+        sent: list[RecordSlice] = []
         while now_ns() < precopy_ns:
             reported += (await fd.precopy_info()).reinit
             if (data := await read_some(fd, read_kib * KIB)) is not None:
+                sent += parts_of(data)
                 await to.write(data, 32 * KIB)
         await hosts.stop()
         while len(data := await fd.read(MIB)):
+            sent += parts_of(data)
             await to.write(data, 32 * KIB)
+        if reinit == "priority":
+            check_order(records(sent))
         await hosts.target.set_state(State.RUNNING)
         assert not hosts.image.differences(hosts.state)
         event(f"REINIT reported {'once or more' if reported else 'never'}")
 
     moved()
+
+
+def parts_of(data: Payload) -> list[RecordSlice]:
+    assert isinstance(data, Extent)
+    return data.parts
+
+
+def check_order(sent: list[Record]) -> None:
+    """Nothing comes twice, nothing older behind something newer, and no dirty data before its epoch's critical data."""
+    newest: dict[tuple[str, int], int] = {}
+    epoch = 0
+    for record in sent:
+        for kind, numbers, versions in (
+            ("block", record.blocks, record.block_versions),
+            ("object", record.objects, record.object_versions),
+        ):
+            for number, version in zip(numbers.tolist(), versions.tolist(), strict=True):
+                assert newest.get((kind, number), -1) < version
+                newest[kind, number] = version
+        epoch = record.epoch if record.epoch_complete else epoch
+        assert not len(record.blocks) or record.epoch <= epoch
+
+
+# --- REINIT, with priority -------------------------------------------------------------------------------------------
+
+PRIORITY = {"driver.reinit": "priority"}
+
+
+@pytest.mark.rule("v2.best.d1")
+@pytest.mark.parametrize("asks", [True, False])
+@virtual
+async def test_with_priority_new_critical_data_goes_before_unread_dirty_data_and_none_is_dropped(asks: bool) -> None:
+    """Whether or not anybody asks: it is saved as soon as it is there."""
+    hosts, fd = await with_unread_dirty_bytes(PRIORITY)
+    if asks:
+        assert told(await fd.precopy_info()) == (NEW_OBJECTS_BYTES, 0, True)
+    new, old = records(await read_all(fd))
+    assert [(len(each.objects), len(each.blocks)) for each in (new, old)] == [(2, 0), (0, 15)]
+    assert hosts.source.counters[0].device_bytes_dropped == 0
+    if not asks:
+        assert told(await fd.precopy_info()) == (0, 0, True), "what is read is initial no more; the epoch is told"
+    assert told(await fd.precopy_info()) == (0, 2 * BLOCK_BYTES + HEADER_BYTES, False)
+
+
+@pytest.mark.rule("v2.best.d1", "v2.best.d2")
+@virtual
+async def test_with_priority_the_rest_of_a_record_that_was_begun_comes_first_and_counts() -> None:
+    hosts = Hosts({**WHOLE, **BUSY, **NEW_AT_100_MS, **PRIORITY})
+    fd = await opted_in(hosts.source)
+    await read_all(fd)
+    await sleep_until_ns(99 * MS)
+    await fd.precopy_info()
+    await sleep_until_ns(99 * MS + MS // 2)
+    begun = await read(fd, 100_000)
+    await sleep_until_ns(110 * MS)
+    info = await fd.precopy_info()
+    rest_bytes = begun.parts[0].record.size_bytes - 100_000
+    assert told(info) == (rest_bytes + NEW_OBJECTS_BYTES, 0, True)
+    data = await read(fd, rest_bytes + 1)
+    assert [(part.start, len(part.record.objects)) for part in data.parts] == [(100_000, 0), (0, 2)]
+    assert told(await fd.precopy_info())[0] == NEW_OBJECTS_BYTES - 1
+
+
+@pytest.mark.rule("v2.best.d1")
+@virtual
+async def test_with_priority_only_what_was_read_keeps_a_record_from_being_overtaken() -> None:
+    """Of two chunks one is begun; the other, and one that is being saved, come behind the critical data, which has a
+    chunk of its own."""
+    hosts = Hosts({**NEW_AT_100_MS, **PRIORITY})
+    fd = await opted_in(hosts.source)
+    await sleep_until_ns(50 * MS)
+    await read(fd, FIRST_BYTES + OBJECTS_BYTES + HEADER_BYTES + 1)
+    await sleep_until_ns(110 * MS)
+    assert told(await fd.precopy_info()) == (CHUNK_BYTES + HEADER_BYTES - 1 + NEW_OBJECTS_BYTES, 0, True)
+    assert [len(record.objects) for record in records((await read(fd)).parts)][:2] == [0, 2]
+
+
+@pytest.mark.rule("v2.best.d1")
+@virtual
+async def test_with_priority_no_record_is_begun_that_critical_data_may_still_overtake() -> None:
+    """At a record's end a read() waits for the SAVE of critical data that goes on."""
+    changes = {"firmware.save_command_us": 5000.0, "device.0.reconfigurations": {"at_s": [0.1], "objects_each": 2}}
+    fd = await opted_in(Hosts({**changes, **PRIORITY}).source)
+    await sleep_until_ns(50 * MS)
+    first = await read(fd, FIRST_BYTES + OBJECTS_BYTES + HEADER_BYTES + CHUNK_BYTES)
+    assert len(first.parts) == 3
+    await sleep_until_ns(101 * MS)
+    (rest,) = (await read(fd)).parts
+    assert (len(rest.record.objects), rest.stop) == (0, CHUNK_BYTES + HEADER_BYTES), "of the one that is begun"
+    assert await fd.poll(0) is Ready.NOTHING
+    assert 3 * MS < await took_ns(fd.poll()) < 5 * MS
+    assert [len(record.objects) for record in records((await read(fd)).parts)][:1] == [2]
+
+
+@pytest.mark.rule("v2.best.d1")
+@virtual
+async def test_with_priority_late_critical_data_comes_first_after_the_stop_too() -> None:
+    """Unread dirty data of before the stop comes behind it, and what was dirtied since then."""
+    hosts, fd = await with_unread_dirty_bytes({**PRIORITY, "device.0.reconfigurations": {"during_stop_ms": [0.5]}})
+    hosts.state.order_stop(now_ns())
+    await sleep_ns(MS)
+    await hosts.stop()
+    order = [(len(record.objects), len(record.blocks)) for record in records(await read_all(fd))]
+    assert order[0][0] > 0
+    assert order[1] == (0, 15)
+    assert all(objects == 0 for objects, _ in order[1:])
+
+
+@pytest.mark.rule("v2.best.d1")
+@virtual
+async def test_priority_is_for_who_opted_in() -> None:
+    changes = {**WHOLE, **BUSY, **NEW_AT_100_MS, **PRIORITY}
+    hosts = Hosts(changes)
+    (fd,) = await session(hosts.source, State.PRE_COPY)
+    await read_all(fd)
+    await sleep_until_ns(99 * MS)
+    await fd.precopy_info()
+    await sleep_until_ns(110 * MS)
+    assert [len(record.objects) for record in records(await read_all(fd))] == [0]
+    assert not (await fd.precopy_info()).reinit
+    assert len(objects(await read_all(fd))) == 2
 
 
 # --- MIG_DATA_SIZE ---------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ MEANING: dict[str, dict[str, dict[str, Any]]] = {
         "early": {"vmm.early_save": True},
         "reinit-flush": {"vmm.reinit": True, "driver.reinit": "flush"},
         "reinit-invalidate": {"vmm.reinit": True, "driver.reinit": "invalidate"},
+        "priority": {"vmm.reinit": True, "driver.reinit": "priority"},
         "no-reinit": {"vmm.reinit": False},
         "ack": {"vmm.switchover_ack": "one_shot"},
         "no-ack": {"vmm.switchover_ack": "off"},
@@ -88,7 +89,7 @@ CHOICES = {
         ["", "-multifd", "-single"],
         ["", "-early"],
         ["", "-retry"],
-        ["", "-reinit-flush", "-reinit-invalidate", "-no-reinit"],
+        ["", "-reinit-flush", "-reinit-invalidate", "-priority", "-no-reinit"],
         ["", "-ack", "-no-ack", "-ack-reusable"],
         ["", "-polls", "-deduces"],
         ["", "-critical-first"],
@@ -347,7 +348,7 @@ def test_a_close_name_is_suggested() -> None:
 
 
 def test_a_reusable_ack_needs_reinit_from_the_name_or_from_the_scenario() -> None:
-    with pytest.raises(UserError, match="REINIT only: add -reinit-flush or -reinit-invalidate"):
+    with pytest.raises(UserError, match="REINIT only: add -reinit-flush, -reinit-invalidate or -priority"):
         Protocol.parse("v2-ack-reusable", SCENARIO)
     with_reinit = small_scenario({"vmm.reinit": True})
     assert Protocol.parse("v2-ack-reusable", with_reinit).applied(with_reinit).scenario.vmm.switchover_ack == "reusable"

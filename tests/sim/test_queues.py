@@ -59,6 +59,51 @@ def test_only_records_of_which_no_byte_was_taken_are_dropped(sizes: list[int], m
     assert queue.unread_bytes == 0
 
 
+OPERATIONS = st.lists(st.sampled_from(["dirty", "critical", "initial", "take"]), min_size=1, max_size=20)
+
+
+@pytest.mark.rule("v2.best.d1")
+@given(OPERATIONS, st.data())
+def test_what_overtakes_goes_before_dirty_records_that_nobody_began_and_nothing_is_lost_or_doubled(
+    operations: list[str], data: st.DataObject
+) -> None:
+    """Against a list of whole records: what is begun is first, then all that may not be overtaken, in order."""
+    queue, loaded = SaveQueue(100), LoadQueue(0)
+    due: list[Record] = []
+    begun = 0  # of the first one that is due, bytes taken
+    written: list[Record] = []
+
+    def take(most: int) -> None:
+        nonlocal begun
+        for part in queue.take(most).data.parts:
+            assert (part.record, part.start) == (due[0], begun)
+            begun = part.stop
+            if loaded.add(part.record, part.start, part.stop):
+                written.append(due.pop(0))
+                begun = 0
+
+    for at, operation in enumerate(operations):
+        if operation == "take":
+            take(data.draw(st.integers(1, 300)))
+            continue
+        numbers = {"objects" if operation == "critical" else "blocks": np.array([at])}
+        record = Record(0, 1, data.draw(st.integers(1, 100)), initial=operation == "initial", **numbers)
+        queue.append(record, overtakes=operation == "critical")
+        if operation == "critical":
+            firm = [each.initial or len(each.objects) > 0 for each in due]
+            firm[:1] = [begun > 0 or firm[0]] if due else []
+            last = max((place for place, is_firm in enumerate(firm, 1) if is_firm), default=0)
+            assert queue.firm_bytes == sum(each.size_bytes for each in due[:last]) - begun + record.size_bytes
+            due.insert(last, record)
+        else:
+            due.append(record)
+    take(queue.unread_bytes)
+    assert (len(written), due, queue.unread_bytes) == (len(operations) - operations.count("take"), [], 0)
+    for kind in ("blocks", "objects"):
+        numbers_of_kind = [n for record in written for n in getattr(record, kind).tolist()]
+        assert numbers_of_kind == sorted(numbers_of_kind), "among each other they stay in order"
+
+
 @pytest.mark.parametrize(
     ("stream", "sequence", "start", "code"),
     [(1, 0, 0, errno.EXDEV), (0, 0, 0, errno.EALREADY), (0, 2, 0, errno.EILSEQ), (0, 1, 1, errno.EPROTO)],

@@ -83,6 +83,7 @@ def test_a_scenario_is_what_the_driver_is_told() -> None:
             "driver.epochs": "invalidate",
         },
         {"driver.reinit": "invalidate"},
+        {"driver.reinit": "priority"},
         {"driver.precopy_image": "whole"},
         {"firmware.service_cv": 0.1},
         {"firmware.engines": 2.5},

@@ -217,6 +217,7 @@ async def test_a_save_in_flight_at_the_stop_ends_and_the_last_image_has_only_wha
 
 
 @pytest.mark.rule("v2.driver.8")
+@pytest.mark.rule("v2.best.d5")
 @pytest.mark.parametrize("chunks", [1, 2, 5])
 @pytest.mark.parametrize("state", [State.PRE_COPY, State.STOP_COPY])
 @virtual
@@ -753,7 +754,7 @@ RESTLESS = {
 
 @pytest.mark.rule("v2.driver.15")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("reinit", ["flush", "invalidate", "none"])
+@pytest.mark.parametrize("reinit", ["flush", "invalidate", "priority", "none"])
 @settings(max_examples=8)
 @given(
     precopy_ns=st.integers(0, 60 * MS),
