@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""v3: whether the target has loaded the first pass over a device's state. Until then, what remains says nothing.
+"""Whether the target has loaded the first pass over a device's state. Until then, what remains says nothing.
 
 A driver that loads whole images (mlx5) begins its longest LOAD when the last byte of the first image was sent. A guest
 that is stopped then stands still for all of it.
@@ -14,8 +14,8 @@ from proto_v3.wire.streams import OutStream
 
 
 class FirstPass:
-    """Of one dirty stream, or of all wire streams that carry a device's blocks: each ends its pass when it first runs
-    dry."""
+    """Of one dirty stream, of all wire streams that carry a device's blocks, or, in v2, of a device: each ends its pass
+    when it first runs dry."""
 
     def __init__(self, device: int, streams: Iterable[int]) -> None:
         self.device = device

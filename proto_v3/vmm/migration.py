@@ -130,6 +130,7 @@ class Source(abc.ABC):
         self.counters = side.counters
         self.switchover: Switchover | None = None
         """From the start of the iterations."""
+        self.ram_bytes_sent = 0
         self.reason = ""
         """Why a migration that was given up in pre-copy did not converge, in words."""
         self.note = ""
@@ -443,6 +444,7 @@ class Source(abc.ABC):
             await self.channels[0].send(Frame(Kind.RAM, payload=pages))
         else:
             await self.senders.send_pages(self, pages)
+        self.ram_bytes_sent += len(pages)
 
     async def end_pass(self) -> None:
         """There are no dirty pages for now: if a pass over RAM has ended, report it, if multifd carries RAM."""

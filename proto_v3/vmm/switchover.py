@@ -42,6 +42,8 @@ class SwitchoverSettings:
     given_bandwidth_bytes_per_s: float | None = None
     """If set, used instead of the measured bandwidth, once the first window is over (QEMU's
     avail-switchover-bandwidth)."""
+    by_parts: bool | None = None
+    """Whether each part of what is left must fit by itself, too (stop_rule.py). None: as the protocol does it."""
     max_bandwidth_bytes_per_s: float | None = None
     """v2: the most that is sent before the guest is stopped (QEMU's max-bandwidth). None: no limit."""
 

@@ -22,8 +22,10 @@ from proto_v3.errors import ProtoV3Error
 from proto_v3.timeline import Join, Work
 from proto_v3.vfio.device import MigrationDevice
 from proto_v3.vfio.uapi import MigrationFlags, State
+from proto_v3.vmm.first_pass import FirstPass
 from proto_v3.vmm.migration import HUNG, OutcomeKind, Side, Source, pause, read_some
 from proto_v3.vmm.multifd import Senders
+from proto_v3.vmm.stop_rule import StopRule
 from proto_v3.vmm.switchover import Left, StoppedOnly, Switchover
 from proto_v3.vmm.v2 import Ack, V2Options
 from proto_v3.wire.channel import Channel
@@ -46,7 +48,12 @@ class LateAckError(ProtoV3Error):
 class _Known:
     """What the source knows of a device in pre-copy."""
 
-    def __init__(self) -> None:
+    what = ""  # it is all that a device has
+
+    def __init__(self, device: int) -> None:
+        self.device = device
+        self.sent_bytes = 0  # total since the start
+        self.first_pass = FirstPass(device, [0])
         self.initial_bytes = 0
         self.dirty_bytes = 0
         self.requests = 1  # acks needed so far: one for the initial data, one for each REINIT
@@ -87,13 +94,14 @@ class V2Source(Source):
         super().__init__(side, channels, senders)
         self._options = options
         self._main = channels[0]
-        self._known = [_Known() for _ in side.devices]
+        self._known = [_Known(index) for index in range(len(side.devices))]
         self._all_acked = False  # whether the one-shot ack was received
         self._late: list[str] = []
         """Devices that need an ack after it was decided to stop."""
         self._read_bytes: list[int] = []
         self._section_bytes = 0
         self._decided_ns = self.now_ns  # when the last round began
+        self._rule: StopRule  # from the start of pre-copy
         self._saving = Join()
         """The save threads, and around them all from the start of pre-copy to the last byte."""
 
@@ -105,15 +113,19 @@ class V2Source(Source):
     async def move(self, start_ns: int) -> OutcomeKind | None:
         async with self._saving:
             # The first window counts the set-up, too (migration_thread, update_iteration_initial_status).
-            self.switchover = switchover = Switchover(self.side.settings, start_ns)
-            outcome = await self.in_precopy(start_ns, self._open())
-            while outcome is None:
-                outcome = await self.in_precopy(start_ns, self._precopy(switchover))
-                if outcome is None and await self.stop_guest():
-                    break
+            self._rule = StopRule(self.side.settings, start_ns, by_parts=False)
+            self.switchover = self._rule.whole
+            outcome = await self.in_precopy(start_ns, self._open()) or await self._until_stopped(start_ns)
             if outcome is None:
                 await self._check_late()
                 await self._drain()
+        return outcome
+
+    async def _until_stopped(self, start_ns: int) -> OutcomeKind | None:
+        """Pre-copy, until the guest is stopped for good: None. Else how pre-copy ended."""
+        while (outcome := await self.in_precopy(start_ns, self._precopy())) is None:
+            if await self.stop_guest():
+                return None
         return outcome
 
     @override
@@ -123,14 +135,16 @@ class V2Source(Source):
 
     @override
     def handle(self, frame: Frame) -> bool:
-        if frame.kind is not Kind.SWITCHOVER_ACK:
-            return False
-        if frame.value == 0:
-            self._all_acked = True
-        elif frame.device < len(self._known):
-            self._known[frame.device].acked = frame.value
-        else:
-            return False
+        known = self._known[frame.device] if frame.device < len(self._known) else None
+        match frame.kind:
+            case Kind.SWITCHOVER_ACK if frame.value == 0:
+                self._all_acked = True
+            case Kind.SWITCHOVER_ACK if known is not None:
+                known.acked = frame.value
+            case Kind.FIRST_PASS_LOADED if known is not None:
+                return known.first_pass.answered(frame.stream)
+            case _:
+                return False
         return True
 
     @override
@@ -153,29 +167,30 @@ class V2Source(Source):
             if self._has(index, MigrationFlags.PRE_COPY):
                 await self._enter(index, State.PRE_COPY)
                 await self._ask(index)
+                self._rule.add(known, self.now_ns)
             if size != UNKNOWN_STOP_COPY_BYTES:
                 known.stopped_only.begins(size, size - known.unread_bytes)
 
     # --- pre-copy -----------------------------------------------------------------------------------------------------
 
-    async def _precopy(self, switchover: Switchover) -> None:
+    async def _precopy(self) -> None:
         """Iterate until the guest can be stopped."""
-        settings = self.side.settings
+        settings, switchover, ram = self.side.settings, self._rule.whole, self.side.machine.ram
         while True:
             self._decided_ns = self.now_ns
             moved = await self._round(switchover)
             self._section_bytes += SECTION_BYTES * (1 + len(self.fds))
-            switchover.sample(self.now_ns, self._counted_bytes())
+            self._sample()
             if switchover.window_is_full(self._counted_bytes()):  # nothing is sent or decided before it is over
                 await pause(switchover.window_left_ns(self.now_ns))
-                switchover.sample(self.now_ns, self._counted_bytes())
+                self._sample()
             if self.out_of_time:
-                self.note_force(self._estimate(), self.held_up(0))
+                self.note_force(ram.pending_bytes() + self._unread_bytes, self.held_up(self._unread_bytes))
                 return
             if self._options.polls:
                 await self._ask_devices()
             # migration_iteration_run: the exact figure costs, and is asked for only once the cheap one fits
-            if switchover.fits(self._estimate()) and switchover.fits(await self._exact()) and self._can_switch_over():
+            if self._fits(self._unread_bytes) and self._fits(await self._exact()) and self._can_switch_over():
                 return
             if not moved:
                 await pause(settings.idle_round_ns)
@@ -200,9 +215,12 @@ class V2Source(Source):
             if data is not None and len(data):
                 known.read(len(data))
                 await self._send_device_data(index, data)
+                known.sent_bytes += len(data)
                 moved = True
             else:  # ENOMSG, or 0 from a driver that returns that instead
                 known.drained()
+                if self._rule.by_parts:
+                    await known.first_pass.ran_dry(self._main, 0)
             if self._options.ack is not Ack.OFF and known.initial_bytes == 0 and not known.sent:
                 known.sent = True
                 await self._main.send_control(Kind.INIT_DATA_SENT, index, value=known.requests)
@@ -213,18 +231,26 @@ class V2Source(Source):
         """What bandwidth and max-bandwidth count."""
         return self.bytes_sent() + self._section_bytes
 
-    def _estimate(self) -> int:
-        """Remaining bytes as far as the VMM knows without asking (QEMU's state_pending_estimate)."""
-        device_bytes = sum(known.unread_bytes for known in self._known)
-        return self.side.machine.ram.pending_bytes() + device_bytes
+    def _sample(self) -> None:
+        ram_bytes = self.side.machine.ram.pending_bytes()
+        self._rule.sample(self.now_ns, self._counted_bytes(), self.ram_bytes_sent, ram_bytes)
+
+    def _fits(self, device_bytes: int) -> bool:
+        return self._rule.fits(self.side.machine.ram.pending_bytes(), device_bytes)
+
+    @property
+    def _unread_bytes(self) -> int:
+        """The devices' remaining bytes as far as the VMM knows without asking (QEMU's state_pending_estimate)."""
+        return sum(known.unread_bytes for known in self._known)
 
     async def _exact(self) -> int:
-        """Remaining bytes, asked for. That makes drained devices save what became dirty (QEMU's state_pending_exact).
+        """The devices' remaining bytes, asked for, as RAM's are. That makes drained devices save what became dirty
+        (QEMU's state_pending_exact).
 
         A device's part is MIG_DATA_SIZE. Then it is asked for what pre-copy has to give, before the next device.
         """
         await self.side.machine.ram.sync()
-        remaining = self.side.machine.ram.pending_bytes()
+        remaining = 0
         for index, (device, known) in enumerate(zip(self.side.devices, self._known, strict=True)):
             size = await _stop_copy_bytes(device)
             if index in self.fds:
@@ -250,6 +276,7 @@ class V2Source(Source):
         decided_ns = self.now_ns - self._decided_ns
         if decided_ns > HUNG * self.side.settings.give_up_ns:
             lines.append(f"the target did not take what was sent for {decided_ns / 1e9:.3g} s")
+        lines += self._rule.held_up(names, self.side.machine.ram.pending_bytes(), device_bytes)
         if self._can_switch_over():
             return lines
         if unsent := [names[index] for index in self.fds if not self._known[index].sent]:

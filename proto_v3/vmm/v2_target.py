@@ -24,7 +24,7 @@ from proto_v3.wire.frames import Frame, Kind, Payload
 
 ON_MAIN: Table = {
     **RAM,
-    **stays("pre-copy", [Kind.DATA, Kind.INIT_DATA_SENT]),
+    **stays("pre-copy", [Kind.DATA, Kind.INIT_DATA_SENT, Kind.FIRST_PASS_SENT]),
     **stays("RAM is here", [Kind.DEVICE_BEGIN, Kind.DATA, Kind.STREAM_END, Kind.CONFIG]),
     ("RAM is here", Kind.END): "ended",
 }
@@ -32,7 +32,7 @@ ON_MAIN: Table = {
 ALL_BY_MULTIFD: Table = {
     ("set-up", Kind.SETUP): "pre-copy",
     **PASS_ENDS,
-    **stays("pre-copy", [Kind.DATA, Kind.INIT_DATA_SENT]),
+    **stays("pre-copy", [Kind.DATA, Kind.INIT_DATA_SENT, Kind.FIRST_PASS_SENT]),
     ("pre-copy", Kind.SWITCHOVER_START): "switchover",
     ("switchover", Kind.RAM_BEGIN): "last pass",
     ("last pass", Kind.RAM_END): "RAM is here",
@@ -40,7 +40,7 @@ ALL_BY_MULTIFD: Table = {
 }
 """What comes on it if multifd carries RAM and the devices' stop-copy data."""
 OF_DEVICE: Table = {
-    **stays("pre-copy", [Kind.DATA, Kind.INIT_DATA_SENT]),
+    **stays("pre-copy", [Kind.DATA, Kind.INIT_DATA_SENT, Kind.FIRST_PASS_SENT]),
     ("pre-copy", Kind.DEVICE_BEGIN): "stop-copy",
     **stays("stop-copy", [Kind.DATA]),
     ("stop-copy", Kind.STREAM_END): "loaded",
@@ -113,6 +113,8 @@ class V2Target(Target):
                     await self.side.machine.ram.load(frame.payload)
                 case Kind.INIT_DATA_SENT:
                     await self._ack(frame)
+                case Kind.FIRST_PASS_SENT:  # all that came before on this channel is loaded
+                    await self._main.send_control(Kind.FIRST_PASS_LOADED, index)
                 case Kind.SWITCHOVER_START if self._receivers is not None:
                     self._receivers.start_loading(self._fds)
                 case Kind.RAM_PASS_END if self._receivers is not None:

@@ -6,9 +6,9 @@ When all critical bytes of an epoch were sent, EPOCH_SENT follows them. The targ
 loaded. A device is ready when nothing critical is unread and its newest epoch is loaded. Its critical task waits in
 poll() for new epochs.
 
-The guest is stopped when all devices are ready and the remaining bytes fit the downtime limit, by the same rule as in
-v2. RAM and each dirty stream must also fit by themselves, because they move beside each other. Once RAM fits, a dirty
-stream that ran dry is asked for more, and does not wait for the others.
+The guest is stopped when all devices are ready and the remaining bytes fit the downtime limit (stop_rule.py). RAM and
+each dirty stream must also fit by themselves, because they move beside each other. Once RAM fits, a dirty stream that
+ran dry is asked for more, and does not wait for the others.
 
 The final check: with the vCPUs stopped and the devices in PRE_COPY_P2P, each critical fd is asked once more. No guest
 runs, so the answer is final. With a new epoch, the guest is resumed (`retry`), or the stop continues (`proceed`).
@@ -31,7 +31,8 @@ from proto_v3.vmm.first_pass import FirstPass
 from proto_v3.vmm.migration import OutcomeKind, Side, Source, pause, read_some
 from proto_v3.vmm.multifd import Senders
 from proto_v3.vmm.return_path import HandOver
-from proto_v3.vmm.switchover import Backlog, Left, RamBacklog, StoppedOnly, StreamBacklog, Switchover
+from proto_v3.vmm.stop_rule import StopRule
+from proto_v3.vmm.switchover import Left, StoppedOnly
 from proto_v3.vmm.v3 import V3Options, opt_out
 from proto_v3.vmm.v3_blocks import BlockReaders
 from proto_v3.wire.channel import Channel
@@ -115,14 +116,12 @@ class V3Source(Source):
         self._not_dirty_bytes: list[int] = []
         """Of each device, what its dirty streams did not have when the session began."""
         self._readers: list[BlockReaders] = []
-        self._backlogs: list[tuple[_Stream | BlockReaders, StreamBacklog]] = []
+        self._parts: list[_Stream | BlockReaders] = []
         """One for each dirty stream, or for the readers of each device's blocks."""
         self._sending: list[asyncio.Task[None]] = []
         self._ready_changed = Notify()  # whether a device is ready may have changed
         self._force_at_ns: int | None = None
-        self._whole = Switchover(side.settings, self.now_ns)
-        self._ram = RamBacklog(side.settings, self.now_ns)
-        self._ram_bytes_sent = 0
+        self._rule = StopRule(side.settings, self.now_ns, by_parts=True)
         self._ram_phase = _RamPhase.ITERATE
         self._ram_notify = Notify()
         """The phase changed. Pausing wakes nobody: the task notices it at its next round."""
@@ -160,7 +159,7 @@ class V3Source(Source):
             ram = tasks.start(self._send_ram(), "source RAM")
             outcome = await self.in_precopy(start_ns, self._open(tasks)) or await self._until_stopped(start_ns)
             if outcome is None:
-                live = {stream.device for stream, _ in self._backlogs}
+                live = {part.device for part in self._parts}
                 for device in range(len(self.side.devices)):
                     if device not in live:
                         await self.ready_to_drain(device)
@@ -181,8 +180,8 @@ class V3Source(Source):
         await self.open_sessions()
         for device in self.fds:
             await self._start_streams(tasks, device)
-        self.switchover = self._whole
-        for part, _ in self._backlogs:
+        self.switchover = self._rule.whole
+        for part in self._parts:
             await part.ask()
             sizes[part.device] -= part.read_bytes + part.unread_bytes
         self._not_dirty_bytes = sizes
@@ -202,13 +201,17 @@ class V3Source(Source):
             streams = [self._streams.stream(device, 1 + at) for at in range(self._options.wire_streams)]
             readers = BlockReaders(fd, streams, device, self.side.settings.read_bytes)
             self._readers.append(readers)
-            self._backlogs.append((readers, StreamBacklog(self.side.settings, self.now_ns)))
+            self._add(readers)
             self._sending.append(tasks.start(readers.work(name), f"source {name} blocks"))
             return
         for index, fd_of_stream in enumerate(fds, 1):
             stream = _Stream(fd_of_stream, self._streams.stream(device, index), device, index)
-            self._backlogs.append((stream, StreamBacklog(self.side.settings, self.now_ns)))
+            self._add(stream)
             self._sending.append(tasks.start(self._send_dirty(stream), f"source {name} stream {index}"))
+
+    def _add(self, part: _Stream | BlockReaders) -> None:
+        self._parts.append(part)
+        self._rule.add(part, self.now_ns)
 
     # --- what runs beside each other ----------------------------------------------------------------------------------
 
@@ -219,7 +222,6 @@ class V3Source(Source):
                 await self._ram_notify.wait()
             elif (pages := await ram.take(settings.ram_budget_ns)) is not None:
                 await self.send_pages(pages)
-                self._ram_bytes_sent += len(pages)
             else:
                 await self.end_pass()
                 await self._wait_for_dirty_ram()
@@ -276,7 +278,7 @@ class V3Source(Source):
         if frame.kind is Kind.CREDIT:
             return self._streams.credited(frame)
         if frame.kind is Kind.FIRST_PASS_LOADED:
-            passes = [part.first_pass for part, _ in self._backlogs]
+            passes = [part.first_pass for part in self._parts]
             return any(each.device == frame.device and each.answered(frame.stream) for each in passes)
         if frame.kind is not Kind.EPOCH_LOADED or frame.device >= len(self._critical):
             return False
@@ -317,31 +319,11 @@ class V3Source(Source):
             await pause(settings.decision_interval_ns)
 
     def _sample(self) -> None:
-        now_ns = self.now_ns
-        self._whole.sample(now_ns, self.bytes_sent())
-        self._ram.sample(now_ns, self._ram_bytes_sent, self.side.machine.ram.pending_bytes())
-        for part, backlog in self._backlogs:
-            backlog.sample(now_ns, part.sent_bytes, part.unread_bytes)
+        ram_bytes = self.side.machine.ram.pending_bytes()
+        self._rule.sample(self.now_ns, self.bytes_sent(), self.ram_bytes_sent, ram_bytes)
 
     def _fits(self, device_bytes: int) -> bool:
-        """Whether RAM and `device_bytes` fit the downtime limit together, and each part by itself.
-
-        The first pass over each device must be loaded. A stream first sends what it has saved, at its own rate. What
-        the devices save after that must fit the rest of the limit, at the bandwidth of the whole.
-        """
-        ram_bytes = self.side.machine.ram.pending_bytes()
-        return (
-            self._whole.fits(ram_bytes + device_bytes)
-            and self._ram.fits(ram_bytes)
-            and all(part.first_pass.loaded for part, _ in self._backlogs)
-            and all(backlog.fits(part.unread_bytes) for part, backlog in self._backlogs)
-            and self._whole.fits_after(self._unread_ns, max(0, device_bytes - self._unread_bytes))
-        )
-
-    @property
-    def _unread_ns(self) -> float:
-        """How long the slowest stream takes for what it has to give."""
-        return max((backlog.time_ns(part.unread_bytes) for part, backlog in self._backlogs), default=0.0)
+        return self._rule.fits(self.side.machine.ram.pending_bytes(), device_bytes)
 
     @property
     def _ready(self) -> bool:
@@ -363,7 +345,7 @@ class V3Source(Source):
     @property
     def _unread_bytes(self) -> int:
         """The devices' remaining bytes, as far as the VMM knows without asking."""
-        return sum(part.unread_bytes for part, _ in self._backlogs)
+        return sum(part.unread_bytes for part in self._parts)
 
     async def _exact(self) -> int:
         """The devices' remaining bytes, asked for: drained streams then save what became dirty. RAM is synced too."""
@@ -371,7 +353,7 @@ class V3Source(Source):
         await self._ask()
         sizes = [await device.stop_copy_bytes() for device in self.side.devices]
         for device in self.fds:
-            if not any(part.unread_bytes for part, _ in self._backlogs if part.device == device):
+            if not any(part.unread_bytes for part in self._parts if part.device == device):
                 self._stopped_only[device].drained(sizes[device])
         return sum(sizes)
 
@@ -396,31 +378,16 @@ class V3Source(Source):
             if not (known := self._critical[device]).ready:
                 where = "loaded" if known.drained and known.sent_epoch == known.epoch else "read to its end"
                 lines.append(f"the critical data of {names[device]} (epoch {known.epoch}) was not {where}")
-        lines += [
-            f"the first pass of {names[part.device]} {part.what} was not loaded at the target"
-            for part, _ in self._backlogs
-            if not part.first_pass.loaded
-        ][:1]
-        ram_bytes = self.side.machine.ram.pending_bytes()
-        parts: list[tuple[str, Backlog, int]] = [("RAM", self._ram, ram_bytes)]
-        parts += [(f"{names[part.device]} {part.what}", backlog, part.unread_bytes) for part, backlog in self._backlogs]
-        if short := [each for each in parts if not each[1].fits(each[2])]:
-            what, backlog, unread_bytes = max(short, key=lambda each: each[1].time_ns(each[2]))
-            others = f" (and {len(short) - 1} more do not fit by themselves)" if len(short) > 1 else ""
-            lines.append(f"{what} has {backlog.falls_short(unread_bytes)}{others}")
-        elif self._whole.fits(ram_bytes + device_bytes):
-            lines += self._whole.falls_short(self._unread_ns, max(0, device_bytes - self._unread_bytes))
-        return lines
+        return [*lines, *self._rule.held_up(names, self.side.machine.ram.pending_bytes(), device_bytes)]
 
     async def _ask(self) -> None:
-        for part, _ in self._backlogs:
+        for part in self._parts:
             await part.ask()
 
     async def _ask_dry(self) -> None:
         """Ask the streams that ran dry, if RAM fits: if not, what they would save now would only become dirty again."""
-        ram_bytes = self.side.machine.ram.pending_bytes()
-        if self._whole.fits(ram_bytes) and self._ram.fits(ram_bytes):
-            for part, _ in self._backlogs:
+        if self._rule.ram_fits(self.side.machine.ram.pending_bytes()):
+            for part in self._parts:
                 if part.unread_bytes == 0:
                     await part.ask()
 

@@ -55,7 +55,7 @@ class Kind(enum.IntEnum):
     SWITCHOVER_START = 15  # multifd: the guest is stopped, load threads start
     HELLO = 16  # v3, in both directions, before all else; payload: see proto_v3/vmm/negotiate.py
     LAST = 17  # v3, blocks; payload: the END record, to be written when all wire streams of the device ended
-    FIRST_PASS_SENT = 18  # v3, on a dirty stream: it ran dry for the first time
+    FIRST_PASS_SENT = 18  # v3, on a dirty stream, or v2 of a device: it ran dry for the first time
     RAM_PASS_END = 19  # multifd, on the main connection; value: the pass over RAM whose SYNC was sent on all channels
     # target to source
     EPOCH_LOADED = 20  # v3; value: the epoch; all its critical data is loaded
@@ -64,7 +64,7 @@ class Kind(enum.IntEnum):
     SWITCHOVER_ACK = 23  # v2; value: the request that it answers, 0 for all devices at once
     FAILED = 24  # the target cannot continue
     CREDIT = 25  # v3, shared connections; stream: 0 critical, 1 dirty; value: bytes that the driver took
-    FIRST_PASS_LOADED = 26  # v3; stream: whose first pass is loaded
+    FIRST_PASS_LOADED = 26  # stream: whose first pass is loaded; v2: 0
     # source to target, after LOADED
     COMMIT = 30  # v3: the source gives up its right to run
 

@@ -30,6 +30,16 @@ _CHUNKS = {
 }
 _IN_CHUNKS = {"driver": {"precopy_image": "chunks", "initial": "critical"}}
 _REINIT = "the VMM opts in to PRECOPY_INFOv2; on new critical data the driver "
+_STOP_RULES: dict[str, Suffix] = {
+    "whole": Suffix(
+        {"vmm": {"stop_rule": "whole"}}, "the guest is stopped when all that is left fits together (what v2 does)"
+    ),
+    "parts": Suffix(
+        {"vmm": {"stop_rule": "parts"}},
+        "the guest is stopped when RAM and each device's data also fit by themselves, and the first pass over each "
+        "device is loaded (what v3 does)",
+    ),
+}
 V2_SUFFIXES: dict[str, Suffix] = {
     "multifd": Suffix(
         {"vmm": {"multifd": True, "multifd_device_state": True}},
@@ -76,6 +86,7 @@ V2_SUFFIXES: dict[str, Suffix] = {
         _IN_CHUNKS,
         "before the stop, too, the driver saves in chunks, critical records before dirty ones; only these are initial",
     ),
+    **_STOP_RULES,
     **_CHUNKS,
 }
 V3_SUFFIXES: dict[str, Suffix] = {
@@ -105,6 +116,7 @@ V3_SUFFIXES: dict[str, Suffix] = {
         _IN_CHUNKS,
         "before the stop, too, the driver saves in chunks; critical records have a stream of their own anyway",
     ),
+    **_STOP_RULES,
     **_CHUNKS,
 }
 SUFFIXES = {"v2": V2_SUFFIXES, "v3": V3_SUFFIXES}

@@ -291,6 +291,10 @@ class Vmm(Table):
     """v2: the most that is sent before the guest is stopped, as a quota for each `bandwidth_window_ms`; when RAM has
     used it up, the devices have no turn. If left out, there is no limit; QEMU's max-bandwidth is 128 MiB/s unless its
     user raises it, as those of VFIO do."""
+    stop_rule: Literal["whole", "parts"] | None = None
+    """What must fit the downtime limit: all that is left together (`whole`, as in QEMU), or also RAM and each device's
+    data by itself, with the first pass over each device loaded (`parts`). If left out, v2 does the first and v3 the
+    second."""
     decision_interval_ms: Annotated[float, Field(ge=0.1, le=1e9)]
     """v2: what a round of the migration thread takes that has nothing to send, beside RAM's sync and the devices'
     calls. QEMU does not pause."""

@@ -165,3 +165,42 @@ def test_a_guest_that_is_stopped_by_force_is_not_resumed() -> None:
     outcome, _ = kept_run(small_scenario(LATE | {"vmm.force_after_s": 0.01}), f"{ACK}-retry")
     assert outcome.kind is OutcomeKind.COMPLETED
     assert (outcome.counters.retries, outcome.note.startswith("stopped by force")) == (0, True)
+
+
+# --- one stop rule ----------------------------------------------------------------------------------------------------
+
+LONG_LOAD: dict[str, Any] = {
+    "driver.precopy_image": "whole",
+    "driver.initial": "image",
+    "firmware.load_mib_per_s": 80.0,
+    "vmm.bandwidth_gbit_per_s": 8.0,
+    "vmm.downtime_limit_ms": 1.0,
+}
+"""The first image is sent in some 10 ms. The target loads it, 100 ms, when its last byte is written."""
+
+
+@pytest.mark.rule("v2.best.3")
+@pytest.mark.parametrize(("version", "load_ms"), [("v2", 100), ("v2-multifd", 100), ("v3-n1", 100), ("v3-n2", 50)])
+def test_by_parts_the_first_pass_is_loaded_before_the_stop_and_by_the_whole_in_the_downtime(
+    version: str, load_ms: int
+) -> None:
+    whole, parts = (completed(LONG_LOAD, f"{version}-{rule}")[0].downtime_ns for rule in ("whole", "parts"))
+    assert whole is not None
+    assert parts is not None
+    assert whole - parts == pytest.approx(ns(load_ms), abs=ns(12))
+
+
+@pytest.mark.rule("v2.best.3")
+@pytest.mark.parametrize(("version", "own"), [("v2", "whole"), ("v2-multifd", "whole"), ("v3-n2", "parts")])
+def test_the_rule_that_a_protocol_has_by_itself_may_be_named(version: str, own: str) -> None:
+    assert completed(LONG_LOAD, version)[0].digest == completed(LONG_LOAD, f"{version}-{own}")[0].digest
+
+
+@pytest.mark.rule("v2.best.3")
+@pytest.mark.parametrize(("version", "what"), [("v2", "dev"), ("v2-multifd", "dev"), ("v3-n1", "dev stream 1")])
+def test_who_waits_for_a_part_says_for_which(version: str, what: str) -> None:
+    scenario = small_scenario(LONG_LOAD | {"vmm.give_up_s": 0.08})
+    assert kept_run(scenario, f"{version}-whole")[0].kind is OutcomeKind.COMPLETED
+    outcome, _ = kept_run(scenario, f"{version}-parts")
+    assert outcome.kind is OutcomeKind.DID_NOT_CONVERGE
+    assert f"; the first pass of {what} was not loaded at the target" in outcome.reason

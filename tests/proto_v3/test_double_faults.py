@@ -70,7 +70,7 @@ def drawn_v2(draw: random.Random) -> str:
         [
             "v2",
             "v2-multifd",
-            "v2-multifd-early",
+            "v2-multifd-early-parts",
             "v2-ack",
             "v2-reinit-flush-ack-reusable",
             "v2-multifd-reinit-invalidate-ack-reusable",

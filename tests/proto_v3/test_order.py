@@ -24,6 +24,8 @@ PROTOCOLS = [
     "v2-ack",
     "v2-multifd",
     "v2-multifd-reinit-flush-ack-reusable",
+    "v2-parts",
+    "v2-multifd-early",
     "v3-n2",
     "v3-n2-one",
     "v3-blocks-n2",

@@ -1066,7 +1066,17 @@ async def test_a_reusable_ack_says_which_request_it_answers() -> None:
     assert vmm.wire.told(Kind.SWITCHOVER_ACK) == [(Kind.SWITCHOVER_ACK, *request) for request in requests]
 
 
-DUE_IN_PRECOPY = {Kind.DATA, Kind.RAM, Kind.INIT_DATA_SENT, Kind.RAM_BEGIN, Kind.CANCEL}
+@pytest.mark.rule("v2.best.3")
+@virtual
+async def test_the_end_of_a_first_pass_is_answered_when_all_before_it_is_written() -> None:
+    vmm = Target()
+    data = Frame(Kind.DATA, 1, payload=Bulk(5))
+    await vmm.receive(data, Frame(Kind.FIRST_PASS_SENT, 1), data, Frame(Kind.FIRST_PASS_SENT, 0), Frame(Kind.END))
+    answered = [(Kind.FIRST_PASS_LOADED, 1, 0), (Kind.FIRST_PASS_LOADED, 0, 0)]
+    assert vmm.wire.told(Kind.FIRST_PASS_LOADED) == answered
+
+
+DUE_IN_PRECOPY = {Kind.DATA, Kind.RAM, Kind.INIT_DATA_SENT, Kind.FIRST_PASS_SENT, Kind.RAM_BEGIN, Kind.CANCEL}
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ EVERYTHING = small_scenario(
 OF_BOTH: dict[str, dict[str, Any]] = {
     "critical-first": {"driver.precopy_image": "chunks", "driver.initial": "critical"},
     **{f"chunks{n}": {"driver.chunks": n} for n in range(2, 17)},
+    "whole": {"vmm.stop_rule": "whole"},
+    "parts": {"vmm.stop_rule": "parts"},
 }
 # By hand, from what the suffixes are for: what is left of the scenario is not named.
 MEANING: dict[str, dict[str, dict[str, Any]]] = {
@@ -94,6 +96,7 @@ CHOICES = {
         ["", "-polls", "-deduces"],
         ["", "-critical-first"],
         ["", "-chunks2", "-chunks16"],
+        ["", "-whole", "-parts"],
     ],
     "v3": [
         ["", "-n1", "-n9", "-n10", "-n64"],
@@ -104,6 +107,7 @@ CHOICES = {
         ["", "-streams", "-pool", "-one"],
         ["", "-keep", "-invalidate"],
         ["", "-retry", "-proceed"],
+        ["", "-whole", "-parts"],
     ],
 }
 """Suffixes that exclude each other."""

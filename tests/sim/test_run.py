@@ -389,7 +389,7 @@ def test_v3_stops_the_guest_when_critical_data_is_loaded_and_the_rest_fits_by_v2
         nonlocal sent_of_devices
         assert isinstance(kept.source, V3Source)
         parts.add(id(self))
-        if self is kept.source._ram:
+        if self is kept.source._rule.ram:
             assert (bytes_sent, left_bytes) == (sent[Kind.RAM], kept.machines["source"].ram.pending_bytes())
         else:
             sent_of_devices += bytes_sent
@@ -405,8 +405,9 @@ def test_v3_stops_the_guest_when_critical_data_is_loaded_and_the_rest_fits_by_v2
         else:
             assert self._ready
         result = fits(self, device_bytes)
-        each = [self._ram.fits(ram_bytes), *(backlog.fits(part.unread_bytes) for part, backlog in self._backlogs)]
-        assert result == (ram_bytes + device_bytes < self._whole.threshold_bytes and all(each))
+        rule = self._rule
+        each = [rule.ram.fits(ram_bytes), *(backlog.fits(part.unread_bytes) for part, backlog in rule.parts)]
+        assert result == (ram_bytes + device_bytes < rule.whole.threshold_bytes and all(each))
         looks.append(("exact" if exact else "estimate", clock.now_ns(), result))
         return result
 
@@ -419,9 +420,9 @@ def test_v3_stops_the_guest_when_critical_data_is_loaded_and_the_rest_fits_by_v2
 
     async def asked_dry(self: V3Source) -> None:
         """Those that are drained are asked for more, but only once RAM fits."""
-        dry = {id(part) for part, _ in self._backlogs if part.unread_bytes == 0}
+        dry = {id(part) for part in self._parts if part.unread_bytes == 0}
         ram_bytes = kept.machines["source"].ram.pending_bytes()
-        ram_fits = self._whole.fits(ram_bytes) and self._ram.fits(ram_bytes)
+        ram_fits = self._rule.whole.fits(ram_bytes) and self._rule.ram.fits(ram_bytes)
         asks.clear()
         await ask_dry(self)
         assert not any(unread for _, unread in asks)
