@@ -89,13 +89,14 @@ def test_where_a_file_or_a_folder_is_due_the_shell_offers_its_own() -> None:
 
 
 def test_every_suffix_is_offered_where_it_is_not_used_yet_and_is_one() -> None:
-    scenario = load("nic-reconfig", ["vmm.reinit=true"])
+    plain = load("nic-reconfig", ["vmm.reinit=true"])
+    with_more = load("nic-reconfig", ["vmm.reinit=true", "vmm.multifd=true", "vmm.switchover_ack=reusable"])
     for version, suffixes in SUFFIXES.items():
         names = {suffix for suffix in suffixes if not NUMBERED.fullmatch(suffix)}
         every = offered("compare", "nic-reconfig", "--protocols", f"{version}-")
         assert {f"{version}-{name}" for name in names} <= set(every)
-        for name in every:
-            Protocol.parse(name, scenario)
+        for name in every:  # -early and -retry need another one
+            Protocol.parse(name, with_more if name in ("v2-early", "v2-retry") else plain)
     assert "v3-n4-n8" not in offered("compare", "x", "--protocols", "v3-n4-")
     assert "v3-n12" in offered("compare", "x", "--protocols", "v3-n1")
     assert "v3-n1,v3-n1" not in offered("compare", "x", "--protocols", "v3-n1,v3-n")
