@@ -39,16 +39,18 @@ class DecisionQuantity:
     columns: tuple[str, ...]
     """Of the table of runs; they are added."""
     scale: float
+    digits: int = 0
+    """Shown behind the point."""
 
 
 DOWNTIME = "downtime_ms"
 PINNED = ("pinned_chunks_bytes", "pinned_images_bytes", "pinned_target_bytes")
 QUANTITIES = {
     DOWNTIME: DecisionQuantity("downtime, ms", ("downtime_ns",), 1e6),
-    "stop_ms": DecisionQuantity("stop, ms", ("phase_stop_ns",), 1e6),
-    "critical_lag_s": DecisionQuantity("longest lag, s", ("critical_lag_max_ns",), 1e9),
-    "total_s": DecisionQuantity("total, s", ("total_ns",), 1e9),
-    "again_mib": DecisionQuantity("sent again, MiB", ("device_bytes_resent",), MIB),
+    "stop_ms": DecisionQuantity("stop, ms", ("phase_stop_ns",), 1e6, 1),
+    "critical_lag_s": DecisionQuantity("lag, s", ("critical_lag_max_ns",), 1e9, 2),
+    "total_s": DecisionQuantity("total, s", ("total_ns",), 1e9, 2),
+    "again_mib": DecisionQuantity("again, MiB", ("device_bytes_resent",), MIB),
     "pinned_mib": DecisionQuantity("pinned, MiB", PINNED, MIB),
 }
 """By name, which ends in the unit. In each, less is better."""

@@ -46,6 +46,8 @@ class ProposedChange:
     """What it needs that nobody has measured; empty: nothing."""
     v2: tuple[str, ...] = ()
     """The suffixes that it adds to v2's name."""
+    instead_of: str = ""
+    """The suffix of a change above that it takes the place of, in v2's name."""
     v3: tuple[str, ...] = ()
     """The suffixes that it adds to v3's name, in a row below."""
     streams: str = ""
@@ -100,6 +102,15 @@ LADDER = (
         needs="whether firmware saves the critical part by itself",
         v2=("critical-first",),
         v3=("critical-first",),
+        nothing=_reconfigured,
+    ),
+    ProposedChange(
+        "priority",
+        "in the one fd, critical records overtake dirty ones that were not read",
+        "driver, uAPI",
+        needs="as critical-first",
+        v2=("priority",),
+        instead_of="reinit-flush",
         nothing=_reconfigured,
     ),
     ProposedChange(
@@ -178,5 +189,6 @@ def protocol_of(changes: Collection[ProposedChange]) -> str:
     """The name of the protocol with all of these changes."""
     streams = [change.streams for change in changes if change.streams]
     if not streams:
-        return "-".join(["v2", *(suffix for change in changes for suffix in change.v2)])
+        gone = {change.instead_of for change in changes}
+        return "-".join(["v2", *(suffix for change in changes for suffix in change.v2 if suffix not in gone)])
     return "-".join(["v3", streams[-1], *(suffix for change in changes for suffix in change.v3)])

@@ -79,7 +79,7 @@ def _verdict(row: Brought, above: Brought, found: Sequence[Index], samples: Sequ
         return Verdict(name, word, _cut(f"{told} No value in the ranges changes that much."))
     index = next((each for each in found if each.told), None)
     if index is None:
-        return Verdict(name, word, _cut(f"{told} No single key decides."))
+        return Verdict(name, word, _cut(f"{told} No single key decides." if found else told))
     turns = turn([sample.values[index.key] for sample in samples], list(row.gains_percent > 100 * WORTH))
     return Verdict(name, word, _cut(f"{told} To settle it, measure {what_it_is(index.key)}."), index, turns)
 

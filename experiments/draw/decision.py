@@ -42,13 +42,12 @@ def draw_decision(decision: Decision, made_by: str = MADE_BY) -> Figure:
     worth.set_xlim(0, 100)
     downtimes.set_xlim(left=0)
     downtimes.margins(x=0.15)
-    for axis, title, unit in (
-        (downtimes, "downtime", "ms"),
-        (worth, f"it brings more than {100 * WORTH:.0f} %", "% of the machines"),
+    for axis, title in (
+        (downtimes, "downtime, ms"),
+        (worth, f"% of the machines in which it brings more than {100 * WORTH:.0f} %"),
     ):
         axis.set_ylim(len(rows) - 0.5, -0.5)
         panels.heading(axis, title)
-        axis.set_xlabel(unit, fontsize=8.5)
         panels.bars(axis)
     return figure
 

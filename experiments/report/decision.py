@@ -51,35 +51,34 @@ def _main(decision: Decision) -> Section:
     low, high = (f"{100 * part:.0f} %" for part in BAND)
     rows = []
     for row in decision.rows:
-        own, gain = row.levels.get("downtime_ms"), row.brings_percent
-        top = decision.indices.get(row.rung.name, ())[:1]
+        gain = row.brings_percent
         rows.append(
             {
                 "change": row.rung.name,
                 "where": row.rung.change.where if row.rung.change else "",
-                "downtime": _band(own, ".0f"),
-                "brings_median": _part(gain, "median"),
-                "brings_low": _part(gain, "low"),
-                "brings_high": _part(gain, "high"),
+                "downtime": _band(row.levels.get("downtime_ms"), ".0f"),
+                "brings": None if gain is None else _gain(gain.median),
+                "low": None if gain is None else _gain(gain.low),
+                "high": None if gain is None else _gain(gain.high),
                 "worth": None if row.probability is None else f"{100 * row.probability:.0f}",
-                "decides": f"{top[0].key} {top[0].first_order:.2f}" if top and top[0].told else "",
+                "failed": f"{row.failed}" if row.made else None,
             }
         )
     columns = [
         Heading("change", "change"),
         Heading("where", "where"),
-        Heading("downtime", f"downtime, ms ({low} to {high})"),
-        Heading("brings_median", "brings %"),
-        Heading("brings_low", low),
-        Heading("brings_high", high),
+        Heading("downtime", "downtime, ms"),
+        Heading("brings", "brings %"),
+        Heading("low", low),
+        Heading("high", high),
         Heading("worth", f"> {100 * WORTH:.0f} %"),
-        Heading("decides", "decides most"),
+        Heading("failed", "failed"),
     ]
     legend = (
-        f"{decision.samples} plausible machines, medians; brings: less downtime than the row above, in each of them; "
-        f"> {100 * WORTH:.0f} %: how many of 100 machines gain more than that; decides: a parameter, and what it "
-        "explains of the gain's variance. A run that does not complete counts as longer than any other: `fails`; where "
-        "a change lets it complete: `completes`. -: not run, see the last table"
+        f"{decision.samples} plausible machines, medians [{low}, {high}]; brings: less downtime than the row above, in "
+        f"each of them; > {100 * WORTH:.0f} %: how many of 100 gain more than that; failed: runs that do not complete. "
+        "Such a run counts as longer than any other: `fails`; where a change lets it complete: `completes`. -: not "
+        "run, see the last table"
     )
     return Section("decision", f"What to change first: {decision.scenario.name}", legend, columns, rows)
 
@@ -88,17 +87,14 @@ def _others(decision: Decision) -> Section:
     rows = []
     for row in decision.rows:
         first = row.made and row.probability is None
-        values = row.levels if first else row.brings
-        told = {name: _band(values.get(name), "+.3g" if not first else ".3g", space=False) for name in OTHERS}
-        rows.append({"change": row.rung.name, **told, "failed": f"{row.failed}" if row.made else None})
-    columns = [
-        Heading("change", "change"),
-        *(Heading(name, QUANTITIES[name].label) for name in OTHERS),
-        Heading("failed", "failed"),
-    ]
+        values, sign = (row.levels, "") if first else (row.brings, "+")
+        told = {name: _band(values.get(name), f"{sign}.{QUANTITIES[name].digits}f") for name in OTHERS}
+        rows.append({"change": row.rung.name, **told})
+    columns = [Heading("change", "change"), *(Heading(name, QUANTITIES[name].label) for name in OTHERS)]
     legend = (
-        "first row: what it is; below: how much less than in the row above, + is better; medians [5 % to 95 %] where "
-        "both complete; lag: of critical data; failed: migrations that did not complete"
+        "first row: what it is; below: how much less than in the row above, + is better; medians [5 %, 95 %] where "
+        "both complete; stop: of the devices; lag: the longest from a reconfiguration to its critical data at the "
+        "target; total: of the migration; again: bytes sent again; pinned: memory of the drivers"
     )
     return Section("others", "And beside the downtime", legend, columns, rows)
 
@@ -157,23 +153,22 @@ def _legend(decision: Decision) -> Section:
     return Section("changes", "The changes", "each on top of those above it", columns, rows)
 
 
-def _part(band: SampleBand | None, part: str) -> str | None:
-    return None if band is None else _gain(getattr(band, part))
-
-
 def _gain(value: float) -> str:
     if math.isinf(value):
         return "completes" if value > 0 else "fails"
-    return f"{value:+.1f}"
+    return _number(value, "+.1f")
 
 
-def _band(band: SampleBand | None, how: str, *, space: bool = True) -> str | None:
-    """`607 (580 to 640)`; where all three are alike, one of them."""
+def _band(band: SampleBand | None, how: str) -> str | None:
+    """`607 [580, 640]`; where all three are alike, one of them."""
     if band is None:
         return None
-    median, low, high = (
-        "fails" if math.isinf(each) else format(each, how) for each in (band.median, band.low, band.high)
-    )
-    if median == low == high:
-        return median.lstrip("+") if median in ("+0", "-0") else median
-    return f"{median} ({low} to {high})" if space else f"{median} [{low} {high}]"
+    median, low, high = (_number(each, how) for each in (band.median, band.low, band.high))
+    return median if median == low == high else f"{median} [{low}, {high}]"
+
+
+def _number(value: float, how: str) -> str:
+    if math.isinf(value):
+        return "fails"
+    told = format(value, how)
+    return told if float(told) else "0"

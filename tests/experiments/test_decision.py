@@ -87,8 +87,14 @@ def test_every_row_is_on_top_of_those_above_it(name: str) -> None:
     for above, row in itertools.pairwise(made):
         own, before = (Protocol.parse(each.protocol, scenario).applied(scenario) for each in (row, above))
         assert own.scenario != before.scenario or own.protocol.version != before.protocol.version
-        if row.protocol.startswith("v2"):
+        if row.protocol.startswith("v2") and row.name != "priority":
             assert row.protocol.startswith(above.protocol)
+
+
+def test_priority_takes_the_place_of_flush() -> None:
+    rows = {row.name: row.protocol for row in rungs(load("nic-reconfig"), ["reinit-ack", "priority"])}
+    assert rows["reinit-ack"] == "v2-reinit-flush-ack-reusable"
+    assert rows["priority"] == "v2-ack-reusable-priority"
 
 
 def test_what_means_nothing_is_told_and_not_run() -> None:
@@ -314,6 +320,7 @@ def test_the_verdict_follows_the_numbers() -> None:
     ranged = small_scenario({"ranges": ENGINES})
     assert some.settled_by(ranged).startswith("firmware.engines (1 to 8), which is yes above 2.5: save 1, 2 and 4 VFs")
     assert word(0, 0, 6, 6, found={}).settled_by(ranged) == ""
+    assert "No single key" not in word(0, 0, 6, 6, found={}).sentence
     assert "No single key decides" in word(0, 0, 6, 6, found={"v3-n4": [Index("a", 0.05, 0.1)]}).sentence
     assert word(0, 0, 0, 0).settled_by(ranged) == ""
 
