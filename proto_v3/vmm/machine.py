@@ -76,7 +76,8 @@ class Machine(Protocol):
         """Load the state of all devices that are not VFIO devices, before the config of those."""
 
     async def load_config(self, device: int) -> None:
-        """Load a device's config space and interrupts, one device at a time (QEMU's big lock)."""
+        """Load a device's config space and interrupts, one device at a time (QEMU's big lock), or all at once if the
+        VMM's settings say so."""
 
     async def start_vcpus(self) -> None:
         """Start the vCPUs; return when the guest runs."""

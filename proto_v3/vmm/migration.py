@@ -345,19 +345,17 @@ class Source(abc.ABC):
     async def stop_guest(self) -> bool:
         """Stop the vCPUs; then all devices to P2P where they have it, then each to STOP_COPY.
 
-        As QEMU, in two passes, each from the last device to the first (system/runstate.c, vm_state_notify). A device
-        without a session goes to STOP, and to STOP_COPY when its turn to be read comes (vfio_vmstate_change). Returns
-        False if check_in_p2p() does: then the guest runs again and pre-copy continues.
+        As QEMU, in two passes, each from the last device to the first (system/runstate.c, vm_state_notify), or all
+        devices of a pass at once (`parallel_stop`). A device without a session goes to STOP, and to STOP_COPY when its
+        turn to be read comes (vfio_vmstate_change). Returns False if check_in_p2p() does: then the guest runs again and
+        pre-copy continues.
         """
         timeline = self.side.timeline
         timeline.mark(Mark.STOP_ORDERED)
         self._stop_ordered_ns = start = timeline.now_ns()
         await self.side.machine.stop_vcpus()
-        last_first = list(enumerate(self.side.devices))[::-1]
-        for index, device in last_first:
-            if self._has(index, MigrationFlags.P2P):
-                await self.last_look(index)
-                await device.set_state(State.PRE_COPY_P2P if index in self.fds else State.RUNNING_P2P)
+        last_first = range(len(self.side.devices))[::-1]
+        await self._pass_over([at for at in last_first if self._has(at, MigrationFlags.P2P)], self._to_p2p)
         if not await self.check_in_p2p():
             await self._start_guest_again()
             timeline.stage("retry", start, self.counters.retries)
@@ -365,18 +363,40 @@ class Source(abc.ABC):
             self.counters.retries_stopped_ns += timeline.now_ns() - start
             self._count_stop_in_vain()
             return False
-        for index, device in last_first:
-            if index in self.fds:
-                await self._enter(index, State.STOP_COPY)
-            else:
-                await device.set_state(State.STOP)
-            self.device_stopped(index)
+        await self._pass_over(last_first, self._stop_device)
         timeline.mark(Mark.STOPPED)
         timeline.stage("stop", start)
         return True
 
+    async def _pass_over(self, devices: Sequence[int], change: Callable[[int], Coroutine[Any, Any, None]]) -> None:
+        """Change the states of these devices, one after the other or each in a thread of its own."""
+        if not self.side.settings.parallel_stop:
+            for index in devices:
+                await change(index)
+            return
+
+        async def in_thread(index: int) -> None:
+            await self.side.machine.wake_up()
+            await change(index)
+
+        async with Join() as threads:
+            for index in devices:
+                threads.start(in_thread(index), f"source {self.side.devices[index].name} stop")
+        await self.side.machine.wake_up()
+
+    async def _to_p2p(self, index: int) -> None:
+        await self.last_look(index)
+        await self.side.devices[index].set_state(State.PRE_COPY_P2P if index in self.fds else State.RUNNING_P2P)
+
+    async def _stop_device(self, index: int) -> None:
+        if index in self.fds:
+            await self._enter(index, State.STOP_COPY)
+        else:
+            await self.side.devices[index].set_state(State.STOP)
+        self.device_stopped(index)
+
     def device_stopped(self, index: int) -> None:  # noqa: B027  (only some of v2's variants do something)
-        """A device is stopped, the ones before it are not yet."""
+        """A device is stopped, others may not be yet."""
 
     async def last_look(self, index: int) -> None:  # noqa: B027  (v3 checks in P2P instead)
         """v2's final check of a device: the vCPUs are stopped, the device goes to PRE_COPY_P2P next.

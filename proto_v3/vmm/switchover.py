@@ -44,6 +44,13 @@ class SwitchoverSettings:
     avail-switchover-bandwidth)."""
     by_parts: bool | None = None
     """Whether each part of what is left must fit by itself, too (stop_rule.py). None: as the protocol does it."""
+    parallel_stop: bool = False
+    """The devices stop all at once, in each of the two passes, and not one after the other. Not in QEMU:
+    vm_state_notify (system/runstate.c) would have each device's callback run in a thread, and join them after each
+    pass."""
+    parallel_config: bool = False
+    """The target loads the configs of all devices at once, not one after the other. Not in QEMU: vfio_load_state, and
+    vfio_load_bufs_thread_load_config of multifd, hold the big lock over vfio_load_config_state."""
     max_bandwidth_bytes_per_s: float | None = None
     """v2: the most that is sent before the guest is stopped (QEMU's max-bandwidth). None: no limit."""
 

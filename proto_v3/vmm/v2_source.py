@@ -96,7 +96,7 @@ class V2Source(Source):
         self._main = channels[0]
         self._known = [_Known(index) for index in range(len(side.devices))]
         self._all_acked = False  # whether the one-shot ack was received
-        self._late: list[str] = []
+        self._late: list[int] = []
         """Devices that need an ack after it was decided to stop."""
         self._read_bytes: list[int] = []
         self._section_bytes = 0
@@ -318,16 +318,17 @@ class V2Source(Source):
         if self.out_of_time:  # no ack is waited for (migration_can_switchover)
             return
         if self._options.ack is Ack.REUSABLE and index in self.fds and await self._ask(index):
-            self._late.insert(0, self.side.devices[index].name)
+            self._late.append(index)
 
     async def _check_late(self) -> None:
         """LateAckError if the last look found that an ack is needed. QEMU 11.1 notices it only in its last query of
         what is pending, when all devices are stopped and RAM is synced."""
         if self._late:
             await self.side.machine.ram.final_sync()
+            names = [self.side.devices[index].name for index in sorted(self._late)]
             count = f"{len(self._late)} device{'s' if len(self._late) > 1 else ''}"
             raise LateAckError(
-                f"{', '.join(self._late)} reported REINIT after it was decided to stop: its ack comes too late "
+                f"{', '.join(names)} reported REINIT after it was decided to stop: its ack comes too late "
                 f"(switchover-ack was requested by {count} during switchover)"
             )
 

@@ -82,7 +82,8 @@ class V2Target(Target):
             await self._main.send_control(Kind.SWITCHOVER_ACK)
         async with Join() as beside:
             receiving = [beside.start(work, track) for work, track in self._receivers.work()] if self._receivers else []
-            complete = await self._load()
+            async with Join() as self._configs:
+                complete = await self._load()
             if complete and self._receivers:
                 await self._receivers.loaded()
             for task in receiving:
@@ -131,7 +132,12 @@ class V2Target(Target):
                     timeline.mark(Mark.LOADED)
                 case Kind.CONFIG:
                     await self._load_others()
-                    await self.load_config(index)
+                    if self.side.settings.parallel_config:
+                        self._configs.start(
+                            self._load_in_thread(index), f"target {self.side.devices[index].name} config"
+                        )
+                    else:
+                        await self.load_config(index)
                 case Kind.END:
                     await self._load_others()
                     return True
@@ -163,6 +169,11 @@ class V2Target(Target):
             for device, order in zip(self.side.devices, self._orders, strict=True):
                 if order.state != "configured":
                     raise PeerProtocolError(f"END came, but {device.name} is not whole ({order.state})")
+
+    async def _load_in_thread(self, index: int) -> None:
+        """Load a device's config beside those of others."""
+        await self.side.machine.wake_up()
+        await self.load_config(index)
 
     async def _load_others(self) -> None:
         """Load all other devices of the guest, once: before the first config."""

@@ -23,7 +23,7 @@ from proto_v3.timeline import Resource
 from proto_v3.vfio import fsm
 from proto_v3.vfio.device import NO_STREAM_FLAGS, DataFd, MigrationDevice
 from proto_v3.vfio.uapi import FeatureMigStreams, MigrationFlags, State, StreamFlags
-from sim.clock.port import now_ns, sleep_ns
+from sim.clock.port import now_ns
 from sim.device.arcs import ARCS, Cost, SessionStep
 from sim.device.record import HEADER_BYTES, V3_HEADER_BYTES
 from sim.device.save_plan import image_bytes
@@ -178,7 +178,7 @@ class SimDriver(MigrationDevice):
                 await stream.settle()
         if cost_ns := cost.time_ns(self._context.times):
             start = now_ns()
-            await sleep_ns(cost_ns)
+            await self._context.firmware.change_state(cost_ns)
             self._context.timeline.work(Resource.FIXED, f"{self._state.name} to {hop.name}", start)
 
     def _check_faults(self, hop: State) -> None:

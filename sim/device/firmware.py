@@ -7,11 +7,14 @@ factors are gamma-distributed (positive, with any coefficient of variation), dra
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import AbstractAsyncContextManager, nullcontext
+
 import numpy as np
 from numpy.typing import NDArray
 
 from proto_v3.timeline import Resource, Timeline
-from sim.clock.port import now_ns
+from sim.clock.port import now_ns, sleep_ns
 from sim.resource import CommandSlots, duration_ns
 from sim.scenario.tables import Firmware
 
@@ -37,6 +40,10 @@ class FirmwareModel:
         self.settings = settings
         self.saves = CommandSlots(settings.engines_for_saves, settings.engines_of_a_vf)
         self.loads = CommandSlots(settings.engines_for_loads, settings.engines_of_a_vf)
+        self.state_commands: AbstractAsyncContextManager[None] = nullcontext()
+        """Held over a command that changes the state of a VF."""
+        if settings.state_commands == "serial":
+            self.state_commands = asyncio.Lock()
         self._factors = service_factors(settings.service_cv, rng)
         self._commands = 0
         self._timeline = timeline
@@ -70,6 +77,11 @@ class VfFirmware:
         pf, settings = self._pf, self._pf.settings
         mean_ns = settings.load_command_ns + duration_ns(size_bytes, settings.load_bytes_per_s)
         await pf.run(pf.loads, Resource.LOAD, "LOAD", mean_ns, self._vf)
+
+    async def change_state(self, takes_ns: int) -> None:
+        """Run the commands that suspend, quiesce or resume the device; it may have to wait for another VF's."""
+        async with self._pf.state_commands:
+            await sleep_ns(takes_ns)
 
     async def finish_load(self, takes_ns: int | None = None) -> None:
         """Run the command that ends the device's load, after its last record. `takes_ns`: if not as usual."""

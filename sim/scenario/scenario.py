@@ -96,6 +96,8 @@ class Scenario(Table):
             ram_budget_ns=vmm.ram_budget_ns,
             cancel_ns=None if vmm.cancel_after_s is None else round(vmm.cancel_after_s * NS_PER_S),
             given_bandwidth_bytes_per_s=None if given is None else given * BYTES_PER_S_PER_GBIT,
+            parallel_stop=vmm.parallel_stop,
+            parallel_config=vmm.parallel_config,
             by_parts=None if vmm.stop_rule is None else vmm.stop_rule == "parts",
             max_bandwidth_bytes_per_s=None if most is None else most * MIB,
         )

@@ -30,7 +30,11 @@ _CHUNKS = {
 }
 _IN_CHUNKS = {"driver": {"precopy_image": "chunks", "initial": "critical"}}
 _REINIT = "the VMM opts in to PRECOPY_INFOv2; on new critical data the driver "
-_STOP_RULES: dict[str, Suffix] = {
+_OF_THE_VMM: dict[str, Suffix] = {
+    "parallel-stop": Suffix(
+        {"vmm": {"parallel_stop": True, "parallel_config": True}},
+        "all devices change their states at once when the guest is stopped, and their configs are loaded at once",
+    ),
     "whole": Suffix(
         {"vmm": {"stop_rule": "whole"}}, "the guest is stopped when all that is left fits together (what v2 does)"
     ),
@@ -86,7 +90,7 @@ V2_SUFFIXES: dict[str, Suffix] = {
         _IN_CHUNKS,
         "before the stop, too, the driver saves in chunks, critical records before dirty ones; only these are initial",
     ),
-    **_STOP_RULES,
+    **_OF_THE_VMM,
     **_CHUNKS,
 }
 V3_SUFFIXES: dict[str, Suffix] = {
@@ -116,7 +120,7 @@ V3_SUFFIXES: dict[str, Suffix] = {
         _IN_CHUNKS,
         "before the stop, too, the driver saves in chunks; critical records have a stream of their own anyway",
     ),
-    **_STOP_RULES,
+    **_OF_THE_VMM,
     **_CHUNKS,
 }
 SUFFIXES = {"v2": V2_SUFFIXES, "v3": V3_SUFFIXES}

@@ -104,6 +104,9 @@ class Firmware(Table):
     state_command_us_per_pf_vector: NonNegative = 0.0
     """What each suspend and each quiesce takes more for each vector of all VFs of its PF that migrate: the growth of
     `state_command_ms_per_vf`, by the size of the VFs."""
+    state_commands: Literal["parallel", "serial"] = "parallel"
+    """Whether the suspends, quiesces and resumes of several VFs of a PF run beside each other, or one after the other.
+    It matters to a VMM that asks for several at once (`vmm.parallel_stop`)."""
     quiesce_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Of what the `state_command` keys add to a suspend and a quiesce together, the part that the quiesce takes."""
     load_finish_us_per_vector: NonNegative = 0.0
@@ -326,6 +329,11 @@ class Vmm(Table):
     switchover_ack: Literal["off", "one_shot", "reusable"] = "off"
     """The target must have loaded the initial data before the guest is stopped. `one_shot`: QEMU 8.1, and 11.1 with an
     older machine type. `reusable`: QEMU 11.1 with a machine type of 11.1 or newer; asked for again after a REINIT."""
+    parallel_stop: bool = False
+    """The devices change their states at once when the guest is stopped, in each of the two passes. In QEMU one does
+    after the other."""
+    parallel_config: bool = False
+    """The configs of the VFIO devices are loaded at once. In QEMU one is after the other, under the big lock."""
     late_reinit: Literal["fail", "retry"] = "fail"
     """With a reusable ack, if a device reports REINIT after it was decided to stop: the migration fails (QEMU 11.1), or
     the guest is resumed, and stopped again when the ack is there."""

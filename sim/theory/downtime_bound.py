@@ -178,7 +178,8 @@ class LowerBound:
         return self._ram_saved_ns + self._costs.latency_ns + other_ns + self._costs.resume_ns()
 
     def config_ns(self) -> float:
-        """Lemma 13: configs are loaded one at a time, each after its device; that of other devices after RAM."""
+        """Lemma 13: configs are loaded one at a time (or all at once), each after its device; that of other devices
+        after RAM."""
         costs, jobs = self._costs, self._jobs
         loaded_ns = [self._loaded_alone_ns(job) + job.times.load_finish_ns for job in jobs]
         if self._route.single:
@@ -186,7 +187,8 @@ class LowerBound:
         resume_ns = costs.resume_ns()
         configs = [(at, resume_ns, j.times.config_load_ns) for at, j in zip(loaded_ns, jobs, strict=True)]
         others = (self._ram_saved_ns + costs.latency_ns, resume_ns, self._scenario.vmm.other_load_ns)
-        return max(max(at for at, _, _ in configs) + resume_ns, queue_ns([*configs, others]))
+        in_turn = [[*configs, others]] if not self._scenario.vmm.parallel_config else [[each] for each in configs]
+        return max(max(at for at, _, _ in configs) + resume_ns, *map(queue_ns, in_turn))
 
     # --- what the lemmas are made of ----------------------------------------------------------------------------------
 

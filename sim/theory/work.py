@@ -87,13 +87,18 @@ class DeviceJob:
 
 def stops_ns(scenario: Scenario) -> list[int]:
     """When each device is stopped, in ns: the vCPUs stop, then all devices go to P2P in turn, then each to STOP; the
-    last device first."""
-    devices = list(zip(scenario.devices, device_times(scenario), strict=True))
-    at_ns = scenario.vmm.vcpu_stop_ns + sum(times.suspend_ns for device, times in devices if "P2P" in device.features)
+    last device first. Turns are taken over all devices, or, in a parallel stop, over those of a PF or not at all."""
+    parallel, serial = scenario.vmm.parallel_stop, scenario.firmware.state_commands == "serial"
+    of_all = list(enumerate(zip(scenario.devices, device_times(scenario), strict=True)))
+    queue = [device.pf if parallel and serial else at if parallel else 0 for at, (device, _) in of_all]
+    p2p_ns = dict.fromkeys(queue, scenario.vmm.vcpu_stop_ns)
+    for at, (device, times) in of_all:
+        p2p_ns[queue[at]] += times.suspend_ns if "P2P" in device.features else 0
+    at_ns = dict.fromkeys(queue, max(p2p_ns.values()))
     stops = []
-    for device, times in reversed(devices):
-        at_ns += times.quiesce_ns + (0 if "P2P" in device.features else times.suspend_ns)
-        stops.append(at_ns)
+    for at, (device, times) in reversed(of_all):
+        at_ns[queue[at]] += times.quiesce_ns + (0 if "P2P" in device.features else times.suspend_ns)
+        stops.append(at_ns[queue[at]])
     return stops[::-1]
 
 
@@ -224,7 +229,8 @@ class Costs:
         """After the end of a device's load. With the single channel all configs follow, else perhaps only its own."""
         vmm = self._scenario.vmm
         if self._route.single:
-            configs_ns = vmm.other_load_ns + sum(times.config_load_ns for times in self._times)
+            together = max if vmm.parallel_config else sum
+            configs_ns = vmm.other_load_ns + together(times.config_load_ns for times in self._times)
         else:
             configs_ns = job.times.config_load_ns
         return configs_ns + self.resume_ns()

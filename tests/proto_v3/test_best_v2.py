@@ -204,3 +204,89 @@ def test_who_waits_for_a_part_says_for_which(version: str, what: str) -> None:
     outcome, _ = kept_run(scenario, f"{version}-parts")
     assert outcome.kind is OutcomeKind.DID_NOT_CONVERGE
     assert f"; the first pass of {what} was not loaded at the target" in outcome.reason
+
+
+# --- parallel stop ----------------------------------------------------------------------------------------------------
+
+PROTOCOLS = ["v2", "v2-multifd", "v2-multifd-early", "v3-n1", "v3-blocks-n2"]
+CALLS_NS = 5000
+"""v3's final check is a call a device."""
+SERIAL = {"firmware.state_commands": "serial"}
+
+
+def stop_ns(changes: dict[str, Any], name: str) -> int:
+    (stop,) = stages(completed(THREE | changes, name)[1], "stop")
+    return stop.end_ns - stop.start_ns
+
+
+@pytest.mark.rule("v2.best.4")
+@pytest.mark.parametrize("session", [{}, NO_SESSION])
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_parallel_stop_takes_as_long_as_that_of_one_device(name: str, session: dict[str, Any]) -> None:
+    """1 ms for the vCPUs; for each of three devices 1 ms to P2P, and 2 ms to STOP_COPY when all are there."""
+    assert stop_ns(session, name) == pytest.approx(ns(1 + 3 * 1 + 3 * 2), abs=CALLS_NS)
+    assert stop_ns(session, f"{name}-parallel-stop") == pytest.approx(ns(1 + 1 + 2), abs=CALLS_NS)
+
+
+@pytest.mark.rule("v2.best.4")
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_firmware_that_runs_one_state_command_of_a_pf_at_a_time_gives_a_parallel_stop_nothing(name: str) -> None:
+    assert stop_ns(SERIAL, f"{name}-parallel-stop") == pytest.approx(ns(1 + 3 * 1 + 3 * 2), abs=CALLS_NS)
+    other = small_scenario(THREE).device[0].model_dump(exclude_unset=True) | {"name": "other", "pf": 1, "count": 1}
+    two_pfs = {"device.0.count": 2, "device.1": other, **SERIAL}
+    assert stop_ns(two_pfs, f"{name}-parallel-stop") == pytest.approx(ns(1 + 2 * 1 + 2 * 2), abs=CALLS_NS)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_serial_state_commands_cost_nothing_in_the_downtime_where_one_is_asked_for_at_a_time(name: str) -> None:
+    """v3's target brings its devices to RESUMING at once, before pre-copy."""
+    parallel, serial = (completed(THREE | how, name)[0] for how in ({}, SERIAL))
+    assert parallel.downtime_ns == serial.downtime_ns
+    if name.startswith("v2"):
+        assert parallel.digest == serial.digest
+
+
+@pytest.mark.rule("v2.best.4")
+def test_a_parallel_stop_wakes_a_thread_a_device_in_each_pass_and_is_woken_itself() -> None:
+    name = "v2-multifd-parallel-stop"
+    slow = stop_ns({"host.wake_up_us": 50.0}, name)
+    assert slow - stop_ns({}, name) == pytest.approx(ns(2 * 2 * 0.05), abs=10)
+
+
+@pytest.mark.rule("v2.best.4")
+@pytest.mark.parametrize("name", ["v2-reinit-flush-ack-reusable", "v2-multifd-early", "v3-n2"])
+def test_no_device_is_stopped_before_all_are_in_p2p(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[State, int]] = []
+    ended: list[tuple[State, int]] = []
+    set_state = SimDriver.set_state
+
+    async def setting(driver: SimDriver, target: State) -> Any:
+        begun.append((target, now_ns()))
+        fd = await set_state(driver, target)
+        ended.append((target, now_ns()))
+        return fd
+
+    monkeypatch.setattr(SimDriver, "set_state", setting)
+    completed(THREE, f"{name}-parallel-stop")
+    in_p2p_ns = [at for state, at in ended if state is State.PRE_COPY_P2P]
+    stop_ns = [at for state, at in begun if state is State.STOP_COPY]
+    assert len(in_p2p_ns) == len(stop_ns) == 3
+    assert max(in_p2p_ns) <= min(stop_ns) == max(stop_ns)
+
+
+@pytest.mark.rule("v2.best.4")
+@pytest.mark.parametrize("name", ["v2", "v2-multifd", "v3-n1"])
+def test_configs_are_loaded_at_once_behind_their_devices_data(name: str) -> None:
+    plain, at_once = (completed(THREE, each)[1] for each in (name, f"{name}-parallel-stop"))
+    of_plain, of_each = stages(plain, "config_load"), stages(at_once, "config_load")
+    assert sum(stage.end_ns - stage.start_ns for stage in of_each) == 3 * ns(3)
+    assert max(stage.end_ns for stage in of_plain) - min(stage.start_ns for stage in of_plain) >= 3 * ns(3)
+    if name == "v2":
+        assert len({stage.start_ns for stage in of_each}) == 1
+
+
+def test_of_several_late_devices_all_are_named_in_order_however_they_stop() -> None:
+    scenario = small_scenario(LATE | {"device.0.count": 3, "vmm.downtime_limit_ms": 20.0})
+    outcome, _ = kept_run(scenario, f"{ACK}-parallel-stop")
+    assert outcome.kind is OutcomeKind.FAILED
+    assert outcome.reason.startswith("source: dev0, dev1, dev2 reported REINIT after it was decided to stop")

@@ -52,6 +52,9 @@ def drawn_migration(draw: random.Random) -> Migration:
     }
     if draw.random() < 0.3:
         changes |= TWO
+    if draw.random() < 0.25:
+        changes |= {"vmm.parallel_stop": True, "vmm.parallel_config": True}
+        changes["firmware.state_commands"] = draw.choice(["parallel", "serial"])
     if draw.random() < 0.2:
         changes["device.0.features"] = draw.choice([["STOP_COPY"], ["STOP_COPY", "P2P"], ["STOP_COPY", "PRE_COPY"]])
         if "P2P" not in changes["device.0.features"]:

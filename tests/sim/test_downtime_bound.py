@@ -110,6 +110,9 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         "firmware.load_engines": one_of(1.0, 2.5, 8.0),
         "firmware.vf_engines": one_of(1.0, 1.5, 8.0),
         "firmware.state_command_ms_per_vf": one_of(0.0, 5.0),
+        "firmware.state_commands": one_of("parallel", "serial"),
+        "vmm.parallel_stop": one_of(False, True),
+        "vmm.parallel_config": one_of(False, True),
         "firmware.state_command_us_per_pf_vector": one_of(0.0, 70.0),
         "firmware.load_finish_us_per_vector": one_of(0.0, 300.0),
         "vmm.config_load_us_per_vector": one_of(0.0, 300.0),
@@ -359,6 +362,14 @@ def test_devices_are_stopped_in_turn_the_last_one_first() -> None:
     without = small_scenario(features | {"device.0.features": ["STOP_COPY"]})
     assert stops_ns(small_scenario(features)) == [11 * MS, 9 * MS]
     assert stops_ns(without) == [11 * MS, 8 * MS]
+
+
+def test_in_a_parallel_stop_only_devices_that_share_serial_firmware_wait_for_each_other() -> None:
+    changes = {"device.0.suspend_ms": 1.0, "device.0.quiesce_ms": 2.0, "device.0.count": 2, "vmm.parallel_stop": True}
+    other = small_scenario(changes).device[0].model_dump(exclude_unset=True) | {"name": "other", "pf": 1, "count": 1}
+    assert stops_ns(small_scenario(changes | {"device.1": other})) == [4 * MS] * 3
+    serial = small_scenario(changes | {"device.1": other, "firmware.state_commands": "serial"})
+    assert stops_ns(serial) == [7 * MS, 5 * MS, 5 * MS]
 
 
 def test_the_lemmas_are_those_of_the_document() -> None:

@@ -50,6 +50,7 @@ EVERYTHING = small_scenario(
 OF_BOTH: dict[str, dict[str, Any]] = {
     "critical-first": {"driver.precopy_image": "chunks", "driver.initial": "critical"},
     **{f"chunks{n}": {"driver.chunks": n} for n in range(2, 17)},
+    "parallel-stop": {"vmm.parallel_stop": True, "vmm.parallel_config": True},
     "whole": {"vmm.stop_rule": "whole"},
     "parts": {"vmm.stop_rule": "parts"},
 }
@@ -97,6 +98,7 @@ CHOICES = {
         ["", "-critical-first"],
         ["", "-chunks2", "-chunks16"],
         ["", "-whole", "-parts"],
+        ["", "-parallel-stop"],
     ],
     "v3": [
         ["", "-n1", "-n9", "-n10", "-n64"],
@@ -108,6 +110,7 @@ CHOICES = {
         ["", "-keep", "-invalidate"],
         ["", "-retry", "-proceed"],
         ["", "-whole", "-parts"],
+        ["", "-parallel-stop"],
     ],
 }
 """Suffixes that exclude each other."""
