@@ -144,7 +144,7 @@ void sample_debugfs_add(struct sample_device *dev)
 	debugfs_create_file("log", 0600, folder, dev, &sample_log_fops);
 	debugfs_create_file("digest", 0400, folder, dev, &sample_digest_fops);
 	debugfs_create_file("counters", 0600, folder, dev, &sample_counters_fops);
-	debugfs_create_atomic_t("commands_at_once", 0600, folder, &dev->engines_busy_most);
+	debugfs_create_atomic_t("commands_at_once", 0600, folder, &dev->engines->busy_most);
 	debugfs_create_file("params", 0600, folder, dev, &sample_params_file_fops);
 	debugfs_create_file("reconfigure", 0200, folder, dev, &sample_reconfigure_fops);
 	debugfs_create_file("write", 0200, folder, dev, &sample_write_fops);

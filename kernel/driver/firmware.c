@@ -11,6 +11,24 @@
 
 #include "sample.h"
 
+/* Of the firmwares that several devices have. */
+static struct sample_engines sample_firmwares[SAMPLE_FIRMWARES];
+
+void sample_firmwares_init(void)
+{
+	u32 i;
+
+	for (i = 0; i < SAMPLE_FIRMWARES; i++)
+		init_waitqueue_head(&sample_firmwares[i].wait);
+}
+
+void sample_engines_init(struct sample_device *dev)
+{
+	init_waitqueue_head(&dev->own_engines.wait);
+	dev->engines = dev->params.firmware ? &sample_firmwares[dev->params.firmware - 1] :
+					      &dev->own_engines;
+}
+
 /* Whether a command takes no time, so that it needs no engine and no worker. */
 bool sample_instant(struct sample_device *dev, u32 mib_s)
 {
@@ -19,15 +37,16 @@ bool sample_instant(struct sample_device *dev, u32 mib_s)
 
 static bool sample_take_engine(struct sample_device *dev)
 {
+	struct sample_engines *engines = dev->engines;
 	int most = READ_ONCE(dev->params.engines);
-	int busy = atomic_read(&dev->engines_busy);
-	int seen = atomic_read(&dev->engines_busy_most);
+	int busy = atomic_read(&engines->busy);
+	int seen = atomic_read(&engines->busy_most);
 
 	do {
 		if (busy >= most)
 			return false;
-	} while (!atomic_try_cmpxchg(&dev->engines_busy, &busy, busy + 1));
-	while (seen <= busy && !atomic_try_cmpxchg(&dev->engines_busy_most, &seen, busy + 1))
+	} while (!atomic_try_cmpxchg(&engines->busy, &busy, busy + 1));
+	while (seen <= busy && !atomic_try_cmpxchg(&engines->busy_most, &seen, busy + 1))
 		;
 	return true;
 }
@@ -56,13 +75,13 @@ int sample_command(struct sample_stream *stream, u64 bytes, u32 mib_s, u32 more_
 	atomic64_inc(&stream->counters->commands);
 	if (!ns)
 		return READ_ONCE(session->code);
-	wait_event(dev->engine_wait, sample_stops_waiting(session, &has_engine));
+	wait_event(dev->engines->wait, sample_stops_waiting(session, &has_engine));
 	if (!has_engine)
 		return READ_ONCE(session->code);
 	wait_event_hrtimeout(stream->wait, READ_ONCE(session->code),
 			     ns_to_ktime(min_t(u64, ns, SAMPLE_MAX_COMMAND_NS)));
-	atomic_dec(&dev->engines_busy);
-	wake_up_all(&dev->engine_wait);
+	atomic_dec(&dev->engines->busy);
+	wake_up_all(&dev->engines->wait);
 	atomic64_add(ktime_to_ns(ktime_sub(ktime_get(), start)), &stream->counters->command_ns);
 	return READ_ONCE(session->code);
 }

@@ -26,7 +26,7 @@ static int sample_init(struct vfio_device *vdev)
 	mutex_init(&dev->state_mutex);
 	mutex_init(&dev->guest_mutex);
 	mutex_init(&dev->device_lock);
-	init_waitqueue_head(&dev->engine_wait);
+	sample_engines_init(dev);
 	sample_config_init(dev);
 	ret = sample_memory_init(dev);
 	if (ret)
@@ -178,6 +178,7 @@ static int __init sample_module_init(void)
 	sample_workqueue = alloc_workqueue(SAMPLE_NAME, WQ_UNBOUND, 0);
 	if (!sample_workqueue)
 		return -ENOMEM;
+	sample_firmwares_init();
 	sample_debugfs_init();
 	ret = mdev_register_driver(&sample_driver);
 	if (ret)

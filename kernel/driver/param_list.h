@@ -24,6 +24,8 @@ SAMPLE_PARAM(load_mib_s, 0, 0, 1 << 20, NULL, true,
 	     "MiB/s of one engine that loads; 0: no delay");
 SAMPLE_PARAM(engines, 8, 1, 1024, NULL, true,
 	     "commands of a device that run at the same time");
+SAMPLE_PARAM(firmware, 0, 0, SAMPLE_FIRMWARES, NULL, false,
+	     "whose engines: 0, the device's own; else those of all devices with this number");
 SAMPLE_PARAM(command_us, 0, 0, SAMPLE_MAX_US, NULL, true,
 	     "us that each command takes beside");
 SAMPLE_PARAM(chunk_kib, 1024, 4, 16384, NULL, true,

@@ -136,6 +136,12 @@ struct sample_invalidation {
 	u64 blocks;		/* 0: it stays valid */
 };
 
+struct sample_engines {
+	atomic_t busy;
+	atomic_t busy_most;
+	wait_queue_head_t wait;
+};
+
 struct sample_device {
 	struct vfio_device vdev;
 	struct sample_params params;
@@ -165,9 +171,8 @@ struct sample_device {
 	u64 guest_owed_bytes;
 
 	struct mutex device_lock;	/* stream->lock, with lock=device */
-	atomic_t engines_busy;
-	atomic_t engines_busy_most;
-	wait_queue_head_t engine_wait;
+	struct sample_engines own_engines;
+	struct sample_engines *engines;	/* its own, or those of its firmware */
 	atomic_t fault_calls;
 
 	u8 config[SAMPLE_CONFIG_BYTES];
@@ -208,6 +213,8 @@ u64 sample_digest_record(u64 digest, const struct vfio_mig_record *record, const
 u64 sample_device_digest(struct sample_device *dev);
 
 /* firmware.c */
+void sample_firmwares_init(void);
+void sample_engines_init(struct sample_device *dev);
 bool sample_instant(struct sample_device *dev, u32 mib_s);
 int sample_command(struct sample_stream *stream, u64 bytes, u32 mib_s, u32 more_us);
 void sample_sleep_us(u64 us);

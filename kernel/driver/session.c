@@ -89,7 +89,7 @@ void sample_session_wake(struct sample_session *session)
 	for (i = 0; i < session->streams; i++)
 		wake_up_all(&session->stream[i].wait);
 	wake_up_all(&session->idle);
-	wake_up_all(&session->dev->engine_wait);
+	wake_up_all(&session->dev->engines->wait);
 }
 
 /* Something failed on a stream: all streams have. The state follows, see sample_state(). */

@@ -89,6 +89,20 @@ def test_commands_take_their_time_on_as_many_engines_as_there_are(make_open: Mak
     assert all(each["command_ns"] >= 20_000_000 for each in counters.values())
 
 
+@pytest.mark.parametrize(("firmware", "at_once"), [((1, 1), 2), ((1, 2), 4), ((0, 0), 4)])
+def test_devices_of_one_firmware_share_its_engines(
+    make_open: MakeOpen, firmware: tuple[int, int], at_once: int
+) -> None:
+    devices = [make_open(firmware=number, engines=2, command_us=20_000) for number in firmware]
+    for device in devices:
+        (device.mdev.debugfs / "commands_at_once").write_text("0")
+    fds = [fd for device in devices for fd in device.begin_all(S.STOP_COPY, 8)]
+    for reading in [in_thread(fd.read_all) for fd in fds]:
+        reading.result(LONG_S)
+    counts = [int((device.mdev.debugfs / "commands_at_once").read_text()) for device in devices]
+    assert (max(counts) if firmware[0] == firmware[1] != 0 else sum(counts)) == at_once
+
+
 @pytest.mark.parametrize(("lock", "lock_over"), [("fd", "command"), ("device", "command"), ("device", "copy")])
 def test_a_lock_over_the_command_makes_commands_take_turns(make_open: MakeOpen, lock: str, lock_over: str) -> None:
     device = make_open(lock=lock, lock_over=lock_over, command_us=20_000)
