@@ -4,17 +4,18 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo quick test kernel kernel-debug qemu real real-all real-qemu real-read real-agree faults validate calibrate experiments notebooks docs bench lock clean
+.PHONY: help demo quick test kernel kernel-debug qemu real real-all real-qemu real-patched real-read real-agree faults validate calibrate experiments notebooks docs bench lock clean
 help:
 	@echo 'make demo      migrate the published two-VF machine under v2 and v3; table and figure in out/demo/'
 	@echo 'make quick     after each change: lint, types, and one case of each test that is not slow; less than a minute'
 	@echo 'make test      lint, types and all tests; seven minutes on two idle cores'
 	@echo 'make kernel    a User-Mode Linux with VFIO, and the driver for it, into the cache; about six minutes the first time'
 	@echo 'make kernel-debug  the same with lockdep'
-	@echo 'make qemu      Debian'"'"'s QEMU 10 and 11 into the cache, unpacked and not installed'
+	@echo 'make qemu      Debian'"'"'s QEMU 10 and 11 into the cache, not installed; and QEMU with patches of our own, built in about four minutes'
 	@echo 'make real      the tests that need that kernel, in it: three minutes when it is cached; ARGS="-k mtty" for pytest'
 	@echo 'make real-all  also those that take longer: all of QEMU'"'"'s migrations'
 	@echo 'make real-qemu  the calls of QEMU and of the project compared, into results/real/qemu/'
+	@echo 'make real-patched  QEMU with our patches and without, measured in turns, beside the model, into results/real/patched/; ten minutes, idle'
 	@echo 'make real-read  measure read() of the driver in that kernel, side by side with its simulation, into results/; ten minutes, idle'
 	@echo 'make real-agree  a scenario in virtual time, live, and by devices of that kernel, into results/real/agree; two minutes, idle'
 	@echo 'make faults    one fault at every event of small migrations; then two, drawn: SEEDS=500 (24 runs each), from a drawn start'
@@ -53,6 +54,7 @@ kernel-debug:
 qemu:
 	@$(HAS_PYTHON)
 	@$(PYTHON) -m kernel.qemu_packages
+	@$(PYTHON) -m kernel.qemu_build
 
 real: $(VENV)/dev.stamp
 	@$(BIN)/python -m kernel.real $(if $(ARGS),-- $(ARGS))
@@ -65,6 +67,13 @@ real-all: $(VENV)/dev.stamp
 real-qemu: $(VENV)/dev.stamp
 	@$(BIN)/python -m tests.real.qemu.run --out out/qemu
 	@$(BIN)/python -m tests.real.qemu.report out/qemu --out results/real/qemu
+
+# QEMU of Debian's source package with each patch of kernel/qemu_patches, against the same build without.
+real-patched: $(VENV)/dev.stamp
+	@$(BIN)/python -m kernel.qemu_build
+	@rm -rf out/patched
+	@$(BIN)/python -m tests.real.qemu.patched --out out/patched
+	@$(BIN)/python -m tests.real.qemu.patched_report out/patched --out results/real/patched
 
 # The measurement, then the question that reads it. The machine must have nothing else to do: see the manifest's load.
 real-read: $(VENV)/dev.stamp

@@ -53,13 +53,16 @@ def version_of(text: str) -> tuple[int, ...]:
     return tuple(map(int, match[1].split("."))) if match else ()
 
 
-def candidates(madison: str) -> list[tuple[str, str]]:
-    """What `apt-cache madison PACKAGE` printed, as (version, suite), in apt's order: the newest first."""
+def candidates(madison: str, kind: str = "Packages") -> list[tuple[str, str]]:
+    """What `apt-cache madison PACKAGE` printed, as (version, suite), in apt's order: the newest first.
+
+    `kind`: "Packages", or "Sources" for source packages.
+    """
     found = []
     for line in madison.splitlines():
         columns = [each.strip() for each in line.split("|")]
-        if len(columns) == 3 and columns[2].endswith(" Packages"):
-            found.append((columns[1], columns[2].split()[-3].partition("/")[0]))
+        if len(columns) == 3 and columns[2].endswith(f" {kind}"):
+            found.append((columns[1], columns[2].split()[1].partition("/")[0]))
     return found
 
 
@@ -75,8 +78,13 @@ def codename() -> str:
 class Apt:
     """apt in a private folder, on the machine's own mirror, for the release RELEASE and its backports."""
 
-    def __init__(self, folder: Path, suites: Sequence[str] = (RELEASE, BACKPORTS)) -> None:
-        """Fetch the lists of the suites (some MB). Raises UnavailableError if the mirror does not have them."""
+    def __init__(
+        self, folder: Path, suites: Sequence[str] = (RELEASE, BACKPORTS), types: Sequence[str] = ("deb",)
+    ) -> None:
+        """Fetch the lists of the suites (some MB). Raises UnavailableError if the mirror does not have them.
+
+        `types`: with "deb-src" also those of source packages.
+        """
         if shutil.which("apt-get") is None:
             raise UnavailableError("this is no Debian: there is no apt-get")
         self.folder = folder
@@ -92,16 +100,22 @@ class Apt:
         if not found:
             raise UnavailableError("apt's configuration names no mirror of Debian's main archive")
         for number, uri in enumerate(found):
-            if self._fetch_lists(folder / str(number), uri, suites):
+            if self._fetch_lists(folder / str(number), uri, suites, types):
                 return
         raise UnavailableError(f"the machine's mirror gives no lists of {' and '.join(suites)}")
 
-    def _fetch_lists(self, state: Path, uri: str, suites: Sequence[str]) -> bool:
+    def _fetch_lists(self, state: Path, uri: str, suites: Sequence[str], types: Sequence[str]) -> bool:
         for each in ("lists/partial", "cache/archives/partial", "preferences"):
             (state / each).mkdir(parents=True)
         (state / "status").touch()
         signed_by = [f"Signed-By: {KEYRING}"] if KEYRING.exists() else []
-        source = ["Types: deb", f"URIs: {uri}", f"Suites: {' '.join(suites)}", "Components: main", *signed_by]
+        source = [
+            f"Types: {' '.join(types)}",
+            f"URIs: {uri}",
+            f"Suites: {' '.join(suites)}",
+            "Components: main",
+            *signed_by,
+        ]
         (state / "list.sources").write_text("\n".join([*source, ""]), encoding="utf-8")
         settings = {
             "Dir::Etc::sourcelist": state / "list.sources",
@@ -144,15 +158,21 @@ class Apt:
         """All package names that begin so."""
         return self._run("apt-cache", "pkgnames", prefix).stdout.split()
 
-    def versions(self, package: str) -> list[tuple[str, str]]:
-        """(version, suite) of each version of a package, the newest first."""
-        return candidates(self._run("apt-cache", "madison", package).stdout)
+    def versions(self, package: str, kind: str = "Packages") -> list[tuple[str, str]]:
+        """(version, suite) of each version of a package, the newest first. `kind` as in candidates()."""
+        return candidates(self._run("apt-cache", "madison", package).stdout, kind)
 
     def download(self, package: str, into: Path) -> Path:
         """The package's file, for example linux-source-7.3_7.3.4-1_all.deb, or of package=version."""
         self._run("apt-get", "download", "-qq", package, cwd=into)
         (file,) = into.glob(f"{package.partition('=')[0]}_*.deb")
         return file
+
+    def source(self, package: str, into: Path) -> Path:
+        """The folder of a source package, unpacked with Debian's patches."""
+        self._run("apt-get", "source", "-qq", package, cwd=into)
+        (folder,) = (path for path in into.iterdir() if path.is_dir())
+        return folder
 
     def download_with_dependencies(self, package: str, suite: str) -> list[Path]:
         """The package's file and those of all packages that it depends on, libc included."""

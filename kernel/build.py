@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,7 +150,7 @@ def get(kinds: Sequence[str], update: bool = False, jobs: int = 0) -> list[Kerne
     have = [cached(kind) for kind in kinds]
     if not update and None not in have:
         return [each for each in have if each is not None]
-    check_machine()
+    check_machine(TOOLS, "kernel")
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="proto-v3-apt-") as folder, contextlib.ExitStack() as stack:
         apt = Apt(Path(folder))
@@ -179,13 +179,16 @@ def choose_source(apt: Apt) -> tuple[str, str]:
     return found[1], apt.versions(found[1])[0][0]
 
 
-def check_machine() -> None:
-    """Install the packages that are missing, if root; else raise UnavailableError, which names them."""
+def check_machine(tools: Mapping[str, str], what: str) -> None:
+    """Install the packages that are missing, if root; else raise UnavailableError, which names them.
+
+    `tools`: programs or files, and Debian's packages that have them. `what` is built of them.
+    """
     if os.uname().machine != "x86_64" or sys.platform != "linux":
-        raise UnavailableError("User-Mode Linux is built on x86_64 only")
-    needed = missing()
+        raise UnavailableError(f"{what} is built on x86_64 only")
+    needed = missing(tools)
     if needed and os.geteuid() == 0 and shutil.which("apt-get"):
-        say(f"kernel: installing {' '.join(needed)}")
+        say(f"{what}: installing {' '.join(needed)}")
         for command in (["update"], ["install", "-y", "--no-install-recommends", *needed]):
             subprocess.run(
                 ["apt-get", "-qq", *command],
@@ -194,14 +197,14 @@ def check_machine() -> None:
                 capture_output=True,
                 check=False,
             )
-        needed = missing()
+        needed = missing(tools)
     if needed:
         raise UnavailableError(f"packages are missing; on Debian, as root: apt-get install {' '.join(needed)}")
 
 
-def missing() -> list[str]:
+def missing(tools: Mapping[str, str]) -> list[str]:
     """Debian's names of the packages that building takes and the machine lacks."""
-    return [name for tool, name in TOOLS.items() if not (Path(tool).exists() if "/" in tool else shutil.which(tool))]
+    return [name for tool, name in tools.items() if not (Path(tool).exists() if "/" in tool else shutil.which(tool))]
 
 
 def unpack(apt: Apt, package: str, downloads: Path, stack: contextlib.ExitStack) -> Path:
@@ -254,12 +257,25 @@ def get_one(kind: str, version: str, apt: Apt, source: Callable[[], Path], jobs:
 
 
 def run_make(tree: Path, *arguments: str, output: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
-    """make, without what the make that calls this script has put into the environment. It dies with what it started."""
+    """make in a kernel's source."""
+    return run_program([*MAKE, "-C", str(tree), *arguments], output)
+
+
+def run_program(
+    command: Sequence[str],
+    output: int = subprocess.PIPE,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """A program, without what the make that calls this script has put into the environment, and with `environment`.
+
+    It dies with what it started.
+    """
     own = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEFILES", "CFLAGS", "LDFLAGS", "KBUILD_OUTPUT")
-    command = [*MAKE, "-C", str(tree), *arguments]
     process = subprocess.Popen(
         command,
-        env={name: value for name, value in os.environ.items() if name not in own},
+        cwd=folder,
+        env={name: value for name, value in os.environ.items() if name not in own} | dict(environment or {}),
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
@@ -292,7 +308,7 @@ def compile_kernel(tree: Path, kind: str, jobs: int) -> None:
     """Compile, and tell each minute how far it is. Raises BuildError with the compiler's errors."""
     log = tree.parent / "log"
     say(f"kernel: compiling with {kind}.config, {jobs} jobs")
-    with log.open("w") as output, progress(log):
+    with log.open("w") as output, progress(log, "kernel", files_compiled):
         done = run_make(tree, f"-j{jobs}", "linux", "modules", output=output.fileno())
     lines = log.read_text(encoding="utf-8", errors="replace")
     log.unlink()
@@ -300,16 +316,20 @@ def compile_kernel(tree: Path, kind: str, jobs: int) -> None:
         raise BuildError(f"the kernel cannot be compiled:\n{errors(lines)}")
 
 
+def files_compiled(log: str) -> str:
+    """How far make is, by its lines in the log."""
+    return f"{sum(line.startswith('  CC ') for line in log.splitlines())} of some {FILES} files compiled"
+
+
 @contextlib.contextmanager
-def progress(log: Path, every_s: float = 60.0) -> Iterator[None]:
-    """Tell how many files were compiled, by make's lines in the log."""
+def progress(log: Path, what: str, told: Callable[[str], str], every_s: float = 60.0) -> Iterator[None]:
+    """Tell each minute how far it is, as `told` makes it of the log so far."""
     ended = threading.Event()
     begun = time.monotonic()
 
     def tell() -> None:
         while not ended.wait(every_s):
-            count = sum(line.startswith("  CC ") for line in log.read_text("utf-8", "replace").splitlines())
-            say(f"kernel: {count} of some {FILES} files compiled, {time.monotonic() - begun:.0f} s")
+            say(f"{what}: {told(log.read_text('utf-8', 'replace'))}, {time.monotonic() - begun:.0f} s")
 
     thread = threading.Thread(target=tell)
     thread.start()

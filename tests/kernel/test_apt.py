@@ -69,6 +69,11 @@ def test_each_version_comes_with_its_suite() -> None:
     assert apt.candidates("") == []
 
 
+def test_source_packages_are_told_from_others() -> None:
+    listed = MADISON + " qemu | 1:10.0.13+ds-0+deb13u1 | http://mirror/debian trixie/main Sources\n"
+    assert apt.candidates(listed, "Sources") == [("1:10.0.13+ds-0+deb13u1", "trixie")]
+
+
 def test_a_machine_without_apt_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UnavailableError, match=r"^this is no Debian: there is no apt-get$"):

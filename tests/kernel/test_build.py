@@ -93,7 +93,7 @@ class AptWith(Apt):
     def names(self, prefix: str) -> list[str]:
         return [name for name in self.known if name.startswith(prefix)]
 
-    def versions(self, package: str) -> list[tuple[str, str]]:
+    def versions(self, package: str, kind: str = "Packages") -> list[tuple[str, str]]:
         return [(f"{package.rpartition('-')[2]}.4-1~bpo13+1", "trixie-backports")]
 
 
