@@ -34,7 +34,9 @@ OUT = PROJECT / "out/real"
 
 APART = {
     "migrations": ["tests/real/test_migrations.py"],
-    "qemu": [f"tests/real/test_{name}.py" for name in ("qemu", "fit_pairs", "conformance", "agree_real")],
+    "qemu": [
+        f"tests/real/test_{name}.py" for name in ("qemu", "qemu_patched", "fit_pairs", "conformance", "agree_real")
+    ],
 }
 SHARES = {**APART, "driver": ["tests/real", *(f"--ignore={file}" for files in APART.values() for file in files)]}
 """What each of the guests runs, if pytest is given no arguments. Each of them waits half of its time."""

@@ -43,10 +43,16 @@ class Case:
     devices: int = 1
     driver: Mapping[str, int] = field(default_factory=dict)
     """The sample driver's parameters."""
+    shared_firmware: bool = False
+    """The devices of a side share one firmware, as the VFs of a PF do."""
     machine: str = "pc"
     capabilities: tuple[str, ...] = ()
     parameters: Mapping[str, int] = field(default_factory=dict)
     """Of migrate-set-parameters."""
+    later: Mapping[str, int] = field(default_factory=dict)
+    """Of migrate-set-parameters, when all devices of the target are in RESUMING."""
+    unix_socket: bool = False
+    """Not over TCP, which in a User-Mode Linux on a busy machine now and then waits for a timer of its own."""
     options: str = ""
     """More of -device vfio-pci."""
     late_reinit: bool = False
@@ -67,6 +73,10 @@ class Case:
     """Where the project's guest runs in the end, if it ends otherwise: `source`, `target`; empty: nowhere."""
     short: tuple[str, ...] = ()
     """The versions that it is run with where time is short."""
+
+    def driver_of(self, side: str) -> dict[str, int]:
+        """The parameters of the devices of side `a`, the source, or `b`."""
+        return {**self.driver, **({"firmware": 1 + "ab".index(side)} if self.shared_firmware else {})}
 
     @property
     def ack(self) -> bool:

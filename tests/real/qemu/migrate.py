@@ -14,9 +14,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from kernel.qemu_packages import Qemu
 from tests.real import mdev
 from tests.real.qemu import trace
 from tests.real.qemu.calls import LoggedCall, merged, parse, without_idle_rounds
@@ -27,6 +26,18 @@ Devices = dict[str, mdev.SampleMdev]
 """By the names that the logs have for them: a0 and a1 of the source, b0 and b1 of the target."""
 SIDES = ("source", "target")
 ENDED = ("completed", "failed", "cancelled")
+
+
+class Qemu(Protocol):
+    """A QEMU: one of kernel.qemu_packages, or of kernel.qemu_build."""
+
+    @property
+    def version(self) -> str:
+        """For example 10.0.13."""
+
+    @property
+    def command(self) -> list[str]:
+        """What its command line begins with."""
 
 
 LOG_LINES = 65536
@@ -113,6 +124,7 @@ class QemuProcess:
         patterns: Sequence[str] = trace.PATTERNS,
     ):
         self.side = side
+        self.folder = folder
         self.log = folder / f"{side}.log"
         self._errors = folder / f"{side}.err"
         self._limits = limits
@@ -196,7 +208,7 @@ def migrate(
     for old in folder.glob("*.log"):
         old.unlink()
     devices = {
-        f"{side}{index}": mdev.create_sample(log_lines=LOG_LINES, **case.driver)
+        f"{side}{index}": mdev.create_sample(log_lines=LOG_LINES, **case.driver_of(side))
         for side in "ab"
         for index in range(case.devices)
     }
@@ -273,16 +285,19 @@ def _run(case: Case, source: QemuProcess, target: QemuProcess, limits: Limits, r
         if case.parameters:
             qmp("migrate-set-parameters", **case.parameters)
     time.sleep(limits.boot_s)
-    uri = f"tcp:127.0.0.1:{free_port()}"
+    uri = f"unix:{source.folder}/migration" if case.unix_socket else f"tcp:127.0.0.1:{free_port()}"
     ends[0]("migrate-incoming", uri=uri)
     ends[1]("migrate", uri=uri)
-    acted = False
+    acted, later = False, case.later
     until = time.monotonic() + limits.migration_s
     while record.status not in ENDED:
         if time.monotonic() > until:
             raise QemuError(f"the migration did not end in {limits.migration_s:g} s: {record.query_migrate}")
         record.query_migrate = ends[1]("query-migrate")
         record.status = str(record.query_migrate.get("status", ""))
+        if later and resuming(target) == case.devices:
+            ends[1]("migrate-set-parameters", **later)
+            later = {}
         if case.act is not None and not acted:
             acted = _act(case.act, record.status, ends[1], target)
         time.sleep(0.01)
@@ -309,6 +324,11 @@ def _act(act: Act, status: str, source: Qmp, target: QemuProcess) -> bool:
         else:
             target.process.kill()
     return due
+
+
+def resuming(target: QemuProcess) -> int:
+    """How many of the target's devices are in RESUMING."""
+    return target.log.read_text(errors="replace").count("state RESUMING\n")
 
 
 def _loaded(target: QemuProcess) -> bool:

@@ -23,9 +23,8 @@ from typing import Any
 from experiments.logs import how
 from kernel.build import PROJECT
 from kernel.cache import say
-from kernel.qemu_packages import Qemu
 from tests.real.qemu.cases import ACK, BOTH, MULTIFD, NEW, Act, Case, End
-from tests.real.qemu.migrate import SIDES, Limits, Record, migrate
+from tests.real.qemu.migrate import SIDES, Limits, Qemu, Record, migrate
 from tests.real.qemu.qmp import HungError, QemuError
 from tests.real.qemu.run import TRIES, ended_as_expected, in_guest, is_example, qemu_of
 

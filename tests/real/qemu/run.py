@@ -20,10 +20,10 @@ from pathlib import Path
 
 from kernel import guest
 from kernel.cache import say
-from kernel.qemu_packages import Qemu, cached
+from kernel.qemu_packages import cached
 from tests.real.qemu import project
 from tests.real.qemu.cases import BY_NAME, CASES, Case, End
-from tests.real.qemu.migrate import Limits, Record, migrate
+from tests.real.qemu.migrate import Limits, Qemu, Record, migrate
 from tests.real.qemu.phases import Phase, phased
 from tests.real.qemu.qmp import HungError, QemuError
 
