@@ -96,6 +96,21 @@ LADDER = (
         nothing=_reconfigured,
     ),
     ProposedChange(
+        "parallel-stop",
+        "all devices are stopped at once, and their configs loaded at once",
+        "QEMU",
+        needs="whether firmware stops several VFs of a PF at once",
+        v2=("parallel-stop",),
+        v3=("parallel-stop",),
+        nothing=_several_devices,
+    ),
+    ProposedChange(
+        "parts",
+        "the guest is stopped when RAM and each device's data also fit by themselves, as v3 does",
+        "QEMU",
+        v2=("parts",),
+    ),
+    ProposedChange(
         "critical-first",
         "critical records go first, and in chunks",
         "driver",

@@ -21,7 +21,7 @@ HOW = {
         "what suspend and quiesce take, and how it grows with the VFs",
         "stop 1, 2, 4, ... VFs of a PF; time both arcs of each (proto-v3 probe DEVICE)",
     ),
-    r"firmware\.stop_engines|vmm\.parallel_.*": (
+    r"firmware\.state_commands": (
         "how many VFs of a PF firmware stops at once",
         "suspend 1, 2 and 4 VFs of a PF from threads at once; time each",
     ),

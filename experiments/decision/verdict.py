@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from experiments.decision.bands import Brought
 from experiments.decision.deciding import Index, Turn, turn
 from experiments.decision.measure import how_to_measure, what_it_is
@@ -61,6 +63,11 @@ def verdicts(
 def worth_making(rows: Sequence[Brought]) -> list[str]:
     """The changes that are worth making in more than half of the samples, in the order of the table."""
     return [row.rung.name for row in rows if row.probability is not None and row.probability > 0.5]
+
+
+def making_worse(rows: Sequence[Brought]) -> list[str]:
+    """The changes with which the downtime is longer by as much, or fails, in more than half of the samples."""
+    return [row.rung.name for row in rows if row.made and np.sum(row.gains_percent < -100 * WORTH) > row.samples / 2]
 
 
 def _verdict(row: Brought, above: Brought, found: Sequence[Index], samples: Sequence[Sample]) -> Verdict:

@@ -19,7 +19,7 @@ from experiments.decision.deciding import Index, bounded, indices, turn
 from experiments.decision.decision import decide, rows_table, study
 from experiments.decision.ladder import AS_IT_IS, LADDER, Rung, protocol_of, rungs
 from experiments.decision.measure import how_to_measure, what_it_is
-from experiments.decision.verdict import IDEAS, MOST_CHARS, verdicts, worth_making
+from experiments.decision.verdict import IDEAS, MOST_CHARS, making_worse, verdicts, worth_making
 from experiments.report.decision import conclusion
 from experiments.runs.frame import table
 from experiments.runs.pool import run_cells
@@ -175,6 +175,22 @@ def rows_table_of(rows: Sequence[Brought]) -> pl.DataFrame:
     return rows_table(Decision(small_scenario(), 5, rows, {}, []))
 
 
+def test_v3_is_held_against_the_best_v2_of_each_machine() -> None:
+    """The change of `b` helps where it completes, and that of `c` never does."""
+    runs = {"v2": [300, 300, 300, None], "v2-b": [100, 110, None, None], "v2-c": [120, 130, None, None]}
+    rows = brought(rows_of(*runs, "v3-n1", "v3-n4"), runs_of({**runs, "v3-n1": [90] * 4, "v3-n4": [45] * 4}))
+    assert list(rows[3].gains_percent) == pytest.approx([10, 100 * 20 / 110, 70, INF])
+    assert rows[3].fewer_failures == 1
+    assert rows[3].in_all_percent == SampleBand(70, 70, INF)
+    assert list(rows[4].gains_percent) == [50] * 4
+    same = runs_of({"v2": [100, 100], "v2-b": [100, 100], "v3-n1": [50, None]}).with_columns(
+        critical_lag_max_ns=pl.when(protocol=pl.lit("v2")).then(9 * 10**9).otherwise("critical_lag_max_ns")
+    )
+    (*_, last) = brought(rows_of("v2", "v2-b", "v3-n1"), same)
+    assert last.brings["critical_lag_s"] == SampleBand(0, 0, 0), "of equal rows it is the last"
+    assert list(last.gains_percent) == [50, -INF]
+
+
 def test_gains_of_nothing_are_nothing() -> None:
     assert list(gains_percent(np.array([0.0, 10.0, INF, INF]), np.array([0.0, 0.0, INF, 1.0]))) == [0, 100, 0, INF]
     assert list(less(np.array([INF, 3.0]), np.array([INF, INF]))) == [0, -INF]
@@ -323,6 +339,12 @@ def test_the_verdict_follows_the_numbers() -> None:
     assert "No single key" not in word(0, 0, 6, 6, found={}).sentence
     assert "No single key decides" in word(0, 0, 6, 6, found={"v3-n4": [Index("a", 0.05, 0.1)]}).sentence
     assert word(0, 0, 0, 0).settled_by(ranged) == ""
+
+
+def test_what_is_worth_making_and_what_makes_it_worse() -> None:
+    rows = [FIRST, row("multifd", [10, 10, 0, 6]), row("chunks4", [10, 0, 10, 0]), row("early", [-6, -INF, -9, 50])]
+    assert worth_making(rows) == ["multifd"], "in more than half"
+    assert making_worse(rows) == ["early"]
 
 
 def test_an_idea_that_cannot_be_had_is_said_to() -> None:
