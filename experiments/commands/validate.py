@@ -234,6 +234,8 @@ def _conclusion(
     for (name, protocol), of_case in sampled.group_by("scenario", "protocol", maintain_order=True):
         if lost := of_case.filter(~COMPLETED).height:
             told = f"{lost} of {of_case.height} samples did not complete; the bands are of the others"
+            if lost == of_case.height:
+                told = f"none of {lost} samples completed, so there are no bands"
             yield f"{name}, {protocol}: {told}."
 
 

@@ -399,7 +399,7 @@ class V3Source(Source):
             if info.epoch != self._critical[device].loaded_epoch or info.pending_bytes > 0:
                 late.append(self.side.devices[device].name)
         self.counters.late_final_checks += len(late)
-        if late and self._forced:
-            forced = f"stopped by force: the critical data of {', '.join(late)} was not loaded"
+        if self._forced and (untold := [name for name in late if f"critical data of {name} " not in self.note]):
+            forced = f"stopped by force: the critical data of {', '.join(untold)} was not loaded"
             self.note = "; ".join(filter(None, [self.note, forced]))
         return not late or self._forced or self.counters.retries >= self._options.max_retries

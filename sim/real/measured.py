@@ -132,7 +132,7 @@ def _rates(found: Measurements) -> Iterator[tuple[str, tuple[float, str]]]:
         most = max(ratios, key=lambda number: ratios[number])
         each = ", ".join(f"{number}: {ratio:.3g}" for number, ratio in ratios.items())
         how = f"the most that several streams give beside one ({each}), of commands, locks and copies together"
-        yield "firmware.engines", (round(max(1.0, ratios[most]), 2), how)
+        yield "firmware.vf_engines", (round(max(1.0, ratios[most]), 2), how)
     if found.call_ns:
         us = median(found.call_ns) / NS_PER_US
         how = f"a GET of the state{_range([time_ns / NS_PER_US for time_ns in found.call_ns], 'us')}"

@@ -24,7 +24,7 @@ from sim.scenario import ranges, toml
 from sim.scenario.device import MAX_BLOCKS, MAX_WRITES, Device
 from sim.scenario.ranges import Range
 from sim.scenario.tables import NO_FIGURES, V3, Driver, Firmware, Host, Link, Published, Ram, Vmm
-from sim.scenario.units import BYTES_PER_S_PER_GBIT, KIB, MIB, NS_PER_S, Table, Text, did_you_mean, ns, short
+from sim.scenario.units import BYTES_PER_S_PER_GBIT, KIB, MIB, NS_PER_MS, NS_PER_S, Table, Text, did_you_mean, ns, short
 
 MAX_DEVICES = 64
 MAX_NAME = 64
@@ -200,6 +200,19 @@ def _room_for_a_read(scenario: Scenario) -> Iterator[str]:
             yield f"{key} = {room_mib:g}: must be at least one read, vmm.read_mib = {read_mib:g}"
 
 
+def _end_of_a_load(scenario: Scenario) -> Iterator[str]:
+    driver, firmware = scenario.driver, scenario.firmware
+    if driver.precopy == "reread":
+        for at, device in enumerate(scenario.device):
+            most_ns = firmware.load_finish_ns + device.vectors * firmware.load_finish_ns_per_vector
+            if driver.finish_again_ns > most_ns:
+                yield (
+                    f"driver.finish_again_ms = {driver.finish_again_ms:g}: must be at most what the end of a load takes "
+                    f"the first time, {most_ns / NS_PER_MS:g} ms for device.{at} (firmware.load_finish_ms and what "
+                    "grows with vectors)"
+                )
+
+
 def _not_set(scenario: Scenario, key: str) -> str:
     """What to do about a key that has a source or a range, and that the file does not set."""
     try:
@@ -233,6 +246,7 @@ RULES: tuple[Callable[[Scenario], Iterator[str]], ...] = (
     _size_of_a_run,
     _published_values,
     _room_for_a_read,
+    _end_of_a_load,
     _source_of_each_key,
     _range_of_each_key,
 )

@@ -136,7 +136,7 @@ class WorkAfterStop:
         if precopy and kind == "reread":  # the target may have prepared itself
             # v3: the objects come again, but the epoch is loaded: the blocks do not wait for them.
             setup_ns = 0 if v3 is not None else objects * min(device.critical.setup_ns, device.critical.setup_again_ns)
-            finish_ns = min(times.load_finish_ns, self._scenario.driver.finish_again_ns)
+            finish_ns = self._scenario.driver.finish_again_ns
             times = replace(times, load_finish_ns=finish_ns)
         readers = v3.wire_streams if v3 and by_blocks else 1
         return DeviceJob(device, times, saved_from_ns, read_from_ns, whole, chain, late, readers, setup_ns)

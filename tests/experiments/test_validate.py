@@ -303,6 +303,17 @@ def test_samples_that_do_not_complete_are_told(
     assert told in " ".join(capsys.readouterr().out.split())
 
 
+def test_samples_of_which_none_completes_make_no_bands(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranges = {"ranges": {"device.0.suspend_ms": {"low": 0.5, "high": 10.5, "why": "x"}}}
+    case = write("case", [published(setup_ms=1.0)], NEVER | {"vmm.give_up_s": 0.2} | ranges)
+    run_validate([case], [1], str(tmp_path / "out"), 1, ["x"], samples=4)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "case, v2: none of 4 samples completed, so there are no bands." in told
+    assert "the bands are of the others" not in told
+
+
 # --- what is run -----------------------------------------------------------------------------------------------------
 
 

@@ -96,7 +96,7 @@ def test_the_sample_driver(make_sample: Callable[..., SampleMdev], tmp_path: Pat
     assert made.devices[0].suspend_ms >= 3
     assert made.devices[0].quiesce_ms >= 5
     assert made.driver.precopy == "incremental"
-    assert 1 <= made.firmware.engines <= EMULATED["engines"]
+    assert 1 <= made.firmware.engines_of_a_vf <= EMULATED["engines"]
 
 
 @pytest.mark.parametrize("parameters", [{"precopy": 0}, {"p2p": 0}, {"precopy": 0, "p2p": 0, "streams": 0}])

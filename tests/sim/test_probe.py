@@ -92,7 +92,7 @@ def test_rates_and_sizes_are_those_of_the_scenario() -> None:
     assert keys["driver.call_us"] == 0.0, "a call that does nothing takes no time in virtual time"
     # save at 1024 MiB/s, and copy 4 GiB/s beside it: SAVEs go on while chunks are copied
     assert 700 < keys["firmware.save_mib_per_s"] < 1024
-    assert 1 < keys["firmware.engines"] <= 2, "two engines"
+    assert 1 < keys["firmware.vf_engines"] <= 2, "two engines"
     # copied at 4 GiB/s and loaded at 2048 MiB/s; four set-ups of 100 us, and load_finish_ms, are in write() too
     load_s = 8 / 4096 + 8 / 2048 + 4 * 100e-6 + 5e-3
     assert keys["firmware.load_mib_per_s"] == pytest.approx(8 / load_s, rel=0.05)
@@ -128,7 +128,7 @@ def test_a_small_state_gives_no_rates() -> None:
     tiny = {**IDLE, "device.0.state_mib": 0.25, "device.0.block_kib": 64}
     keys = of_scenario(probed(tiny))
     assert not {key for key in keys if key.endswith("mib_per_s") and key.startswith("firmware")}
-    assert "firmware.engines" not in keys
+    assert "firmware.vf_engines" not in keys
 
 
 @pytest.mark.parametrize("kind", KINDS)
