@@ -3,7 +3,7 @@
 
 A free number is a share u of its range, 0 to 1. A residual is log(simulated / published), so that 10 % count the same
 for 2 ms and for 2 s; each rig counts the same, however many figures it has. To each number one more residual is added,
-PULL x (u - where it began): what no figure depends on stays where it is.
+PULL x (u - the prior's u): what no figure depends on is the prior. So the values do not hang on those in the files.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class Fitter:
     def fit(self) -> CalibrationFit:
         """Fit all free keys to all figures that are used."""
         every = list(range(len(self._plan.free)))
-        values = self._solve(self._figures.start, every, self._used(), MOST_STEPS)
+        prior = tuple(free.began for free in self._plan.free)
+        values = self._solve(prior, every, self._used(), MOST_STEPS)
         shares = (np.array(values) - self._low) / self._width
         shares = np.where(shares < EDGE, 0.0, np.where(shares > 1 - EDGE, 1.0, shares))
         return self.with_values(tuple(float(f"{value:.3g}") for value in self._at(shares, every, values)))

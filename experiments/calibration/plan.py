@@ -35,6 +35,9 @@ class FreeKey(Table):
     low: float | None = None
     high: float | None = None
     """The number is at least `low` and at most `high`. If left out, as the scenario's range of the first key says."""
+    prior: float | None = None
+    """Where the search begins, and to where a number is pulled that the figures do not tell. It is not the value in the
+    scenario's file, so that a second fit finds what the first one found. If left out, the middle between the bounds."""
 
     @property
     def name(self) -> str:
@@ -48,6 +51,11 @@ class FreeKey(Table):
         if self.low is not None and self.high is not None and not -math.inf < self.low < self.high < math.inf:
             raise self.wrong("low", f"must be less than high = {self.high:g}")
         return self
+
+    @property
+    def began(self) -> float:
+        """The prior. KeyError as `bounds`."""
+        return sum(self.bounds) / 2 if self.prior is None else self.prior
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -134,6 +142,8 @@ def _problems(plan: Calibration) -> Iterator[str]:
         except KeyError:
             yield f"free.{at}.low: must be given, for {free.scenario} has no range from low to high of {free.keys[0]}"
             continue
+        if not bounds[0] <= free.began <= bounds[1]:
+            yield f"free.{at}.prior = {free.began:g}: must be from {bounds[0]:g} to {bounds[1]:g}"
         for end in () if wrong else bounds:
             try:
                 moved_to(owner, dict.fromkeys(free.keys, end))

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from experiments.calibration.__main__ import main
 from experiments.calibration.figures import SimulatedFigures
 from experiments.calibration.fit import Fitter
-from experiments.calibration.plan import SHIPPED, Calibration, FreeKey, Rig, reaches, read, value_at
+from experiments.calibration.plan import SHIPPED, Calibration, FreeKey, Rig, as_in_file, reaches, read, value_at
 from experiments.calibration.write import put, write
 from experiments.runs import frame as results
 from proto_v3.errors import UserError
@@ -99,18 +99,19 @@ def test_a_rigs_own_key_has_the_bases_value_when_the_rig_is_left_out(plan: Calib
     assert error < -0.7  # the base starts its vCPUs in 1 ms
 
 
-def test_what_no_figure_depends_on_is_named_and_stays(plan: Calibration) -> None:
-    idle = FreeKey(scenario=plan.free[0].scenario, keys=["vmm.give_up_s"], low=1.0, high=9.0)
-    extended = Calibration(free=[*plan.free, idle], rig=plan.rig)
+def test_what_no_figure_depends_on_is_named_and_is_its_prior(plan: Calibration) -> None:
+    idle = FreeKey(scenario=plan.free[0].scenario, keys=["vmm.give_up_s"], low=1.0, high=9.0, prior=2.5)
+    middle = FreeKey(scenario=plan.free[0].scenario, keys=["driver.reread_ms"], low=20.0, high=60.0)
+    extended = Calibration(free=[*plan.free, middle, idle], rig=plan.rig)
     fit = fitter(extended).fit()
-    assert fit.values[-1] == pytest.approx(2.0)
+    assert fit.values[-2:] == pytest.approx((40.0, 2.5)), "without a prior the middle of its range"
     named = [each for each in fitter(extended).blind(fit.values) if each.why.startswith("no figure changes")]
-    assert [each.keys for each in named] == [[idle.name]]
+    assert [each.keys for each in named] == [[middle.name], [idle.name]]
 
 
 def test_a_number_at_an_end_of_its_range_stays_there(plan: Calibration) -> None:
     """The search begins inside of the range; nothing moves this one back."""
-    idle = FreeKey(scenario=plan.free[0].scenario, keys=["vmm.give_up_s"], low=2.0, high=9.0)
+    idle = FreeKey(scenario=plan.free[0].scenario, keys=["vmm.give_up_s"], low=2.0, high=9.0, prior=2.0)
     assert fitter(Calibration(free=[*plan.free, idle], rig=plan.rig)).fit().values[-1] == 2.0
 
 
@@ -152,6 +153,17 @@ def test_the_command_writes_the_values_into_the_file(plan: Calibration, tmp_path
     assert "load_finish_ms" in done.output
 
 
+def test_a_second_fit_finds_what_the_first_one_wrote(plan: Calibration) -> None:
+    """Whatever the files have: the search begins at the priors, which the plan declares."""
+    mixed_up = FreeKey(scenario=plan.free[0].scenario, keys=["device.0.suspend_ms"], low=0.0, high=HIGHEST)
+    extended = Calibration(free=[*plan.free, mixed_up], rig=plan.rig)
+    first = fitter(extended).fit().values
+    assert write(extended, first)
+    as_in_file.cache_clear()
+    assert SimulatedFigures(extended).start == first
+    assert fitter(extended).fit().values == first
+
+
 def test_no_file_is_written_if_one_cannot_be(plan: Calibration, tmp_path: Path) -> None:
     own = write_rig(tmp_path, "bare", 1, {"downtime_ms": 1.0}, "")
     idle = FreeKey(scenario=own, keys=["firmware.load_finish_ms"], low=0.0, high=HIGHEST)  # which its base sets
@@ -188,7 +200,8 @@ def test_comments_and_other_tables_stay() -> None:
         ),
         ('scenario = "mlx5"\nkeys = ["firmware.engines"]\nlow = 2\nhigh = 1', "", "must be less than high"),
         ('scenario = "mlx5"\nkeys = ["firmware.engines"]\nlow = 2', "", "must be given both"),
-        ('scenario = "mlx5"\nkeys = ["ram.sync_ms"]', "", "must be given, for mlx5 has no range"),
+        ('scenario = "mlx5"\nkeys = ["ram.scan_gib_per_s"]', "", "must be given, for mlx5 has no range"),
+        ('scenario = "mlx5"\nkeys = ["firmware.engines"]\nprior = 4.5', "", "prior = 4.5: must be from 1 to 4"),
         ('scenario = "vgpu-32g"\nkeys = ["firmware.engines"]', "", "must be a scenario of a rig"),
         (
             'scenario = "mlx5"\nkeys = ["firmware.engines"]',
