@@ -24,6 +24,8 @@ PULL = 0.02
 """The residual of a number that moved through its whole range."""
 STEP = 0.08
 """Of a difference quotient, as a share of the range: large, for the VMM's rounds make small steps in the figures."""
+GAIN = 0.02
+"""By so much the sum of squares of the figures must become less for values to be taken instead of the priors."""
 NOT_SIMULATED = 1.0
 """The residual of a figure that a run does not have, for instance because it did not converge."""
 EDGE = 2e-3
@@ -73,6 +75,9 @@ class Fitter:
         every = list(range(len(self._plan.free)))
         prior = tuple(free.began for free in self._plan.free)
         values = self._solve(prior, every, self._used(), MOST_STEPS)
+        before, after = (self._residuals([prior, values], self._used()) ** 2).sum(axis=1)
+        if after > (1 - GAIN) * before:
+            return self.with_values(prior)
         shares = (np.array(values) - self._low) / self._width
         shares = np.where(shares < EDGE, 0.0, np.where(shares > 1 - EDGE, 1.0, shares))
         return self.with_values(tuple(float(f"{value:.3g}") for value in self._at(shares, every, values)))

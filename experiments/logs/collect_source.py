@@ -38,6 +38,7 @@ class SourceCollector(BaseCollector):
         self._size(event, "stopcopy size")
         if not self._stopped:
             self._report(event, "precopy initial size", "precopy dirty size")
+        self._beyond(event)
 
     def _on_vfio_state_pending_estimate(self, event: TraceEvent) -> None:
         """QEMU 10: the first answer of PRECOPY_INFO."""
@@ -49,6 +50,14 @@ class SourceCollector(BaseCollector):
         if event.value("final") == 1:
             left = (event.value(f"precopy {each} size") or 0 for each in ("initial", "dirty"))
             self._device(event).left_bytes = sum(left)
+        elif event.value("exact") == 1:
+            self._beyond(event)
+
+    def _beyond(self, event: TraceEvent) -> None:
+        """Size and PRECOPY_INFO, asked for together."""
+        size, *announced = (event.value(f"{each} size") for each in ("stopcopy", "precopy initial", "precopy dirty"))
+        if size is not None and not self._stopped:
+            self._device(event).beyond = size, max(0, size - sum(each or 0 for each in announced))
 
     def _size(self, event: TraceEvent, key: str) -> None:
         sizes, size = self._device(event).sizes, event.value(key)

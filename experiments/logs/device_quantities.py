@@ -219,7 +219,11 @@ def _stop_only(key: str, pair: Pair, here: DeviceFacts, there: DeviceFacts, stat
         count, size_mib = len(there.pieces), (here.buffer_bytes or MIB) / MIB
         how = f"{count} packets of multifd, of up to {size_mib:g} MiB"
         high = min(state_mib, count * size_mib)
-        yield bounded(name, high, how, None, high)
+        least = _beyond(here, high)
+        if least is None:
+            yield bounded(name, high, how, None, high)
+        else:
+            yield bounded(name, least[0], f"{how}; {least[1]}", least[0], high)
     elif rereads(here, there):
         yield measured(name, 0.0, "pre-copy gives all of it, and STOP_COPY all of it again")
     elif here.stop_bytes <= FRAMING_BYTES:
@@ -228,13 +232,27 @@ def _stop_only(key: str, pair: Pair, here: DeviceFacts, there: DeviceFacts, stat
         stopped = min(state_mib, here.stop_bytes / MIB)
         unread = _unread_bytes(here) / MIB
         how = f"{here.stop_bytes} bytes of vfio_save_block after the stop"
-        if not here.dirtied_us:
+        least = _beyond(here, stopped)
+        if least is not None:
+            yield bounded(name, stopped, f"{how}; {least[1]}", least[0], stopped)
+        elif not here.dirtied_us:
             yield bounded(name, stopped, f"{how}; what of it was dirty, is not known", 0.0, stopped)
         elif unread:
             low = max(0.0, stopped - unread)
             yield bounded(name, low, f"{how}, of which some were dirty at the stop", low, stopped)
         else:
             yield measured(name, stopped, f"{how}, nothing of it dirty by the last PRECOPY_INFO")
+
+
+def _beyond(here: DeviceFacts, most_mib: float) -> tuple[float, str] | None:
+    """What a stopped device adds by its own word, MiB, and in words. None if MIG_DATA_SIZE is not of what is left: it
+    did not become less, as with a driver that reports a whole image in any state."""
+    whole = setup_size(here) or (here.sizes[0].bytes if here.sizes else 0)
+    if here.beyond is None or not 0 < here.beyond[0] < AGAIN_SHARE * whole:
+        return None
+    size, beyond = here.beyond
+    how = f"of the last MIG_DATA_SIZE, {size} bytes, PRECOPY_INFO announced all but {beyond}"
+    return min(most_mib, beyond / MIB if beyond > FRAMING_BYTES else 0.0), how
 
 
 def _unread_bytes(here: DeviceFacts) -> float:

@@ -4,14 +4,18 @@
 Three forms are read: lines `FUNCTION THREAD BEGIN_NS END_NS`, as the bpftrace program of `proto-v3 fit --how` prints;
 the function_graph tracer's; and kprobes' of trace events. A SAVE goes on after its function has returned: it ends with
 mlx5vf_save_callback.
+
+Their times are of a clock that began when the host did. A line `clock MONOTONIC_NS REAL_NS` says what the wall clock
+showed: then the calls of one migration can be told from others, by its log of the same host.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from proto_v3.errors import UserError
 
@@ -33,13 +37,45 @@ GRAPH = re.compile(
 PROBE = re.compile(r".*?-(?P<thread>\d+)\s+\[\d+\].*?\s(?P<at>\d+\.\d+):\s+\S+:\s+\((?P<what>[^)]*)\)")
 NS_PER_US, NS_PER_S = 1_000, 1_000_000_000
 MOST_CALLS = 1_000_000
+SLACK_NS = 100_000_000
+"""So much may a call be outside of what a log shows: its first event is not the first thing that happened. Ours."""
+CLOCK = re.compile(r"\s*clock\s+(\d+)\s+(\d+)\s*")
 Calls = dict[str, list[int]]
 """By kind: how long each took, ns, in the order in which they ended."""
 
 
-def read_calls(files: Iterable[str]) -> Calls:
+class DriverCall(NamedTuple):
+    """One call of a function of the driver's."""
+
+    kind: str
+    ns: int
+    end_ns: int | None
+    """On the host's wall clock, since 1970; None if the file does not tell."""
+
+
+def of_migration(calls: Iterable[DriverCall], spans_ns: Mapping[str, tuple[int, int]]) -> tuple[Calls, str]:
+    """The calls that ended while the migration lasted, and in words how many that are. One of which the time is not
+    known counts. `spans_ns`: by kind, from when to when, on the wall clock of the host that makes such calls."""
+    found: Calls = {}
+    others = untimed = 0
+    for call in calls:
+        begin_ns, end_ns = spans_ns[call.kind]
+        untimed += call.end_ns is None
+        if call.end_ns is None or begin_ns - SLACK_NS <= call.end_ns <= end_ns + SLACK_NS:
+            found.setdefault(call.kind, []).append(call.ns)
+        else:
+            others += 1
+    count = sum(map(len, found.values()))
+    told = f"--driver: {count} calls are of this migration, {others} others are left out"
+    if untimed:
+        told = f"--driver: all of {count} calls count: no line `clock` tells when they were"
+        told += f", but of {count - untimed} more; {others} others are left out" if count > untimed or others else ""
+    return found, told if count or others else ""
+
+
+def read_calls(files: Iterable[str]) -> list[DriverCall]:
     """Of all files. UserError if one cannot be read, or has none of the functions."""
-    every: Calls = defaultdict(list)
+    every: list[DriverCall] = []
     for name in files:
         try:
             with Path(name).open(encoding="utf-8", errors="replace") as lines:
@@ -48,24 +84,28 @@ def read_calls(files: Iterable[str]) -> Calls:
             raise UserError(f"--driver {name}: cannot be read: {error.strerror}") from error
         if not calls:
             raise UserError(f"--driver {name}: has no time of {', '.join(FUNCTIONS)}; `proto-v3 fit --how` says how")
-        for kind, times_ns in calls.items():
-            every[kind] += times_ns
-    return dict(every)
+        every += calls
+    return every
 
 
-def parse_calls(lines: Iterable[str]) -> Calls:
-    """Of these lines."""
-    reader = _Reader()
+def parse_calls(lines: Iterable[str]) -> list[DriverCall]:
+    """Of these lines, which are of one host."""
+    reader, offset_ns = _Reader(), None
     for line in lines:
+        if found := CLOCK.fullmatch(line):
+            offset_ns = int(found[2]) - int(found[1])
         reader.take(line[:4096])
-    return {kind: times_ns for kind, times_ns in reader.calls.items() if times_ns}
+    return [
+        call._replace(end_ns=None if offset_ns is None or call.end_ns is None else call.end_ns + offset_ns)
+        for call in reader.calls
+    ]
 
 
 class _Reader:
     """Takes line by line."""
 
     def __init__(self) -> None:
-        self.calls: Calls = {kind: [] for kind in FUNCTIONS.values()}
+        self.calls: list[DriverCall] = []
         self._open: dict[str, list[str]] = defaultdict(list)
         """function_graph: by CPU, the functions that have not ended."""
         self._entered: dict[tuple[str, str], int] = {}
@@ -83,15 +123,15 @@ class _Reader:
     def _ended(self, function: str, begin_ns: int, end_ns: int) -> None:
         if function == SAVED:
             if self._saving:
-                self._add(SAVE, end_ns - self._saving.popleft())
+                self._add(SAVE, end_ns - self._saving.popleft(), end_ns)
         elif FUNCTIONS[function] == SAVE:
             self._saving.append(begin_ns)
         else:
-            self._add(FUNCTIONS[function], end_ns - begin_ns)
+            self._add(FUNCTIONS[function], end_ns - begin_ns, end_ns)
 
-    def _add(self, kind: str, ns: int) -> None:
-        if ns >= 0 and len(self.calls[kind]) < MOST_CALLS:
-            self.calls[kind].append(ns)
+    def _add(self, kind: str, ns: int, end_ns: int | None) -> None:
+        if ns >= 0 and len(self.calls) < MOST_CALLS:
+            self.calls.append(DriverCall(kind, ns, end_ns))
 
     def _graph(self, cpu: str, us: str | None, text: str, at: str | None) -> None:
         """A leaf with its time; `name() {`; or `}` with the time of what was entered last on this CPU."""
@@ -106,7 +146,9 @@ class _Reader:
         elif at is not None and function:
             self._begun(function, round(float(at) * NS_PER_S))
         if us is not None and FUNCTIONS.get(function, SAVE) != SAVE:
-            self._add(FUNCTIONS[function], round(float(us) * NS_PER_US))
+            self._add(
+                FUNCTIONS[function], round(float(us) * NS_PER_US), None if at is None else round(float(at) * NS_PER_S)
+            )
 
     def _begun(self, function: str, at_ns: int) -> None:
         """function_graph with absolute times: a SAVE, or its end."""

@@ -2,7 +2,8 @@
 """QEMU's events, read line by line from a log: trace events in both forms that they have had, or QMP events.
 
 QEMU 10: `pid@seconds.microseconds:event arguments`. QEMU 11: an ISO 8601 time, a blank, the event. Both have times only
-with -msg timestamp=on. QMP events are JSON, one a line, as QMP prints them; or the lines of `virsh qemu-monitor-event`.
+with -msg timestamp=on. QMP events are JSON, one a line, as QMP prints them; or the lines of `virsh qemu-monitor-event`,
+also with --timestamp or --pretty.
 Other lines, such as warnings, are left out; so is what a system's log puts in front of each line.
 """
 
@@ -16,6 +17,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,13 @@ OLD = re.compile(PREFIX + r"\d+@(?P<time>\d+\.\d{6}):(?P<name>[a-z]\w+)(?: (?P<a
 NEW = re.compile(PREFIX + r"(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{6})?)Z (?P<name>[a-z]\w+)(?: (?P<args>.*))?")
 """A time without its fraction is of a whole second: g_date_time_format_iso8601() leaves out what is 0."""
 VIRSH = re.compile(r"event (?P<name>[A-Z_]+) at (?P<s>\d+)\.(?P<us>\d{6}) for domain [^{]*(?P<data>\{.*\})?")
+STAMPED = re.compile(
+    r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}\+0000): event (?P<name>[A-Z_]+) for domain [^{]*(?P<data>\{.*\})?"
+)
+"""With --timestamp: when virsh printed it, in milliseconds."""
+PRETTY = re.compile(rb"(?:[-\d]+ [:.\d]+\+0000: )?event [A-Z_]+ .*\{\r?\n")
+"""With --pretty: the data goes on in the next lines, until one is a bracket alone."""
+MOST_PRETTY_LINES = 100
 NO_TIME = re.compile(r"(?:vfio_|migrat|vmstate_|savevm_|qemu_savevm_|loadvm_|vm_state_notify)\w* ")
 QMP = "QMP:"
 """Begins the name of an event that came by QMP."""
@@ -80,6 +89,10 @@ def event_of(line: str) -> TraceEvent | None:
         return _of_qmp(line)
     if found := VIRSH.match(line):
         return _event(found["name"], int(found["s"]), int(found["us"]), _json(found["data"] or "{}"))
+    if found := STAMPED.match(line):
+        with contextlib.suppress(ValueError):  # the 45th of some month
+            at = datetime.datetime.strptime(found["time"], "%Y-%m-%d %H:%M:%S.%f%z")
+            return _event(found["name"], int(at.timestamp()), at.microsecond, _json(found["data"] or "{}"))
     return None
 
 
@@ -143,6 +156,8 @@ class LogFile:
                 with gzip.open(file) if packed else contextlib.nullcontext(file) as lines:
                     self._check_text(lines.peek(1 << 12))
                     while line := lines.readline(MOST_LINE_BYTES):
+                        if PRETTY.fullmatch(line):
+                            line = b" ".join([line.strip(), *self._rest(lines)]) + b"\n"
                         if (event := self._taken(line)) is not None:
                             yield event
         except IsADirectoryError:
@@ -155,6 +170,15 @@ class LogFile:
             raise UserError(f"{self.name}: {self._why_nothing()}; `proto-v3 fit --how` says what to log")
         if self.events == self._coarse > MOST_COARSE:
             raise UserError(f"{self.name}: its times are whole seconds; must have microseconds, as QEMU writes them")
+
+    def _rest(self, lines: gzip.GzipFile | BufferedReader) -> Iterator[bytes]:
+        """The lines of an event's data, as --pretty prints it, behind the first one."""
+        for _ in range(MOST_PRETTY_LINES):
+            line = lines.readline(MOST_LINE_BYTES)
+            self.lines += bool(line)
+            yield line.strip()
+            if not line or line.startswith(b"}"):
+                return
 
     def _taken(self, line: bytes) -> TraceEvent | None:
         """Count a line; returns its event."""

@@ -112,6 +112,8 @@ class DeviceFacts:
     first_pass_bytes: int | None = None
     """What was read until, for the first time, nothing more was announced."""
     first_pass_us: int | None = None
+    beyond: tuple[int, int] | None = None
+    """The last MIG_DATA_SIZE before the stop, and what it has beyond the PRECOPY_INFO that was asked for with it."""
     left_bytes: int = 0
     """What pre-copy had left to give when the guest was stopped, as far as it was told."""
     told_bytes: int | None = None

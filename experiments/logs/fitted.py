@@ -22,6 +22,7 @@ from proto_v3.errors import UserError
 from sim.scenario import toml
 from sim.scenario.device import Device
 from sim.scenario.scenario import Scenario, parameters
+from sim.scenario.tables import Published
 
 Values = dict[str, tuple[Any, str]]
 """By dotted key: value and source."""
@@ -36,6 +37,8 @@ PART_OF_MEASURED = (
 POSITIVE = ("state_mib", "_per_s")
 """The ends of keys that may not be 0."""
 DEVICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
+SUM = "downtime_ms"
+"""What is measured of the whole, and no key is fitted to: the sum of the other figures, beside little else."""
 NO_UPPER = 8.0
 """Where neither the logs nor the base have a bound, a range ends at this many times the value. Ours."""
 
@@ -192,11 +195,37 @@ HEAD = """\
 # A machine as the logs of one of its migrations show it. What they do not tell is as in {base}; [sources] says which.
 #   proto-v3 scenarios {file}   all values, with their sources and ranges
 #   proto-v3 compare {file}     run it
+#   proto-v3 validate {file}    hold it against what the logs measured ([[published]])
 """
 
 
-def scenario_text(name: str, description: str, fit: Fit, base: Scenario) -> str:
-    """The TOML file. It stands by itself: what the logs do not tell is in it as the base has it, with its range."""
+def figures(fall: Waterfall, devices: int, *, one_sided: bool) -> dict[str, Any]:
+    """What was measured of the downtime, as `[[published]]` has it: ms, in lists one value a device.
+
+    `one_sided`: of the whole downtime the logs tell the least only, so it is left out.
+    """
+    found: dict[str, Any] = {}
+    for step in fall.steps:
+        if step.stage and step.ms > 0:
+            stage, _, index = step.stage.removeprefix("stage_").removesuffix("_ns").rpartition("_")
+            found.setdefault(f"{stage}_ms", {})[int(index)] = round(step.ms, 3)
+    lists = {key for key, field in Published.model_fields.items() if field.default == []}
+    told = {
+        key: [values[at] for at in range(devices)] if key in lists else values[0]
+        for key, values in found.items()
+        if key not in lists or len(values) == devices
+    }
+    if fall.downtime_ms and not one_sided:
+        told[SUM] = round(fall.downtime_ms, 3)
+    return told
+
+
+def scenario_text(name: str, description: str, fit: Fit, base: Scenario, measured: Mapping[str, Any]) -> str:
+    """The TOML file. It stands by itself: what the logs do not tell is in it as the base has it, with its range.
+
+    `measured`: the figures that the logs tell, to which the values were fitted; `proto-v3 validate` holds runs against
+    them.
+    """
     known = parameters(base)
     values = {key: (value, base.sources.get(key, f"assumed: as in {base.name}")) for key, value in known.items()}
     values |= fit.values
@@ -219,6 +248,12 @@ def scenario_text(name: str, description: str, fit: Fit, base: Scenario) -> str:
             for below, keys in one.items():
                 if isinstance(keys, dict):
                     lines += ["", f"[{table}.{below}]", *_lines(keys)]
+    if measured:
+        sums = [SUM] if SUM in measured else []
+        each = Published.model_validate({"citation": "x", **measured}).figures()
+        about = {"citation": "the logs of one migration of this machine, read by proto-v3 fit"}
+        used = {"fitted": [key for key in each if key not in sums], "sums": sums}
+        lines += ["", "[[published]]", *_lines({**about, **used, **measured})]
     lines += ["", "[sources]", *(f"{_toml(key)} = {_toml(source)}" for key, (_, source) in _sorted(values))]
     lines += ["", "[ranges]"]
     for key, each in _sorted(ranges):

@@ -53,21 +53,23 @@ What `proto-v3 fit SOURCE.log TARGET.log` needs: the logs of one migration that 
    capability `events`, and all that the monitor sends, one JSON object a line, into a file for each end; or
    `virsh qemu-monitor-event --loop > SIDE.log`. These tell stops and resumes; no sizes, no rates.
 
-3. Sharper: what the driver's functions take, SAVE and LOAD by themselves (--driver FILE, of both hosts). All calls in
-   the files count: record this migration alone, and no other VF meanwhile.
+3. Sharper: what the driver's functions take, SAVE and LOAD by themselves (--driver FILE, a file for
+   each host). The first line says what the wall clock shows, so that calls of other times are left out; without it all
+   calls in the file count. Of what is migrated at the same time nothing is left out: no other VF meanwhile.
 
-    bpftrace -e '{bpftrace()}' > driver.txt
+    python3 -c 'import time; print("clock", time.monotonic_ns(), time.time_ns())' > driver.txt
+    bpftrace -e '{bpftrace()}' >> driver.txt
 
    or the function_graph tracer:
 
-    cd /sys/kernel/tracing; echo {" ".join(FUNCTIONS)} {SAVED} > set_ftrace_filter
-    echo funcgraph-abstime > trace_options; echo function_graph > current_tracer; cat trace_pipe > driver.txt
+    cd /sys/kernel/tracing; echo mono > trace_clock; echo {" ".join(FUNCTIONS)} {SAVED} > set_ftrace_filter
+    echo funcgraph-abstime > trace_options; echo function_graph > current_tracer; cat trace_pipe >> driver.txt
 
    or kprobes:
 
-    for f in {" ".join(FUNCTIONS)} {SAVED}; do
+    echo mono > /sys/kernel/tracing/trace_clock; for f in {" ".join(FUNCTIONS)} {SAVED}; do
         echo "p:in_$f $f" >> /sys/kernel/tracing/kprobe_events; echo "r:out_$f $f" >> /sys/kernel/tracing/kprobe_events
-    done; echo 1 > /sys/kernel/tracing/events/kprobes/enable; cat /sys/kernel/tracing/trace_pipe > driver.txt
+    done; echo 1 > /sys/kernel/tracing/events/kprobes/enable; cat /sys/kernel/tracing/trace_pipe >> driver.txt
 
 4. What QEMU was told (--cmdline, may be repeated): its arguments, as in `tr '\\0' ' ' < /proc/PID/cmdline`, or a file
    with them; and what query-migrate-parameters and query-migrate return, as JSON.

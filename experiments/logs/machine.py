@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from experiments.logs.clocks import Clocks, aligned
 from experiments.logs.cmdline import QemuSettings, read_settings
-from experiments.logs.driver import read_calls
-from experiments.logs.fitted import Fit, fitted, quantities_of, scenario_text
+from experiments.logs.driver import LOAD, RESUME, SAVE, SUSPEND, Calls, DriverCall, of_migration, read_calls
+from experiments.logs.fitted import Fit, figures, fitted, quantities_of, scenario_text
 from experiments.logs.pair import Pair, read_pair
 from experiments.logs.quantity import Certainty, LogQuantity
 from experiments.logs.rates import LOAD_KEY, SAVE_KEY
@@ -33,6 +34,7 @@ CLOSE = 0.05
 MORE = 1.5
 """How much more bandwidth than what is left needs is given where the simulated guest would not be stopped. Ours."""
 ANONYMOUS = "vf"
+STOP_ONLY = ".stop_only_mib"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,33 +73,41 @@ def machine_of(
         raise UserError(f"{source}: is both the source's and the target's log; they must be two")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-_.")[:MAX_NAME] or "fit"
     base = load(str(find_base(extends)))
-    settings, calls = read_settings(cmdline), read_calls(driver)
+    settings, recorded = read_settings(cmdline), read_calls(driver)
     pair = read_pair(source, target, migration)
+    calls, of_driver = _of_migration(recorded, pair)
     _tell_bytes(pair, settings)
     clocks = aligned(pair)
     fall = waterfall(pair, clocks)
     names = list(rename) or [f"{ANONYMOUS}{at}" for at in range(len(pair.devices))]
     found = quantities_of(pair, clocks, fall, base, settings, calls)
-    notes = [*pair.notes, *_notes(pair, fall)]
+    notes = [*pair.notes, *_notes(pair, fall), *filter(None, [of_driver])]
     if not settings.precopy_tracking:
         notes.append("x-pre-copy-dirty-page-tracking is off: all RAM was sent again when the guest was stopped.")
     description = _described(pair, clocks, fall)
+    measured = figures(fall, len(pair.devices), one_sided=clocks.one_sided)
     tried: list[_Made] = []
     for each in _explanations(found, base):
-        tried.append(_made(name, description, pair, base, names, each))
+        tried.append(_made(name, description, pair, base, names, each, measured))
         if _off(tried[0].outcome, fall) <= CLOSE * (fall.downtime_ms or 0.0):
             break
     best = min(tried, key=lambda each: _off(each.outcome, fall))
     if best is not tried[0]:
         notes.append(
-            f"Save or load: the logs do not tell which of the two is slow. The values that give "
-            f"{best.downtime_ms:.1f} ms are taken; by others it would be "
+            "The logs do not tell whether save or load is slow, or what of a device could have moved before the stop. "
+            f"The values that give {best.downtime_ms:.1f} ms are taken; by others it would be "
             + ", ".join(f"{each.downtime_ms:.1f} ms" for each in tried if each is not best)
             + "."
         )
     if best.stops_late:
         notes.append("The simulated guest would not have been stopped: vmm.bandwidth_gbit_per_s is set so that it is.")
     return FittedMachine(best.scenario, best.text, best.fit.quantities, fall, clocks, best.outcome, notes)
+
+
+def _of_migration(recorded: Sequence[DriverCall], pair: Pair) -> tuple[Calls, str]:
+    """What the driver did in this migration: it saves and is stopped at the source, loads and starts at the target."""
+    source, target = ((side.begin_us * 1000, side.end_us * 1000) for side in (pair.source, pair.target))
+    return of_migration(recorded, {SUSPEND: source, SAVE: source, LOAD: target, RESUME: target})
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,35 +132,36 @@ def _made(
     base: Scenario,
     names: Sequence[str],
     found: Sequence[LogQuantity],
+    measured: Mapping[str, Any],
 ) -> _Made:
     fit = fitted(pair, base, names, found)
-    text = scenario_text(name, description, fit, base)
+    text = scenario_text(name, description, fit, base, measured)
     scenario = parse(text, "what the logs and --cmdline tell")
     outcome = _simulated(scenario)
     stops_late = outcome.kind is OutcomeKind.DID_NOT_CONVERGE
     if stops_late:
         _let_it_stop(fit, pair, scenario)
-        text = scenario_text(name, description, fit, base)
+        text = scenario_text(name, description, fit, base, measured)
         scenario = parse(text, "what the logs and --cmdline tell")
         outcome = _simulated(scenario)
     return _Made(fit, text, scenario, outcome, stops_late)
 
 
 def _explanations(found: Sequence[LogQuantity], base: Scenario) -> list[list[LogQuantity]]:
-    """The quantities as they are; and where the single channel does not tell whether save or load is slow, the two
-    others that are possible."""
-    bounds = {each.key: each for each in found if each.key in (SAVE_KEY, LOAD_KEY) and each.kind is Certainty.BOUNDED}
-    if len(bounds) < 2:
-        return [list(found)]
-    save = max(base.firmware.save_mib_per_s, bounds[SAVE_KEY].low or 0.0)
-    fast = {SAVE_KEY: save}
-    slow_load = {SAVE_KEY: save, LOAD_KEY: bounds[LOAD_KEY].low or bounds[LOAD_KEY].value}
+    """The quantities as they are. Where the single channel does not tell whether save or load is slow, the two others
+    that are possible; and each of them with no more that only a stopped device gives than the devices say."""
+    bounds = {each.key: each for each in found if each.kind is Certainty.BOUNDED}
+    rates: list[dict[str, Any]] = [{}]
+    if SAVE_KEY in bounds and LOAD_KEY in bounds:
+        fast = {SAVE_KEY: max(base.firmware.save_mib_per_s, bounds[SAVE_KEY].low or 0.0)}
+        rates += [fast, fast | {LOAD_KEY: bounds[LOAD_KEY].low or bounds[LOAD_KEY].value}]
+    least = {
+        key: each.low for key, each in bounds.items() if key.endswith(STOP_ONLY) and each.low not in (None, each.value)
+    }
     return [
-        [
-            replace(each, value=round(changed.get(each.key, each.value), 6)) if each.key in changed else each
-            for each in found
-        ]
-        for changed in ({}, fast, slow_load)
+        [replace(each, value=round(changed[each.key], 6)) if each.key in changed else each for each in found]
+        for stop_only in ([{}, least] if least else [{}])
+        for changed in (each | stop_only for each in rates)
     ]
 
 

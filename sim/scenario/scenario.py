@@ -207,9 +207,9 @@ def _end_of_a_load(scenario: Scenario) -> Iterator[str]:
             most_ns = firmware.load_finish_ns + device.vectors * firmware.load_finish_ns_per_vector
             if driver.finish_again_ns > most_ns:
                 yield (
-                    f"driver.finish_again_ms = {driver.finish_again_ms:g}: must be at most what the end of a load takes "
-                    f"the first time, {most_ns / NS_PER_MS:g} ms for device.{at} (firmware.load_finish_ms and what "
-                    "grows with vectors)"
+                    f"driver.finish_again_ms = {driver.finish_again_ms:g}: must be at most what the end of a load "
+                    f"takes the first time, {most_ns / NS_PER_MS:g} ms for device.{at} (firmware.load_finish_ms and "
+                    "what grows with vectors)"
                 )
 
 

@@ -413,7 +413,9 @@ class Vmm(Table):
         if times != sorted(set(times)):
             raise ValueError(f"downtime_steps: after_s = {times}: must grow from step to step")
         if times and times[-1] >= self.give_up_s:
-            raise ValueError(f"downtime_steps: after_s = {times[-1]:g}: must be less than give_up_s = {self.give_up_s:g}")
+            raise ValueError(
+                f"downtime_steps: after_s = {times[-1]:g}: must be less than give_up_s = {self.give_up_s:g}"
+            )
         return self
 
 

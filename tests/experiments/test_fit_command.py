@@ -40,6 +40,12 @@ def test_a_scenario_a_figure_and_tables(logs: tuple[str, str], tmp_path: Path) -
     for command in (["scenarios", "new/mine.toml"], ["compare", "new/mine.toml", "--seeds", "1", "--jobs", "1"]):
         again = proto_v3(tmp_path, *command)
         assert again.returncode == 0, again.stderr
+    held = proto_v3(tmp_path, "validate", "new/mine.toml", "--seeds", "1", "--samples", "2", "--jobs", "1", "--json")
+    rows = {row["what"]: row for row in json.loads(held.stdout)["tables"]["mine"]["rows"]}
+    assert {"config load 0", "config load 1", "downtime"} <= rows.keys()
+    assert rows["downtime"]["published_ms"] == pytest.approx(phases["downtime"]["real_ms"], abs=0.001)
+    assert rows["downtime"]["simulated_ms"] == pytest.approx(phases["downtime"]["simulated_ms"], rel=0.01)
+    assert {row["kind"] for row in rows.values()} == {"fitted", "sum"}
 
 
 def test_without_out_nothing_is_written(logs: tuple[str, str], tmp_path: Path) -> None:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from experiments.commands.fit import conclusion
 from experiments.logs.cmdline import QemuSettings, read_settings
-from experiments.logs.driver import FUNCTIONS, LOAD, RESUME, SAVE, SAVED, SUSPEND, parse_calls, read_calls
+from experiments.logs.driver import FUNCTIONS, LOAD, RESUME, SAVE, SAVED, SUSPEND, of_migration, parse_calls, read_calls
 from experiments.logs.events import TraceEvent, event_of
 from experiments.logs.how import PATTERNS, how
 from experiments.logs.machine import machine_of
@@ -21,6 +22,7 @@ from tests.real.qemu import pairs
 
 SUSPENDS, RESUMES, LOADS, SAVES = FUNCTIONS
 MIB = 1 << 20
+SIDES = ("source", "target")
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -32,6 +34,9 @@ def test_qmp_events_as_the_monitor_and_as_virsh_print_them() -> None:
     virsh = f"event VFIO_MIGRATION at 1796075562.543708 for domain 'vm': {json.dumps(data)}"
     for each in (line, virsh):
         assert event_of(each) == TraceEvent(1796075562543708, "QMP:VFIO_MIGRATION", "(vf0) stop-copy")
+    stamped = f"2026-11-30 21:52:42.543+0000: event VFIO_MIGRATION for domain 'vm': {json.dumps(data)}"
+    assert event_of(stamped) == TraceEvent(1796075562543000, "QMP:VFIO_MIGRATION", "(vf0) stop-copy")
+    assert event_of(stamped.replace("-30", "-45")) is None
     nameless = json.dumps({"timestamp": stamp, "event": "VFIO_MIGRATION", "data": {**data, "device-id": ""}})
     event = event_of(nameless)
     assert event is not None
@@ -94,6 +99,28 @@ def test_events_of_devices_alone_tell_what_all_events_tell(tmp_path: Path) -> No
         assert one == other
 
 
+@pytest.mark.parametrize("options", ["", "--pretty", "--timestamp", "--pretty --timestamp"])
+def test_what_virsh_prints_tells_what_qmp_does(options: str, tmp_path: Path) -> None:
+    files = []
+    for side in ("source", "target"):
+        events = Path(_devices_events(side, tmp_path)).read_text(encoding="utf-8").splitlines()
+        lines = []
+        for event in map(json.loads, events):
+            at_s, at_us = event["timestamp"]["seconds"], event["timestamp"]["microseconds"]
+            data = json.dumps(event["data"], indent=2 if "pretty" in options else None)
+            stamp = datetime.fromtimestamp(at_s, UTC).strftime(f"%Y-%m-%d %H:%M:%S.{at_us // 1000:03d}+0000: ")
+            known = f"event {event['event']} at {at_s}.{at_us:06d} for"
+            head = f"{stamp}event {event['event']} for" if "timestamp" in options else known
+            lines.append(f"{head} domain 'vm': {data}\n")
+        files.append(tmp_path / f"{side}.txt")
+        files[-1].write_text("".join([*lines, "events received: 7\n"]), encoding="utf-8")
+    here, there = (machine_of(*each) for each in (map(str, files), (str(tmp_path / f"{side}.jsonl") for side in SIDES)))
+    for one, other in zip(here.quantities, there.quantities, strict=True):
+        assert (one.key, one.kind) == (other.key, other.kind)
+        if isinstance(other.value, float):
+            assert one.value == pytest.approx(other.value, abs=2.1 if "timestamp" in options else 0), one.key
+
+
 def test_a_downtime_over_clocks_that_nothing_bounds_from_below_is_at_least_that(tmp_path: Path) -> None:
     source, target = _devices_events("source", tmp_path), _devices_events("target", tmp_path, -169)
     machine = machine_of(source, target)
@@ -150,6 +177,33 @@ KPROBES = f"""\
 """
 
 
+EVER = dict.fromkeys(FUNCTIONS.values(), (0, 1 << 63))
+S_NS = 1_000_000_000
+
+
+@pytest.mark.parametrize("text", [BPFTRACE, GRAPH, KPROBES])
+@pytest.mark.parametrize("later_s", [0, 3])
+def test_calls_at_other_times_are_left_out_if_the_file_tells_the_wall_clock(text: str, later_s: int) -> None:
+    """The host began an hour before the migration; the driver was asked then, or 3 s later."""
+    all_of_them = parse_calls(text.splitlines(True))
+    last_ns = max(call.end_ns or 0 for call in parse_calls(["clock 0 0\n", *text.splitlines(True)]))
+    clock = f"clock {last_ns} {5000 * S_NS + later_s * S_NS}\n"
+    there = parse_calls([clock, *text.splitlines(True)])
+    assert [call.ns for call in there] == [call.ns for call in all_of_them]
+    found, told = of_migration(there, dict.fromkeys(FUNCTIONS.values(), (4999 * S_NS, 5001 * S_NS)))
+    count = len(all_of_them)
+    assert sum(map(len, found.values())) == (0 if later_s else count)
+    kept, others = (0, count) if later_s else (count, 0)
+    assert told == f"--driver: {kept} calls are of this migration, {others} others are left out"
+
+
+def test_each_host_has_its_own_clock_and_its_own_calls() -> None:
+    """LOAD is the target's: what the source's log shows does not matter."""
+    there = parse_calls(["clock 0 1000000000\n", *BPFTRACE.splitlines(True)])
+    spans = {kind: (0, 1) if kind in (SUSPEND, SAVE) else (S_NS, 2 * S_NS) for kind in FUNCTIONS.values()}
+    assert of_migration(there, spans)[0].keys() == {LOAD, RESUME}
+
+
 @pytest.mark.parametrize(
     ("text", "times_us"),
     [
@@ -160,7 +214,8 @@ KPROBES = f"""\
     ],
 )
 def test_how_long_the_functions_took(text: str, times_us: dict[str, list[float]]) -> None:
-    found = parse_calls(text.splitlines(True))
+    found, told = of_migration(parse_calls(text.splitlines(True)), EVER)
+    assert told == "" or told.endswith("no line `clock` tells when they were")
     assert {kind: [each / 1000 for each in times] for kind, times in found.items()} == {
         kind: pytest.approx(times, abs=0.5) for kind, times in times_us.items()
     }

@@ -141,7 +141,10 @@ def test_what_the_base_adds_to_a_devices_times_is_in_the_measured_ones(tmp_path:
     known, own = run.timeline.phases_ns(), machine.simulated.phases_ns
     assert own["stop"] == pytest.approx(known["stop"], abs=20_000)
     assert own["resume"] == pytest.approx(known["resume"], abs=20_000)
-    assert machine.scenario.published == []
+    (held,) = machine.scenario.published
+    assert held.downtime_ms == pytest.approx((run.timeline.downtime_ns or 0) / 1e6, abs=0.01)
+    assert held.sums == ["downtime_ms"]
+    assert {"config_load_ms.0", "config_load_ms.1"} <= {*held.fitted}
 
 
 @pytest.mark.parametrize("slow", ["firmware.save_mib_per_s", "firmware.load_mib_per_s"])

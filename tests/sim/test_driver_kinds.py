@@ -21,7 +21,7 @@ from proto_v3.vmm.migration import OutcomeKind
 from sim.clock.port import sleep_ns, sleep_until_ns
 from sim.device.record import Extent, RecordSlice
 from sim.outcome import Outcome
-from sim.scenario.file import parse
+from sim.scenario.file import load, parse
 from sim.scenario.scenario import Scenario
 from sim.scenario.units import MIB
 from tests.build.hosts import (
@@ -74,6 +74,7 @@ state_mib = 24.0
 stop_only_mib = 0.0
 critical = { objects = 96, object_kib = 8.0, setup_us = 9000.0 }
 """
+MODEL = (Path(__file__).parents[2] / "docs" / "model.md").read_text(encoding="utf-8")
 NO_PRECOPY = 'device.0.features=["STOP_COPY","P2P"]'
 
 
@@ -107,8 +108,9 @@ critical = { objects = 200, object_kib = 4.0, setup_us = 5000.0 }
 """
 TOLD = re.search(
     r"v2 takes (\d+) ms where (\d+) was without PRE_COPY; multifd (\d+) of (\d+), v3 (\d+) of (\d+)\.",
-    " ".join((Path(__file__).parents[2] / "docs" / "model.md").read_text(encoding="utf-8").split()),
+    " ".join(MODEL.split()),
 )
+LARGE = re.findall(r"^\| (\d+) MiB \| ([\d, ]+) ms \| ([\d, ]+) ms \| ([\d, ]+) ms \|$", MODEL, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("protocol", "at"), [("v2", 1), ("v2-multifd", 3), ("v3-n1", 5)])
@@ -197,6 +199,38 @@ async def test_a_context_that_nobody_began_to_read_goes_with_the_last_one_or_not
     assert len(blocks(parts)) == contexts * BLOCKS
     assert len(objects(parts)) == contexts * 4
     assert (hosts.source.counters[0].device_bytes_dropped > 0) is (unread_context == "dropped")
+
+
+@pytest.mark.parametrize(("state_mib", "at"), [(row[0], at) for row in LARGE for at in (1, 2, 3)])
+def test_a_large_context_gains_from_precopy_if_its_first_one_is_waited_for(state_mib: str, at: int) -> None:
+    """Without an ack all set-up is in the downtime, and the rest of the first context as well."""
+    (told,) = (row[at].split(", ") for row in LARGE if row[0] == state_mib)
+    without, with_precopy, *acked = (
+        run(load("virtio-context", [f"device.0.state_mib={state_mib}", *settings]), protocol)
+        for settings, protocol in zip(
+            ([NO_PRECOPY], [], []),
+            [("v2", "v2", "v2-ack"), ("v2-multifd", "v2-multifd", "v2-multifd-ack"), ("v3-n1", "v3-n1")][at - 1],
+            strict=False,
+        )
+    )
+    setup_ns = 200 * 5 * MS
+    assert without.critical_path_ns["setup"] == setup_ns
+    for outcome, ms in zip((without, with_precopy, *acked), told, strict=True):
+        assert outcome.downtime_ns is not None
+        assert outcome.downtime_ns / MS == pytest.approx(float(ms), rel=0.02)
+    if at == 3:
+        assert with_precopy.late_critical_objects == 0
+        return
+    assert with_precopy.critical_path_ns["setup"] == setup_ns
+    assert with_precopy.late_critical_objects == 200
+    more = sum(
+        with_precopy.critical_path_ns[part] - without.critical_path_ns.get(part, 0) for part in ("copy", "load", "link")
+    )
+    assert with_precopy.downtime_ns is not None
+    assert without.downtime_ns is not None
+    assert with_precopy.downtime_ns - without.downtime_ns == pytest.approx(more, abs=4 * MS)
+    assert acked[0].late_critical_objects == 0
+    assert acked[0].critical_path_ns["setup"] == 0
 
 
 # --- a SAVE that firmware refuses in pre-copy ------------------------------------------------------------------------
