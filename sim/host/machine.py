@@ -193,8 +193,8 @@ class MachineModel:
     async def buffer_device_data(self, size_bytes: int) -> None:
         """Copy through the main channel's own buffers, at `device_buffer_gib_per_s`."""
         bytes_per_s = self._vmm.device_buffer_bytes_per_s
-        if bytes_per_s is not None:
-            await spend(self._timeline, Resource.COPY, "VMM buffers", duration_ns(size_bytes, bytes_per_s))
+        if bytes_per_s is not None and (cost_ns := duration_ns(size_bytes, bytes_per_s)):
+            await spend(self._timeline, Resource.COPY, "VMM buffers", cost_ns)
 
     async def copy_packet(self, size_bytes: int) -> None:
         """Copy into a packet of multifd, or out of it, at `multifd_copy_gib_per_s`."""

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Buffers that are used again: a new one of 1 MiB costs 256 page faults, which is more than the copy into it.
 
-A buffer is free again when nothing refers to its memory any more: no view that was taken, and no slice of one. For each
-view that is taken, a new array object over the buffer is made; all slices keep it alive, and its end frees the buffer.
-So the bytes of a view never change while anybody has it.
+A buffer is free again when nothing refers to its memory any more: no view that was taken, and no slice of one. CPython
+counts the references. So the bytes of a view never change while anybody has it.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections import deque
+import sys
+import threading
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,24 +17,29 @@ from proto_v3.errors import LocalProtocolError
 from proto_v3.wire.frames import Payload
 
 Block = NDArray[np.uint8]
+UNUSED = 3
+"""References of a buffer that nobody has: in the pool, in take(), and as getrefcount()'s argument."""
 
 
 class Buffers:
-    """A pool of buffers of one size. It keeps at most `keep` free ones."""
+    """A pool of buffers of one size. It keeps `keep` of them; if all those are in use, others are made for once."""
 
     def __init__(self, size_bytes: int, keep: int) -> None:
         self.size_bytes = size_bytes
-        self._free: deque[Block] = deque(maxlen=keep)  # appended to by whichever thread drops the last view
+        self._keep = keep
+        self._kept: list[Block] = []
+        self._lock = threading.Lock()
 
     def take(self) -> memoryview:
         """A view of a whole buffer. It still has what the last user left in it."""
-        try:
-            block = self._free.pop()
-        except IndexError:
+        with self._lock:
+            for block in self._kept:
+                if sys.getrefcount(block) == UNUSED:
+                    return block.data
             block = np.empty(self.size_bytes, np.uint8)
-        lent = block[:]
-        weakref.finalize(lent, self._free.append, block).atexit = False
-        return lent.data
+            if len(self._kept) < self._keep:
+                self._kept.append(block)
+            return block.data
 
 
 def as_view(payload: Payload | bytes | bytearray) -> memoryview:

@@ -16,7 +16,7 @@ import contextlib
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
@@ -24,20 +24,22 @@ from typing_extensions import override
 
 T = TypeVar("T")
 
-Step = Callable[[int], memoryview | None]
+Views = Iterator[memoryview]
+"""Where received bytes go. Each view is filled before the next is asked for, maybe in another thread; none is empty."""
 MAX_IOV = 1024
 """Linux, UIO_MAXIOV: the most buffers in one call."""
+WAKE_BYTES = 4 << 20
+"""The loop is woken when this much of a payload has come: a turn costs as much as some 100 KiB. Measured: with 4 MiB
+all processes take 3 to 7 % less CPU time than with 1 MiB."""
+NO_BYTES = memoryview(b"")
 
 
 class Pipe(Protocol):
     """A connection, for one reader and one writer at a time."""
 
-    def feed(self, view: memoryview, step: Step) -> asyncio.Future[None]:
-        """Receive into the view, then into each view that `step` returns, until it returns None.
-
-        `step` gets the number of bytes that were just received, 0 at the end of the stream. It may be called in another
-        thread. All its calls are one transfer, which goes on if the caller is cancelled, and fails with whatever `step`
-        raises, or with ConnectionError if the connection is gone.
+    def feed(self, views: Views) -> asyncio.Future[None]:
+        """Fill the views. That is one transfer, which goes on if the caller is cancelled. It fails with whatever
+        `views` raises, or with ConnectionError if the connection is gone or the stream ends.
         """
 
     async def send_all(self, buffers: Sequence[memoryview]) -> None:
@@ -61,20 +63,16 @@ def ended() -> ConnectionError:
 
 async def fill(pipe: Pipe, view: memoryview) -> None:
     """Receive until the buffer is full. ConnectionError if the stream ends before."""
-    rest = view
-
-    def step(size: int) -> memoryview | None:
-        nonlocal rest
-        if not size:
-            raise ended()
-        rest = rest[size:]
-        return rest if len(rest) else None
-
     if len(view):
-        feeding = pipe.feed(view, step)
-        if feeding.done():
-            await asyncio.sleep(0)  # let other tasks run
-        await asyncio.shield(feeding)
+        await received(pipe.feed(iter([view])))
+
+
+async def received(feeding: asyncio.Future[None]) -> None:
+    """Wait for a transfer of Pipe.feed(), which goes on if the caller is cancelled."""
+    if not feeding.done():
+        return await asyncio.shield(feeding)
+    await asyncio.sleep(0)  # let other tasks run
+    feeding.result()
 
 
 def advanced(buffers: Sequence[memoryview], size: int) -> list[memoryview]:
@@ -87,6 +85,17 @@ def advanced(buffers: Sequence[memoryview], size: int) -> list[memoryview]:
             rest.append(buffer[size:] if size else buffer)
             size = 0
     return rest
+
+
+def first_bytes(buffers: Sequence[memoryview], size: int) -> list[memoryview]:
+    """The first `size` bytes of the buffers."""
+    first = []
+    for buffer in buffers:
+        first.append(buffer[:size])
+        size -= len(buffer)
+        if size <= 0:
+            break
+    return first
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
@@ -174,11 +183,11 @@ class ThreadPipe(Pipe):
         self._released: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @override
-    def feed(self, view: memoryview, step: Step) -> asyncio.Future[None]:
+    def feed(self, views: Views) -> asyncio.Future[None]:
         self._check_open()
         if self._receiver is None:
             self._receiver = Worker(f"{self._name} in")
-        return self._receiver.start(lambda: self._feed(view, step))
+        return self._receiver.start(lambda: self._feed(views))
 
     @override
     async def send_all(self, buffers: Sequence[memoryview]) -> None:
@@ -191,10 +200,16 @@ class ThreadPipe(Pipe):
         if self._closed:  # a thread that started now would never be stopped
             raise ended()
 
-    def _feed(self, view: memoryview, step: Step) -> None:
-        into: memoryview | None = view
-        while into is not None:
-            into = step(self._sock.recv_into(into))
+    def _feed(self, views: Views) -> None:
+        for view in views:
+            rest = view
+            while len(rest):
+                rest = rest[self._receive(rest) :]
+
+    def _receive(self, view: memoryview) -> int:
+        if size := self._sock.recv_into(view, 0, socket.MSG_WAITALL):
+            return size
+        raise ended()
 
     def _send_all(self, buffers: Sequence[memoryview]) -> None:
         rest = list(buffers)
@@ -229,15 +244,19 @@ class LoopPipe(Pipe):
         sock.setblocking(False)
         self._sock = sock
         self._loop = asyncio.get_running_loop()
-        self._incoming: deque[tuple[memoryview, Step, asyncio.Future[None]]] = deque()
+        self._incoming: deque[tuple[Views, asyncio.Future[None]]] = deque()
+        self._rest = NO_BYTES
+        """Of the view that is being filled."""
+        self._wake_at = 1
+        """Bytes that must have come before the loop is woken (SO_RCVLOWAT)."""
         self._outgoing: deque[tuple[list[memoryview], asyncio.Future[None]]] = deque()
         """The transfers that have started or wait for their turn; of the first one, the rest."""
         self._closed = False
 
     @override
-    def feed(self, view: memoryview, step: Step) -> asyncio.Future[None]:
+    def feed(self, views: Views) -> asyncio.Future[None]:
         done: asyncio.Future[None] = self._loop.create_future()
-        self._incoming.append((view, step, done))
+        self._incoming.append((views, done))
         if len(self._incoming) == 1:
             self._receive()
             if self._incoming:
@@ -252,21 +271,29 @@ class LoopPipe(Pipe):
     def _receive(self) -> None:
         """Receive as much as is possible without waiting."""
         while self._incoming:
-            view, step, done = self._incoming[0]
-            into: memoryview | None = view
+            views, done = self._incoming[0]
             try:
                 self._check_open()
-                while into is not None:
-                    into = step(self._sock.recv_into(into))
+                while len(rest := self._rest or next(views, NO_BYTES)):
+                    self._rest = rest
+                    if not (size := self._sock.recv_into(rest)):
+                        raise ended()
+                    self._rest = rest[size:]
             except BlockingIOError:
-                assert into is not None
-                self._incoming[0] = into, step, done
+                self._wake_for(len(self._rest))
                 return
             except Exception as error:
+                self._rest = NO_BYTES
                 _fail(done, error)
             else:
                 set_done(done)
             self._incoming.popleft()
+
+    def _wake_for(self, size: int) -> None:
+        """Be woken when that many bytes have come, or WAKE_BYTES. Only TCP does so, and caps it at half its buffer."""
+        if (wake_at := min(size, WAKE_BYTES)) != self._wake_at:
+            self._wake_at = wake_at
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake_at)
 
     @override
     async def send_all(self, buffers: Sequence[memoryview]) -> None:
@@ -319,7 +346,7 @@ class LoopPipe(Pipe):
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
-        for done in [*(done for *_, done in self._incoming), *(done for _, done in self._outgoing)]:
+        for done in [done for _, done in (*self._incoming, *self._outgoing)]:
             _fail(done, ended())
         self._incoming.clear()
         self._outgoing.clear()

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import resource
 import time
 from array import array
 from collections.abc import Callable
@@ -55,6 +56,10 @@ def _set(timerfd: int, at_ns: int) -> None:
     spec = _Itimerspec(_Timespec(0, 0), _Timespec(*divmod(max(1, at_ns), NS_PER_S)))
     if _libc.timerfd_settime(timerfd, _TFD_TIMER_ABSTIME, ctypes.byref(spec), None) < 0:
         raise OSError(ctypes.get_errno(), "timerfd_settime")
+
+
+def _user_ns() -> int:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_utime * NS_PER_S)
 
 
 class RealTimer:
@@ -101,6 +106,7 @@ class RealTime(Time):
         self._late: WeakKeyDictionary[asyncio.Task[Any], int] = WeakKeyDictionary()
         self._asked_ns = 0
         self._cpu_began_ns = time.process_time_ns()
+        self._user_began_ns = _user_ns()
         self._lateness_ns = array("q")
 
     @property
@@ -150,9 +156,14 @@ class RealTime(Time):
     def _set_timer(self) -> None:
         if self._timerfd >= 0 and self._timers and self._timers[0][0] + self.zero_ns != self._set_to:
             self._set_to = self._timers[0][0] + self.zero_ns
-            _set(self._timerfd, self._set_to)
+            if self._set_to <= time.perf_counter_ns():
+                self._loop.call_soon(self._fire)
+            else:
+                _set(self._timerfd, self._set_to)
 
     def _fire(self) -> None:
+        if self._timerfd < 0:
+            return
         with contextlib.suppress(BlockingIOError):
             os.read(self._timerfd, 8)
         self._set_to = 0
@@ -170,6 +181,11 @@ class RealTime(Time):
     def cpu_ns(self) -> int:
         """CPU time that all threads of the process took since this object was made."""
         return time.process_time_ns() - self._cpu_began_ns
+
+    @property
+    def user_ns(self) -> int:
+        """Of cpu_ns, what was spent outside of the kernel: the interpreter, nearly all of it."""
+        return _user_ns() - self._user_began_ns
 
     def delays(self) -> Delays:
         """The timers that fired so far."""

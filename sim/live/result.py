@@ -30,6 +30,8 @@ class LiveResult:
     """By process: the delays that its timers were set to, and how late they were."""
     cpu_ns: dict[str, int] = field(default_factory=dict)
     """By process: CPU time from time 0 to its end, without the comparison of the states."""
+    user_ns: dict[str, int] = field(default_factory=dict)
+    """By process: of that, what was spent outside of the kernel."""
     streams: list[StreamReport] = field(default_factory=list)
     """Of each data fd that the source read."""
     clock_uncertainty_ns: int = 0
@@ -98,6 +100,7 @@ def result(
         run.timeline,
         {name: process.delays for name, process in processes.items()},
         {name: process.cpu_ns for name, process in processes.items()},
+        {name: process.user_ns for name, process in processes.items()},
         [stream for stream in source.measured.streams if stream.counters.device_bytes],
         source.clock_uncertainty_ns,
         source.sockets,

@@ -116,13 +116,8 @@ class SilentError(Exception):
 
 
 def frame(header: bytes, payload: bytes) -> bytes:
-    return (
-        FRAME_MAGIC.to_bytes(2, "big")
-        + len(header).to_bytes(2, "big")
-        + len(payload).to_bytes(4, "big")
-        + header
-        + payload
-    )
+    sizes = FRAME_MAGIC.to_bytes(2, "big") + len(header).to_bytes(2, "big") + len(payload).to_bytes(4, "big")
+    return sizes + header.ljust(64, b"\0") + payload
 
 
 def message(kind: str, **fields: Any) -> bytes:

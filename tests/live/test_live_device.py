@@ -24,7 +24,7 @@ from proto_v3.vfio.device import Ready
 from proto_v3.vfio.uapi import DeviceFeature, Feature, FeatureOp, State, StreamFlags
 from proto_v3.vmm.migration import read_some
 from sim.clock import virtual as clock
-from sim.device.record import HEADER_BYTES, NO_INDICES, V3_HEADER_BYTES, Extent, RecordSlice
+from sim.device.record import HEADER_BYTES, NO_INDICES, Extent, RecordSlice
 from sim.live.fd.codec import Decoder
 from sim.live.fd.copy import Copier, DriverEnd, data_fd, unread_bytes
 from sim.live.fd.load import LoadedData
@@ -1264,13 +1264,13 @@ def test_what_is_wrong_with_a_session_that_is_over_does_not_fail_the_next_one(
     received = LoadedData._received
     taken, go_on = asyncio.Event(), asyncio.Event()
 
-    async def received_late(self: LoadedData, views: Iterable[memoryview]) -> bool:
-        views = list(views)
-        got = await received(self, views)
-        if views and len(views[0]) == V3_HEADER_BYTES:
+    async def received_late(self: LoadedData, views: Iterable[list[memoryview]]) -> bool:
+        try:
+            return await received(self, views)
+        except ValueError:
             taken.set()
             await go_on.wait()
-        return got
+            raise
 
     monkeypatch.setattr(LoadedData, "_received", received_late)
 
@@ -1492,7 +1492,7 @@ class Copies:
         self._guard = threading.Lock()
         self._meeting = meeting
         self._barrier = threading.Barrier(max(1, meeting))
-        patch.setattr(Copier, "_pace", self._pace)
+        patch.setattr(Copier, "pace", self._pace)
 
     def _pace(self, start_ns: int, size: int) -> None:
         with self._guard:
@@ -1555,7 +1555,7 @@ def test_a_call_waits_while_a_copy_holds_the_device(monkeypatch: pytest.MonkeyPa
         copying.set()
         go_on.wait()
 
-    monkeypatch.setattr(Copier, "_pace", pace)
+    monkeypatch.setattr(Copier, "pace", pace)
 
     async def main() -> None:
         async with live("source", quick({"driver.lock": "device"})) as rig:

@@ -54,7 +54,7 @@ def process(at_ns: dict[Mark, int], stage: str) -> ProcessReport:
         timeline.blocked(now_ns - 1)
         timeline.mark(mark)
         timeline.stage(stage, now_ns - 2)
-    return ProcessReport(timeline.export(), Delays(3, 100, 1, 2, 3), 1000)
+    return ProcessReport(timeline.export(), Delays(3, 100, 1, 2, 3), 1000, 900)
 
 
 def measured(name: str, at_ns: dict[Mark, int]) -> Measured:

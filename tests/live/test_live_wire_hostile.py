@@ -7,8 +7,11 @@ import asyncio
 import contextlib
 import random
 import re
+import socket
 import tracemalloc
+from collections import deque
 from functools import partial
+from io import BytesIO
 from typing import Any
 
 import msgpack
@@ -18,9 +21,9 @@ from hypothesis import strategies as st
 
 from proto_v3.errors import PeerFailedError, PeerProtocolError
 from sim.live.buffers import Buffers
-from sim.live.io import IO
+from sim.live.io import IO, MakePipe
 from sim.live.tcp import listener as listener_module
-from sim.live.tcp.connection import Frames
+from sim.live.tcp.connection import HEAD, Received, next_frame
 from sim.live.tcp.handshake import Limits, Needed, accept, accepting, connect
 from sim.live.tcp.messages import (
     HEAD_BYTES,
@@ -445,7 +448,7 @@ def test_a_frame_that_is_none_ends_its_connection_alone(loop: str, io: str) -> N
     async def main() -> None:
         async with pair(io, 2) as (source, target):
             pipe = source._connections[0].pipe
-            await pipe.send_all([memoryview(frame(b"h", b"payload") + b"GET / HTTP")])
+            await pipe.send_all([memoryview(frame(b"h", b"payload") + b"GET / HTTP".ljust(HEAD.size))])
             assert (await target.channels[0].recv())[0] == b"h"
             for _ in range(2):
                 with pytest.raises(
@@ -488,50 +491,54 @@ def test_more_values_than_allowed_are_the_peers_error_before_they_are_made() -> 
 @pytest.mark.parametrize("payload_bytes", [1, 100_000, 500_000])
 def test_frames_that_wait_take_as_much_memory_as_they_have_bytes(payload_bytes: int) -> None:
     """A buffer of the pool is as large as the largest frame: many of them would be mostly empty."""
-    pool, data = Buffers(1 << 20, 4), frame(b"h", bytes(payload_bytes))
-    waiting = []
+    pool, frames = Buffers(1 << 20, 4), deque[Received]()
     for _ in range(5):
-        frames = Frames(pool)
-        feeding = memoryview(data)
-        while len(feeding):
-            room = frames.room()
-            size = min(len(room), len(feeding))
-            room[:size] = feeding[:size]
-            feeding = feeding[size:]
-            frames.received(size)
-        taken = frames.take()
-        assert taken is not None
-        waiting.append(taken[1])
-    assert [len(payload.obj) for payload in waiting] == [payload_bytes] * 5  # type: ignore[arg-type]
+        feed(frame(b"h", bytes(payload_bytes)), pool, frames)
+    assert [len(payload.obj) for _, payload in frames] == [payload_bytes] * 5  # type: ignore[arg-type]
 
 
-def feed(data: bytes, cuts: random.Random, size: int = 1 << 17) -> list[tuple[bytes, bytes]]:
-    """The frames in some bytes that come in pieces of any size; raises what the connection would."""
-    frames, found, at = Frames(Buffers(size, 2)), [], 0
+def feed(data: bytes, pool: Buffers, frames: deque[Received]) -> None:
+    """Receive as many frames as the bytes have; raises what the connection would."""
+    stream = BytesIO(data)
     while True:
-        while (whole := frames.take()) is not None:
-            found.append((whole[0], bytes(whole[1])))
-        room: memoryview | None = frames.room()
-        while room is not None:
-            cut = min(len(room), cuts.choice([1, 7, 8, 9, 100, 5000, 1 << 20, 1 << 20]), len(data) - at)
-            if not cut and at == len(data) and frames.room() is not None:
-                with contextlib.suppress(ConnectionResetError):
-                    frames.received(0)
-                return found
-            room[:cut] = data[at : at + cut]
-            at += cut
-            room = frames.received(cut)
+        for view in next_frame(pool, frames):
+            if stream.readinto(view) < len(view):
+                return
 
 
-@settings(max_examples=200)
+@pytest.mark.parametrize("make_pipe", IO.values(), ids=IO)
+@settings(max_examples=20)
 @given(
     st.lists(st.tuples(st.integers(1, 64), st.sampled_from([0, 1, 4000, 65_536, 65_537, 1 << 17])), max_size=8),
     st.integers(0, 2**32),
 )
-def test_frames_come_out_however_their_bytes_come_in(shapes: list[tuple[int, int]], seed: int) -> None:
+def test_frames_come_out_however_their_bytes_come_in(
+    make_pipe: MakePipe, shapes: list[tuple[int, int]], seed: int
+) -> None:
     rng = random.Random(seed)
     sent = [(rng.randbytes(header), rng.randbytes(payload)) for header, payload in shapes]
-    assert feed(b"".join(frame(*each) for each in sent), rng) == sent
+    data = b"".join(frame(*each) for each in sent)
+
+    async def receive() -> list[tuple[bytes, bytes]]:
+        ours, theirs = socket.socketpair()
+        pipe, pool, frames = make_pipe(ours, "test"), Buffers(1 << 17, 2), deque[Received]()
+        feeding = [pipe.feed(next_frame(pool, frames)) for _ in sent]
+        theirs.setblocking(False)
+        at = 0
+        while at < len(data):
+            size = rng.choice([1, 7, 8, 9, 72, 5000, 1 << 17, 1 << 17])
+            await asyncio.get_running_loop().sock_sendall(theirs, data[at : at + size])
+            at += size
+            await asyncio.sleep(0)
+        await asyncio.gather(*feeding)
+        theirs.close()
+        with pytest.raises(ConnectionResetError):
+            await pipe.feed(next_frame(pool, frames))
+        pipe.close()
+        await pipe.wait_closed()
+        return [(header, bytes(payload)) for header, payload in frames]
+
+    assert asyncio.run(receive()) == sent
 
 
 @pytest.mark.slow
@@ -541,7 +548,7 @@ def test_damaged_frames_are_frames_or_the_peers_error(seed: int) -> None:
     rng = random.Random(seed)
     good = b"".join(frame(rng.randbytes(rng.randint(1, 64)), rng.randbytes(rng.choice([0, 10, 500]))) for _ in range(4))
     with contextlib.suppress(PeerProtocolError):
-        feed(damaged(rng, good), rng, 1000)
+        feed(damaged(rng, good), Buffers(1000, 2), deque())
 
 
 @settings(max_examples=500)

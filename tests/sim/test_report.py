@@ -133,7 +133,9 @@ def test_every_counter_says_its_unit_or_counts_things() -> None:
 def report() -> VmmReport:
     """A report in which every field has a value, no number twice."""
     number = iter(range(1, 1000))
-    process = ProcessReport({"names": ["a"], "rows": b"\0"}, Delays(*(next(number) for _ in range(5))), next(number))
+    process = ProcessReport(
+        {"names": ["a"], "rows": b"\0"}, Delays(*(next(number) for _ in range(5))), next(number), next(number)
+    )
     device = DeviceReport(
         "a",
         next(number),

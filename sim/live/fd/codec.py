@@ -152,16 +152,16 @@ class Decoder:
         yield from self._until(at + size)
         # A copy: a bytearray cannot grow while an array is a view of it.
         numbers = np.frombuffer(self.head, "<i4", 2 * (objects + blocks), at + TABLE.size).copy()
-        parts = np.split(numbers, [objects, 2 * objects, 2 * objects + blocks])
+        of_objects, of_blocks = numbers[: 2 * objects], numbers[2 * objects :]
         record = Record(
             0,
             epoch,
             payload_bytes - size,
             sequence,
-            blocks=_numbers(parts[2], self._spec.blocks),
-            block_versions=_versions(parts[3]),
-            objects=_numbers(parts[0], self._spec.critical.objects),
-            object_versions=_versions(parts[1]),
+            blocks=_numbers(of_blocks[:blocks], self._spec.blocks),
+            block_versions=_versions(of_blocks[blocks:]),
+            objects=_numbers(of_objects[:objects], self._spec.critical.objects),
+            object_versions=_versions(of_objects[objects:]),
             initial=bool(flags & INITIAL),
             header_bytes=HEADER_BYTES,
             table_bytes=size,

@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import errno
 import fcntl
-import os
 import select
 import socket
 import struct
@@ -22,10 +21,9 @@ import termios
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 
 from proto_v3.timeline import Resource, Timeline
 from sim.clock.port import now_ns
@@ -35,8 +33,6 @@ from sim.live.merge_timelines import ProcessTimeline
 
 SO_SNDBUFFORCE = 32
 """asm-generic/socket.h; Python has no name for it."""
-MAX_VIEWS = 128
-"""Filled in one call: with small blocks still 512 KiB."""
 
 
 # --- the lock ---------------------------------------------------------------------------------------------------------
@@ -162,7 +158,9 @@ class Copier:
         """
         copies = []
         waited = False
-        room = _waiting(sock, select.POLLOUT, closing)
+        room = select.poll()
+        room.register(sock, select.POLLOUT)
+        room.register(closing, select.POLLIN)
         left = list(buffers)
         while left:
             asked_ns = time.perf_counter_ns()
@@ -174,48 +172,17 @@ class Copier:
                     sent = 0
                 if sent:
                     count_sent(sent)
-                    self._pace(locked_ns, sent)
+                    self.pace(locked_ns, sent)
             if sent:
                 copies.append(Copied(sent, asked_ns, locked_ns, time.perf_counter_ns(), waited))
                 left = advanced(left, sent)
             if left:
-                _wait(room, closing)
+                if closing in {fd for fd, _ in room.poll()}:
+                    raise fails(errno.ENODEV)
                 waited = True
         return copies
 
-    def receive(
-        self, sock: socket.socket, closing: int, views: Iterable[memoryview], drained: Callable[[int], None]
-    ) -> tuple[int, bool]:
-        """Fill the views; returns the bytes received, and False if the stream ended before all views were full.
-
-        `drained` is called with the bytes received so far whenever the socket is empty. ENODEV once `closing` is set.
-        """
-        total = reported = 0
-        data = _waiting(sock, select.POLLIN, closing)
-        more = (view for view in views if len(view))
-        left: list[memoryview] = []
-        while left := left + list(islice(more, MAX_VIEWS - len(left))):
-            with self._lock:
-                locked_ns = time.perf_counter_ns()
-                try:
-                    received = sock.recvmsg_into(left[:MAX_IOV], 0, socket.MSG_DONTWAIT)[0]
-                except BlockingIOError:
-                    received = -1
-                if received > 0:
-                    self._pace(locked_ns, received)
-            if received == 0:
-                return total, False
-            if received > 0:
-                total += received
-                left = advanced(left, received)
-                continue
-            if total > reported:
-                drained(total)
-                reported = total
-            _wait(data, closing)
-        return total, True
-
-    def _pace(self, start_ns: int, size: int) -> None:
+    def pace(self, start_ns: int, size: int) -> None:
         """Sleep until the copy took as long as the scenario says; oversleeping shortens the next sleep."""
         due_ns = start_ns + round(size * 1e9 / self._bytes_per_s) - self._late_ns
         now_ns = time.perf_counter_ns()
@@ -223,18 +190,6 @@ class Copier:
         if due_ns > now_ns:
             time.sleep((due_ns - now_ns) / 1e9)
             self._late_ns = max(0, time.perf_counter_ns() - due_ns)
-
-
-def _waiting(sock: socket.socket, what: int, closing: int) -> select.poll:
-    waiting = select.poll()
-    waiting.register(sock, what)
-    waiting.register(closing, select.POLLIN)
-    return waiting
-
-
-def _wait(waiting: select.poll, closing: int) -> None:
-    if closing in {fd for fd, _ in waiting.poll()}:
-        raise fails(errno.ENODEV)
 
 
 class DriverEnd:
@@ -249,8 +204,6 @@ class DriverEnd:
         self._timeline = timeline
         self._edge = edge
         self._ours, self._theirs = data_fd(room_bytes)
-        self._closing = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        """Set when the session is over: ends a copy that waits."""
         self._worker = Worker(f"{edge} copy")
         self._task = asyncio.create_task(self._run(), name=edge)
         self._watching = asyncio.create_task(self._watch(), name=f"{edge} watch")
@@ -261,7 +214,11 @@ class DriverEnd:
     async def _watch(self) -> None:
         while not self.ends_with.over:
             await self.ends_with.changed()
-        os.eventfd_write(self._closing, 1)
+        self._end_copy()
+
+    def _end_copy(self) -> None:
+        """The session is over: end a copy that waits."""
+        raise NotImplementedError
 
     async def ended(self) -> None:
         """The session is over: return when the VMM can read none of its bytes, and none goes into the device."""

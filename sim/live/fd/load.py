@@ -13,10 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import os
 import socket
-from collections.abc import Callable, Iterable
-from itertools import chain
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +27,18 @@ from sim.device.blocks import LoadBlocks
 from sim.device.load import LoadedFd, LoadStream
 from sim.device.record import Record
 from sim.device.state import Indices, Place
+from sim.device.stream import fails
 from sim.live.fd.codec import Decoder, TooBigError
 from sim.live.fd.copy import Copier, DriverEnd
 from sim.live.fd.store import StateStore
 from sim.live.fd.write_protocol import SIZE, AnnouncedBytes, WriteAnswer, new_page
+from sim.live.io import advanced, first_bytes
 from sim.live.merge_timelines import MAX_SPANS, ProcessTimeline
 
 NO_LIMIT = 1 << 62
 """Bytes; more than there are."""
+MAX_VIEWS = 128
+"""Filled in one call: with small blocks still 512 KiB."""
 
 
 class LoadedData(DriverEnd):
@@ -71,7 +75,7 @@ class LoadedData(DriverEnd):
     async def _run(self) -> None:
         on_track(self._edge)
         try:
-            while await self._take_record(NO_LIMIT):
+            while await self._take_record():
                 pass
         except OSError as error:
             stale = error.errno == errno.ENODEV and self.ends_with.error  # which says why
@@ -80,15 +84,18 @@ class LoadedData(DriverEnd):
             self._answer(self._taken, OSError(errno.EIO, repr(error)))
             self._report_bug(error)
         finally:
-            with contextlib.suppress(OSError):
-                self._ours.shutdown(socket.SHUT_RD)  # a write() that waits for room ends
+            self._end_copy()
             await self._watching
             while self._loads:
                 await asyncio.wait(self._loads)
             self._worker.stop()
             self._ours.close()
             self._announced.close()
-            os.close(self._closing)
+
+    @override
+    def _end_copy(self) -> None:
+        with contextlib.suppress(OSError):
+            self._ours.shutdown(socket.SHUT_RD)  # a recv() that waits ends, and a write() that waits for room
 
     def _refuse(self, why: str, code: int = errno.EPROTO) -> OSError:
         """The error of bytes that are no stream. If the session is over, they cannot fail the device any more."""
@@ -96,64 +103,82 @@ class LoadedData(DriverEnd):
 
     # --- receiving ----------------------------------------------------------------------------------------------------
 
-    async def _take_record(self, max_bytes: int) -> bool:
-        """Receive and load one record of at most `max_bytes`; False at the end of what the VMM writes."""
+    async def _take_record(self) -> bool:
+        """Receive and load one record; False at the end of what the VMM writes."""
         decoder = self._decoder()
-        while decoder.record is None:
-            if decoder.wanted > max_bytes:
-                raise self._refuse(f"what came is no record: {max_bytes} bytes")
-            head = bytearray(decoder.wanted - len(decoder.head))
-            if not await self._received([memoryview(head)]):
+        try:
+            if not await self._received(self._head(decoder)):
                 return False
-            decoder.head += head
-            try:
-                decoder.take()
-            except ValueError as error:
-                code = errno.E2BIG if isinstance(error, TooBigError) else errno.EPROTO
-                raise self._refuse(f"what came is no record: {error}", code) from error
-            if decoder.record is None:
-                self._answer_if_due()
+        except ValueError as error:
+            code = errno.E2BIG if isinstance(error, TooBigError) else errno.EPROTO
+            raise self._refuse(f"what came is no record: {error}", code) from error
         if self._timeline.full:
             raise self._refuse(f"more records came than the {MAX_SPANS} that are taken")
+        assert decoder.record is not None
         return await self._take_data(decoder.record, len(decoder.head))
+
+    def _head(self, decoder: Decoder, max_bytes: int = NO_LIMIT) -> Iterator[list[memoryview]]:
+        """Where a record's head goes, piece by piece. ValueError if it is none, or the record has over `max_bytes`."""
+        while decoder.record is None:
+            if decoder.wanted > max_bytes:
+                raise ValueError(f"{max_bytes} bytes")
+            head = bytearray(decoder.wanted - len(decoder.head))
+            yield [memoryview(head)]
+            decoder.head += head
+            decoder.take()
 
     async def _take_data(self, record: Record, head_bytes: int) -> bool:
         """The head of a record is received: receive its data and load it; False at the end of what the VMM writes."""
         raise NotImplementedError
 
-    async def _received(self, views: Iterable[memoryview]) -> bool:
-        """Fill the views; False if the VMM's end is closed before.
+    async def _received(self, views: Iterable[list[memoryview]]) -> bool:
+        """Fill the views, in a thread; False if the VMM's end is closed before.
 
-        Bytes that come piece by piece are received by the thread alone, which answers as well: until a record is whole
-        the driver has nothing to do.
+        The thread answers as well: until a record is whole the driver has nothing to do.
         """
-        start_ns, before = self._timeline.now_ns(), self._taken
+        start_ns = self._timeline.now_ns()
         answered: list[tuple[int, int, int]] = []
-
-        def drained(so_far: int) -> None:
-            if self.ends_with.over:  # these bytes are refused; `closing` is set in a moment, and ends the copy
-                return
-            if self._is_answer_due(before + so_far):
-                at_ns = self._timeline.now_ns()
-                answered.append((before + so_far, self._send_answer(before + so_far), at_ns))
-
-        size, whole = await self._worker.start(lambda: self._copier.receive(self._ours, self._closing, views, drained))
+        whole = await self._worker.start(lambda: self._fill(views, answered))
         for taken, number, at_ns in answered:
             self._timeline.waited_for(Resource.COPY, "write", f"{self._edge} write", taken, start_ns, at_ns)
             self._timeline.sent(f"{self._edge} taken", number, at_ns)
             start_ns = at_ns
-        self._taken += size
         self._timeline.waited_for(Resource.COPY, "write", f"{self._edge} write", self._taken, start_ns)
         return whole
 
+    def _fill(self, views: Iterable[list[memoryview]], answered: list[tuple[int, int, int]]) -> bool:
+        """Fill each list of views before the next one is asked for, in as few calls as can be: what is announced comes.
+
+        `answered` takes each answer that was sent: the bytes that were taken, its number, and when. ENODEV when the
+        session is over.
+        """
+        before = self._taken
+        for each in views:
+            left = each
+            while left:
+                if self._taken > before and self._is_answer_due():
+                    answered.append((self._taken, self._send_answer(self._taken), self._timeline.now_ns()))
+                due = self._announced.total - self._taken
+                start_ns = time.perf_counter_ns()
+                into, wait = (first_bytes(left, due), socket.MSG_WAITALL) if due > 0 else (left, 0)
+                size = self._ours.recvmsg_into(into, 0, wait)[0]
+                if self.ends_with.over:
+                    raise fails(errno.ENODEV)
+                if not size:
+                    return False
+                self._copier.pace(start_ns, size)
+                self._taken += size
+                left = advanced(left, size)
+        return True
+
     # --- answering ----------------------------------------------------------------------------------------------------
 
-    def _is_answer_due(self, taken: int) -> bool:
-        """Whether the driver answers now that `taken` bytes are received, also in the middle of a record."""
+    def _is_answer_due(self) -> bool:
+        """Whether the driver answers now, also in the middle of a record."""
         raise NotImplementedError
 
     def _answer_if_due(self) -> None:
-        if self._is_answer_due(self._taken):
+        if self._is_answer_due():
             self._answer(self._taken)
 
     def _answer(self, taken: int, error: OSError | None = None) -> None:
@@ -180,8 +205,8 @@ class LoadedStream(LoadedData):
     @override
     async def _take_data(self, record: Record, head_bytes: int) -> bool:
         await self._add(record, 0, head_bytes)
-        views = chain(self._store.object_pieces(record.objects), self._store.block_pieces(record.blocks))
-        if not await self._received(views):
+        pieces = chain(self._store.object_pieces(record.objects), self._store.block_pieces(record.blocks))
+        if not await self._received(iter(lambda: list(islice(pieces, MAX_VIEWS)), [])):
             return False
         if head_bytes < record.size_bytes:
             await self._add(record, head_bytes, record.size_bytes)
@@ -192,8 +217,8 @@ class LoadedStream(LoadedData):
         self._answer_if_due()
 
     @override
-    def _is_answer_due(self, taken: int) -> bool:
-        return taken >= self._announced.total
+    def _is_answer_due(self) -> bool:
+        return self._taken >= self._announced.total
 
 
 class LoadedBlocks(LoadedData):
@@ -207,19 +232,18 @@ class LoadedBlocks(LoadedData):
     """Of the record that is received."""
 
     @override
-    async def _take_record(self, max_bytes: int) -> bool:
+    def _head(self, decoder: Decoder, max_bytes: int = NO_LIMIT) -> Iterator[list[memoryview]]:
         prefix = bytearray(SIZE.size)
-        if not await self._received([memoryview(prefix)]):
-            return False
+        yield [memoryview(prefix)]
         (self._size,) = SIZE.unpack(prefix)
-        return await super()._take_record(self._size)
+        yield from super()._head(decoder, self._size)
 
     @override
     async def _take_data(self, record: Record, head_bytes: int) -> bool:
         if record.size_bytes != self._size:
             raise self._refuse(f"a record of {record.size_bytes} bytes in a write of {self._size}")
         record.data = memoryview(bytearray(record.size_bytes - head_bytes))
-        if not await self._received([record.data]):
+        if not await self._received([[record.data]] if len(record.data) else []):
             return False
         load = asyncio.create_task(self._load(record, self._taken))
         self._loads.add(load)
@@ -238,7 +262,7 @@ class LoadedBlocks(LoadedData):
             self._answer(end)
 
     @override
-    def _is_answer_due(self, taken: int) -> bool:
+    def _is_answer_due(self) -> bool:
         return False
 
 

@@ -142,6 +142,7 @@ class SavedData(DriverEnd):
         """`piece_bytes` are copied at once, under the lock: those of one read()."""
         super().__init__(stream, copier, timeline, edge, room_bytes=room_bytes)
         self.stream = stream
+        self._closing = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._piece_bytes = piece_bytes
         self.lock_ns = self.copy_ns = 0
         self._layout = Layout(store)
@@ -212,6 +213,10 @@ class SavedData(DriverEnd):
             await self.stream.changed()
             self._notify.notify()  # something new may have been dropped again
         self._state = FdState.COPYING
+
+    @override
+    def _end_copy(self) -> None:
+        os.eventfd_write(self._closing, 1)
 
     def _enter(self, state: FdState, end: ReadEnd) -> None:
         self._state, self._read_end = state, end

@@ -164,6 +164,8 @@ class DeviceProcess:
         room_bytes = scenario.driver.chunk_bytes  # the socket is the end of the driver's chunks
         if isinstance(fd, SaveStream):
             copier, piece_bytes = Copier(mutex, rate), scenario.vmm.read_bytes
+            if mutex is None:  # nobody waits for the lock between two reads
+                piece_bytes = max(piece_bytes, scenario.driver.chunk_bytes)
             data = SavedData(
                 fd, device.store, copier, self.timeline, name, room_bytes=room_bytes, piece_bytes=piece_bytes
             )
@@ -287,7 +289,7 @@ class DeviceProcess:
                 counters = data.stream.counters
                 counters.read_lock_ns, counters.read_copy_ns = data.lock_ns, data.copy_ns
         assert self._time is not None
-        process = ProcessReport(self.timeline.export(), self._time.delays(), self._time.cpu_ns)
+        process = ProcessReport(self.timeline.export(), self._time.delays(), self._time.cpu_ns, self._time.user_ns)
         report = DeviceProcessReport(process, [device_report(device.driver, device.state) for device in self._devices])
         return Reply(to_plain(report))
 

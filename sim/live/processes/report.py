@@ -87,6 +87,8 @@ class ProcessReport:
     delays: Delays
     cpu_ns: int
     """CPU time from time 0 to its end, without the comparison of the states."""
+    user_ns: int
+    """Of that, what was spent outside of the kernel."""
 
 
 @dataclass(frozen=True, slots=True)

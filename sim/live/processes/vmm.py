@@ -152,7 +152,7 @@ class VmmProcess:
 
     async def measured(self) -> Measured:
         """What this side measured, at its end."""
-        vmm = ProcessReport(self.timeline.export(), self.time.delays(), self.time.cpu_ns)
+        vmm = ProcessReport(self.timeline.export(), self.time.delays(), self.time.cpu_ns, self.time.user_ns)
         ended_ns = self.time.now_ns()
         streams = self.devices.streams()
         try:

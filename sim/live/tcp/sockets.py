@@ -23,7 +23,7 @@ from typing import Any
 from proto_v3.errors import PeerProtocolError, UserError
 from sim.live.io import Pipe, ended
 
-WIRE_VERSION = 5
+WIRE_VERSION = 6
 """Source and target must have the same one: they are the same program."""
 MAGIC = b"PROTO-V3"
 TOKEN_BYTES = 16

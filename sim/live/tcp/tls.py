@@ -18,7 +18,7 @@ from typing import Any
 from typing_extensions import override
 
 from proto_v3.errors import UserError
-from sim.live.io import Pipe, Step, ended
+from sim.live.io import Pipe, Views, ended
 
 CHUNK_BYTES = 1 << 18
 """Passed to TLS at a time: it keeps what the kernel does not take."""
@@ -125,8 +125,8 @@ class TlsPipe(Pipe):
             return await self._some(view)
 
     @override
-    def feed(self, view: memoryview, step: Step) -> asyncio.Future[None]:
-        return self._whole(self._feed(view, step))
+    def feed(self, views: Views) -> asyncio.Future[None]:
+        return self._whole(self._feed(views))
 
     @override
     async def send_all(self, buffers: Sequence[memoryview]) -> None:
@@ -151,11 +151,14 @@ class TlsPipe(Pipe):
         view[: len(data)] = data
         return len(data)
 
-    async def _feed(self, view: memoryview, step: Step) -> None:
-        into: memoryview | None = view
+    async def _feed(self, views: Views) -> None:
         async with self._in:
-            while into is not None:
-                into = step(await self._some(into))
+            for view in views:
+                rest = view
+                while len(rest):
+                    if not (size := await self._some(rest)):
+                        raise ended()
+                    rest = rest[size:]
 
     async def _send_all(self, buffers: Sequence[memoryview]) -> None:
         async with self._out:
