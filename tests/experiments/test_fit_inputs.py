@@ -128,8 +128,7 @@ def test_a_downtime_over_clocks_that_nothing_bounds_from_below_is_at_least_that(
     assert machine.clocks.offset_us > -169e6
     assert machine.waterfall.downtime_ms is not None
     assert (
-        next(conclusion(machine, []))
-        == f"The guest stood still for at least {machine.waterfall.downtime_ms:.1f} ms."
+        next(conclusion(machine, [])) == f"The guest stood still for at least {machine.waterfall.downtime_ms:.1f} ms."
     )
     assert "at least" in machine.scenario.description
 
