@@ -60,9 +60,14 @@ V2_COLOURS = {
     "-ack": "#CC6677",
 }
 V2_MARKERS = {"-ack-reusable": "*", "-ack": "X", "-multifd": "h"}
-V2_LINES: dict[str, Any] = {"-multifd": "--", "-reinit-flush": "-.", "-reinit-invalidate": (0, (1, 1))}
-V2_HATCHES = {"-multifd": "xx", "-reinit-flush": "..", "-reinit-invalidate": "oo", "-polls": "--"}
-OTHER_MARKERS = {"-polls": "p", "-retry": "d"}
+V2_LINES: dict[str, Any] = {
+    "-multifd": "--",
+    "-reinit-flush": "-.",
+    "-reinit-invalidate": (0, (1, 1)),
+    "-priority": (0, (3, 1)),
+}
+V2_HATCHES = {"-multifd": "xx", "-reinit-flush": "..", "-reinit-invalidate": "oo", "-priority": "**", "-polls": "--"}
+OTHER_MARKERS = {"-polls": "p", "-critical-first": "P", "-retry": "d"}
 """Markers for another user and another policy, which no line style is left for."""
 WIRE_MARKERS = {"": "D", "-pool": "s", "-one": "v", "-blocks": "^"}
 PALER = 0.4

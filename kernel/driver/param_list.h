@@ -64,6 +64,8 @@ SAMPLE_PARAM(info_v2, 1, 0, 1, NULL, true,
 	     "1: reports REINIT to a user who opted in");
 SAMPLE_PARAM(initial, SAMPLE_INITIAL_IMAGE, 0, 1, sample_initial_names, true,
 	     "v2's initial_bytes: the first image, or only the critical data in it");
+SAMPLE_PARAM(reinit, SAMPLE_REINIT_FLUSH, 0, 1, sample_reinit_names, true,
+	     "v2's new critical data: behind what is unread (flush), or before (priority)");
 SAMPLE_PARAM(data_size, 1, 0, 2, NULL, true,
 	     "MIG_DATA_SIZE: 0 fails, 1 what is left, 2 always a whole image");
 SAMPLE_PARAM(dirty_log, 1, 0, 1, NULL, false,

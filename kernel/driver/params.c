@@ -12,6 +12,7 @@
 static const char * const sample_lock_names[] = { "fd", "device", "global", NULL };
 static const char * const sample_lock_over_names[] = { "command", "copy", NULL };
 static const char * const sample_epochs_names[] = { "keep", "invalidate", NULL };
+static const char * const sample_reinit_names[] = { "flush", "priority", NULL };
 static const char * const sample_initial_names[] = { "image", "critical", NULL };
 
 struct sample_param {

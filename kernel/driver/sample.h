@@ -88,6 +88,8 @@ struct sample_stream {
 	u64 saving_bytes;
 	bool end_saved;
 	bool critical_planned;
+	bool saving_critical;		/* that record has critical data */
+	bool first_image;		/* what is saved now counts as initial_bytes */
 	u64 saved_epoch;		/* the newest one whose critical data is saved */
 	u64 cursor;			/* the block to look at next */
 	u64 planned;			/* blocks to be saved */

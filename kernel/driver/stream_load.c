@@ -75,7 +75,8 @@ static int sample_check_stream_header(struct sample_stream *stream)
 		return ret;
 	if (sequence != stream->records)
 		return sequence < stream->records ? -EALREADY : -EILSEQ;
-	if (le64_to_cpu(record->epoch) < stream->epoch)
+	if (le64_to_cpu(record->epoch) < stream->epoch &&	/* overtaken: see reinit=priority */
+	    (session->multi || !sample_is(stream, VFIO_MIG_RECORD_DIRTY)))
 		return -EPROTO;
 	if (length > sample_length_limit(dev))
 		return -E2BIG;
@@ -285,7 +286,7 @@ static int sample_load_record(struct sample_stream *stream)
 		if (ret)
 			return ret;
 	}
-	stream->epoch = le64_to_cpu(stream->header.epoch);
+	stream->epoch = max(stream->epoch, le64_to_cpu(stream->header.epoch));
 	if (sample_is(stream, VFIO_MIG_RECORD_CRITICAL))
 		sample_load_critical(stream);
 	else if (sample_is(stream, VFIO_MIG_RECORD_DIRTY))

@@ -20,6 +20,10 @@ struct sample_buffer {
 	size_t room;
 	size_t bytes;
 	size_t read;
+	bool begun;			/* a reader has it */
+	bool numbered;			/* it has its place in the stream */
+	bool critical;
+	bool initial;			/* a part of a first image that is initial */
 	u8 data[] __counted_by(room);
 };
 
@@ -121,13 +125,29 @@ u64 sample_longest_record(struct sample_device *dev)
 	return max(dirty, critical) - sizeof(struct vfio_mig_record);
 }
 
+/* v2, reinit=priority: critical data goes before dirty records that nobody began to read. */
+static bool sample_overtakes(struct sample_stream *stream)
+{
+	struct sample_device *dev = stream->session->dev;
+
+	return !stream->session->multi && dev->vdev.precopy_info_v2 &&
+	       READ_ONCE(dev->params.info_v2) &&
+	       READ_ONCE(dev->params.reinit) == SAMPLE_REINIT_PRIORITY;
+}
+
+/* v2 has to be asked for what is new, unless it overtakes. */
 static bool sample_critical_due(struct sample_stream *stream)
 {
 	struct sample_session *session = stream->session;
 
 	return sample_has_critical(stream) &&
 	       READ_ONCE(session->dev->epoch) > stream->saved_epoch &&
-	       (session->multi || stream->critical_planned);
+	       (session->multi || stream->critical_planned || sample_overtakes(stream));
+}
+
+static bool sample_is_firm(struct sample_buffer *buffer)
+{
+	return buffer->begun || buffer->critical || buffer->initial;
 }
 
 /* Whether a command may start: there is something to save, and the device is not suspended. */
@@ -214,6 +234,8 @@ void sample_plan_all(struct sample_session *session)
 	bool starts = !first->saved_epoch && !first->critical_planned;
 	u32 i;
 
+	first->first_image = starts && !session->final &&
+			     READ_ONCE(session->dev->params.initial) == SAMPLE_INITIAL_IMAGE;
 	for (i = 0; i < session->streams; i++)
 		sample_plan(&session->stream[i]);
 	if (!starts || session->final)
@@ -239,6 +261,10 @@ static struct sample_buffer *sample_get_buffer(struct sample_stream *stream, u64
 	}
 	buffer->bytes = bytes;
 	buffer->read = 0;
+	buffer->begun = false;
+	buffer->numbered = false;
+	buffer->critical = false;
+	buffer->initial = false;
 	return buffer;
 }
 
@@ -256,7 +282,7 @@ static void sample_put_header(struct sample_stream *stream, struct sample_buffer
 	record->stream = cpu_to_le16(stream->index);
 	record->flags = cpu_to_le32(flags);
 	record->epoch = cpu_to_le64(epoch);
-	record->sequence = cpu_to_le64(stream->records);
+	record->sequence = 0;		/* when its first byte is read, see sample_number() */
 	record->length = cpu_to_le64(buffer->bytes - sizeof(*record));
 }
 
@@ -290,9 +316,11 @@ static struct sample_buffer *sample_save_critical(struct sample_stream *stream)
 	memcpy(to, dev->critical, dev->critical_bytes);
 	mutex_unlock(&dev->guest_mutex);
 	sample_put_header(stream, buffer, VFIO_MIG_RECORD_CRITICAL, flags, epoch);
+	buffer->critical = true;
 	spin_lock(&stream->queue_lock);
 	stream->saved_epoch = epoch;
-	stream->critical_planned = false;	/* v2 has to ask for what is newer */
+	stream->critical_planned = false;
+	stream->saving_critical = true;
 	stream->saving_bytes = buffer->bytes;
 	spin_unlock(&stream->queue_lock);
 	return buffer;
@@ -339,6 +367,7 @@ static struct sample_buffer *sample_save_blocks(struct sample_stream *stream)
 	}
 	dirty->count = cpu_to_le64(count);
 	spin_lock(&stream->queue_lock);
+	buffer->initial = stream->first_image;
 	stream->planned -= count;
 	stream->saving_bytes = buffer->bytes;
 	spin_unlock(&stream->queue_lock);
@@ -358,21 +387,48 @@ static struct sample_buffer *sample_save_end(struct sample_stream *stream)
 {
 	struct sample_device *dev = stream->session->dev;
 	struct sample_buffer *buffer;
-	struct vfio_mig_record_end *end;
 
 	buffer = sample_get_buffer(stream, sample_end_record_bytes());
 	if (!buffer)
 		return NULL;
-	end = (void *)buffer->data + sizeof(struct vfio_mig_record);
-	end->records = cpu_to_le64(stream->records);
-	end->bytes = cpu_to_le64(stream->bytes);
-	end->digest = cpu_to_le64(stream->digest);
 	sample_put_header(stream, buffer, VFIO_MIG_RECORD_END, 0, READ_ONCE(dev->epoch));
 	spin_lock(&stream->queue_lock);
 	stream->end_saved = true;
 	stream->saving_bytes = buffer->bytes;
 	spin_unlock(&stream->queue_lock);
 	return buffer;
+}
+
+/* A record's first byte is about to be read: its place, and all that depends on it. */
+static void sample_number(struct sample_stream *stream, struct sample_buffer *buffer)
+{
+	struct vfio_mig_record *record = (void *)buffer->data;
+	struct vfio_mig_record_end *end = (void *)(record + 1);
+
+	buffer->numbered = true;
+	record->sequence = cpu_to_le64(stream->records);
+	if (le16_to_cpu(record->record_class) == VFIO_MIG_RECORD_END) {
+		end->records = cpu_to_le64(stream->records);
+		end->bytes = cpu_to_le64(stream->bytes);
+		end->digest = cpu_to_le64(stream->digest);
+	}
+	stream->records++;
+	stream->bytes += buffer->bytes;
+	stream->digest = sample_digest_record(stream->digest, record, record + 1);
+}
+
+/* The entry behind which a record that was saved is put. */
+static struct list_head *sample_place(struct sample_stream *stream, struct sample_buffer *buffer)
+{
+	struct sample_buffer *each;
+
+	lockdep_assert_held(&stream->queue_lock);
+	if (!buffer->critical || !sample_overtakes(stream))
+		return stream->ready.prev;
+	list_for_each_entry_reverse(each, &stream->ready, entry)
+		if (sample_is_firm(each))
+			return &each->entry;
+	return &stream->ready;
 }
 
 /* Save one record into the queue. Whoever calls it has set stream->saving. */
@@ -397,13 +453,10 @@ static int sample_save_one(struct sample_stream *stream)
 		kvfree(buffer);
 		return ret;
 	}
-	stream->records++;
-	stream->bytes += buffer->bytes;
-	stream->digest = sample_digest_record(stream->digest, (void *)buffer->data,
-					      buffer->data + sizeof(struct vfio_mig_record));
 	spin_lock(&stream->queue_lock);
 	stream->saving_bytes = 0;
-	list_add_tail(&buffer->entry, &stream->ready);
+	stream->saving_critical = false;
+	list_add(&buffer->entry, sample_place(stream, buffer));
 	stream->ready_records++;
 	stream->ready_bytes += buffer->bytes;
 	spin_unlock(&stream->queue_lock);
@@ -416,6 +469,7 @@ static void sample_saving_ends(struct sample_stream *stream, int ret)
 	spin_lock(&stream->queue_lock);
 	stream->saving = false;
 	stream->saving_bytes = 0;
+	stream->saving_critical = false;
 	spin_unlock(&stream->queue_lock);
 	if (ret && !READ_ONCE(stream->session->code))
 		sample_session_fail(stream->session);
@@ -423,14 +477,22 @@ static void sample_saving_ends(struct sample_stream *stream, int ret)
 	wake_up_all(&stream->session->idle);
 }
 
+/* For critical data that overtakes there is one chunk more. */
+static bool sample_has_room(struct sample_stream *stream)
+{
+	u32 chunks = READ_ONCE(stream->session->dev->params.chunks);
+
+	if (sample_overtakes(stream) && sample_critical_due(stream))
+		chunks++;
+	return stream->ready_records < chunks;
+}
+
 static bool sample_may_save_more(struct sample_stream *stream)
 {
-	struct sample_device *dev = stream->session->dev;
 	bool may;
 
 	spin_lock(&stream->queue_lock);
-	may = sample_can_save(stream) &&
-	      stream->ready_records < READ_ONCE(dev->params.chunks);
+	may = sample_can_save(stream) && sample_has_room(stream);
 	if (!may)
 		stream->saving = false;
 	spin_unlock(&stream->queue_lock);
@@ -477,8 +539,7 @@ void sample_kick(struct sample_stream *stream)
 	if (sample_saves_at_once(stream))
 		return;
 	spin_lock(&stream->queue_lock);
-	start = !stream->saving && sample_can_save(stream) &&
-		stream->ready_records < READ_ONCE(session->dev->params.chunks);
+	start = !stream->saving && sample_can_save(stream) && sample_has_room(stream);
 	if (start)
 		stream->saving = true;
 	spin_unlock(&stream->queue_lock);
@@ -510,6 +571,19 @@ void sample_settle(struct sample_session *session)
 
 /* --- read() and poll() ------------------------------------------------------------------ */
 
+/* The record that comes next; NULL while one is being saved, or due, that goes before it. */
+static struct sample_buffer *sample_next(struct sample_stream *stream)
+{
+	struct sample_buffer *first;
+
+	lockdep_assert_held(&stream->queue_lock);
+	first = list_first_entry_or_null(&stream->ready, struct sample_buffer, entry);
+	if (first && !sample_is_firm(first) && sample_overtakes(stream) &&
+	    (stream->saving_critical || (sample_critical_due(stream) && sample_can_save(stream))))
+		return NULL;
+	return first;
+}
+
 static int sample_status(struct sample_stream *stream)
 {
 	int code = READ_ONCE(stream->session->code);
@@ -518,7 +592,7 @@ static int sample_status(struct sample_stream *stream)
 	if (code)
 		return code;
 	spin_lock(&stream->queue_lock);
-	if (!list_empty(&stream->ready))
+	if (sample_next(stream))
 		status = SAMPLE_HAS_DATA;
 	else if (stream->saving)
 		status = SAMPLE_BUSY;
@@ -552,20 +626,23 @@ static struct sample_buffer *sample_first_ready(struct sample_stream *stream)
 	bool save;
 	int ret;
 
-	spin_lock(&stream->queue_lock);
-	buffer = list_first_entry_or_null(&stream->ready, struct sample_buffer, entry);
-	save = !buffer && !stream->saving && sample_can_save(stream) &&
-	       sample_saves_at_once(stream);
-	if (save)
-		stream->saving = true;
-	spin_unlock(&stream->queue_lock);
-	if (!save)
-		return buffer;
-	ret = sample_save_one(stream);
-	sample_saving_ends(stream, ret);
-	if (ret)
-		return ERR_PTR(ret);
-	return list_first_entry(&stream->ready, struct sample_buffer, entry);
+	for (;;) {
+		spin_lock(&stream->queue_lock);
+		buffer = sample_next(stream);
+		if (buffer)
+			buffer->begun = true;
+		save = !buffer && !stream->saving && sample_can_save(stream) &&
+		       sample_saves_at_once(stream);
+		if (save)
+			stream->saving = true;
+		spin_unlock(&stream->queue_lock);
+		if (!save)
+			return buffer;
+		ret = sample_save_one(stream);
+		sample_saving_ends(stream, ret);
+		if (ret)
+			return ERR_PTR(ret);
+	}
 }
 
 static void sample_was_read(struct sample_stream *stream, struct sample_buffer *buffer,
@@ -604,6 +681,8 @@ static ssize_t sample_copy_out(struct sample_stream *stream, char __user *buf, s
 		if (!buffer)
 			break;
 		bytes = min(size - done, buffer->bytes - buffer->read);
+		if (!buffer->numbered)
+			sample_number(stream, buffer);
 		if (copy_to_user(buf + done, buffer->data + buffer->read, bytes))
 			return done ?: -EFAULT;
 		sample_was_read(stream, buffer, bytes);
@@ -687,6 +766,28 @@ static __poll_t sample_save_poll(struct file *file, poll_table *wait)
 
 /* --- VFIO_MIG_GET_PRECOPY_INFO ---------------------------------------------------------- */
 
+/* With priority: the bytes up to the last critical or initial one, saved or not. */
+static u64 sample_critical_pending(struct sample_stream *stream)
+{
+	struct sample_device *dev = stream->session->dev;
+	bool due = READ_ONCE(dev->epoch) > stream->saved_epoch;
+	u64 bytes = 0, most = 0;
+	struct sample_buffer *each;
+
+	lockdep_assert_held(&stream->queue_lock);
+	list_for_each_entry(each, &stream->ready, entry) {
+		bytes += each->bytes - each->read;
+		if (each->critical || each->initial ||
+		    (each->begun && (due || stream->saving_critical)))
+			most = bytes;
+	}
+	if (stream->saving_critical || stream->first_image)
+		most += stream->saving_bytes;
+	if (stream->first_image)
+		most += sample_blocks_bytes(dev, stream->planned);
+	return most + (due ? sample_critical_record_bytes(stream->session) : 0);
+}
+
 /* New critical data: what is unread becomes initial, the new data follows, and is saved now. */
 static void sample_reinit(struct sample_stream *stream)
 {
@@ -694,7 +795,9 @@ static void sample_reinit(struct sample_stream *stream)
 
 	spin_lock(&stream->queue_lock);
 	stream->reported_epoch = READ_ONCE(dev->epoch);
-	if (READ_ONCE(dev->params.initial) == SAMPLE_INITIAL_IMAGE) {
+	if (sample_overtakes(stream)) {
+		stream->initial_bytes = sample_critical_pending(stream);
+	} else if (READ_ONCE(dev->params.initial) == SAMPLE_INITIAL_IMAGE) {
 		__sample_plan(stream);
 		stream->initial_bytes = __sample_pending(stream, false, false);
 	} else {
@@ -720,6 +823,7 @@ static void sample_fill_info(struct sample_stream *stream, struct vfio_precopy_i
 		reinit = true;
 		info->flags |= VFIO_PRECOPY_INFO_REINIT;
 	} else if (saves && !sample_pending(stream, false, false)) {
+		stream->first_image = false;
 		sample_plan(stream);
 	}
 	spin_lock(&stream->queue_lock);

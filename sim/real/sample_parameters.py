@@ -52,6 +52,7 @@ def module_parameters(scenario: Scenario) -> Parameters:
         "initial": driver.initial,
         "data_size": {"left": 1, "full": 2}[driver.stop_copy_size],
         "info_v2": int(driver.reinit != "none"),
+        "reinit": "priority" if driver.reinit == "priority" else "flush",
         "zero_end": int(driver.precopy_end == "0"),
         **_arcs(times),
     }
@@ -87,8 +88,8 @@ def _problems(scenario: Scenario) -> Iterator[str]:
         yield f"device.0.count = {len(scenario.devices)}: its engines are a device's own, and not a PF's"
     if driver.precopy != "incremental":
         yield f"driver.precopy = {driver.precopy}: it has incremental"
-    if driver.reinit not in ("flush", "none"):
-        yield f"driver.reinit = {driver.reinit}: it has flush and none"
+    if driver.reinit == "invalidate":
+        yield "driver.reinit = invalidate: it has flush, priority and none"
     if firmware.service_cv:
         yield f"firmware.service_cv = {firmware.service_cv:g}: its commands do not vary; 0"
     saves, loads = _engines(firmware)

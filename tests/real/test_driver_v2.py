@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
+import random
 import select
 import struct
 import time
@@ -13,7 +15,8 @@ import time
 import pytest
 
 from proto_v3.vfio.uapi import Feature, FeatureOp, MigrationFlags, PrecopyFlags, State
-from tests.real.sample import MakeOpen, errno_of, records
+from sim.device.record_format import RecordClass, RecordHeader
+from tests.real.sample import MakeOpen, SampleDevice, SampleFd, errno_of, records
 
 S = State
 REGION_SHIFT = 40  # of the driver's region offsets, see kernel/driver/config.c
@@ -91,6 +94,115 @@ def test_a_kernel_without_reinit_can_be_had(make_open: MakeOpen) -> None:
     out = source.begin(S.PRE_COPY)
     source.reconfigure()
     assert not out.precopy_info().reinit
+
+
+CRITICAL_BYTES = RecordHeader.SIZE + 64 * 1024
+"""A record of the critical data."""
+PRIORITY = {"reinit": "priority", "initial": "critical"}
+
+
+def heads(stream: bytes) -> list[RecordHeader]:
+    """The headers of the records; they are numbered in order."""
+    found = [RecordHeader.unpack(record) for record in records(stream)]
+    assert [head.sequence for head in found] == list(range(len(found)))
+    return found
+
+
+def classes(stream: bytes) -> list[RecordClass]:
+    return [RecordClass(head.record_class) for head in heads(stream)]
+
+
+def with_a_record_begun(source: SampleDevice) -> tuple[SampleFd, bytes]:
+    """A session of which the first critical data was read, and a byte of a dirty record; others are saved behind it."""
+    out = source.begin(S.PRE_COPY)
+    time.sleep(0.1)
+    begun = out.read(CRITICAL_BYTES)
+    while len(begun) <= CRITICAL_BYTES:
+        begun += out.read(CRITICAL_BYTES + 1 - len(begun))
+    time.sleep(0.1)
+    return out, begun
+
+
+@pytest.mark.rule("v2.best.d1", "v2.best.d2")
+@pytest.mark.parametrize("command_us", [0, 2000])
+def test_with_priority_critical_data_goes_behind_the_record_that_was_begun_and_before_the_others(
+    make_open: MakeOpen, command_us: int
+) -> None:
+    source, target = make_open(command_us=command_us, **PRIORITY), make_open()
+    source.opt_in_to_reinit()
+    out, stream = with_a_record_begun(source)
+    into = target.begin(S.RESUMING)
+    source.reconfigure()
+    time.sleep(0.1)
+    info = out.precopy_info()
+    assert (info.reinit, info.dirty_bytes) == (True, 0)
+    stream += out.read_all(info.initial_bytes) if not command_us else out.read(info.initial_bytes)
+    critical, dirty = RecordClass.CRITICAL, RecordClass.DIRTY
+    assert classes(stream)[:3] == [critical, dirty, critical]
+    if command_us:
+        assert len(classes(stream)) == 3, "initial_bytes end with the critical data"
+        assert out.precopy_info().initial_bytes == 0
+    stream += out.read_all()
+    assert set(classes(stream)[3:]) == {dirty}
+    source.reconfigure()
+    source.dirty(0, 20)
+    source.set_state(S.STOP_COPY)
+    last = out.read_all()
+    assert classes(stream + last)[len(heads(stream)) :] == [critical, dirty, dirty, RecordClass.END]
+    into.write_all(stream + last)
+    target.set_state(S.RUNNING)
+    assert target.digest() == source.digest()
+
+
+@pytest.mark.rule("v2.best.d1")
+@pytest.mark.parametrize("opts_in", [True, False])
+def test_priority_needs_the_opt_in_and_goes_on_after_the_stop(make_open: MakeOpen, opts_in: bool) -> None:
+    """Nobody asks: dirty records of before the stop are there, and new critical data."""
+    source = make_open(command_us=2000, **PRIORITY)
+    if opts_in:
+        source.opt_in_to_reinit()
+        source.data_size()
+    out, stream = with_a_record_begun(source)
+    source.reconfigure()
+    source.set_state(S.STOP_COPY)
+    time.sleep(0.1)
+    kinds = classes(stream + out.read_all())
+    assert kinds.count(RecordClass.CRITICAL) == 2
+    assert (kinds[2] is RecordClass.CRITICAL) is opts_in
+
+
+@pytest.mark.lockdep
+@pytest.mark.rule("v2.best.d3")
+@pytest.mark.parametrize("command_us", [0, 300])
+@pytest.mark.parametrize("initial", ["image", "critical"])
+def test_with_priority_no_dirty_data_comes_before_its_epochs_critical_data_and_all_arrives(
+    make_open: MakeOpen, initial: str, command_us: int
+) -> None:
+    source = make_open(reinit="priority", initial=initial, command_us=command_us, dirty_kib_s=20_000, chunk_kib=64)
+    target = make_open(chunk_kib=64)
+    source.opt_in_to_reinit()
+    out, into = source.begin(S.PRE_COPY), target.begin(S.RESUMING)
+    draw, stream, told = random.Random(1), b"", 0
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        if draw.random() < 0.3:
+            source.reconfigure()
+        if draw.random() < 0.5:
+            told += out.precopy_info().reinit
+        with contextlib.suppress(OSError):  # ENOMSG
+            stream += out.read(draw.randint(1, 100_000))
+    source.set_state(S.STOP_COPY)
+    stream += out.read_all(50_000)
+    newest = 0
+    for head in heads(stream):
+        if head.record_class == RecordClass.CRITICAL:
+            assert head.epoch > newest
+            newest = head.epoch
+        assert head.epoch <= newest or head.record_class == RecordClass.END
+    assert told > 5
+    into.write_all(stream)
+    target.set_state(S.RUNNING)
+    assert target.digest() == source.digest()
 
 
 @pytest.mark.parametrize(("data_size", "whole"), [(1, False), (2, True)])

@@ -46,6 +46,7 @@ PROTOCOLS = (
     "v2",
     pytest.param("v2-multifd", marks=pytest.mark.slow),
     "v2-multifd-reinit-flush-ack-reusable",
+    "v2-priority-ack-reusable",
     "v3-n1",
     "v3-n2",
     "v3-n4",
