@@ -28,6 +28,7 @@ from sim.live.processes.remote_backend import RemoteBackend
 from sim.live.processes.report import Note, RejectedNote, VmmReport, received_note
 from sim.live.processes.settings import Settings
 from sim.live.processes.vmm import VmmProcess, run_source, run_target
+from sim.live.tcp.connection import HEAD
 from sim.live.tcp.listener import BUSY
 from sim.live.tcp.messages import Run
 from sim.live.tcp.sockets import Preamble, Role, listen
@@ -106,10 +107,10 @@ async def next_message(reader: asyncio.StreamReader) -> tuple[str, bytes]:
 
 async def next_frame(reader: asyncio.StreamReader) -> tuple[str, bytes]:
     """The same of a data connection's next frame."""
-    prefix = await reader.readexactly(8)
-    header = await reader.readexactly(int.from_bytes(prefix[2:4], "big"))
-    payload = await reader.readexactly(int.from_bytes(prefix[4:], "big"))
-    return Kind(msgpack.unpackb(header)[0]).name, prefix + header + payload
+    head = await reader.readexactly(HEAD.size)
+    _, header_bytes, payload_bytes, header = HEAD.unpack(head)
+    payload = await reader.readexactly(payload_bytes)
+    return Kind(msgpack.unpackb(header[:header_bytes])[0]).name, head + payload
 
 
 @dataclass
