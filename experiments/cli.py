@@ -192,6 +192,12 @@ def compare(seeds: int, first_seed: int, **options: Any) -> int:
     help="How many plausible machines are drawn from the scenario's ranges. Powers of two are spread most evenly.",
 )
 @click.option(
+    "--near-ms",
+    type=click.FloatRange(0, min_open=True),
+    metavar="MS",
+    help="The downtime of your machine as it is: of four times as many plausible machines those within 15 % are taken.",
+)
+@click.option(
     "--changes",
     default="",
     metavar="NAMES",

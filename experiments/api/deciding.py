@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import polars as pl
 
@@ -11,7 +11,9 @@ from experiments.api.running import Progress, of_scenario, outcomes_of
 from experiments.decision.decision import Decision, indices_table, rows_table, study
 from experiments.decision.decision import decide as decided
 from experiments.runs.frame import table
+from experiments.runs.pool import Cell
 from sim.scenario.scenario import Scenario
+from sim.scenario.units import NS_PER_MS
 
 
 def decide(
@@ -19,19 +21,25 @@ def decide(
     samples: int = 256,
     changes: Collection[str] | None = None,
     *,
+    near_ms: float | None = None,
     jobs: int | None = 1,
     progress: Progress = False,
 ) -> Decision:
     """What each change brings on top of those above it, over plausible machines: what `proto-v3 decide` prints.
 
     The machines are samples of the scenario's ranges, and all protocols are run on the same ones. `changes` are names
-    of rows, as `proto-v3 decide --changes` takes them; None: all. `jobs` and `progress` as for `compare`.
+    of rows, as `proto-v3 decide --changes` takes them; None: all. `near_ms` is the downtime of a machine as it is: of
+    four times as many samples those within 15 % of it are taken. `jobs` and `progress` as for `compare`.
 
     `.verdicts` has the answers (`.word`, `.sentence`), `decision_rows` the table, `decision_indices` which parameter
     decides. UserError for an unknown scenario or change, for a bad number of samples, and for values of the ranges that
     do not go together.
     """
-    planned = study(of_scenario(scenario), samples, changes)
+
+    def downtimes_ms(cells: Sequence[Cell]) -> list[float | None]:
+        return [ns and ns / NS_PER_MS for ns in (each.downtime_ns for each in outcomes_of(cells, jobs, progress))]
+
+    planned = study(of_scenario(scenario), samples, changes, near_ms, downtimes_ms)
     return decided(planned, table(outcomes_of(planned.cells, jobs, progress)))
 
 

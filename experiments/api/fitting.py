@@ -10,7 +10,7 @@ import polars as pl
 
 from experiments.api.running import Progress, outcomes_of, outside_of_loops
 from experiments.commands.fit import changes_table, phases_table, quantities_table, steps_table
-from experiments.decision.machines import what_brings
+from experiments.decision.decision import what_brings
 from experiments.logs.machine import FittedMachine, machine_of
 from sim.scenario.units import NS_PER_MS
 
@@ -70,6 +70,6 @@ def what_would_help(
     note (why it was not run). `decide` has all changes. `jobs` and `progress` as for `compare`.
     """
     own_ns = machine.simulated.downtime_ns
-    reference_ms = None if own_ns is None else own_ns / NS_PER_MS
-    rows = what_brings(machine.scenario, samples, reference_ms, lambda cells: outcomes_of(cells, jobs, progress))
+    own_ms = None if own_ns is None else own_ns / NS_PER_MS
+    rows = what_brings(machine.scenario, samples, own_ms, lambda cells: outcomes_of(cells, jobs, progress))
     return pl.DataFrame(changes_table(rows).rows, infer_schema_length=None)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from experiments import INTERRUPTED
 from experiments.decision.bands import BAND, Brought
-from experiments.decision.decision import parts
-from experiments.decision.machines import DRAWN, what_brings
+from experiments.decision.decision import parts, what_brings
+from experiments.decision.machines import DRAWN
 from experiments.logs.how import how
 from experiments.logs.machine import FittedMachine, machine_of
 from experiments.logs.quantity import Certainty
@@ -75,9 +75,8 @@ def run_fit(
     rows = list[Brought]()
     try:
         if samples:
-            own_ns = machine.simulated.downtime_ns
-            reference_ms = None if own_ns is None else own_ns / NS_PER_MS
-            rows = what_brings(machine.scenario, samples, reference_ms, lambda cells: _made(cells, jobs, quiet))
+            own_ms = _ms(machine.simulated.downtime_ns)
+            rows = what_brings(machine.scenario, samples, own_ms, lambda cells: _made(cells, jobs, quiet))
     except KeyboardInterrupt:
         kept = "nothing was written" if file is None else f"the scenario is in {file}"
         output.say(f"interrupted: {kept}", always=True)
@@ -94,7 +93,9 @@ def run_fit(
     drawn = output.drawn(lambda: _draw(machine, rows, file, command))
     if drawn is not None:
         output.say(f"\nFigure: {file.with_suffix('.png')} (and .svg)")
-    output.say(f"Scenario: {file}; what to change first there: proto-v3 decide {file}", always=True)
+    own_ns = machine.simulated.downtime_ns
+    near = "" if own_ns is None else f" --near-ms {own_ns / NS_PER_MS:.0f}"
+    output.say(f"Scenario: {file}; what to change first there: proto-v3 decide {file}{near}", always=True)
     return 0 if drawn is not None else 1
 
 

@@ -23,7 +23,7 @@ from experiments.runs.pool import Cell
 from experiments.study.claims import WORTH
 from proto_v3.vmm.migration import OutcomeKind
 from sim.scenario.protocol import Protocol
-from sim.scenario.scenario import Scenario
+from sim.scenario.sample import Sample
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 BAND = (0.05, 0.95)
@@ -117,11 +117,11 @@ class Brought:
         return self.samples > 0
 
 
-def cells(rows: Sequence[Rung], machines: Sequence[Scenario], first_seed: int = 1) -> list[Cell]:
-    """The runs of all rows, machine by machine; all of one have the same seed."""
+def cells(rows: Sequence[Rung], machines: Mapping[int, Sample]) -> list[Cell]:
+    """The runs of all rows, machine by machine; `machines` has each by the seed of its runs."""
     return [
-        Cell(machine, Protocol.parse(row.protocol, machine), first_seed + at)
-        for at, machine in enumerate(machines)
+        Cell(machine.scenario, Protocol.parse(row.protocol, machine.scenario), seed)
+        for seed, machine in machines.items()
         for row in run_rows(rows)
     ]
 

@@ -3,23 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
 from experiments.decision.bands import QUANTITIES, Brought, SampleBand, brought, cells
-from experiments.decision.deciding import Index, bounded, has_indices, indices
+from experiments.decision.deciding import LEAST_SPREAD_PERCENT, Index, bounded, has_indices, indices
 from experiments.decision.ladder import Rung, rungs
+from experiments.decision.machines import Downtimes, Machines, machines
 from experiments.decision.verdict import Verdict, verdicts
+from experiments.runs.frame import table
 from experiments.runs.pool import Cell
-from sim.scenario.sample import Sample, draw
+from proto_v3.errors import UserError
+from sim.outcome import Outcome
+from sim.scenario.sample import Sample
 from sim.scenario.scenario import Scenario
-
-SAMPLE_SEED = 0
-FIRST_SEED = 1
-"""Of the runs: each sample has one of its own, which all protocols share."""
+from sim.scenario.units import NS_PER_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +29,17 @@ class Study:
 
     scenario: Scenario
     rows: Sequence[Rung]
-    samples: Sequence[Sample]
-    cells: Sequence[Cell]
-    """Sample by sample, each with all rows that are run."""
+    machines: Machines
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The runs, machine by machine."""
+        return cells(self.rows, self.machines)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The machines, in their order."""
+        return list(self.machines.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +54,24 @@ class Decision:
     verdicts: Sequence[Verdict]
 
 
-def study(scenario: Scenario, count: int, changes: Collection[str] | None = None) -> Study:
+def study(
+    scenario: Scenario,
+    count: int,
+    changes: Collection[str] | None = None,
+    near_ms: float | None = None,
+    downtimes: Downtimes | None = None,
+) -> Study:
     """The runs that decide on a scenario, over `count` samples of its ranges; on all changes, or on those named.
 
-    A scenario without ranges has one sample, itself. UserError for a bad count or name, and for values of the ranges
-    that do not go together.
+    With `near_ms`, they are machines of about this downtime; `downtimes` runs those among which they are searched. A
+    scenario without ranges has one sample, itself. UserError for a bad count or name, for values of the ranges that do
+    not go together, and if no machine completes.
     """
     rows = rungs(scenario, changes)
-    samples = draw(scenario, count, SAMPLE_SEED)
-    return Study(scenario, rows, samples, cells(rows, [each.scenario for each in samples], FIRST_SEED))
+    chosen = machines(scenario, count, rows[0], near_ms, downtimes)
+    if not chosen:
+        raise UserError(f"{scenario.name}: no sample of its ranges completes a migration as it is")
+    return Study(scenario, rows, chosen)
 
 
 def decide(made: Study, runs: pl.DataFrame) -> Decision:
@@ -61,11 +79,30 @@ def decide(made: Study, runs: pl.DataFrame) -> Decision:
     rows = brought(made.rows, runs)
     found: dict[str, list[Index]] = {}
     if has_indices():
-        places = {key: [each.places[key] for each in made.samples] for key in made.samples[0].places}
-        found = {
-            row.rung.name: indices(places, bounded(row.gains_percent)) for row in rows if row.probability is not None
-        }
-    return Decision(made.scenario, len(made.samples), rows, found, list(verdicts(rows, found, made.samples)))
+        samples = made.samples
+        places = {key: [each.places[key] for each in samples] for key in samples[0].places}
+        varied = [row for row in rows if row.brings_percent and row.brings_percent.spread >= LEAST_SPREAD_PERCENT]
+        found = {row.rung.name: indices(places, bounded(row.gains_percent)) for row in varied}
+    return Decision(made.scenario, len(made.machines), rows, found, list(verdicts(rows, found, made.samples)))
+
+
+SHORT = ("multifd", "chunks4", "v3-n1", "v3-n4")
+"""The changes that `fit` tries; `decide` tries all."""
+
+
+def what_brings(
+    scenario: Scenario, count: int, near_ms: float | None, run: Callable[[Sequence[Cell]], Sequence[Outcome]]
+) -> list[Brought]:
+    """What the changes of SHORT bring to a fitted machine of this downtime, over `count` samples, or fewer.
+
+    `run` makes runs, and returns their outcomes in the order of the cells.
+    """
+
+    def downtimes_ms(cells: Sequence[Cell]) -> list[float | None]:
+        return [None if each.downtime_ns is None else each.downtime_ns / NS_PER_MS for each in run(cells)]
+
+    made = study(scenario, count, SHORT, near_ms, downtimes_ms)
+    return brought(made.rows, table(run(made.cells)))
 
 
 def rows_table(decision: Decision) -> pl.DataFrame:

@@ -100,6 +100,22 @@ def test_another_result_is_not_replaced(machine: str, tmp_path: Path) -> None:
     assert decide(*arguments, "--samples", "1", "--force").exit_code == 0
 
 
+def test_of_a_machine_that_was_seen_those_of_its_downtime_are_taken(machine: str, tmp_path: Path) -> None:
+    """The suspend takes 0.5 to 4 ms: those within 15 % of a downtime, of four times as many machines."""
+    every = decide(machine, "--samples", "32", "--jobs", "1", "--changes", "multifd", "--out", str(tmp_path / "every"))
+    assert every.exit_code == 0
+    all_ms = pl.read_parquet(tmp_path / "every" / "runs.parquet").filter(protocol="v2")["downtime_ns"] / 1e6
+    wanted = float(all_ms.sort()[4])
+    near = ["--samples", "8", "--near-ms", str(wanted), "--jobs", "1", "--changes", "multifd"]
+    assert decide(machine, *near, "--out", str(tmp_path / "near")).exit_code == 0
+    close = [at for at, each in enumerate(all_ms, 1) if abs(each - wanted) <= 0.15 * wanted]
+    runs = pl.read_parquet(tmp_path / "near" / "runs.parquet")
+    assert runs["seed"].unique(maintain_order=True).to_list() == close[:8]
+    assert json.loads((tmp_path / "near" / "manifest.json").read_text())["near_ms"] == wanted
+    samples = [pl.read_parquet(tmp_path / each / "samples.parquet") for each in ("every", "near")]
+    assert samples[0].filter(pl.col("seed").is_in(close[:8])).equals(samples[1])
+
+
 def interrupted_after(monkeypatch: pytest.MonkeyPatch, count: int) -> list[Any]:
     """The command is interrupted after so many runs; returns all cells that are begun."""
     made: list[Any] = []

@@ -18,6 +18,7 @@ from experiments.decision.bands import Brought, SampleBand, brought, gains_perce
 from experiments.decision.deciding import Index, bounded, indices, turn
 from experiments.decision.decision import decide, rows_table, study
 from experiments.decision.ladder import AS_IT_IS, LADDER, Rung, protocol_of, rungs
+from experiments.decision.machines import near
 from experiments.decision.measure import how_to_measure, what_it_is
 from experiments.decision.verdict import IDEAS, MOST_CHARS, making_worse, verdicts, worth_making
 from experiments.report.decision import conclusion
@@ -431,6 +432,21 @@ def test_samples_are_those_of_the_ranges_and_shared_by_all_rows() -> None:
     ]
     for at in range(4):
         assert {id(cell.scenario) for cell in planned.cells[3 * at : 3 * at + 3]} == {id(planned.samples[at].scenario)}
+
+
+@pytest.mark.parametrize(
+    ("own_ms", "count", "taken"),
+    [
+        ([100, 110, None, 120, 90] * 4, 16, [at + 5 * turn for turn in range(4) for at in (0, 1, 4)]),
+        ([100] * 20, 16, list(range(16))),
+        ([200, 100, 300, None], 4, [0, 1, 2]),
+        ([None, None], 4, []),
+    ],
+)
+def test_the_machines_that_may_be_the_one_that_was_seen(
+    own_ms: Sequence[float | None], count: int, taken: list[int]
+) -> None:
+    assert near(own_ms, 100.0, count) == taken
 
 
 def test_a_scenario_without_ranges_is_one_machine() -> None:
