@@ -32,6 +32,7 @@ from experiments.commands.options import (
     protocol_option,
     protocols_option,
     scenario_argument,
+    screening_option,
     seeds_option,
     set_option,
     spans_option,
@@ -241,6 +242,7 @@ def decide(**options: Any) -> int:
     show_default=True,
     help="Samples of the ranges of each case, for the band of each figure; 0: no bands.",
 )
+@screening_option
 @jobs_option
 @set_option
 @output_options

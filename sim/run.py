@@ -23,6 +23,7 @@ from sim.host.spread import SIDES, of_host
 from sim.host.vmms import connections, make_source, make_target, side_report
 from sim.outcome import Outcome, RunReport, compared, completed, ended, failed
 from sim.report import Counters, Failure, failure
+from sim.scenario import screening
 from sim.scenario.protocol import AppliedScenario, Protocol
 from sim.scenario.scenario import Scenario
 
@@ -179,7 +180,8 @@ class VirtualRun:
         return loop
 
     def _connect(self) -> tuple[list[Channel], list[Channel]]:
-        self.link = NetworkLink(self.scenario.link, self._loop(), self.timeline, self.scenario.host.wake_up_ns)
+        wake_up_ns, part_bytes = self.scenario.host.wake_up_ns, screening.part_bytes(self.scenario)
+        self.link = NetworkLink(self.scenario.link, self._loop(), self.timeline, wake_up_ns, part_bytes)
         ends = [self.link.connect(f"connection {i}") for i in range(connections(self._applied))]
         return [Channel(here) for here, _ in ends], [Channel(there) for _, there in ends]
 

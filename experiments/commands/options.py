@@ -80,6 +80,12 @@ def seeds_option(default: int, what: str, most: int = 10_000) -> Callable[[F], F
     return click.option("--seeds", type=click.IntRange(1, most), default=default, show_default=True, help=what)
 
 
+screening_option = click.option(
+    "--screening/--no-screening",
+    default=True,
+    show_default=True,
+    help="Simulate the samples in pieces of 4 MiB: downtimes stay within half a percent.",
+)
 by_option = click.option(
     "--by",
     type=click.Choice(["cdev", "group"]),

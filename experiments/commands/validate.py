@@ -29,6 +29,7 @@ from sim.scenario.file import bases, changes, find, load
 from sim.scenario.protocol import Protocol
 from sim.scenario.sample import Sample, draw
 from sim.scenario.scenario import Scenario
+from sim.scenario.screening import PIECES, screened
 from sim.scenario.shipped import shipped
 
 MARGINS = (0.10, 0.15)
@@ -82,13 +83,15 @@ def run_validate(
     settings: Sequence[str] = (),
     *,
     samples: int = 0,
+    screening: bool = True,
     as_json: bool = False,
     quiet: bool = False,
     force: bool = False,
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written.
 
-    `samples` is how many are drawn from the ranges of each case, for the bands. Each is run once under each protocol.
+    `samples` is how many are drawn from the ranges of each case, for the bands. Each is run once under each protocol,
+    screened if `screening` (sim.scenario.screening).
     """
     cases = _cases(names, settings)
     tell_outside(*cases.values())
@@ -98,7 +101,7 @@ def run_validate(
         for protocol in _protocols(scenario)
         for seed in seeds
     ]
-    drawn = _drawn(cases.values(), samples)
+    drawn = _drawn(cases.values(), samples, screening=screening)
     varied = [
         Cell(sample.scenario, Protocol.parse(protocol, sample.scenario), seeds[at % len(seeds)])
         for at, sample in drawn
@@ -123,7 +126,7 @@ def run_validate(
         ]
         frame = tidy(rows)
         how_made = manifest.of_cases(cases, command, runs, len(cells))
-        how_made |= {"samples": samples, "sample_seed": SAMPLE_SEED}
+        how_made |= {"samples": samples, "sample_seed": SAMPLE_SEED, "sample_pieces": PIECES if screening else 1}
         try:
             folder.write_table(runs, "runs", "parquet")
             folder.write_table(frame, "validate", "parquet")
@@ -168,9 +171,10 @@ def _cases(names: Sequence[str], settings: Sequence[str]) -> dict[str, Scenario]
     return cases
 
 
-def _drawn(cases: Iterable[Scenario], count: int) -> list[tuple[int, Sample]]:
-    """The samples of all cases that have ranges, each with its number."""
-    return [each for case in cases if case.ranges and count for each in enumerate(draw(case, count, SAMPLE_SEED))]
+def _drawn(cases: Iterable[Scenario], count: int, *, screening: bool) -> list[tuple[int, Sample]]:
+    """The samples of all cases that have ranges, each with its number; screened or not."""
+    drawn = [each for case in cases if case.ranges and count for each in enumerate(draw(case, count, SAMPLE_SEED))]
+    return [(at, replace(each, scenario=screened(each.scenario)) if screening else each) for at, each in drawn]
 
 
 def _sampled(drawn: Sequence[tuple[int, Sample]], outcomes: Sequence[Outcome]) -> pl.DataFrame:

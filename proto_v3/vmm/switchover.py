@@ -33,6 +33,8 @@ class SwitchoverSettings:
     read_bytes: int
     write_bytes: int
     ram_budget_ns: int
+    reads_at_once: int = 1
+    """So many reads of a data fd may be made as one, where nothing is decided between them."""
     cancel_ns: int | None = None
     """The user cancels this long after the start, if the guest is not stopped yet. None: never."""
     force_ns: int | None = None

@@ -35,6 +35,9 @@ UNKNOWN_STOP_COPY_BYTES = 100 << 30
 """Assumed when MIG_DATA_SIZE fails, so that the downtime limit is not violated (QEMU, VFIO_MIG_STOP_COPY_SIZE)."""
 
 
+READS_OF_A_DRAIN = 256
+"""If reads are made as one, a device still takes at least so many. Each stage takes a whole piece in turn, so that
+larger ones would be felt at both ends."""
 SECTION_BYTES = 18
 """What a round sends of RAM, and of each device, even if that has nothing: header and footer of a section, 5 bytes
 each, and an end mark of 8 (QEMU, save_section_header, save_section_footer, vfio_save_iterate). Only the measured
@@ -99,6 +102,8 @@ class V2Source(Source):
         self._late: list[int] = []
         """Devices that need an ack after it was decided to stop."""
         self._read_bytes: list[int] = []
+        self._drain_bytes: list[int] = []
+        """The same for reads after the stop, several of which may be made as one."""
         self._section_bytes = 0
         self._decided_ns = self.now_ns  # when the last round began
         self._rule: StopRule  # from the start of pre-copy
@@ -163,7 +168,10 @@ class V2Source(Source):
         for index, (device, known) in enumerate(zip(self.side.devices, self._known, strict=True)):
             size = await _stop_copy_bytes(device)
             # No larger buffer than the device can fill.
-            self._read_bytes.append(max(1, min(self.side.settings.read_bytes, size)))
+            read_bytes = max(1, min(self.side.settings.read_bytes, size))
+            self._read_bytes.append(read_bytes)
+            at_once = min(self.side.settings.reads_at_once, size // (READS_OF_A_DRAIN * read_bytes))
+            self._drain_bytes.append(read_bytes * max(1, at_once))
             if self._has(index, MigrationFlags.PRE_COPY):
                 await self._enter(index, State.PRE_COPY)
                 await self._ask(index)
@@ -349,7 +357,7 @@ class V2Source(Source):
             start = self.now_ns
             await self._main.send_control(Kind.DEVICE_BEGIN, index)
             fd = await self.ready_to_drain(index)
-            while len(data := await fd.read(self._read_bytes[index])):
+            while len(data := await fd.read(self._drain_bytes[index])):
                 await self._send_device_data(index, data)
             await self._main.send_control(Kind.STREAM_END, index)
             self.side.timeline.stage("device_save", start, index)
@@ -375,7 +383,7 @@ class V2Source(Source):
     def _start_to_save(self, index: int) -> None:
         """Start a device's save thread, with multifd."""
         assert self.senders is not None
-        work = self.senders.save_device(self, index, self._read_bytes[index])
+        work = self.senders.save_device(self, index, self._drain_bytes[index])
         self._saving.start(work, f"source {self.side.devices[index].name} save")
 
     async def _send_device_data(self, index: int, data: Payload) -> None:

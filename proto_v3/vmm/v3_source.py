@@ -260,7 +260,8 @@ class V3Source(Source):
 
     async def _forward(self, stream: _Stream) -> int | None:
         """Read and send once. Returns the bytes moved, None if there is nothing for now, 0 at the end of the stream."""
-        data = await read_some(stream.fd, self.side.settings.read_bytes)
+        settings = self.side.settings
+        data = await read_some(stream.fd, settings.read_bytes * settings.reads_at_once)
         if data is None:
             stream.unread_bytes = 0
             return None

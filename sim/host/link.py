@@ -33,8 +33,16 @@ class _OneWay:
     """One direction of a connection."""
 
     def __init__(
-        self, settings: Link, link: FifoServer, loop: VirtualLoop, timeline: Timeline, name: str, wake_up_ns: int
+        self,
+        settings: Link,
+        link: FifoServer,
+        loop: VirtualLoop,
+        timeline: Timeline,
+        name: str,
+        wake_up_ns: int,
+        part_bytes: int | None,
     ) -> None:
+        self._part_bytes = part_bytes
         self._link = link
         self._loop = loop
         self._connection = FifoServer(settings.per_connection_bytes_per_s)
@@ -58,37 +66,58 @@ class _OneWay:
         size = len(header) + len(payload)
         # A frame that is larger than the buffer goes when the connection is empty.
         start = now_ns()
+        left = size
         if self._in_turn or self._gone is not None or not self._has_room(size):
-            await self._wait_for_room(size, start)
+            left = await self._wait_for_room(size, start)
             if now_ns() > start:
                 self._timeline.blocked(start)
                 start = now_ns()
-        self._in_flight_bytes += size
+        arrival = self._take(left, start) + self._latency_ns
         self._turn_given_by = cause()
-        through = max(self._connection.book(size, start)[1], self._link.book(size, start)[1])
-        arrival = through + self._latency_ns
         span = self._timeline.span(Resource.LINK, "frame", start, arrival, track=self._name)
         self._loop.call_at_ns(arrival, self._arrive, header, payload, span)
         self.last_arrival_ns = arrival
 
+    def _take(self, size: int, now: int) -> int:
+        """Put bytes on their way; returns when connection and link have carried them."""
+        self._in_flight_bytes += size
+        return max(self._connection.book(size, now)[1], self._link.book(size, now)[1])
+
     def _has_room(self, size: int) -> bool:
         return not self._in_flight_bytes or self._in_flight_bytes + size <= self._buffer_bytes
 
-    async def _wait_for_room(self, size: int, asked: int) -> None:
+    async def _wait_for_room(self, size: int, asked: int) -> int:
+        """Wait until there is room for a frame, or for its last part; returns its bytes that are not on their way yet."""
+        left = size
         self._in_turn += 1
         try:
             async with self._turn:  # a small frame does not overtake a large one that waits for room
                 if now_ns() > asked:
                     caused_by(self._turn_given_by)
                 self._check_there()
-                while not self._has_room(size):
+                while not self._has_room(left):
+                    left -= self._take_parts(left)
                     await self._room.wait()
                     self.wakeups += 1
                     if self._wake_up_ns:
                         await wake_up(self._timeline, self._wake_up_ns)
                     self._check_there()
+        except BaseException:  # what went of it is lost, and holds no room
+            self._in_flight_bytes -= size - left
+            raise
         finally:
             self._in_turn -= 1
+        return left
+
+    def _take_parts(self, size: int) -> int:
+        """Put the parts of a frame on their way that there is room for; returns how many bytes these are."""
+        if self._part_bytes is None or size > self._buffer_bytes:
+            return 0
+        room = self._buffer_bytes - self._in_flight_bytes
+        parts = room - room % self._part_bytes
+        if parts > 0:
+            self._take(parts, now_ns())
+        return max(0, parts)
 
     def _arrive(self, header: bytes, payload: Payload, span: int) -> None:
         if self._gone is None:
@@ -148,9 +177,18 @@ class ConnectionEnd:
 class NetworkLink:
     """The link; connections are made over it."""
 
-    def __init__(self, settings: Link, loop: VirtualLoop, timeline: Timeline, wake_up_ns: int = 0) -> None:
-        """`wake_up_ns`: what a thread takes to run again that waited for data or for room."""
+    def __init__(
+        self,
+        settings: Link,
+        loop: VirtualLoop,
+        timeline: Timeline,
+        wake_up_ns: int = 0,
+        part_bytes: int | None = None,
+    ) -> None:
+        """`wake_up_ns`: what a thread takes to run again that waited for data or for room. `part_bytes`: a frame goes
+        in parts of this size as room becomes free for them; None: as a whole."""
         self._settings = settings
+        self._part_bytes = part_bytes
         self._wake_up_ns = wake_up_ns
         self._loop = loop
         self._timeline = timeline
@@ -164,8 +202,11 @@ class NetworkLink:
 
     def connect(self, name: str) -> tuple[ConnectionEnd, ConnectionEnd]:
         """A new connection; returns the source's end and the target's."""
-        there = _OneWay(self._settings, self._there, self._loop, self._timeline, name, self._wake_up_ns)
-        back = _OneWay(self._settings, self._back, self._loop, self._timeline, f"{name} back", self._wake_up_ns)
+        ways = [("", self._there), (" back", self._back)]
+        there, back = (
+            _OneWay(self._settings, link, self._loop, self._timeline, name + way, self._wake_up_ns, self._part_bytes)
+            for way, link in ways
+        )
         self._ways += [there, back]
         return ConnectionEnd(name, there, back), ConnectionEnd(name, back, there)
 

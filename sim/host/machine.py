@@ -23,6 +23,7 @@ from sim.clock.port import now_ns, sleep_ns
 from sim.device.record import Bulk
 from sim.device.state import DeviceState
 from sim.resource import duration_ns, spend, wake_up
+from sim.scenario import screening
 from sim.scenario.scenario import Scenario
 from sim.scenario.tables import Ram
 from sim.scenario.times import device_times
@@ -48,8 +49,9 @@ class HostRam(GuestRam, Protocol):
 class RamModel(HostRam):
     """Guest RAM: pages of zeros are scanned, others copied. The first pass takes all of it, later ones dirty pages."""
 
-    def __init__(self, settings: Ram, timeline: Timeline, pages: Pages = Bulk) -> None:
+    def __init__(self, settings: Ram, timeline: Timeline, pages: Pages = Bulk, frames_at_once: int = 1) -> None:
         self._settings = settings
+        self._frames_at_once = frames_at_once
         self._pages = pages
         self._timeline = timeline
         self.passes = 0
@@ -96,12 +98,19 @@ class RamModel(HostRam):
             self._zero_bytes -= scanned
             return self._pages(-(-scanned // PAGE_BYTES) * ZERO_PAGE_BYTES)
         if self._dirty_bytes:
-            size = min(self._dirty_bytes, self._settings.frame_bytes)
+            size = min(self._dirty_bytes, self._frames_in(budget_ns) * self._settings.frame_bytes)
             await spend(self._timeline, Resource.RAM, "RAM pages", duration_ns(size, self._settings.send_bytes_per_s))
             self._dirty_bytes -= size
             return self._pages(size)
         self.passes += 1
         return None
+
+    def _frames_in(self, budget_ns: int) -> int:
+        """How many frames are taken at once: no more than would begin within the budget."""
+        if self._frames_at_once == 1:
+            return 1
+        frame_ns = duration_ns(self._settings.frame_bytes, self._settings.send_bytes_per_s)
+        return max(1, min(self._frames_at_once, -(-budget_ns // frame_ns)))
 
     @override
     async def load(self, payload: Payload) -> None:
@@ -167,7 +176,8 @@ class MachineModel:
     ) -> None:
         """`ram`: None is RamModel, in virtual time. `wake_up_ns`: 0 in live mode, whose threads take their own time."""
         self.running = running
-        self.ram: HostRam = RamModel(scenario.ram, timeline) if ram is None else ram
+        frames = screening.frames_at_once(scenario)
+        self.ram: HostRam = RamModel(scenario.ram, timeline, frames_at_once=frames) if ram is None else ram
         self._vmm = scenario.vmm
         self._config_load_ns = [times.config_load_ns for times in device_times(scenario)]
         self._guest = guest

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from proto_v3.errors import UserError
-from sim.scenario.scenario import Scenario
+from sim.scenario.scenario import Scenario, room_for_a_read
 from sim.scenario.suffixes import HELP, SUFFIXES, Changes, in_words
 from sim.scenario.units import did_you_mean
 
@@ -48,7 +48,10 @@ class Protocol:
         if self.version == 3 and scenario.vmm.max_bandwidth_mib_per_s is not None:
             raise UserError(f"protocol {self.name!r}: vmm.max_bandwidth_mib_per_s limits v2 only: leave it out for v3")
         changed = {table: type(getattr(scenario, table)).model_validate(keys) for table, keys in tables.items()}
-        return AppliedScenario(scenario.model_copy(update=changed), self)
+        applied = scenario.model_copy(update=changed)
+        for problem in room_for_a_read(applied) if "v3" in changed else ():  # -pool and -one have credits
+            raise UserError(f"protocol {self.name!r}: {problem}")
+        return AppliedScenario(applied, self)
 
 
 @dataclass(frozen=True, slots=True)

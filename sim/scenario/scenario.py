@@ -20,7 +20,7 @@ from proto_v3.vmm.switchover import SwitchoverSettings
 from proto_v3.vmm.v2 import Ack, V2Options
 from proto_v3.vmm.v3 import V3Options
 from proto_v3.wire.streams import Credits, Wire
-from sim.scenario import ranges, toml
+from sim.scenario import ranges, screening, toml
 from sim.scenario.device import MAX_BLOCKS, MAX_WRITES, Device
 from sim.scenario.ranges import Range
 from sim.scenario.tables import NO_FIGURES, V3, Driver, Firmware, Host, Link, Published, Ram, Vmm
@@ -92,6 +92,7 @@ class Scenario(Table):
             force_ns=None if vmm.force_after_s is None else round(vmm.force_after_s * NS_PER_S),
             downtime_steps=tuple((round(each.after_s * NS_PER_S), ns(each.limit_ms)) for each in vmm.downtime_steps),
             read_bytes=vmm.read_bytes,
+            reads_at_once=screening.reads_at_once(self),
             write_bytes=vmm.write_bytes,
             ram_budget_ns=vmm.ram_budget_ns,
             cancel_ns=None if vmm.cancel_after_s is None else round(vmm.cancel_after_s * NS_PER_S),
@@ -188,13 +189,12 @@ def _published_values(scenario: Scenario) -> Iterator[str]:
                 yield f"published.{at}.{key} = {value}: must have one value a device, {count}"
 
 
-def _room_for_a_read(scenario: Scenario) -> Iterator[str]:
-    read_mib = scenario.vmm.read_mib
-    rooms_mib = {
-        "link.socket_buffer_mib": scenario.link.socket_buffer_mib,
-        "v3.critical_credit_mib": scenario.v3.critical_credit_mib,
-        "v3.dirty_credit_mib": scenario.v3.dirty_credit_mib,
-    }
+def room_for_a_read(scenario: Scenario) -> Iterator[str]:
+    """What is smaller than one read and may not be. Credits are used where streams share connections only."""
+    read_mib, v3 = scenario.vmm.read_mib, scenario.v3
+    rooms_mib = {"link.socket_buffer_mib": scenario.link.socket_buffer_mib}
+    if v3.wire != "streams":
+        rooms_mib |= {"v3.critical_credit_mib": v3.critical_credit_mib, "v3.dirty_credit_mib": v3.dirty_credit_mib}
     for key, room_mib in rooms_mib.items():
         if room_mib < read_mib:
             yield f"{key} = {room_mib:g}: must be at least one read, vmm.read_mib = {read_mib:g}"
@@ -245,7 +245,7 @@ RULES: tuple[Callable[[Scenario], Iterator[str]], ...] = (
     _blocks_in_chunks,
     _size_of_a_run,
     _published_values,
-    _room_for_a_read,
+    room_for_a_read,
     _end_of_a_load,
     _source_of_each_key,
     _range_of_each_key,

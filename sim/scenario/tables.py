@@ -276,6 +276,9 @@ class Vmm(Table):
 
     read_mib: Annotated[float, Field(ge=1 / KIB, le=1024)] = 1.0
     """The buffer of one read()."""
+    pieces_at_once: Annotated[int, Field(ge=1, le=64)] = 1
+    """So many frames of RAM, and reads of a data fd, are simulated as one, where buffers have room for it and nothing
+    is decided in between. 1 unless runs are screened (sim.scenario.screening)."""
     write_kib: Annotated[int, Field(ge=1, le=1 << 20)] = 32
     """The most of one write() at the target, on the main connection."""
     setup_ms: NonNegative

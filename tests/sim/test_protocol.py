@@ -251,6 +251,14 @@ def test_any_choice_of_suffixes_in_any_order_means_all_of_them(version: str, dat
 
 
 @pytest.mark.rule("v2.vmm.19")
+@pytest.mark.parametrize("wire", ["pool", "one"])
+def test_a_read_larger_than_a_credit_is_refused_only_where_connections_are_shared(wire: str) -> None:
+    scenario = small_scenario({"vmm.read_mib": 8.0, "v3.critical_credit_mib": 4.0, "link.socket_buffer_mib": 10.0})
+    assert simulate(scenario, Protocol.parse("v3-n4", scenario), 1).kind.value == "COMPLETED"
+    with pytest.raises(UserError, match=rf"'v3-n4-{wire}': v3.critical_credit_mib = 4: must be at least one read"):
+        Protocol.parse(f"v3-n4-{wire}", scenario)
+
+
 def test_a_limit_of_what_v2_sends_is_no_scenario_for_v3() -> None:
     """Else v3 would be compared with a v2 that may use less of the link."""
     limited = small_scenario({"vmm.max_bandwidth_mib_per_s": 128.0})

@@ -438,11 +438,11 @@ def test_whatever_a_value_is_it_is_taken_or_told_in_lines_of_key_and_problem(key
             "link.socket_buffer_mib = 0.5: must be at least one read, vmm.read_mib = 1",
         ),
         (
-            {"v3.critical_credit_mib": 0.5},
+            {"v3.critical_credit_mib": 0.5, "v3.wire": "pool"},
             "v3.critical_credit_mib = 0.5: must be at least one read, vmm.read_mib = 1",
         ),
         (
-            {"v3.dirty_credit_mib": 1.5, "vmm.read_mib": 2.0},
+            {"v3.dirty_credit_mib": 1.5, "vmm.read_mib": 2.0, "v3.wire": "one"},
             "v3.dirty_credit_mib = 1.5: must be at least one read, vmm.read_mib = 2",
         ),
         (
@@ -569,7 +569,7 @@ def first_pages(scenario: Scenario) -> int:
 def test_a_value_that_rounds_to_nothing_is_refused_or_rounded_up(key: str, derived: Callable[[Scenario], int]) -> None:
     """A read of 0 bytes or a pause of 0 ns would go on for ever, and an object of 0 bytes cannot be divided by."""
     try:
-        scenario = small_scenario({key: 1e-9, "ram.nonzero_gib": 0.0625})
+        scenario = small_scenario({key: 1e-9, "ram.nonzero_gib": 0.0625, "v3.wire": "pool"})
     except UserError as error:
         told = str(error)
     else:
