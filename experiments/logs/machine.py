@@ -93,11 +93,11 @@ def machine_of(
             break
     best = min(tried, key=lambda each: _off(each.outcome, fall))
     if best is not tried[0]:
+        others_ms = [each.downtime_ms for each in tried if each is not best]
         notes.append(
             "The logs do not tell whether save or load is slow, or what of a device could have moved before the stop. "
-            f"The values that give {best.downtime_ms:.1f} ms are taken; by others it would be "
-            + ", ".join(f"{each.downtime_ms:.1f} ms" for each in tried if each is not best)
-            + "."
+            f"The values that give {best.downtime_ms:.1f} ms are taken; by others it would be {min(others_ms):.1f} to "
+            f"{max(others_ms):.1f} ms."
         )
     if best.stops_late:
         notes.append("The simulated guest would not have been stopped: vmm.bandwidth_gbit_per_s is set so that it is.")
