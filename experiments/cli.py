@@ -270,6 +270,14 @@ def validate(seeds: int, **options: Any) -> int:
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete.questions)
 @click.option("--quick", is_flag=True, help="A coarse grid and few repeats: minutes become seconds, intervals wide.")
 @click.option("--resume", is_flag=True, help="Make missing runs only; go on after an interruption.")
+@click.option(
+    "--half-width",
+    type=click.FloatRange(0, 100),
+    default=1.0,
+    show_default=True,
+    metavar="PERCENT",
+    help="A setting gets no more seeds when the 95 % intervals of its means are within this. 0: it gets all.",
+)
 @jobs_option
 @click.option(
     "--scheduler",

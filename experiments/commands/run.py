@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,22 +19,19 @@ from experiments.draw.canvas import own_settings
 from experiments.report import tables
 from experiments.report.answers import QUICK, told_as_quick
 from experiments.report.tables import Output, say
-from experiments.runs import frame as results
 from experiments.runs import manifest
 from experiments.runs.cluster import on_cluster
-from experiments.runs.folder import MANIFEST, OUT, ResultFolder, damaged, read_manifest
-from experiments.runs.plan import Plan
+from experiments.runs.folder import OUT, ResultFolder, save_figure
+from experiments.runs.plan import HALF_WIDTH, Plan
 from experiments.runs.pool import in_processes
 from experiments.runs.progress import RunsProgress
-from experiments.runs.resume import KeptRuns, RunStore, put_aside, read, remove
 from experiments.study.effects import outcome_counts
 from experiments.study.experiment import NAMES, Answer, Experiment, Planned, find
+from experiments.study.seeds import SeedRule, seeds_text
+from experiments.study.sweep import Sweep
 from proto_v3.errors import UserError
 from proto_v3.text import clean
 from sim.scenario.file import load
-
-KEPT = "runs.sqlite"
-"""The finished runs, beside the results until all are done."""
 
 
 def run_experiments(
@@ -43,6 +39,7 @@ def run_experiments(
     *,
     quick: bool,
     resume: bool,
+    half_width: float,
     jobs: int | None,
     scheduler: str | None,
     settings: Sequence[str],
@@ -51,34 +48,46 @@ def run_experiments(
     out: str | None,
     force: bool,
 ) -> int:
-    """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written."""
+    """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written.
+
+    `half_width`: of an interval in per cent, at which a setting gets no more seeds (experiments.study.seeds).
+    """
     chosen = [find(name) for name in (NAMES if "all" in names else dict.fromkeys(names))]
     if out == "":
         raise UserError("--out '': must be the name of a folder")
     root = Path(out) if out else OUT / ("quick" if quick else "run")
-    planned = [list({each.key: each for each in experiment.planned(quick, settings)}.values()) for experiment in chosen]
+    planned = [experiment.planned(quick, settings) for experiment in chosen]
     bases = dict.fromkeys(each.point.base for runs in planned for each in runs)
     tell_outside(*(load(base, settings) for base in bases))
     console, stderr, status, revision = tables.console(), Console(stderr=True), 0, manifest.git_revision()
     with ExitStack() as stack:
         sweeps = []
         for experiment, runs in zip(chosen, planned, strict=True):
-            plan = plan_of(experiment, runs, quick, settings)
+            rule = SeedRule(experiment.values, half_width / 100)
+            plan = plan_of(experiment, runs, quick, settings, rule.half_width)
             folder = stack.enter_context(ResultFolder(root / experiment.name, plan, force=force))
-            sweeps.append(_Sweep(experiment, runs, folder, jobs, scheduler, revision))
+            sweeps.append(stack.enter_context(Sweep(experiment, runs, rule, folder, revision)))
         kept = [sweep.check(resume, force) for sweep in sweeps]
-        progress = stack.enter_context(RunsProgress(sum(map(len, planned)), quiet=quiet))
+        for sweep, found in zip(sweeps, kept, strict=True):
+            sweep.begin(found if resume else None, lambda line: say(stderr, line))
+        try:
+            _make(sweeps, jobs, scheduler, quiet)
+        except KeyboardInterrupt:
+            return _interrupted(root, stderr)
         output, told = Output(as_json, quiet), []
         summary = tables.plain_table(["question", "runs", "broken", "verdict", "where"])
-        for sweep, found in zip(sweeps, kept, strict=True):
-            try:
-                frame = sweep.rows(sweep.done(found, stderr) if resume else {}, progress)
-            except KeyboardInterrupt:
-                progress.stop()
-                say(stderr, f"interrupted: what was done is kept in {root}; go on with --resume")
-                return INTERRUPTED
-            answer, figures = write(sweep.experiment, frame, sweep.folder, settings, output)
-            remove(sweep.kept)
+        frames = [sweep.frame() for sweep in sweeps]
+        answers = [
+            answered(sweep.experiment, frame, sweep.folder, settings, sweep.rule, output)
+            for sweep, frame in zip(sweeps, frames, strict=True)
+        ]
+        try:
+            drawn = _draw(sweeps, frames, jobs)
+        except KeyboardInterrupt:
+            return _interrupted(root, stderr)
+        for sweep, frame, answer, files in zip(sweeps, frames, answers, drawn, strict=True):
+            figures = finished(sweep.experiment, answer, files, sweep.folder, output)
+            sweep.end()
             for name in figures or ():
                 output.say(f"Figure: {sweep.folder.folder / name}.png (and .svg)")
             if sweep.folder.why_there:
@@ -97,12 +106,51 @@ def run_experiments(
     return status
 
 
-def plan_of(experiment: Experiment, runs: Sequence[Planned], quick: bool, settings: Sequence[str] = ()) -> Plan:
+def _make(sweeps: Sequence[Sweep], jobs: int | None, scheduler: str | None, quiet: bool) -> None:
+    """Make the runs of all sweeps, batch by batch, until none asks for more."""
+    batch = 0
+    while missing := [(sweep, run) for sweep in sweeps for run in sweep.missing()]:
+        batch += 1
+        cells = [run.cell for _, run in missing]
+        with RunsProgress(len(cells), quiet=quiet) as progress:
+            progress.begin(f"batch {batch}", len(cells))
+            for at, outcome in on_cluster(cells, scheduler) if scheduler else in_processes(cells, jobs):
+                sweep, run = missing[at]
+                sweep.add(run, outcome)
+                progress.advance()
+
+
+def _interrupted(root: Path, stderr: Console) -> int:
+    say(stderr, f"interrupted: what was done is kept in {root}; go on with --resume")
+    return INTERRUPTED
+
+
+def _draw(sweeps: Sequence[Sweep], frames: Sequence[pl.DataFrame], jobs: int | None) -> list[list[str] | Exception]:
+    """The figures of each sweep; in workers that are no forks, for a fork of a process with Polars can hang."""
+    drawings = [
+        Drawing(sweep.experiment, frame, sweep.folder.plan.line, sweep.folder.stage)
+        for sweep, frame in zip(sweeps, frames, strict=True)
+    ]
+    return [drawn for _, drawn in sorted(in_processes(drawings, jobs, "spawn"), key=lambda each: each[0])]
+
+
+def plan_of(
+    experiment: Experiment,
+    runs: Sequence[Planned],
+    quick: bool,
+    settings: Sequence[str] = (),
+    half_width: float = HALF_WIDTH,
+) -> Plan:
     """What the command makes. It names the command that makes this experiment alone, even if others are run with it."""
     return Plan(
-        command=["proto-v3", "run", experiment.name, *(["--quick"] if quick else []), *_options(settings)],
+        command=[
+            *("proto-v3", "run", experiment.name, *(["--quick"] if quick else [])),
+            *(["--half-width", f"{100 * half_width:g}"] if half_width != HALF_WIDTH else []),
+            *_options(settings),
+        ],
         of=[experiment.name],
         runs=len(runs),
+        half_width=half_width,
         quick=quick,
         writes=("runs", "effects", "answer"),
     )
@@ -112,110 +160,21 @@ def _options(settings: Sequence[str]) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Sweep:
-    experiment: Experiment
-    planned: Sequence[Planned]
-    folder: ResultFolder
-    jobs: int | None
-    scheduler: str | None
-    revision: str
-    """Of the code that runs."""
-
-    @property
-    def kept(self) -> Path:
-        """The file of the finished runs."""
-        return self.folder.folder / KEPT
-
-    @property
-    def keys(self) -> set[str]:
-        """Of all planned runs."""
-        return {each.key for each in self.planned}
-
-    def check(self, resume: bool, force: bool) -> KeptRuns:
-        """The kept runs. UserError if some would be lost: to be called before the sweeps that come first are run."""
-        kept = read(self.kept, self.revision)
-        more = (kept.rows.keys() | kept.others.keys()) - self.keys
-        if more and not force:
-            raise UserError(
-                f"{self.kept}: keeps {len(more)} runs of an interrupted sweep that this command does not make; "
-                "--force removes them, --out names another folder"
-            )
-        if (lost := kept.rows.keys() & self.keys) and not resume and not force:
-            raise UserError(
-                f"{self.kept}: keeps {len(lost)} runs of an interrupted sweep; "
-                "--resume goes on with them, --force makes all of them again"
-            )
-        others = [version for cell, version in kept.others.items() if cell in self.keys]
-        if others and resume:
-            raise UserError(
-                f"--resume: the runs in {self.kept} were made by another version ({others[0]}); "
-                "leave --resume out to make all of them again"
-            )
-        return kept
-
-    def done(self, kept: KeptRuns, stderr: Console) -> dict[str, dict[str, Any]]:
-        """The rows that need not be made again, of a finished sweep and of an interrupted one. Damage is told."""
-        if kept.problem:
-            aside = put_aside(self.kept)
-            with RunStore(self.kept, self.revision) as store:
-                store.add_json(kept.rows)
-            say(stderr, f"{self.kept}: {kept.problem}; {len(kept.rows)} are used, the file is now {aside}")
-        rows = _finished(self.folder.folder, self.revision, stderr)
-        rows |= {cell: json.loads(row) for cell, row in kept.rows.items()}
-        found = {cell: row for cell, row in rows.items() if cell in self.keys}
-        if kept.problem:
-            say(stderr, f"{self.experiment.name}: {len(self.planned) - len(found)} runs are made")
-        return found
-
-    def rows(self, done: dict[str, dict[str, Any]], progress: RunsProgress) -> pl.DataFrame:
-        """All rows, in the order of the grid; those of `done` are not made again."""
-        if not done:
-            remove(self.kept)
-        with RunStore(self.kept, self.revision) as store:
-            missing = [each for each in self.planned if each.key not in done]
-            cells = [each.cell for each in missing]
-            progress.begin(self.experiment.name, len(self.planned), len(done))
-            made = on_cluster(cells, self.scheduler) if self.scheduler else in_processes(cells, self.jobs)
-            for at, outcome in made:
-                row = results.row(outcome) | missing[at].columns()
-                store.add(missing[at].key, row)
-                done[missing[at].key] = row
-                progress.advance()
-        return pl.DataFrame([done[each.key] for each in self.planned], infer_schema_length=None)
-
-
-def _finished(folder: Path, revision: str, stderr: Console) -> dict[str, dict[str, Any]]:
-    """The rows of a sweep that was finished, if this version made it, and if they are as they were written."""
-    made = read_manifest(folder / MANIFEST)
-    if made.get("git_revision") != revision:
-        return {}
-    try:
-        if wrong := damaged(folder, made):
-            raise ValueError("; ".join(wrong))
-        frame = results.read(folder / "runs.parquet")
-        return {row["cell"]: row for row in frame.iter_rows(named=True)}
-    except (OSError, ValueError, KeyError, UserError) as error:
-        say(stderr, f"{folder}: {clean(str(error))}: all of its runs are made again")
-        return {}
-
-
-def write(
+def answered(
     experiment: Experiment,
     frame: pl.DataFrame,
     folder: ResultFolder,
-    settings: Sequence[str] = (),
-    output: Output = Output(quiet=True),  # noqa: B008 it cannot be changed
-) -> tuple[Answer, list[str] | None]:
-    """Write tables and manifest, print the answer, draw the figures, write the answer.
-
-    `settings` are those of --set. Returns the answer, and the names of the figures; None if they cannot be drawn.
-    """
+    settings: Sequence[str],
+    rule: SeedRule,
+    output: Output,
+) -> Answer:
+    """Write tables and manifest; print the answer, which a figure must not cost. `settings` are those of --set."""
     what = {
         "experiment": experiment.name,
         "question": experiment.question,
         "quick": folder.plan.quick,
         "settings": list(settings),
+        **rule.told(folder.plan.runs),
         "bases": {base: load(base).model_dump(mode="json") for base in frame["base"].unique(maintain_order=True)},
     }
     folder.write_table(frame, "runs", "parquet")
@@ -224,7 +183,43 @@ def write(
     folder.write_table(answer.table, "effects", "parquet")
     if not output.as_json and not output.quiet:
         _print(tables.console(), experiment, answer, frame, folder)
-    files = output.drawn(lambda: _draw(experiment, frame, folder))
+    return answer
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """The figures of a question, to be drawn by a worker."""
+
+    experiment: Experiment
+    frame: pl.DataFrame
+    line: str
+    """The command that made the runs."""
+    stage: Path
+
+    def make(self) -> list[str] | Exception:
+        """Write them; returns the names of the files, or why there are none."""
+        try:
+            with own_settings():
+                figures = self.experiment.figures(self.frame, self.line)
+            return [file for name, figure in figures.items() for file in save_figure(figure, self.stage, name)]
+        except Exception as error:  # of matplotlib, of the user's fonts, of a full disk
+            return error
+
+    def broken(self, reason: str) -> Exception:
+        """Why there are none."""
+        return UserError(reason)
+
+
+def finished(
+    experiment: Experiment,
+    answer: Answer,
+    drawn: list[str] | Exception,
+    folder: ResultFolder,
+    output: Output,
+) -> list[str] | None:
+    """Write the answer, and let the result replace an earlier one. Returns the names of the figures; None if they
+    cannot be drawn."""
+    files = output.drawn(lambda: _files(drawn))
     figures = None if files is None else list(dict.fromkeys(Path(name).stem for name in files))
     as_json = {
         "experiment": experiment.name,
@@ -238,7 +233,13 @@ def write(
     }
     folder.write_json(as_json, "answer")
     folder.commit()
-    return answer, figures
+    return figures
+
+
+def _files(drawn: list[str] | Exception) -> list[Path]:
+    if isinstance(drawn, Exception):
+        raise drawn
+    return list(map(Path, drawn))
 
 
 def _answer(experiment: Experiment, frame: pl.DataFrame, settings: Sequence[str]) -> Answer:
@@ -255,13 +256,7 @@ def _answer(experiment: Experiment, frame: pl.DataFrame, settings: Sequence[str]
     return replace(answer, limit=f"{changed} {answer.limit}")
 
 
-def _draw(experiment: Experiment, frame: pl.DataFrame, folder: ResultFolder) -> list[Path]:
-    with own_settings():
-        figures = experiment.figures(frame, folder.plan.line)
-    return [path for name, figure in figures.items() for path in folder.write_figure(figure, name)]
-
-
-def _told(sweep: _Sweep, frame: pl.DataFrame, answer: Answer, broken: int) -> dict[str, Any]:
+def _told(sweep: Sweep, frame: pl.DataFrame, answer: Answer, broken: int) -> dict[str, Any]:
     """For JSON: a question and its answer."""
     return {
         "experiment": sweep.experiment.name,
@@ -292,6 +287,7 @@ def _print(
 ) -> None:
     say(console, f"\n{experiment.name}: {experiment.question}")
     say(console, f"{frame.height} runs: {outcome_counts(frame)}")
+    say(console, seeds_text(frame))
     if folder.plan.quick:
         say(console, QUICK)
     for sentence in (answer.answer, f"Limit: {answer.limit}", *answer.details):

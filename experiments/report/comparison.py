@@ -125,7 +125,7 @@ def effects(frame: pl.DataFrame) -> Iterator[Section]:
     yield Section(
         "effects",
         "Differences of the downtime, paired by seed",
-        "other minus base: mean; low, high: 95 % interval by bootstrap over the pairs, too narrow for less than 10",
+        "other minus base: mean; low, high: 95 % interval by bootstrap over the pairs, Student's for less than 10",
         [
             Heading("base", "base"),
             Heading("other", "other"),

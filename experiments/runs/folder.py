@@ -61,7 +61,8 @@ class ResultFolder:
         self.plan = plan
         self._named = folder
         self._force = force
-        self._stage = folder / STAGE
+        self.stage = folder / STAGE
+        """Where files are written first."""
         self._old: dict[str, Any] = {}
         self._manifest: dict[str, Any] = {}
         self._failed: UserError | None = None
@@ -76,9 +77,9 @@ class ResultFolder:
                 stack.callback(_remove_empty, missing)
                 if not stack.enter_context(locked(self._named)):
                     raise UserError(f"--out {self._named}: {self._at_work()}; wait for it, or name another folder")
-                shutil.rmtree(self._stage, ignore_errors=True)  # of a command that was killed
-                self._stage.mkdir()
-                stack.callback(shutil.rmtree, self._stage, ignore_errors=True)
+                shutil.rmtree(self.stage, ignore_errors=True)  # of a command that was killed
+                self.stage.mkdir()
+                stack.callback(shutil.rmtree, self.stage, ignore_errors=True)
                 self._say_at_work()
                 self._check()
             except FileExistsError as error:
@@ -124,16 +125,11 @@ class ResultFolder:
     def write_figure(self, figure: Figure, name: str) -> list[Path]:
         """Stage a figure as NAME.png and NAME.svg; returns the files that they will be. To be called after
         `write_manifest`. UserError if that fails."""
-        names = [f"{name}.png", f"{name}.svg"]
-        for each in names:
-            metadata = {"Date": None} if each.endswith(".svg") else None  # the same runs give the same file
-            with self._staged(each) as new:
-                figure.savefig(new, format=each[-3:], dpi=160, metadata=metadata)
-        return [self.folder / each for each in names]
+        return [self.folder / each for each in save_figure(figure, self.stage, name)]
 
     @contextlib.contextmanager
     def _staged(self, name: str) -> Iterator[Path]:
-        new = self._stage / name
+        new = self.stage / name
         try:
             yield new
         except OSError as error:
@@ -155,25 +151,25 @@ class ResultFolder:
         earlier result stays then.
         """
         with self._staged(AT_WORK):
-            (self._stage / AT_WORK).unlink(missing_ok=True)
-            names = sorted(path.name for path in self._stage.iterdir())
+            (self.stage / AT_WORK).unlink(missing_ok=True)
+            names = sorted(path.name for path in self.stage.iterdir())
         others = [] if self._force else self._not_described(names)
         others += [
             name for name in names if os.path.lexists(self._named / name) and not _is_regular(self._named / name)
         ]
         if self.folder == self._named and others:
             self._put_aside("new", f"{self._named} has {', '.join(others)} already, and no manifest says what made it")
-        listed = {"files": {name: digest(self._stage / name) for name in names}}
+        listed = {"files": {name: digest(self.stage / name) for name in names}}
         self.write_json(self._manifest | listed, "manifest")
         if self._failed:
             raise self._failed
         self._manifest = {}
         with self._staged(MANIFEST), deferred():  # half a new result and half an old one would be neither
             if self.folder != self._named:
-                self._stage.rename(self.folder)
+                self.stage.rename(self.folder)
                 return
             for name in (*names, MANIFEST):
-                os.replace(self._stage / name, self._named / name)
+                os.replace(self.stage / name, self._named / name)
             for name, kept in files_of(self._old).items():
                 path = self._named / name
                 if name not in names and _is_regular(path) and digest(path) == kept:
@@ -232,14 +228,30 @@ class ResultFolder:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         told = {"command": self.plan.line, "process": os.getpid(), "since": since}
         with contextlib.suppress(OSError):  # on a full disk, the result is printed at least
-            (self._stage / AT_WORK).write_text(json.dumps(told), encoding="utf-8")
+            (self.stage / AT_WORK).write_text(json.dumps(told), encoding="utf-8")
 
     def _at_work(self) -> str:
         try:
-            told = json.loads((self._stage / AT_WORK).read_text(encoding="utf-8"))
+            told = json.loads((self.stage / AT_WORK).read_text(encoding="utf-8"))
             return clean(f"`{told['command']}` (process {told['process']}, since {told['since']}) is at work in it")
         except (OSError, ValueError, KeyError, TypeError):
             return "another command is at work in it"
+
+
+def save_figure(figure: Figure, stage: Path, name: str) -> list[str]:
+    """Write a figure as NAME.png and NAME.svg into a result folder's stage; returns their names. UserError if that
+    fails."""
+    names = [f"{name}.png", f"{name}.svg"]
+    for each in names:
+        metadata = {"Date": None} if each.endswith(".svg") else None  # the same runs give the same file
+        try:
+            figure.savefig(stage / each, format=each[-3:], dpi=160, metadata=metadata)
+        except OSError as error:
+            for begun in names:
+                (stage / begun).unlink(missing_ok=True)
+            raise UserError(f"{stage.parent / each}: cannot be written: {error.strerror or error}") from error
+        figure.set_layout_engine("none")  # laid out once, which is half of the work: the second file is alike
+    return names
 
 
 def read_manifest(file: Path) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from typing import Any, Self
 
 from proto_v3.text import clean
 
+HALF_WIDTH = 0.01
+"""Of the 95 % interval of a mean, as a part of it: a sweep makes more runs where it is wider, unless told otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -21,7 +24,10 @@ class Plan:
     of: Collection[str]
     """The scenarios, by name or file, or the question."""
     runs: int
+    """The most that it can make."""
     quick: bool = False
+    half_width: float = HALF_WIDTH
+    """Of the intervals at which a sweep makes no more runs."""
     writes: Collection[str] = ()
     """The names of the files that it can write, without their suffixes."""
 
@@ -30,12 +36,15 @@ class Plan:
         """What made a result. What the manifest does not say is left empty."""
         files = manifest.get("scenario_files")
         of = list(files.values()) if isinstance(files, dict) else []
-        runs = manifest.get("runs")
+        runs = manifest.get("runs_most", manifest.get("runs"))
+        rule = manifest.get("seeds_rule")
+        percent = rule.get("half_width_percent") if isinstance(rule, dict) else None
         return cls(
             command=_words(manifest.get("command")),
             of=_texts([*of, *(manifest.get(key) for key in ("experiment", "scenario_file"))]),
             runs=runs if isinstance(runs, int) else 0,
             quick=manifest.get("quick") is True,
+            half_width=percent / 100 if isinstance(percent, (int, float)) else HALF_WIDTH,
         )
 
     @property
@@ -50,6 +59,7 @@ class Plan:
             and set(map(os.path.abspath, old.of)) <= set(map(os.path.abspath, self.of))
             and old.runs <= self.runs
             and old.quick >= self.quick
+            and self.half_width <= max(old.half_width, HALF_WIDTH)
         )
 
 

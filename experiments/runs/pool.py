@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Many runs, in this process or in several. A run depends on its cell alone: neither the process nor the order
-changes it."""
+changes it. Other tasks can be made in the same way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+from typing import Protocol as Interface
 
 from experiments.runs import interrupt
 from experiments.runs.progress import RunsProgress
@@ -27,6 +28,7 @@ from sim.run import simulate
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 
+T = TypeVar("T", covariant=True)
 Done = Iterator[tuple[int, Outcome]]
 """The finished runs, in any order: the cell's index in the sequence that was passed, and its outcome."""
 GIVEN = 2
@@ -37,6 +39,16 @@ WORKER_FILES, OWN_FILES = 4, 48
 """Files that this process has open for each worker, and for all else."""
 
 
+class Task(Interface[T]):
+    """What a worker makes; it is pickled."""
+
+    def make(self) -> T:
+        """Make it. It raises nothing."""
+
+    def broken(self, reason: str) -> T:
+        """What is there instead if it could not be made."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One run to be made."""
@@ -44,6 +56,14 @@ class Cell:
     scenario: Scenario
     protocol: Protocol
     seed: int
+
+    def make(self) -> Outcome:
+        """Make it, as `run_cell`."""
+        return run_cell(self)
+
+    def broken(self, reason: str) -> Outcome:
+        """The outcome if it could not be made."""
+        return broken(self, reason)
 
 
 def run_cell(cell: Cell) -> Outcome:
@@ -78,27 +98,30 @@ def run_cells(cells: Sequence[Cell], jobs: int | None, *, quiet: bool = False) -
     return [done[at] for at in sorted(done)], interrupted
 
 
-def in_processes(cells: Sequence[Cell], jobs: int | None, start_method: str | None = None) -> Done:
-    """Make all runs in `jobs` processes of this machine (None: one a CPU); one job runs in this process.
+def in_processes(
+    tasks: Sequence[Task[T]], jobs: int | None, start_method: str | None = None
+) -> Iterator[tuple[int, T]]:
+    """Make all tasks, such as runs, in `jobs` processes of this machine (None: one a CPU); one job runs in this
+    process. Yields the index of each and what it made, in any order.
 
     `start_method` is one of multiprocessing's, None its default. No worker imports the caller's main module, so a
     script without a guard, a notebook and standard input can call it. KeyboardInterrupt on Ctrl-C, after the runs that
     were finished by then. No worker outlives this process, not even if it is killed.
     """
-    if jobs == 1 or len(cells) <= 1:
-        for at, cell in enumerate(cells):
-            yield at, run_cell(cell)
+    if jobs == 1 or len(tasks) <= 1:
+        for at, task in enumerate(tasks):
+            yield at, task.make()
         return
     context = multiprocessing.get_context(start_method)
     interrupted = threading.Event()
     with interrupt.postponed(interrupted.set):  # an exception at any line could leave a process behind
         died: list[int] = []
-        yield from _in_workers(cells, range(len(cells)), _most(jobs), context, interrupted, died)
+        yield from _in_workers(tasks, range(len(tasks)), _most(jobs), context, interrupted, died)
         for at in died:  # once more, and alone: it has all the memory now
             died_again: list[int] = []
-            yield from _in_workers(cells, [at], 1, context, interrupted, died_again)
+            yield from _in_workers(tasks, [at], 1, context, interrupted, died_again)
             if died_again:
-                yield at, broken(cells[at], "the process that made this run died: out of memory, or killed")
+                yield at, tasks[at].broken("the process that made this died: out of memory, or killed")
         if interrupted.is_set():
             raise KeyboardInterrupt
 
@@ -122,7 +145,7 @@ class _Worker:
     process: BaseProcess
     connection: Any
     given: deque[int] = field(default_factory=deque)
-    """The indices of its cells. It makes the first; the others wait in the connection."""
+    """The indices of its tasks. It makes the first; the others wait in the connection."""
 
     def end(self) -> None:
         """Kill it: it has nothing to lose but a run that nobody waits for."""
@@ -133,14 +156,14 @@ class _Worker:
 
 
 def _in_workers(
-    cells: Sequence[Cell],
+    tasks: Sequence[Task[T]],
     which: Iterable[int],
     count: int,
     context: Any,
     interrupted: threading.Event,
     died: list[int],
-) -> Done:
-    """Runs of these cells, until an interruption. If a worker dies, `died` gets its cell, and another one goes on."""
+) -> Iterator[tuple[int, T]]:
+    """These tasks made, until an interruption. If a worker dies, `died` gets its task, and another one goes on."""
     remaining = deque(which)
     workers: dict[Any, _Worker] = {}
 
@@ -148,7 +171,7 @@ def _in_workers(
         while remaining and len(worker.given) < GIVEN:
             worker.given.append(remaining.popleft())
             with contextlib.suppress(OSError):  # it died; reading from it says so, too
-                worker.connection.send(cells[worker.given[-1]])
+                worker.connection.send(tasks[worker.given[-1]])
 
     try:
         while not interrupted.is_set():
@@ -209,7 +232,7 @@ def _work(connection: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         while True:
-            connection.send(run_cell(connection.recv()))
+            connection.send(connection.recv().make())
 
 
 def _end_with_parent() -> None:

@@ -19,7 +19,7 @@ import polars as pl
 from experiments.runs.frame import COMPLETED, PATH_COLUMNS, PHASE_COLUMNS
 from experiments.runs.kept import PLACE
 from experiments.study.effects import Measure, places
-from experiments.study.statistics import ENOUGH_SEEDS, Interval, difference
+from experiments.study.statistics import Interval, difference
 from sim.scenario.units import MIB
 
 DOWNTIME = Measure("downtime", "downtime_ns")
@@ -83,8 +83,7 @@ class Change:
             return f"less than {TINY:g} ms"
         if not self.is_shown:
             return "no difference is shown"
-        few = "" if self.difference.count >= ENOUGH_SEEDS else " (few runs: the interval is too narrow)"
-        return f"{'more' if self.difference.mean > 0 else 'less'} in B{few}"
+        return "more in B" if self.difference.mean > 0 else "less in B"
 
 
 @dataclass(frozen=True)

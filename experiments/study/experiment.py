@@ -56,6 +56,9 @@ class Point:
     repeats: int | None = None
     """The most repeats of this point, for points that show a tendency only; None: as many as the experiment
     has."""
+    every_seed: bool = False
+    """Rare events are counted here, such as failures or late data: all repeats are made, however narrow the intervals
+    of the means are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +88,16 @@ class Experiment:
     figures: Callable[[pl.DataFrame, str], Mapping[str, Figure]]
     """Figures by file name, drawn from the table of runs; each shows the command that made the runs."""
     repeats: int = 30
+    """The most of a point (experiments.study.seeds)."""
     quick_repeats: int = 3
+    values: Sequence[Sequence[str]] = (("downtime_ns",),)
+    """What the answer tells of a run, each as the columns of the table of runs whose sum it is: a point gets as many
+    repeats as the intervals of these need."""
 
     def planned(self, quick: bool, settings: Sequence[str] = ()) -> list[Planned]:
-        """All runs of the grid, repeat by repeat; `settings`, KEY=VALUE each, change the scenarios that it builds on.
+        """All runs that the grid can ask for, repeat by repeat, each once.
 
+        `settings`, KEY=VALUE each, change the scenarios that it builds on.
         UserError if a point cannot be run, or if a setting is about a key that the question sets itself.
         """
         seeds = range(1, 1 + (self.quick_repeats if quick else self.repeats))
@@ -97,12 +105,13 @@ class Experiment:
         if settings:
             self._check(settings, points)
             points = [replace(point, settings=(*settings, *point.settings)) for point in points]
-        return [
+        planned = (
             Planned.of(point, seed)
             for seed in seeds
             for point in points
             if point.repeats is None or seed <= point.repeats
-        ]
+        )
+        return list({each.key: each for each in planned}.values())
 
     def _check(self, settings: Sequence[str], points: Sequence[Point]) -> None:
         own = {setting.partition("=")[0].strip() for point in points for setting in point.settings}
@@ -129,7 +138,7 @@ class Planned:
     def of(cls, point: Point, seed: int) -> Planned:
         """UserError if the scenario cannot be run like that."""
         scenario, as_json = _scenario(point.base, point.settings)
-        protocol = Protocol.parse(point.protocol, scenario)
+        protocol = _protocol(point.base, point.settings, point.protocol)
         factors = json.dumps(dict(point.factors), sort_keys=True)
         key = hashlib.sha256(f"{as_json} {protocol.name} {seed} {factors}".encode()).hexdigest()[:KEY_CHARS]
         return cls(point, Cell(scenario, protocol, seed), key)
@@ -144,6 +153,11 @@ class Planned:
 def _scenario(base: str, settings: tuple[str, ...]) -> tuple[Scenario, str]:
     scenario = load(base, settings)
     return scenario, scenario.model_dump_json(exclude=set(NO_PARAMETERS))
+
+
+@lru_cache(maxsize=4096)
+def _protocol(base: str, settings: tuple[str, ...], name: str) -> Protocol:
+    return Protocol.parse(name, _scenario(base, settings)[0])
 
 
 def find(name: str) -> Experiment:

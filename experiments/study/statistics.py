@@ -3,7 +3,8 @@
 
 Runs with the same seed have the same guest and the same firmware. So two protocols are compared seed by seed, and the
 differences between seeds do not hide the difference between protocols. Intervals are 95 % intervals, by bootstrap over
-seeds (scipy's, bias-corrected and accelerated), with a fixed generator: the same runs give the same interval.
+seeds (scipy's, bias-corrected and accelerated), with a fixed generator: the same runs give the same interval. The
+bootstrap draws from the values that there are: of few values its intervals are too narrow, so theirs are Student's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Floats = NDArray[np.float64]
 LEVEL = 0.95
 RESAMPLES = 2000
 ENOUGH_SEEDS = 10
-"""For an interval by the bootstrap, which draws from them: of fewer values it is too narrow."""
+"""For an interval by the bootstrap. Of fewer values it is Student's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,17 @@ def interval(values: Sequence[float] | Floats) -> Interval:
     mean = float(array.mean())
     if len(array) < 2 or np.ptp(array) <= 1e-12 * max(1.0, abs(mean)):
         return Interval(mean, mean, mean, len(array))
+    if len(array) < ENOUGH_SEEDS:
+        half = students_half_width(array)
+        return Interval(mean, mean - half, mean + half, len(array))
     found = _bootstrap((array,), np.mean, paired=False)
     return Interval(mean, *found, len(array))
+
+
+def students_half_width(values: Sequence[float] | Floats) -> float:
+    """The half width of the 95 % interval of the mean of these values, two at least, if they are normally
+    distributed."""
+    return float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * stats.sem(values))
 
 
 def percentile(values: Sequence[float] | Floats, percent: int) -> float | None:
@@ -94,6 +104,11 @@ def difference(before: Floats, after: Floats, *, paired: bool) -> Interval:
     mean, count = float(after.mean() - before.mean()), min(len(before), len(after))
     if count < 2 or (np.ptp(before) == 0 and np.ptp(after) == 0):
         return Interval(mean, mean, mean, count)
+    if count < ENOUGH_SEEDS:
+        variances = [float(values.var(ddof=1)) / len(values) for values in (before, after)]
+        spread = sum(each**2 / (len(values) - 1) for each, values in zip(variances, (before, after), strict=True))
+        half = float(stats.t.ppf((1 + LEVEL) / 2, sum(variances) ** 2 / spread)) * sum(variances) ** 0.5  # Welch's
+        return Interval(mean, mean - half, mean + half, count)
 
     def of_means(a: Floats, b: Floats, axis: int = -1) -> Floats:
         differences: Floats = b.mean(axis=axis) - a.mean(axis=axis)
@@ -114,7 +129,7 @@ class Effect:
     """Mean of other over mean of base."""
     pairs: int
     lost: int
-    """Seeds that one of the two did not complete: they are not part of the effect."""
+    """Seeds that both were given and one of them did not complete: they are not part of the effect."""
 
     @property
     def gain(self) -> Interval:
@@ -149,12 +164,13 @@ def effect(frame: pl.DataFrame, column: str, base: str, other: str) -> Effect | 
 
     `frame` has the runs of one place of a grid, at least those of the two protocols.
     """
-    planned = frame.filter(pl.col("protocol").is_in([base, other]))["seed"].n_unique()
+    seeds = [set(frame.filter(protocol=protocol)["seed"]) for protocol in (base, other)]
     wide = paired(frame, column, base, other)
     if wide.is_empty():
         return None
     before, after = wide[base].to_numpy().astype(float), wide[other].to_numpy().astype(float)
-    return Effect(base, other, interval(after - before), _ratio(before, after), wide.height, planned - wide.height)
+    lost = len(seeds[0] & seeds[1]) - wide.height
+    return Effect(base, other, interval(after - before), _ratio(before, after), wide.height, lost)
 
 
 def paired(frame: pl.DataFrame, column: str, base: str, other: str) -> pl.DataFrame:
@@ -171,6 +187,9 @@ def _ratio(before: Floats, after: Floats) -> Interval:
     each = after * before.mean() - before * after.mean()
     if len(before) < 2 or np.ptp(each) <= 1e-9 * max(1.0, float(np.abs(each).max()), float(before.mean() ** 2)):
         return Interval(mean, mean, mean, len(before))
+    if len(before) < ENOUGH_SEEDS:  # to first order, the error of the ratio is that of the mean of what it leaves
+        half = students_half_width((after - mean * before) / before.mean())
+        return Interval(mean, mean - half, mean + half, len(before))
 
     def of_means(a: Floats, b: Floats, axis: int = -1) -> Floats:
         ratios: Floats = b.mean(axis=axis) / a.mean(axis=axis)

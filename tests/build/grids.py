@@ -9,10 +9,12 @@ from pathlib import Path
 import polars as pl
 
 from experiments.commands import run as sweep
+from experiments.report.tables import Output
 from experiments.runs import frame as results
 from experiments.runs.folder import ResultFolder
 from experiments.runs.pool import run_cell
 from experiments.study.experiment import Experiment, Planned
+from experiments.study.seeds import SeedRule
 
 
 def table_of(planned: Iterable[Planned]) -> pl.DataFrame:
@@ -23,5 +25,8 @@ def table_of(planned: Iterable[Planned]) -> pl.DataFrame:
 
 def write_quick(experiment: Experiment, planned: Sequence[Planned], folder: Path) -> None:
     """Make these runs, and write what `proto-v3 run --quick` writes of them."""
+    frame, rule, output = table_of(planned), SeedRule(experiment.values), Output(quiet=True)
     with ResultFolder(folder, sweep.plan_of(experiment, planned, quick=True)) as results:
-        sweep.write(experiment, table_of(planned), results)
+        answer = sweep.answered(experiment, frame, results, [], rule, output)
+        drawing = sweep.Drawing(experiment, frame, results.plan.line, results.stage)
+        sweep.finished(experiment, answer, drawing.make(), results, output)

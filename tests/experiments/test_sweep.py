@@ -33,6 +33,7 @@ from experiments.study.claims import Finding
 from experiments.study.effects import effect_row
 from experiments.study.experiment import NAMES, Answer, Experiment, Planned, Point, find
 from experiments.study.statistics import effect
+from experiments.study.sweep import KEPT
 from proto_v3.errors import UserError
 from sim.outcome import Outcome
 from sim.run import simulate
@@ -100,7 +101,7 @@ def table(folder: Path) -> pl.DataFrame:
 
 def kept(folder: Path) -> int:
     """Rows that wait for --resume."""
-    return len(resume.read(folder / NAME / sweep.KEPT, "abc123").rows)
+    return len(resume.read(folder / NAME / KEPT, "abc123").rows)
 
 
 class Counted:
@@ -124,7 +125,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
 def cut_after(count: int) -> Any:
     """in_processes() that Ctrl-C ends after so many runs."""
 
-    def in_processes(cells: Sequence[Cell], jobs: int | None) -> Done:
+    def in_processes(cells: Sequence[Cell], jobs: int | None, method: str = "") -> Done:
         for at, told in enumerate(runs.in_processes(cells, 1)):
             if at == count:
                 raise KeyboardInterrupt
@@ -247,6 +248,56 @@ def test_a_run_that_two_places_share_is_made_once(monkeypatch: pytest.MonkeyPatc
     assert table(tmp_path).height == len(points(True))
 
 
+# --- as many seeds as are needed -------------------------------------------------------------------------------------
+
+MOST = 12
+
+
+def uneven(quick: bool) -> list[Point]:
+    """One device that is always the same, and two whose commands vary much."""
+    spread = {1: 0, 2: 1}
+    return [
+        replace(point, settings=(*point.settings, f"firmware.service_cv={spread[int(point.factors['devices'])]}"))
+        for point in points(quick)
+    ]
+
+
+def test_a_place_gets_as_many_seeds_as_it_needs_however_its_runs_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Counted
+) -> None:
+    register(monkeypatch, replace(TINY, points=uneven, repeats=MOST))
+    assert run(tmp_path / "one", "--jobs", "1").exit_code == 0
+    told = table(tmp_path / "one").group_by("devices", "seeds", "seeds_because").len().sort("devices").rows()
+    assert told == [(1, 5, "narrow intervals", 10), (2, MOST, "no more are planned", 2 * MOST)]
+    assert len(counted.calls) == 10 + 2 * MOST
+    manifest_of = json.loads((tmp_path / "one" / NAME / "manifest.json").read_text())
+    assert manifest_of["seeds_rule"] == {"half_width_percent": 1.0, "batches": [5, 10, 20, 30]}
+    assert (manifest_of["runs"], manifest_of["runs_most"], manifest_of["complete"]) == (10 + 2 * MOST, 4 * MOST, True)
+    assert run(tmp_path / "two", "--jobs", "2").exit_code == 0
+    interrupt(tmp_path / "cut", 7)
+    interrupt(tmp_path / "cut", 16, "--resume")
+    assert run(tmp_path / "cut", "--jobs", "1", "--resume").exit_code == 0
+    for other in ("two", "cut"):
+        same = (tmp_path / other / NAME / "runs.parquet").read_bytes()
+        assert same == (tmp_path / "one" / NAME / "runs.parquet").read_bytes(), other
+
+
+def test_the_half_width_can_be_set_and_a_wider_one_replaces_no_narrower_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, replace(TINY, points=uneven, repeats=MOST))
+    assert run(tmp_path, "--jobs", "1").exit_code == 0
+    wide = ("--jobs", "1", "--half-width", "60")
+    done = run(tmp_path, *wide)
+    assert done.exit_code == 2
+    assert "or has more runs; --force replaces it" in done.stderr
+    assert run(tmp_path, *wide, "--force", "--resume").exit_code == 0
+    assert table(tmp_path).height == 4 * 5
+    assert json.loads((tmp_path / NAME / "manifest.json").read_text())["command"].endswith("--half-width 60")
+    assert run(tmp_path, "--jobs", "1", "--half-width", "0").exit_code == 0
+    assert table(tmp_path).height == 4 * MOST
+
+
 # --- cut short, and gone on with -------------------------------------------------------------------------------------
 
 
@@ -261,7 +312,7 @@ def test_ctrl_c_keeps_what_was_done_and_resume_makes_the_rest(made: Path, tmp_pa
     assert len(counted.calls) == RUNS - 5
     assert table(tmp_path).equals(table(made))
     assert (tmp_path / NAME / "runs.parquet").read_bytes() == (made / NAME / "runs.parquet").read_bytes()
-    assert not (tmp_path / NAME / sweep.KEPT).exists()
+    assert not (tmp_path / NAME / KEPT).exists()
 
 
 def test_interrupted_twice_both_parts_are_kept(tmp_path: Path, counted: Counted) -> None:
@@ -381,7 +432,7 @@ FLIPS = 150
 def test_a_flipped_bit_changes_no_value(made: Path, tmp_path: Path) -> None:
     """All over the file: what is read is as it was written, or is told as damaged, or is not there."""
     interrupt(tmp_path, RUNS - 1)
-    file = tmp_path / NAME / sweep.KEPT
+    file = tmp_path / NAME / KEPT
     good, whole = file.read_bytes(), resume.read(file, "abc123").rows
     assert len(whole) == RUNS - 1
     damaged = 0
@@ -407,7 +458,7 @@ def test_kept_runs_that_are_damaged_are_made_again(
     made: Path, tmp_path: Path, counted: Counted, statement: str, told: str, again: int
 ) -> None:
     interrupt(tmp_path, 3)
-    file = tmp_path / NAME / sweep.KEPT
+    file = tmp_path / NAME / KEPT
     if statement:
         with contextlib.closing(sqlite3.connect(file)) as db:
             db.executescript(statement)
@@ -428,7 +479,7 @@ def test_kept_runs_that_are_damaged_are_made_again(
 
 def test_a_link_in_the_place_of_the_kept_runs_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / NAME).mkdir()
-    (tmp_path / NAME / sweep.KEPT).symlink_to("../mine")
+    (tmp_path / NAME / KEPT).symlink_to("../mine")
     done = run(tmp_path, "--jobs", "1")
     assert done.exit_code == 2
     assert "runs.sqlite: is no regular file" in done.stderr
@@ -452,7 +503,7 @@ def test_a_second_command_in_the_same_folder_says_that_one_is_at_work(
 ) -> None:
     told = []
 
-    def in_processes(cells: Sequence[Cell], jobs: int | None) -> Done:
+    def in_processes(cells: Sequence[Cell], jobs: int | None, method: str = "") -> Done:
         for each in runs.in_processes(cells, 1):
             told.extend([run(tmp_path)] if not told else [])
             yield each
@@ -507,7 +558,10 @@ def dies(scenario: Scenario, protocol: Any, seed: int) -> Outcome:
 
 
 def others(frame: pl.DataFrame) -> pl.DataFrame:
-    return frame.filter(~((pl.col("devices") == 2) & (pl.col("protocol") == "v3-n2") & (pl.col("seed") == 2)))
+    """Those that did not break. Where some runs fail and some do not, that is why the others are made."""
+    return frame.drop("seeds_because").filter(
+        ~((pl.col("devices") == 2) & (pl.col("protocol") == "v3-n2") & (pl.col("seed") == 2))
+    )
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
@@ -522,7 +576,7 @@ def test_a_run_that_raises_is_told_with_its_traceback_and_costs_no_other(
     assert row["reason"].startswith("Traceback")
     assert "a bug of ours" in row["reason"]
     assert f"a run broke (cell {row['cell']}): RuntimeError: a bug of ours" in done.output
-    same = [name for name in table(made).columns if name in table(tmp_path).columns]
+    same = [name for name in others(table(made)).columns if name in table(tmp_path).columns]
     assert others(table(tmp_path)).select(same).equals(others(table(made)).select(same))
 
 
@@ -535,7 +589,7 @@ def test_a_worker_that_is_killed_costs_only_its_run(
     (row,) = table(tmp_path).filter(pl.col("digest") == "").iter_rows(named=True)
     assert (row["devices"], row["protocol"], row["seed"], row["outcome"]) == (2, "v3-n2", 2, "FAILED")
     assert "the process that made this run died" in row["reason"]
-    same = [name for name in table(made).columns if name in table(tmp_path).columns]
+    same = [name for name in others(table(made)).columns if name in table(tmp_path).columns]
     assert others(table(tmp_path)).select(same).equals(others(table(made)).select(same))
 
 

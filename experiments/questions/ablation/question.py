@@ -99,7 +99,7 @@ INTERACTION = 0.1
 def points(quick: bool) -> list[Point]:
     """Every step in every case, and the protocols beside the steps."""
     return [
-        Point(case.base, protocol, case.settings, {CASE: name})
+        Point(case.base, protocol, case.settings, {CASE: name}, every_seed=name in (RECONFIGURED, BUSY))
         for name, case in CASES.items()
         if not quick or name in QUICK_CASES
         for protocol in (*STEPS, *case.others)

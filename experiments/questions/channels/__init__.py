@@ -20,4 +20,5 @@ EXPERIMENT = Experiment(
     points=points,
     answer=answer,
     figures=figures,
+    values=(("downtime_ns",), ("critical_lag_mean_ns",)),
 )

@@ -22,4 +22,5 @@ EXPERIMENT = Experiment(
     answer=answer,
     figures=figures,
     quick_repeats=2,
+    values=(("phase_drain_ns", "phase_transfer_ns"),),
 )

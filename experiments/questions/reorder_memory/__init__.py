@@ -20,4 +20,5 @@ EXPERIMENT = Experiment(
     points=points,
     answer=answer,
     figures=figures,
+    values=(("downtime_ns",), ("peak_reorder_bytes",), ("peak_held_bytes",)),
 )

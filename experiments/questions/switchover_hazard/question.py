@@ -84,11 +84,11 @@ def points(quick: bool) -> list[Point]:
     """Every user, mode and policy at every rate; and each mode and policy with one reconfiguration during the stop."""
     random, sure = "device.0.reconfigurations.poisson_per_s", "device.0.reconfigurations.objects_each"
     return [
-        Point(BASE, name, (*SMALL, f"{random}={rate:g}"), {RATE: rate, LATE: 0})
+        Point(BASE, name, (*SMALL, f"{random}={rate:g}"), {RATE: rate, LATE: 0}, every_seed=True)
         for rate in (QUICK_RATES_PER_S if quick else RATES_PER_S)
         for name in AT_RANDOM
     ] + [
-        Point(LATE_BASE, name, (*SMALL, f"{sure}={size}"), {RATE: 0.0, LATE: size})
+        Point(LATE_BASE, name, (*SMALL, f"{sure}={size}"), {RATE: 0.0, LATE: size}, every_seed=True)
         for size in (QUICK_LATE_OBJECTS if quick else LATE_OBJECTS)
         for name in FOR_SURE
     ]
