@@ -223,11 +223,16 @@ def completed(run: RunReport) -> Outcome:
 
 def compared(outcome: Outcome, applied: AppliedScenario) -> Outcome:
     """The same outcome beside the bound and the downtime limit of what was run, if the migration was completed."""
+    return held_against_bound(held_against_limit(outcome, applied), applied)
+
+
+def held_against_bound(outcome: Outcome, applied: AppliedScenario) -> Outcome:
+    """The same outcome beside the bound of what was run, if the migration was completed."""
     if outcome.kind is not OutcomeKind.COMPLETED or outcome.downtime_ns is None:
         return outcome
     bound = lower_bound(applied)
     return replace(
-        held_against_limit(outcome, applied),
+        outcome,
         bound_ns=bound.total_ns,
         bound_by=bound.resource,
         bound_ratio=outcome.downtime_ns / bound.total_ns if bound.total_ns else None,

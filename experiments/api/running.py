@@ -18,7 +18,7 @@ import polars as pl
 
 from experiments.report.tables import parameter_rows, value_text
 from experiments.runs.frame import table
-from experiments.runs.pool import Cell, Done, in_processes, run_cell
+from experiments.runs.pool import Cell, Done, in_processes, made_once, run_cell
 from experiments.runs.progress import RunsProgress
 from experiments.study.experiment import NAMES, find
 from experiments.trace.traced_run import TracedRun, traced_run
@@ -229,7 +229,9 @@ def outcomes_of(cells: Sequence[Cell], jobs: int | None, progress: Progress) -> 
         raise UserError(f"jobs {jobs}: must be a whole number from 1, or None for one a CPU")
     done: dict[int, Outcome] = {}
     with _reported(progress, len(cells)) as report:
-        for at, outcome in _here(cells) if jobs == 1 else in_processes(cells, jobs, START_METHOD):
+        for at, outcome in made_once(
+            cells, _here if jobs == 1 else lambda some: in_processes(some, jobs, START_METHOD)
+        ):
             done[at] = outcome
             report(len(done), len(cells))
     return [done[at] for at in range(len(cells))]

@@ -23,7 +23,7 @@ from experiments.runs import manifest
 from experiments.runs.cluster import on_cluster
 from experiments.runs.folder import OUT, ResultFolder, save_figure
 from experiments.runs.plan import HALF_WIDTH, Plan
-from experiments.runs.pool import in_processes
+from experiments.runs.pool import Cell, Done, in_processes, made_once
 from experiments.runs.progress import RunsProgress
 from experiments.study.effects import outcome_counts
 from experiments.study.experiment import NAMES, Answer, Experiment, Planned, find
@@ -108,13 +108,17 @@ def run_experiments(
 
 def _make(sweeps: Sequence[Sweep], jobs: int | None, scheduler: str | None, quiet: bool) -> None:
     """Make the runs of all sweeps, batch by batch, until none asks for more."""
+
+    def make(cells: Sequence[Cell]) -> Done:
+        return on_cluster(cells, scheduler) if scheduler else in_processes(cells, jobs)
+
     batch = 0
     while missing := [(sweep, run) for sweep in sweeps for run in sweep.missing()]:
         batch += 1
         cells = [run.cell for _, run in missing]
         with RunsProgress(len(cells), quiet=quiet) as progress:
             progress.begin(f"batch {batch}", len(cells))
-            for at, outcome in on_cluster(cells, scheduler) if scheduler else in_processes(cells, jobs):
+            for at, outcome in made_once(cells, make):
                 sweep, run = missing[at]
                 sweep.add(run, outcome)
                 progress.advance()

@@ -11,8 +11,8 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -23,8 +23,9 @@ from typing import Protocol as Interface
 from experiments.runs import interrupt
 from experiments.runs.progress import RunsProgress
 from proto_v3.vmm.migration import OutcomeKind
-from sim.outcome import Outcome
+from sim.outcome import Outcome, held_against_bound
 from sim.run import simulate
+from sim.same_run import same_run
 from sim.scenario.protocol import Protocol
 from sim.scenario.scenario import Scenario
 
@@ -79,6 +80,28 @@ def broken(cell: Cell, reason: str) -> Outcome:
     return Outcome(cell.scenario.name, cell.protocol.name, cell.seed, OutcomeKind.FAILED, reason)
 
 
+def made_once(cells: Sequence[Cell], make: Callable[[Sequence[Cell]], Done]) -> Done:
+    """As `make` makes them, but of runs that are equal by construction only one."""
+    keys: dict[tuple[int, str], str] = {}
+    equal: dict[tuple[str, int], list[int]] = {}
+    for at, cell in enumerate(cells):
+        of_scenario = (id(cell.scenario), cell.protocol.name)
+        if of_scenario not in keys:
+            keys[of_scenario] = same_run(cell.scenario, cell.protocol)
+        equal.setdefault((keys[of_scenario], cell.seed), []).append(at)
+    groups = list(equal.values())
+    for place, outcome in make([cells[group[0]] for group in groups]):
+        made, *others = groups[place]
+        yield made, outcome
+        yield from ((at, outcome_as(outcome, cells[at])) for at in others)
+
+
+def outcome_as(outcome: Outcome, cell: Cell) -> Outcome:
+    """The outcome of a run that is equal by construction: with its own names and its own lower bound."""
+    named = replace(outcome, scenario=cell.scenario.name, protocol=cell.protocol.name)
+    return held_against_bound(named, cell.protocol.applied(cell.scenario))
+
+
 def run_cells(cells: Sequence[Cell], jobs: int | None, *, quiet: bool = False) -> tuple[list[Outcome], bool]:
     """Make all runs in `jobs` processes (None: one a CPU); unless `quiet`, stderr says how far they are.
 
@@ -90,7 +113,7 @@ def run_cells(cells: Sequence[Cell], jobs: int | None, *, quiet: bool = False) -
     with RunsProgress(len(cells), quiet=quiet) as progress:
         progress.begin("runs", len(cells))
         try:
-            for at, outcome in in_processes(cells, jobs):
+            for at, outcome in made_once(cells, lambda some: in_processes(some, jobs)):
                 done[at] = outcome
                 progress.advance()
         except KeyboardInterrupt:

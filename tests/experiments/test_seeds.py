@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from experiments.runs.pool import outcome_as, run_cell
 from experiments.study.experiment import NAMES, Planned, Point, find
 from experiments.study.seeds import ALL, BATCHES, EVENTS, NARROW, SeedRule, Seeds
+from sim.same_run import same_run
 
 BASE = "mlx5-2vf"
 WIDE, NARROW_CV = 0.2, 1e-4
@@ -152,3 +154,20 @@ def test_the_values_of_each_question_are_columns_of_its_table(name: str) -> None
     runs = [run for run in experiment.planned(True) if run.cell.seed == 1]
     row = dict.fromkeys((column for value in experiment.values for column in value), 1) | {"outcome": "COMPLETED"}
     assert rule.of_grid(runs, {run.key: row for run in runs}).keys() == {run.key for run in runs}
+
+
+# --- no run twice -----------------------------------------------------------------------------------------------------
+
+GROUPS = 2
+"""Of equal runs, tried of each question."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_of_a_question_that_are_called_the_same_are(name: str) -> None:
+    equal: dict[str, list[Planned]] = {}
+    for run in find(name).planned(True):
+        if run.cell.seed == 1:
+            equal.setdefault(same_run(run.cell.scenario, run.cell.protocol), []).append(run)
+    for runs in [runs for runs in equal.values() if len(runs) > 1][:GROUPS]:
+        made, same = runs[0].cell, runs[-1].cell
+        assert outcome_as(run_cell(made), same) == run_cell(same)
