@@ -77,6 +77,9 @@ DIFFERENT = [
     ((TWO, "v3-n2", "v3.target_knows=v2"), (TWO, "v3-n2", "v3.target_knows=v2 vmm.switchover_ack=one_shot")),
     ((NIC, "v2", ""), (NIC, "v2-reinit-flush", "")),
     ((NIC, "v3-n2", ""), (NIC, "v3-n2-retry", "")),
+    ((QUIET, "v2", ""), (QUIET, "v2-priority", "")),
+    ((QUIET, "v2-parts", ""), (QUIET, "v2-parts", "v3.decision_interval_ms=50")),
+    ((QUIET, "v2-parts", ""), (QUIET, "v2-whole", "")),
     ((LATE, "v3-n2", ""), (LATE, "v3-n2-retry", "")),
     ((QUIET, "v2-ack", ""), (QUIET, "v2", "")),
     (
