@@ -252,7 +252,7 @@ def test_the_advice_follows_the_effects() -> None:
     assert "Take v2-multifd before anything else" in told
     assert "Do not build v3 for this device: v3-n4 brings next to nothing over v2-multifd." in told
     assert "2 seeds are enough to look" in told
-    runs = frame({"v2": [200, 202], "v2-multifd": [100, None], "v3-n1": [60, 61], "v3-n4": [60, 60]})
+    runs = frame({"v2": [200, 202], "v2-multifd": [100, None], "v3-n1": [60, 61], "v3-n4": [60, 61]})
     told = "\n".join(api.advice(runs, **names))
     assert "v3 is worth a look" in told
     assert "One dirty stream is enough" in told
