@@ -68,6 +68,13 @@ def beside(axis: Axes, text: str, x: float, y: float, away: float = 4, fontsize:
     axis.annotate(text, (x, y), (away, 0), textcoords="offset points", fontsize=fontsize, ha=side, va="center", **more)
 
 
+def seeds(runs: pl.DataFrame) -> str:
+    """How many seeds the places of a table of runs have: `30`, or `5 to 30`."""
+    by = [name for name in ("base", "settings", "protocol") if name in runs.columns]
+    counts = runs.group_by(by).agg(pl.col("seed").n_unique())["seed"].unique().sort().to_list()
+    return " to ".join(str(count) for count in dict.fromkeys([*counts[:1], *counts[-1:]])) or "no"
+
+
 def dress(axis: Axes, title: str, x: str, y: str) -> None:
     """A panel's title and axes, with their units."""
     heading(axis, title)

@@ -331,7 +331,7 @@ def _read_size(frame: pl.DataFrame, command: str) -> Figure:
     regimes = [regime for regime in BINDS if regime in frame["regime"].unique().to_list()]
     title = "From which size on is a larger read() no gain?"
     note = (
-        f"One device, from its stop to its last data loaded; {frame['seed'].n_unique()} seeds, means with 95 % "
+        f"One device, from its stop to its last data loaded; {panels.seeds(frame)} seeds, means with 95 % "
         "intervals; scales differ. Dotted: QEMU's 1 MiB. A curve that is not seen lies under another"
     )
     figure, axes = panels.sheet(title, note, command, (2, len(regimes)), (4.6 * len(regimes), 8.2))
@@ -347,7 +347,7 @@ def _read_size(frame: pl.DataFrame, command: str) -> Figure:
 def _cost(frame: pl.DataFrame, command: str) -> Figure:
     """Calls, wake-ups, and the time in calls that is no waiting."""
     note = (
-        f"Where read() binds; sums of a run over all threads, {frame['seed'].n_unique()} seeds, means with 95 % "
+        f"Where read() binds; sums of a run over all threads, {panels.seeds(frame)} seeds, means with 95 % "
         "intervals. Dotted: QEMU's 1 MiB. Messages do not depend on the size"
     )
     figure, axes = panels.sheet("What does a smaller read() cost beside time?", note, command, (3, 2), (11, 11))
@@ -372,7 +372,7 @@ def _cost(frame: pl.DataFrame, command: str) -> Figure:
 def _chunk_figure(frame: pl.DataFrame, command: str) -> Figure:
     title = "Do the size and the number of the driver's chunks matter?"
     note = (
-        f"512 MiB, reads of 1 MiB; {frame['seed'].n_unique()} seeds, means with 95 % intervals; a driver holds N x "
+        f"512 MiB, reads of 1 MiB; {panels.seeds(frame)} seeds, means with 95 % intervals; a driver holds N x "
         "chunks x size. Dotted: mlx5's. A curve that is not seen lies under another"
     )
     figure, axes = panels.sheet(title, note, command, (2, 2), (11, 8.2))

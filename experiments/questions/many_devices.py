@@ -259,7 +259,7 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
 def _downtime(frame: pl.DataFrame, command: str) -> Figure:
     title = f"What does v3 gain over {AGAINST} as a guest has more VFs?"
     note = (
-        f"{BASE}, {frame['seed'].n_unique()} seeds, means with 95 % intervals (most are narrower than the marks); "
+        f"{BASE}, {panels.seeds(frame)} seeds, means with 95 % intervals (most are narrower than the marks); "
         f"solid thin line: {100 * WORTH:.0f} % of gain"
     )
     figure, axes = panels.sheet(title, note, command, (2, 3), (13, 8))

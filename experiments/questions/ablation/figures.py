@@ -52,7 +52,7 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
 def _waterfalls(question: str, shown: Sequence[tuple[pl.DataFrame, Measure, str, str]], command: str) -> Figure:
     """A waterfall for each of (runs, measure, title, x axis), two in a row."""
     rows = -(-max(1, len(shown)) // 2)
-    seeds = max((runs["seed"].n_unique() for runs, *_ in shown), default=0)
+    seeds = ", ".join(dict.fromkeys(panels.seeds(runs) for runs, *_ in shown))
     note = f"{seeds} seeds; each step against the one before, paired by seed, in ms; black: its 95 % interval"
     figure, axes = panels.sheet(question, note, command, (rows, 2), (13, 0.8 + 3.1 * rows))
     for axis, (runs, measure, title, x) in zip(axes, shown, strict=False):
@@ -118,7 +118,7 @@ def _crossed(frame: pl.DataFrame, command: str) -> Figure:
     """N = 1 and 4, with and without reconfigurations: parallel lines are independent gains."""
     title = "Does what N gains hang on reconfigurations, or on the connections?"
     note = (
-        f"{BUSY}: half the state saved when stopped, four engines; {frame['seed'].n_unique()} seeds, means with 95 % "
+        f"{BUSY}: half the state saved when stopped, four engines; {panels.seeds(frame)} seeds, means with 95 % "
         "intervals. Parallel lines: the gains add up"
     )
     figure, axes = panels.sheet(title, note, command, (1, 3), (12, 4.4))

@@ -51,7 +51,7 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
 def _times(frame: pl.DataFrame, command: str) -> Figure:
     title = "Does a pool of connections do as well as a connection for each stream?"
     note = (
-        f"link of {LINK_GBIT_PER_S:g} Gbit/s, {frame['seed'].n_unique()} seeds, means with 95 % intervals; pool and "
+        f"link of {LINK_GBIT_PER_S:g} Gbit/s, {panels.seeds(frame)} seeds, means with 95 % intervals; pool and "
         "dedicated with equal numbers of connections; hollow: not all runs of that place completed, none: no point"
     )
     figure, axes = panels.sheet(title, note, command, (2, 3), (13.5, 8.5))
@@ -118,7 +118,7 @@ def _log(axis: Axes, frame: pl.DataFrame) -> None:
 def _cost(frame: pl.DataFrame, command: str) -> Figure:
     note = (
         f"link of {LINK_GBIT_PER_S:g} Gbit/s, {question.STATE_MIB} MiB move in the downtime, "
-        f"{frame['seed'].n_unique()} seeds, means with 95 % intervals"
+        f"{panels.seeds(frame)} seeds, means with 95 % intervals"
     )
     figure, axes = panels.sheet("What do connections cost, dedicated or shared?", note, command, (2, 2), (11, 8))
     shown = (

@@ -41,7 +41,7 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
 def _scaling(frame: pl.DataFrame, command: str) -> Figure:
     title = "Does a stopped device move faster with N streams? Its state over the stop-copy time"
     note = (
-        f"{frame['seed'].n_unique()} seeds, 95 % intervals. Else 16 engines, a lock a fd, copy 8 GiB/s, link 400 "
+        f"{panels.seeds(frame)} seeds, 95 % intervals. Else 16 engines, a lock a fd, copy 8 GiB/s, link 400 "
         "Gbit/s. Dotted: least of the rates of SAVE, read(), link; thin: scaling law. A curve that is not seen lies "
         "under another"
     )
@@ -111,7 +111,7 @@ def _family(axis: Axes, frame: pl.DataFrame, shown: Mapping[str, Place]) -> None
 
 def _latency(frame: pl.DataFrame, command: str) -> Figure:
     note = (
-        f"Means over all reads that gave data, {frame['seed'].n_unique()} seeds; intervals (95 %) of the sum; copy 8 "
+        f"Means over all reads that gave data, {panels.seeds(frame)} seeds; intervals (95 %) of the sum; copy 8 "
         "GiB/s a thread, link 400 Gbit/s; each panel has a scale of its own"
     )
     figure, axes = panels.sheet("What does a read() of 1 MiB wait for?", note, command, (2, 3), (13, 8.2))
@@ -156,7 +156,7 @@ def _bars(axis: Axes, runs: pl.DataFrame) -> None:
 def _bottleneck(frame: pl.DataFrame, command: str) -> Figure:
     note = (
         "Colour and number: copy and lock, % of the critical path of moving the state; word: its largest part. "
-        f"{frame['seed'].n_unique()} seeds, completed runs; white: not looked at, or none completed. Fixed costs and "
+        f"{panels.seeds(frame)} seeds, completed runs; white: not looked at, or none completed. Fixed costs and "
         "the end of the load are left out"
     )
     figure, axes = panels.sheet("Is read() the bottleneck?", note, command, (2, 3), (13, 8.2))

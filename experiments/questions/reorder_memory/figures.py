@@ -35,7 +35,7 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
 def _bounds(frame: pl.DataFrame, command: str) -> Figure:
     title = "How much memory does the target need, and does the bound hold?"
     note = (
-        f"{frame['seed'].n_unique()} seeds, means with 95 % intervals over all runs, completed or not; grey lines "
+        f"{panels.seeds(frame)} seeds, means with 95 % intervals over all runs, completed or not; grey lines "
         "without markers: the bound of the curve in the same dashes"
     )
     figure, axes = panels.sheet(title, note, command, (2, 3), (13.5, 8.5))
@@ -81,7 +81,7 @@ def _panel(axis: Axes, frame: pl.DataFrame, x: str, name: str, kinds: Sequence[s
 
 def _growth(frame: pl.DataFrame, command: str) -> Figure:
     note = (
-        f"{frame['seed'].n_unique()} seeds, means with 95 % intervals; {question.LOAD_MIB_PER_S} MiB/s a LOAD unless "
+        f"{panels.seeds(frame)} seeds, means with 95 % intervals; {question.LOAD_MIB_PER_S} MiB/s a LOAD unless "
         "swept, on a link of 25 Gbit/s (2980 MiB/s); grey: v3's bound"
     )
     figure, axes = panels.sheet("Does what waits at the target grow with the device?", note, command, (1, 3), (13.5, 5))

@@ -31,7 +31,7 @@ def figures(frame: pl.DataFrame, command: str) -> Mapping[str, Figure]:
 def _tornados(frame: pl.DataFrame, command: str) -> Figure:
     note = (
         f"ratio of downtimes; bars from the base's ratio (line) to that at the parameter's ends, "
-        f"{frame['seed'].n_unique()} paired seeds, with 95 % intervals; the {BARS} longest. Dashed: a gain of "
+        f"{panels.seeds(frame)} paired seeds, with 95 % intervals; the {BARS} longest. Dashed: a gain of "
         f"{100 * WORTH:.0f} %. x: less than {FEWEST} seeds completed by both"
     )
     figure, axes = panels.sheet("Which parameters does v3's gain hang on?", note, command, (2, 2), (13, 11))

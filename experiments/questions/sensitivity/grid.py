@@ -22,7 +22,7 @@ BASES = {
         *under("vmm", setup_ms=80, give_up_s=10),
     ),
     # 300 MiB of state are what was reported, and cheaper than 512.
-    NIC: (*SMALL_RAM, "ram.frame_mib=4", *under("device.0", block_kib=256, state_mib=300), "vmm.give_up_s=15"),
+    NIC: (*SMALL_RAM, *under("device.0", block_kib=256, state_mib=300), "vmm.give_up_s=15"),
 }
 
 

@@ -40,7 +40,7 @@ def _how_often(random: pl.DataFrame, command: str) -> Figure:
     """The share of runs in which it is too late, by family; and the set-up that this puts into the downtime."""
     title = "How often does critical data come too late for the stop?"
     note = (
-        f"{random['seed'].n_unique()} seeds a point, put apart sideways; Wilson's 95 % intervals, in the last panel of "
+        f"{panels.seeds(random)} seeds a point, put apart sideways; Wilson's 95 % intervals, in the last panel of "
         "the mean"
     )
     figure, axes = panels.sheet(title, note, command, (2, 2), (12, 9.2))
@@ -102,7 +102,7 @@ def _what_it_costs(sure: pl.DataFrame, command: str) -> Figure:
     sizes = [(at[LATE], runs) for at, runs in places(sure, [LATE])]
     title = "What does a reconfiguration cost that comes while the vCPUs are stopped?"
     note = (
-        f"{sure['seed'].n_unique()} seeds, one reconfiguration each, 10 ms after the first order to stop; means of "
+        f"{panels.seeds(sure)} seeds, one reconfiguration each, 10 ms after the first order to stop; means of "
         "downtime and pauses, black: their 95 % interval; set-up: what of it fell into the downtime"
     )
     figure, axes = panels.sheet(title, note, command, (1, max(1, len(sizes))), (12, 4.6))
