@@ -41,6 +41,7 @@ def chosen(name: str) -> list[str]:
     return list(SeedRule(experiment.values).of_grid(planned, cast(dict[str, Any], rows)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_with_the_seeds_that_are_needed_the_verdicts_are_those_of_all_seeds(name: str) -> None:
     answer = json.loads((ROOT / "results" / name / "answer.json").read_text(encoding="utf-8"))
