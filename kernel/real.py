@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from kernel import build, cache, guest, qemu_packages
+from kernel import build, cache, guest, qemu_build, qemu_packages
 from kernel.build import PROJECT, Kernel
 from kernel.cache import BuildError, UnavailableError, say
 from kernel.guest import GuestError, UserModeLinux
@@ -122,6 +122,10 @@ def run_all(options: argparse.Namespace) -> Counts:
             say(f"real: QEMU {qemu.debian_version}")
     except (UnavailableError, BuildError) as error:
         say(f"real: no QEMU: {error}")
+    if built := qemu_build.cached():
+        say(f"real: QEMU {built[qemu_build.UNPATCHED].debian_version} with our patches")
+    else:
+        say("real: no QEMU with our patches in the cache: its tests are skipped; `make qemu` builds it")
     if len(kernels) == 1:
         why = "as asked" if options.lockdep == "never" else "`make kernel-debug` builds that kernel"
         say(f"real: what is marked lockdep did not run under lockdep: {why}")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from kernel.qemu_build import UNPATCHED
 from tests.real import mdev
 from tests.real.qemu.calls import LoggedCall
-from tests.real.qemu.migrate import Record
+from tests.real.qemu.cases import Act
+from tests.real.qemu.migrate import Limits, Record, migrate
 from tests.real.qemu.patched import REINIT, TRIALS, builds, run_trial, stopping
 
 STOP = stopping(2).name
@@ -70,6 +72,16 @@ def test_the_devices_of_a_pass_are_stopped_at_once(run: Callable[[str, str], Rec
         assert sorted(devices(calls)) == ["a0", "a1"]
         assert len({call.thread for call in calls}) == 2
     assert max(call.time_ns for call in p2p) < min(call.time_ns for call in stop)
+
+
+@pytest.mark.parametrize("build", [pytest.param(UNPATCHED, marks=pytest.mark.slow), "early"])
+def test_the_guest_runs_on_if_the_target_dies_while_devices_are_saved(build: str, tmp_path: Path) -> None:
+    if build not in builds():
+        pytest.skip(f"no QEMU with our patches in the cache ({build}): make qemu")
+    case = replace(stopping(2), name="killed", act=Act.KILL_STOP, source_runs=True, target_runs=False)
+    record = migrate(case, builds()[build], builds()[build], tmp_path, Limits())
+    assert (record.status, record.source_runs, record.target_runs) == ("failed", True, False)
+    assert [call.arc[1] for call in record.calls if call.device == "a0" and call.name == "set_state"][-1] == "RUNNING"
 
 
 @pytest.mark.parametrize("build", [pytest.param("reinit", marks=pytest.mark.slow), "retry"])

@@ -14,6 +14,7 @@ class Act(enum.StrEnum):
     CANCEL_PRECOPY = "cancel in pre-copy"
     CANCEL_DEVICE = "cancel in state `device`"
     KILL_PRECOPY = "kill the target in pre-copy"
+    KILL_STOP = "kill the target when it is told of the switchover"
     KILL_DEVICE = "kill the target in state `device`"
 
 

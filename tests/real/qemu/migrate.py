@@ -10,6 +10,7 @@ import platform
 import shlex
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -288,7 +289,9 @@ def _run(case: Case, source: QemuProcess, target: QemuProcess, limits: Limits, r
     uri = f"unix:{source.folder}/migration" if case.unix_socket else f"tcp:127.0.0.1:{free_port()}"
     ends[0]("migrate-incoming", uri=uri)
     ends[1]("migrate", uri=uri)
-    acted, later = False, case.later
+    acted, later = case.act is Act.KILL_STOP, case.later
+    if acted:  # by a thread, for QEMU answers nothing while it stops its devices
+        threading.Thread(target=_kill_at_switchover, args=(source, target), daemon=True).start()
     until = time.monotonic() + limits.migration_s
     while record.status not in ENDED:
         if time.monotonic() > until:
@@ -324,6 +327,14 @@ def _act(act: Act, status: str, source: Qmp, target: QemuProcess) -> bool:
         else:
             target.process.kill()
     return due
+
+
+def _kill_at_switchover(source: QemuProcess, target: QemuProcess) -> None:
+    while "savevm_send_switchover_start" not in source.log.read_text(errors="replace"):
+        if source.process.poll() is not None:
+            return
+        time.sleep(0.005)
+    target.process.kill()
 
 
 def resuming(target: QemuProcess) -> int:
