@@ -183,8 +183,7 @@ def test_with_priority_no_dirty_data_comes_before_its_epochs_critical_data_and_a
     source.opt_in_to_reinit()
     out, into = source.begin(S.PRE_COPY), target.begin(S.RESUMING)
     draw, stream, told = random.Random(1), b"", 0
-    end = time.monotonic() + 0.5
-    while time.monotonic() < end:
+    for _ in range(80):
         if draw.random() < 0.3:
             source.reconfigure()
         if draw.random() < 0.5:
