@@ -15,7 +15,7 @@ from kernel.build import PROJECT
 from tests.real.qemu.calls import LoggedCall
 from tests.real.qemu.migrate import Record
 from tests.real.qemu.patched import REINIT, TRIALS
-from tests.real.qemu.patched_report import DOCUMENT, Row, driver_ms, page, rewritten, standstills_ms, told
+from tests.real.qemu.patched_report import DOCUMENT, Row, driver_ms, page, rewritten, standstills_ms, stop_ms, told
 
 FOLDER = PROJECT / "results/real/patched"
 S = 1_000_000_000
@@ -65,6 +65,8 @@ def test_the_patches_do_what_they_are_there_for() -> None:
             assert model is not None
             assert change < 0
             assert model < 0
+        serial, at_once = found[case, qemu_build.UNPATCHED], found[case, "parallel-stop"]
+        assert at_once.stop < 0.75 * serial.stop
 
 
 def call(device: str, at_s: float, arc: str) -> LoggedCall:
@@ -75,7 +77,13 @@ def call(device: str, at_s: float, arc: str) -> LoggedCall:
 def retried() -> Record:
     """Stopped at 1 s, back in PRE_COPY at 1.2 s; stopped at 2 s, running at the target at 2.5 s."""
     record = Record("c", "10.0.13", "10.0.13", "7.3.4", {})
-    record.source_trace = [f"1@{at}.000000:vmstate_downtime_checkpoint src-downtime-start\n" for at in (1, 2)]
+    record.source_trace = [
+        f"1@{at}:vmstate_downtime_checkpoint {name}\n"
+        for at, name in (
+            *(("1.000000", "src-downtime-start"), ("1.100000", "src-vm-stopped")),
+            *(("2.000000", "src-downtime-start"), ("2.250000", "src-vm-stopped")),
+        )
+    ]
     record.target_trace = ["1@2.500000:vmstate_downtime_checkpoint dst-precopy-bh-vm-started\n"]
     record.calls = [
         call("a1", 1.05, "PRE_COPY->PRE_COPY_P2P"),
@@ -91,16 +99,17 @@ def retried() -> Record:
 def test_each_order_to_stop_is_a_standstill(retried: Record) -> None:
     assert standstills_ms(retried) == pytest.approx([200.0, 500.0])
     assert driver_ms(retried) == pytest.approx(350.0)
+    assert stop_ms(retried) == pytest.approx(250.0)
 
 
 def test_a_failed_migration_stands_until_the_last_device_runs_again(retried: Record) -> None:
-    del retried.source_trace[1], retried.target_trace[:], retried.calls[2:]
+    del retried.source_trace[2:], retried.target_trace[:], retried.calls[2:]
     retried.calls += [call("a1", 1.3, "STOP_COPY->RUNNING"), call("a0", 1.4, "STOP_COPY->RUNNING")]
     assert standstills_ms(retried) == pytest.approx([400.0])
     assert driver_ms(retried) is None
 
 
 def test_a_turn_without_an_unpatched_run_changes_nothing() -> None:
-    one = Row("stop-2", "early", 3, "10.0.13", "completed", "target", 1.0, 1, 2.0, 3.0, "completed", 4.0)
+    one = Row("stop-2", "early", 3, "10.0.13", "completed", "target", 1.0, 1, 2.0, 3.0, 0.5, "completed", 4.0, 1.5)
     (only,) = told([one])
     assert (only.stood, only.change, only.model_change) == (2.0, None, None)

@@ -81,8 +81,12 @@ class Row:
     """How long the guest stood still, over all of them."""
     driver_ms: float | None
     """From the first device in P2P at the source to the last one in RUNNING at the target, by the driver's log."""
+    stop_ms: float
+    """From the last order to stop the vCPUs until all devices are stopped."""
     model_status: str
     model_stood_ms: float
+    model_stop_ms: float | None
+    """None if it did not complete."""
 
 
 def standstills_ms(record: Record) -> list[float]:
@@ -104,6 +108,13 @@ def standstills_ms(record: Record) -> list[float]:
         / US_PER_MS
         for begin, end in zip(orders, ends, strict=True)
     ]
+
+
+def stop_ms(record: Record) -> float:
+    """From the last order to stop the vCPUs until vCPUs and devices are stopped."""
+    source = parse(record.source_trace)
+    order, stopped = (checkpoints(source, name)[-1] for name in ("src-downtime-start", "src-vm-stopped"))
+    return (stopped.time_us - order.time_us) / US_PER_MS
 
 
 def checkpoints(events: Sequence[TraceEvent], name: str) -> list[TraceEvent]:
@@ -211,8 +222,10 @@ def turn_rows(turn: dict[str, Path], trial: Trial) -> Iterator[Row]:
             stops=len(standstills_ms(record)),
             stood_ms=sum(standstills_ms(record)),
             driver_ms=driver_ms(record),
+            stop_ms=stop_ms(record),
             model_status=model.kind.lower(),
             model_stood_ms=stood_ms(model),
+            model_stop_ms=model.phases_ns["stop"] / NS_PER_MS if model.phases_ns else None,
         )
 
 
@@ -235,9 +248,11 @@ class Told:
     query_downtime: float | None
     driver: float | None
     stops: float
+    stop: float
     change: float | None
     model_status: str
     model: float
+    model_stop: float | None
     model_change: float | None
 
 
@@ -265,9 +280,11 @@ def told(rows: Sequence[Row]) -> list[Told]:
                     query_downtime=median(row.query_downtime_ms for row in own.values()),
                     driver=median(row.driver_ms for row in own.values()),
                     stops=statistics.median(row.stops for row in own.values()),
+                    stop=statistics.median(row.stop_ms for row in own.values()),
                     change=median(row.stood_ms - base.stood_ms for row, base in changes),
                     model_status=words(row.model_status for row in own.values()),
                     model=statistics.median(row.model_stood_ms for row in own.values()),
+                    model_stop=median(row.model_stop_ms for row in own.values()),
                     model_change=median(row.model_stood_ms - base.model_stood_ms for row, base in changes),
                 )
             )
@@ -317,10 +334,23 @@ def page(found: Sequence[Told], versions: Sequence[str], kernel: str) -> str:
         f"{driver_text()} In the table: how long the guest stood still, in ms, from the order to stop the vCPUs until"
         " it ran at the target: the median of the turns, the least and the most; QEMU's own figure (query-migrate); the"
         " driver's, from the first device in P2P to the last in RUNNING; what the patch changed, the median over the"
-        " turns; and what the model says.",
+        " turns; what the model says; and the first part of it, until all devices were stopped.",
         "",
         *table(
-            ("devices", "QEMU", "turns", "stood still", "query-migrate", "driver", "change", "model", "its change"),
+            (
+                *(
+                    "devices",
+                    "QEMU",
+                    "turns",
+                    "stood still",
+                    "query-migrate",
+                    "driver",
+                    "change",
+                    "model",
+                    "its change",
+                ),
+                *("stop", "model's stop"),
+            ),
             [
                 (
                     each.case.rpartition("-")[2],
@@ -332,6 +362,8 @@ def page(found: Sequence[Told], versions: Sequence[str], kernel: str) -> str:
                     number(each.change, signed=True),
                     number(each.model),
                     number(each.model_change, signed=True),
+                    number(each.stop),
+                    number(each.model_stop),
                 )
                 for each in stopping
             ],
