@@ -87,7 +87,7 @@ class _OneWay:
         return not self._in_flight_bytes or self._in_flight_bytes + size <= self._buffer_bytes
 
     async def _wait_for_room(self, size: int, asked: int) -> int:
-        """Wait until there is room for a frame, or for its last part; returns its bytes that are not on their way yet."""
+        """Wait until there is room for a frame, or its last part; returns its bytes that are not on their way yet."""
         left = size
         self._in_turn += 1
         try:
