@@ -21,6 +21,8 @@ def merged(base: Any, own: Any) -> Any:
 
 def differences(base: Any, own: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The dotted keys (`device.0.count`) at which two trees differ, with both values; None where there is none."""
+    if base is own:  # `put` shares what it does not change
+        return
     there, here = _inner(base), _inner(own)
     for name in there | here:
         yield from differences(there.get(name), here.get(name), f"{key}.{name}" if key else name)
