@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`proto-v3 replay`: one run of a results folder made again, and compared with its row in the table of runs.
 
-A folder of `compare` has one scenario, in its manifest. A folder of `run` has several, and each run has settings and a
+A folder of `compare` has one scenario, in its manifest; one of `decide` has the scenario that its machines are samples
+of, each for the runs of one seed. A folder of `run` has several, and each run has settings and a
 cell that names it. A run that raised an error raises it again, where it can be seen.
 """
 
@@ -18,6 +19,7 @@ import polars as pl
 from rich.console import Console
 
 from experiments.commands.trace import output_files, write
+from experiments.decision.machines import machine
 from experiments.report import tables
 from experiments.report.tables import say
 from experiments.runs import frame as results
@@ -33,7 +35,7 @@ from sim.scenario.scenario import Scenario
 from sim.scenario.units import NS_PER_MS, NS_PER_S, did_you_mean
 
 HOW = "must be FOLDER:PROTOCOL:SEED or FOLDER:CELL, as in results/mlx5-2vf:v2:1"
-CAN_BE = "what can be made again are runs in virtual time, by `compare` or `run`"
+CAN_BE = "what can be made again are runs in virtual time, by `compare`, `decide` or `run`"
 FOLDERS = (OUT, OUT / "run", OUT / "quick", Path("results"))
 """Where the name of a folder is looked up, in this order."""
 MOST_OF_A_TEXT = 20_000
@@ -166,7 +168,8 @@ def _cleaned(value: Any) -> Any:
 def _scenario(read: Results, row: dict[str, Any]) -> Scenario:
     file = str(read.folder / "manifest.json")
     if "bases" not in read.manifest:
-        return from_dump(read.manifest["scenario"], file)
+        own = from_dump(read.manifest["scenario"], file)
+        return machine(own, row["seed"]) if "sample_seed" in read.manifest else own
     if not isinstance(read.manifest["bases"].get(row["base"]), dict):
         raise UserError(f"{file}: has no base {row['base']!r}, which cell {row['cell']} builds on")
     return from_dump(read.manifest["bases"][row["base"]], f"{file}, base {row['base']}", row["settings"] or [])

@@ -43,6 +43,13 @@ def machines(
     return {seeds[at]: drawn[seeds[at]] for at in near(own, near_ms, count)}
 
 
+def machine(scenario: Scenario, seed: int) -> Scenario:
+    """The machine whose runs have this seed, to make one of them again. UserError for a seed that no sample has."""
+    if not scenario.ranges:
+        return scenario
+    return draw(scenario, seed - FIRST_SEED + 1, SAMPLE_SEED)[-1].scenario  # the first ones of many are those of few
+
+
 def near(own_ms: Sequence[float | None], near_ms: float, count: int) -> list[int]:
     """Where the downtimes are that may be the machine's, `count` at the most; the nearest ones, if there are few."""
     off = {at: abs(each - near_ms) for at, each in enumerate(own_ms) if each is not None}

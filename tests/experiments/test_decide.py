@@ -116,6 +116,29 @@ def test_of_a_machine_that_was_seen_those_of_its_downtime_are_taken(machine: str
     assert samples[0].filter(pl.col("seed").is_in(close[:8])).equals(samples[1])
 
 
+def test_a_run_can_be_made_again(machine: str, tmp_path: Path) -> None:
+    """Also of a machine among those that were searched, whose seed is beyond the number of samples."""
+    arguments = [
+        "--samples",
+        "8",
+        "--near-ms",
+        "1",
+        "--jobs",
+        "1",
+        "--changes",
+        "multifd",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    assert decide(machine, *arguments).exit_code == 0
+    last = pl.read_parquet(tmp_path / "a" / "runs.parquet")["seed"].max()
+    assert last > 8
+    run = ["replay", f"{tmp_path / 'a'}:v2-multifd:{last}", "--trace", str(tmp_path / "trace")]
+    done = CliRunner().invoke(main, run, prog_name="proto-v3")
+    assert done.exit_code == 0, done.output
+    assert "The same run, to the last span" in done.output
+
+
 def interrupted_after(monkeypatch: pytest.MonkeyPatch, count: int) -> list[Any]:
     """The command is interrupted after so many runs; returns all cells that are begun."""
     made: list[Any] = []
