@@ -206,6 +206,7 @@ def compare(seeds: int, first_seed: int, **options: Any) -> int:
     shell_complete=complete.changes,
     help="Only these, separated by commas, in the table's order.  [default: all]",
 )
+@screening_option
 @click.option("--resume", is_flag=True, help="Make missing runs only; go on after an interruption.")
 @out_option("Write the tables, the figure and the manifest into this folder.  [default: out/decide-SCENARIO]")
 @force_option

@@ -29,6 +29,7 @@ from experiments.runs.progress import RunsProgress
 from experiments.runs.resume import RunStore, put_aside, read, remove
 from proto_v3.errors import UserError
 from sim.scenario.file import load
+from sim.scenario.screening import PIECES
 from sim.scenario.units import NS_PER_MS
 
 WRITES = ("runs", "samples", "decide", "indices")
@@ -47,6 +48,7 @@ def run_decide(
     settings: Sequence[str] = (),
     *,
     near_ms: float | None = None,
+    screening: bool = True,
     resume: bool = False,
     as_json: bool = False,
     quiet: bool = False,
@@ -54,7 +56,8 @@ def run_decide(
 ) -> int:
     """Run, print, write; returns the exit status. UserError for bad input, before anything is run or written.
 
-    `near_ms`: of all plausible machines those that have about this downtime as they are.
+    `near_ms`: of all plausible machines those that have about this downtime as they are. With `screening` they run in
+    larger pieces.
     """
     loaded = load(scenario, settings)
     tell_outside(loaded)
@@ -65,7 +68,7 @@ def run_decide(
         kept = folder.folder / KEPT
         try:
             with _Runs(kept, jobs, resume=resume, quiet=quiet, force=force) as made:
-                planned = study(loaded, samples, changes or None, near_ms, made.downtimes_ms)
+                planned = study(loaded, samples, changes or None, near_ms, made.downtimes_ms, screening=screening)
                 runs = made.table(planned.cells)
         except KeyboardInterrupt:
             output.say(f"interrupted: what was done is kept in {kept}; go on with --resume", always=True)
@@ -73,6 +76,7 @@ def run_decide(
         decision = decide(planned, runs)
         how_made = manifest.of_scenario(loaded, scenario, command, runs, runs.height)
         how_made |= {"samples": len(planned.machines), "sample_seed": SAMPLE_SEED, "near_ms": near_ms}
+        how_made["sample_pieces"] = PIECES if screening else 1
         try:
             folder.write_table(runs, "runs", "parquet")
             folder.write_table(_values(planned), "samples", "parquet")

@@ -169,7 +169,9 @@ def _scenario(read: Results, row: dict[str, Any]) -> Scenario:
     file = str(read.folder / "manifest.json")
     if "bases" not in read.manifest:
         own = from_dump(read.manifest["scenario"], file)
-        return machine(own, row["seed"]) if "sample_seed" in read.manifest else own
+        if "sample_seed" not in read.manifest:
+            return own
+        return machine(own, row["seed"], screening=read.manifest.get("sample_pieces") != 1)
     if not isinstance(read.manifest["bases"].get(row["base"]), dict):
         raise UserError(f"{file}: has no base {row['base']!r}, which cell {row['cell']} builds on")
     return from_dump(read.manifest["bases"][row["base"]], f"{file}, base {row['base']}", row["settings"] or [])

@@ -60,15 +60,17 @@ def study(
     changes: Collection[str] | None = None,
     near_ms: float | None = None,
     downtimes: Downtimes | None = None,
+    *,
+    screening: bool = True,
 ) -> Study:
     """The runs that decide on a scenario, over `count` samples of its ranges; on all changes, or on those named.
 
-    With `near_ms`, they are machines of about this downtime; `downtimes` runs those among which they are searched. A
-    scenario without ranges has one sample, itself. UserError for a bad count or name, for values of the ranges that do
-    not go together, and if no machine completes.
+    With `near_ms`, they are machines of about this downtime; `downtimes` runs those among which they are searched. With
+    `screening`, they run in larger pieces. A scenario without ranges has one sample, itself. UserError for a bad count
+    or name, for values of the ranges that do not go together, and if no machine completes.
     """
     rows = rungs(scenario, changes)
-    chosen = machines(scenario, count, rows[0], near_ms, downtimes)
+    chosen = machines(scenario, count, rows[0], near_ms, downtimes, screening=screening)
     if not chosen:
         raise UserError(f"{scenario.name}: no sample of its ranges completes a migration as it is")
     return Study(scenario, rows, chosen)

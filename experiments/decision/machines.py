@@ -5,12 +5,14 @@ about its downtime."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from experiments.decision.bands import cells
 from experiments.decision.ladder import Rung
 from experiments.runs.pool import Cell
 from sim.scenario.sample import Sample, draw
 from sim.scenario.scenario import Scenario
+from sim.scenario.screening import screened
 
 SAMPLE_SEED = 0
 FIRST_SEED = 1
@@ -28,26 +30,39 @@ Machines = dict[int, Sample]
 
 
 def machines(
-    scenario: Scenario, count: int, first: Rung, near_ms: float | None = None, downtimes: Downtimes | None = None
+    scenario: Scenario,
+    count: int,
+    first: Rung,
+    near_ms: float | None = None,
+    downtimes: Downtimes | None = None,
+    *,
+    screening: bool = True,
 ) -> Machines:
-    """`count` samples of a scenario's ranges; one, the scenario itself, if it has none.
+    """`count` samples of a scenario's ranges; one, the scenario itself, if it has none. With `screening` they run in
+    larger pieces (sim.scenario.screening).
 
     With `near_ms`, the downtime of a machine that was seen, DRAWN times as many are drawn, and run as `first` says.
     Those whose downtime is near it are taken, `count` at the most: the others cannot be this machine.
     """
     if near_ms is None or downtimes is None or not scenario.ranges:
-        return dict(enumerate(draw(scenario, count, SAMPLE_SEED), FIRST_SEED))
-    drawn = dict(enumerate(draw(scenario, DRAWN * count, SAMPLE_SEED), FIRST_SEED))
+        return _drawn(scenario, count, screening)
+    drawn = _drawn(scenario, DRAWN * count, screening)
     own = downtimes(cells([first], drawn))
     seeds = list(drawn)
     return {seeds[at]: drawn[seeds[at]] for at in near(own, near_ms, count)}
 
 
-def machine(scenario: Scenario, seed: int) -> Scenario:
+def machine(scenario: Scenario, seed: int, *, screening: bool) -> Scenario:
     """The machine whose runs have this seed, to make one of them again. UserError for a seed that no sample has."""
-    if not scenario.ranges:
-        return scenario
-    return draw(scenario, seed - FIRST_SEED + 1, SAMPLE_SEED)[-1].scenario  # the first ones of many are those of few
+    count = seed - FIRST_SEED + 1 if scenario.ranges else 1  # the first ones of many are those of few
+    return list(_drawn(scenario, count, screening).values())[-1].scenario
+
+
+def _drawn(scenario: Scenario, count: int, screening: bool) -> Machines:
+    samples = draw(scenario, count, SAMPLE_SEED)
+    if screening:
+        samples = [replace(each, scenario=screened(each.scenario)) for each in samples]
+    return dict(enumerate(samples, FIRST_SEED))
 
 
 def near(own_ms: Sequence[float | None], near_ms: float, count: int) -> list[int]:

@@ -38,6 +38,14 @@ HOW = {
         "how large an image in pre-copy is",
         "PRECOPY_INFO when pre-copy begins (proto-v3 probe DEVICE)",
     ),
+    r"driver\.(lock|chunks)|device\..*\.block_kib": (
+        "what the driver locks, and how far and in which grain it saves ahead",
+        "its source; else read() by N threads (proto-v3 probe DEVICE)",
+    ),
+    r"vmm\.downtime_limit_ms": (
+        "which downtime limit its users set",
+        "query-migrate-parameters of QEMU (proto-v3 fit --cmdline)",
+    ),
     r"driver\.call_us|host\.copy_gib_per_s": (
         "what a read() copies by the second",
         "read() of ready data by sizes (proto-v3 probe DEVICE --read-kib)",
@@ -61,7 +69,7 @@ HOW = {
         "how often a guest reconfigures the device",
         "count REINIT of PRECOPY_INFOv2, or the guest's own commands",
     ),
-    r"device\..*\.critical\.setup.*|device\..*\.critical\.objects": (
+    r"device\..*\.critical\..*": (
         "what the target takes to set up critical objects",
         "bpftrace on the driver's LOAD of an image with few and with many queues",
     ),

@@ -116,7 +116,8 @@ def test_of_a_machine_that_was_seen_those_of_its_downtime_are_taken(machine: str
     assert samples[0].filter(pl.col("seed").is_in(close[:8])).equals(samples[1])
 
 
-def test_a_run_can_be_made_again(machine: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [[], ["--no-screening"]])
+def test_a_run_can_be_made_again(machine: str, tmp_path: Path, how: list[str]) -> None:
     """Also of a machine among those that were searched, whose seed is beyond the number of samples."""
     arguments = [
         "--samples",
