@@ -83,7 +83,11 @@ def _verdict(row: Brought, above: Brought, found: Sequence[Index], samples: Sequ
         f"plausible devices{_besides(row)}."
     )
     if word != "open":
-        return Verdict(name, word, _cut(f"{told} No value in the ranges changes that much."))
+        return Verdict(
+            name,
+            word,
+            _cut(f"{told} {'No' if probability in (0, 1) else 'Hardly a'} value in the ranges changes that."),
+        )
     index = next((each for each in found if each.told), None)
     if index is None:
         return Verdict(name, word, _cut(f"{told} No single key decides." if found else told))

@@ -115,22 +115,17 @@ def _settled(decision: Decision) -> Section:
 
 def _deciding(decision: Decision) -> Section:
     rows = [
-        {"change": change, **{f"key_{at}": told for at, told in enumerate(_keys(decision, change), 1)}}
-        for change in decision.indices
+        {"change": change, "parameter": each.key, "index": f"{each.first_order:.2f} ± {each.half_width:.2f}"}
+        for change, found in decision.indices.items()
+        for each in [each for each in found if each.told][:MOST_KEYS]
     ]
-    rows = [row for row in rows if row["key_1"]]
-    columns = [Heading("change", "change"), *(Heading(f"key_{at}", f"{at}.") for at in range(1, MOST_KEYS + 1))]
+    columns = [Heading("change", "change"), Heading("parameter", "parameter"), Heading("index", "index")]
     legend = (
         "Sobol's first-order indices of the gain in percent, and the half width of their 95 % interval (RBD-FAST, "
-        "SALib); only those that are larger than it. The rest of 1: of keys together, and of the runs' own spread"
+        "SALib); only those that are larger than it, and than 0.1. The rest of 1: of keys together, and of the runs' "
+        "own spread"
     )
     return Section("deciding", "Which parameter decides", legend, columns, rows)
-
-
-def _keys(decision: Decision, change: str) -> list[str]:
-    told = [each for each in decision.indices[change] if each.told][:MOST_KEYS]
-    words = [f"{each.key} {each.first_order:.2f} ± {each.half_width:.2f}" for each in told]
-    return words + [""] * (MOST_KEYS - len(words))
 
 
 def _legend(decision: Decision) -> Section:
