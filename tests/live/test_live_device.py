@@ -24,7 +24,7 @@ from proto_v3.vfio.device import Ready
 from proto_v3.vfio.uapi import DeviceFeature, Feature, FeatureOp, State, StreamFlags
 from proto_v3.vmm.migration import read_some
 from sim.clock import virtual as clock
-from sim.device.record import HEADER_BYTES, NO_INDICES, Extent, RecordSlice
+from sim.device.record import HEADER_BYTES, NO_INDICES, Extent, Record, RecordSlice, table_bytes
 from sim.live.fd.codec import Decoder
 from sim.live.fd.copy import Copier, DriverEnd, data_fd, unread_bytes
 from sim.live.fd.load import LoadedData
@@ -1506,6 +1506,24 @@ class Copies:
             os.sched_yield()
         with self._guard:
             self._inside -= 1
+
+
+def test_a_write_is_taken_in_as_few_receives_as_its_records_have_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However its bytes come: the first of them, then all that is announced of a head or of the data."""
+    copies = Copies(monkeypatch)
+
+    async def main() -> None:
+        async with live("target", quick(SLOW_SOCKETS | {"device.0.critical.objects": 0})) as rig:
+            fd = await rig.device.set_state(State.RESUMING)
+            assert fd is not None
+            record = Record(0, 1, 64 * 65536, 0, blocks=np.arange(64), block_versions=np.zeros(64, np.int32))
+            record.table_bytes = table_bytes(record)
+            data = rig.bytes_of([RecordSlice(record, 0, record.size_bytes)])
+            await fd.write(data, 1 << 16)
+            assert copies.total <= 3 + 2  # header, table, numbers; a first receive for each of the two waits
+            assert len(data) > 4 << 20
+
+    run(main)
 
 
 SLOW_SOCKETS = {"device.0.state_mib": 4.0, "device.0.block_kib": 64, "driver.precopy_image": "whole"}

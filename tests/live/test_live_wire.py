@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,7 +23,7 @@ from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
 from sim.device.record import Bulk
 from sim.live.buffers import Buffers, as_view
-from sim.live.io import IO
+from sim.live.io import IO, LoopPipe
 from sim.live.merge_timelines import LATEST, ProcessTimeline, merge
 from sim.live.tcp import handshake, messages, sockets
 from sim.live.tcp.connection import SMALL_BYTES
@@ -174,6 +175,38 @@ def test_what_a_connection_cannot_carry_is_refused_before_it_is_sent(loop: str, 
                 await channel.send(b"h", Bulk(5))
             await channel.send(b"h", np.arange(9, dtype=np.int32).data)
             assert as_view((await target.channels[0].recv())[1]).nbytes == 36
+
+    run(loop, main)
+
+
+async def wakes_for(pieces: int, piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often the loop receives while one view is filled over TCP, piece by piece."""
+    receives = 0
+    receive = LoopPipe._receive
+
+    def counted(pipe: LoopPipe) -> None:
+        nonlocal receives
+        receives += 1
+        receive(pipe)
+
+    monkeypatch.setattr(LoopPipe, "_receive", counted)
+    with listen(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as theirs:
+        pipe = LoopPipe(listener.accept()[0], "test")
+        got = bytearray(pieces * piece_bytes)
+        feeding = pipe.feed(iter([memoryview(got)]))
+        for at in range(pieces):
+            theirs.sendall(bytes([at]) * piece_bytes)
+            await asyncio.sleep(0.002)
+        await feeding
+        pipe.close()
+    assert got == b"".join(bytes([at]) * piece_bytes for at in range(pieces))
+    return receives
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_the_loop_is_woken_once_for_a_payload_however_it_comes(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        assert await wakes_for(16, 1024, monkeypatch) == 2  # before the first byte, and behind the last
 
     run(loop, main)
 
