@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -113,6 +114,7 @@ def run_trial(trial: Trial, build: str, folder: Path) -> bool:
             record.write(folder)
             if is_example(case, record):
                 break
+        shutil.rmtree(folder, ignore_errors=True)
     else:
         raise QemuError(f"{case.name}: {build}: no run shows what it is there for")
     half, digests = case.devices, list(record.digests.values())
