@@ -118,7 +118,8 @@ class DeviceCalls:
     def __init__(self, now_ns: Callable[[], int]) -> None:
         self.now_ns = now_ns
         self._at_work: dict[object, Call] = {}
-        self._given_up: tuple[int, Call] | None = None  # the last one, and when its caller stopped waiting
+        self._given_up: tuple[int, list[Call]] = (0, [])
+        """When a caller stopped waiting last, and for which calls then: several threads stop at once."""
 
     def watch(self, device: MigrationDevice) -> MigrationDevice:
         """The same device, with its calls and those of its data fds noted here. One that fails raises DeviceCallError.
@@ -134,8 +135,8 @@ class DeviceCalls:
         this very moment counts, too.
         """
         calls = list(self._at_work.values())
-        if self._given_up is not None and self._given_up[0] == self.now_ns():
-            calls.append(self._given_up[1])
+        if self._given_up[0] == self.now_ns():
+            calls += self._given_up[1]
         calls = [call for call in calls if poll or call.what != "poll()"]
         longest = min(calls, key=lambda call: (call.what == "poll()", call.since_ns), default=None)
         if longest is None or self.now_ns() - longest.since_ns < least_ns:
@@ -151,7 +152,8 @@ class DeviceCalls:
         try:
             return await coroutine
         except asyncio.CancelledError:
-            self._given_up = self.now_ns(), call
+            given_up_ns, calls = self._given_up
+            self._given_up = self.now_ns(), [*(calls if given_up_ns == self.now_ns() else []), call]
             raise
         finally:
             del self._at_work[key]

@@ -27,9 +27,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from typing_extensions import override
 
 from proto_v3.errors import PeerProtocolError
 from proto_v3.notify import Notify, Woken
@@ -37,10 +39,14 @@ from proto_v3.timeline import NO_CAUSE, Join, Mark, Work, cause, caused_by
 from proto_v3.vfio.device import DataFd
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind, Payload
-from proto_v3.wire.streams import most_frames
+from proto_v3.wire.streams import OutStream, most_frames
 
 ARRIVES_WITHIN_S = 10.0
 """How long a target waits for what is missing while nothing arrives. Ours: QEMU waits for ever."""
+
+STOP_COPY = (Kind.PACKET, Kind.CONFIG)
+"""What comes of a device after the stop."""
+Answer = Callable[[Frame], Awaitable[None]]
 
 if TYPE_CHECKING:
     from proto_v3.vmm.migration import Source, Target
@@ -63,6 +69,8 @@ class Multifd:
     max_queued_bytes: int | None = None
     """Limit for one device at the target: if more bytes wait, the migration fails. None: no limit. (QEMU's
     x-migration-max-queued-buffers-size, which has no limit by default.)"""
+    precopy: bool = False
+    """The devices' pre-copy data uses these channels, too."""
     copies: bool = False
     """To copy a packet takes time. The save threads copy and hand over one packet at a time, all devices together
     (QEMU's queue_job_mutex, held in multifd_queue_device_state over the copy and over multifd_send). The target's
@@ -152,6 +160,21 @@ class Pool:
             await self.changed.wait()
 
 
+class _Packets(OutStream):
+    """What is sent of a device, as packets that have numbers."""
+
+    def __init__(self, senders: Senders, source: Source, index: int) -> None:
+        self._senders, self._source, self._index = senders, source, index
+        self._number = 0
+
+    @override
+    async def send(self, frame: Frame) -> None:
+        kind = Kind.PACKET if frame.kind is Kind.DATA else frame.kind
+        packet = Frame(kind, self._index, frame.value, self._number, frame.payload)
+        self._number += 1
+        await self._senders.queue(self._source, packet)
+
+
 class Senders:
     """The source's half."""
 
@@ -162,6 +185,11 @@ class Senders:
         self._passes = 0  # over RAM, that ended at the channels too
         self._syncs = 0
         self._mutex = _Mutex() if settings.copies else None
+        self._packets: dict[int, _Packets] = {}
+
+    def stream(self, source: Source, index: int) -> OutStream:
+        """A device's packets, in pre-copy and after it."""
+        return self._packets.setdefault(index, _Packets(self, source, index))
 
     def work(self) -> list[Work]:
         """One thread for each channel; they run until they are cancelled."""
@@ -191,14 +219,13 @@ class Senders:
         """A device's save thread: send its data to the end, then its config."""
         start = source.now_ns
         fd = await source.ready_to_drain(index)
-        number = 0
+        packets = self.stream(source, index)
         while len(data := await fd.read(read_bytes)):
-            await self._queue(source, Frame(Kind.PACKET, index, value=number, payload=data))
-            number += 1
-        await self._queue(source, Frame(Kind.CONFIG, index, value=number))
+            await packets.send(Frame(Kind.DATA, index, payload=data))
+        await packets.send(Frame(Kind.CONFIG, index))
         source.side.timeline.stage("device_save", start, index)
 
-    async def _queue(self, source: Source, packet: Frame) -> None:
+    async def queue(self, source: Source, packet: Frame) -> None:
         """Hand over a packet of a device."""
         if self._mutex is None:
             await self._devices.send(packet)
@@ -211,9 +238,14 @@ class Senders:
 class _Loader:
     """One device's load thread at the target."""
 
-    def __init__(self, index: int, target: Target, max_queued_bytes: int | None, idle: Notify) -> None:
-        """`idle` is notified when there is nothing to do for now."""
+    def __init__(
+        self, index: int, target: Target, max_queued_bytes: int | None, idle: Notify, answer: Answer | None
+    ) -> None:
+        """`idle` is notified when there is nothing to do for now. `answer`: what is done about a packet without data,
+        when all before it is written; None: there is none."""
         self.index = index
+        self._answer = answer
+        self._stopped_ns: int | None = None  # when the switchover began
         self._idle = idle
         self._max_queued_bytes = max_queued_bytes
         self.waiting: dict[int, Frame] = {}  # packets that arrived and are not written yet, by their number
@@ -269,6 +301,11 @@ class _Loader:
         while not self.done and (self._writes or self._next in self.waiting):
             await self._notify.wait()
 
+    def switchover(self) -> None:
+        """The guest is stopped: what is written from now on counts for the stages, and the config may be loaded."""
+        self._stopped_ns = self._target.side.timeline.now_ns()
+        self._notify.notify()
+
     async def load(self, fd: DataFd) -> None:
         """Write the packets in order, then load the config."""
         timeline = self._target.side.timeline
@@ -281,8 +318,13 @@ class _Loader:
             self._next += 1
             if packet.kind is Kind.CONFIG:
                 break
+            if packet.kind is not Kind.PACKET:
+                assert self._answer is not None  # else it was refused
+                await self._answer(packet)
+                continue
             start = timeline.now_ns()
-            began = start if began < 0 else began
+            if began < (self._stopped_ns or 0):
+                began, writing = start, 0
             self._writes = True
             # One write() for each packet, not cut into pieces (vfio_load_state_buffer_write).
             await fd.write(packet.payload, max(1, len(packet.payload)))
@@ -292,8 +334,10 @@ class _Loader:
             if not self.at_work:
                 self._idle.notify()
             del packet
+        while self._stopped_ns is None:
+            await self._notify.wait()
         now = timeline.now_ns()
-        began = now if began < 0 else began
+        began = now if began < self._stopped_ns else began
         timeline.stage("load_total", began, self.index)
         timeline.stage("load_writing", now - writing, self.index)
         timeline.stage("load_waiting", began + writing, self.index)
@@ -306,7 +350,10 @@ class _Loader:
 class Receivers:
     """The target's half."""
 
-    def __init__(self, settings: Multifd, channels: Sequence[Channel], target: Target) -> None:
+    def __init__(
+        self, settings: Multifd, channels: Sequence[Channel], target: Target, answer: Answer | None = None
+    ) -> None:
+        """`answer`: of a packet without data that came in pre-copy, when all of its device before it is loaded."""
         self._settings = settings
         self._channels = channels
         self._target = target
@@ -320,7 +367,7 @@ class Receivers:
         self._arrived = 0  # frames
         self._notify = Notify(target.side.machine.wake_up)
         limit_bytes = settings.max_queued_bytes
-        self._loaders = [_Loader(index, target, limit_bytes, self._notify) for index in devices]
+        self._loaders = [_Loader(index, target, limit_bytes, self._notify, answer) for index in devices]
 
     def work(self) -> list[Work]:
         """One thread for each channel, and the devices' load threads. To be cancelled when everything is loaded."""
@@ -328,9 +375,15 @@ class Receivers:
         return [*receiving, (self._load_devices(), "target loads")]
 
     def start_loading(self, fds: Sequence[DataFd]) -> None:
-        """The switchover began: the devices' load threads start (vfio_multifd_switchover_start)."""
+        """The devices' load threads start."""
         self._fds = fds
         self._notify.notify()
+
+    def switchover(self, fds: Sequence[DataFd]) -> None:
+        """The switchover began: the devices' load threads start (vfio_multifd_switchover_start), or run already."""
+        for loader in self._loaders:
+            loader.switchover()
+        self.start_loading(fds)
 
     async def pass_ended(self, number: int) -> None:
         """The main channel brought the end of a pass over RAM: wait for its SYNC on every channel that carries RAM, and
@@ -381,7 +434,11 @@ class Receivers:
                     self._notify.notify()
                     while self._passes < frame.value:
                         await self._notify.wait()
-                case Kind.PACKET | Kind.CONFIG if self._settings.device_state and (at < dedicated or not dedicated):
+                case Kind.PACKET | Kind.CONFIG | Kind.INIT_DATA_SENT | Kind.FIRST_PASS_SENT if (
+                    (frame.kind in STOP_COPY or self._settings.precopy)
+                    and self._settings.device_state
+                    and (at < dedicated or not dedicated)
+                ):
                     loader = self._loaders[target.device(frame)]
                     target.side.timeline.mark(Mark.TRANSFERRED)
                     if self._settings.copies:

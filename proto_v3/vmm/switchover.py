@@ -27,6 +27,8 @@ class SwitchoverSettings:
     bandwidth_window_ns: int
     idle_round_ns: int
     """v2: what a round takes in which nothing was sent. QEMU does not pause."""
+    precopy_idle_ns: int
+    """v2, a device's pre-copy thread: how long it waits when there is nothing to read, before it asks for more."""
     decision_interval_ns: int
     """v3: the pause between two decisions."""
     give_up_ns: int

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""v2: the options of its users. The source is in `proto_v3/vmm/v2_source.py`, the target in
-`proto_v3/vmm/v2_target.py`."""
+"""v2: the options of its users. The source is in `v2_precopy.py` and `v2_source.py`, the target in
+`v2_target.py`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ class V2Options:
     to stop; 0 = never, the migration fails (QEMU 11.1). Not in QEMU: vfio_vmstate_change_prepare sees the REINIT,
     vfio_vmstate_change would leave the devices in P2P, and migration_completion_precopy start the VM again and return
     to migration_iteration_run."""
+    precopy_threads: bool = False
+    """Each device has a thread that reads it in pre-copy, beside RAM. Not in QEMU: it would take the place of
+    vfio_save_iterate, with the loop of vfio_multifd_save_complete_precopy_thread; the target's load thread
+    (vfio_load_bufs_thread) would run from set-up on."""
     early_save: bool = False
     """With multifd for device state: a device's save thread starts when that device is stopped, not when all are. Not
     in QEMU: vfio_vmstate_change would call multifd_spawn_device_state_save_thread, as

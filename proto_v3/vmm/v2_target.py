@@ -48,6 +48,8 @@ OF_DEVICE: Table = {
 }
 """What comes of each device on the main channel. Only one that is configured may run."""
 KINDS_OF_DEVICE = {kind for _, kind in OF_DEVICE}
+PRECOPY_BY_MULTIFD: Table = {at: after for at, after in ALL_BY_MULTIFD.items() if at[1] not in KINDS_OF_DEVICE}
+"""What comes on the main channel if multifd carries the devices' data before the stop, too."""
 
 
 class V2Target(Target):
@@ -64,9 +66,11 @@ class V2Target(Target):
         self._acks_due = 0
         self._others_loaded = False
         multifd = channels[1 : options.channels]
-        self._receivers = Receivers(options.multifd, multifd, self) if options.multifd else None
+        self._receivers = Receivers(options.multifd, multifd, self, self._answer) if options.multifd else None
+        self._reads_ahead = options.multifd is not None and options.multifd.precopy
         table = ON_MAIN if options.multifd is None else by_multifd(ON_MAIN)
         table = ALL_BY_MULTIFD if options.devices_by_multifd else table
+        table = PRECOPY_BY_MULTIFD if self._reads_ahead else table
         self._order = Order(table, "set-up", "on the main channel")
         self._orders = [Order(OF_DEVICE, "pre-copy", f"for {device.name}") for device in side.devices]
         self._requests = [0] * len(side.devices)
@@ -81,6 +85,8 @@ class V2Target(Target):
         if self._options.ack is Ack.ONE_SHOT and not self._acks_due:
             await self._main.send_control(Kind.SWITCHOVER_ACK)
         async with Join() as beside:
+            if self._receivers and self._reads_ahead:
+                self._receivers.start_loading(self._fds)
             receiving = [beside.start(work, track) for work, track in self._receivers.work()] if self._receivers else []
             async with Join() as self._configs:
                 complete = await self._load()
@@ -112,12 +118,10 @@ class V2Target(Target):
                     await self._write_from_buffer(self._fds[index], frame.payload)
                 case Kind.RAM:
                     await self.side.machine.ram.load(frame.payload)
-                case Kind.INIT_DATA_SENT:
-                    await self._ack(frame)
-                case Kind.FIRST_PASS_SENT:  # all that came before on this channel is loaded
-                    await self._main.send_control(Kind.FIRST_PASS_LOADED, index)
+                case Kind.INIT_DATA_SENT | Kind.FIRST_PASS_SENT:
+                    await self._loaded(frame.kind, index, frame.value)
                 case Kind.SWITCHOVER_START if self._receivers is not None:
-                    self._receivers.start_loading(self._fds)
+                    self._receivers.switchover(self._fds)
                 case Kind.RAM_PASS_END if self._receivers is not None:
                     await self._receivers.pass_ended(frame.value)
                 case Kind.RAM_BEGIN | Kind.DEVICE_BEGIN:
@@ -161,10 +165,6 @@ class V2Target(Target):
             self._orders[index].take(kind)
         if kind is Kind.SETUP:
             self.check_devices(frame)
-        if kind is Kind.INIT_DATA_SENT:
-            if frame.value <= self._requests[index]:
-                raise PeerProtocolError(f"INIT_DATA_SENT came for request {frame.value} of device {index} twice")
-            self._requests[index] = frame.value
         if kind is Kind.END and not self._options.devices_by_multifd:
             for device, order in zip(self.side.devices, self._orders, strict=True):
                 if order.state != "configured":
@@ -181,14 +181,24 @@ class V2Target(Target):
             await self.side.machine.load_other_devices()
         self._others_loaded = True
 
-    async def _ack(self, frame: Frame) -> None:
-        """Everything that arrived before on this channel is loaded, so the initial data is."""
+    async def _answer(self, packet: Frame) -> None:
+        """As _loaded(), of a packet of multifd, which has the request in place of the stream."""
+        await self._loaded(packet.kind, packet.device, packet.stream)
+
+    async def _loaded(self, kind: Kind, device: int, request: int) -> None:
+        """Everything that arrived before on this channel is loaded, and so is the initial data, or the first pass."""
+        if kind is Kind.FIRST_PASS_SENT:
+            await self._main.send_control(Kind.FIRST_PASS_LOADED, device)
+            return
+        if request <= self._requests[device]:
+            raise PeerProtocolError(f"INIT_DATA_SENT came for request {request} of device {device} twice")
+        self._requests[device] = request
         match self._options.ack:
             case Ack.ONE_SHOT:
                 self._acks_due -= 1
                 if self._acks_due == 0:
                     await self._main.send_control(Kind.SWITCHOVER_ACK)
             case Ack.REUSABLE:
-                await self._main.send_control(Kind.SWITCHOVER_ACK, frame.device, value=frame.value)
+                await self._main.send_control(Kind.SWITCHOVER_ACK, device, value=request)
             case _:
                 raise PeerProtocolError("INIT_DATA_SENT came, but switchover-ack is not used")

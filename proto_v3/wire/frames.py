@@ -49,8 +49,9 @@ class Kind(enum.IntEnum):
     END = 9  # nothing follows on this connection
     CANCEL = 10  # the migration is given up; the guest runs on at the source
     EPOCH_SENT = 11  # v3; value: the epoch; all its critical data was sent
-    INIT_DATA_SENT = 12  # v2; value: the request for an ack, counted from 1 for each device
-    PACKET = 13  # multifd; value: its number among the device's packets; payload: bytes of the device's stream
+    INIT_DATA_SENT = 12  # v2; value: the request for an ack, counted from 1 for each device; multifd: as in PACKET
+    PACKET = 13  # multifd; value: its number among the device's packets; payload: bytes of the device's stream. Of
+    # INIT_DATA_SENT, stream is the request then
     SYNC = 14  # multifd; value: the pass over RAM that ends: what RAM follows on this connection is of a later one
     SWITCHOVER_START = 15  # multifd: the guest is stopped, load threads start
     HELLO = 16  # v3, in both directions, before all else; payload: see proto_v3/vmm/negotiate.py

@@ -68,6 +68,11 @@ def _missing(vmm: dict[str, Any]) -> Iterator[str]:
         yield "a reusable ack goes with REINIT only: add -reinit-flush, -reinit-invalidate or -priority"
     if vmm["late_reinit"] == "retry" and vmm["switchover_ack"] != "reusable":
         yield "a retry (vmm.late_reinit) needs a reusable ack, whose last look finds a late REINIT: add -ack-reusable"
+    if vmm["precopy_threads"] and vmm["multifd"] and vmm["multifd_load_threads"]:
+        yield (
+            f"vmm.multifd_load_threads = {vmm['multifd_load_threads']}: must be left out with a pre-copy thread a "
+            "device (vmm.precopy_threads), for all devices are then loaded from the start on"
+        )
     if vmm["early_save"] and not (vmm["multifd"] and vmm["multifd_device_state"]):
         yield "early save threads (vmm.early_save) are those of multifd for device state: add -multifd"
 

@@ -87,6 +87,7 @@ class Scenario(Table):
             downtime_limit_ns=vmm.downtime_limit_ns,
             bandwidth_window_ns=vmm.bandwidth_window_ns,
             idle_round_ns=vmm.decision_interval_ns,
+            precopy_idle_ns=vmm.precopy_idle_ns,
             decision_interval_ns=self.v3.decision_interval_ns,
             give_up_ns=vmm.give_up_ns,
             force_ns=None if vmm.force_after_s is None else round(vmm.force_after_s * NS_PER_S),
@@ -113,6 +114,7 @@ class Scenario(Table):
             coupled=vmm.multifd_load == "channel_threads",
             load_threads=vmm.multifd_load_threads,
             max_queued_bytes=None if vmm.multifd_max_queued_mib is None else round(vmm.multifd_max_queued_mib * MIB),
+            precopy=vmm.precopy_threads and vmm.multifd_device_state,
             copies=vmm.multifd_copy_gib_per_s is not None,
         )
         return V2Options(
@@ -122,6 +124,7 @@ class Scenario(Table):
             multifd=multifd if vmm.multifd else None,
             max_retries=vmm.max_retries if vmm.late_reinit == "retry" else 0,
             early_save=vmm.early_save,
+            precopy_threads=vmm.precopy_threads,
         )
 
     def v3_options(self) -> V3Options:

@@ -50,6 +50,10 @@ V2_SUFFIXES: dict[str, Suffix] = {
         "RAM and stop-copy data of the devices take connections of their own (QEMU 10.0)",
     ),
     "single": Suffix({"vmm": {"multifd_device_state": False}}, "all device data stays on the main connection"),
+    "threads": Suffix(
+        {"vmm": {"precopy_threads": True}},
+        "a thread a device reads it before the stop, beside RAM; with multifd it sends on those channels",
+    ),
     "early": Suffix(
         {"vmm": {"early_save": True}},
         "the save thread of each device starts when that device is stopped, not when all are; needs multifd",

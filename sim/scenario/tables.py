@@ -362,6 +362,12 @@ class Vmm(Table):
     """What a thread copies of device data into a packet at the source, where all devices' save threads take turns under
     one mutex, and out of it at the target, where a device's packets take turns (QEMU 10.0). Without it there are no
     mutexes, and these copies are free."""
+    precopy_threads: bool = False
+    """v2: each device has a thread that reads it before the stop, beside RAM and the other devices, and sends on
+    multifd's channels if these carry device state. In QEMU the thread that sends RAM does it, one read a round."""
+    precopy_idle_ms: PositiveMs = 10.0
+    """With `precopy_threads`: how long such a thread waits when the device has nothing to give, before it asks for
+    more, which makes the device save what became dirty."""
     early_save: bool = False
     """With multifd for device state: the save thread of each device starts when that device is stopped. In QEMU all
     start when all devices are."""
@@ -380,6 +386,7 @@ class Vmm(Table):
     downtime_limit_ns = Whole("downtime_limit_ms")
     bandwidth_window_ns = Whole("bandwidth_window_ms")
     decision_interval_ns = Whole("decision_interval_ms")
+    precopy_idle_ns = Whole("precopy_idle_ms")
     ram_budget_ns = Whole("ram_budget_ms")
     give_up_ns = Whole("give_up_s")
     other_load_ns = Whole("other_load_ms")

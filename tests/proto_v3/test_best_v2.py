@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from proto_v3.timeline import Stage
+from proto_v3.errors import UserError
+from proto_v3.timeline import Mark, Stage
 from proto_v3.vfio.uapi import State
 from proto_v3.vmm.migration import OutcomeKind
+from proto_v3.vmm.v2_precopy import V2Precopy
 from proto_v3.wire.channel import Channel
 from proto_v3.wire.frames import Frame, Kind
 from sim.clock.port import now_ns
@@ -17,6 +19,7 @@ from sim.device.driver import SimDriver
 from sim.outcome import Outcome
 from sim.run import VirtualRun
 from sim.scenario.units import ns
+from tests.build.hosts import KINDS
 from tests.build.runs import kept_run
 from tests.build.scenario import small_scenario
 
@@ -290,3 +293,145 @@ def test_of_several_late_devices_all_are_named_in_order_however_they_stop() -> N
     outcome, _ = kept_run(scenario, f"{ACK}-parallel-stop")
     assert outcome.kind is OutcomeKind.FAILED
     assert outcome.reason.startswith("source: dev0, dev1, dev2 reported REINIT after it was decided to stop")
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+BESIDE_RAM: dict[str, Any] = {
+    "driver.initial": "image",
+    "ram.size_gib": 0.25,
+    "ram.nonzero_gib": 0.25,
+    "vmm.bandwidth_gbit_per_s": 8.0,
+    "vmm.downtime_limit_ms": 20.0,
+    "device.0.count": 2,
+}
+"""RAM takes 125 ms and more at 2 GiB/s. Each device has 8 MiB, of which a round of 5 ms reads one."""
+NEWEST = "reinit-flush-ack-reusable"
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Channel, Frame]]:
+    """The frames of all channels, with the time."""
+    frames: list[tuple[int, Channel, Frame]] = []
+    send = Channel.send
+
+    async def sending(channel: Channel, frame: Frame) -> None:
+        frames.append((now_ns(), channel, frame))
+        await send(channel, frame)
+
+    monkeypatch.setattr(Channel, "send", sending)
+    return frames
+
+
+def acked_ns(sent: list[tuple[int, Channel, Frame]]) -> list[int]:
+    return [at for at, _, frame in sent if frame.kind is Kind.SWITCHOVER_ACK]
+
+
+@pytest.mark.rule("v2.best.5")
+@pytest.mark.parametrize("multifd", ["", "-multifd"])
+def test_threads_read_all_devices_while_ram_is_sent(multifd: str, sent: list[tuple[int, Channel, Frame]]) -> None:
+    """In turns the last MiB of a device is read in the eighth round. Threads read as fast as the firmware saves."""
+    completed(BESIDE_RAM, f"v2{multifd}-{NEWEST}")
+    turns_ns = max(acked_ns(sent))
+    sent.clear()
+    completed(BESIDE_RAM, f"v2{multifd}-threads-{NEWEST}")
+    assert len(acked_ns(sent)) == 2
+    whole_save_ns = ns(8.2)  # two devices, two engines
+    assert max(acked_ns(sent)) < 4 * whole_save_ns < 8 * ns(5) < turns_ns
+
+
+@pytest.mark.rule("v2.best.5")
+def test_what_threads_read_goes_on_the_channels_of_multifd(sent: list[tuple[int, Channel, Frame]]) -> None:
+    _, kept = completed(BESIDE_RAM, f"v2-multifd-threads-{NEWEST}")
+    stop_ns = kept.timeline.marks[Mark.STOP_ORDERED]
+    main, *channels = kept.channels
+    on_main = {frame.kind for _, channel, frame in sent if channel is main}
+    assert not on_main & {Kind.DATA, Kind.PACKET, Kind.INIT_DATA_SENT, Kind.CONFIG}
+    before = [frame for at, channel, frame in sent if channel in channels and at < stop_ns]
+    assert {frame.kind for frame in before} - {Kind.SYNC} == {Kind.RAM, Kind.PACKET, Kind.INIT_DATA_SENT}
+    for device in (0, 1):
+        numbers = [f.value for _, ch, f in sent if f.device == device and ch in channels and f.kind in OF_A_DEVICE]
+        assert sorted(numbers) == list(range(len(numbers))), "one after the other, the config last"
+
+
+OF_A_DEVICE = (Kind.PACKET, Kind.INIT_DATA_SENT, Kind.CONFIG)
+
+
+@pytest.mark.rule("v2.best.5")
+@pytest.mark.parametrize("multifd", ["", "-multifd", "-multifd-early"])
+@pytest.mark.parametrize("policy", ["flush", "invalidate"])
+@pytest.mark.parametrize("seed", range(4))
+def test_with_threads_the_guest_is_not_stopped_before_the_newest_initial_data_is_loaded(
+    multifd: str, policy: str, seed: int
+) -> None:
+    """However calls of the thread and of the migration thread meet at a device."""
+    changes = BESIDE_RAM | {
+        "device.0.critical": {"objects": 8, "object_kib": 256.0, "setup_us": 500.0},
+        "device.0.reconfigurations": {"poisson_per_s": 60.0, "objects_each": 3},
+        "device.0.writes": {"pattern": "hotspot", "mib_per_s": 200.0},
+        "firmware.service_cv": 0.3,
+        "vmm.precopy_idle_ms": 0.5,
+    }
+    name = f"v2{multifd}-threads-reinit-{policy}-ack-reusable-retry"
+    outcome, kept = kept_run(small_scenario(changes | {"vmm.max_retries": 100}), name, seed)
+    assert outcome.kind is OutcomeKind.COMPLETED, outcome.reason
+    assert outcome.critical_path_ns["unexplained"] == 0
+    assert outcome.late_critical_objects == 0
+    assert not any(image.differences(state) for image, state in zip(kept.images, kept.states, strict=True))
+
+
+@pytest.mark.rule("v2.best.5")
+def test_a_reinit_that_a_thread_finds_as_it_ends_sends_the_migration_back_to_its_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rounds = V2Precopy._rounds
+    ended: list[int] = []
+
+    async def rounds_and_a_reinit(source: V2Precopy) -> None:
+        await rounds(source)
+        ended.append(now_ns())
+        if len(ended) == 1:  # as ask() does in a thread that was at it
+            source.known[0].requests += 1
+            source.known[0].sent = False
+
+    monkeypatch.setattr(V2Precopy, "_rounds", rounds_and_a_reinit)
+    _, kept = completed(BESIDE_RAM, f"v2-multifd-threads-{NEWEST}")
+    assert len(ended) == 2
+    assert kept.timeline.marks[Mark.STOP_ORDERED] == ended[1]
+
+
+@pytest.mark.rule("v2.best.5")
+def test_each_packet_before_the_stop_costs_a_copy_at_both_sides_and_ends_cost_wake_ups() -> None:
+    name = f"v2-multifd-threads-{NEWEST}"
+    _, kept = completed(BESIDE_RAM | {"vmm.multifd_copy_gib_per_s": 1.0}, name)
+    recorded = kept.timeline.recorded()
+    copies = recorded.spans["what"] == recorded.names.index("multifd copy")
+    before = recorded.spans["end_ns"] < kept.timeline.marks[Mark.STOP_ORDERED]
+    took_ns = (recorded.spans["end_ns"] - recorded.spans["start_ns"])[copies & before].sum()
+    assert took_ns == pytest.approx(2 * 2 * ns(8 * 1000 / 1024), rel=0.05), "two devices of 8 MiB, here and there"
+
+
+@pytest.mark.rule("v2.best.5")
+def test_a_stage_of_the_load_begins_with_the_stop_and_not_with_what_threads_read_before() -> None:
+    _, kept = completed(BESIDE_RAM, "v2-multifd-threads")
+    ordered_ns = kept.timeline.marks[Mark.STOP_ORDERED]
+    for name in ("load_total", "load_writing", "load_waiting"):
+        assert all(stage.end_ns - stage.start_ns <= stage.end_ns - ordered_ns for stage in stages(kept, name))
+
+
+def test_threads_load_all_devices_at_once() -> None:
+    scenario = small_scenario({"vmm.multifd_load_threads": 1})
+    with pytest.raises(
+        UserError, match=r"vmm.multifd_load_threads = 1: must be left out with a pre-copy thread a device"
+    ):
+        kept_run(scenario, "v2-multifd-threads")
+
+
+ALL_OF_IT = f"v2-multifd-early-threads-parallel-stop-parts-{NEWEST}-retry"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["v2-threads", "v2-multifd-threads", ALL_OF_IT])
+def test_the_best_v2_leaves_any_kind_of_device_as_it_was_stopped(name: str, kind: str) -> None:
+    changes = {"device.0.writes": {"pattern": "uniform", "mib_per_s": 20.0}, "vmm.bandwidth_gbit_per_s": 100.0}
+    completed(KINDS[kind] | changes | {"vmm.downtime_limit_ms": 100.0, "device.0.critical.setup_us": 10.0}, name)

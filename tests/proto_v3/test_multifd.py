@@ -112,7 +112,7 @@ class Rig:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(work) for work, _ in self.receivers.work()]
             if loading:
-                self.receivers.start_loading(self.fds)  # type: ignore[arg-type]
+                self.receivers.switchover(self.fds)  # type: ignore[arg-type]
             yield
             for task in tasks:
                 task.cancel()
@@ -179,7 +179,7 @@ async def test_nothing_is_written_before_the_switchover_begins() -> None:
         rig.channels[0].put_nowait(packet(0, 0))
         await sleep_ns(ns(1))
         assert rig.fds[0].written == []
-        rig.receivers.start_loading(rig.fds)  # type: ignore[arg-type]
+        rig.receivers.switchover(rig.fds)  # type: ignore[arg-type]
         await sleep_ns(1)
         assert rig.fds[0].written == [b"0:0"]
 
@@ -242,6 +242,48 @@ async def test_a_coupled_channel_does_not_wait_for_what_others_have_to_bring(how
             rig.channels[0].put_nowait(packet(0, number))
         await sleep_ns(1)
         assert rig.fds[0].written == [b"0:0", b"0:1"]
+
+
+@pytest.mark.rule("v2.best.5")
+@given(st.permutations(range(7)), st.sampled_from([0, 700, 5000]))
+def test_what_stands_behind_a_devices_data_is_answered_when_that_is_written(order: list[int], write_ns: int) -> None:
+    """Packets 2 and 5 have no data and ask for an answer: INIT_DATA_SENT of request 1, and of 3."""
+
+    async def main() -> None:
+        rig = Rig(multifd(3, precopy=True), [Fd(write_ns)])
+        answered: list[tuple[int, int]] = []
+
+        async def answer(frame: Frame) -> None:
+            answered.append((frame.stream, len(rig.fds[0].written)))
+
+        rig.receivers = Receivers(rig.receivers._settings, rig.channels, rig.target, answer)  # type: ignore[arg-type]
+        frames = [packet(0, number) for number in range(7)]
+        frames[2], frames[5] = (Frame(Kind.INIT_DATA_SENT, 0, request, at) for request, at in ((1, 2), (3, 5)))
+        async with rig.running(loading=False):
+            rig.receivers.start_loading(rig.fds)  # type: ignore[arg-type]
+            for at in order:
+                rig.channels[at % 3].put_nowait(frames[at])
+                await sleep_ns(1000)
+            await sleep_ns(ns(1))
+        assert answered == [(1, 2), (3, 4)]
+        assert len(rig.fds[0].written) == 5
+
+    clock.run(main(), limit_ns=ns(1000))
+
+
+@pytest.mark.rule("v2.best.5")
+@virtual
+async def test_no_config_is_loaded_before_the_switchover_whoever_sent_it() -> None:
+    rig = Rig(multifd(1, precopy=True), [Fd()])
+    async with rig.running(loading=False):
+        rig.receivers.start_loading(rig.fds)  # type: ignore[arg-type]
+        for frame in stream(0, 2):
+            rig.channels[0].put_nowait(frame)
+        await sleep_ns(ns(20))
+        assert (len(rig.fds[0].written), rig.machine.configs) == (2, [])
+        rig.receivers.switchover(rig.fds)  # type: ignore[arg-type]
+        await rig.receivers.loaded()
+    assert rig.machine.configs == [(0, ns(20), ns(25))]
 
 
 # --- what the target refuses -----------------------------------------------------------------------------------------

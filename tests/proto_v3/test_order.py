@@ -26,6 +26,7 @@ PROTOCOLS = [
     "v2-multifd-reinit-flush-ack-reusable",
     "v2-parts",
     "v2-multifd-early",
+    "v2-multifd-threads-parts-reinit-flush-ack-reusable",
     "v3-n2",
     "v3-n2-one",
     "v3-blocks-n2",

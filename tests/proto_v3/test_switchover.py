@@ -27,6 +27,7 @@ SETTINGS = SwitchoverSettings(
     downtime_limit_ns=300 * MS,
     bandwidth_window_ns=100 * MS,
     idle_round_ns=1 * MS,
+    precopy_idle_ns=10 * MS,
     decision_interval_ns=10 * MS,
     give_up_ns=60_000 * MS,
     read_bytes=1 << 20,

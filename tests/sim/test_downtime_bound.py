@@ -24,7 +24,8 @@ from tests.build.scenario import small_scenario
 MS = 1_000_000
 RESOURCES = ["firmware", "copy", "lock", "link", "load", "ram", "config"]
 PROTOCOLS = [
-    "v2", "v2-multifd", "v2-multifd-early", "v2-single", "v2-ack", "v3-n1", "v3-n4", "v3-n8-pool", "v3-n2-one",
+    "v2", "v2-multifd", "v2-multifd-early", "v2-multifd-threads", "v2-single", "v2-ack",
+    "v3-n1", "v3-n4", "v3-n8-pool", "v3-n2-one",
     "v3-n4-invalidate", "v3-n4-retry", "v3-blocks-n4", "v3-blocks-n2-pool", "v3-n2-pool-multifd",
 ]  # fmt: skip
 MOST_MIB = 512.0

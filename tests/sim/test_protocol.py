@@ -60,6 +60,7 @@ MEANING: dict[str, dict[str, dict[str, Any]]] = {
         "multifd": {"vmm.multifd": True, "vmm.multifd_device_state": True},
         "single": {"vmm.multifd_device_state": False},
         "early": {"vmm.early_save": True},
+        "threads": {"vmm.precopy_threads": True},
         "reinit-flush": {"vmm.reinit": True, "driver.reinit": "flush"},
         "reinit-invalidate": {"vmm.reinit": True, "driver.reinit": "invalidate"},
         "priority": {"vmm.reinit": True, "driver.reinit": "priority"},
@@ -91,6 +92,7 @@ CHOICES = {
     "v2": [
         ["", "-multifd", "-single"],
         ["", "-early"],
+        ["", "-threads"],
         ["", "-retry"],
         ["", "-reinit-flush", "-reinit-invalidate", "-priority", "-no-reinit"],
         ["", "-ack", "-no-ack", "-ack-reusable"],
