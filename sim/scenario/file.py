@@ -409,13 +409,14 @@ def explained(error: pydantic.ValidationError) -> str:
     return _explain(error.errors()[0])
 
 
-def moved_to(scenario: Scenario, chosen: Mapping[str, Any]) -> Scenario:
+def moved_to(scenario: Scenario, chosen: Mapping[str, Any], values: Mapping[str, Any] | None = None) -> Scenario:
     """The scenario with the chosen values, by dotted key, and what follows them; without ranges.
 
-    pydantic.ValidationError if that is not possible.
+    `values` are the scenario's parameters, for who has them. pydantic.ValidationError if that is not possible.
     """
     whole = scenario.model_dump(exclude_unset=True, exclude={"published", "sources", "ranges"})
-    there = Scenario.model_validate(moved(whole, scenario.ranges, parameters(scenario), chosen))
+    values = parameters(scenario) if values is None else values
+    there = Scenario.model_validate(moved(whole, scenario.ranges, values, chosen))
     return there.model_copy(update={"published": scenario.published, "sources": scenario.sources})
 
 

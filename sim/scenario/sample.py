@@ -16,7 +16,7 @@ import pydantic
 
 from proto_v3.errors import UserError
 from sim.scenario.file import explained, moved_to
-from sim.scenario.scenario import Scenario, parameters
+from sim.scenario.scenario import Scenario, parameters, value_at
 from sim.scenario.units import short
 
 MAX_SAMPLES = 1 << 16
@@ -67,9 +67,8 @@ def at(scenario: Scenario, point: Sequence[float]) -> Sample:
     for key in sorted(keys, key=lambda key: scenario.ranges[key].of is not None):
         drawn[key] = scenario.ranges[key].at(places[key], key, values | drawn)
     try:
-        there = moved_to(scenario, drawn)
-        has = parameters(there)
-        return Sample({key: has[key] for key in keys}, there, places)
+        there = moved_to(scenario, drawn, values)
+        return Sample({key: value_at(there, key) for key in keys}, there, places)
     except pydantic.ValidationError as error:
         shown = ", ".join(f"{key} = {short(value)}" for key, value in drawn.items())
         why = "a narrower range, or one told `of` the other key, keeps them apart"
