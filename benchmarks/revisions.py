@@ -3,7 +3,8 @@
 
 Each side is a process of its own, which has loaded its revision, and both make the same run in turns (A B, B A, A B,
 ...), so that a slow spell of the machine falls on both. What counts is the CPU time of the run. A ratio is of one turn,
-before by after; told are the median of all turns, and the quartiles. Both get the scenario as the first revision has
+before by after; told are the median of all turns, the quartiles, and the ratio of the two fastest runs, which is the
+better one on a machine with other work. Both get the scenario as the first revision has
 it. Their timelines must be equal to the nanosecond; if not, the table says so, and the exit status is 1.
 
     python benchmarks/revisions.py HEAD                  # the last commit, against the files as they are
@@ -119,7 +120,8 @@ def main() -> int:
 def compared(sides: list[Revision], turns: int) -> int:
     """Print the table; returns the exit status."""
     print(f"{turns} turns each; CPU ms of a run; before / after: above 1, after is faster")
-    print(f"{'scenario':14} {'protocol':9} {'before':>8} {'after':>8} {'ratio':>7} {'quartiles':>14}  results")
+    columns = f"{'before':>8} {'after':>8} {'ratio':>7} {'quartiles':>14} {'fastest':>8}"
+    print(f"{'scenario':14} {'protocol':9} {columns}  results")
     differ = False
     for name, place in SCENARIOS.items():
         scenario = sides[0].ask(load=place)
@@ -131,7 +133,7 @@ def compared(sides: list[Revision], turns: int) -> int:
             ms = [1000 * statistics.median(each) for each in took_s]
             print(
                 f"{name:14} {protocol:9} {ms[0]:8.1f} {ms[1]:8.1f} {middle:7.2f} {low:6.2f} to {high:4.2f}"
-                f"  {'equal' if equal else 'DIFFER'}"
+                f" {min(took_s[0]) / min(took_s[1]):8.2f}  {'equal' if equal else 'DIFFER'}"
             )
     return int(differ)
 

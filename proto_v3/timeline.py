@@ -113,6 +113,14 @@ class Recorded:
     stages: list[Stage]
 
 
+class _Numbers(dict[str, int]):
+    """Names by number, in the order in which they were first asked for."""
+
+    def __missing__(self, name: str) -> int:
+        self[name] = number = len(self)
+        return number
+
+
 class Timeline:
     """Spans, marks and stages of one run. `now_ns` is the clock of all times."""
 
@@ -121,15 +129,16 @@ class Timeline:
         self.marks: dict[Mark, int] = {}
         self.stages: list[Stage] = []
         self._mark_cause: dict[Mark, int] = {}
-        self._names: dict[str, int] = {}
+        self._names = _Numbers()
         self._spans = {name: array(code) for name, code in SPAN_COLUMNS.items()}
         self._blocked = {name: array(code) for name, code in BLOCKED_COLUMNS.items()}
+        self._appends = tuple(column.append for column in self._spans.values())  # bound once: span() is called most
 
     @classmethod
     def of(cls, recorded: Recorded, now_ns: Callable[[], int]) -> Self:
         """A timeline with these contents. They are not checked: indices must be in range, and causes form no cycle."""
         timeline = cls(now_ns)
-        timeline._names = {name: index for index, name in enumerate(recorded.names)}
+        timeline._names.update((name, index) for index, name in enumerate(recorded.names))
         for columns, values in ((timeline._spans, recorded.spans), (timeline._blocked, recorded.blocked)):
             for name, column in columns.items():
                 column.frombytes(values[name].astype(column.typecode, copy=False).tobytes())
@@ -159,14 +168,15 @@ class Timeline:
 
     def span(self, resource: Resource, what: str, start_ns: int, end_ns: int, track: str = "") -> int:
         """Record a span that the current task caused and does not wait for (a frame on its way). The cursor stays."""
-        names, spans = self._names, self._spans
-        spans["resource"].append(resource)
-        spans["what"].append(names.setdefault(what, len(names)))
-        spans["track"].append(names.setdefault(track or _track.get(), len(names)))
-        spans["start_ns"].append(start_ns)
-        spans["end_ns"].append(end_ns)
-        spans["cause"].append(_cursor.get())
-        return len(self) - 1
+        names = self._names
+        add_resource, add_what, add_track, add_start, add_end, add_cause = self._appends
+        add_resource(resource)
+        add_what(names[what])
+        add_track(names[track or _track.get()])
+        add_start(start_ns)
+        add_end(end_ns)
+        add_cause(_cursor.get())
+        return len(self._spans["cause"]) - 1
 
     def blocked(self, start_ns: int) -> None:
         """Record that a send waited from `start_ns` until now for room in a full connection."""

@@ -11,13 +11,13 @@ import asyncio
 import heapq
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple
 
 from proto_v3.timeline import Resource, Timeline
 from sim.clock import port as clock
-from sim.clock.port import now_ns, sleep_ns, sleep_until_ns
+from sim.clock.port import now_ns, sleep_until_ns
 from sim.scenario.units import NS_PER_S
 
 ROUNDING_NS = 1e-3
@@ -31,14 +31,15 @@ def duration_ns(size_bytes: int, bytes_per_s: float) -> int:
 
 async def spend(timeline: Timeline, resource: Resource, what: str, cost_ns: int) -> None:
     """Let `cost_ns` pass, and record them as work of the current task."""
-    start = now_ns()
-    await sleep_ns(cost_ns)
+    time = clock.current()
+    start = time._now_ns
+    await time._wakeup_at(start + cost_ns)
     timeline.work(resource, what, start)
 
 
-async def wake_up(timeline: Timeline, cost_ns: int) -> None:
+def wake_up(timeline: Timeline, cost_ns: int) -> Coroutine[Any, Any, None]:
     """Let the time pass that a thread takes to run again after it waited."""
-    await spend(timeline, Resource.FIXED, "wake-up", cost_ns)
+    return spend(timeline, Resource.FIXED, "wake-up", cost_ns)
 
 
 class FifoServer:
