@@ -31,11 +31,11 @@ HEADER = b"header"
 class Network:
     """Connections of the small scenario's link, and the timeline that they record on."""
 
-    def __init__(self, changes: dict[str, Any] | None = None) -> None:
+    def __init__(self, changes: dict[str, Any] | None = None, part_bytes: int | None = None) -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         self.timeline = Timeline(now_ns)
-        self._link = NetworkLink(small_scenario(changes).link, loop, self.timeline)
+        self._link = NetworkLink(small_scenario(changes).link, loop, self.timeline, part_bytes=part_bytes)
         self._made = 0
 
     def connect(self) -> tuple[ConnectionEnd, ConnectionEnd]:
@@ -172,6 +172,29 @@ async def test_a_frame_that_is_larger_than_the_buffer_goes_when_the_connection_i
     assert await receive(there) == (2 * BUFFER_BYTES, accepted + transfer_ns(2 * BUFFER_BYTES))
     assert not small.done()
     assert await small == now_ns()
+
+
+@pytest.mark.parametrize(("part_bytes", "idle_ns"), [(MIB, 0), (None, 2 * HALF_ROUND_TRIP_NS)])
+@virtual
+async def test_in_parts_a_frame_begins_before_there_is_room_for_all_of_it(part_bytes: int | None, idle_ns: int) -> None:
+    """As a whole, the connection is idle until the room of the first frame is back, which takes a round trip."""
+    here, there = Network(part_bytes=part_bytes).connect()
+    await send(here, 3 * MIB)
+    second = asyncio.create_task(send(here, 3 * MIB))
+    assert await receive(there) == (3 * MIB, transfer_ns(3 * MIB))
+    assert await receive(there) == (3 * MIB, pytest.approx(transfer_ns(6 * MIB) + idle_ns, abs=2))
+    assert await second == transfer_ns(3 * MIB) + HALF_ROUND_TRIP_NS
+
+
+@virtual
+async def test_the_parts_of_a_frame_that_is_not_sent_to_its_end_give_their_room_back() -> None:
+    here, _ = Network(part_bytes=MIB).connect()
+    await send(here, 3 * MIB)
+    second = asyncio.create_task(send(here, 3 * MIB))
+    await sleep_ns(1)
+    second.cancel()
+    await asyncio.wait([second])
+    assert await send(here, MIB) == 1
 
 
 @virtual
