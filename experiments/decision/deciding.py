@@ -12,6 +12,7 @@ runs' own spread, and of the error.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,9 @@ HARMONICS = 6
 """Of the gain over each key. More see sharper steps, and more noise (2 x harmonics / samples). Ours."""
 DEGREE = 3
 """Of the polynomials of each key, less with few samples: two for each coefficient at least. Ours."""
-LEAST_INDEX = 0.1
-"""What 256 samples can give a key that does nothing, at the most. Measured (test_decision.py). Less is not told."""
+LEAST_INDEX, OF_SAMPLES = 0.1, 256
+"""What so many samples can give a key that does nothing, at the most. Measured (test_decision.py). Less is not told; of
+fewer samples more, by the root."""
 LEAST_SPREAD_PERCENT = 1.0
 """If a gain differs by less than this between machines, nothing decides. Ours."""
 RESAMPLES = 20
@@ -46,11 +48,13 @@ class Index:
     first_order: float
     half_width: float
     """Of its 95 % interval (bootstrap)."""
+    least: float = LEAST_INDEX
+    """What a key that does nothing may get."""
 
     @property
     def told(self) -> bool:
         """Whether it is more than noise."""
-        return self.first_order > max(self.half_width, LEAST_INDEX)
+        return self.first_order > max(self.half_width, self.least)
 
 
 def has_indices() -> bool:
@@ -69,7 +73,7 @@ def indices(places: Mapping[str, Sequence[float]], values: Floats) -> list[Index
     from SALib.analyze import rbd_fast
 
     found, points = [], np.column_stack([np.asarray(each, dtype=float) for each in places.values()])
-    parts = _parts(points, values)
+    parts, least = _parts(points, values), LEAST_INDEX * math.sqrt(OF_SAMPLES / len(values))
     for at, key in enumerate(places):
         rest = values - parts.sum(axis=1) + parts[:, at]
         told = rbd_fast.analyze(
@@ -82,7 +86,7 @@ def indices(places: Mapping[str, Sequence[float]], values: Floats) -> list[Index
             seed=0,
         )
         share = float(np.var(rest) / np.var(values))
-        found.append(Index(key, share * float(told["S1"][0]), share * float(told["S1_conf"][0])))
+        found.append(Index(key, share * float(told["S1"][0]), share * float(told["S1_conf"][0]), least))
     return sorted(found, key=lambda each: -each.first_order)
 
 

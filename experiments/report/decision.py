@@ -122,8 +122,8 @@ def _deciding(decision: Decision) -> Section:
     columns = [Heading("change", "change"), Heading("parameter", "parameter"), Heading("index", "index")]
     legend = (
         "Sobol's first-order indices of the gain in percent, and the half width of their 95 % interval (RBD-FAST, "
-        "SALib); only those that are larger than it, and than 0.1. The rest of 1: of keys together, and of the runs' "
-        "own spread"
+        "SALib); only those that are larger than it, and than noise. The rest of 1: of keys together, and of the "
+        "runs' own spread"
     )
     return Section("deciding", "Which parameter decides", legend, columns, rows)
 
