@@ -32,6 +32,11 @@ def _several_devices(scenario: Scenario) -> str:
     return "" if len(scenario.devices) > 1 else "there is one device"
 
 
+def _moves_before_the_stop(scenario: Scenario) -> str:
+    moves = any("PRE_COPY" in each.features and each.stop_only_blocks < each.blocks for each in scenario.devices)
+    return "" if moves or not _reconfigured(scenario) else "the devices give nothing before the stop"
+
+
 @dataclass(frozen=True, slots=True)
 class ProposedChange:
     """A change of VMM, driver or interface."""
@@ -109,6 +114,13 @@ LADDER = (
         "the guest is stopped when RAM and each device's data also fit by themselves, as v3 does",
         "QEMU",
         v2=("parts",),
+    ),
+    ProposedChange(
+        "threads",
+        "before the stop, each device is read by a thread of its own, beside RAM",
+        "QEMU",
+        v2=("threads",),
+        nothing=_moves_before_the_stop,
     ),
     ProposedChange(
         "critical-first",
