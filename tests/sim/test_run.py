@@ -40,7 +40,8 @@ from tests.build.scenario import small_scenario
 BLOCKS = "v3-blocks-n4-pool"
 DIFFER = ("mlx5-2vf", "favours-v2", "late-reconfig", "nic-reconfig", "stop-only", "szmigiero-4vf")
 """Of the shipped scenarios those that differ in more than sizes."""
-PROTOCOLS = ("v2", "v2-multifd", "v3-n1", "v3-n4", "v3-n1-multifd", "v3-n4-one-invalidate", BLOCKS)
+BEST_V2 = "v2-multifd-early-threads-parallel-stop-parts-reinit-flush-ack-reusable-retry"
+PROTOCOLS = ("v2", "v2-multifd", BEST_V2, "v3-n1", "v3-n4", "v3-n1-multifd", "v3-n4-one-invalidate", BLOCKS)
 
 # The guest is stopped when less than 1 MiB is left: after a pre-copy of all of the state, at least once.
 STEADY = {"vmm.bandwidth_gbit_per_s": 8.0, "vmm.downtime_limit_ms": 1.0}
