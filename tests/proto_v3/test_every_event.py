@@ -160,7 +160,10 @@ MIGRATIONS: dict[str, Migration] = {
     "v2-threads": Migration("v2-threads", TWO, hangs=True),
     "v2-multifd-threads": Migration("v2-multifd-threads", TWO_ALIKE, hangs=True, connections=3, cut_alone=2),
     "v2-best-retry": Migration(
-        "v2-multifd-early-threads-parallel-stop-parts-reinit-flush-ack-reusable-retry", connections=3, cut_alone=2
+        "v2-multifd-early-threads-parallel-stop-parts-reinit-flush-ack-reusable-retry",
+        {"vmm.precopy_idle_ms": 0.3},
+        connections=3,
+        cut_alone=2,
     ),
     "v2-retry": Migration("v2-reinit-flush-ack-reusable-retry", hangs=True),
     "v3-n2": Migration("v3-n2", connections=4, cut_alone=3, every="event"),
