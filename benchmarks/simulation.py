@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.revisions import GIB, PROTOCOLS
 from experiments.runs.pool import Cell, in_processes
+from proto_v3.vmm.migration import OutcomeKind
 from sim.clock.virtual import VirtualLoop
 from sim.run import simulate
 from sim.scenario.file import load
@@ -74,6 +75,7 @@ def places(*, large: bool = False) -> list[Place]:
         "device.0.block_kib=1024",
         "vmm.give_up_s=600",
         "vmm.downtime_limit_ms=60000",
+        "vmm.bandwidth_gbit_per_s=25",  # else an idle guest leaves no bandwidth to measure, and v3 never stops it
     ]
     if large:
         return [
@@ -105,7 +107,8 @@ def measured(place: Place) -> dict[str, float]:
     protocol = Protocol.parse(place.protocol, scenario)
     before = time.perf_counter()
     for seed in range(place.runs):
-        simulate(scenario, protocol, seed)
+        if (outcome := simulate(scenario, protocol, seed)).kind is not OutcomeKind.COMPLETED:
+            raise SystemExit(f"{place.series}, {place.label}: {outcome.kind.value}: {outcome.reason}")
     took_s = time.perf_counter() - before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"s": took_s, "events": _events(place), "peak_bytes": peak}
