@@ -84,6 +84,7 @@ def test_a_large_state_takes_a_quarter_of_the_reads(protocol: str) -> None:
         (["v3.critical_credit_mib=2"], 4, 4),
         (["v3.critical_credit_mib=2", 'v3.wire="pool"'], 4, 1),
         (["driver.precopy_image=chunks"], 4, 4),
+        (["device.0.writes={pattern='uniform', mib_per_s=10.0}"], 1, 4),
         (["driver.precopy_image=chunks", "device.0.writes={pattern='uniform', mib_per_s=10.0}"], 1, 1),
     ],
 )
