@@ -34,7 +34,7 @@ from sim.scenario.suffixes import SUFFIXES
 from tests.build.scenario import small_scenario
 
 INF = float("inf")
-IDLE = {"device.0.stop_only_mib": 8.0}
+IDLE = {"device.0.stop_only_mib": 8.0, "vmm.downtime_limit_ms": 40.0}  # twice what 8 MiB take
 ENGINES = {"firmware.engines": {"low": 1.0, "high": 8.0, "why": "x"}}
 V3_ROWS = ["v3-n1", "v3-n4"]
 

@@ -588,7 +588,7 @@ def test_a_worker_that_is_killed_costs_only_its_run(
     assert run(tmp_path, "--jobs", "2").exit_code == 1
     (row,) = table(tmp_path).filter(pl.col("digest") == "").iter_rows(named=True)
     assert (row["devices"], row["protocol"], row["seed"], row["outcome"]) == (2, "v3-n2", 2, "FAILED")
-    assert "the process that made this run died" in row["reason"]
+    assert "the process that made this died" in row["reason"]
     same = [name for name in others(table(made)).columns if name in table(tmp_path).columns]
     assert others(table(tmp_path)).select(same).equals(others(table(made)).select(same))
 

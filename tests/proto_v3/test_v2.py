@@ -1151,8 +1151,9 @@ ACKS = ["v2-ack", "v2-multifd-ack", "v2-ack-polls", "v2-reinit-flush-ack-reusabl
 @pytest.mark.rule("v2.vmm.19")
 @pytest.mark.parametrize("name", ["v2", "v2-multifd", "v2-multifd-threads"])
 def test_a_migration_sends_no_more_than_max_bandwidth_before_the_stop(name: str, sent: Sent) -> None:
-    """With multifd too: QEMU counts the bytes of all channels. The frame that fills a window may be of 1 MiB, and so
-    may that of a thread beside."""
+    """With multifd too: QEMU counts the bytes of all channels. The frame that fills a window may be of 1 MiB. A thread
+    beside may have a packet of 1 MiB, and the header of the next record, on their way, which do not count before they
+    are sent."""
     changes = {"ram.nonzero_gib": 0.0625, "vmm.max_bandwidth_mib_per_s": 100.0, "vmm.bandwidth_window_ms": 100.0}
     outcome, kept = migrated(changes, name)
     assert outcome.kind is OutcomeKind.COMPLETED
@@ -1161,7 +1162,7 @@ def test_a_migration_sends_no_more_than_max_bandwidth_before_the_stop(name: str,
     for begin_ns in range(0, stop_ns, window_ns):
         end_ns = min(begin_ns + window_ns, stop_ns)
         size = sum(len(frame.payload) for at, _, frame in sent if begin_ns <= at < end_ns)
-        assert size <= (12 if "threads" in name else 11) * MIB
+        assert size <= 11 * MIB + (MIB + 64 * KIB if "threads" in name else 0)
     assert stop_ns > ns(500), "64 MiB of RAM, at 10 a window"
 
 
