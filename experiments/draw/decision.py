@@ -49,6 +49,7 @@ def draw_decision(decision: Decision, made_by: str = MADE_BY) -> Figure:
         axis.set_ylim(len(rows) - 0.5, -0.5)
         panels.heading(axis, title)
         panels.bars(axis)
+        axis.set_xlabel(" ")  # room for the foot
     return figure
 
 
