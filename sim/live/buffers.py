@@ -17,8 +17,15 @@ from proto_v3.errors import LocalProtocolError
 from proto_v3.wire.frames import Payload
 
 Block = NDArray[np.uint8]
-UNUSED = 3
-"""References of a buffer that nobody has: in the pool, in take(), and as getrefcount()'s argument."""
+
+
+def references(blocks: list[Block], at: int) -> int:
+    """To one of the blocks. How many of this function's own are among them depends on the version of Python."""
+    return sys.getrefcount(blocks[at])
+
+
+UNUSED = references([np.empty(1, np.uint8)], 0)
+"""References to a buffer that nobody has."""
 
 
 class Buffers:
@@ -33,9 +40,9 @@ class Buffers:
     def take(self) -> memoryview:
         """A view of a whole buffer. It still has what the last user left in it."""
         with self._lock:
-            for block in self._kept:
-                if sys.getrefcount(block) == UNUSED:
-                    return block.data
+            for at in range(len(self._kept)):
+                if references(self._kept, at) == UNUSED:
+                    return self._kept[at].data
             block = np.empty(self.size_bytes, np.uint8)
             if len(self._kept) < self._keep:
                 self._kept.append(block)

@@ -465,6 +465,30 @@ def test_a_frame_that_is_none_ends_its_connection_alone(loop: str, io: str) -> N
     run(loop, main)
 
 
+@both_ways
+def test_a_frame_that_is_none_is_not_forgotten_with_the_call_that_met_it(loop: str, io: str) -> None:
+    """It is cancelled just then; a good frame follows."""
+
+    async def main() -> None:
+        async with pair(io, 1) as (source, target):
+            pipe, connection = source._connections[0].pipe, target._connections[0]
+            await pipe.send_all([memoryview(b"GET / HTTP".ljust(HEAD.size) + frame(b"h", b"payload"))])
+            await asyncio.sleep(0.1)
+            receiving = asyncio.create_task(connection.recv())
+            while not receiving.done():
+                if connection._receiving is not None and connection._receiving.done():
+                    receiving.cancel()
+                await asyncio.sleep(0)
+            assert receiving.cancelled()
+            for _ in range(2):
+                with pytest.raises(PeerProtocolError, match="data connection 0: a frame begins with 0x5633, not with"):
+                    await connection.recv()
+            with pytest.raises(ConnectionAbortedError, match="given up: data connection 0"):
+                await connection.send(b"h", memoryview(b""))
+
+    run(loop, main)
+
+
 # --- without a network ------------------------------------------------------------------------------------------------
 
 

@@ -158,6 +158,8 @@ class LoadedData(DriverEnd):
             while left:
                 if self._taken > before and self._is_answer_due():
                     answered.append((self._taken, self._send_answer(self._taken), self._timeline.now_ns()))
+                if self._taken >= self._announced.total:
+                    self._ours.recv(1, socket.MSG_PEEK)  # until the next write(): that is the VMM's time, and no copy
                 due = self._announced.total - self._taken
                 start_ns = time.perf_counter_ns()
                 into, wait = (first_bytes(left, due), socket.MSG_WAITALL) if due > 0 else (left, 0)

@@ -11,6 +11,7 @@ copies a payload, and nothing looks into it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 from collections import deque
 
@@ -135,28 +136,28 @@ class Connection(Transport):
 
     async def _next(self) -> Received:
         try:
-            if self._wrong is not None:
-                raise PeerProtocolError(str(self._wrong))
             while not self._frames:
+                if self._wrong is not None:
+                    raise PeerProtocolError(str(self._wrong))
                 await self._feed()
         except OSError as error:
             raise self._error(error) from error
-        except PeerProtocolError as error:
-            if self._wrong is None:
-                self._wrong = PeerProtocolError(f"{self._name}: {error}")
-                self.pipe.close()
-            raise PeerProtocolError(str(self._wrong)) from None
         return self._frames.popleft()
 
     async def _feed(self) -> None:
-        """Return when a frame is complete. If the caller is cancelled, receiving goes on."""
+        """Return when a frame is complete, or wrong. If the caller is cancelled, receiving goes on."""
         if self._receiving is None:
             self._receiving = self.pipe.feed(next_frame(self._pool, self._frames))
         try:
-            await received(self._receiving)
+            with contextlib.suppress(PeerProtocolError):
+                await received(self._receiving)
         finally:
             if self._receiving.done():
+                error = self._receiving.exception()  # also if the caller is cancelled, and will not raise it
                 self._receiving = None
+                if isinstance(error, PeerProtocolError):
+                    self._wrong = PeerProtocolError(f"{self._name}: {error}")
+                    self.pipe.close()
 
     # --- its end ------------------------------------------------------------------------------------------------------
 
