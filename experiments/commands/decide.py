@@ -24,7 +24,7 @@ from experiments.runs import frame as results
 from experiments.runs import manifest
 from experiments.runs.folder import ResultFolder
 from experiments.runs.plan import Plan
-from experiments.runs.pool import Cell, in_processes
+from experiments.runs.pool import Cell, in_processes, made_once
 from experiments.runs.progress import RunsProgress
 from experiments.runs.resume import RunStore, put_aside, read, remove
 from proto_v3.errors import UserError
@@ -128,7 +128,8 @@ class _Runs:
         missing = [at for at, key in enumerate(keys) if key not in self._rows]
         with RunsProgress(len(keys), quiet=self._quiet) as progress:
             progress.begin("runs", len(keys), len(keys) - len(missing))
-            for at, outcome in in_processes([cells[at] for at in missing], self._jobs):
+            to_make = [cells[at] for at in missing]
+            for at, outcome in made_once(to_make, lambda some: in_processes(some, self._jobs)):
                 row = {name: value for name, value in results.row(outcome).items() if not name.startswith("stage_")}
                 self._rows[keys[missing[at]]] = row
                 self._store.add(keys[missing[at]], row)

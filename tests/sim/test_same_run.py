@@ -61,7 +61,6 @@ EQUAL = [
     ((QUIET, "v2", ""), (QUIET, "v2-reinit-invalidate", "")),
     ((QUIET, "v3-n2", ""), (QUIET, "v3-n2-invalidate-retry", "")),
     # locks that nobody waits for
-    ((IDLE, "v3-n4", "driver.lock=global"), (IDLE, "v3-n4", "driver.lock=device")),
     ((TWO, "v3-n4", "driver.lock=none"), (TWO, "v3-n4", "driver.lock=per_fd")),
     ((IDLE, "v2-multifd", "driver.lock=global"), (IDLE, "v2-multifd", "driver.lock=none")),
     # more engines than there are commands
@@ -87,6 +86,8 @@ DIFFERENT = [
         (QUIET, "v2-reinit-flush", "device.0.reconfigurations={at_s=[0.5]}"),
     ),
     ((TWO, "v3-n4", "driver.lock=global"), (TWO, "v3-n4", "driver.lock=device")),
+    ((IDLE, "v3-n4", "driver.lock=global"), (IDLE, "v3-n4", "driver.lock=device")),  # MIG_DATA_SIZE takes the latter
+    ((IDLE, "v2-multifd-threads", "driver.lock=per_fd"), (IDLE, "v2-multifd-threads", "driver.lock=device")),
     ((IDLE, "v3-n4", "driver.lock=none"), (IDLE, "v3-n4", "driver.lock=device")),
     ((IDLE, "v3-blocks", "driver.lock=none"), (IDLE, "v3-blocks", "driver.lock=per_fd")),
     (
