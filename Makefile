@@ -78,7 +78,7 @@ real-patched: $(VENV)/dev.stamp
 # The measurement, then the question that reads it. The machine must have nothing else to do: see the manifest's load.
 real-read: $(VENV)/dev.stamp
 	@$(BIN)/python -m benchmarks.real_read --out results/real/read
-	@$(BIN)/proto-v3 run kernel_read --out results
+	@$(BIN)/proto-v3 run kernel_read --half-width 0 --out results
 	@$(BIN)/proto-v3 report results
 
 real-agree: $(VENV)/dev.stamp
@@ -97,7 +97,7 @@ calibrate: $(VENV)/core.stamp
 	@$(BIN)/python -m experiments.calibration $(ARGS)
 
 experiments: $(VENV)/core.stamp
-	@$(BIN)/proto-v3 run all --resume --out results
+	@$(BIN)/proto-v3 run all --resume --half-width 0 --out results
 	@$(BIN)/proto-v3 report results
 
 notebooks: $(VENV)/dev.stamp

@@ -18,6 +18,7 @@ from experiments import INTERRUPTED, __version__, streams
 from experiments.commands import complete
 from experiments.commands.options import (
     OLD_NAMES,
+    Finite,
     by_option,
     first_seed_option,
     force_option,
@@ -194,7 +195,7 @@ def compare(seeds: int, first_seed: int, **options: Any) -> int:
 )
 @click.option(
     "--near-ms",
-    type=click.FloatRange(0, min_open=True),
+    type=Finite(0, min_open=True),
     metavar="MS",
     help="The downtime of your machine as it is: of four times as many plausible machines those within 15 % are taken.",
 )
@@ -273,7 +274,7 @@ def validate(seeds: int, **options: Any) -> int:
 @click.option("--resume", is_flag=True, help="Make missing runs only; go on after an interruption.")
 @click.option(
     "--half-width",
-    type=click.FloatRange(0, 100),
+    type=Finite(0, 100),
     default=1.0,
     show_default=True,
     metavar="PERCENT",
@@ -652,7 +653,7 @@ def fit(source: str | None, target: str | None, how: bool, **options: Any) -> in
 @click.option("--repeats", type=click.IntRange(1, 1000), default=3, show_default=True, help="Of all that is timed.")
 @click.option(
     "--precopy-s",
-    type=click.FloatRange(0.01, 3600),
+    type=Finite(0.01, 3600),
     default=1.0,
     show_default=True,
     help="How long PRECOPY_INFO is asked for.",

@@ -17,7 +17,7 @@ from experiments.commands.options import out_folder, tell_outside
 from experiments.decision.bands import run_rows
 from experiments.decision.decision import Decision, Study, decide, indices_table, rows_table, study
 from experiments.decision.ladder import rungs
-from experiments.decision.machines import SAMPLE_SEED
+from experiments.decision.machines import SAMPLE_SEED, check_count
 from experiments.report.decision import conclusion, sections
 from experiments.report.tables import Output
 from experiments.runs import frame as results
@@ -60,6 +60,7 @@ def run_decide(
     larger pieces.
     """
     loaded = load(scenario, settings)
+    check_count(loaded, samples, near_ms)
     tell_outside(loaded)
     rows = run_rows(rungs(loaded, changes or None))
     plan = Plan(command, [scenario], len(rows) * (samples if loaded.ranges else 1), writes=WRITES)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
     from sim.scenario.scenario import Scenario
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Finite(click.FloatRange):
+    """A number in a range, and no nan, which would be in each; -0 is 0."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number; it must be in the range {self._describe_range()}.", param, ctx)
+        return number + 0.0
+
 
 jobs_option = click.option("--jobs", type=click.IntRange(1, 256), help="Processes.  [default: one a CPU]")
 set_option = click.option(
@@ -150,7 +163,7 @@ def live_options(command: F) -> F:
         ),
         click.option(
             "--silent-s",
-            type=click.FloatRange(0.5, 3600),
+            type=Finite(0.5, 3600),
             default=10.0,
             show_default=True,
             help="Give up a peer or a process that is silent for this time.",

@@ -4,13 +4,15 @@ about its downtime."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from experiments.decision.bands import cells
 from experiments.decision.ladder import Rung
 from experiments.runs.pool import Cell
-from sim.scenario.sample import Sample, draw
+from proto_v3.errors import UserError
+from sim.scenario.sample import MAX_SAMPLES, Sample, draw
 from sim.scenario.scenario import Scenario
 from sim.scenario.screening import screened
 
@@ -44,12 +46,27 @@ def machines(
     With `near_ms`, the downtime of a machine that was seen, DRAWN times as many are drawn, and run as `first` says.
     Those whose downtime is near it are taken, `count` at the most: the others cannot be this machine.
     """
+    check_count(scenario, count, near_ms)
     if near_ms is None or downtimes is None or not scenario.ranges:
         return _drawn(scenario, count, screening)
     drawn = _drawn(scenario, DRAWN * count, screening)
     own = downtimes(cells([first], drawn))
     seeds = list(drawn)
     return {seeds[at]: drawn[seeds[at]] for at in near(own, near_ms, count)}
+
+
+def check_count(scenario: Scenario, count: int, near_ms: float | None) -> None:
+    """UserError if `near_ms` is no downtime, or if more samples are asked for than can be searched for."""
+    if near_ms is None:
+        return
+    if not (math.isfinite(near_ms) and near_ms > 0):
+        raise UserError(f"near_ms = {near_ms}: must be a finite number above 0")
+    most = MAX_SAMPLES // DRAWN
+    if scenario.ranges and not 1 <= count <= most:
+        raise UserError(
+            f"samples = {count}: must be from 1 to {most} for machines of a given downtime, for {DRAWN} times as many "
+            f"are drawn, {MAX_SAMPLES} at the most"
+        )
 
 
 def machine(scenario: Scenario, seed: int, *, screening: bool) -> Scenario:

@@ -13,6 +13,8 @@ from proto_v3.text import clean
 
 HALF_WIDTH = 0.01
 """Of the 95 % interval of a mean, as a part of it: a sweep makes more runs where it is wider, unless told otherwise."""
+ROUNDING = 1e-9
+"""A half width in per cent and as a part differ by less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +28,8 @@ class Plan:
     runs: int
     """The most that it can make."""
     quick: bool = False
-    half_width: float = HALF_WIDTH
-    """Of the intervals at which a sweep makes no more runs."""
+    half_width: float = 0.0
+    """Of the intervals at which a sweep makes no more runs. 0: it makes all."""
     writes: Collection[str] = ()
     """The names of the files that it can write, without their suffixes."""
 
@@ -44,7 +46,7 @@ class Plan:
             of=_texts([*of, *(manifest.get(key) for key in ("experiment", "scenario_file"))]),
             runs=runs if isinstance(runs, int) else 0,
             quick=manifest.get("quick") is True,
-            half_width=percent / 100 if isinstance(percent, (int, float)) else HALF_WIDTH,
+            half_width=percent / 100 if isinstance(percent, (int, float)) else 0.0,
         )
 
     @property
@@ -59,7 +61,7 @@ class Plan:
             and set(map(os.path.abspath, old.of)) <= set(map(os.path.abspath, self.of))
             and old.runs <= self.runs
             and old.quick >= self.quick
-            and self.half_width <= max(old.half_width, HALF_WIDTH)
+            and self.half_width <= old.half_width * (1 + ROUNDING)
         )
 
 

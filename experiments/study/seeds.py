@@ -8,13 +8,18 @@ protocols, so it favours none. It looks at whole batches only, so neither the nu
 changes it.
 
 An interval of a mean says nothing about a rare event. Where a point says that such events are counted, as failures or
-late data are, and where some runs of a protocol complete and others do not, the setting gets all seeds.
+late data are, and where a run does not complete, the setting gets all seeds: that the first ones all fail does not say
+that the others do.
+
+The interval of a setting that stopped at 5 seeds covers less than 95 %, as the rule looks at the values that it keeps:
+87 % of those that stopped at 5, 94 % over all, by a simulation of the rule with normal values and a spread of 1 %.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -63,17 +68,16 @@ class SeedRule:
                 for of_point in points
                 if len(of_point) > count or count == most  # others can get no more
             ]
-            counted = counted or has_events(runs)
+            counted = counted or not all(map(_completed, chain.from_iterable(runs)))
             if not counted and all(map(self.is_narrow, runs)):
                 return Seeds(count, NARROW)
         return Seeds(most, EVENTS if counted else ALL)
 
     def is_narrow(self, runs: Sequence[Row]) -> bool:
-        """Whether the intervals of the values of a protocol's runs are narrow enough; also if no run is completed."""
-        completed = [run for run in runs if _completed(run)]
-        if len(completed) < 2:
-            return not completed
-        values = [[sum(run[column] or 0 for column in columns) for run in completed] for columns in self.values]
+        """Whether the intervals of the values of a protocol's runs, which are completed, are narrow enough."""
+        if len(runs) < 2:
+            return False
+        values = [[sum(run[column] or 0 for column in columns) for run in runs] for columns in self.values]
         return all(students_half_width(each) <= self.half_width * abs(fmean(each)) for each in values)
 
     def of_grid(self, planned: Sequence[Planned], done: Mapping[str, Row]) -> dict[str, Seeds]:
@@ -108,11 +112,6 @@ def seeds_text(frame: pl.DataFrame) -> str:
     counts = settings.group_by("seeds", "seeds_because").len().sort("seeds", "seeds_because")
     parts = [f"{seeds} at {count} ({because})" for seeds, because, count in counts.iter_rows()]
     return f"Seeds, by setting: {', '.join(parts)}"
-
-
-def has_events(runs: Sequence[Sequence[Row]]) -> bool:
-    """Whether some runs of a protocol complete and others do not. `runs`: by protocol."""
-    return any(len({_completed(run) for run in each}) > 1 for each in runs)
 
 
 def _completed(run: Row) -> bool:

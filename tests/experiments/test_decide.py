@@ -12,9 +12,11 @@ import polars as pl
 import pytest
 from click.testing import CliRunner, Result
 
+from experiments import api
 from experiments.cli import main
 from experiments.commands import decide as command
 from experiments.runs import pool
+from proto_v3.errors import UserError
 from tests.build.scenario import SMALL
 
 RANGES = """
@@ -89,6 +91,26 @@ def test_bad_input_is_told_before_anything_is_run(arguments: list[str], told: st
     done = decide(*arguments)
     assert done.exit_code == 2
     assert told in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-0", "-inf"])
+def test_a_downtime_that_is_none_is_refused(machine: str, tmp_path: Path, value: str) -> None:
+    done = decide(machine, "--near-ms", value, "--out", str(tmp_path / "a"))
+    assert done.exit_code == 2
+    told = " ".join(done.output.split())
+    assert "'--near-ms'" in told
+    assert value.removeprefix("-") in told
+    assert "the range x>0." in told
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(UserError, match="near_ms = nan: must be a finite number"):
+        api.decide(machine, 4, near_ms=float("nan"))
+
+
+def test_too_many_samples_of_a_downtime_are_refused_before_the_folder_is_made(machine: str, tmp_path: Path) -> None:
+    done = decide(machine, "--samples", "20000", "--near-ms", "500", "--out", str(tmp_path / "a"))
+    assert done.exit_code == 2
+    assert "samples = 20000: must be from 1 to 16384 for machines of a given downtime" in " ".join(done.output.split())
+    assert not (tmp_path / "a").exists()
 
 
 def test_another_result_is_not_replaced(machine: str, tmp_path: Path) -> None:

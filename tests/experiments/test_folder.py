@@ -23,6 +23,7 @@ from experiments.runs.files import check_file, replacing
 from experiments.runs.folder import STAGE, ResultFolder, damaged, digest, read_manifest, text_of, without_formulas
 from experiments.runs.lock import locked
 from experiments.runs.plan import Plan
+from experiments.study.seeds import SeedRule
 from proto_v3.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -104,6 +105,26 @@ def test_a_result_is_replaced_by_one_of_the_same_command_with_as_many_runs(tmp_p
     write(tmp_path, text="old")
     assert write(tmp_path, plan).why_there == ""
     assert text(tmp_path) == "new"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "replaced"),
+    [
+        (None, 1, False),  # of a version that made all seeds
+        (None, 0, True),
+        (0, 1, False),
+        (0.1, 1, False),
+        (1, 1, True),
+        (60, 1, True),
+        *((each, each, True) for each in (0, 0.07, 0.29, 0.57, 1.1, 2.3)),
+    ],
+)
+def test_a_sweep_of_narrower_intervals_is_not_replaced(old: float | None, new: float, replaced: bool) -> None:
+    manifest = {"command": "proto-v3 run small", "experiment": "small", "runs": 4}
+    if old is not None:
+        manifest |= SeedRule([], old / 100).told(4)
+    plan = changed(command=["proto-v3", "run", "small"], half_width=new / 100)
+    assert plan.replaces(Plan.of_manifest(manifest)) == replaced
 
 
 @pytest.mark.parametrize("name", ["runs.csv", "runs.parquet", "compare.png", "manifest.json"])

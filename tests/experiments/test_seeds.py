@@ -101,11 +101,13 @@ def test_every_value_that_is_told_counts_and_so_does_a_sum() -> None:
         ([], Seeds(5, NARROW)),
         ([("v2", 3)], Seeds(30, EVENTS)),
         ([("v2", 7)], Seeds(5, NARROW)),
-        ([("v2", seed) for seed in range(1, 31)], Seeds(5, NARROW)),
+        ([("v2", seed) for seed in range(1, 6)], Seeds(30, EVENTS)),
+        ([("v2", seed) for seed in range(1, 31)], Seeds(30, EVENTS)),
+        ([(name, seed) for name in ("v2", "v3-n2") for seed in range(1, 31)], Seeds(30, EVENTS)),
     ],
-    ids=["none", "one of the first batch", "one of a later batch", "all"],
+    ids=["none", "one of the first batch", "one of a later batch", "all of the first batch", "all", "all of both"],
 )
-def test_where_some_runs_fail_all_seeds_are_made(failed: Sequence[tuple[str, int]], expected: Seeds) -> None:
+def test_where_a_run_fails_all_seeds_are_made(failed: Sequence[tuple[str, int]], expected: Seeds) -> None:
     runs = planned(Point(BASE, "v2"), Point(BASE, "v3-n2"))
     assert seeds(RULE, runs, made(runs, {"v2": NARROW_CV, "v3-n2": NARROW_CV}, failed))["v3-n2"] == expected
 

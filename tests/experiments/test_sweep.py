@@ -298,6 +298,24 @@ def test_the_half_width_can_be_set_and_a_wider_one_replaces_no_narrower_result(
     assert table(tmp_path).height == 4 * MOST
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_a_half_width_that_is_none_is_refused(tmp_path: Path, value: str) -> None:
+    done = run(tmp_path / "a", "--half-width", value)
+    assert done.exit_code == 2
+    told = " ".join(done.stderr.split())
+    assert "'--half-width'" in told
+    assert f"{float(value):g}" in told
+    assert "the range 0<=x<=100." in told
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_half_width_of_minus_0_is_0(tmp_path: Path) -> None:
+    assert run(tmp_path, "--jobs", "1", "--half-width", "-0").exit_code == 0
+    told = (tmp_path / NAME / "manifest.json").read_text()
+    assert json.loads(told)["command"].endswith("--half-width 0")
+    assert "-0.0" not in told
+
+
 # --- cut short, and gone on with -------------------------------------------------------------------------------------
 
 
