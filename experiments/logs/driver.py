@@ -6,14 +6,15 @@ the function_graph tracer's; and kprobes' of trace events. A SAVE goes on after 
 mlx5vf_save_callback.
 
 Their times are of a clock that began when the host did. A line `clock MONOTONIC_NS REAL_NS` says what the wall clock
-showed: then the calls of one migration can be told from others, by its log of the same host.
+showed: then the calls of one migration can be told from others, by its log of the same host. Each such line counts from
+there on, the first one for what is before it, too.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,16 +53,24 @@ class DriverCall(NamedTuple):
     end_ns: int | None
     """On the host's wall clock, since 1970; None if the file does not tell."""
 
+    def within(self, span_ns: tuple[int, int]) -> bool:
+        """Whether it began and ended in this time. One of which the time is not known did."""
+        return self.end_ns is None or (_inside(self.end_ns - self.ns, span_ns) and _inside(self.end_ns, span_ns))
+
+
+def _inside(at_ns: int, span_ns: tuple[int, int]) -> bool:
+    return span_ns[0] - SLACK_NS <= at_ns <= span_ns[1] + SLACK_NS
+
 
 def of_migration(calls: Iterable[DriverCall], spans_ns: Mapping[str, tuple[int, int]]) -> tuple[Calls, str]:
-    """The calls that ended while the migration lasted, and in words how many that are. One of which the time is not
-    known counts. `spans_ns`: by kind, from when to when, on the wall clock of the host that makes such calls."""
+    """The calls that began and ended while the migration lasted, and in words how many that are. One of which
+    the time is not known counts. `spans_ns`: by kind, from when to when, on the wall clock of the host that makes such
+    calls."""
     found: Calls = {}
     others = untimed = 0
     for call in calls:
-        begin_ns, end_ns = spans_ns[call.kind]
         untimed += call.end_ns is None
-        if call.end_ns is None or begin_ns - SLACK_NS <= call.end_ns <= end_ns + SLACK_NS:
+        if call.within(spans_ns[call.kind]):
             found.setdefault(call.kind, []).append(call.ns)
         else:
             others += 1
@@ -73,13 +82,13 @@ def of_migration(calls: Iterable[DriverCall], spans_ns: Mapping[str, tuple[int, 
     return found, told if count or others else ""
 
 
-def read_calls(files: Iterable[str]) -> list[DriverCall]:
-    """Of all files. UserError if one cannot be read, or has none of the functions."""
+def read_calls(files: Iterable[str], saves_ns: tuple[int, int] | None = None) -> list[DriverCall]:
+    """Of all files; `saves_ns` as of `parse_calls`. UserError if one cannot be read, or has none of the functions."""
     every: list[DriverCall] = []
     for name in files:
         try:
             with Path(name).open(encoding="utf-8", errors="replace") as lines:
-                calls = parse_calls(lines)
+                calls = parse_calls(lines, saves_ns)
         except OSError as error:
             raise UserError(f"--driver {name}: cannot be read: {error.strerror}") from error
         if not calls:
@@ -88,32 +97,62 @@ def read_calls(files: Iterable[str]) -> list[DriverCall]:
     return every
 
 
-def parse_calls(lines: Iterable[str]) -> list[DriverCall]:
-    """Of these lines, which are of one host."""
-    reader, offset_ns = _Reader(), None
+def parse_calls(lines: Iterable[str], saves_ns: tuple[int, int] | None = None) -> list[DriverCall]:
+    """Of these lines, which are of one host.
+
+    `saves_ns`: from when to when the migration lasted, on the wall clock. A SAVE ends with a callback that does not
+    name it: the first one that began is the first one that ends. What ends in this time, began in it, if something did:
+    a SAVE before it whose callback is not in the file does not shift those after it.
+    """
+    reader = _Reader()
     for line in lines:
-        if found := CLOCK.fullmatch(line):
-            offset_ns = int(found[2]) - int(found[1])
         reader.take(line[:4096])
-    return [
-        call._replace(end_ns=None if offset_ns is None or call.end_ns is None else call.end_ns + offset_ns)
-        for call in reader.calls
-    ]
+    return list(_timed(reader.seen, saves_ns))
+
+
+def _timed(seen: Sequence[DriverCall | _Clock], saves_ns: tuple[int, int] | None) -> Iterator[DriverCall]:
+    """The calls by the wall clock, the begin and the end of each SAVE together."""
+    ahead_ns = next((each.ahead_ns for each in seen if isinstance(each, _Clock)), None)
+    begun, others = deque[int](), deque[int]()
+    """When the SAVEs in flight began, by the host's own clock: those within the time that counts, and those outside."""
+    for each in seen:
+        if isinstance(each, _Clock):
+            ahead_ns = each.ahead_ns
+            continue
+        known = each.end_ns is not None and ahead_ns is not None
+        call = each._replace(end_ns=(each.end_ns or 0) + (ahead_ns or 0) if known else None)
+        counts = saves_ns is None or call.within(saves_ns)
+        if each.kind == SAVE:
+            (begun if counts else others).append(each.end_ns or 0)
+        elif each.kind != SAVED:
+            yield call
+        elif begun or others:
+            began = begun if begun and (counts or not others) else others
+            if (took_ns := (each.end_ns or 0) - began.popleft()) >= 0:
+                yield DriverCall(SAVE, took_ns, call.end_ns)
+
+
+class _Clock(NamedTuple):
+    """A line `clock`."""
+
+    ahead_ns: int
+    """So much is the wall clock ahead of the host's own."""
 
 
 class _Reader:
     """Takes line by line."""
 
     def __init__(self) -> None:
-        self.calls: list[DriverCall] = []
+        self.seen: list[DriverCall | _Clock] = []
+        """By the host's own clock. Of a SAVE the begin and the end by themselves, of kind SAVE and SAVED."""
         self._open: dict[str, list[str]] = defaultdict(list)
         """function_graph: by CPU, the functions that have not ended."""
         self._entered: dict[tuple[str, str], int] = {}
-        self._saving: deque[int] = deque()
-        """When each SAVE in flight began."""
 
     def take(self, line: str) -> None:
-        if found := PRINTED.match(line):
+        if found := CLOCK.fullmatch(line):
+            self.seen.append(_Clock(int(found[2]) - int(found[1])))
+        elif found := PRINTED.match(line):
             self._ended(found[1], int(found[3]), int(found[4]))
         elif found := GRAPH.fullmatch(line.rstrip()):
             self._graph(found["cpu"], found["us"], found["text"], found["at"])
@@ -122,16 +161,15 @@ class _Reader:
 
     def _ended(self, function: str, begin_ns: int, end_ns: int) -> None:
         if function == SAVED:
-            if self._saving:
-                self._add(SAVE, end_ns - self._saving.popleft(), end_ns)
+            self._add(SAVED, 0, end_ns)
         elif FUNCTIONS[function] == SAVE:
-            self._saving.append(begin_ns)
+            self._add(SAVE, 0, begin_ns)
         else:
             self._add(FUNCTIONS[function], end_ns - begin_ns, end_ns)
 
     def _add(self, kind: str, ns: int, end_ns: int | None) -> None:
-        if ns >= 0 and len(self.calls) < MOST_CALLS:
-            self.calls.append(DriverCall(kind, ns, end_ns))
+        if ns >= 0 and len(self.seen) < MOST_CALLS:
+            self.seen.append(DriverCall(kind, ns, end_ns))
 
     def _graph(self, cpu: str, us: str | None, text: str, at: str | None) -> None:
         """A leaf with its time; `name() {`; or `}` with the time of what was entered last on this CPU."""

@@ -203,6 +203,37 @@ def test_each_host_has_its_own_clock_and_its_own_calls() -> None:
     assert of_migration(there, spans)[0].keys() == {LOAD, RESUME}
 
 
+def test_a_save_without_its_callback_does_not_shift_the_later_ones() -> None:
+    """It began 90 s before the migration, which has four of 5 ms."""
+    begins_ns = [100 * S_NS + at * 60_000_000 for at in range(4)]
+    lines = ["clock 0 0\n", f"{SAVES} 7 {10 * S_NS} {10 * S_NS}\n"]
+    for begin_ns in begins_ns:
+        end_ns = begin_ns + 5_000_000
+        lines += [f"{SAVES} 7 {begin_ns} {begin_ns}\n", f"{SAVED} 0 {end_ns} {end_ns}\n"]
+    span = 99 * S_NS, 101 * S_NS
+    spans = dict.fromkeys(FUNCTIONS.values(), span)
+    found, told = of_migration(parse_calls(lines, span), spans)
+    assert found == {SAVE: [5_000_000] * 4}
+    assert told == "--driver: 4 calls are of this migration, 0 others are left out"
+
+
+def test_a_call_that_began_before_the_migration_is_not_of_it() -> None:
+    lines = ["clock 0 0\n", f"{SUSPENDS} 7 {10 * S_NS} {100 * S_NS}\n", f"{SAVES} 7 {10 * S_NS} {10 * S_NS}\n"]
+    lines.append(f"{SAVED} 0 {100 * S_NS} {100 * S_NS}\n")
+    spans = dict.fromkeys(FUNCTIONS.values(), (99 * S_NS, 101 * S_NS))
+    for span in (None, spans[SAVE]):
+        found, told = of_migration(parse_calls(lines, span), spans)
+        assert found == {}
+        assert told == "--driver: 0 calls are of this migration, 2 others are left out"
+
+
+def test_each_line_clock_counts_from_there_on() -> None:
+    """The host began anew; the first one counts for what is before it, too."""
+    call = f"{LOADS} 88 1000000 2000000\n"
+    found = parse_calls([call, f"clock 0 {S_NS}\n", call, f"clock 0 {5 * S_NS}\n", call])
+    assert [call.end_ns for call in found] == [S_NS + 2_000_000, S_NS + 2_000_000, 5 * S_NS + 2_000_000]
+
+
 @pytest.mark.parametrize(
     ("text", "times_us"),
     [
