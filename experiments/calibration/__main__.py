@@ -46,7 +46,7 @@ def _run(plan: Calibration, jobs: int | None, no_fit: bool, quick: bool, writes:
     fitter = Fitter(plan, figures)
     before = fitter.with_values(figures.start)
     fit = before if no_fit else fitter.fit()
-    left_out = {} if quick else {rig.name: fitter.without(rig.name, fit.values) for rig in plan.rig}
+    left_out = {} if quick else {rig.name: fitter.without(rig.name) for rig in plan.rig}
     sections = [_values(plan, figures, fit), _figures(fit, left_out), _blind(fitter, fit)]
     conclusion = [
         *_summary("used", fit, lambda target: target.used),

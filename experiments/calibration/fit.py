@@ -73,7 +73,7 @@ class Fitter:
     def fit(self) -> CalibrationFit:
         """Fit all free keys to all figures that are used."""
         every = list(range(len(self._plan.free)))
-        prior = tuple(free.began for free in self._plan.free)
+        prior = self._prior()
         values = self._solve(prior, every, self._used(), MOST_STEPS)
         before, after = (self._residuals([prior, values], self._used()) ** 2).sum(axis=1)
         if after > (1 - GAIN) * before:
@@ -87,12 +87,12 @@ class Fitter:
         targets = self._figures.targets
         return CalibrationFit(values, targets, self._figures.of([values], targets)[0])
 
-    def without(self, rig: str, fitted: Values) -> CalibrationFit:
-        """Predict a rig's figures from the other rigs: their figures alone are fitted, and keys that were fitted to
-        this rig have what the base says. What its source states, its scenarios keep."""
+    def without(self, rig: str) -> CalibrationFit:
+        """Predict a rig's figures from the other rigs: their figures alone are fitted, from the declared priors on, and
+        keys that were fitted to this rig have what the base says. What its source states, its scenarios keep."""
         free = [at for at, key in enumerate(self._plan.free) if self._plan.rig_of(key) != rig]
         others = [target for target in self._used() if target.rig != rig]
-        values = self._solve(fitted, free, others, MOST_STEPS_LEFT_OUT)
+        values = self._solve(self._prior(), free, others, MOST_STEPS_LEFT_OUT)
         targets = [target for target in self._figures.targets if target.rig == rig]
         return CalibrationFit(values, targets, self._figures.of([values], targets, as_stated=True)[0])
 
@@ -126,6 +126,9 @@ class Fitter:
             if abs(alike[one, other]) > ALIKE:
                 pair = [names[kept[one]], names[kept[other]]]
                 yield Blind(pair, f"correlation {alike[one, other]:+.2f}")
+
+    def _prior(self) -> Values:
+        return tuple(free.began for free in self._plan.free)
 
     def _used(self) -> list[RigFigure]:
         return [target for target in self._figures.targets if target.used]
