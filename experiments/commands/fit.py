@@ -24,9 +24,10 @@ from sim.scenario.sample import MAX_SAMPLES
 from sim.scenario.units import NS_PER_MS
 
 FAR = 0.1
-TOO_FAR = 0.25
-"""A fitted downtime that is further off the real one than this part of it is no ground for what changes would bring."""
 """A phase that differs by more than this part of the downtime is told. Ours."""
+TOO_FAR = 0.25
+"""A fitted downtime that is further off the real one than this part of it is no ground for what changes would bring.
+Ours."""
 FIGURES = (".png", ".svg")
 NO_DATE = {".svg": {"Date": None}}
 """The same logs give the same file."""
@@ -95,7 +96,9 @@ def run_fit(
         output.say(f"\nFigure: {file.with_suffix('.png')} (and .svg)")
     own_ns = machine.simulated.downtime_ns
     near = "" if own_ns is None else f" --near-ms {own_ns / NS_PER_MS:.0f}"
-    output.say(f"Scenario: {file}; what to change first there: proto-v3 decide {file}{near}", always=True)
+    output.say(
+        f"Scenario: {file}; what to change first there: proto-v3 decide {shlex.quote(str(file))}{near}", always=True
+    )
     return 0 if drawn is not None else 1
 
 

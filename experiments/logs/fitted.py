@@ -37,8 +37,8 @@ PART_OF_MEASURED = (
 POSITIVE = ("state_mib", "_per_s")
 """The ends of keys that may not be 0."""
 DEVICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
-SUM = "downtime_ms"
-"""What is measured of the whole, and no key is fitted to: the sum of the other figures, beside little else."""
+WHOLE = "downtime_ms"
+"""What is measured of the whole, and no key is fitted to."""
 NO_UPPER = 8.0
 """Where neither the logs nor the base have a bound, a range ends at this many times the value. Ours."""
 
@@ -193,38 +193,42 @@ def _whole_devices(fit: Fit, base: Scenario, count: int) -> None:
 
 HEAD = """\
 # A machine as the logs of one of its migrations show it. What they do not tell is as in {base}; [sources] says which.
-#   proto-v3 scenarios {file}   all values, with their sources and ranges
-#   proto-v3 compare {file}     run it
-#   proto-v3 validate {file}    hold it against what the logs measured ([[published]])
+# With this file as FILE:
+#   proto-v3 scenarios FILE   all values, with their sources and ranges
+#   proto-v3 compare FILE     run it
+#   proto-v3 validate FILE    hold it against what the logs measured ([[published]])
 """
 
 
-def figures(fall: Waterfall, devices: int, *, one_sided: bool) -> dict[str, Any]:
+def figures(
+    fall: Waterfall, quantities: Iterable[LogQuantity], devices: int, *, multifd: bool, one_sided: bool
+) -> dict[str, Any]:
     """What was measured of the downtime, as `[[published]]` has it: ms, in lists one value a device.
 
-    `one_sided`: of the whole downtime the logs tell the least only, so it is left out.
+    The stop and the configs, to which keys are fitted, and the whole. Saves and loads are left out: in the logs they
+    contain waits for one another, for RAM, and for the other side, and RAM's have what the devices' turns took. By
+    multifd several devices' configs are, too: a simulated one has the wait for the others in it, and in the logs it has
+    not. `one_sided`: of the whole downtime the logs tell the least only, so it is left out.
     """
-    found: dict[str, Any] = {}
-    for step in fall.steps:
-        if step.stage and step.ms > 0:
-            stage, _, index = step.stage.removeprefix("stage_").removesuffix("_ns").rpartition("_")
-            found.setdefault(f"{stage}_ms", {})[int(index)] = round(step.ms, 3)
-    lists = {key for key, field in Published.model_fields.items() if field.default == []}
-    told = {
-        key: [values[at] for at in range(devices)] if key in lists else values[0]
-        for key, values in found.items()
-        if key not in lists or len(values) == devices
-    }
+    known = {each.key for each in quantities if each.value is not None}
+    ms = {step.stage: round(step.ms, 3) for step in fall.steps if step.ms > 0}
+    told: dict[str, Any] = {}
+    if "stage_stop_0_ns" in ms and "vmm.vcpu_stop_ms" in known:
+        told["stop_ms"] = ms["stage_stop_0_ns"]
+    if devices == 1 or not multifd:
+        configs = [ms.get(f"stage_config_load_{at}_ns") for at in range(devices)]
+        if all(configs):
+            told["config_load_ms"] = configs
     if fall.downtime_ms and not one_sided:
-        told[SUM] = round(fall.downtime_ms, 3)
+        told[WHOLE] = round(fall.downtime_ms, 3)
     return told
 
 
 def scenario_text(name: str, description: str, fit: Fit, base: Scenario, measured: Mapping[str, Any]) -> str:
     """The TOML file. It stands by itself: what the logs do not tell is in it as the base has it, with its range.
 
-    `measured`: the figures that the logs tell, to which the values were fitted; `proto-v3 validate` holds runs against
-    them.
+    `measured`: the figures that the logs tell; `proto-v3 validate` holds runs against them. To all but the whole
+    downtime values were fitted.
     """
     known = parameters(base)
     values = {key: (value, base.sources.get(key, f"assumed: as in {base.name}")) for key, value in known.items()}
@@ -239,7 +243,7 @@ def scenario_text(name: str, description: str, fit: Fit, base: Scenario, measure
     for key in sorted(values, key=_place):
         tables = toml.put(tables, key.split("."), values[key][0])
     lines = [
-        HEAD.format(base=base.name, file=f"{name}.toml"),
+        HEAD.format(base=base.name),
         *_lines({"name": name, "description": description}),
     ]
     for table, inner in sorted(tables.items()):
@@ -249,10 +253,9 @@ def scenario_text(name: str, description: str, fit: Fit, base: Scenario, measure
                 if isinstance(keys, dict):
                     lines += ["", f"[{table}.{below}]", *_lines(keys)]
     if measured:
-        sums = [SUM] if SUM in measured else []
         each = Published.model_validate({"citation": "x", **measured}).figures()
         about = {"citation": "the logs of one migration of this machine, read by proto-v3 fit"}
-        used = {"fitted": [key for key in each if key not in sums], "sums": sums}
+        used = {"fitted": [key for key in each if key != WHOLE]}
         lines += ["", "[[published]]", *_lines({**about, **used, **measured})]
     lines += ["", "[sources]", *(f"{_toml(key)} = {_toml(source)}" for key, (_, source) in _sorted(values))]
     lines += ["", "[ranges]"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.logs.clocks import Clocks, aligned
 from experiments.logs.cmdline import QemuSettings, read_settings
-from experiments.logs.driver import LOAD, RESUME, SAVE, SUSPEND, Calls, DriverCall, of_migration, read_calls
+from experiments.logs.driver import LOAD, RESUME, SAVE, SUSPEND, Calls, of_migration, read_calls
 from experiments.logs.fitted import Fit, figures, fitted, quantities_of, scenario_text
 from experiments.logs.pair import Pair, read_pair
 from experiments.logs.quantity import Certainty, LogQuantity
@@ -73,9 +73,9 @@ def machine_of(
         raise UserError(f"{source}: is both the source's and the target's log; they must be two")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-_.")[:MAX_NAME] or "fit"
     base = load(str(find_base(extends)))
-    settings, recorded = read_settings(cmdline), read_calls(driver)
+    settings = read_settings(cmdline)
     pair = read_pair(source, target, migration)
-    calls, of_driver = _of_migration(recorded, pair)
+    calls, of_driver = _of_migration(driver, pair)
     _tell_bytes(pair, settings)
     clocks = aligned(pair)
     fall = waterfall(pair, clocks)
@@ -85,7 +85,8 @@ def machine_of(
     if not settings.precopy_tracking:
         notes.append("x-pre-copy-dirty-page-tracking is off: all RAM was sent again when the guest was stopped.")
     description = _described(pair, clocks, fall)
-    measured = figures(fall, len(pair.devices), one_sided=clocks.one_sided)
+    multifd = pair.source.multifd or pair.target.multifd
+    measured = figures(fall, found, len(pair.devices), multifd=multifd, one_sided=clocks.one_sided)
     tried: list[_Made] = []
     for each in _explanations(found, base):
         tried.append(_made(name, description, pair, base, names, each, measured))
@@ -104,10 +105,10 @@ def machine_of(
     return FittedMachine(best.scenario, best.text, best.fit.quantities, fall, clocks, best.outcome, notes)
 
 
-def _of_migration(recorded: Sequence[DriverCall], pair: Pair) -> tuple[Calls, str]:
+def _of_migration(driver: Sequence[str], pair: Pair) -> tuple[Calls, str]:
     """What the driver did in this migration: it saves and is stopped at the source, loads and starts at the target."""
     source, target = ((side.begin_us * 1000, side.end_us * 1000) for side in (pair.source, pair.target))
-    return of_migration(recorded, {SUSPEND: source, SAVE: source, LOAD: target, RESUME: target})
+    return of_migration(read_calls(driver, source), {SUSPEND: source, SAVE: source, LOAD: target, RESUME: target})
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,24 @@ def test_a_scenario_a_figure_and_tables(logs: tuple[str, str], tmp_path: Path) -
     assert {"config load 0", "config load 1", "downtime"} <= rows.keys()
     assert rows["downtime"]["published_ms"] == pytest.approx(phases["downtime"]["real_ms"], abs=0.001)
     assert rows["downtime"]["simulated_ms"] == pytest.approx(phases["downtime"]["simulated_ms"], rel=0.01)
-    assert {row["kind"] for row in rows.values()} == {"fitted", "sum"}
+    assert {what: row["kind"] for what, row in rows.items()} == {
+        "stop": "fitted",
+        "config load 0": "fitted",
+        "config load 1": "fitted",
+        "downtime": "predicted",
+    }
+
+
+def test_the_command_that_it_names_quotes_the_file(logs: tuple[str, str], tmp_path: Path) -> None:
+    """The scenario's own name has other characters; its head says FILE."""
+    done = proto_v3(tmp_path, "fit", *logs, "--samples", "0", "--quiet", "--out", "a b[1].toml")
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout.splitlines()[-1].partition("proto-v3 decide ")[2])
+    assert words[0] == "a b[1].toml"
+    assert words[1] == "--near-ms"
+    text = (tmp_path / "a b[1].toml").read_text(encoding="utf-8")
+    head = [line for line in text.splitlines() if line.startswith("#   proto-v3")]
+    assert [line.split()[3] for line in head] == ["FILE"] * 3
 
 
 def test_without_out_nothing_is_written(logs: tuple[str, str], tmp_path: Path) -> None:

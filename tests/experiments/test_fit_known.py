@@ -143,8 +143,9 @@ def test_what_the_base_adds_to_a_devices_times_is_in_the_measured_ones(tmp_path:
     assert own["resume"] == pytest.approx(known["resume"], abs=20_000)
     (held,) = machine.scenario.published
     assert held.downtime_ms == pytest.approx((run.timeline.downtime_ns or 0) / 1e6, abs=0.01)
-    assert held.sums == ["downtime_ms"]
-    assert {"config_load_ms.0", "config_load_ms.1"} <= {*held.fitted}
+    assert held.fitted == ["stop_ms", "config_load_ms.0", "config_load_ms.1"]
+    assert {*held.figures()} == {*held.fitted, "downtime_ms"}
+    assert held.sums == [], "saves and loads are missing, so the downtime is not the sum of what was fitted"
 
 
 @pytest.mark.parametrize("slow", ["firmware.save_mib_per_s", "firmware.load_mib_per_s"])

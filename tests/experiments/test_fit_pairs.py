@@ -15,6 +15,8 @@ from experiments.logs.events import LogFile
 from experiments.logs.machine import FittedMachine, machine_of
 from experiments.logs.pair import read_pair
 from experiments.logs.quantity import GIB, Certainty, LogQuantity
+from experiments.runs.frame import table
+from experiments.study.published import held_against
 from proto_v3.errors import UserError
 from sim.scenario.file import load
 from tests.build.fit_truth import LEAST_MS, Truth
@@ -24,6 +26,8 @@ from tests.real.qemu.pairs import FOLDER, PAIRS, LogPair, kept
 COMPLETED = [pair.folder.name for pair in kept() if pair.known["status"] == End.COMPLETED]
 OTHERS = [pair.folder.name for pair in kept() if pair.known["status"] != End.COMPLETED]
 MOST_BYTES = 30 << 10
+MOST_ERROR = 0.15
+"""Of a figure that is called fitted."""
 
 
 @functools.cache
@@ -32,6 +36,20 @@ def fit(name: str) -> FittedMachine:
     with tempfile.TemporaryDirectory() as folder:
         source, target = pair.unpacked(Path(folder))
         return machine_of(str(source), str(target), cmdline=[str(pair.folder / "cmdline.txt")])
+
+
+@pytest.mark.parametrize("name", COMPLETED)
+def test_what_is_called_fitted_is_near(name: str) -> None:
+    """A figure of another meaning than the simulated stage's is not in the file: the simulated one may be any."""
+    machine = fit(name)
+    (published,) = machine.scenario.published
+    held = held_against(published, table([machine.simulated]))
+    errors = {each.figure: each.error for each in held if each.fitted}
+    assert "stop_ms" in errors
+    assert all(error is not None and abs(error) <= MOST_ERROR for error in errors.values()), errors
+    assert {each.figure.partition(".")[0] for each in held} <= {"stop_ms", "config_load_ms", "downtime_ms"}
+    several = len(machine.scenario.devices) > 1
+    assert any("config" in figure for figure in errors) != (several and machine.scenario.vmm.multifd)
 
 
 def test_each_case_is_kept_and_is_small() -> None:
