@@ -48,7 +48,8 @@ def _unread(applied: AppliedScenario) -> Iterator[tuple[str, tuple[str, ...]]]:
     scenario = applied.scenario
     own = scenario.driver.reinit == "priority"  # which says how the driver saves, whatever happens
     if applied.protocol.version == 2:
-        yield "v3", V3_KEYS
+        if scenario.vmm.pieces_at_once == 1:  # else screening looks at the room of v3's connections
+            yield "v3", V3_KEYS
         yield "driver", ("epochs",)
         yield "device", ("max_dirty_streams",)
     elif not _may_fall_back(scenario):

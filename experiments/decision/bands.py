@@ -44,6 +44,7 @@ class DecisionQuantity:
 
 
 DOWNTIME = "downtime_ms"
+LAG = "critical_lag_s"
 PINNED = ("pinned_chunks_bytes", "pinned_images_bytes", "pinned_target_bytes")
 QUANTITIES = {
     DOWNTIME: DecisionQuantity("downtime, ms", ("downtime_ns",), 1e6),
@@ -135,8 +136,9 @@ def brought(rows: Sequence[Rung], runs: pl.DataFrame) -> list[Brought]:
     """What each row brings. `runs` has one run a row and sample, paired by `seed`.
 
     A row is held against the row above it; v3's first one against the best v2 (`best`), for nobody would make a change
-    that makes it worse. A protocol that this scenario's devices or VMM do not support is no row to stand on: those
-    below it are held against the one above it.
+    that makes it worse, and in its critical lag against the v2 with the least, which other changes were made for. A
+    protocol that this scenario's devices or VMM do not support is no row to stand on: those below it are held against
+    the one above it.
     """
     found: list[Brought] = []
     made: list[Mapping[str, Floats]] = []
@@ -157,7 +159,9 @@ def brought(rows: Sequence[Rung], runs: pl.DataFrame) -> list[Brought]:
             of_all: dict[str, Any] = {"in_all_ms": none, "in_all_percent": none}
         else:
             first = made[0]
-            above = best(made) if only_v2 and row.protocol.startswith("v3") else made[-1]
+            above = made[-1]
+            if only_v2 and row.protocol.startswith("v3"):
+                above = best(made) | {LAG: best(made, LAG)[LAG]}
             gains = gains_percent(above[DOWNTIME], values[DOWNTIME])
             of_all = {
                 "brings": _bands({name: less(above[name], values[name]) for name in QUANTITIES}),
@@ -174,15 +178,17 @@ def brought(rows: Sequence[Rung], runs: pl.DataFrame) -> list[Brought]:
     return found
 
 
-def best(rows: Sequence[Mapping[str, Floats]]) -> dict[str, Floats]:
-    """The best of several rows, in each sample: of those that complete there, the row with the least median downtime.
+def best(rows: Sequence[Mapping[str, Floats]], of: str = DOWNTIME) -> dict[str, Floats]:
+    """The best of several rows, in each sample: of those that complete there, the row with the least median of a
+    quantity.
 
-    Medians are of the runs that complete; of equal ones the last counts. It is no least of all rows in each sample:
-    that would be less than any of them by the runs' spread alone.
+    A run that does not complete is longer than any other in the medians; of equal ones the last row counts. It is no
+    least of all rows in each sample: that would be less than any of them by the runs' spread alone.
     """
     downtimes = np.array([row[DOWNTIME] for row in rows])
     done = np.isfinite(downtimes)
-    medians = [float(np.median(each[ok])) if ok.any() else np.inf for each, ok in zip(downtimes, done, strict=True)]
+    values = np.array([np.where(np.isfinite(row[of]), row[of], np.inf) for row in rows])
+    medians = np.quantile(values, 0.5, axis=1, method="inverted_cdf")
     order = sorted(range(len(rows)), key=lambda at: (medians[at], -at))
     chosen = np.array(order)[done[order].argmax(axis=0)]
     return {name: np.array([row[name] for row in rows])[chosen, np.arange(downtimes.shape[1])] for name in QUANTITIES}

@@ -134,7 +134,7 @@ LADDER = (
     ProposedChange(
         "priority",
         "in the one fd, critical records overtake dirty ones that were not read",
-        "driver, uAPI",
+        "driver, both ends",
         needs="as critical-first",
         v2=("priority",),
         instead_of="reinit-flush",

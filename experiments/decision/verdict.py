@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.decision.bands import Brought
+from experiments.decision.bands import LAG, Brought
 from experiments.decision.deciding import Index, Turn, turn
 from experiments.decision.measure import how_to_measure, what_it_is
 from experiments.study.claims import WORTH
@@ -86,7 +86,7 @@ def _verdict(row: Brought, above: Brought, found: Sequence[Index], samples: Sequ
         return Verdict(
             name,
             word,
-            _cut(f"{told} {'No' if probability in (0, 1) else 'Hardly a'} value in the ranges changes that."),
+            _cut(f"{told} {'None' if probability in (0, 1) else 'Few'} of those tried say otherwise."),
         )
     index = next((each for each in found if each.told), None)
     if index is None:
@@ -97,7 +97,7 @@ def _verdict(row: Brought, above: Brought, found: Sequence[Index], samples: Sequ
 
 def _besides(row: Brought) -> str:
     """The third number: fewer failures, else the longest critical lag, else the median."""
-    lag, gain = row.brings.get("critical_lag_s"), row.brings_percent
+    lag, gain = row.brings.get(LAG), row.brings_percent
     if row.fewer_failures:
         less = "fewer" if row.fewer_failures > 0 else "more"
         return f"; {100 * abs(row.fewer_failures) / row.samples:.0f} % {less} fail"

@@ -321,6 +321,7 @@ class _Loader:
             if packet.kind is not Kind.PACKET:
                 assert self._answer is not None  # else it was refused
                 await self._answer(packet)
+                self._packet_done()
                 continue
             start = timeline.now_ns()
             if began < (self._stopped_ns or 0):
@@ -330,14 +331,13 @@ class _Loader:
             await fd.write(packet.payload, max(1, len(packet.payload)))
             self._writes = False
             writing += timeline.now_ns() - start
-            self._notify.notify()
-            if not self.at_work:
-                self._idle.notify()
+            self._packet_done()
             del packet
         while self._stopped_ns is None:
             await self._notify.wait()
         now = timeline.now_ns()
-        began = now if began < self._stopped_ns else began
+        if began < self._stopped_ns:
+            began, writing = now, 0
         timeline.stage("load_total", began, self.index)
         timeline.stage("load_writing", now - writing, self.index)
         timeline.stage("load_waiting", began + writing, self.index)
@@ -345,6 +345,12 @@ class _Loader:
         await self._target.load_config(self.index)
         self.done = True
         self._notify.notify()
+
+    def _packet_done(self) -> None:
+        """A packet is done with: a channel's thread may wait for that, and so may who waits for the last one."""
+        self._notify.notify()
+        if not self.at_work:
+            self._idle.notify()
 
 
 class Receivers:

@@ -42,7 +42,7 @@ class Protocol:
     def applied(self, scenario: Scenario) -> AppliedScenario:
         """The scenario with what the name changes. UserError if it does not allow that."""
         tables = {table: getattr(scenario, table).model_dump() | keys for table, keys in self.changes.items()}
-        if self.version == 2:
+        if self.version == 2 or scenario.v3.target_knows == "v2":  # v3's source falls back
             for missing in _missing(tables.get("vmm") or scenario.vmm.model_dump()):
                 raise UserError(f"protocol {self.name!r}: {missing}")
         if self.version == 3 and scenario.vmm.max_bandwidth_mib_per_s is not None:

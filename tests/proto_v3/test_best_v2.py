@@ -358,6 +358,14 @@ OF_A_DEVICE = (Kind.PACKET, Kind.INIT_DATA_SENT, Kind.CONFIG)
 
 
 @pytest.mark.rule("v2.best.5")
+@pytest.mark.parametrize("name", ["v2-multifd-threads-parts", f"v2-multifd-threads-{NEWEST}"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_channels_thread_that_waits_for_a_device_goes_on_behind_what_is_answered(name: str, channels: int) -> None:
+    """With as many channels as devices no other thread is there to go on."""
+    completed(BESIDE_RAM | {"vmm.multifd_load": "channel_threads", "vmm.multifd_channels": channels}, name)
+
+
+@pytest.mark.rule("v2.best.5")
 @pytest.mark.parametrize("multifd", ["", "-multifd", "-multifd-early"])
 @pytest.mark.parametrize("policy", ["flush", "invalidate"])
 @pytest.mark.parametrize("seed", range(4))

@@ -252,7 +252,6 @@ def test_any_choice_of_suffixes_in_any_order_means_all_of_them(version: str, dat
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.rule("v2.vmm.19")
 @pytest.mark.parametrize("wire", ["pool", "one"])
 def test_a_read_larger_than_a_credit_is_refused_only_where_connections_are_shared(wire: str) -> None:
     scenario = small_scenario({"vmm.read_mib": 8.0, "v3.critical_credit_mib": 4.0, "link.socket_buffer_mib": 10.0})
@@ -408,3 +407,10 @@ def test_names_survive_a_run_and_a_table(tmp_path: Any) -> None:
     names = pl.read_csv(tmp_path / "runs.csv")["protocol"].to_list()
     assert names == NAMES
     assert [Protocol.parse(name, SCENARIO).name for name in names] == NAMES
+
+
+def test_a_v3_that_falls_back_is_refused_what_its_v2_cannot_do() -> None:
+    scenario = small_scenario({"v3.target_knows": "v2", "vmm.early_save": True})
+    with pytest.raises(UserError, match=r"'v3-n2': .*early_save"):
+        Protocol.parse("v3-n2", scenario)
+    assert Protocol.parse("v3-n2", small_scenario({"vmm.early_save": True})).name == "v3-n2"

@@ -79,6 +79,7 @@ DIFFERENT = [
     ((QUIET, "v2", ""), (QUIET, "v2-priority", "")),
     ((QUIET, "v2-parts", ""), (QUIET, "v2-parts", "v3.decision_interval_ms=50")),
     ((QUIET, "v2-parts", ""), (QUIET, "v2-whole", "")),
+    ((TWO, "v2", "vmm.pieces_at_once=4"), (TWO, "v2", "vmm.pieces_at_once=4 v3.wire=pool")),
     ((LATE, "v3-n2", ""), (LATE, "v3-n2-retry", "")),
     ((QUIET, "v2-ack", ""), (QUIET, "v2", "")),
     (
