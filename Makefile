@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 help:
 	@echo 'make demo      migrate the published two-VF machine under v2 and v3; table and figure in out/demo/'
 	@echo 'make quick     after each change: lint, types, and one case of each test that is not slow; less than a minute'
-	@echo 'make test      lint, types and all tests; seven minutes on two idle cores'
+	@echo 'make test      lint, types and all tests; twelve minutes on two idle cores'
 	@echo 'make kernel    a User-Mode Linux with VFIO, and the driver for it, into the cache; about six minutes the first time'
 	@echo 'make kernel-debug  the same with lockdep'
 	@echo 'make qemu      Debian'"'"'s QEMU 10 and 11 into the cache, not installed; and QEMU with patches of our own, built in about four minutes'
@@ -39,7 +39,7 @@ quick: $(VENV)/dev.stamp
 
 test: $(VENV)/dev.stamp
 	@$(HAS_CC) || $(MAKE) --no-print-directory debian-cc
-	@echo 'some 9,600 tests: about seven minutes on two cores; the slow ones come first'
+	@echo 'some 10,400 tests: about twelve minutes on two cores; the slow ones come first'
 	@$(PYTEST)
 
 # A kernel takes Python and what Debian has, and no virtual environment. What cannot be had here is skipped, in a line.
